@@ -1,0 +1,19 @@
+"""Errors whose message is written for the user: one paragraph that names the remedy."""
+
+
+class UserError(ValueError):
+    """Something the user can put right; main.py prints the message without a traceback."""
+
+
+class BadExample(Exception):
+    """One example cannot be used; the pipeline counts it under `reason` and goes on.
+
+    Attributes:
+      reason: short and fixed, the name it is counted under ("unreadable image").
+      key: which example.
+    """
+
+    def __init__(self, reason: str, key: str, detail: str = ""):
+        super().__init__(f"{key}: {reason}" + (f" ({detail})" if detail else ""))
+        self.reason = reason
+        self.key = key

@@ -1,0 +1,129 @@
+"""Every setting of clip_jax stands here once, with its unit; other configs only override.
+
+Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", "5 percent"
+(percent of the run; not for `duration` itself).
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The paper's common settings (Table 18), ViT variant. Names no data: use a config that does."""
+    del arg
+    config = ConfigDict()
+    config.seed = 0  # the one PRNG key; all randomness is folded from it by step or example
+    config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
+    config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
+    config.tokenizer = "openai"  # "openai", or the path of a SentencePiece .model file
+    config.compilation_cache = ""  # directory for compiled programs; "": off
+    config.model = _model()
+    config.mesh = _mesh()
+    config.loss = ConfigDict({"method": "all_gather"})  # sharded form of the softmax loss
+    config.optim = _optim()
+    config.data = _data()
+    config.eval = _eval()
+    config.checkpoint = _checkpoint()
+    config.log = _log()
+    return config.lock()
+
+
+def source(**overrides) -> ConfigDict:
+    """Where examples come from; the same fields for training and evaluation data."""
+    spec = ConfigDict()
+    spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "synthetic"; "": none
+    spec.path = ""  # folder: directory; tar: files or glob pattern, comma-separated; tfds: data_dir
+    spec.name = ""  # tfds: dataset name, such as "coco_captions"
+    spec.split = ""  # digits: "train" | "test"; tfds: a split or slice, such as "train[:90%]"
+    spec.image_key = ""  # tfds: image feature, "/" for nesting; "": "image"
+    spec.text_key = ""  # tfds, tar (a key of the .json) and folder (a table's column); "": usual name
+    spec.label_key = ""  # tfds, tar (a key of the .json), folder (a column): class of an example
+    spec.size = 0  # synthetic: number of examples
+    spec.update(overrides)
+    return spec
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.name = "ViT-B/32"  # one of clip_jax.available_models()
+    model.dtype = "auto"  # of the compute: "float32" | "bfloat16" | "auto" (bfloat16 off CPU)
+    model.scan_layers = True  # transformer layers in lax.scan (short compile) or unrolled
+    model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
+    # Overrides of the named size, for models the paper does not have; None: as named.
+    size = ConfigDict()
+    size.embed_dim = placeholder(int)  # of the joint space
+    size.image_size = placeholder(int)  # pixels along a side
+    size.image_layers = placeholder(tuple)  # (layers,) of a ViT; blocks of the 4 ResNet stages
+    size.image_width = placeholder(int)  # ViT: channels; ResNet: channels of the first stage
+    size.image_heads = placeholder(int)  # attention heads; of the attention pool in ResNets
+    size.patch_size = placeholder(int)  # pixels along a side; ViT only
+    size.text_layers = placeholder(int)
+    size.text_width = placeholder(int)
+    size.text_heads = placeholder(int)
+    size.context_length = placeholder(int)  # tokens, start and end tokens included
+    size.vocab_size = placeholder(int)  # for a SentencePiece tokenizer: its pieces plus 2
+    model.size = size
+    return model
+
+
+def _mesh() -> ConfigDict:
+    mesh = ConfigDict()
+    mesh.data = -1  # devices along the pure data axis; -1: all that remain
+    mesh.fsdp = 1  # devices over which parameters and optimiser state are sharded as well
+    return mesh
+
+
+def _optim() -> ConfigDict:
+    optim = ConfigDict()
+    optim.learning_rate = 5e-4  # peak
+    optim.warmup = "2000 steps"  # linear, from zero; cosine to zero after it
+    optim.b1 = 0.9
+    optim.b2 = 0.98  # paper: 0.98 for ViT, 0.999 for ResNet
+    optim.eps = 1e-6  # paper: 1e-6 for ViT, 1e-8 for ResNet
+    optim.weight_decay = 0.2  # decoupled; not on gains, biases and logit_scale
+    optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: off
+    optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
+    return optim
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.source = source()
+    data.crop = "random"  # "random" square crop of the resized image (paper) | "center" | "none"
+    data.shuffle = True  # each epoch in its own order; False: as stored
+    data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
+    data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
+    data.prefetch = 2  # batches held ready on the host, and as many on the device
+    return data
+
+
+def _eval() -> ConfigDict:
+    evals = ConfigDict()
+    evals.every = "1 epochs"  # and once at the end of the run
+    evals.batch_size = 1024  # images or captions per step, over all devices of all hosts
+    zeroshot = ConfigDict()
+    zeroshot.source = source()  # labelled images; type "": no zero-shot evaluation
+    zeroshot.class_names = ()  # (): the source's own; alternatives of one class joined by "|"
+    zeroshot.templates = ("a photo of a {}.",)  # prompts whose embeddings are averaged
+    evals.zeroshot = zeroshot
+    retrieval = ConfigDict()
+    retrieval.source = source()  # captioned images; type "": no retrieval evaluation
+    retrieval.max_examples = 5000  # the first so many
+    evals.retrieval = retrieval
+    return evals
+
+
+def _checkpoint() -> ConfigDict:
+    checkpoint = ConfigDict()
+    checkpoint.every = "1000 steps"  # and once at the end of the run
+    checkpoint.keep = 3  # most recent checkpoints kept
+    checkpoint.best_metric = "zeroshot/top1"  # the checkpoint highest in it is kept too; "": none
+    checkpoint.allow_config_change = False  # resume although the stored config trains otherwise
+    return checkpoint
+
+
+def _log() -> ConfigDict:
+    log = ConfigDict()
+    log.every = "50 steps"  # between rows of metrics.jsonl, TensorBoard and the progress line
+    log.tensorboard = True
+    return log
