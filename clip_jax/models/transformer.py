@@ -1,0 +1,157 @@
+"""The residual attention blocks of both transformer towers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clip_jax import sharding
+from clip_jax.errors import UserError
+
+Dtype = Any
+Init = nn.initializers.Initializer
+
+# What PyTorch gives a Linear or Conv2d weight; the published model leaves ViT blocks at it.
+torch_default_init: Init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """The sigmoid approximation of GELU that OpenAI's weights were trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
+    """LayerNorm with float32 statistics, whatever the compute dtype."""
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each with a residual connection: [b, s, w] -> [b, s, w]."""
+
+    heads: int
+    dtype: Dtype
+    causal: bool
+    qkv_init: Init
+    mlp_init: Init
+    out_init: Init  # of both projections that end in the residual stream
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        y = layer_norm(self.dtype, "ln_1")(x)
+        qkv = nn.DenseGeneral(
+            (3, self.heads, width // self.heads),
+            dtype=self.dtype,
+            kernel_init=self.qkv_init,
+            name="qkv",
+        )(y)
+        # float32 logits and softmax inside, whatever the compute dtype.
+        y = jax.nn.dot_product_attention(
+            qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], is_causal=self.causal
+        )
+        x = x + nn.DenseGeneral(
+            width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.out_init, name="attn_out"
+        )(y)
+        y = layer_norm(self.dtype, "ln_2")(x)
+        y = nn.Dense(4 * width, dtype=self.dtype, kernel_init=self.mlp_init, name="mlp_in")(y)
+        y = quick_gelu(y)
+        return x + nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name="mlp_out")(y)
+
+
+class Transformer(nn.Module):
+    """A stack of blocks: [b, s, w] -> [b, s, w].
+
+    Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
+    unrolled, so that one checkpoint and one sharding rule serve both.
+
+    Attributes:
+      scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
+      remat: what the backward pass recomputes; see `remat_policy`.
+      paper_init: the scaled normal initialisation of the published text tower; else PyTorch's
+        default for attention and linear layers, as in the published ViT.
+    """
+
+    layers: int
+    heads: int
+    dtype: Dtype
+    scan_layers: bool
+    remat: str
+    causal: bool
+    paper_init: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        block = self._block(x.shape[-1])
+        sample = jnp.zeros((1, *x.shape[1:]), self.dtype)
+
+        def init_stack(key: jax.Array):
+            keys = jax.random.split(key, self.layers)
+            return jax.vmap(lambda k: block.init(k, sample)["params"])(keys)
+
+        params = self.param("blocks", init_stack)
+
+        def layer(x, layer_params):
+            # Without the constraint the partitioner may replicate activations under FSDP.
+            x = sharding.constrain_batch(x)
+            return block.apply({"params": layer_params}, x), None
+
+        layer = remat_layer(layer, self.remat)
+        if self.scan_layers:
+            return jax.lax.scan(layer, x, params)[0]
+        for layer_params in _unstack(params, self.layers):
+            x, _ = layer(x, layer_params)
+        return x
+
+    def _block(self, width: int) -> Block:
+        if self.paper_init:
+            normal = nn.initializers.normal
+            inits = {
+                "qkv_init": normal(width**-0.5),
+                "mlp_init": normal((2 * width) ** -0.5),
+                "out_init": normal(width**-0.5 * (2 * self.layers) ** -0.5),
+            }
+        else:
+            inits = {
+                "qkv_init": nn.initializers.xavier_uniform(),
+                "mlp_init": torch_default_init,
+                "out_init": torch_default_init,
+            }
+        # parent=None: the stack holds the parameters, the block is only their function.
+        return Block(self.heads, self.dtype, self.causal, **inits, parent=None)
+
+
+def _unstack(params: Any, layers: int) -> list[Any]:
+    """Splits stacked parameters; `lax.split` so that gradients come back in one concatenation."""
+    leaves, treedef = jax.tree.flatten(params)
+    split = [jax.lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
+    return [treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(layers)]
+
+
+def remat_layer(layer: Callable, remat: str) -> Callable:
+    """Wraps a layer so that the backward pass recomputes what `remat` says.
+
+    Args:
+      layer: function of (carry, params).
+      remat: "none" keeps all activations, "full" only the layer's input; other names are those of
+        `jax.checkpoint_policies` that are policies themselves, such as "dots_saveable".
+
+    Raises:
+      UserError: unknown name.
+    """
+    if remat == "none":
+        return layer
+    policies = {
+        name: getattr(jax.checkpoint_policies, name)
+        for name in (
+            "everything_saveable",
+            "nothing_saveable",
+            "dots_saveable",
+            "dots_with_no_batch_dims_saveable",
+        )
+    } | {"full": jax.checkpoint_policies.nothing_saveable}
+    if remat not in policies:
+        known = ", ".join(["none", *sorted(policies)])
+        raise UserError(f"Unknown rematerialisation {remat!r}: model.remat is one of {known}.")
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
