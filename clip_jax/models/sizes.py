@@ -41,28 +41,21 @@ class Size:
 
     def __post_init__(self):
         """Raises UserError for shapes that no model can have."""
-        if self.is_resnet:
-            if len(self.image_layers) != 4:
-                raise UserError(
-                    f"A ResNet has 4 stages, but image_layers is {self.image_layers}: give the "
-                    "number of blocks of each, such as (3, 4, 6, 3)."
-                )
-            grid, image_width = 32, self.image_width * 32
-        else:
-            assert self.patch_size is not None
-            if len(self.image_layers) != 1:
-                raise UserError(
-                    f"A ViT has one number of layers, but image_layers is {self.image_layers}: "
-                    "write it as (12,)."
-                )
-            grid, image_width = self.patch_size, self.image_width
-        for what, size, unit in (
-            ("image_size", self.image_size, ("patch_size" if not self.is_resnet else "stride", grid)),
-            ("the width of the image tower", image_width, ("image_heads", self.image_heads)),
-            ("text_width", self.text_width, ("text_heads", self.text_heads)),
+        stages = 4 if self.is_resnet else 1
+        if len(self.image_layers) != stages:
+            raise UserError(
+                f"image_layers is {self.image_layers}, but it takes {stages} number(s): the blocks "
+                "of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
+            )
+        pixels = self.patch_size or 32  # a ResNet halves its input five times
+        width = self.image_width * (32 if self.is_resnet else 1)
+        for name, value, unit, divisor in (
+            ("image_size", self.image_size, "patch_size or stride", pixels),
+            ("width of the image tower", width, "image_heads", self.image_heads),
+            ("text_width", self.text_width, "text_heads", self.text_heads),
         ):
-            if size % unit[1]:
-                raise UserError(f"{what} ({size}) must be a multiple of {unit[0]} ({unit[1]}).")
+            if value % divisor:
+                raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
 
 
 def _resnet(embed_dim, image_size, layers, width, text_width) -> Size:

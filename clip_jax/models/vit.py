@@ -1,4 +1,4 @@
-"""The Vision Transformer image tower (paper section 2.4: ViT with a LayerNorm before the blocks)."""
+"""The Vision Transformer image tower (paper section 2.4), with a LayerNorm before the blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,67 @@
+"""Durations with a unit ("32 epochs") turned into steps, and when something periodic is due."""
+
+from clip_jax.errors import UserError
+
+UNITS = ("steps", "examples", "epochs", "percent")
+
+
+def to_steps(
+    duration: str,
+    *,
+    batch_size: int,
+    examples_per_epoch: int,
+    total_steps: int | None = None,
+) -> int:
+    """Steps that a duration lasts, rounded to the nearest and at least 1 (0 stays 0).
+
+    Args:
+      duration: "N steps", "N examples", "N epochs" or "N percent"; N may be written 12.8e9.
+      batch_size: examples per step, over all devices.
+      examples_per_epoch: size of the training set.
+      total_steps: of the run; None where percent has no meaning.
+
+    Raises:
+      UserError: not a number and a unit, negative, or percent without a total.
+    """
+    number, unit = _parse(duration)
+    if unit == "percent" and total_steps is None:
+        raise UserError(f"{duration!r}: the length of the run cannot be a percentage of itself.")
+    steps = {
+        "steps": number,
+        "examples": number / batch_size,
+        "epochs": number * examples_per_epoch / batch_size,
+        "percent": number / 100 * (total_steps or 0),
+    }[unit]
+    return max(1, round(steps)) if number else 0
+
+
+def _parse(duration: str) -> tuple[float, str]:
+    try:
+        text, unit = duration.split()
+        number = float(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        number, unit = -1.0, ""
+    unit = unit if unit.endswith("s") or unit == "percent" else unit + "s"
+    if number < 0 or unit not in UNITS:
+        raise UserError(
+            f"{duration!r} is not a duration: write a number and one of {', '.join(UNITS)}, "
+            'such as "500 steps" or "32 epochs".'
+        )
+    return number, unit
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps, and after the last, is due after `step`."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def format_seconds(seconds: float) -> str:
+    """ "42s", "3m 07s", "2h 05m" or "4d 03h"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02}h"
+    if hours:
+        return f"{h}h {m:02}m"
+    return f"{m}m {s:02}s" if minutes else f"{s}s"
