@@ -4,6 +4,8 @@ Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", 
 (percent of the run; not for `duration` itself).
 """
 
+import re
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -28,6 +30,91 @@ def get_config(arg: str = "") -> ConfigDict:
     return config.lock()
 
 
+def finish(config: ConfigDict, arg: str) -> ConfigDict:
+    """Applies what stands behind the colon of --config=FILE:ARG; every config ends with it."""
+    if arg not in ("", "smoke"):
+        raise ValueError(f"Unknown config argument {arg!r}: the one there is, is smoke.")
+    return smoke(config) if arg else config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The same run shrunk to seconds on a laptop: tiny shapes, embedded data, few steps."""
+    resnet = config.model.name.startswith("RN")
+    config.model.size.update(
+        embed_dim=32,
+        image_size=32,
+        image_layers=(1, 1, 1, 1) if resnet else (2,),
+        image_width=8 if resnet else 64,
+        image_heads=4,
+        patch_size=None if resnet else 8,
+        text_layers=2,
+        text_width=64,
+        text_heads=4,
+        context_length=24,
+    )
+    config.batch_size = 32
+    config.duration = "20 steps"
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup = "5 steps"
+    config.log.every = "5 steps"
+    config.checkpoint.every = "10 steps"
+    config.eval.every = "10 steps"
+    config.eval.batch_size = 256
+    use_digits(config)
+    config.eval.retrieval.max_examples = 256
+    return config
+
+
+def use_digits(config: ConfigDict) -> ConfigDict:
+    """Trains and evaluates on the embedded handwritten digits."""
+    config.data.source = source(type="digits", split="train")
+    config.eval.zeroshot.source = source(type="digits", split="test")
+    config.eval.zeroshot.templates = ()
+    config.eval.retrieval.source = source(type="digits", split="test_scenes")
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks what can be checked without data or devices.
+
+    Raises:
+      UserError: names the field, what it holds and what it may hold.
+    """
+    from clip_jax.errors import UserError
+
+    problems = []
+    for name, value, choices in (
+        ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
+        ("data.crop", config.data.crop, ("random", "center", "none")),
+    ):
+        if value not in choices:
+            problems.append(f"{name} is {value!r}, and must be one of {', '.join(choices)}")
+    for name, value, least in (
+        ("batch_size", config.batch_size, 1),
+        ("seed", config.seed, 0),
+        ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
+        ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
+        ("eval.batch_size", config.eval.batch_size, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("data.prefetch", config.data.prefetch, 1),
+    ):
+        if value < least:
+            problems.append(f"{name} is {value}, and must be at least {least}")
+    if not config.data.source.type:
+        problems.append(
+            "the config names no training data: set --config.data.source.type (tar, folder, tfds) "
+            "and --config.data.source.path or .name to yours, or put :smoke behind the config's "
+            "name, as in --config=configs/vit_b32.py:smoke, for a small run on embedded data"
+        )
+    if problems:
+        raise UserError(_sentence(problems))
+
+
+def _sentence(problems: list[str]) -> str:
+    text = "; ".join(problems) + "."
+    return re.sub(r"^[a-z]", lambda first: first.group().upper(), text, count=1)
+
+
 def source(**overrides) -> ConfigDict:
     """Where examples come from; the same fields for training and evaluation data."""
     spec = ConfigDict()
@@ -36,7 +123,9 @@ def source(**overrides) -> ConfigDict:
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
     spec.split = ""  # digits: "train" | "test"; tfds: a split or slice, such as "train[:90%]"
     spec.image_key = ""  # tfds: image feature, "/" for nesting; "": "image"
-    spec.text_key = ""  # tfds, tar (a key of the .json) and folder (a table's column); "": usual name
+    spec.text_key = (
+        ""  # tfds, tar (a key of the .json) and folder (a table's column); "": usual name
+    )
     spec.label_key = ""  # tfds, tar (a key of the .json), folder (a column): class of an example
     spec.size = 0  # synthetic: number of examples
     spec.update(overrides)

@@ -1,0 +1,32 @@
+"""Pretrain CLIP in JAX, from a laptop CPU to a TPU pod, and use what comes out.
+
+model = clip_jax.load("runs/quickstart")
+model.zero_shot(["picture.png"], ["a seven", "a three"])
+"""
+
+import importlib
+from typing import Any
+
+# Loaded on first use: training must not wait for what only inference needs, and the reverse.
+_HOMES = {
+    "load": "clip_jax.api",
+    "Model": "clip_jax.api",
+    "tokenize": "clip_jax.data.tokenizer",
+    "available_models": "clip_jax.models",
+    "losses": "",
+    "models": "",
+}
+
+__all__ = ["Model", "available_models", "load", "losses", "models", "tokenize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clip_jax' has no attribute {name!r}")
+    if not _HOMES[name]:
+        return importlib.import_module(f"clip_jax.{name}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

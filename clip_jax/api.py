@@ -1,0 +1,158 @@
+"""Using a trained model: load it, embed pictures and texts, classify."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from PIL import Image
+
+from clip_jax import checkpoint, models
+from clip_jax.data import images as image_files
+from clip_jax.data import tokenizer as tokenizers
+from clip_jax.errors import BadExample, UserError
+from clip_jax.evals import zeroshot
+
+Picture = Image.Image | str | os.PathLike | np.ndarray
+
+
+class Model:
+    """A trained model; made by `load`.
+
+    Attributes:
+      net: the Flax module, for those who want gradients or intermediate values.
+      variables: what `net.apply` takes.
+      tokenizer: of its texts.
+    """
+
+    def __init__(
+        self, net: nn.Module, variables: Any, tokenizer: tokenizers.Tokenizer, batch_size: int = 64
+    ):
+        """Wraps a module; `batch_size`: pictures or texts per step, padded, so it compiles once."""
+        self.net = net
+        self.variables = variables
+        self.tokenizer = tokenizer
+        self._batch_size = batch_size
+        self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
+        self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
+
+    def encode_image(self, images: Picture | Sequence[Picture] | np.ndarray) -> np.ndarray:
+        """Embeds pictures.
+
+        Args:
+          images: PIL images, paths, or uint8 arrays [h, w, 3] of any size, one or many; or uint8
+            [n, h, w, 3]. Each is resized on its shorter side and cropped to its middle square.
+
+        Returns:
+          float32 [n, embed_dim], L2-normalised.
+
+        Raises:
+          UserError: a file cannot be read, or is no picture.
+        """
+        if isinstance(images, (Image.Image, str, os.PathLike)) or np.ndim(images) == 3:
+            images = [images]  # one picture
+        pixels = [self._pixels(image) for image in images]
+        size = self.net.size.image_size
+        return self._batched(self._image, np.array(pixels, np.uint8).reshape(-1, size, size, 3))
+
+    def encode_text(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+          texts: one or many.
+          truncate: cut what is longer than the context, keeping the end token.
+
+        Returns:
+          float32 [n, embed_dim], L2-normalised.
+
+        Raises:
+          ValueError: a text is too long and `truncate` is not set.
+        """
+        return self._batched(self._text, self.tokenizer(texts, truncate=truncate))
+
+    def zero_shot(
+        self,
+        images: Picture | Sequence[Picture] | np.ndarray,
+        class_names: Sequence[str],
+        templates: Sequence[str] = ("a photo of a {}.",),
+    ) -> np.ndarray:
+        """Classifies pictures by the names of the classes.
+
+        Args:
+          images: as for `encode_image`.
+          class_names: alternatives of one class joined by "|".
+          templates: prompts, each with one {} for the name; their embeddings are averaged.
+
+        Returns:
+          float32 [n, classes], probabilities.
+        """
+        prompts, owners = zeroshot.class_prompts(class_names, templates)
+        classes = zeroshot.average_classes(self.encode_text(prompts), owners, len(class_names))
+        scale = np.exp(np.asarray(self.variables["params"]["logit_scale"]))
+        return np.asarray(jax.nn.softmax(scale * self.encode_image(images) @ classes.T, axis=-1))
+
+    def _pixels(self, image: Picture) -> np.ndarray:
+        if isinstance(image, (str, os.PathLike)):
+            try:
+                image = image_files.decode(epath.Path(image).read_bytes(), str(image))
+            except (OSError, BadExample) as error:
+                raise UserError(f"Cannot read the picture: {error}.") from error
+        elif isinstance(image, Image.Image):
+            image = image_files.to_rgb(image)
+        return image_files.resize_crop(image, self.net.size.image_size, "center", None)
+
+    def _batched(self, function: Any, rows: np.ndarray) -> np.ndarray:
+        parts = [np.zeros((0, self.net.size.embed_dim), np.float32)]
+        for start in range(0, len(rows), self._batch_size):
+            part = rows[start : start + self._batch_size]
+            padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
+            padded[: len(part)] = part
+            parts.append(np.asarray(function(self.variables, padded))[: len(part)])
+        return np.concatenate(parts)
+
+
+def load(path: epath.PathLike, step: int | None = None) -> Model:
+    """Loads a trained model onto the first device.
+
+    Args:
+      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500").
+      step: which checkpoint of a workdir; None: the most recent.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged or of another tokenizer.
+    """
+    path = epath.Path(path)
+    if path.parent.name == checkpoint.DIRECTORY and path.name.isdecimal():
+        path, step = path.parent.parent, int(path.name)
+    if not (path / checkpoint.DIRECTORY).is_dir():
+        raise UserError(f"{path} holds no checkpoints: give the workdir of a training run.")
+    with checkpoint.Checkpoints(path, read_only=True) as store:
+        step = store.latest_step() if step is None else step
+        if step is None:
+            raise UserError(f"{path} holds no finished checkpoint yet.")
+        meta = store.read_meta(step)
+        size = models.Size(**{**meta["size"], "image_layers": tuple(meta["size"]["image_layers"])})
+        net = models.CLIP(size, dtype=jnp.float32)
+        variables = store.restore_variables(step, _shapes(net))
+    tokens = tokenizers.create(meta["config"]["tokenizer"], size.context_length)
+    if tokens.identity != meta["tokenizer"]:
+        raise UserError(
+            f"{path} was trained with the tokenizer {meta['tokenizer']}, but "
+            f"{meta['config']['tokenizer']!r} is now {tokens.identity}."
+        )
+    return Model(net, variables, tokens)
+
+
+def _shapes(net: models.CLIP) -> Any:
+    size, device = net.size, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    images = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
+    tokens = jnp.zeros((1, size.context_length), jnp.int32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images, tokens)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        {"batch_stats": {}, **shapes},
+    )

@@ -1,0 +1,148 @@
+"""Orbax checkpoints: asynchronous, sharded, the most recent ones and the best.
+
+A checkpoint has three items: "model" (parameters and BatchNorm statistics, all that inference
+reads), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from clip_jax.errors import UserError
+from clip_jax.state import TrainState
+
+DIRECTORY = "checkpoints"  # inside the workdir
+
+
+class Checkpoints:
+    """The checkpoints of one workdir; close it, or the last save may be lost.
+
+    Attributes:
+      directory: where they lie, one folder per step.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep: int = 1,
+        best_metric: str = "",
+        read_only: bool = False,
+    ):
+        """Opens the workdir.
+
+        Args:
+          workdir: local path or gs://.
+          keep: most recent checkpoints kept.
+          best_metric: the checkpoint with the highest value of this metric is kept as well.
+          read_only: write and delete nothing.
+        """
+        self.directory = epath.Path(workdir) / DIRECTORY
+        policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
+        if best_metric:
+            best = preservation_policy.BestN(
+                get_metric_fn=lambda metrics: metrics[best_metric],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        self._best_metric = best_metric
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            read_only=read_only,
+            create=not read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def save(
+        self, state: TrainState, step: int, meta: Mapping[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Starts writing in the background, once the arrays are copied off the devices.
+
+        Args:
+          state: to write; may be donated as soon as this returns.
+          step: its step.
+          meta: JSON-serialisable description of the run.
+          metrics: of this step; ranks the checkpoint if the best metric is among them.
+        """
+        rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(state.variables),
+                optimizer=ocp.args.StandardSave(_progress(state)),
+                meta=ocp.args.JsonSave({"step": step, **meta}),
+            ),
+            metrics=rank or None,
+        )
+
+    def latest_step(self) -> int | None:
+        """Step of the most recent complete checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def read_meta(self, step: int) -> dict[str, Any]:
+        """The description saved with a checkpoint."""
+        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Reads a training state onto the mesh of `like`, whatever mesh it was saved from.
+
+        Args:
+          step: of the checkpoint.
+          like: shapes, dtypes and shardings, as from `state.abstract_state`.
+
+        Raises:
+          UserError: the checkpoint is incomplete, damaged, or of another model.
+        """
+        items = self._read(
+            step,
+            model=ocp.args.StandardRestore(like.variables),
+            optimizer=ocp.args.StandardRestore(_progress(like)),
+        )
+        return TrainState(**items["model"], **items["optimizer"])
+
+    def restore_variables(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads only what inference needs; `like` as `TrainState.variables`."""
+        return self._read(step, model=ocp.args.StandardRestore(like))["model"]
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for pending writes."""
+        self._manager.close()
+
+    def _read(self, step: int, **args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # whatever a damaged file makes of the libraries below
+            logging.debug("Restoring failed", exc_info=True)
+            earlier = max((s for s in self._manager.all_steps() if s < step), default=None)
+            instead = f"go on from step {earlier}" if earlier is not None else "start afresh"
+            raise UserError(
+                f"The checkpoint {self.directory / str(step)} cannot be read: it is incomplete, "
+                f"damaged, or of another model ({_first_line(error)}). To {instead}, delete that "
+                "folder and run the same command again."
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _progress(state: TrainState) -> dict[str, Any]:
+    """The part of the state that only training needs."""
+    return {"step": state.step, "opt_state": state.opt_state}

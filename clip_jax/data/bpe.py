@@ -1,0 +1,195 @@
+"""OpenAI's byte-pair encoding of captions: the same ids for any text, at many times the speed.
+
+Three things make it fast and change no id:
+- ftfy and HTML unescaping run only where they can change the text (`clean`);
+- no word reaches across white space, so a text is split there and the pieces are looked up;
+- ids are kept as packed int32, so that a caption is one `bytes.join`.
+"""
+
+import functools
+import gzip
+import hashlib
+import html
+import importlib.metadata
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable
+
+import ftfy
+import numpy as np
+import regex
+from ftfy.badness import is_bad
+from ftfy.fixes import uncurl_quotes, unescape_html
+
+from clip_jax.errors import UserError
+
+VOCABULARY_SIZE = 49_408  # 256 bytes, 256 bytes that end a word, 48,894 merges, 2 special tokens
+START, END = VOCABULARY_SIZE - 2, VOCABULARY_SIZE - 1
+VOCABULARY_FILE = "clip/bpe_simple_vocab_16e6.txt.gz"  # in the PyPI package openai-clip
+VOCABULARY_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"  # unpacked
+
+_MERGES = VOCABULARY_SIZE - 2 * 256 - 2
+_SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
+# The paper's word pattern. IGNORECASE matters although texts are lower-cased before: "'ſ" is "'s".
+_WORDS = regex.compile(
+    "|".join(map(regex.escape, _SPECIAL)) + r"|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
+    regex.IGNORECASE,
+)
+
+# Characters that ftfy removes, replaces or joins, curly quotes and HTML entities aside: controls,
+# odd line breaks, Latin ligatures, full-width and half-width forms, surrogates.
+_REPLACED = re.compile(
+    "[\x00-\x08\x0b\r-\x1f\x7f-\x9f\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3"
+    "\u2028\u2029\u206a-\u206f\u3000\ud800-\udfff\ufb00-\ufb06\ufeff\uff01-\uffef\ufff9-\ufffc]"
+)
+# Without one of these ftfy's mojibake detector (ten times as slow) cannot match.
+_SUSPECT = re.compile("[ŒœÂÃ]|[\xa0-\u2fff\uf8ff-\ufffd]{2}")
+_FTFY_SEGMENT = 1_000_000  # ftfy cuts longer texts into segments
+
+
+def clean(text: str) -> str:
+    """The text as OpenAI's clean-up leaves it, but for the amount of white space.
+
+    That is ftfy.fix_text, html.unescape twice and lower-casing. Runs of white space and those at
+    the ends are left as they are: they mean nothing to the ids.
+    """
+    if "&" in text or not (text.isascii() and text.replace("\n", " ").isprintable()):
+        text = _fix_text(text)
+        if "&" in text:
+            text = html.unescape(html.unescape(text))
+    return text.lower()
+
+
+def _fix_text(text: str) -> str:
+    """ftfy.fix_text(text), calling only those of its fixes that common captions need."""
+    if "\n" in text[:-1] or len(text) > _FTFY_SEGMENT:  # ftfy fixes each line by itself
+        return ftfy.fix_text(text)
+    fixed, previous = text, None
+    has_entities = "&" in text and "<" not in text  # ftfy takes a text with "<" for real HTML
+    while fixed != previous:
+        previous = fixed
+        if has_entities:
+            fixed = unescape_html(fixed)
+        if fixed.isascii() and fixed.isprintable():
+            continue
+        if _REPLACED.search(fixed) or (_SUSPECT.search(fixed) and is_bad(fixed)):
+            return ftfy.fix_text(text)
+        fixed = unicodedata.normalize("NFC", uncurl_quotes(fixed))
+    return fixed
+
+
+class Memo(dict[str, bytes]):
+    """Remembers `function` of short strings; starts afresh when it holds `limit` of them.
+
+    A plain dict look-up when the answer is there. Safe to share between threads.
+    """
+
+    def __init__(self, function: Callable[[str], bytes], limit: int):
+        super().__init__()
+        self._function = function
+        self._limit = limit
+
+    def __missing__(self, key: str) -> bytes:
+        value = self._function(key)
+        if len(key) <= 32:  # longer ones seldom come again
+            if len(self) >= self._limit:
+                self.clear()
+            self[key] = value
+        return value
+
+
+class BPE:
+    """The vocabulary, and what has been seen so far.
+
+    Attributes:
+      remembered: most words, and most pieces between white space, kept with their ids; both full
+        take about 50 MB.
+    """
+
+    def __init__(self, remembered: int = 2**17):
+        self._byte_ids, self._merges, self._bytes = _vocabulary()
+        self._pairs = {merged: pair for pair, merged in self._merges.items()}
+        self._pieces = Memo(self._encode_piece, remembered)
+        self._words = Memo(self._encode_word, remembered)
+
+    def encode(self, text: str) -> bytes:
+        """Ids of `text` as packed int32 in the machine's byte order, no start and end token added.
+
+        As in OpenAI's code, "<|startoftext|>" and "<|endoftext|>" in a text are the special tokens.
+        """
+        return b"".join(map(self._pieces.__getitem__, clean(text).split()))
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`, a space after each word; bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
+
+    def _encode_piece(self, piece: str) -> bytes:
+        return b"".join(map(self._words.__getitem__, _WORDS.findall(piece)))
+
+    def _encode_word(self, word: str) -> bytes:
+        if word in _SPECIAL:
+            return np.int32(_SPECIAL[word]).tobytes()
+        ids = [self._byte_ids[byte] for byte in word.encode()]
+        ids[-1] += 256  # the form that ends a word
+        return np.array(self._merge(ids), np.int32).tobytes()
+
+    def _merge(self, ids: list[int]) -> list[int]:
+        """Joins the pair that was learnt first, wherever it stands, until none is left."""
+        learnt = self._merges.get
+        while len(ids) > 1:
+            # Ids count up in the order of learning.
+            merged = min(map(learnt, itertools.pairwise(ids), itertools.repeat(VOCABULARY_SIZE)))
+            if merged == VOCABULARY_SIZE:
+                break
+            left, right = self._pairs[merged]
+            joined = [ids[0]]
+            for token in ids[1:]:
+                if token == right and joined[-1] == left:
+                    joined[-1] = merged
+                else:
+                    joined.append(token)
+            ids = joined
+        return ids
+
+
+@functools.cache
+def _vocabulary() -> tuple[list[int], dict[tuple[int, int], int], list[bytes]]:
+    """Returns (id of each byte, id of each pair that is merged, the bytes of each id)."""
+    # In the file a byte is written as the Latin-1 character of its number where that shows, and
+    # else as the next free character from 256 on; ids follow the same order.
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    written = [*map(chr, shown), *(chr(256 + i) for i in range(len(hidden)))]
+    byte_of = [bytes([byte]) for byte in shown + hidden]
+
+    names = {name: i for i, name in enumerate(written + [char + "</w>" for char in written])}
+    decoded = byte_of + [byte + b" " for byte in byte_of]
+    merges = {}
+    for line in _read_vocabulary().splitlines()[1 : 1 + _MERGES]:
+        left, right = line.split(" ")
+        pair = names[left], names[right]
+        merges[pair] = names[left + right] = len(names)
+        decoded.append(decoded[pair[0]] + decoded[pair[1]])
+    decoded += [name.encode() for name in _SPECIAL]
+    byte_ids = [byte_of.index(bytes([byte])) for byte in range(256)]
+    return byte_ids, merges, decoded
+
+
+def _read_vocabulary() -> str:
+    """Reads the data file of openai-clip without importing it, which would import torch."""
+    remedy = "Run `pip install --force-reinstall --no-deps openai-clip`."
+    try:
+        path = importlib.metadata.distribution("openai-clip").locate_file(VOCABULARY_FILE)
+        with open(str(path), "rb") as file:
+            content = gzip.decompress(file.read())
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "OpenAI's vocabulary comes with the package openai-clip, which is not installed. "
+            "Run `pip install openai-clip`."
+        ) from None
+    except (OSError, EOFError) as error:
+        raise UserError(f"OpenAI's vocabulary cannot be read: {error}. {remedy}") from error
+    if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256:
+        raise UserError(f"{path} is not OpenAI's vocabulary: its checksum differs. {remedy}")
+    return content.decode("utf-8")

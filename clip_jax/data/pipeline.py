@@ -1,0 +1,373 @@
+"""Sources to batches: one tf.data pipeline per host, entered at any example, then the device."""
+
+import logging
+import os
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import tensorflow as tf
+from ml_collections import ConfigDict
+
+from clip_jax.data import images, order
+from clip_jax.data.sources import Example, Source
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import BadExample, UserError
+
+# At import, since it must come before TensorFlow's first operation: else TensorFlow takes the
+# memory of every GPU it sees away from JAX.
+tf.config.set_visible_devices([], "GPU")
+
+Batch = dict[str, Any]
+
+# The skipped share is not judged before so many examples (or one epoch) could have been seen.
+_JUDGED_AFTER = 1000
+# Tries at filling the place of an unusable example; with half of them unusable, all fail once
+# in 10^15.
+_REPLACEMENT_TRIES = 50
+# Streams of random numbers folded from the one seed.
+_ORDER, _CROP, _REPLACEMENT = range(3)
+
+
+class TrainPipeline:
+    """The training batches of one host, from any position on, for ever.
+
+    Position p (0, 1, 2, ... over the whole run, all hosts together) holds an example that is a
+    pure function of (seed, p): every example once per epoch, in an order of its own each epoch.
+    Row r of step s is position s * batch_size + r, whatever the number of hosts. So the state of
+    the data in a checkpoint is the one number `start`.
+
+    The place of an unusable example is taken by another one, chosen by (seed, p) too. Iterating
+    ends in UserError once their share passes `config.max_skipped`.
+
+    Attributes:
+      examples_per_epoch: the length of the source.
+      skipped: number of unusable examples met by this host, by reason.
+      truncated: number of captions this host cut to the context length.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        tokenizer: Tokenizer,
+        config: ConfigDict,
+        *,
+        batch_size: int,
+        image_size: int,
+        seed: int,
+        start: int = 0,
+        process_index: int,
+        process_count: int,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          source: not empty.
+          tokenizer: of the captions.
+          config: the fields of `data` in configs/default.py.
+          batch_size: examples per step, over all hosts.
+          image_size: pixels along a side.
+          seed: non-negative.
+          start: position of the first example.
+          process_index: which host this is.
+          process_count: number of hosts.
+
+        Raises:
+          UserError: the batch does not divide by the hosts, or the source is empty.
+        """
+        if not len(source):
+            raise UserError("The training data is empty.")
+        self.examples_per_epoch = len(source)
+        self.skipped: Counter[str] = Counter()
+        self.truncated = 0
+        self._source = source
+        self._tokenizer = tokenizer
+        self._config = config
+        self._batch_size = batch_size
+        self._image_size = image_size
+        self._seed = seed
+        self._start = start
+        self._rows = _local_rows(batch_size, process_index, process_count)
+        self._seen = 0
+        self._bad_keys: list[str] = []
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host."""
+        return _batches(
+            self._load,
+            {
+                "image": tf.TensorSpec([self._image_size, self._image_size, 3], tf.uint8),
+                "tokens": tf.TensorSpec([self._tokenizer.context_length], tf.int32),
+            },
+            count=None,
+            batch_size=len(self._rows),
+            threads=self._config.threads,
+            prefetch=self._config.prefetch,
+        )
+
+    def _load(self, count: int) -> dict[str, np.ndarray]:
+        """The `count`-th example of this host since `start`."""
+        step, row = divmod(count, len(self._rows))
+        position = self._start + step * self._batch_size + self._rows[row]
+        rng = np.random.default_rng([self._seed, _CROP, position])
+        try:
+            example = self._prepare(self._index(position), rng)
+        except BadExample as bad:
+            self._count(bad)
+            return self._replacement(position)
+        self._count(None)
+        return example
+
+    def _index(self, position: int) -> int:
+        epoch, slot = divmod(position, self.examples_per_epoch)
+        if not self._config.shuffle:
+            return slot
+        return order.permutation(self.examples_per_epoch, self._seed, epoch)[slot]
+
+    def _prepare(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        example = self._source[index]
+        if not example.text.strip():
+            raise BadExample("empty caption", example.key)
+        tokens, truncated = self._tokenizer.encode(example.text)
+        image = _pixels(example, self._image_size, self._config.crop, rng)
+        if truncated:
+            with self._lock:
+                self.truncated += 1
+        return {"image": image, "tokens": tokens}
+
+    def _replacement(self, position: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self._seed, _REPLACEMENT, position])
+        for _ in range(_REPLACEMENT_TRIES):
+            try:
+                return self._prepare(int(rng.integers(self.examples_per_epoch)), rng)
+            except BadExample:  # is counted when its own turn comes
+                continue
+        raise UserError(f"Hardly any example of the training data is usable. {self._complaint()}")
+
+    def _count(self, bad: BadExample | None) -> None:
+        """Counts one example, usable or not; UserError where too many are not."""
+        with self._lock:
+            self._seen += 1
+            if bad is None:
+                return
+            self.skipped[bad.reason] += 1
+            if len(self._bad_keys) < 10:
+                self._bad_keys.append(str(bad))
+            judged = max(self._seen, min(_JUDGED_AFTER, self.examples_per_epoch))
+            if self.skipped.total() > self._config.max_skipped * judged:
+                raise UserError(
+                    "More of the training data is unusable than data.max_skipped = "
+                    f"{self._config.max_skipped} allows. {self._complaint()}"
+                )
+
+    def _complaint(self) -> str:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        return (
+            f"Of {self._seen} examples read, {self.skipped.total()} were skipped ({reasons}); "
+            f"among them: {'; '.join(self._bad_keys)}. Repair the data, or set "
+            "--config.data.max_skipped to a share you accept."
+        )
+
+
+def eval_batches(
+    source: Source,
+    tokenizer: Tokenizer | None,
+    *,
+    batch_size: int,
+    image_size: int,
+    process_index: int,
+    process_count: int,
+    threads: int,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """This host's share of every example once, in stored order, centre-cropped.
+
+    Args:
+      source: of the examples.
+      tokenizer: None: the captions are not needed, and "tokens" is left out.
+      batch_size: examples per step, over all hosts; the last batch is padded, so every host
+        yields the same number of batches of batch_size / process_count rows.
+      image_size: pixels along a side.
+      process_index: which host this is.
+      process_count: number of hosts.
+      threads: that read and decode; 0: one per CPU core.
+      limit: the first so many examples; None: all.
+
+    Yields:
+      dict(image uint8 [b, h, w, 3], tokens int32 [b, l], label int32 [b], index int32 [b] of the
+      example in the source, mask bool [b]). The mask is False at padding and where an example
+      is unusable, which is logged.
+    """
+    rows = _local_rows(batch_size, process_index, process_count)
+    total = len(source) if limit is None else min(limit, len(source))
+    steps = -(-total // batch_size)
+    skipped: Counter[str] = Counter()
+
+    def load(count: int) -> dict[str, np.ndarray]:
+        step, row = divmod(count, len(rows))
+        index = step * batch_size + rows[row]
+        if index < total:
+            try:
+                return _eval_row(source, tokenizer, image_size, index)
+            except BadExample as bad:
+                skipped[bad.reason] += 1
+                logging.warning("Left out of the evaluation: %s", bad)
+        return _empty_row(tokenizer, image_size, index)
+
+    spec = {
+        name: tf.TensorSpec(value.shape, value.dtype)
+        for name, value in _empty_row(tokenizer, image_size, 0).items()
+    }
+    yield from _batches(load, spec, steps * len(rows), len(rows), threads, prefetch=2)
+    if skipped:
+        logging.warning(
+            "%d of %d evaluation examples were unusable: %s",
+            skipped.total(),
+            total,
+            dict(skipped),
+        )
+
+
+def to_device(batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int) -> Iterator:
+    """Moves batches onto the mesh ahead of their use, in a thread of its own.
+
+    Args:
+      batches: trees of NumPy arrays, the rows of this host.
+      sharding: of the global arrays, along their first axis.
+      depth: batches held ready on the device.
+
+    Yields:
+      The same trees of global jax.Arrays. Errors of `batches` are raised here.
+    """
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> None:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                put((jax.tree.map(globalise, batch), None))
+                if stop.is_set():
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:
+            put((None, error))
+
+    def globalise(local: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, local)
+
+    thread = threading.Thread(target=fill, name="to_device", daemon=True)
+    thread.start()
+    try:
+        while True:
+            batch, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield batch
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+
+
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the global batch that this host reads."""
+    if batch_size % process_count:
+        raise UserError(
+            f"A batch of {batch_size} examples cannot be split over {process_count} hosts; choose "
+            f"a multiple, such as {batch_size // process_count * process_count or process_count}."
+        )
+    local = batch_size // process_count
+    return range(process_index * local, (process_index + 1) * local)
+
+
+def _pixels(example: Example, size: int, crop: str, rng: np.random.Generator | None) -> np.ndarray:
+    """uint8 [size, size, 3]; BadExample where the image cannot be decoded."""
+    image = example.image
+    if isinstance(image, bytes):
+        image = images.decode(image, example.key, shrink_to=size if crop == "random" else 0)
+    return images.resize_crop(image, size, crop, rng)
+
+
+def _eval_row(
+    source: Source, tokenizer: Tokenizer | None, image_size: int, index: int
+) -> dict[str, np.ndarray]:
+    example = source[index]
+    row = _empty_row(tokenizer, image_size, index)
+    row["image"] = _pixels(example, image_size, "center", None)
+    row["label"] = np.int32(example.label)
+    row["mask"] = np.bool_(True)
+    if tokenizer is not None:
+        if not example.text.strip():
+            raise BadExample("empty caption", example.key)
+        row["tokens"], _ = tokenizer.encode(example.text)
+    return row
+
+
+def _empty_row(tokenizer: Tokenizer | None, image_size: int, index: int) -> dict[str, np.ndarray]:
+    row = {
+        "image": np.zeros((image_size, image_size, 3), np.uint8),
+        "label": np.int32(-1),
+        "index": np.int32(index),
+        "mask": np.bool_(False),
+    }
+    if tokenizer is not None:
+        row["tokens"] = np.zeros(tokenizer.context_length, np.int32)
+    return row
+
+
+def _batches(
+    load: Callable[[int], dict[str, np.ndarray]],
+    spec: dict[str, tf.TensorSpec],
+    count: int | None,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+) -> Iterator[Batch]:
+    """Batches of load(0), load(1), ... in this order, loaded by `threads` threads."""
+    errors: list[Exception] = []
+
+    def call(number: np.ndarray) -> list[np.ndarray]:
+        try:
+            row = load(int(number))
+        except Exception as error:
+            errors.append(error)
+            raise
+        return [row[name] for name in spec]
+
+    def load_row(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.numpy_function(call, [number], [leaf.dtype for leaf in spec.values()])
+        row = dict(zip(spec, values))
+        return {name: tf.ensure_shape(row[name], leaf.shape) for name, leaf in spec.items()}
+
+    # A pool of its own and no autotuning: the rate stays the same from pass to pass.
+    threads = threads or os.cpu_count() or 1
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    dataset = (
+        tf.data.Dataset.range(2**62 if count is None else count)
+        .map(load_row, num_parallel_calls=threads, deterministic=True)
+        .batch(batch_size, drop_remainder=True)
+        .prefetch(prefetch)
+        .with_options(options)
+    )
+    try:
+        yield from dataset.as_numpy_iterator()
+    except tf.errors.OpError:
+        if errors:
+            raise errors[0] from None  # what TensorFlow wraps beyond recognition
+        raise

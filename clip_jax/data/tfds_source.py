@@ -1,0 +1,194 @@
+"""Prepared TensorFlow Datasets (TFDS), read at random from ArrayRecord or TFRecord files."""
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+from tensorflow_datasets.core import decode
+
+from clip_jax.data import tfrecord
+from clip_jax.data.sources import Example
+from clip_jax.errors import BadExample, UserError
+
+_IMAGE_KEYS = ("image",)
+_TEXT_KEYS = ("caption", "captions/text", "captions", "text", "title")
+
+
+class TfdsSource:
+    """One split of a dataset that TFDS has prepared.
+
+    Of several captions of an image (a sequence feature, such as "captions/text" of
+    coco_captions) the first is taken. A set with `label_key` needs no captions.
+
+    Attributes:
+      problems: number of damaged files, by kind.
+      class_names: of the label feature.
+      templates: none.
+    """
+
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, spec: ConfigDict):
+        """Opens the split; TFRecord files are passed through once to find their records.
+
+        Args:
+          spec: name, path (data_dir; "": that of TFDS), split, image_key, text_key and label_key
+            as in `source()` of configs/default.py.
+
+        Raises:
+          UserError: no such dataset, split or feature, or the dataset is not prepared.
+        """
+        builder = _builder(spec.name, spec.path)
+        features = builder.info.features
+        leaves = _leaves(features)
+        self._image_key = _choose(leaves, spec.image_key, _IMAGE_KEYS, "image_key")
+        self._text_key = _choose(leaves, spec.text_key, _TEXT_KEYS, "text_key", spec.label_key)
+        self._label_key = _choose(leaves, spec.label_key, (), "label_key", True)
+        self._features, self._decoders = _partial(
+            features, self._image_key, self._text_key, self._label_key
+        )
+        label = leaves.get(self._label_key)
+        self.class_names: tuple[str, ...] = tuple(getattr(label, "names", None) or ())
+        self._key = f"{builder.info.full_name} {spec.split}"
+        self.problems: Counter[str] = Counter()
+        self._records = _records(builder, spec.split, self.problems)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        key = f"{self._key} {index}"
+        try:
+            record = self._records[index]
+            values = self._features.deserialize_example_np(record, decoders=self._decoders)
+        except OSError as error:
+            raise BadExample("unreadable record", key, str(error)) from None
+        text = _first(_lookup(values, self._text_key)) if self._text_key else b""
+        return Example(
+            image=_image(_lookup(values, self._image_key)),
+            text=_decode_text(text, key),
+            label=int(_lookup(values, self._label_key)) if self._label_key else -1,
+            key=key,
+        )
+
+
+def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
+    if not name:
+        raise UserError('A TFDS source needs source.name, such as "coco_captions".')
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError:
+        raise UserError(
+            f"TFDS knows no dataset source.name = {name!r}, and none of this name is prepared in "
+            f"{data_dir or 'its data_dir'}. Names: https://www.tensorflow.org/datasets/catalog."
+        ) from None
+    except (ValueError, AssertionError) as error:  # no such configuration or version
+        raise UserError(f"TFDS cannot use source.name = {name!r}: {error}") from None
+    if not builder.is_prepared():
+        where = f" --data_dir={data_dir}" if data_dir else ""
+        raise UserError(
+            f"The dataset {name!r} is not prepared in {builder.data_dir}. Prepare it once with: "
+            f"tfds build {name}{where} --file_format=array_record"
+        )
+    return builder
+
+
+def _leaves(features: Any, prefix: str = "") -> dict[str, Any]:
+    """Every feature that holds values, by its path; sequences count as what they hold."""
+    while isinstance(features, tfds.features.Sequence):
+        features = features.feature
+    if not isinstance(features, tfds.features.FeaturesDict):
+        return {prefix: features}
+    found = {}
+    for name, feature in features.items():
+        found |= _leaves(feature, f"{prefix}/{name}" if prefix else name)
+    return found
+
+
+def _choose(
+    leaves: dict[str, Any], wanted: str, usual: tuple[str, ...], field: str, optional: Any = False
+) -> str:
+    """The path of a feature: the wanted one, or the first usual one; "" if there may be none."""
+    for key in (wanted,) if wanted else usual:
+        if key in leaves:
+            return key
+    if optional and not wanted:
+        return ""
+    raise UserError(
+        f"The dataset has no feature {wanted or ' or '.join(usual)!r}. Set source.{field} to one "
+        f"of: {', '.join(leaves)}."
+    )
+
+
+def _partial(features: Any, image_key: str, *others: str) -> tuple[Any, dict[str, Any]]:
+    """The part of the features that is needed, and decoders that leave images encoded."""
+    wanted: dict[str, Any] = {}
+    for key in filter(None, (image_key, *others)):
+        _set(wanted, key, True)
+    part = decode.PartialDecoding(wanted).extract_features(features)
+    decoders: dict[str, Any] = {}
+    if isinstance(_leaves(features)[image_key], tfds.features.Image):
+        _set(decoders, image_key, decode.SkipDecoding())
+    return part, decoders
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split("/")
+    for name in path:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def _lookup(tree: Any, key: str) -> Any:
+    return functools.reduce(lambda node, name: node[name], key.split("/"), tree)
+
+
+def _first(value: Any) -> bytes | str:
+    """The first of a (nested) sequence of captions; "" where there is none."""
+    while isinstance(value, (list, tuple, np.ndarray)):
+        value = value[0] if len(value) else ""
+    return value
+
+
+def _decode_text(text: bytes | str, key: str) -> str:
+    if isinstance(text, str):
+        return text
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadExample("invalid UTF-8 caption", key, str(error)) from None
+
+
+def _image(value: Any) -> bytes | np.ndarray:
+    """Bytes as they are; grey arrays get three channels."""
+    if isinstance(value, np.ndarray) and value.shape[-1] == 1:
+        return np.repeat(value, 3, axis=-1)
+    return value
+
+
+def _records(
+    builder: tfds.core.DatasetBuilder, split: str, problems: Counter[str]
+) -> Sequence[bytes]:
+    """Random access to the serialised examples of a split."""
+    try:
+        info = builder.info.splits[split]
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"The dataset has no split source.split = {split!r}; it has "
+            f"{', '.join(builder.info.splits)}, and slices of them such as "
+            f'"{next(iter(builder.info.splits), "train")}[:90%]" ({error}).'
+        ) from None
+    file_format = builder.info.file_format.value
+    if file_format == "tfrecord":
+        return tfrecord.TfRecords(info.file_instructions, problems)
+    if file_format == "array_record":
+        raw = decode.DeserializeMethod.RAW_BYTES
+        return builder.as_data_source(split=split, deserialize_method=raw)
+    raise UserError(
+        f"The dataset {builder.info.full_name} is stored as {file_format}, which clip_jax does "
+        "not read; prepare it with --file_format=array_record."
+    )

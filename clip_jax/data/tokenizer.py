@@ -1,0 +1,214 @@
+"""Captions to token ids: OpenAI's BPE ("openai") or a SentencePiece model (its path).
+
+A row of ids is start token, text, end token, zeros. The end token is the largest id, so the text
+tower finds it as the row's maximum; zero is an ordinary token as well (in OpenAI's code too).
+"""
+
+import abc
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clip_jax.data import bpe
+from clip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+_ITEMSIZE = 4  # of int32
+
+
+class Tokenizer(abc.ABC):
+    """What all tokenizers share. Safe to use from several threads.
+
+    Attributes:
+      vocab_size: number of ids; the start token is vocab_size - 2, the end token vocab_size - 1.
+      context_length: ids in a row, start and end token included.
+      identity: names the vocabulary and its checksum; equal identities give equal ids.
+    """
+
+    vocab_size: int
+    context_length: int
+    identity: str
+
+    @abc.abstractmethod
+    def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
+        """The ids of each text, without start and end token, as packed int32."""
+
+    @abc.abstractmethod
+    def _unpack(self, ids: list[int]) -> str:
+        """The text of ids among which is neither start nor end token."""
+
+    def encode(self, text: str) -> tuple[np.ndarray, bool]:
+        """Returns (int32 [context_length], whether the text was cut to fit)."""
+        (ids,) = self._pack([text])
+        row = np.frombuffer(bytearray(self._row(ids)), np.int32)
+        return row, self._length(ids) > self.context_length
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes n texts; those that are too long are cut, the end token kept.
+
+        Returns:
+          int32 [n, context_length], and int64 [n]: the ids each text would take if not cut, start
+          and end token included.
+        """
+        packed = list(self._pack(texts))
+        # A bytearray, unlike bytes, gives an array that can be written to.
+        buffer = bytearray(b"".join(map(self._row, packed)))
+        tokens = np.frombuffer(buffer, np.int32).reshape(len(packed), self.context_length)
+        return tokens, np.array(list(map(self._length, packed)), np.int64)
+
+    def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
+        """Encodes n texts (a single one counts as n = 1) to int32 [n, context_length].
+
+        Raises:
+          ValueError: a text is too long and not `truncate`, which cuts it and keeps the end token.
+          TypeError: a text is not a str.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f"text {i} is not a str but {type(text).__name__}: {text!r:.60}")
+        tokens, lengths = self.encode_batch(texts)
+        if not truncate and lengths.max(initial=0) > self.context_length:
+            i = int(np.argmax(lengths > self.context_length))
+            raise ValueError(
+                f"text {i} ({texts[i]!r:.60}) takes {lengths[i]} ids with start and end token, "
+                f"the context has room for {self.context_length}; truncate=True cuts it and keeps "
+                "the end token"
+            )
+        return tokens
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of one row of ids: cleaned, lower-case, up to the first end token."""
+        start, end = self.vocab_size - 2, self.vocab_size - 1
+        ids = [int(token) for token in ids]
+        ids = ids[: ids.index(end)] if end in ids else ids
+        return self._unpack([token for token in ids if token != start]).strip()
+
+    def _row(self, ids: bytes) -> bytes:
+        start, end = self._ends
+        width = _ITEMSIZE * self.context_length
+        return (start + ids[: width - 2 * _ITEMSIZE] + end).ljust(width, b"\0")
+
+    def _length(self, ids: bytes) -> int:
+        return len(ids) // _ITEMSIZE + 2
+
+    @functools.cached_property
+    def _ends(self) -> tuple[bytes, bytes]:
+        return np.int32(self.vocab_size - 2).tobytes(), np.int32(self.vocab_size - 1).tobytes()
+
+
+class OpenAITokenizer(Tokenizer):
+    """The paper's lower-cased byte-level BPE, 49,408 ids."""
+
+    vocab_size = bpe.VOCABULARY_SIZE
+    identity = f"openai-bpe:{bpe.VOCABULARY_SHA256}"
+
+    def __init__(self, context_length: int):
+        """Raises UserError if the package openai-clip, which has the vocabulary, is missing."""
+        self.context_length = context_length
+        self._bpe = bpe.BPE()
+
+    def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
+        return map(self._bpe.encode, texts)
+
+    def _unpack(self, ids: list[int]) -> str:
+        return self._bpe.decode(ids)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, run by tensorflow_text; its ids, and two more for start and end.
+
+    Texts get the clean-up of OpenAI's tokenizer first: ftfy, HTML, white space, lower case. Best
+    called through `encode_batch`: a call costs about as much as hundreds of short texts.
+    """
+
+    def __init__(self, path: str, context_length: int):
+        """Raises UserError if tensorflow_text is missing or `path` is no SentencePiece model."""
+        try:
+            import tensorflow as tf
+            import tensorflow_text
+        except ImportError as error:
+            raise UserError(
+                f"The SentencePiece model {path} needs tensorflow-text ({error}). "
+                "Run `pip install tensorflow-text`, or use tokenizer 'openai'."
+            ) from error
+        try:
+            model = tf.io.gfile.GFile(path, "rb").read()
+            self._model = tensorflow_text.SentencepieceTokenizer(model, out_type=tf.int32)
+            self.vocab_size = int(self._model.vocab_size()) + 2
+        except (OSError, tf.errors.OpError) as error:
+            raise UserError(
+                f"The tokenizer {path} cannot be read as a SentencePiece model: {error}. Name a "
+                ".model file as the sentencepiece trainer writes it, or use tokenizer 'openai'."
+            ) from error
+        self.context_length = context_length
+        self.identity = f"sentencepiece:{hashlib.sha256(model).hexdigest()}"
+
+    def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
+        cleaned = [" ".join(bpe.clean(text).split()) for text in texts]
+        ragged = self._model.tokenize(cleaned)
+        values, splits = ragged.values.numpy(), ragged.row_splits.numpy()
+        return [values[i:j].tobytes() for i, j in itertools.pairwise(splits)]
+
+    def _unpack(self, ids: list[int]) -> str:
+        return self._model.detokenize(np.array(ids, np.int32)).numpy().decode("utf-8", "replace")
+
+
+def create(name: str, context_length: int) -> Tokenizer:
+    """The tokenizer called `name`: "openai", or the path of a SentencePiece .model file.
+
+    Raises:
+      UserError: an unknown name, a missing package or an unreadable file.
+      ValueError: a context without room for start and end token.
+    """
+    if context_length < 2:
+        raise ValueError(f"context_length {context_length} has no room for start and end token")
+    if name == "openai":
+        return OpenAITokenizer(context_length)
+    if name.endswith(".model"):
+        return SentencePieceTokenizer(name, context_length)
+    raise UserError(
+        f"There is no tokenizer {name!r}. Use 'openai', or the path of a SentencePiece model, "
+        "a file whose name ends in .model."
+    )
+
+
+def tokenize(
+    texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
+) -> np.ndarray:
+    """OpenAI's ids of n texts (a single one counts as n = 1): int32 [n, context_length].
+
+    Raises:
+      ValueError: a text is too long and not `truncate`, which cuts it and keeps the end token.
+    """
+    return _openai(context_length)(texts, truncate)
+
+
+@functools.lru_cache(maxsize=4)
+def _openai(context_length: int) -> Tokenizer:
+    return create("openai", context_length)
+
+
+def tf_encode(tokenizer: Tokenizer, texts: "tf.Tensor") -> "tf.Tensor":
+    """Encodes inside a tf.data pipeline: string [...] to int32 [..., context_length].
+
+    Long texts are cut, the end token kept; bytes that are not UTF-8 become U+FFFD. The work is
+    done in Python under its lock, so map it with batches rather than single texts.
+    """
+    import tensorflow as tf
+
+    def encode(values: np.ndarray | bytes) -> np.ndarray:
+        values = np.asarray(values, object)
+        decoded = [value.decode("utf-8", "replace") for value in values.ravel()]
+        tokens, _ = tokenizer.encode_batch(decoded)
+        return tokens.reshape(*values.shape, tokenizer.context_length)
+
+    tokens = tf.numpy_function(encode, [texts], tf.int32, stateful=False)
+    tokens.set_shape(texts.shape.concatenate([tokenizer.context_length]))
+    return tokens

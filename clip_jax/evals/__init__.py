@@ -1,0 +1,62 @@
+"""What a model can do: zero-shot classification and retrieval, and the page that shows it."""
+
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax.data import sources
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.evals.encoder import Encoder, Variables
+from clip_jax.evals.results import RetrievalResult, ZeroshotResult
+from clip_jax.evals.retrieval import Retrieval
+from clip_jax.evals.zeroshot import Zeroshot
+
+__all__ = ["Encoder", "Evaluators", "Retrieval", "RetrievalResult", "Zeroshot", "ZeroshotResult"]
+
+
+class Evaluators:
+    """The evaluations that a config names.
+
+    Attributes:
+      zeroshot, retrieval: the latest results; None before the first, or where switched off.
+    """
+
+    def __init__(self, config: ConfigDict, net: nn.Module, mesh: Mesh, tokenizer: Tokenizer):
+        """Opens the evaluation data, so that a wrong path fails before training, not after.
+
+        Args:
+          config: the whole config.
+          net: a `clip_jax.models.CLIP`.
+          mesh: devices to evaluate on.
+          tokenizer: of captions and prompts.
+        """
+        self.zeroshot: ZeroshotResult | None = None
+        self.retrieval: RetrievalResult | None = None
+        self._zeroshot: Zeroshot | None = None
+        self._retrieval: Retrieval | None = None
+        spec, size = config.eval, net.size.image_size
+        encoder = Encoder(net, mesh, spec.batch_size, config.data.threads)
+        if spec.zeroshot.source.type:
+            self._zeroshot = Zeroshot(
+                encoder,
+                sources.create(spec.zeroshot.source, size, config.seed),
+                tokenizer,
+                spec.zeroshot.class_names,
+                spec.zeroshot.templates,
+            )
+        if spec.retrieval.source.type:
+            source = sources.create(spec.retrieval.source, size, config.seed)
+            self._retrieval = Retrieval(encoder, source, tokenizer, spec.retrieval.max_examples)
+
+    def run(self, variables: Variables) -> dict[str, float]:
+        """Runs all of them; fractions by name, such as "zeroshot/top1"."""
+        metrics = {}
+        if self._zeroshot is not None:
+            self.zeroshot = self._zeroshot.run(variables)
+            metrics["zeroshot/top1"] = self.zeroshot.top1
+            if self.zeroshot.top5 is not None:
+                metrics["zeroshot/top5"] = self.zeroshot.top5
+        if self._retrieval is not None:
+            self.retrieval = self._retrieval.run(variables)
+            metrics |= {f"retrieval/{name}": v for name, v in self.retrieval.metrics.items()}
+        return metrics

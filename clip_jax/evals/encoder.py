@@ -1,0 +1,123 @@
+"""Both towers, jitted over the mesh, for whole data sets with ragged ends."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from clip_jax import sharding
+from clip_jax.data import images, pipeline
+from clip_jax.data.sources import Source
+from clip_jax.data.tokenizer import Tokenizer
+
+Variables = Mapping[str, Any]
+
+
+class Encoder:
+    """Embeds data sets; every host passes the same arguments and gets the same, whole results.
+
+    Attributes:
+      batch_size: images or captions per step over all devices, a multiple of their number.
+      image_size: pixels along a side.
+      mesh: devices that share each batch.
+    """
+
+    def __init__(self, net: nn.Module, mesh: Mesh, batch_size: int, threads: int):
+        """Compiles nothing yet.
+
+        Args:
+          net: a `clip_jax.models.CLIP`.
+          mesh: devices to split each batch over.
+          batch_size: wished for; rounded up to a multiple of the devices.
+          threads: that read and decode on each host; 0: one per CPU core.
+        """
+        self.batch_size = -(-batch_size // mesh.size) * mesh.size
+        self.image_size = net.size.image_size
+        self.mesh = mesh
+        self._threads = threads
+        self._sharding = sharding.batch_sharding(mesh)
+        whole = sharding.replicated(mesh)
+
+        def image(variables, pixels):
+            return net.apply(variables, pixels, method="encode_image")
+
+        def text(variables, tokens):
+            return net.apply(variables, tokens, method="encode_text")
+
+        self._image = jax.jit(image, out_shardings=whole)
+        self._text = jax.jit(text, out_shardings=whole)
+        self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
+
+    def texts(self, variables: Variables, tokens: np.ndarray) -> np.ndarray:
+        """int32 [n, s] -> float32 [n, embed_dim], L2-normalised."""
+        parts = []
+        for start in range(0, len(tokens), self.batch_size):
+            part = tokens[start : start + self.batch_size]
+            batch = put_rows(part, self.batch_size, self.mesh)
+            with jax.set_mesh(self.mesh):
+                parts.append(to_host(self._text(variables, batch))[: len(part)])
+        return np.concatenate(parts)
+
+    def images(
+        self,
+        variables: Variables,
+        source: Source,
+        tokenizer: Tokenizer | None = None,
+        limit: int | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Embeds the images of a source in stored order, unusable ones left out.
+
+        Args:
+          variables: of the model.
+          source: of the images.
+          tokenizer: None: captions are not needed.
+          limit: the first so many; None: all.
+
+        Yields:
+          "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
+          with a tokenizer "tokens" int32 [m, s]; m is at most batch_size.
+        """
+        batches = pipeline.eval_batches(
+            source,
+            tokenizer,
+            batch_size=self.batch_size,
+            image_size=self.image_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=self._threads,
+            limit=limit,
+        )
+        for batch in pipeline.to_device(batches, self._sharding, depth=2):
+            pixels = batch.pop("image")
+            with jax.set_mesh(self.mesh):
+                embed = self._image(variables, pixels)
+                rest = self._gather(batch)
+            rows = {name: to_host(value) for name, value in {**rest, "embed": embed}.items()}
+            mask = rows.pop("mask")
+            yield {name: value[mask] for name, value in rows.items()}
+
+
+def picture(source: Source, index: int, size: int) -> np.ndarray:
+    """One image of a source as the model sees it, uint8 [size, size, 3]."""
+    example = source[index]
+    image = example.image
+    if isinstance(image, bytes):
+        image = images.decode(image, example.key)
+    return images.resize_crop(image, size, "center", None)
+
+
+def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
+    """Rows that every host holds, zero-padded to `count` and split over the mesh."""
+    padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return jax.make_array_from_callback(
+        padded.shape, sharding.batch_sharding(mesh), lambda index: padded[index]
+    )
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """A replicated array as NumPy, also where other hosts hold copies."""
+    return np.asarray(array.addressable_data(0))

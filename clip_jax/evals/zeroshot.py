@@ -1,0 +1,141 @@
+"""Zero-shot classification with an ensemble of prompts (paper section 3.1)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_jax.data.sources import Source
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import UserError
+from clip_jax.evals.encoder import Encoder, Variables, picture
+from clip_jax.evals.results import Mistake, ZeroshotResult
+
+_MISTAKES = 12  # shown in the report
+
+
+def class_prompts(
+    class_names: Sequence[str], templates: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """Every name of every class in every template.
+
+    Args:
+      class_names: alternatives of one class joined by "|".
+      templates: each with one {} for the name.
+
+    Returns:
+      The prompts, and the class of each, int [prompts].
+
+    Raises:
+      UserError: no class, no template, or a template without its {}.
+    """
+    if not class_names or not templates:
+        raise UserError(
+            "Zero-shot classification needs class names and templates: the data names none, so "
+            "set eval.zeroshot.class_names and eval.zeroshot.templates in the config."
+        )
+    if bad := [template for template in templates if template.count("{}") != 1]:
+        raise UserError(f"The template {bad[0]!r} must have exactly one {{}} for the class name.")
+    prompts, owners = [], []
+    for owner, names in enumerate(class_names):
+        for name in names.split("|"):
+            prompts += [template.format(name) for template in templates]
+            owners += [owner] * len(templates)
+    return prompts, np.array(owners)
+
+
+def average_classes(embeds: np.ndarray, owners: np.ndarray, classes: int) -> np.ndarray:
+    """Means of the prompts' unit vectors [prompts, e], normalised again: float32 [classes, e]."""
+    sums = np.zeros((classes, embeds.shape[1]))
+    np.add.at(sums, owners, embeds)
+    return (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Zeroshot:
+    """Classifies the labelled images of a source by the prompts of its classes."""
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        source: Source,
+        tokenizer: Tokenizer,
+        class_names: Sequence[str] = (),
+        templates: Sequence[str] = (),
+    ):
+        """Prepares the prompts.
+
+        Args:
+          encoder: of images and prompts.
+          source: of labelled images; unlabelled ones are left out.
+          tokenizer: of the prompts.
+          class_names, templates: as in `class_prompts`; empty: those of the source.
+        """
+        self.class_names = tuple(class_names) or source.class_names
+        self.templates = tuple(templates) or source.templates
+        prompts, self._owners = class_prompts(self.class_names, self.templates)
+        self._tokens = tokenizer(prompts)
+        self._encoder = encoder
+        self._source = source
+
+    def run(self, variables: Variables) -> ZeroshotResult:
+        """Embeds the prompts once and every image once.
+
+        Raises:
+          UserError: no labelled image, or a label without a class name.
+        """
+        classes = len(self.class_names)
+        embeds = self._encoder.texts(variables, self._tokens)
+        class_embeds = average_classes(embeds, self._owners, classes)
+        scale = float(np.exp(np.asarray(variables["params"]["logit_scale"].addressable_data(0))))
+        labels, indices, ranked, probabilities = self._classify(variables, class_embeds, scale)
+        confusion = np.zeros((classes, classes), np.int64)
+        np.add.at(confusion, (labels, ranked[:, 0]), 1)
+        right = ranked == labels[:, None]
+        with np.errstate(invalid="ignore"):
+            per_class = np.diagonal(confusion) / confusion.sum(axis=1)
+        return ZeroshotResult(
+            class_names=self.class_names,
+            templates=self.templates,
+            confusion=confusion,
+            top1=float(right[:, 0].mean()),
+            top5=float(right[:, :5].any(axis=1).mean()) if classes > 5 else None,
+            per_class=per_class,
+            n=len(labels),
+            mistakes=self._mistakes(labels, indices, ranked[:, 0], probabilities),
+        )
+
+    def _classify(self, variables: Variables, class_embeds: np.ndarray, scale: float):
+        """Labels [n], indices [n], the 5 best classes [n, 5], probability of the best [n]."""
+        parts = []
+        for batch in self._encoder.images(variables, self._source):
+            labelled = batch["label"] >= 0
+            logits = scale * batch["embed"][labelled] @ class_embeds.T
+            ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+            best = odds.max(axis=1) / odds.sum(axis=1)
+            parts.append((batch["label"][labelled], batch["index"][labelled], ranked, best))
+        labels, indices, ranked, best = (np.concatenate(part) for part in zip(*parts))
+        if not len(labels):
+            raise UserError(
+                "Zero-shot evaluation found no labelled image: set label_key of its source."
+            )
+        if labels.max() >= len(self.class_names):
+            raise UserError(
+                f"The data has label {labels.max()}, but only {len(self.class_names)} class names "
+                "are given: set eval.zeroshot.class_names."
+            )
+        return labels, indices, ranked, best
+
+    def _mistakes(self, labels, indices, predicted, probabilities) -> list[Mistake]:
+        """The most confident ones."""
+        wrong = np.flatnonzero(predicted != labels)
+        worst = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
+        names = [alternatives.split("|")[0] for alternatives in self.class_names]
+        return [
+            Mistake(
+                image=picture(self._source, int(indices[i]), self._encoder.image_size),
+                true=names[labels[i]],
+                predicted=names[predicted[i]],
+                probability=float(probabilities[i]),
+            )
+            for i in worst
+        ]

@@ -1,0 +1,118 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress line."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from clip_jax import clock
+
+FILE = "metrics.jsonl"  # inside the workdir
+
+
+class MetricWriter:
+    """Appends rows of scalars to the workdir; only the first process writes."""
+
+    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, start_step: int):
+        """Opens the workdir.
+
+        Args:
+          workdir: local path or gs://.
+          tensorboard: write TensorBoard events as well.
+          start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
+            will write them again.
+        """
+        self._path = epath.Path(workdir) / FILE
+        self._events: Any = None
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        rows = [row for row in read_history(workdir) if row["step"] <= start_step]
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if tensorboard:
+            import tensorflow as tf
+
+            self._events = tf.summary.create_file_writer(str(self._path.parent / "tensorboard"))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds one row; values are scalars."""
+        if not self._writes:
+            return
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            import tensorflow as tf
+
+            with self._events.as_default(step=step):
+                for name, value in metrics.items():
+                    tf.summary.scalar(name, float(value))
+            self._events.flush()
+
+
+def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl, oldest first; a last line cut short is left out."""
+    path = epath.Path(workdir) / FILE
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Progress:
+    """The progress line: redrawn in place on a terminal, else one line at each update."""
+
+    def __init__(self, start_step: int, total_steps: int, batch_size: int):
+        self._step = start_step
+        self._total = total_steps
+        self._batch_size = batch_size
+        self._time = time.monotonic()
+        self._live = sys.stdout.isatty()
+        self._enabled = jax.process_index() == 0
+
+    def pause(self) -> float:
+        """Marks the start of something that is not training; returns the time for `resume`."""
+        return time.monotonic()
+
+    def resume(self, paused_at: float) -> None:
+        """Takes the time since `pause` out of the rate."""
+        self._time += time.monotonic() - paused_at
+
+    def rate(self, step: int) -> float:
+        """Images per second since the last call, pauses left out."""
+        now = time.monotonic()
+        seconds, steps = max(now - self._time, 1e-9), step - self._step
+        self._time, self._step = now, step
+        return steps * self._batch_size / seconds
+
+    def show(self, step: int, loss: float, rate: float) -> None:
+        """Shows step, loss, images/s and the time left at this rate."""
+        left = (self._total - step) * self._batch_size / max(rate, 1e-9)
+        self._print(
+            f"step {step:,}/{self._total:,} {step / self._total:4.0%}  loss {loss:.3f}  "
+            f"{rate:,.0f} images/s  ETA {clock.format_seconds(left)}",
+            end="\r" if self._live and step < self._total else "\n",
+        )
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._print(text, end="\n")
+
+    def _print(self, text: str, end: str) -> None:
+        if self._enabled:
+            clear = "\x1b[2K" if self._live else ""
+            print(clear + text, end=end, flush=True)
+
+
+def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Waits for replicated device scalars and brings them to the host."""
+    return {name: np.asarray(value.addressable_data(0)).item() for name, value in metrics.items()}

@@ -1,0 +1,273 @@
+"""The story of a training run: mesh, model, data, state, restore, loop, report."""
+
+import dataclasses
+import os
+import time
+from datetime import datetime
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax import checkpoint, clock, metrics, models, optim, sharding, workdir
+from clip_jax import state as train_state
+from clip_jax import step as train_step
+from clip_jax.data import pipeline, sources, tokenizer
+from clip_jax.errors import UserError
+from clip_jax.evals import Evaluators, report
+from clip_jax.evals.results import RunSummary
+from clip_jax.loop import Loop
+
+
+def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
+    """Trains, or resumes where the directory left off, and writes a report.
+
+    Args:
+      config: as in configs/default.py, validated.
+      directory: the workdir; local path or gs://.
+      command: what the user typed, for the report.
+
+    Returns:
+      The last metrics of evaluation.
+
+    Raises:
+      UserError: something in config, data or workdir that the user can put right.
+    """
+    started = datetime.now()
+    run = _prepare(config)
+    workdir.bind(directory, config)
+    store = checkpoint.Checkpoints(
+        directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+    )
+    with store:
+        like = train_state.abstract_state(run.net, run.tx, run.mesh)
+        _announce(run, config, like)
+        step_fn = _compile(run, config, like)
+        resumed = store.latest_step()
+        if resumed is None:
+            meta = {"step": 0, "examples_seen": 0, "seconds": 0.0}
+            state = train_state.init_state(run.net, run.tx, run.mesh, config.seed)
+        else:
+            meta = _check_meta(store.read_meta(resumed), run.tokenizer)
+            state = store.restore(resumed, like)
+            _say(f"Resuming {directory} from step {resumed:,}.")
+        data = _data(run, config, meta["examples_seen"])
+        loop = Loop(run, config, directory, store, data, meta)
+        final = loop.run(state, step_fn)
+    if jax.process_index() == 0:
+        _report(
+            directory, config, run, loop, command, started, train_state.count_params(like.params)
+        )
+    return final
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    mesh: Mesh
+    net: nn.Module
+    tokenizer: tokenizer.Tokenizer
+    source: sources.Source
+    evaluators: Evaluators
+    tx: Any
+    schedule: Any
+    total: int  # steps
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+
+def _prepare(config: ConfigDict) -> Run:
+    """Everything that can fail on a wrong setting, before anything slow."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    if config.batch_size % mesh.size:
+        nearest = max(config.batch_size // mesh.size, 1) * mesh.size
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be split evenly over {mesh.size} devices: "
+            f"take a multiple, such as --config.batch_size={nearest}."
+        )
+    net = make_net(config)
+    tokens = tokenizer.create(config.tokenizer, net.size.context_length)
+    if tokens.vocab_size != net.size.vocab_size:
+        raise UserError(
+            f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
+            f"{net.size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
+        )
+    source = sources.create(config.data.source, net.size.image_size, config.seed)
+    steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
+    total = clock.to_steps(config.duration, **steps)
+    if not total:
+        raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
+    steps["total_steps"] = total
+    warmup = clock.to_steps(config.optim.warmup, **steps)
+    schedule = optim.make_schedule(config.optim.learning_rate, warmup, total)
+    return Run(
+        mesh=mesh,
+        net=net,
+        tokenizer=tokens,
+        source=source,
+        evaluators=Evaluators(config, net, mesh, tokens),
+        tx=optim.make_optimizer(
+            schedule,
+            b1=config.optim.b1,
+            b2=config.optim.b2,
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            grad_clip_norm=config.optim.grad_clip_norm,
+        ),
+        schedule=schedule,
+        total=total,
+        log_every=clock.to_steps(config.log.every, **steps),
+        eval_every=clock.to_steps(config.eval.every, **steps),
+        checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
+    )
+
+
+def make_net(config: ConfigDict) -> models.CLIP:
+    """The model that a config describes."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return models.create(
+        config.model.name,
+        dtype=jnp.dtype(dtype),
+        scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
+        size=config.model.size.to_dict(),
+    )
+
+
+def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPipeline:
+    return pipeline.TrainPipeline(
+        run.source,
+        run.tokenizer,
+        config.data,
+        batch_size=config.batch_size,
+        image_size=run.net.size.image_size,
+        seed=config.seed,
+        start=examples_seen,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def _compile(run: Run, config: ConfigDict, like: train_state.TrainState):
+    """The compiled step, once it is known to fit into memory."""
+    size, place = run.net.size, sharding.batch_sharding(run.mesh)
+    image_shape = (config.batch_size, size.image_size, size.image_size, 3)
+    batch = {
+        "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
+        "tokens": jax.ShapeDtypeStruct(
+            (config.batch_size, size.context_length), jnp.int32, sharding=place
+        ),
+    }
+    began = time.monotonic()
+    compiled = train_step.compile_step(
+        like,
+        batch,
+        mesh=run.mesh,
+        net=run.net,
+        tx=run.tx,
+        schedule=run.schedule,
+        loss_method=config.loss.method,
+        max_logit_scale=config.optim.max_logit_scale,
+    )
+    _check_memory(compiled.memory_analysis(), config.batch_size)
+    _say(f"Compiled the training step in {clock.format_seconds(time.monotonic() - began)}.")
+    return compiled
+
+
+def _check_memory(needs: Any, batch_size: int) -> None:
+    """UserError where a step needs more memory than there is, which the system would answer by
+    killing the process."""
+    device = jax.local_devices()[0]
+    has = (device.memory_stats() or {}).get("bytes_limit")
+    share = 1
+    if has is None:  # a CPU: its devices share the memory of the host
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        share = jax.local_device_count()
+    needed = share * (
+        needs.temp_size_in_bytes
+        + needs.argument_size_in_bytes
+        + needs.output_size_in_bytes
+        - needs.alias_size_in_bytes
+    )
+    if needed > has:
+        raise UserError(
+            f"A training step with batch_size {batch_size:,} needs {needed / 2**30:,.1f} GiB, but "
+            f"this {device.device_kind} has {has / 2**30:,.1f} GiB. Run it on more devices, take "
+            "a smaller --config.batch_size, add --config.model.remat=full, or put :smoke behind "
+            "the config's name for a small version that runs anywhere."
+        )
+
+
+def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, Any]:
+    if meta["tokenizer"] != tokens.identity:
+        raise UserError(
+            f"The checkpoint was trained with the tokenizer {meta['tokenizer']}, the config names "
+            f"{tokens.identity}: set config.tokenizer to the former."
+        )
+    return meta
+
+
+def _announce(run: Run, config: ConfigDict, like: train_state.TrainState) -> None:
+    count = train_state.count_params(like.params)
+    axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items())
+    _say(
+        f"{config.model.name}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
+        f"{run.mesh.size} x {hardware()} (mesh {axes})."
+    )
+    _say(
+        f"{len(run.source):,} pairs from {config.data.source.type}; {run.total:,} steps of "
+        f"{config.batch_size:,} pairs: {run.total * config.batch_size / len(run.source):,.1f} epochs."
+    )
+
+
+def hardware() -> str:
+    """Kind of the devices."""
+    return jax.devices()[0].device_kind
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)
+    logging.debug(text)
+
+
+def _report(directory, config, run, loop, command, started, params) -> None:
+    steps = run.total - loop.start
+    rates = [
+        row["train/images_per_second"]
+        for row in metrics.read_history(directory)
+        if "train/images_per_second" in row
+    ]
+    summary = RunSummary(
+        title=f"{config.model.name} on {config.data.source.name or config.data.source.type}",
+        command=command,
+        started=started,
+        finished=datetime.now(),
+        wall_seconds=loop.seconds,
+        hardware=f"{run.mesh.size} x {hardware()}",
+        params=params,
+        images_seen=loop.examples_seen,
+        steps=run.total,
+        images_per_second=sorted(rates)[len(rates) // 2] if rates and steps >= 0 else 0.0,
+        skipped=dict(loop.data.skipped),
+        truncated=loop.data.truncated,
+        config_text=str(config),
+    )
+    path = epath.Path(directory) / "report.html"
+    report.write_report(
+        path,
+        summary,
+        metrics.read_history(directory),
+        run.evaluators.zeroshot,
+        run.evaluators.retrieval,
+    )
+    _say(f"Done in {clock.format_seconds(loop.seconds)}. Report: {path}")

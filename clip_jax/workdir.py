@@ -1,0 +1,71 @@
+"""The config a workdir belongs to: written once, compared at every resume."""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from clip_jax.errors import UserError
+
+FILE = "config.json"  # inside the workdir
+
+# Fields that may differ between a run and its resumption: they change where and how it computes,
+# or what is reported, not what is learned.
+FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
+FREE += ("model.remat", "data.threads", "data.prefetch", "data.max_skipped", "data.source.path")
+
+
+def bind(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes the resolved config, after checking that the workdir does not belong to another run.
+
+    Raises:
+      UserError: the workdir holds a run whose training settings differ.
+    """
+    path = epath.Path(workdir) / FILE
+    wanted = to_plain(config)
+    if path.exists() and not config.checkpoint.allow_config_change:
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError:
+            raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
+        if changed := differences(stored, wanted):
+            listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
+            raise UserError(
+                f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
+                "delete this one to start afresh, or add "
+                "--config.checkpoint.allow_config_change=True to go on with the new settings."
+            )
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Fields (dotted) whose values differ and are not `FREE`, with both values."""
+    old, new = _flatten(old), _flatten(new)
+    return [
+        (name, old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not _is_free(name)
+    ]
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _is_free(name: str) -> bool:
+    return any(name == free or name.startswith(free + ".") for free in FREE)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,17 @@
+"""RN101 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 62.2 %.
+
+python main.py --config=configs/rn101.py --config.data.source.type=tar \\
+    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn101
+python main.py --config=configs/rn101.py:smoke    # a tiny version, seconds on a laptop
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "RN101"
+    config.optim.learning_rate = 5e-4
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    return default.finish(config, arg)

@@ -1,0 +1,17 @@
+"""RN50 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 59.6 %.
+
+python main.py --config=configs/rn50.py --config.data.source.type=tar \\
+    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50
+python main.py --config=configs/rn50.py:smoke    # a tiny version, seconds on a laptop
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "RN50"
+    config.optim.learning_rate = 5e-4
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    return default.finish(config, arg)

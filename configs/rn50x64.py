@@ -1,0 +1,19 @@
+"""RN50x64 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 73.6 %.
+
+python main.py --config=configs/rn50x64.py --config.data.source.type=tar \\
+    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50x64
+python main.py --config=configs/rn50x64.py:smoke    # a tiny version, seconds on a laptop
+
+Paper: 18 days on 592 V100.
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "RN50x64"
+    config.optim.learning_rate = 3.6e-4
+    config.optim.b2 = 0.999
+    config.optim.eps = 1e-8
+    return default.finish(config, arg)

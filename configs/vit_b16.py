@@ -1,0 +1,15 @@
+"""ViT-B/16 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 68.6 %.
+
+python main.py --config=configs/vit_b16.py --config.data.source.type=tar \\
+    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b16
+python main.py --config=configs/vit_b16.py:smoke    # a tiny version, seconds on a laptop
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "ViT-B/16"
+    config.optim.learning_rate = 5e-4
+    return default.finish(config, arg)

@@ -1,0 +1,17 @@
+"""ViT-L/14 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 75.3 %.
+
+python main.py --config=configs/vit_l14.py --config.data.source.type=tar \\
+    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14
+python main.py --config=configs/vit_l14.py:smoke    # a tiny version, seconds on a laptop
+
+Paper: 12 days on 256 V100.
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "ViT-L/14"
+    config.optim.learning_rate = 4e-4
+    return default.finish(config, arg)

@@ -1,0 +1,16 @@
+"""ViT-L/14@336px on 400 million pairs, one more epoch at 336 pixels; zero-shot top-1 on ImageNet in the paper: 76.2 %.
+
+python main.py --config=configs/vit_l14_336.py --config.data.source.type=tar \\
+    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14_336
+python main.py --config=configs/vit_l14_336.py:smoke    # a tiny version, seconds on a laptop
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "ViT-L/14@336px"
+    config.optim.learning_rate = 2e-5
+    config.duration = "1 epochs"
+    return default.finish(config, arg)
