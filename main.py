@@ -1,17 +1,16 @@
 """Trains CLIP: python main.py --config=configs/vit_b32.py --workdir=runs/my_run
 
 Run the same command again to resume. A config takes an argument behind a colon: :smoke shrinks it
-to seconds on a laptop. Any setting of configs/default.py can be set on the command line, as in
+to seconds on a laptop. Any setting of configs/default.py can be given on the command line, as in
 --config.batch_size=4096. On several hosts, start the same command on each with --coordinator.
 """
 
+import contextlib
 import os
 import pathlib
 import shlex
 import sys
-
-# Where libtpu is installed without a TPU, or TensorFlow without a GPU, spare their start-up noise.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+from collections.abc import Iterator
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -32,38 +31,38 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of hosts; not needed with auto.")
 _PROCESS = flags.DEFINE_integer("process", None, "Which host this is, from 0; not with auto.")
+flags.mark_flag_as_required("config")
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"Unknown argument {argv[1]!r}.")
+        sys.exit(f"Unknown argument {argv[1]!r}: settings are given as --config.NAME=VALUE.")
     logging.set_verbosity(logging.WARNING)
     try:
-        run()
+        _run()
     except UserError as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. Run the same command again to resume at the last checkpoint.")
 
 
-def run() -> None:
+def _run() -> None:
+    # Imported late: --help and a mistyped flag answer at once.
     import jax
 
-    if _COORDINATOR.value == "auto":
-        jax.distributed.initialize()
-    elif _COORDINATOR.value:
-        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-
-    from clip_jax import train
     from configs import default
 
     config = _CONFIG.value
     default.validate(config)
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    workdir = _WORKDIR.value or default_workdir(
-        config_flags.get_config_filename(flags.FLAGS["config"])
-    )
+    if _COORDINATOR.value == "auto":
+        jax.distributed.initialize()
+    elif _COORDINATOR.value:
+        jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+    with _quiet_stderr():
+        from clip_jax import train
+
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or default_workdir(name)
     train.train(config, workdir, command=shlex.join(["python", *sys.argv]))
 
 
@@ -73,6 +72,40 @@ def default_workdir(config: str) -> str:
     return "runs/" + pathlib.Path(path).stem + (f"-{argument}" if argument else "")
 
 
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Holds back what TensorFlow writes at import, before a log level can reach it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; a mistyped one ends in a sentence, not in a traceback."""
+    try:
+        rest = flags.FLAGS(argv)
+        _CONFIG.value.keys()  # read now, so that a missing file shows here
+        return rest
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        reason = (error.args or [error])[-1] if isinstance(error, KeyError) else error
+        reason = str(reason).strip().splitlines()[-1].removeprefix("clip_jax.errors.UserError: ")
+        sys.exit(
+            f"The command line cannot be used: {reason.rstrip('.')}. See --help; every setting "
+            f"stands in configs/default.py, and the configs are {', '.join(_known_configs())}."
+        )
+
+
+def _known_configs() -> list[str]:
+    folder = pathlib.Path(__file__).parent / "configs"
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "default"))
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -18,6 +18,7 @@ from clip_jax.errors import BadExample, UserError
 from clip_jax.evals import zeroshot
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
+Pictures = Picture | Sequence[Picture]
 
 
 class Model:
@@ -40,7 +41,7 @@ class Model:
         self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
 
-    def encode_image(self, images: Picture | Sequence[Picture] | np.ndarray) -> np.ndarray:
+    def encode_image(self, images: Pictures) -> np.ndarray:
         """Embeds pictures.
 
         Args:
@@ -53,9 +54,9 @@ class Model:
         Raises:
           UserError: a file cannot be read, or is no picture.
         """
-        if isinstance(images, (Image.Image, str, os.PathLike)) or np.ndim(images) == 3:
-            images = [images]  # one picture
-        pixels = [self._pixels(image) for image in images]
+        one = isinstance(images, (Image.Image, str, os.PathLike))
+        one = one or (isinstance(images, np.ndarray) and images.ndim == 3)
+        pixels = [self._pixels(image) for image in ([images] if one else images)]
         size = self.net.size.image_size
         return self._batched(self._image, np.array(pixels, np.uint8).reshape(-1, size, size, 3))
 
@@ -76,7 +77,7 @@ class Model:
 
     def zero_shot(
         self,
-        images: Picture | Sequence[Picture] | np.ndarray,
+        images: Pictures,
         class_names: Sequence[str],
         templates: Sequence[str] = ("a photo of a {}.",),
     ) -> np.ndarray:
@@ -135,7 +136,7 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
         if step is None:
             raise UserError(f"{path} holds no finished checkpoint yet.")
         meta = store.read_meta(step)
-        size = models.Size(**{**meta["size"], "image_layers": tuple(meta["size"]["image_layers"])})
+        size = models.Size.from_json(meta["size"])
         net = models.CLIP(size, dtype=jnp.float32)
         variables = store.restore_variables(step, _shapes(net))
     tokens = tokenizers.create(meta["config"]["tokenizer"], size.context_length)

@@ -108,6 +108,8 @@ def _all_gather_forward(mesh: Mesh, images, texts, logit_scale):
 
 
 def _all_gather_backward(mesh: Mesh, residuals, gradient):
+    images, texts, logit_scale, logits, rows, columns = residuals
+
     def local(images, texts, logit_scale, logits, rows, columns, gradient):
         (row_max, row_sum), (column_max, column_sum) = rows, columns
         by_row = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
@@ -128,7 +130,7 @@ def _all_gather_backward(mesh: Mesh, residuals, gradient):
         mesh=mesh,
         in_specs=(BATCH, BATCH, _WHOLE, BATCH, BATCH, _WHOLE, _WHOLE),
         out_specs=(BATCH, BATCH, _WHOLE),
-    )(*residuals, gradient)
+    )(images, texts, logit_scale, logits, rows, columns, gradient)
 
 
 def _is_positive(logits: jax.Array) -> jax.Array:

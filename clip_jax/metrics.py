@@ -38,7 +38,10 @@ class MetricWriter:
         if tensorboard:
             import tensorflow as tf
 
-            self._events = tf.summary.create_file_writer(str(self._path.parent / "tensorboard"))
+            events = self._path.parent / "tensorboard"
+            if start_step == 0 and events.exists():
+                events.rmtree()  # of a run that ended before its first checkpoint
+            self._events = tf.summary.create_file_writer(str(events))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one row; values are scalars."""

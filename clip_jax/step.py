@@ -1,8 +1,8 @@
 """The training step: a pure function of state and batch."""
 
 import math
-from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def train_step(
 
     (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
     params = {**params, "logit_scale": logit_scale}
     metrics = {
@@ -69,19 +69,17 @@ def train_step(
     return state, metrics
 
 
-def compile_step(
-    state: TrainState,
-    batch: Batch,
-    *,
-    mesh: Mesh,
-    **settings,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def compile_step(state: TrainState, batch: Any, *, mesh: Mesh, **settings) -> jax.stages.Compiled:
     """Compiles `train_step` for a mesh; the state passed to the result is donated.
 
     Args:
       state, batch: arrays or `ShapeDtypeStruct`s with shardings.
       mesh: of the run.
       **settings: the other arguments of `train_step`.
+
+    Returns:
+      The program, callable as step(state, batch) like `train_step`; it can also tell the memory
+      and the operations it needs.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(

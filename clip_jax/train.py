@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
+import statistics
 import time
 from datetime import datetime
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -40,15 +40,17 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     """
     started = datetime.now()
     run = _prepare(config)
-    workdir.bind(directory, config)
     store = checkpoint.Checkpoints(
         directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
     )
     with store:
+        resumed = store.latest_step()
+        if resumed is not None:
+            workdir.check(directory, config)
         like = train_state.abstract_state(run.net, run.tx, run.mesh)
         _announce(run, config, like)
         step_fn = _compile(run, config, like)
-        resumed = store.latest_step()
+        workdir.write(directory, config)
         if resumed is None:
             meta = {"step": 0, "examples_seen": 0, "seconds": 0.0}
             state = train_state.init_state(run.net, run.tx, run.mesh, config.seed)
@@ -184,8 +186,7 @@ def _compile(run: Run, config: ConfigDict, like: train_state.TrainState):
 
 
 def _check_memory(needs: Any, batch_size: int) -> None:
-    """UserError where a step needs more memory than there is, which the system would answer by
-    killing the process."""
+    """UserError where a step needs more memory than there is; the system would kill the process."""
     device = jax.local_devices()[0]
     has = (device.memory_stats() or {}).get("bytes_limit")
     share = 1
@@ -221,53 +222,52 @@ def _announce(run: Run, config: ConfigDict, like: train_state.TrainState) -> Non
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items())
     _say(
         f"{config.model.name}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
-        f"{run.mesh.size} x {hardware()} (mesh {axes})."
+        f"{_hardware(run.mesh)} (mesh {axes})."
     )
+    epochs = run.total * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {config.data.source.type}; {run.total:,} steps of "
-        f"{config.batch_size:,} pairs: {run.total * config.batch_size / len(run.source):,.1f} epochs."
+        f"{config.batch_size:,} pairs, {epochs:,.1f} epochs."
     )
 
 
-def hardware() -> str:
-    """Kind of the devices."""
-    return jax.devices()[0].device_kind
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)
-    logging.debug(text)
-
-
-def _report(directory, config, run, loop, command, started, params) -> None:
-    steps = run.total - loop.start
-    rates = [
-        row["train/images_per_second"]
-        for row in metrics.read_history(directory)
-        if "train/images_per_second" in row
-    ]
+def _report(
+    directory: epath.PathLike,
+    config: ConfigDict,
+    run: Run,
+    loop: Loop,
+    command: str,
+    started: datetime,
+    params: int,
+) -> None:
+    history = metrics.read_history(directory)
+    rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
     summary = RunSummary(
         title=f"{config.model.name} on {config.data.source.name or config.data.source.type}",
         command=command,
         started=started,
         finished=datetime.now(),
         wall_seconds=loop.seconds,
-        hardware=f"{run.mesh.size} x {hardware()}",
+        hardware=_hardware(run.mesh),
         params=params,
         images_seen=loop.examples_seen,
         steps=run.total,
-        images_per_second=sorted(rates)[len(rates) // 2] if rates and steps >= 0 else 0.0,
+        images_per_second=statistics.median(rates) if rates else 0.0,
         skipped=dict(loop.data.skipped),
         truncated=loop.data.truncated,
         config_text=str(config),
     )
     path = epath.Path(directory) / "report.html"
-    report.write_report(
-        path,
-        summary,
-        metrics.read_history(directory),
-        run.evaluators.zeroshot,
-        run.evaluators.retrieval,
-    )
+    found = run.evaluators
+    report.write_report(path, summary, history, found.zeroshot, found.retrieval)
     _say(f"Done in {clock.format_seconds(loop.seconds)}. Report: {path}")
+
+
+def _hardware(mesh: Mesh) -> str:
+    """Number and kind of the devices."""
+    return f"{mesh.size} x {jax.devices()[0].device_kind}"
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

@@ -17,29 +17,34 @@ FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_la
 FREE += ("model.remat", "data.threads", "data.prefetch", "data.max_skipped", "data.source.path")
 
 
-def bind(workdir: epath.PathLike, config: ConfigDict) -> None:
-    """Writes the resolved config, after checking that the workdir does not belong to another run.
+def write(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes the resolved config; only the first process does."""
+    if jax.process_index() == 0:
+        path = epath.Path(workdir) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(to_plain(config), indent=2) + "\n")
+
+
+def check(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Compares the config with the one that the checkpoints in the workdir were trained with.
 
     Raises:
-      UserError: the workdir holds a run whose training settings differ.
+      UserError: settings that change what is learned differ.
     """
     path = epath.Path(workdir) / FILE
-    wanted = to_plain(config)
-    if path.exists() and not config.checkpoint.allow_config_change:
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError:
-            raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
-        if changed := differences(stored, wanted):
-            listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
-            raise UserError(
-                f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
-                "delete this one to start afresh, or add "
-                "--config.checkpoint.allow_config_change=True to go on with the new settings."
-            )
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n")
+    if config.checkpoint.allow_config_change or not path.exists():
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
+    if changed := differences(stored, to_plain(config)):
+        listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
+        raise UserError(
+            f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
+            "delete this one to start afresh, or add "
+            "--config.checkpoint.allow_config_change=True to go on with the new settings."
+        )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:

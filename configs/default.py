@@ -9,9 +9,11 @@ import re
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from clip_jax.errors import UserError
+
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The paper's common settings (Table 18), ViT variant. Names no data: use a config that does."""
+    """The paper's common settings (Table 18), for a ViT; names no data."""
     del arg
     config = ConfigDict()
     config.seed = 0  # the one PRNG key; all randomness is folded from it by step or example
@@ -33,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
     """Applies what stands behind the colon of --config=FILE:ARG; every config ends with it."""
     if arg not in ("", "smoke"):
-        raise ValueError(f"Unknown config argument {arg!r}: the one there is, is smoke.")
+        raise UserError(f"Unknown config argument {arg!r}: the one there is, is smoke.")
     return smoke(config) if arg else config
 
 
@@ -80,8 +82,6 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: names the field, what it holds and what it may hold.
     """
-    from clip_jax.errors import UserError
-
     problems = []
     for name, value, choices in (
         ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
@@ -126,7 +126,7 @@ def source(**overrides) -> ConfigDict:
     spec.text_key = (
         ""  # tfds, tar (a key of the .json) and folder (a table's column); "": usual name
     )
-    spec.label_key = ""  # tfds, tar (a key of the .json), folder (a column): class of an example
+    spec.label_key = ""  # where the class of an example stands, as for text_key; "": no classes
     spec.size = 0  # synthetic: number of examples
     spec.update(overrides)
     return spec

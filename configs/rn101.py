@@ -1,8 +1,11 @@
-"""RN101 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 62.2 %.
+"""RN101: the paper's recipe on 400 million pairs.
 
-python main.py --config=configs/rn101.py --config.data.source.type=tar \\
-    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn101
-python main.py --config=configs/rn101.py:smoke    # a tiny version, seconds on a laptop
+In the paper: 62.2 % zero-shot top-1 on ImageNet.
+
+    python main.py --config=configs/rn101.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn101
+
+    python main.py --config=configs/rn101.py:smoke     # a tiny version, seconds on a laptop
 """
 
 from configs import default

@@ -1,8 +1,11 @@
-"""RN50x4 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 65.8 %.
+"""RN50x4: the paper's recipe on 400 million pairs.
 
-python main.py --config=configs/rn50x4.py --config.data.source.type=tar \\
-    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50x4
-python main.py --config=configs/rn50x4.py:smoke    # a tiny version, seconds on a laptop
+In the paper: 65.8 % zero-shot top-1 on ImageNet.
+
+    python main.py --config=configs/rn50x4.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50x4
+
+    python main.py --config=configs/rn50x4.py:smoke     # a tiny version, seconds on a laptop
 """
 
 from configs import default

@@ -1,10 +1,12 @@
-"""RN50x64 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 73.6 %.
+"""RN50x64: the paper's recipe on 400 million pairs.
 
-python main.py --config=configs/rn50x64.py --config.data.source.type=tar \\
-    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50x64
-python main.py --config=configs/rn50x64.py:smoke    # a tiny version, seconds on a laptop
+In the paper: 73.6 % zero-shot top-1 on ImageNet.
+The paper trained it in 18 days on 592 V100.
 
-Paper: 18 days on 592 V100.
+    python main.py --config=configs/rn50x64.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50x64
+
+    python main.py --config=configs/rn50x64.py:smoke     # a tiny version, seconds on a laptop
 """
 
 from configs import default

@@ -1,8 +1,11 @@
-"""ViT-B/16 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 68.6 %.
+"""ViT-B/16: the paper's recipe on 400 million pairs.
 
-python main.py --config=configs/vit_b16.py --config.data.source.type=tar \\
-    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b16
-python main.py --config=configs/vit_b16.py:smoke    # a tiny version, seconds on a laptop
+In the paper: 68.6 % zero-shot top-1 on ImageNet.
+
+    python main.py --config=configs/vit_b16.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b16
+
+    python main.py --config=configs/vit_b16.py:smoke     # a tiny version, seconds on a laptop
 """
 
 from configs import default

@@ -1,8 +1,11 @@
-"""ViT-B/32 on 400 million pairs; zero-shot top-1 on ImageNet in the paper: 63.2 %.
+"""ViT-B/32: the paper's recipe on 400 million pairs.
 
-python main.py --config=configs/vit_b32.py --config.data.source.type=tar \\
-    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b32
-python main.py --config=configs/vit_b32.py:smoke    # a tiny version, seconds on a laptop
+In the paper: 63.2 % zero-shot top-1 on ImageNet.
+
+    python main.py --config=configs/vit_b32.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b32
+
+    python main.py --config=configs/vit_b32.py:smoke     # a tiny version, seconds on a laptop
 """
 
 from configs import default

@@ -1,8 +1,11 @@
-"""ViT-L/14@336px on 400 million pairs, one more epoch at 336 pixels; zero-shot top-1 on ImageNet in the paper: 76.2 %.
+"""ViT-L/14@336px, one more epoch at 336 pixels: the paper's recipe on 400 million pairs.
 
-python main.py --config=configs/vit_l14_336.py --config.data.source.type=tar \\
-    --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14_336
-python main.py --config=configs/vit_l14_336.py:smoke    # a tiny version, seconds on a laptop
+In the paper: 76.2 % zero-shot top-1 on ImageNet.
+
+    python main.py --config=configs/vit_l14_336.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14_336
+
+    python main.py --config=configs/vit_l14_336.py:smoke     # a tiny version, seconds on a laptop
 """
 
 from configs import default

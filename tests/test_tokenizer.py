@@ -21,79 +21,82 @@ from clip_jax.errors import UserError
 # Ids as openai-clip 1.0.1 gives them (ftfy 6.3.1), without start and end token; open_clip 3.3.0
 # agrees but for the special tokens. The first is in many publications.
 GOLDEN = [
-    ("a photo of a cat", [320, 1125, 539, 320, 2368]),
+    ("a photo of a cat", "320 1125 539 320 2368"),
     (
         "A   Photo\n of\tMY dog's toys, they'RE 12,345 years old!",
-        [320, 1125, 539, 607, 1929, 568, 7162, 267, 889, 982]
-        + [272, 273, 267, 274, 275, 276, 1151, 896, 256],
+        "320 1125 539 607 1929 568 7162 267 889 982 272 273 267 274 275 276 1151 896 256",
     ),
     (
         "Tom &amp;amp; Jerry &#39;n&#39; &lt;b&gt;friends&lt;/b&gt; caf&eacute;",
-        [2435, 261, 9164, 262, 333, 262, 283, 321, 285, 1574, 34308, 321, 285, 15304],
+        "2435 261 9164 262 333 262 283 321 285 1574 34308 321 285 15304",
     ),
-    ("<b>5 &lt; 6</b> &amp; more", [283, 321, 285, 276, 283, 277, 34308, 321, 285, 261, 750]),
+    ("<b>5 &lt; 6</b> &amp; more", "283 321 285 276 283 277 34308 321 285 261 750"),
     (
         "“curly” ‘quotes’ – and… dashes",
-        [257, 20795, 257, 262, 5808, 262, 1224, 537, 959, 925, 2502],
+        "257 20795 257 262 5808 262 1224 537 959 925 2502",
     ),
-    ("caf\xc3\xa9 \xe2\u20ac\u0153mojibake\xe2\u20ac\x9d", [15304, 257, 617, 3252, 11878, 257]),
+    ("caf\xc3\xa9 \xe2\u20ac\u0153mojibake\xe2\u20ac\x9d", "15304 257 617 3252 11878 257"),
     (
         "crème brûlée ŁÓDŹ cafe\u0301 ΣΊΣΥΦΟΣ",
-        [1075, 12138, 614, 711, 127, 119, 75, 13489, 40419, 8891, 67, 129, 374, 15304]
-        + [139, 225, 138, 107, 139, 225, 139, 227, 139, 228, 138, 123, 139, 480],
+        "1075 12138 614 711 127 119 75 13489 40419 8891 67 129 374 15304 139 225 138 107 139 "
+        "225 139 227 139 228 138 123 139 480",
     ),
     (
         "一只猫坐在窗台上 東京タワー",
-        [19759, 222, 34517, 103, 163, 234, 104, 161, 251, 238, 37746, 101, 163, 103, 245, 34517]
-        + [108, 19759, 488, 48338, 21078, 105, 34941, 2429, 107, 30391],
+        "19759 222 34517 103 163 234 104 161 251 238 37746 101 163 103 245 34517 108 19759 488 "
+        "48338 21078 105 34941 2429 107 30391",
     ),
     (
         "قطة جميلة في الحديقة",
-        [27585, 32050, 20915, 26375, 12986, 12046, 14251, 20915, 24112, 23853, 12973, 25722]
-        + [19872, 12046, 27585, 20915],
+        "27585 32050 20915 26375 12986 12046 14251 20915 24112 23853 12973 25722 19872 12046 "
+        "27585 20915",
     ),
     (
         "кошка и собака",
-        [27152, 13506, 141, 230, 27152, 27080, 140, 372, 23669, 20978, 109, 16912, 27152, 27080],
+        "27152 13506 141 230 27152 27080 140 372 23669 20978 109 16912 27152 27080",
     ),
     (
         "🐱👩\u200d👩\u200d👧\u200d👦 🇫🇷❤\ufe0f",
-        [35710, 26304, 26304, 48938, 4244, 964, 355, 39109, 1752],
+        "35710 26304 26304 48938 4244 964 355 39109 1752",
     ),
-    ("ＦＵＬＬ\u3000ｗｉｄｔｈ ﬁre ﬂy", [1476, 23571, 1769, 3228]),
+    ("ＦＵＬＬ\u3000ｗｉｄｔｈ ﬁre ﬂy", "1476 23571 1769 3228"),
     (  # code points that are unassigned or never will be assigned
         "\u0378 \U000e0080x \ufffe\U0010ffff unassigned",
-        [137, 372, 175, 254, 224, 478, 343, 27850, 122, 176, 237, 123, 379, 569, 25767],
+        "137 372 175 254 224 478 343 27850 122 176 237 123 379 569 25767",
     ),
-    ("it'ſ 'ſ \u212a 1½ ²", [585, 6, 129, 379, 6, 129, 379, 330, 272, 33613, 41175]),
-    ("<|startoftext|>a<|ENDOFTEXT|> b <|endoftext|>!!", [49406, 320, 49407, 321, 49407, 748]),
+    ("it'ſ 'ſ \u212a 1½ ²", "585 6 129 379 6 129 379 330 272 33613 41175"),
+    ("<|startoftext|>a<|ENDOFTEXT|> b <|endoftext|>!!", "49406 320 49407 321 49407 748"),
     (
         "zero\u200bwidth\xa0nbsp\ufeff\x00\x1b[31mred\x1b[0m",
-        [5848, 9844, 23571, 6459, 588, 736],
+        "5848 9844 23571 6459 588 736",
     ),
-    ("\ud83d\udc31 \ud800 lone", [22979, 39802, 13576]),  # surrogates, paired and alone
+    ("\ud83d\udc31 \ud800 lone", "22979 39802 13576"),  # surrogates, paired and alone
     (
         "&#x1F431; &notit; &copy2024",
-        [22979, 126, 361, 585, 282, 5811, 273, 271, 273, 275],
+        "22979 126 361 585 282 5811 273 271 273 275",
     ),
     (
         "antidisestablishmentarianism 3.14159265",
-        [3120, 4262, 7726, 12658, 1585, 44351, 274, 269, 272, 275, 272, 276, 280, 273, 277, 276],
+        "3120 4262 7726 12658 1585 44351 274 269 272 275 272 276 280 273 277 276",
     ),
-    ("", []),
+    ("", ""),
 ]
 SPELLINGS = ["latin-1", "cp1252", "cp1251", "cp1253", "cp1257", "cp437", "macroman"]  # of mojibake
-FRAGMENTS = (
-    "a the cat dog's it'S I'LL they'Re 'ſ <|startoftext|> <|endoftext|> </w> & &amp; &amp;amp; < > "
-    "&lt; &eacute; &EACUTE; &#39; &#x2019; &#10; &#128; &nbsp &notit; ＆amp; “ ” ’ … – é œ Œuvre Ã Â "
-    "à la Ã© â€œ â€™ Ã\xa0 Å“ Ð¿Ñ€ ﬁ ǆ ŉ ½ № ² ΣΑΣ İ ǅ e\u0301 \u1100\u1161 🐱 👩\u200d👧 ❤\ufe0f 猫 \n \r\n "
-    "\t \x00 \x1c \x1b[1m \x85 \xa0 \u2028 \u3000 \ufeff \ud83d\udc31 \ud800 x\ufffd 2024 1,000"
-).split(" ")
+FRAGMENTS = """
+    a the cat dog's it'S I'LL they'Re 'ſ <|startoftext|> <|endoftext|> </w> & &amp; &amp;amp; < >
+    &lt; &eacute; &EACUTE; &#39; &#x2019; &#10; &#128; &nbsp &notit; ＆amp; “ ” ’ … – é œ Œuvre Ã Â
+    à la Ã© â€œ â€™ Å“ Ð¿Ñ€ ﬁ ǆ ŉ ½ № ² ΣΑΣ İ ǅ 🐱 猫 2024 1,000
+"""
+INVISIBLE = (
+    "\n|\r\n|\t|\0|\x1c|\x1b[1m|\x85|\xa0|Ã\xa0|\u2028|\u3000|\ufeff|x\ufffd|\ud800|\ud83d\udc31"
+)
+COMBINED = "e\u0301|\u1100\u1161|👩\u200d👧|❤\ufe0f"
 
 
 def random_texts(count: int, seed: int) -> list[str]:
     """Texts that mix plain words, every fix of ftfy, entities, mojibake and any code point."""
     rng = random.Random(seed)
+    fragments = FRAGMENTS.split() + INVISIBLE.split("|") + COMBINED.split("|")
 
     def character() -> str:
         limit = rng.choice([0x80, 0x100, 0x250, 0x3000, 0x10000, 0x110000])
@@ -106,7 +109,7 @@ def random_texts(count: int, seed: int) -> list[str]:
     def part() -> str:
         kind = rng.random()
         if kind < 0.6:
-            return rng.choice(FRAGMENTS)
+            return rng.choice(fragments)
         return mojibake() if kind < 0.7 else character()
 
     def text() -> str:
@@ -136,6 +139,7 @@ def ids_of(text: str, encoder: bpe.BPE) -> list[int]:
 
 @pytest.mark.parametrize(("text", "ids"), GOLDEN)
 def test_known_ids(openai, text, ids):
+    ids = [int(token) for token in ids.split()]
     for _ in range(2):  # the second time from memory
         row, truncated = openai.encode(text)
         np.testing.assert_array_equal(row, [49406, *ids, 49407, *[0] * (75 - len(ids))])
@@ -145,7 +149,7 @@ def test_known_ids(openai, text, ids):
 
 def test_same_ids_as_openai(reference):
     encoder = bpe.BPE()
-    for text in random_texts(3000, seed=0):
+    for text in random_texts(5000, seed=0):
         assert ids_of(text, encoder) == reference.encode(text), ascii(text)
 
 
@@ -172,7 +176,7 @@ def test_forgetting_changes_nothing_and_bounds_memory():
 
 
 def test_batch(openai):
-    rows = openai(["a photo of a cat", "", "a" + " cat" * 75])
+    rows = openai(["a photo of a cat", "", "a" + " cat" * 74])
     assert rows.shape == (3, 77)
     assert rows.dtype == np.int32
     assert rows.flags.writeable
@@ -201,7 +205,7 @@ def test_tokenize():
         tokenizer.tokenize("a photo of a cat", context_length=8),
         [[49406, 320, 1125, 539, 320, 2368, 49407, 0]],
     )
-    with pytest.raises(ValueError, match="text 0 .* takes 7 ids .* room for 6;"):
+    with pytest.raises(ValueError, match=r"text 0 .* takes 7 ids .* room for 6;"):
         tokenizer.tokenize(["a photo of a cat"], context_length=6)
     row = tokenizer.tokenize("a photo of a cat", context_length=6, truncate=True)
     np.testing.assert_array_equal(row, [[49406, 320, 1125, 539, 320, 49407]])
@@ -210,7 +214,7 @@ def test_tokenize():
 
 
 def test_decode(openai):
-    assert openai.decode(openai("A photo of  a CAF&eacute; 🐱!")[0]) == "a photo of a café 🐱 !"
+    assert openai.decode(openai("A photo of  a CAF&eacute; 🐱!")[0]) == "a photo of a café 🐱!"
     assert openai.decode([49406, 4244, 49407, 320, 0, 0]) == openai.decode([4244])
     assert openai.decode([]) == ""
     assert openai.decode([163]) == "\ufffd"  # part of a character
@@ -220,7 +224,7 @@ def test_what_it_is(openai):
     assert openai.vocab_size == 49_408
     assert openai.context_length == 77
     assert openai.identity == tokenizer.create("openai", 32).identity
-    with pytest.raises(UserError, match="no tokenizer 'gpt2'. Use 'openai'"):
+    with pytest.raises(UserError, match=r"no tokenizer 'gpt2'\. Use 'openai'"):
         tokenizer.create("gpt2", 77)
     with pytest.raises(ValueError, match="context_length 1 has no room"):
         tokenizer.create("openai", 1)
@@ -247,7 +251,7 @@ def test_missing_or_damaged_vocabulary(monkeypatch, tmp_path):
         return types.SimpleNamespace(locate_file=lambda path: tmp_path / "vocabulary")
 
     monkeypatch.setattr(importlib.metadata, "distribution", elsewhere)
-    with pytest.raises(UserError, match="cannot be read: .* pip install --force-reinstall"):
+    with pytest.raises(UserError, match=r"cannot be read: .*`pip install --force-reinstall"):
         bpe._read_vocabulary()
     (tmp_path / "vocabulary").write_bytes(gzip.compress(b"#version\na b\n"))
     with pytest.raises(UserError, match="checksum differs"):
@@ -287,7 +291,7 @@ def test_sentencepiece(pieces):
     row, truncated = pieces.encode("a cat cat cat cat cat")
     np.testing.assert_array_equal(row, [9, 3, 4, 4, 4, 4, 10])
     assert truncated
-    with pytest.raises(ValueError, match="text 0 .* takes 8 ids .* room for 7;"):
+    with pytest.raises(ValueError, match=r"text 0 .* takes 8 ids .* room for 7;"):
         pieces("cat cat cat cat cat cat")
 
 

@@ -44,7 +44,7 @@ _REPLACED = re.compile(
     "\u2028\u2029\u206a-\u206f\u3000\ud800-\udfff\ufb00-\ufb06\ufeff\uff01-\uffef\ufff9-\ufffc]"
 )
 # Without one of these ftfy's mojibake detector (ten times as slow) cannot match.
-_SUSPECT = re.compile("[ŒœÂÃ]|[\xa0-\u2fff\uf8ff-\ufffd]{2}")
+_SUSPECT = re.compile("[ŒœÂÃ]|[\xa0-\u04ff\u2000-\u2fff\uf8ff-\ufffd]{2}")
 _FTFY_SEGMENT = 1_000_000  # ftfy cuts longer texts into segments
 
 

@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -233,7 +233,9 @@ def eval_batches(
         )
 
 
-def to_device(batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int) -> Iterator:
+def to_device(
+    batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int
+) -> Generator[Batch, None, None]:
     """Moves batches onto the mesh ahead of their use, in a thread of its own.
 
     Args:
@@ -367,7 +369,7 @@ def _batches(
     )
     try:
         yield from dataset.as_numpy_iterator()
-    except tf.errors.OpError:
+    except Exception:
         if errors:
-            raise errors[0] from None  # what TensorFlow wraps beyond recognition
+            raise errors[0] from None  # which TensorFlow wraps beyond recognition
         raise

@@ -120,7 +120,7 @@ def _choose(
         return ""
     raise UserError(
         f"The dataset has no feature {wanted or ' or '.join(usual)!r}. Set source.{field} to one "
-        f"of: {', '.join(leaves)}."
+        f"of: {', '.join(sorted(leaves))}."
     )
 
 

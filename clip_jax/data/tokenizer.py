@@ -72,12 +72,12 @@ class Tokenizer(abc.ABC):
         texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
-                raise TypeError(f"text {i} is not a str but {type(text).__name__}: {text!r:.60}")
+                raise TypeError(f"text {i} is not a str but {type(text).__name__}: {text!r:.70}")
         tokens, lengths = self.encode_batch(texts)
         if not truncate and lengths.max(initial=0) > self.context_length:
             i = int(np.argmax(lengths > self.context_length))
             raise ValueError(
-                f"text {i} ({texts[i]!r:.60}) takes {lengths[i]} ids with start and end token, "
+                f"text {i} ({texts[i][:60]!r}) takes {lengths[i]} ids with start and end token, "
                 f"the context has room for {self.context_length}; truncate=True cuts it and keeps "
                 "the end token"
             )

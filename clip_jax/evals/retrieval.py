@@ -1,7 +1,5 @@
 """Image-to-text and text-to-image retrieval: recall@1, 5, 10."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,7 +111,7 @@ def recalls(direction: str, ranks: np.ndarray) -> dict[str, float]:
     return {f"{direction}/recall@{k}": float(np.mean(ranks < k)) for k in CUTOFFS}
 
 
-def chance(direction: str, matches: np.ndarray, candidates: int) -> Mapping[str, float]:
+def chance(direction: str, matches: np.ndarray, candidates: int) -> dict[str, float]:
     """What a random order reaches.
 
     Args:

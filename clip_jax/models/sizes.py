@@ -35,6 +35,11 @@ class Size:
     context_length: int = 77
     vocab_size: int = 49_408
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> "Size":
+        """The inverse of `dataclasses.asdict`, after a trip through JSON."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
     @property
     def is_resnet(self) -> bool:
         return self.patch_size is None

@@ -107,19 +107,16 @@ class Transformer(nn.Module):
     def _block(self, width: int) -> Block:
         if self.paper_init:
             normal = nn.initializers.normal
-            inits = {
-                "qkv_init": normal(width**-0.5),
-                "mlp_init": normal((2 * width) ** -0.5),
-                "out_init": normal(width**-0.5 * (2 * self.layers) ** -0.5),
-            }
+            qkv_init = normal(width**-0.5)
+            mlp_init = normal((2 * width) ** -0.5)
+            out_init = normal(width**-0.5 * (2 * self.layers) ** -0.5)
         else:
-            inits = {
-                "qkv_init": nn.initializers.xavier_uniform(),
-                "mlp_init": torch_default_init,
-                "out_init": torch_default_init,
-            }
+            qkv_init = nn.initializers.xavier_uniform()
+            mlp_init = out_init = torch_default_init
         # parent=None: the stack holds the parameters, the block is only their function.
-        return Block(self.heads, self.dtype, self.causal, **inits, parent=None)
+        return Block(
+            self.heads, self.dtype, self.causal, qkv_init, mlp_init, out_init, parent=None
+        )
 
 
 def _unstack(params: Any, layers: int) -> list[Any]:

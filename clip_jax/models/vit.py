@@ -20,6 +20,7 @@ class VisionTransformer(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         del train  # no layer behaves differently in training
         size, width = self.size, self.size.image_width
+        assert size.patch_size is not None  # else it is a ResNet
         patch = (size.patch_size, size.patch_size)
         x = nn.Conv(
             width,

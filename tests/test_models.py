@@ -1,0 +1,502 @@
+"""Shapes, initialisation and mathematics of the models, against the paper's numbers and NumPy."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from clip_jax import losses, models, sharding
+from clip_jax.errors import UserError
+from clip_jax.models import clip, transformer
+
+PARAMETERS = {
+    "RN50": 102_007_137,
+    "RN101": 119_688_033,
+    "RN50x4": 178_300_601,
+    "RN50x16": 290_979_217,
+    "RN50x64": 623_258_305,
+    "ViT-B/32": 151_277_313,
+    "ViT-B/16": 149_620_737,
+    "ViT-L/14": 427_616_513,
+    "ViT-L/14@336px": 427_944_193,
+}
+TINY_TEXT = {
+    "text_width": 16,
+    "text_heads": 2,
+    "text_layers": 2,
+    "context_length": 9,
+    "vocab_size": 50,
+    "embed_dim": 12,
+}
+TINY_VIT = TINY_TEXT | {
+    "image_size": 12,
+    "image_layers": (3,),
+    "image_width": 24,
+    "image_heads": 3,
+    "patch_size": 4,
+}
+TINY_RESNET = TINY_TEXT | {
+    "image_size": 64,
+    "image_layers": (1, 2, 1, 1),
+    "image_width": 4,
+    "image_heads": 4,
+}
+EXACT = {"rtol": 1e-5, "atol": 1e-5}  # float32 against float64, of unit vectors
+
+
+def make_batch(size: models.Size, batch: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images, and captions of lengths 3, 4, ... padded with zeros."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, size.image_size, size.image_size, 3), np.uint8)
+    tokens = np.zeros((batch, size.context_length), np.int32)
+    for i, row in enumerate(tokens):
+        length = 3 + i % (size.context_length - 2)
+        row[:length] = rng.integers(1, size.vocab_size - 2, length)
+        row[0], row[length - 1] = size.vocab_size - 2, size.vocab_size - 1
+    return images, tokens
+
+
+def make_variables(net: models.CLIP) -> dict:
+    """Variables in which nothing is 0 or 1 that starts so, as that would hide mistakes."""
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *make_batch(net.size, 1))
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        if sharding.path_name(path).endswith(("scale", "var")):
+            values = rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = 0.2 * rng.normal(size=leaf.shape)
+        return np.asarray(values, np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def apply(net: models.CLIP, variables: dict, *inputs, **options):
+    return jax.jit(partial(net.apply, **options))(variables, *inputs)
+
+
+def float64(tree):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+# ---- Shapes and initialisation -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", models.available_models())
+def test_parameter_count(name: str):
+    net = models.create(name)
+    images = jnp.zeros((1, net.size.image_size, net.size.image_size, 3), jnp.uint8)
+    tokens = jnp.zeros((1, net.size.context_length), jnp.int32)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images, tokens)
+    params = jax.tree.leaves(shapes["params"])
+    assert sum(math.prod(leaf.shape) for leaf in params) == PARAMETERS[name]
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    assert ("batch_stats" in shapes) == name.startswith("RN")
+
+
+def test_all_models_are_counted():
+    assert models.available_models() == list(PARAMETERS)
+
+
+WIDTH, LAYERS = 128, 4  # wide enough for a deviation to be known to 2 %
+INIT = {
+    # path: (distribution, standard deviation); paper.md's table is from the published code
+    "text/token_embed/embedding": ("normal", 0.02),
+    "text/positions": ("normal", 0.01),
+    "text/projection/kernel": ("normal", WIDTH**-0.5),
+    "text/transformer/blocks/qkv/kernel": ("normal", WIDTH**-0.5),
+    "text/transformer/blocks/attn_out/kernel": ("normal", WIDTH**-0.5 * (2 * LAYERS) ** -0.5),
+    "text/transformer/blocks/mlp_in/kernel": ("normal", (2 * WIDTH) ** -0.5),
+    "text/transformer/blocks/mlp_out/kernel": ("normal", WIDTH**-0.5 * (2 * LAYERS) ** -0.5),
+}
+VIT_INIT = {
+    "image/positions": ("normal", WIDTH**-0.5),
+    "image/class_token": ("normal", WIDTH**-0.5),
+    "image/projection/kernel": ("normal", WIDTH**-0.5),
+    # What PyTorch gives these modules: the published code does not touch them.
+    "image/patch_embed/kernel": ("uniform", (3 * 4 * 4 * 3) ** -0.5),
+    "image/transformer/blocks/qkv/kernel": ("uniform", (2 / (WIDTH + 3 * WIDTH)) ** 0.5),
+    "image/transformer/blocks/attn_out/kernel": ("uniform", (3 * WIDTH) ** -0.5),
+    "image/transformer/blocks/mlp_in/kernel": ("uniform", (3 * WIDTH) ** -0.5),
+    "image/transformer/blocks/mlp_out/kernel": ("uniform", (3 * 4 * WIDTH) ** -0.5),
+}
+RESNET_INIT = {
+    "image/attention_pool/positions": ("normal", WIDTH**-0.5),
+    "image/attention_pool/query/kernel": ("normal", WIDTH**-0.5),
+    "image/attention_pool/key/kernel": ("normal", WIDTH**-0.5),
+    "image/attention_pool/value/kernel": ("normal", WIDTH**-0.5),
+    "image/attention_pool/projection/kernel": ("normal", WIDTH**-0.5),
+    "image/stem_conv1/kernel": ("uniform", (3 * 3 * 3 * 3) ** -0.5),
+    "image/stage4_block0/conv2/kernel": ("uniform", (3 * 3 * 3 * 32) ** -0.5),
+}
+
+
+@pytest.mark.parametrize(("name", "table"), [("ViT-B/32", VIT_INIT), ("RN50", RESNET_INIT)])
+def test_initialisation(name: str, table: dict):
+    size = {"text_width": WIDTH, "text_layers": LAYERS, "context_length": 64, "vocab_size": 500}
+    if name == "RN50":
+        size |= {"image_size": 96, "image_layers": (1, 1, 1, 1), "image_width": 4}
+        size |= {"image_heads": 2, "embed_dim": 64}
+    else:
+        size |= {"image_size": 32, "image_layers": (LAYERS,), "image_width": WIDTH}
+        size |= {"image_heads": 2, "patch_size": 4}
+    net = models.create(name, size=size)
+    params = jax.jit(net.init)(jax.random.key(0), *make_batch(net.size, 1))["params"]
+    flat = {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    for path, (distribution, deviation) in (INIT | table).items():
+        values = np.asarray(flat.pop(path), np.float64)
+        assert values.std() == pytest.approx(deviation, rel=4 / math.sqrt(2 * values.size)), path
+        assert abs(values.mean()) < 4 * deviation / math.sqrt(values.size), path
+        # A uniform distribution ends at sqrt(3) deviations; a normal one does not.
+        assert (np.abs(values).max() <= 1.7321 * deviation) == (distribution == "uniform"), path
+        if "/blocks/" in path:
+            assert not np.array_equal(values[0], values[1]), f"{path}: equal layers"
+    assert float(flat.pop("logit_scale")) == pytest.approx(math.log(1 / 0.07))
+    for path, leaf in flat.items():
+        if not path.endswith("kernel"):
+            is_one = path.endswith("scale") and "bn3" not in path.replace("stem_bn3", "")
+            assert np.all(np.asarray(leaf) == float(is_one)), path
+
+
+# ---- Against NumPy in float64 ------------------------------------------------------------------
+
+
+def np_norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def np_softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def np_unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def np_block(x, p, causal: bool):
+    y = np_norm(x, p["ln_1"])
+    qkv = np.einsum("bsw,wthd->tbhsd", y, p["qkv"]["kernel"])
+    q, k, v = qkv + p["qkv"]["bias"][:, None, :, None]
+    logits = np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        logits = np.where(np.tri(x.shape[1], dtype=bool), logits, -np.inf)
+    y = np.einsum("bhst,bhtd->bshd", np_softmax(logits), v)
+    x = x + np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
+    y = np_norm(x, p["ln_2"]) @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"]
+    y = y / (1 + np.exp(-1.702 * y))
+    return x + y @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
+
+
+def np_transformer(x, blocks, causal: bool):
+    for layer in range(len(blocks["ln_1"]["scale"])):
+        x = np_block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks), causal)
+    return x
+
+
+def np_pixels(images):
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    return (images / 255 - mean) / np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+def np_vit(images, p, patch: int):
+    b, h, w, _ = images.shape
+    x = np_pixels(images).reshape(b, h // patch, patch, w // patch, patch, 3)
+    x = np.einsum("byixjc,ijcw->byxw", x, p["patch_embed"]["kernel"]).reshape(
+        b, h * w // patch**2, -1
+    )
+    x = np.concatenate([np.broadcast_to(p["class_token"], (b, 1, x.shape[2])), x], axis=1)
+    x = np_norm(x + p["positions"], p["ln_pre"])
+    x = np_transformer(x, p["transformer"]["blocks"], causal=False)
+    return np_unit(np_norm(x[:, 0], p["ln_post"]) @ p["projection"]["kernel"])
+
+
+def np_text(tokens, p):
+    rows = []
+    for row in tokens:  # one caption at a time, cut behind its end token
+        row = row[: list(row).index(max(row)) + 1]
+        x = (p["token_embed"]["embedding"][row] + p["positions"][: len(row)])[None]
+        x = np_transformer(x, p["transformer"]["blocks"], causal=True)
+        rows.append(np_norm(x[0, -1], p["ln_final"]) @ p["projection"]["kernel"])
+    return np_unit(np.stack(rows))
+
+
+def np_conv(x, p, stride: int = 1):
+    kernel = p["kernel"]
+    pad = kernel.shape[0] // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    x = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("byxcij,ijco->byxo", x[:, ::stride, ::stride], kernel)
+
+
+def np_pool(x, stride: int):
+    b, h, w, c = x.shape
+    return x.reshape(b, h // stride, stride, w // stride, stride, c).mean((2, 4))
+
+
+def np_resnet(images, p, running: dict | None):
+    """With `running` statistics, or with those of the batch."""
+
+    def norm(x, params, stats):
+        mean = stats["mean"] if running else x.mean((0, 1, 2))
+        var = stats["var"] if running else x.var((0, 1, 2))
+        return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    stats = running or p  # p: unused placeholder of the same keys
+    x = np_pixels(images)
+    for i in "123":
+        x = np_conv(x, p[f"stem_conv{i}"], stride=2 if i == "1" else 1)
+        x = relu(norm(x, p[f"stem_bn{i}"], stats[f"stem_bn{i}"]))
+    x = np_pool(x, 2)
+    for name in sorted(key for key in p if key.startswith("stage")):
+        b, s = p[name], stats[name]
+        stride = 2 if name.endswith("block0") and not name.startswith("stage1") else 1
+        y = relu(norm(np_conv(x, b["conv1"]), b["bn1"], s["bn1"]))
+        y = relu(norm(np_conv(y, b["conv2"]), b["bn2"], s["bn2"]))
+        y = norm(np_conv(np_pool(y, stride), b["conv3"]), b["bn3"], s["bn3"])
+        if "shortcut_conv" in b:
+            x = np_conv(np_pool(x, stride), b["shortcut_conv"])
+            x = norm(x, b["shortcut_bn"], s["shortcut_bn"])
+        x = relu(x + y)
+    return np_unit(np_attention_pool(x, p["attention_pool"]))
+
+
+def np_attention_pool(x, p):
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = np.concatenate([x.mean(1, keepdims=True), x], axis=1) + p["positions"]
+    q, k, v = (
+        np.einsum("bsw,whd->bhsd", x, p[n]["kernel"]) + p[n]["bias"][:, None]
+        for n in ("query", "key", "value")
+    )
+    weights = np_softmax(np.einsum("bhd,bhtd->bht", q[:, :, 0], k) / np.sqrt(q.shape[-1]))
+    y = np.einsum("bht,bhtd->bhd", weights, v)
+    return np.einsum("bhd,hde->be", y, p["projection"]["kernel"]) + p["projection"]["bias"]
+
+
+def test_vit_and_text_equal_numpy():
+    net = models.create("ViT-B/32", size=TINY_VIT)
+    variables, (images, tokens) = make_variables(net), make_batch(net.size)
+    image, text, logit_scale = apply(net, variables, images, tokens)
+    p = float64(variables["params"])
+    np.testing.assert_allclose(image, np_vit(images, p["image"], 4), **EXACT)
+    np.testing.assert_allclose(text, np_text(tokens, p["text"]), **EXACT)
+    assert logit_scale == variables["params"]["logit_scale"]
+    for method, inputs, expected in (
+        ("encode_image", images, image),
+        ("encode_text", tokens, text),
+    ):
+        alone = apply(net, variables, inputs, method=method)
+        np.testing.assert_allclose(alone, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_resnet_equals_numpy(train: bool):
+    net = models.create("RN50", size=TINY_RESNET)
+    variables, (images, tokens) = make_variables(net), make_batch(net.size)
+    (image, _, _), updated = apply(
+        net, variables, images, tokens, train=train, mutable=["batch_stats"]
+    )
+    p, stats = float64(variables["params"])["image"], float64(variables["batch_stats"])["image"]
+    np.testing.assert_allclose(image, np_resnet(images, p, None if train else stats), **EXACT)
+
+    first = np_conv(np_pixels(images), p["stem_conv1"], stride=2)
+    ours = updated["batch_stats"]["image"]["stem_bn1"]
+    for key, batch_value in (("mean", first.mean((0, 1, 2))), ("var", first.var((0, 1, 2)))):
+        old = stats["stem_bn1"][key]
+        expected = 0.9 * old + 0.1 * batch_value if train else old
+        np.testing.assert_allclose(ours[key], expected, **EXACT)
+
+
+# ---- Text --------------------------------------------------------------------------------------
+
+
+def test_text_is_causal_and_read_at_the_end_token():
+    net = models.create("ViT-B/32", size=TINY_VIT)
+    variables, (_, tokens) = make_variables(net), make_batch(net.size)
+    encode = partial(jax.jit(partial(net.apply, method="encode_text")), variables)
+    before = encode(tokens)
+    end = tokens.argmax(axis=1)
+    for position in range(tokens.shape[1]):
+        changed = tokens.copy()
+        changed[:, position] = np.where(tokens[:, position] == 7, 8, 7)
+        difference = np.abs(encode(changed) - before).max(axis=1)
+        assert np.all(difference[end < position] == 0), position
+        assert np.all(difference[end > position] > 1e-4), position
+    longest = end.max() + 1
+    cut = encode(tokens[:, :longest])
+    np.testing.assert_allclose(cut, before, rtol=1e-5, atol=1e-6)
+
+
+# ---- Scan, unrolling, rematerialisation --------------------------------------------------------
+
+
+def value_and_grads(net: models.CLIP, variables: dict, images, tokens):
+    def loss_fn(params):
+        embeds, updated = net.apply(
+            variables | {"params": params}, images, tokens, train=True, mutable=["batch_stats"]
+        )
+        return losses.softmax_loss(*embeds), (embeds, updated)
+
+    (loss, (embeds, updated)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+        variables["params"]
+    )
+    return {"loss": loss, "embeds": embeds, "updated": updated, "grads": grads}
+
+
+def assert_trees_close(actual, expected, tolerance: float):
+    """Each leaf's largest difference, relative to the leaf's largest entry."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for path, want in jax.tree.leaves_with_path(expected):
+        got = dict(jax.tree.leaves_with_path(actual))[path]
+        scale = max(float(jnp.abs(want).max()), 1e-6)
+        assert float(jnp.abs(got - want).max()) <= tolerance * scale, sharding.path_name(path)
+
+
+REMATS = (
+    "full",
+    "everything_saveable",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+)
+
+
+@pytest.fixture(scope="module")
+def scanned():
+    """The plain scanned model, its variables and batch, and what it computes."""
+    net = models.create("ViT-B/32", size=TINY_VIT)
+    variables, batch = make_variables(net), make_batch(net.size)
+    return variables, batch, value_and_grads(net, variables, *batch)
+
+
+@pytest.mark.parametrize(
+    ("scan", "remat"), [(False, "none"), (False, "full"), *((True, name) for name in REMATS)]
+)
+def test_same_result_unrolled_and_rematerialised(scanned, scan: bool, remat: str):
+    variables, batch, expected = scanned
+    net = models.create("ViT-B/32", scan_layers=scan, remat=remat, size=TINY_VIT)
+    assert_trees_close(value_and_grads(net, variables, *batch), expected, 2e-5)
+
+
+def saved_floats(remat: str) -> int:
+    """Number of floats that the forward pass of a scanned transformer keeps for the backward."""
+    net = transformer.Transformer(
+        layers=3, heads=2, dtype=jnp.float32, scan_layers=True, remat=remat, causal=False,
+        paper_init=False,
+    )  # fmt: skip
+    x = jnp.ones((2, 8, 16))
+    params = net.init(jax.random.key(0), x)
+    _, backward = jax.eval_shape(lambda params, x: jax.vjp(net.apply, params, x), params, x)
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(backward))
+
+
+def test_remat_saves_less():
+    kept = {remat: saved_floats(remat) for remat in ("none", "dots_saveable", "full")}
+    assert kept["full"] < kept["dots_saveable"] < kept["none"], kept
+
+
+# ---- Precision and input -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), [("ViT-B/32", TINY_VIT), ("RN50", TINY_RESNET)])
+def test_bfloat16_compute(name: str, size: dict):
+    net, half = (models.create(name, dtype=t, size=size) for t in (jnp.float32, jnp.bfloat16))
+    variables, batch = make_variables(net), make_batch(net.size)
+    exact, rounded = apply(net, variables, *batch), apply(half, variables, *batch)
+    for ours, expected in zip(rounded[:2], exact[:2]):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(np.linalg.norm(ours, axis=1), 1, rtol=1e-6)
+        error = np.linalg.norm(ours - expected, axis=1).max()
+        assert 1e-4 < error < 0.05  # 0: not computed in bfloat16, which has 3 digits
+    assert rounded[2] == exact[2]
+
+
+def test_uint8_and_normalised_floats_are_equal():
+    net = models.create("ViT-B/32", size=TINY_VIT)
+    variables, (images, _) = make_variables(net), make_batch(net.size)
+    floats = np_pixels(images.astype(np.float64)).astype(np.float32)
+    from_uint8, from_floats = (
+        apply(net, variables, x, method="encode_image") for x in (images, floats)
+    )
+    np.testing.assert_allclose(from_uint8, from_floats, **EXACT)
+
+
+def test_zero_vector_normalises_to_zero():
+    value, gradient = jax.value_and_grad(lambda x: clip.l2_normalize(x).sum())(jnp.zeros(4))
+    assert value == 0
+    assert np.all(np.isfinite(gradient))
+
+
+# ---- Devices -----------------------------------------------------------------------------------
+
+
+def sharded(mesh8, variables: dict, batch: tuple) -> tuple[dict, tuple]:
+    """Parameters placed by the table of rules, the batch over all devices."""
+    variables = jax.device_put(variables, sharding.tree_shardings(variables, mesh8))
+    return variables, jax.device_put(batch, sharding.batch_sharding(mesh8))
+
+
+def test_vit_sharded_equals_one_device(mesh8):
+    net = models.create("ViT-B/32", size=TINY_VIT)
+    variables, batch = make_variables(net), make_batch(net.size, 16)
+    expected = value_and_grads(net, variables, *batch)
+    with jax.set_mesh(mesh8):
+        on_mesh, batch = sharded(mesh8, variables, batch)
+        kernel = on_mesh["params"]["image"]["transformer"]["blocks"]["qkv"]["kernel"]
+        assert not kernel.is_fully_replicated
+        actual = value_and_grads(net, on_mesh, *batch)
+    assert_trees_close(jax.device_get(actual), jax.device_get(expected), 2e-5)
+
+
+def test_batch_norm_spans_the_devices(mesh8):
+    net = models.create("RN50", size=TINY_RESNET)
+    images, tokens = make_batch(net.size, 16)
+    images[:8] //= 4  # so that one device's batch is unlike another's
+    variables, options = make_variables(net), {"train": True, "mutable": ["batch_stats"]}
+    expected = apply(net, variables, images, tokens, **options)
+    with jax.set_mesh(mesh8):
+        on_mesh, batch = sharded(mesh8, variables, (images, tokens))
+        actual = apply(net, on_mesh, *batch, **options)
+    assert_trees_close(jax.device_get(actual), jax.device_get(expected), 2e-5)
+
+
+# ---- Errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("ViT-B/23", None, r"Unknown model 'ViT-B/23'.*RN50x16.*ViT-B/32"),
+        ("ViT-B/32", {"depth": 3}, r"no depth.*image_layers"),
+        ("ViT-B/32", {"image_size": 100}, r"image_size \(100\).*patch_size.*\(32\)"),
+        ("ViT-B/32", {"text_heads": 7}, r"text_width \(512\).*text_heads \(7\)"),
+        ("ViT-B/32", {"image_layers": (1, 2)}, r"\(1, 2\).*\(12,\)"),
+        ("RN50", {"image_layers": (12,)}, r"4 stages.*\(12,\)"),
+        ("RN50", {"image_size": 100}, r"image_size \(100\)"),
+    ],
+)
+def test_impossible_models(name: str, size: dict | None, message: str):
+    with pytest.raises(UserError, match=message):
+        models.create(name, size=size)
+
+
+def test_unknown_remat():
+    net = models.create("ViT-B/32", remat="some", size=TINY_VIT)
+    with pytest.raises(UserError, match=r"'some'.*dots_saveable"):
+        jax.eval_shape(net.init, jax.random.key(0), *make_batch(net.size, 1))
+
+
+def test_none_overrides_nothing():
+    assert models.get_size("RN50", {"image_width": None}) == models.get_size("RN50")
+
+
+def test_is_pure_flax():
+    assert isinstance(models.create("RN50"), nn.Module)
