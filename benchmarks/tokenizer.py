@@ -131,7 +131,7 @@ def rust(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Encode:
 
 
 def compare(encoders: dict[str, Encode], texts: list[list[str]]) -> None:
-    """Prints captions/s (median over, and first of, the lists of texts) and the share of rows equal to ours."""
+    """Prints captions/s, median over the lists and of the first, and the rows equal to ours."""
     rates: dict[str, list[float]] = {name: [] for name in encoders}
     equal: dict[str, list[float]] = {name: [] for name in encoders}
     ids = []

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import linen as nn
 from PIL import Image
 
-from clip_jax import checkpoint, models
+from clip_jax import checkpoint, sharding
 from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import BadExample, UserError
@@ -54,9 +53,7 @@ class Model:
         Raises:
           UserError: a file cannot be read, or is no picture.
         """
-        one = isinstance(images, (Image.Image, str, os.PathLike))
-        one = one or (isinstance(images, np.ndarray) and images.ndim == 3)
-        pixels = [self._pixels(image) for image in ([images] if one else images)]
+        pixels = [self._pixels(image) for image in _as_list(images)]
         size = self.net.size.image_size
         return self._batched(self._image, np.array(pixels, np.uint8).reshape(-1, size, size, 3))
 
@@ -116,6 +113,14 @@ class Model:
         return np.concatenate(parts)
 
 
+def _as_list(images: Pictures) -> list[Picture]:
+    if isinstance(images, (Image.Image, str, os.PathLike)):
+        return [images]
+    if isinstance(images, np.ndarray) and images.ndim == 3:
+        return [images]
+    return list(images)
+
+
 def load(path: epath.PathLike, step: int | None = None) -> Model:
     """Loads a trained model onto the first device.
 
@@ -126,34 +131,12 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
     Raises:
       UserError: there is no checkpoint, or it is damaged or of another tokenizer.
     """
-    path = epath.Path(path)
-    if path.parent.name == checkpoint.DIRECTORY and path.name.isdecimal():
-        path, step = path.parent.parent, int(path.name)
-    if not (path / checkpoint.DIRECTORY).is_dir():
-        raise UserError(f"{path} holds no checkpoints: give the workdir of a training run.")
-    with checkpoint.Checkpoints(path, read_only=True) as store:
-        step = store.latest_step() if step is None else step
-        if step is None:
-            raise UserError(f"{path} holds no finished checkpoint yet.")
-        meta = store.read_meta(step)
-        size = models.Size.from_json(meta["size"])
-        net = models.CLIP(size, dtype=jnp.float32)
-        variables = store.restore_variables(step, _shapes(net))
-    tokens = tokenizers.create(meta["config"]["tokenizer"], size.context_length)
+    mesh = sharding.make_mesh(1, 1, jax.local_devices()[:1])
+    net, variables, meta = checkpoint.load_model(path, mesh, step)
+    tokens = tokenizers.create(meta["config"]["tokenizer"], net.size.context_length)
     if tokens.identity != meta["tokenizer"]:
         raise UserError(
             f"{path} was trained with the tokenizer {meta['tokenizer']}, but "
             f"{meta['config']['tokenizer']!r} is now {tokens.identity}."
         )
     return Model(net, variables, tokens)
-
-
-def _shapes(net: models.CLIP) -> Any:
-    size, device = net.size, jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    images = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
-    tokens = jnp.zeros((1, size.context_length), jnp.int32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), images, tokens)
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        {"batch_stats": {}, **shapes},
-    )

@@ -10,10 +10,12 @@ from typing import Any
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.state import TrainState
+from clip_jax.state import TrainState, abstract_variables
 
 DIRECTORY = "checkpoints"  # inside the workdir
 
@@ -31,7 +33,7 @@ class Checkpoints:
         *,
         keep: int = 1,
         best_metric: str = "",
-        read_only: bool = False,
+        create: bool = True,
     ):
         """Opens the workdir.
 
@@ -39,7 +41,7 @@ class Checkpoints:
           workdir: local path or gs://.
           keep: most recent checkpoints kept.
           best_metric: the checkpoint with the highest value of this metric is kept as well.
-          read_only: write and delete nothing.
+          create: make the directory if there is none.
         """
         self.directory = epath.Path(workdir) / DIRECTORY
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
@@ -54,8 +56,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            read_only=read_only,
-            create=not read_only,
+            create=create,
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -90,6 +91,10 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """Step of the most recent complete checkpoint; None if there is none."""
         return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The description saved with a checkpoint."""
@@ -136,6 +141,40 @@ class Checkpoints:
                 f"damaged, or of another model ({_first_line(error)}). To {instead}, delete that "
                 "folder and run the same command again."
             ) from error
+
+
+def load_model(
+    path: epath.PathLike, mesh: Mesh, step: int | None = None
+) -> tuple[models.CLIP, dict[str, Any], dict[str, Any]]:
+    """Reads a trained model, without what only its training needed.
+
+    Args:
+      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500").
+      mesh: where its parameters will live.
+      step: which checkpoint of a workdir; None: the most recent.
+
+    Returns:
+      The module (float32 compute), its variables, and the description saved with it.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    path = epath.Path(path)
+    if path.parent.name == DIRECTORY and path.name.isdecimal():
+        path, step = path.parent.parent, int(path.name)
+    if not (path / DIRECTORY).is_dir():
+        raise UserError(f"{path} holds no checkpoints: give the workdir of a training run.")
+    with Checkpoints(path, create=False) as store:
+        steps = store.steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"{path} holds no finished checkpoint"
+                + (f" {step}; it has {steps}." if steps else " yet.")
+            )
+        step = steps[-1] if step is None else step
+        meta = store.read_meta(step)
+        net = models.CLIP(models.Size.from_json(meta["size"]))
+        return net, store.restore_variables(step, abstract_variables(net, mesh)), meta
 
 
 def _first_line(error: Exception) -> str:

@@ -33,42 +33,61 @@ class TrainState(struct.PyTreeNode):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def make_init(net: nn.Module, tx: optax.GradientTransformation, seed: int):
-    """A function of no arguments that makes the initial state; for `eval_shape` and `jit`."""
+def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
+    """Parameters and BatchNorm statistics of a new model; to be jitted or eval_shaped."""
     size = net.size
     images = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
     tokens = jnp.zeros((1, size.context_length), jnp.int32)
+    return {"batch_stats": {}, **net.init(jax.random.key(seed), images, tokens)}
 
-    def init() -> TrainState:
-        variables = net.init(jax.random.key(seed), images, tokens)
-        params = variables["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=tx.init(params),
-        )
 
-    return init
+def _start(variables: Any, tx: optax.GradientTransformation) -> TrainState:
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        opt_state=tx.init(variables["params"]),
+    )
 
 
 def abstract_state(net: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated."""
-    shapes = jax.eval_shape(make_init(net, tx, seed=0))
-    shardings = sharding.tree_shardings(shapes, mesh)
+    return _placed(jax.eval_shape(lambda: _start(init_variables(net, 0), tx)), mesh)
+
+
+def abstract_variables(net: nn.Module, mesh: Mesh) -> dict[str, Any]:
+    """The same for what inference needs, as `TrainState.variables`."""
+    return _placed(jax.eval_shape(lambda: init_variables(net, 0)), mesh)
+
+
+def _placed(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
-        shardings,
+        sharding.tree_shardings(shapes, mesh),
     )
 
 
 def init_state(
-    net: nn.Module, tx: optax.GradientTransformation, mesh: Mesh, seed: int
+    net: nn.Module,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    variables: Any = None,
 ) -> TrainState:
-    """The initial state, each device computing only its share; equal on every mesh."""
+    """The initial state, each device computing only its share; equal on every mesh.
+
+    Args:
+      net: a `clip_jax.models.CLIP`.
+      tx: the optimiser.
+      mesh: where the state lives.
+      seed: of the random initialisation.
+      variables: of a model to start from; None: random.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(net, tx, mesh))
-    return jax.jit(make_init(net, tx, seed), out_shardings=shardings)()
+    if variables is not None:
+        return jax.jit(lambda v: _start(v, tx), out_shardings=shardings)(variables)
+    return jax.jit(lambda: _start(init_variables(net, seed), tx), out_shardings=shardings)()
 
 
 def count_params(params: Any) -> int:

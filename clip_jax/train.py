@@ -22,6 +22,7 @@ from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
 from clip_jax.loop import Loop
+from clip_jax.models.resize import image_positions, resize_positions
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
@@ -52,8 +53,9 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         step_fn = _compile(run, config, like)
         workdir.write(directory, config)
         if resumed is None:
-            meta = {"step": 0, "examples_seen": 0, "seconds": 0.0}
-            state = train_state.init_state(run.net, run.tx, run.mesh, config.seed)
+            meta: dict[str, Any] = {"step": 0, "examples_seen": 0, "seconds": 0.0}
+            start = _warm_start(config.init_from, run) if config.init_from else None
+            state = train_state.init_state(run.net, run.tx, run.mesh, config.seed, start)
         else:
             meta = _check_meta(store.read_meta(resumed), run.tokenizer)
             state = store.restore(resumed, like)
@@ -159,6 +161,24 @@ def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPip
     )
 
 
+def _warm_start(path: str, run: Run) -> dict[str, Any]:
+    """The variables of another run's model, at this run's resolution."""
+    net, variables, meta = checkpoint.load_model(path, run.mesh)
+    _check_meta(meta, run.tokenizer)
+    old, new = net.size, run.net.size
+    if dataclasses.replace(old, image_size=new.image_size) != new:
+        raise UserError(
+            f"init_from {path} holds a model of another shape: {old}, but the config has {new}. "
+            "Only image_size may differ."
+        )
+    if old != new:
+        like = train_state.abstract_variables(run.net, run.mesh)["params"]
+        length = image_positions(like).shape[0]
+        variables = {**variables, "params": resize_positions(variables["params"], length)}
+    _say(f"Starting from the model of {path}, step {meta['step']:,}.")
+    return variables
+
+
 def _compile(run: Run, config: ConfigDict, like: train_state.TrainState):
     """The compiled step, once it is known to fit into memory."""
     size, place = run.net.size, sharding.batch_sharding(run.mesh)
@@ -212,7 +232,7 @@ def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, 
     if meta["tokenizer"] != tokens.identity:
         raise UserError(
             f"The checkpoint was trained with the tokenizer {meta['tokenizer']}, the config names "
-            f"{tokens.identity}: set config.tokenizer to the former."
+            f"{tokens.identity}: set --config.tokenizer to the former."
         )
     return meta
 

@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
     config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
     config.tokenizer = "openai"  # "openai", or the path of a SentencePiece .model file
+    config.init_from = ""  # workdir or checkpoint whose model a new run starts from; "": scratch
     config.compilation_cache = ""  # directory for compiled programs; "": off
     config.model = _model()
     config.mesh = _mesh()

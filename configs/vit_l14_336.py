@@ -2,7 +2,10 @@
 
 In the paper: 76.2 % zero-shot top-1 on ImageNet.
 
-    python main.py --config=configs/vit_l14_336.py --config.data.source.type=tar
+Starts from a finished ViT-L/14, its positions interpolated.
+
+    python main.py --config=configs/vit_l14_336.py --config.init_from=gs://BUCKET/runs/vit_l14
+        --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14_336
 
     python main.py --config=configs/vit_l14_336.py:smoke     # a tiny version, seconds on a laptop

@@ -44,7 +44,6 @@ def test_value_and_gradients_in_float32(mesh: str, temperature: str):
     got = value_and_grads(make_mesh(mesh), images, texts, logit_scale)
     for name, a, b in zip(("loss", "d_images", "d_texts", "d_logit_scale"), got, want):
         assert a.dtype == jnp.float32
-        print(mesh, temperature, name, reference.relative_error(a, b))
         assert reference.relative_error(a, b) < 1e-5, name
 
 
@@ -55,7 +54,6 @@ def test_value_and_gradients_in_bfloat16(mesh: str):
     logit_scale = np.float32(TEMPERATURES["initial"])
     want = reference.softmax_loss(images, texts, logit_scale)
     got = value_and_grads(make_mesh(mesh), images, texts, logit_scale)
-    for a, b in zip(got,want): print(mesh, reference.relative_error(a, b))
     loss, d_images, d_texts, d_scale = got
     assert loss.dtype == d_scale.dtype == jnp.float32
     assert d_images.dtype == d_texts.dtype == jnp.bfloat16
@@ -114,8 +112,8 @@ def products(jaxpr) -> list[int]:
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[d] for d in contracted)
             found.append(2 * depth * equation.outvars[0].aval.size)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            found += products(inner)
+        for inner in equation.params.values():
+            found += products(inner) if hasattr(inner, "eqns") else []
     return found
 
 
@@ -134,7 +132,6 @@ def test_each_logit_is_computed_once(mesh: str):
     one = 2 * (batch // mesh_object.size) * batch * width
     assert products(jax.make_jaxpr(grad)(embeds, embeds, scale).jaxpr) == [one] * 3
     flops = jax.jit(grad).lower(embeds, embeds, scale).compile().cost_analysis()["flops"]
-    print(flops/one)
     assert 3 * one <= flops < 3.2 * one  # exponentials and sums are the rest
 
 

@@ -6,6 +6,7 @@ Three things make it fast and change no id:
 - ids are kept as packed int32, so that a caption is one `bytes.join`.
 """
 
+import array
 import functools
 import gzip
 import hashlib
@@ -17,7 +18,6 @@ import unicodedata
 from collections.abc import Callable
 
 import ftfy
-import numpy as np
 import regex
 from ftfy.badness import is_bad
 from ftfy.fixes import uncurl_quotes, unescape_html
@@ -109,7 +109,6 @@ class BPE:
 
     def __init__(self, remembered: int = 2**17):
         self._byte_ids, self._merges, self._bytes = _vocabulary()
-        self._pairs = {merged: pair for pair, merged in self._merges.items()}
         self._pieces = Memo(self._encode_piece, remembered)
         self._words = Memo(self._encode_word, remembered)
 
@@ -125,31 +124,30 @@ class BPE:
         return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> bytes:
+        if piece.isalpha() and piece.isascii():
+            return self._words[piece]
         return b"".join(map(self._words.__getitem__, _WORDS.findall(piece)))
 
     def _encode_word(self, word: str) -> bytes:
         if word in _SPECIAL:
-            return np.int32(_SPECIAL[word]).tobytes()
+            return array.array("i", [_SPECIAL[word]]).tobytes()
         ids = [self._byte_ids[byte] for byte in word.encode()]
         ids[-1] += 256  # the form that ends a word
-        return np.array(self._merge(ids), np.int32).tobytes()
+        return array.array("i", self._merge(ids)).tobytes()
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Joins the pair that was learnt first, wherever it stands, until none is left."""
-        learnt = self._merges.get
-        while len(ids) > 1:
-            # Ids count up in the order of learning.
-            merged = min(map(learnt, itertools.pairwise(ids), itertools.repeat(VOCABULARY_SIZE)))
-            if merged == VOCABULARY_SIZE:
-                break
-            left, right = self._pairs[merged]
-            joined = [ids[0]]
-            for token in ids[1:]:
-                if token == right and joined[-1] == left:
-                    joined[-1] = merged
-                else:
-                    joined.append(token)
-            ids = joined
+        """Joins, again and again, the leftmost of the pairs that were learnt first."""
+        find = self._merges.get
+        # Ids count up in the order of learning; a pair that is no merge counts as the last.
+        merges = [find(pair, VOCABULARY_SIZE) for pair in itertools.pairwise(ids)]
+        while merges and (first := min(merges)) != VOCABULARY_SIZE:
+            i = merges.index(first)
+            ids[i : i + 2] = [first]
+            del merges[i]
+            if i > 0:
+                merges[i - 1] = find((ids[i - 1], first), VOCABULARY_SIZE)
+            if i < len(merges):
+                merges[i] = find((first, ids[i + 1]), VOCABULARY_SIZE)
         return ids
 
 

@@ -38,7 +38,8 @@ class Size:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
         """The inverse of `dataclasses.asdict`, after a trip through JSON."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        known: dict[str, Any] = {**fields, "image_layers": tuple(fields["image_layers"])}
+        return cls(**known)
 
     @property
     def is_resnet(self) -> bool:

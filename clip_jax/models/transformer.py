@@ -114,9 +114,7 @@ class Transformer(nn.Module):
             qkv_init = nn.initializers.xavier_uniform()
             mlp_init = out_init = torch_default_init
         # parent=None: the stack holds the parameters, the block is only their function.
-        return Block(
-            self.heads, self.dtype, self.causal, qkv_init, mlp_init, out_init, parent=None
-        )
+        return Block(self.heads, self.dtype, self.causal, qkv_init, mlp_init, out_init, parent=None)
 
 
 def _unstack(params: Any, layers: int) -> list[Any]:

@@ -1,0 +1,35 @@
+"""Position embeddings for another image resolution (paper section 2.5: the extra epoch at 336)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+_IMAGE_POSITIONS = (("image", "positions"), ("image", "attention_pool", "positions"))
+
+
+def resize_positions(params: Any, length: int) -> Any:
+    """Interpolates the learned positions of the image tower, bicubic on their grid.
+
+    Args:
+      params: of a ViT or ResNet model.
+      length: positions of the new resolution: one for the class or mean token, and a square grid.
+
+    Returns:
+      The same tree, its image positions [length, width].
+    """
+    flat = traverse_util.flatten_dict(params)
+    path = next(path for path in _IMAGE_POSITIONS if path in flat)
+    token, grid = flat[path][:1], flat[path][1:]
+    old, new = round(len(grid) ** 0.5), round((length - 1) ** 0.5)
+    width = grid.shape[-1]
+    grid = jax.image.resize(grid.reshape(old, old, width), (new, new, width), "bicubic")
+    flat[path] = jnp.concatenate([token, grid.reshape(new * new, width)])
+    return traverse_util.unflatten_dict(flat)
+
+
+def image_positions(params: Any) -> Any:
+    """The learned positions of the image tower, array or shape."""
+    flat = traverse_util.flatten_dict(params)
+    return next(flat[path] for path in _IMAGE_POSITIONS if path in flat)
