@@ -101,6 +101,12 @@ class Model:
                 raise UserError(f"Cannot read the picture: {error}.") from error
         elif isinstance(image, Image.Image):
             image = image_files.to_rgb(image)
+        else:
+            image = np.asarray(image)
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise UserError(
+                    f"A picture as an array is uint8 [h, w, 3], not {image.dtype} {image.shape}."
+                )
         return image_files.resize_crop(image, self.net.size.image_size, "center", None)
 
     def _batched(self, function: Any, rows: np.ndarray) -> np.ndarray:

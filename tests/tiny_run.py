@@ -1,15 +1,19 @@
 """The smallest run that uses every part, and one finished run of it that several tests read."""
 
+import contextlib
 import functools
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from clip_jax import train
 from configs import vit_b32
 
-# Also given on a command line, so flat and by dotted name.
+# By dotted name, so that they can be given on a command line as well.
 SETTINGS = {
     "model.size.image_size": 16,
     "model.size.image_layers": (1,),
@@ -30,21 +34,44 @@ SETTINGS = {
 }
 
 
-def config(**overrides) -> ConfigDict:
-    """`SETTINGS` on top of configs/vit_b32.py:smoke; overrides as a dict of dotted names."""
+def config(overrides: dict | None = None) -> ConfigDict:
+    """`SETTINGS`, then `overrides`, on top of configs/vit_b32.py:smoke."""
     made = vit_b32.get_config("smoke")
-    made.update_from_flattened_dict({**SETTINGS, **overrides})
+    made.update_from_flattened_dict({**SETTINGS, **(overrides or {})})
     return made
 
 
 @functools.cache
 def finished() -> pathlib.Path:
-    """The workdir of an uninterrupted run; to be read, or copied, but not changed."""
-    folder = pathlib.Path(_folder().name) / "finished"
-    train.train(config(), folder, command="python main.py")
-    return folder
+    """The workdir of an uninterrupted run; to be read or copied, not changed."""
+    workdir = folder() / "finished"
+    with compile_once():
+        train.train(config(), workdir, command="python main.py --config=tiny")
+    return workdir
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="clip_jax_tests_")  # removed at exit
+def folder() -> pathlib.Path:
+    """A temporary directory, removed when Python ends."""
+    made = tempfile.TemporaryDirectory(prefix="clip_jax_tests_", ignore_cleanup_errors=True)
+    folder.kept = made
+    return pathlib.Path(made.name)
+
+
+@contextlib.contextmanager
+def compile_once() -> Iterator[None]:
+    """Programs compiled within are kept on disk: the same run again spends no time on them."""
+    wanted = {
+        "jax_compilation_cache_dir": str(folder() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -10,6 +10,7 @@ import array
 import functools
 import gzip
 import hashlib
+import heapq
 import html
 import importlib.metadata
 import itertools
@@ -30,6 +31,7 @@ VOCABULARY_FILE = "clip/bpe_simple_vocab_16e6.txt.gz"  # in the PyPI package ope
 VOCABULARY_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"  # unpacked
 
 _MERGES = VOCABULARY_SIZE - 2 * 256 - 2
+_GONE = -1  # in place of an id that has been joined to the one before
 _SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
 # The paper's word pattern. IGNORECASE matters although texts are lower-cased before: "'ſ" is "'s".
 _WORDS = regex.compile(
@@ -136,19 +138,29 @@ class BPE:
         return array.array("i", self._merge(ids)).tobytes()
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Joins, again and again, the leftmost of the pairs that were learnt first."""
-        find = self._merges.get
-        # Ids count up in the order of learning; a pair that is no merge counts as the last.
-        merges = [find(pair, VOCABULARY_SIZE) for pair in itertools.pairwise(ids)]
-        while merges and (first := min(merges)) != VOCABULARY_SIZE:
-            i = merges.index(first)
-            ids[i : i + 2] = [first]
-            del merges[i]
-            if i > 0:
-                merges[i - 1] = find((ids[i - 1], first), VOCABULARY_SIZE)
-            if i < len(merges):
-                merges[i] = find((first, ids[i + 1]), VOCABULARY_SIZE)
-        return ids
+        """Joins, again and again, the leftmost of the pairs that were learnt first; consumes `ids`.
+
+        O(n log n): captions come with runs of letters as long as a book, too.
+        """
+        find, size = self._merges.get, len(ids)
+        left, right = list(range(-1, size - 1)), list(range(1, size + 1))  # neighbours still alive
+        pairs = enumerate(itertools.pairwise(ids))
+        heap = [(merged, i) for i, pair in pairs if (merged := find(pair))]  # ids in learning order
+        heapq.heapify(heap)
+        while heap:
+            merged, i = heapq.heappop(heap)
+            j = right[i]
+            if j == size or find((ids[i], ids[j])) != merged:
+                continue  # one of the two has been joined to another since
+            ids[i], ids[j] = merged, _GONE
+            right[i] = k = right[j]
+            if k < size:
+                left[k] = i
+                if follower := find((merged, ids[k])):
+                    heapq.heappush(heap, (follower, i))
+            if (h := left[i]) >= 0 and (follower := find((ids[h], merged))):
+                heapq.heappush(heap, (follower, h))
+        return [token for token in ids if token != _GONE]
 
 
 @functools.cache

@@ -1,11 +1,10 @@
 """Sources to batches: one tf.data pipeline per host, entered at any example, then the device."""
 
 import logging
-import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,14 +12,10 @@ import numpy as np
 import tensorflow as tf
 from ml_collections import ConfigDict
 
-from clip_jax.data import images, order
+from clip_jax.data import images, loading, order
 from clip_jax.data.sources import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample, UserError
-
-# At import, since it must come before TensorFlow's first operation: else TensorFlow takes the
-# memory of every GPU it sees away from JAX.
-tf.config.set_visible_devices([], "GPU")
 
 Batch = dict[str, Any]
 
@@ -98,7 +93,7 @@ class TrainPipeline:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host."""
-        return _batches(
+        return loading.batches(
             self._load,
             {
                 "image": tf.TensorSpec([self._image_size, self._image_size, 3], tf.uint8),
@@ -223,7 +218,9 @@ def eval_batches(
         name: tf.TensorSpec(value.shape, value.dtype)
         for name, value in _empty_row(tokenizer, image_size, 0).items()
     }
-    yield from _batches(load, spec, steps * len(rows), len(rows), threads, prefetch=2)
+    yield from loading.batches(
+        load, spec, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
+    )
     if skipped:
         logging.warning(
             "%d of %d evaluation examples were unusable: %s",
@@ -246,6 +243,12 @@ def to_device(
     Yields:
       The same trees of global jax.Arrays. Errors of `batches` are raised here.
     """
+    return loading.closed_at_exit(_to_device(batches, sharding, depth))
+
+
+def _to_device(
+    batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int
+) -> Generator[Batch, None, None]:
     ready: queue.Queue = queue.Queue(depth)
     stop = threading.Event()
 
@@ -329,47 +332,3 @@ def _empty_row(tokenizer: Tokenizer | None, image_size: int, index: int) -> dict
     if tokenizer is not None:
         row["tokens"] = np.zeros(tokenizer.context_length, np.int32)
     return row
-
-
-def _batches(
-    load: Callable[[int], dict[str, np.ndarray]],
-    spec: dict[str, tf.TensorSpec],
-    count: int | None,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-) -> Iterator[Batch]:
-    """Batches of load(0), load(1), ... in this order, loaded by `threads` threads."""
-    errors: list[Exception] = []
-
-    def call(number: np.ndarray) -> list[np.ndarray]:
-        try:
-            row = load(int(number))
-        except Exception as error:
-            errors.append(error)
-            raise
-        return [row[name] for name in spec]
-
-    def load_row(number: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(call, [number], [leaf.dtype for leaf in spec.values()])
-        row = dict(zip(spec, values))
-        return {name: tf.ensure_shape(row[name], leaf.shape) for name, leaf in spec.items()}
-
-    # A pool of its own and no autotuning: the rate stays the same from pass to pass.
-    threads = threads or os.cpu_count() or 1
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    options.threading.private_threadpool_size = threads
-    dataset = (
-        tf.data.Dataset.range(2**62 if count is None else count)
-        .map(load_row, num_parallel_calls=threads, deterministic=True)
-        .batch(batch_size, drop_remainder=True)
-        .prefetch(prefetch)
-        .with_options(options)
-    )
-    try:
-        yield from dataset.as_numpy_iterator()
-    except Exception:
-        if errors:
-            raise errors[0] from None  # which TensorFlow wraps beyond recognition
-        raise

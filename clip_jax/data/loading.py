@@ -1,0 +1,100 @@
+"""tf.data around Python: rows loaded by many threads, in order, as batches."""
+
+import atexit
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Generator
+
+import numpy as np
+import tensorflow as tf
+
+# At import, since it must come before TensorFlow's first operation: else TensorFlow takes the
+# memory of every GPU it sees away from JAX.
+tf.config.set_visible_devices([], "GPU")
+
+Row = dict[str, np.ndarray]
+
+_open: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+
+def batches(
+    load: Callable[[int], Row],
+    spec: dict[str, tf.TensorSpec],
+    *,
+    count: int | None,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Batches of load(0), load(1), ... in this order.
+
+    Args:
+      load: called from `threads` threads at once; what it raises is raised here.
+      spec: shape and dtype of each array of a row.
+      count: number of rows, None: without end; an incomplete last batch is dropped.
+      batch_size: rows in a batch.
+      threads: 0: one per CPU core.
+      prefetch: batches held ready.
+    """
+    return closed_at_exit(_batches(load, spec, count, batch_size, threads, prefetch))
+
+
+def closed_at_exit(generator: Generator) -> Generator:
+    """Has the generator closed before the interpreter shuts down.
+
+    Else threads of TensorFlow that want to call Python then wait for ever, and so does the exit.
+    """
+    _open.add(generator)
+    return generator
+
+
+@atexit.register
+def _close_all() -> None:
+    # Twice: one that runs in the thread of another can be closed only after that one.
+    for generator in (*_open, *_open):
+        with contextlib.suppress(ValueError):  # it is running
+            generator.close()
+
+
+def _batches(
+    load: Callable[[int], Row],
+    spec: dict[str, tf.TensorSpec],
+    count: int | None,
+    batch_size: int,
+    threads: int,
+    prefetch: int,
+) -> Generator[dict[str, np.ndarray], None, None]:
+    errors: list[Exception] = []
+
+    def call(number: np.ndarray) -> list[np.ndarray]:
+        try:
+            row = load(int(number))
+        except Exception as error:
+            errors.append(error)
+            raise
+        return [row[name] for name in spec]
+
+    def load_row(number: tf.Tensor) -> dict[str, tf.Tensor]:
+        values = tf.numpy_function(call, [number], [leaf.dtype for leaf in spec.values()])
+        row = dict(zip(spec, values))
+        return {name: tf.ensure_shape(row[name], leaf.shape) for name, leaf in spec.items()}
+
+    # A pool of its own and no autotuning: the rate stays the same from pass to pass.
+    threads = threads or os.cpu_count() or 1
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.threading.private_threadpool_size = threads
+    dataset = (
+        tf.data.Dataset.range(2**62 if count is None else count)
+        .map(load_row, num_parallel_calls=threads, deterministic=True)
+        .batch(batch_size, drop_remainder=True)
+        .prefetch(prefetch)
+        .with_options(options)
+    )
+    try:
+        yield from dataset.as_numpy_iterator()
+    except Exception:
+        if errors:
+            raise errors[0] from None  # which TensorFlow wraps beyond recognition
+        raise
