@@ -35,7 +35,7 @@ KINDS = {
     "emoji": 2,
     "mojibake": 1,
 }
-ACCENTS = str.maketrans("aeinou", "áéíñöü")
+ACCENTS = str.maketrans("eo", "éö")
 SCRIPTS = ["кошка на окне", "一只猫坐在窗台上", "قطة في الحديقة", "東京の夜景", "Ένα καφέ"]
 
 
@@ -55,7 +55,7 @@ class Captions:
     def draw(self, count: int, kind: str | None = None) -> list[str]:
         if kind:
             return [self.caption(kind) for _ in range(count)]
-        kinds = self.random.choices(list(KINDS), KINDS.values(), k=count)
+        kinds = self.random.choices(list(KINDS), list(KINDS.values()), k=count)
         return [self.caption(kind) for kind in kinds]
 
     def caption(self, kind: str) -> str:

@@ -16,6 +16,7 @@ import importlib.metadata
 import itertools
 import re
 import unicodedata
+import zlib
 from collections.abc import Callable
 
 import ftfy
@@ -33,7 +34,7 @@ VOCABULARY_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c5
 _MERGES = VOCABULARY_SIZE - 2 * 256 - 2
 _GONE = -1  # in place of an id that has been joined to the one before
 _SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
-# The paper's word pattern. IGNORECASE matters although texts are lower-cased before: "'ſ" is "'s".
+# OpenAI's word pattern. IGNORECASE matters although texts are lower-cased before: "'ſ" is "'s".
 _WORDS = regex.compile(
     "|".join(map(regex.escape, _SPECIAL)) + r"|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
@@ -102,14 +103,10 @@ class Memo(dict[str, bytes]):
 
 
 class BPE:
-    """The vocabulary, and what has been seen so far.
-
-    Attributes:
-      remembered: most words, and most pieces between white space, kept with their ids; both full
-        take about 50 MB.
-    """
+    """The vocabulary, and the ids of words seen lately."""
 
     def __init__(self, remembered: int = 2**17):
+        """Keeps at most so many words, and so many pieces between white space: 50 MB if full."""
         self._byte_ids, self._merges, self._bytes = _vocabulary()
         self._pieces = Memo(self._encode_piece, remembered)
         self._words = Memo(self._encode_word, remembered)
@@ -126,7 +123,7 @@ class BPE:
         return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> bytes:
-        if piece.isalpha() and piece.isascii():
+        if piece.isalpha() and piece.isascii():  # a word for sure, and most often
             return self._words[piece]
         return b"".join(map(self._words.__getitem__, _WORDS.findall(piece)))
 
@@ -138,9 +135,9 @@ class BPE:
         return array.array("i", self._merge(ids)).tobytes()
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Joins, again and again, the leftmost of the pairs that were learnt first; consumes `ids`.
+        """Joins the pair learnt first, leftmost first, until none is left; overwrites `ids`.
 
-        O(n log n): captions come with runs of letters as long as a book, too.
+        O(n log n), so that a run of a million letters does not hold up the others.
         """
         find, size = self._merges.get, len(ids)
         left, right = list(range(-1, size - 1)), list(range(1, size + 1))  # neighbours still alive
@@ -176,7 +173,7 @@ def _vocabulary() -> tuple[list[int], dict[tuple[int, int], int], list[bytes]]:
     names = {name: i for i, name in enumerate(written + [char + "</w>" for char in written])}
     decoded = byte_of + [byte + b" " for byte in byte_of]
     merges = {}
-    for line in _read_vocabulary().splitlines()[1 : 1 + _MERGES]:
+    for line in _read_vocabulary().split("\n")[1 : 1 + _MERGES]:
         left, right = line.split(" ")
         pair = names[left], names[right]
         merges[pair] = names[left + right] = len(names)
@@ -198,7 +195,7 @@ def _read_vocabulary() -> str:
             "OpenAI's vocabulary comes with the package openai-clip, which is not installed. "
             "Run `pip install openai-clip`."
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"OpenAI's vocabulary cannot be read: {error}. {remedy}") from error
     if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256:
         raise UserError(f"{path} is not OpenAI's vocabulary: its checksum differs. {remedy}")

@@ -125,7 +125,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, run by tensorflow_text; its ids, and two more for start and end.
 
     Texts get the clean-up of OpenAI's tokenizer first: ftfy, HTML, white space, lower case. Best
-    called through `encode_batch`: a call costs about as much as hundreds of short texts.
+    called through `encode_batch`: a call costs as much as dozens of short texts.
     """
 
     def __init__(self, path: str, context_length: int):
@@ -151,6 +151,8 @@ class SentencePieceTokenizer(Tokenizer):
         self.identity = f"sentencepiece:{hashlib.sha256(model).hexdigest()}"
 
     def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
+        if not texts:
+            return []
         cleaned = [" ".join(bpe.clean(text).split()) for text in texts]
         ragged = self._model.tokenize(cleaned)
         values, splits = ragged.values.numpy(), ragged.row_splits.numpy()
