@@ -244,6 +244,9 @@ def _announce(run: Run, config: ConfigDict, like: train_state.TrainState) -> Non
         f"{config.model.name}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
         f"{_hardware(run.mesh)} (mesh {axes})."
     )
+    if problems := getattr(run.source, "problems", None):
+        left_out = ", ".join(f"{count} x {reason}" for reason, count in problems.most_common())
+        _say(f"Found in the training data and left out: {left_out}.")
     epochs = run.total * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {config.data.source.type}; {run.total:,} steps of "

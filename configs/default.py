@@ -120,7 +120,7 @@ def source(**overrides) -> ConfigDict:
     """Where examples come from; the same fields for training and evaluation data."""
     spec = ConfigDict()
     spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "synthetic"; "": none
-    spec.path = ""  # folder: directory; tar: files or glob pattern, comma-separated; tfds: data_dir
+    spec.path = ""  # folder: directory; tar: files or patterns, comma-separated; tfds: data_dir
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
     spec.split = ""  # digits: "train" | "test"; tfds: a split or slice, such as "train[:90%]"
     spec.image_key = ""  # tfds: image feature, "/" for nesting; "": "image"
@@ -179,7 +179,7 @@ def _optim() -> ConfigDict:
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = source()
-    data.crop = "random"  # "random" square crop of the resized image (paper) | "center" | "none"
+    data.crop = "random"  # square window of the image: "random" (paper) | "center" | "none" (squash)
     data.shuffle = True  # each epoch in its own order; False: as stored
     data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core

@@ -2,6 +2,9 @@
 
 import collections
 import io
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -197,7 +200,7 @@ class TestTrainPipeline:
         faults = {
             3: BadExample("unreadable image", "key 3"),
             5: BadExample("missing shard", "key 5"),
-            8: "  \n",
+            8: " &nbsp;\n",
             12: BadExample("missing shard", "key 12"),
         }
         source = Numbers(40, faults)
@@ -336,6 +339,25 @@ class TestEvalBatches:
         (batch,) = evaluate(Photos(1))
         resized = Image.fromarray(Photos(1).pixels(0)).resize((13, SIZE), Image.BICUBIC)
         np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[:, 2:10])
+
+
+def test_leaving_a_pipeline_open_does_not_hang_the_exit():
+    """Else TensorFlow's threads wait for an interpreter that has shut down."""
+    program = """
+        import jax
+        from clip_jax import sharding
+        from clip_jax.data import pipeline
+        from tests import test_pipeline as test
+        mesh = sharding.make_mesh(data=-1, fsdp=1)
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        host = iter(test.make(test.Numbers(100), batch_size=16))
+        next(host)
+        device = pipeline.to_device(test.make(test.Numbers(100), batch_size=16), place, depth=2)
+        next(device)
+        raise SystemExit(3)
+    """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=120, check=False)
+    assert run.returncode == 3
 
 
 def transfer_threads() -> int:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -311,6 +312,9 @@ class TestFolder:
             ("great_dane/1.png", "a photo of a great dane."),
         ]
         assert [source[0].label, source[1].label] == [0, 1]
+        for name in ("great_dane", "cat"):
+            (tmp_path / name).rename(tmp_path / str(len(name)))
+        assert ImageFolder(str(tmp_path), "", "").class_names == ("10", "3")
 
     def test_nothing_found(self, tmp_path):
         with pytest.raises(UserError, match="no directory"):
@@ -415,6 +419,13 @@ class TestTfds:
         ]:
             with pytest.raises(UserError, match=message):
                 open_source(**{**spec, **change})
+
+    def test_many_threads(self, prepared):
+        source = open_source(type="tfds", path=prepared, name="tiny_pairs", split="train")
+        order = np.random.default_rng(0).integers(20, size=1000)
+        with futures.ThreadPoolExecutor(8) as pool:
+            texts = list(pool.map(lambda index: source[int(index)].text, order))
+        assert texts == [f"caption {index}" for index in order]
 
     def test_not_prepared(self, tmp_path):
         with pytest.raises(UserError, match=f"tfds build mnist --data_dir={tmp_path}"):

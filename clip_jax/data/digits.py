@@ -1,9 +1,9 @@
 """The embedded data set: scenes composed of real handwritten digits, with captions.
 
 The digits are the 1,797 scans of 8 x 8 pixels and 17 grey levels that scikit-learn ships
-(`sklearn.datasets.load_digits`, the test part of UCI's "Optical Recognition of Handwritten Digits"),
-so nothing is downloaded. A scene has one digit or two on a dark canvas. Everything is grey: with
-colours a model learns those and leaves the shapes alone.
+(`sklearn.datasets.load_digits`; from UCI, "Optical Recognition of Handwritten Digits"), so nothing
+is downloaded. A scene has one digit or two on a dark canvas. Everything is grey: with colours, a
+model learns those and leaves the shapes alone.
 """
 
 import dataclasses
@@ -30,25 +30,25 @@ _SINGLE_LARGE, _SINGLE_SMALL = 0.35, 0.1  # shares of the scenes; the rest are p
 # Side of the scanned square, in sides of the canvas. Captions call it small or large.
 _LARGE = (0.46, 0.5)
 _SMALL = (0.34, 0.38)
-_FILLING = (0.65, 0.85)  # alone on the canvas; large, too
+_FILLING = (0.75, 0.95)  # alone on the canvas; large, too
 _MAX_ANGLE = 10.0  # degrees
 _PADDING = 2  # pixels of empty paper around a scan, so that its edge is interpolated smoothly
 
 # Frames of the digits of a pair: left, top, width, height.
-_BESIDE = ((0, 0.15, 0.5, 0.7), (0.5, 0.15, 0.5, 0.7))
-_ABOVE = ((0.15, 0, 0.7, 0.5), (0.15, 0.5, 0.7, 0.5))
+_BESIDE = ((0, 0.2, 0.5, 0.6), (0.5, 0.2, 0.5, 0.6))
+_STACKED = ((0.2, 0, 0.6, 0.5), (0.2, 0.5, 0.6, 0.5))
 
 _PLACES = (
     ("in the top left corner", "at the top", "in the top right corner"),
     ("on the left", "in the middle", "on the right"),
     ("in the bottom left corner", "at the bottom", "in the bottom right corner"),
 )
-_SIDE_BY_SIDE = (
+_BESIDE_CAPTIONS = (
     "{a} to the left of {b}",
     "{b} to the right of {a}",
     "{a} on the left and {b} on the right",
 )
-_STACKED = (
+_STACKED_CAPTIONS = (
     "{a} above {b}",
     "{b} below {a}",
     "{a} at the top and {b} at the bottom",
@@ -149,12 +149,11 @@ class DigitScenes:
         if kind < _SINGLE_LARGE:
             return (self._glyph(rng, self._pick(rng), _FILLING),)
         if kind < _SINGLE_LARGE + _SINGLE_SMALL:
-            column, row = rng.randrange(3), rng.randrange(3)
-            return (self._glyph(rng, self._pick(rng), _SMALL, (column / 3, row / 3, 1 / 3, 1 / 3)),)
-        upright = rng.random() < 0.5
-        halves = _BESIDE if upright else _ABOVE
+            ninth = (rng.randrange(3) / 3, rng.randrange(3) / 3, 1 / 3, 1 / 3)
+            return (self._glyph(rng, self._pick(rng), _SMALL, ninth),)
         return tuple(
-            self._glyph(rng, self._pick(rng), rng.choice((_SMALL, _LARGE)), half) for half in halves
+            self._glyph(rng, self._pick(rng), rng.choice((_SMALL, _LARGE)), half)
+            for half in rng.choice((_BESIDE, _STACKED))
         )
 
     def _pick(self, rng: random.Random) -> int:
@@ -195,9 +194,9 @@ SPLITS = ("train", "test", "test_scenes")
 
 def _caption(rng: random.Random, glyphs: tuple[Glyph, ...]) -> str:
     if len(glyphs) == 2:
-        upright = abs(glyphs[0].x - glyphs[1].x) > abs(glyphs[0].y - glyphs[1].y)
-        a, b = (_noun(rng, glyph) for glyph in glyphs)
-        return rng.choice(_SIDE_BY_SIDE if upright else _STACKED).format(a=a, b=b)
+        a, b = glyphs
+        captions = _BESIDE_CAPTIONS if b.x - a.x > b.y - a.y else _STACKED_CAPTIONS
+        return rng.choice(captions).format(a=_noun(rng, a), b=_noun(rng, b))
     (glyph,) = glyphs
     noun = _noun(rng, glyph)
     if glyph.is_small:

@@ -16,6 +16,7 @@ from clip_jax.data.sources import (
     IMAGE_SUFFIXES,
     Example,
     number_labels,
+    number_names,
     read_caption,
     read_field,
 )
@@ -79,8 +80,11 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         key = self._images[index]
+        image = self._read(key)
+        if image is None:
+            raise BadExample("missing image", key)
         return Example(
-            image=self._read(key, "missing image"),
+            image=image,
             text=self._text_beside(key) if self._texts is None else self._texts[index],
             label=-1 if self._labels is None else int(self._labels[index]),
             key=key,
@@ -116,7 +120,7 @@ class ImageFolder:
         elif pictures and all("/" in name for name in pictures) and not self._text_key:
             self._images = pictures
             folders = [name.rpartition("/")[0] for name in pictures]
-            self._labels, self.class_names = number_labels(folders)
+            self._labels, self.class_names = number_names(folders)
             self._texts = [f"a photo of a {name.replace('_', ' ')}." for name in folders]
         else:
             raise UserError(self._not_found(len(pictures)))
@@ -132,27 +136,25 @@ class ImageFolder:
     def _text_beside(self, key: str) -> str:
         txt = record = None
         if not self._text_key:
-            txt = self._read(f"{_stem(key)}.txt", None)
+            txt = self._read(f"{_stem(key)}.txt")
         if txt is None:
-            record = self._read(f"{_stem(key)}.json", None)
+            record = self._read(f"{_stem(key)}.json")
         return read_caption(txt, record, self._text_key, key)
 
     def _label_beside(self, key: str, label_key: str) -> Any:
         try:
-            return read_field(self._read(f"{_stem(key)}.json", None), label_key, key)
+            return read_field(self._read(f"{_stem(key)}.json"), label_key, key)
         except BadExample:
             return None
 
-    def _read(self, name: str, missing: str | None) -> bytes | None:
-        """Contents of a file; where there is none, BadExample(missing), or None."""
+    def _read(self, name: str) -> bytes | None:
+        """Contents of a file, None: there is none."""
 
         def read() -> bytes | None:
             try:
                 return (self._root / name).read_bytes()
             except (FileNotFoundError, IsADirectoryError):
-                if missing is None:
-                    return None
-                raise BadExample(missing, name) from None
+                return None
 
         try:
             return files.with_retries(read, files.RETRY_DELAYS)

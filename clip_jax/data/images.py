@@ -43,7 +43,7 @@ def decode(data: bytes, key: str, shrink_to: int = 0) -> Image.Image:
         if shrink_to:
             image.draft(None, (2 * shrink_to, 2 * shrink_to))
         image.load()
-        return _to_rgb(_upright(image), key)
+        return to_rgb(image, key)
     except BadExample:
         raise
     except Image.DecompressionBombError as error:
@@ -81,6 +81,7 @@ def resize_crop(
     if image.size == (size, size):
         pass
     elif crop == "random":
+        assert rng is not None, "a random window needs an rng"
         image = _random_window(image, size, rng)
     elif crop == "center":
         image = _middle_window(image, size)
@@ -142,7 +143,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image, key: str) -> Image.Image:
+def to_rgb(image: Image.Image, key: str = "image") -> Image.Image:
+    """Any Pillow image upright and in RGB, as `decode` describes; BadExample where it cannot."""
+    image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I"):

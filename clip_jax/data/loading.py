@@ -5,6 +5,7 @@ import contextlib
 import os
 import weakref
 from collections.abc import Callable, Generator
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -13,14 +14,14 @@ import tensorflow as tf
 # memory of every GPU it sees away from JAX.
 tf.config.set_visible_devices([], "GPU")
 
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]  # arrays and NumPy scalars
 
 _open: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 
 def batches(
     load: Callable[[int], Row],
-    spec: dict[str, tf.TensorSpec],
+    like: Row,
     *,
     count: int | None,
     batch_size: int,
@@ -31,13 +32,13 @@ def batches(
 
     Args:
       load: called from `threads` threads at once; what it raises is raised here.
-      spec: shape and dtype of each array of a row.
+      like: a row of zeros, for its shapes and dtypes.
       count: number of rows, None: without end; an incomplete last batch is dropped.
       batch_size: rows in a batch.
       threads: 0: one per CPU core.
       prefetch: batches held ready.
     """
-    return closed_at_exit(_batches(load, spec, count, batch_size, threads, prefetch))
+    return closed_at_exit(_batches(load, like, count, batch_size, threads, prefetch))
 
 
 def closed_at_exit(generator: Generator) -> Generator:
@@ -59,31 +60,36 @@ def _close_all() -> None:
 
 def _batches(
     load: Callable[[int], Row],
-    spec: dict[str, tf.TensorSpec],
+    like: Row,
     count: int | None,
     batch_size: int,
     threads: int,
     prefetch: int,
 ) -> Generator[dict[str, np.ndarray], None, None]:
+    # An error raised in tf.data would come out as a page of TensorFlow's; so it goes round it.
     errors: list[Exception] = []
 
     def call(number: np.ndarray) -> list[np.ndarray]:
+        if errors:
+            return [*like.values()]
         try:
             row = load(int(number))
         except Exception as error:
             errors.append(error)
-            raise
-        return [row[name] for name in spec]
+            return [*like.values()]
+        return [row[name] for name in like]
 
     def load_row(number: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(call, [number], [leaf.dtype for leaf in spec.values()])
-        row = dict(zip(spec, values))
-        return {name: tf.ensure_shape(row[name], leaf.shape) for name, leaf in spec.items()}
+        values = tf.numpy_function(call, [number], [zeros.dtype for zeros in like.values()])
+        row = dict(zip(like, values))
+        return {name: tf.ensure_shape(row[name], zeros.shape) for name, zeros in like.items()}
 
-    # A pool of its own and no autotuning: the rate stays the same from pass to pass.
+    # A pool of its own and no autotuning: the rate stays the same from pass to pass. Fused with
+    # map, batch would hold two batches more than `prefetch`.
     threads = threads or os.cpu_count() or 1
     options = tf.data.Options()
     options.autotune.enabled = False
+    options.experimental_optimization.map_and_batch_fusion = False
     options.threading.private_threadpool_size = threads
     dataset = (
         tf.data.Dataset.range(2**62 if count is None else count)
@@ -92,9 +98,7 @@ def _batches(
         .prefetch(prefetch)
         .with_options(options)
     )
-    try:
-        yield from dataset.as_numpy_iterator()
-    except Exception:
+    for batch in dataset.as_numpy_iterator():
         if errors:
-            raise errors[0] from None  # which TensorFlow wraps beyond recognition
-        raise
+            raise errors[0]
+        yield batch

@@ -5,6 +5,9 @@ import math
 
 import numpy as np
 
+# Streams of random numbers, folded from the one seed.
+ORDER, CROP, REPLACEMENT = range(3)
+
 _ROUNDS = 8
 _MASK = 2**64 - 1
 
@@ -29,7 +32,7 @@ class Permutation:
         self.size = size
         self._rows = math.isqrt(size - 1) + 1
         self._columns = -(-size // self._rows)
-        keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64)
+        keys = np.random.SeedSequence([seed, ORDER, epoch]).generate_state(_ROUNDS, np.uint64)
         self._keys = [int(key) for key in keys]
 
     def __getitem__(self, slot: int) -> int:

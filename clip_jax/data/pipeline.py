@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorflow as tf
 from ml_collections import ConfigDict
 
 from clip_jax.data import images, loading, order
@@ -24,8 +23,6 @@ _JUDGED_AFTER = 1000
 # Tries at filling the place of an unusable example; with half of them unusable, all fail once
 # in 10^15.
 _REPLACEMENT_TRIES = 50
-# Streams of random numbers folded from the one seed.
-_ORDER, _CROP, _REPLACEMENT = range(3)
 
 
 class TrainPipeline:
@@ -96,8 +93,8 @@ class TrainPipeline:
         return loading.batches(
             self._load,
             {
-                "image": tf.TensorSpec([self._image_size, self._image_size, 3], tf.uint8),
-                "tokens": tf.TensorSpec([self._tokenizer.context_length], tf.int32),
+                "image": np.zeros((self._image_size, self._image_size, 3), np.uint8),
+                "tokens": np.zeros(self._tokenizer.context_length, np.int32),
             },
             count=None,
             batch_size=len(self._rows),
@@ -105,11 +102,11 @@ class TrainPipeline:
             prefetch=self._config.prefetch,
         )
 
-    def _load(self, count: int) -> dict[str, np.ndarray]:
+    def _load(self, count: int) -> loading.Row:
         """The `count`-th example of this host since `start`."""
         step, row = divmod(count, len(self._rows))
         position = self._start + step * self._batch_size + self._rows[row]
-        rng = np.random.default_rng([self._seed, _CROP, position])
+        rng = np.random.default_rng([self._seed, order.CROP, position])
         try:
             example = self._prepare(self._index(position), rng)
         except BadExample as bad:
@@ -124,19 +121,17 @@ class TrainPipeline:
             return slot
         return order.permutation(self.examples_per_epoch, self._seed, epoch)[slot]
 
-    def _prepare(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _prepare(self, index: int, rng: np.random.Generator) -> loading.Row:
         example = self._source[index]
-        if not example.text.strip():
-            raise BadExample("empty caption", example.key)
-        tokens, truncated = self._tokenizer.encode(example.text)
+        tokens, truncated = _tokens(example, self._tokenizer)
         image = _pixels(example, self._image_size, self._config.crop, rng)
         if truncated:
             with self._lock:
                 self.truncated += 1
         return {"image": image, "tokens": tokens}
 
-    def _replacement(self, position: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng([self._seed, _REPLACEMENT, position])
+    def _replacement(self, position: int) -> loading.Row:
+        rng = np.random.default_rng([self._seed, order.REPLACEMENT, position])
         for _ in range(_REPLACEMENT_TRIES):
             try:
                 return self._prepare(int(rng.integers(self.examples_per_epoch)), rng)
@@ -203,7 +198,7 @@ def eval_batches(
     steps = -(-total // batch_size)
     skipped: Counter[str] = Counter()
 
-    def load(count: int) -> dict[str, np.ndarray]:
+    def load(count: int) -> loading.Row:
         step, row = divmod(count, len(rows))
         index = step * batch_size + rows[row]
         if index < total:
@@ -214,12 +209,9 @@ def eval_batches(
                 logging.warning("Left out of the evaluation: %s", bad)
         return _empty_row(tokenizer, image_size, index)
 
-    spec = {
-        name: tf.TensorSpec(value.shape, value.dtype)
-        for name, value in _empty_row(tokenizer, image_size, 0).items()
-    }
+    like = _empty_row(tokenizer, image_size, 0)
     yield from loading.batches(
-        load, spec, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
+        load, like, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
     )
     if skipped:
         logging.warning(
@@ -307,23 +299,29 @@ def _pixels(example: Example, size: int, crop: str, rng: np.random.Generator | N
     return images.resize_crop(image, size, crop, rng)
 
 
+def _tokens(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
+    """int32 [context_length], and whether the caption was cut; BadExample where it is empty."""
+    tokens, truncated = tokenizer.encode(example.text)
+    if tokens[1] == tokenizer.vocab_size - 1:  # the end token at once, as after "&nbsp;"
+        raise BadExample("empty caption", example.key)
+    return tokens, truncated
+
+
 def _eval_row(
     source: Source, tokenizer: Tokenizer | None, image_size: int, index: int
-) -> dict[str, np.ndarray]:
+) -> loading.Row:
     example = source[index]
     row = _empty_row(tokenizer, image_size, index)
     row["image"] = _pixels(example, image_size, "center", None)
     row["label"] = np.int32(example.label)
     row["mask"] = np.bool_(True)
     if tokenizer is not None:
-        if not example.text.strip():
-            raise BadExample("empty caption", example.key)
-        row["tokens"], _ = tokenizer.encode(example.text)
+        row["tokens"], _ = _tokens(example, tokenizer)
     return row
 
 
-def _empty_row(tokenizer: Tokenizer | None, image_size: int, index: int) -> dict[str, np.ndarray]:
-    row = {
+def _empty_row(tokenizer: Tokenizer | None, image_size: int, index: int) -> loading.Row:
+    row: loading.Row = {
         "image": np.zeros((image_size, image_size, 3), np.uint8),
         "label": np.int32(-1),
         "index": np.int32(index),

@@ -38,8 +38,11 @@ class Source(Protocol):
       templates: prompt templates natural to the set, such as "a photo of a {}."; may be empty.
     """
 
-    class_names: tuple[str, ...]
-    templates: tuple[str, ...]
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def templates(self) -> tuple[str, ...]: ...
 
     def __len__(self) -> int: ...
 
@@ -162,10 +165,14 @@ def number_labels(values: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
         raise UserError("No example has a class under source.label_key; is it misspelt?")
     if all(_is_integer(value) for value in known):
         return np.array([-1 if v is None else int(v) for v in values], np.int32), ()
-    names = sorted({str(value) for value in known})
-    number = {name: index for index, name in enumerate(names)}
-    labels = [-1 if value is None else number[str(value)] for value in values]
-    return np.array(labels, np.int32), tuple(names)
+    return number_names([None if value is None else str(value) for value in values])
+
+
+def number_names(values: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class names (None: no class) -> int32 [n], -1: none; and the names in sorted order."""
+    names = sorted({value for value in values if value is not None})
+    number = {None: -1} | {name: index for index, name in enumerate(names)}
+    return np.array([number[value] for value in values], np.int32), tuple(names)
 
 
 def _is_integer(value: Any) -> bool:

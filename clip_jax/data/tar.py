@@ -4,7 +4,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -15,6 +15,17 @@ from clip_jax.data.tar_index import BLOCK, Sample, Span, samples
 from clip_jax.errors import BadExample, UserError
 
 MISSING_FOR = 60.0  # seconds until a missing shard is tried again
+
+
+class _Columns:
+    """The index while it grows: a few bytes per sample, where objects would take hundreds."""
+
+    def __init__(self) -> None:
+        self.number = array("i")  # of the shard
+        self.offsets = array("q")  # of image and caption
+        self.sizes = array("i")  # of image and caption
+        self.in_json = array("b")  # whether the caption is a field of the .json file
+        self.labels: list[Any] = []  # as found; only with label_key
 
 
 class TarShards:
@@ -48,18 +59,20 @@ class TarShards:
         self._shards = _find(paths)
         self._missing_until: dict[int, float] = {}
         self.problems: Counter[str] = Counter()
-        self._number, self._offsets, self._sizes, self._in_json = map(array, "iqib")
-        labels: list[Any] = []
+        columns = _Columns()
         for number, path in enumerate(self._shards):
-            self._scan(number, path, labels)
-        self._freeze()
+            self._scan(number, path, columns)
+        self._number = np.frombuffer(columns.number, np.int32)
+        self._offsets = np.frombuffer(columns.offsets, np.int64).reshape(-1, 2)
+        self._sizes = np.frombuffer(columns.sizes, np.int32).reshape(-1, 2)
+        self._in_json = np.frombuffer(columns.in_json, np.int8)
         if not len(self):
             raise UserError(
                 f"No usable sample in the {len(self._shards)} shard(s) of source.path = {paths!r}"
                 f" ({dict(self.problems) or 'they are empty'}). A sample is KEY.jpg, .png or .webp"
                 " beside KEY.txt, or beside KEY.json with the caption under source.text_key."
             )
-        self._labels, self.class_names = number_labels(labels) if label_key else (None, ())
+        self._labels, self.class_names = number_labels(columns.labels) if label_key else (None, ())
 
     def __len__(self) -> int:
         return len(self._number)
@@ -75,7 +88,7 @@ class TarShards:
             key=key,
         )
 
-    def _scan(self, number: int, path: epath.Path, labels: list[Any]) -> None:
+    def _scan(self, number: int, path: epath.Path, columns: _Columns) -> None:
         """Adds the usable samples of one shard to the index and counts what is wrong."""
         try:
             with path.open("rb") as file:
@@ -83,9 +96,9 @@ class TarShards:
                 for position, sample in enumerate(found):
                     problem = self._problem(sample)
                     if not problem:
-                        self._append(number, sample)
+                        self._append(columns, number, sample)
                         if self._label_key:
-                            labels.append(_label(file, sample, self._label_key))
+                            columns.labels.append(_label(file, sample, self._label_key))
                     # The last sample of a cut shard may have lost a file: no fault of its own.
                     elif not (damage and position == len(found) - 1):
                         self.problems[problem] += 1
@@ -104,19 +117,13 @@ class TarShards:
             return "no caption"
         return ""
 
-    def _append(self, number: int, sample: Sample) -> None:
+    def _append(self, columns: _Columns, number: int, sample: Sample) -> None:
         in_json = bool(self._text_key) or "txt" not in sample
         image, text = sample["image"], sample["json" if in_json else "txt"]
-        self._number.append(number)
-        self._offsets.extend((image.offset, text.offset))
-        self._sizes.extend((image.size, text.size))
-        self._in_json.append(in_json)
-
-    def _freeze(self) -> None:
-        self._number = np.frombuffer(self._number, np.int32)
-        self._offsets = np.frombuffer(self._offsets, np.int64).reshape(-1, 2)
-        self._sizes = np.frombuffer(self._sizes, np.int32).reshape(-1, 2)
-        self._in_json = np.frombuffer(self._in_json, np.int8)
+        columns.number.append(number)
+        columns.offsets.extend((image.offset, text.offset))
+        columns.sizes.extend((image.size, text.size))
+        columns.in_json.append(in_json)
 
     def _read(self, number: int, image: Span, text: Span) -> tuple[str, bytes, bytes]:
         """Key of a sample and contents of its two files; retries, then BadExample."""
@@ -149,7 +156,7 @@ def _find(paths: str) -> list[epath.Path]:
     return shards
 
 
-def _read_sample(file: BinaryIO, shard: str, image: Span, text: Span) -> tuple[str, bytes, bytes]:
+def _read_sample(file: IO[bytes], shard: str, image: Span, text: Span) -> tuple[str, bytes, bytes]:
     # The name is not worth memory in the index: it stands in the header before the contents.
     file.seek(image.offset - BLOCK)
     header, image_bytes = file.read(BLOCK), file.read(image.size)
@@ -162,7 +169,7 @@ def _read_sample(file: BinaryIO, shard: str, image: Span, text: Span) -> tuple[s
     return key, image_bytes, text_bytes
 
 
-def _label(file: BinaryIO, sample: Sample, label_key: str) -> Any:
+def _label(file: IO[bytes], sample: Sample, label_key: str) -> Any:
     """The class of a sample; None where it has no readable one."""
     if "json" not in sample:
         return None

@@ -2,11 +2,12 @@
 
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from clip_jax.data.sources import IMAGE_SUFFIXES
 
 BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of it
+_LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
 
 
 class Span(NamedTuple):
@@ -23,7 +24,7 @@ class DamagedShard(Exception):
     """The shard ends, or cannot be read on, before its end-of-archive mark."""
 
 
-def samples(file: BinaryIO) -> tuple[list[Sample], str]:
+def samples(file: IO[bytes]) -> tuple[list[Sample], str]:
     """Groups the files of a shard by key.
 
     Files of one key need not stand together; a second file of the same key and kind begins
@@ -49,22 +50,23 @@ def samples(file: BinaryIO) -> tuple[list[Sample], str]:
     return found, ""
 
 
-def _members(file: BinaryIO) -> Iterator[tuple[str, str, Span]]:
+def _members(file: IO[bytes]) -> Iterator[tuple[str, str, Span]]:
     """Key, kind and place of every file that may belong to a sample."""
     file_size = file.seek(0, 2)
     file.seek(0)
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
                 end = _round_up(member.offset_data + member.size)
                 if end > file_size:
                     break
                 key, _, suffix = member.name.rpartition(".")
                 kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-                if member.isfile() and kind in ("image", "txt", "json"):
+                usable = member.isfile() and member.size <= _LARGEST
+                if usable and kind in ("image", "txt", "json"):
                     yield key, kind, Span(member.offset_data, member.size)
-                tar.members.clear()  # which would otherwise grow for ever
+                tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
     except tarfile.TarError as error:
         raise DamagedShard(f"after byte {end}: {error}") from None
     file.seek(end)

@@ -172,7 +172,7 @@ def _image(value: Any) -> bytes | np.ndarray:
 
 def _records(
     builder: tfds.core.DatasetBuilder, split: str, problems: Counter[str]
-) -> Sequence[bytes]:
+) -> tfrecord.TfRecords | Sequence[bytes]:
     """Random access to the serialised examples of a split."""
     try:
         info = builder.info.splits[split]

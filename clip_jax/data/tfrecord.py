@@ -6,7 +6,7 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -83,7 +83,7 @@ def _scan(path: epath.Path) -> np.ndarray:
     return np.frombuffer(offsets, np.int64)
 
 
-def _scan_open(file: BinaryIO, offsets: array) -> None:
+def _scan_open(file: IO[bytes], offsets: array) -> None:
     size = file.seek(0, 2) or file.tell()
     offset = 0
     while offset + _HEADER.size <= size:
