@@ -69,8 +69,8 @@ class Loop:
             if clock.is_due(step, run.checkpoint_every, run.total):
                 self._save(state, step, evaluated)
         batches.close()
-        if not evaluated:  # resumed at the end: only the report is missing
-            evaluated = self._evaluate(state, run.total)
+        if not evaluated:  # resumed at the end: only the report is missing, the rows are there
+            evaluated = run.evaluators.run(state.variables)
         return evaluated
 
     def _flush(self) -> None:

@@ -179,7 +179,7 @@ def _optim() -> ConfigDict:
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = source()
-    data.crop = "random"  # square window of the image: "random" (paper) | "center" | "none" (squash)
+    data.crop = "random"  # square window: "random" (paper) | "center" | "none" (squash the whole)
     data.shuffle = True  # each epoch in its own order; False: as stored
     data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -219,7 +220,7 @@ def _noun(rng: random.Random, glyph: Glyph) -> str:
 @functools.cache
 def _scans() -> tuple[list[Image.Image], np.ndarray]:
     """The scans as padded 8-bit pictures, and what they show, int [1797]."""
-    digits = load_digits()
+    digits: Any = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     padded = np.pad(grey, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
     return [Image.fromarray(scan) for scan in padded], digits.target

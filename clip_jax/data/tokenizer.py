@@ -9,7 +9,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -140,7 +140,7 @@ class SentencePieceTokenizer(Tokenizer):
             ) from error
         try:
             model = tf.io.gfile.GFile(path, "rb").read()
-            self._model = tensorflow_text.SentencepieceTokenizer(model, out_type=tf.int32)
+            self._model: Any = tensorflow_text.SentencepieceTokenizer(model, out_type=tf.int32)
             self.vocab_size = int(self._model.vocab_size()) + 2
         except (OSError, tf.errors.OpError) as error:
             raise UserError(

@@ -160,7 +160,7 @@ def _style(axes, share: bool) -> None:
 def _inline(document: str, label: str) -> Markup:
     """Makes a fragment of matplotlib's SVG document: no prologue, fonts, global style, spare id."""
     document = document[document.index("<svg") :]
-    view = re.search(r'viewBox="[^"]*"', document).group()
+    view = document[document.index("viewBox=") :].split('"')[1]
     body = document[document.index(">") + 1 : document.rindex("</svg>")]
     body = re.sub(r"<!--.*?-->|<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.S)
     body = re.sub(r"font-family: [^;]*; ", "", body)
@@ -169,4 +169,5 @@ def _inline(document: str, label: str) -> Markup:
     for placeholder, variable in _COLOURS.items():
         body = body.replace(placeholder, variable)
     body = re.sub(r">\s+<", "><", body).strip()
-    return Markup(f'<svg class="plot" role="img" aria-label="{escape(label)}" {view}>{body}</svg>')
+    head = f'<svg class="plot" role="img" aria-label="{escape(label)}" viewBox="{view}">'
+    return Markup(f"{head}{body}</svg>")

@@ -87,7 +87,7 @@ def match_ranks(
       mesh: devices that share the queries.
 
     Returns:
-      int32 [q], 0: a right one is first. Ties count against the model.
+      int32 [q], 0: a right one is first. Ties and NaN count against the model.
     """
     chunk = -(-_CHUNK // mesh.size) * mesh.size
     rank = jax.jit(_ranks, out_shardings=sharding.replicated(mesh))
@@ -103,7 +103,7 @@ def _ranks(queries, query_group, candidates, candidate_group):
     scores = jnp.matmul(queries, candidates.T, precision=jax.lax.Precision.HIGHEST)
     right = query_group[:, None] == candidate_group[None]
     best = jnp.max(jnp.where(right, scores, -jnp.inf), axis=1, keepdims=True)
-    return jnp.sum(~right & (scores >= best), axis=1)
+    return jnp.sum(~right & ~(scores < best), axis=1)
 
 
 def recalls(direction: str, ranks: np.ndarray) -> dict[str, float]:

@@ -38,7 +38,7 @@ def class_prompts(
     prompts, owners = [], []
     for owner, names in enumerate(class_names):
         for name in names.split("|"):
-            prompts += [template.format(name) for template in templates]
+            prompts += [template.replace("{}", name) for template in templates]
             owners += [owner] * len(templates)
     return prompts, np.array(owners)
 

@@ -19,7 +19,7 @@ def resize_positions(params: Any, length: int) -> Any:
     Returns:
       The same tree, its image positions [length, width].
     """
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     path = next(path for path in _IMAGE_POSITIONS if path in flat)
     token, grid = flat[path][:1], flat[path][1:]
     old, new = round(len(grid) ** 0.5), round((length - 1) ** 0.5)
