@@ -108,4 +108,6 @@ def _known_configs() -> list[str]:
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):  # by itself absl would end this with an error
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
     app.run(main, flags_parser=_parse_flags)

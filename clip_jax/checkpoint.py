@@ -4,6 +4,7 @@ A checkpoint has three items: "model" (parameters and BatchNorm statistics, all 
 reads), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,20 +46,32 @@ class Checkpoints:
         """
         self.directory = epath.Path(workdir) / DIRECTORY
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
+
+        def score(metrics: Mapping[str, float]) -> float:
+            return metrics.get(best_metric, -math.inf)
+
         if best_metric:
             best = preservation_policy.BestN(
-                get_metric_fn=lambda metrics: metrics[best_metric],
-                n=1,
-                keep_checkpoints_without_metrics=False,
+                get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
             )
             policies.append(best)
         self._best_metric = best_metric
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            # The policy decides; but without this the metrics are not written, and a resumed run
+            # would not know its best.
+            best_fn=score if best_metric else None,
             enable_async_checkpointing=True,
             create=create,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except ValueError as error:  # it reads the metrics of all checkpoints
+            raise UserError(
+                f"A checkpoint in {self.directory} is damaged: its metrics cannot be read "
+                f"({_first_line(error)}). Delete the folder of that step, in which metrics/metrics "
+                "is cut short, and run the same command again."
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -85,7 +98,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave(_progress(state)),
                 meta=ocp.args.JsonSave({"step": step, **meta}),
             ),
-            metrics=rank or None,
+            metrics=rank,
         )
 
     def latest_step(self) -> int | None:

@@ -3,63 +3,101 @@
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import optax
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, clock, metrics, sharding, workdir
+from clip_jax import checkpoint, clock, metrics, models, sharding, workdir
 from clip_jax import state as train_state
 from clip_jax import step as train_step
 from clip_jax.data import pipeline
+from clip_jax.data.sources import Source
+from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
+from clip_jax.evals import Evaluators
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    mesh: Mesh
+    net: models.CLIP
+    tokenizer: Tokenizer
+    source: Source
+    evaluators: Evaluators
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    total: int  # steps
+    log_every: int  # steps, as the next two
+    eval_every: int
+    checkpoint_every: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What the runs that this one resumes did, as their checkpoint tells."""
+
+    step: int = 0
+    examples_seen: int = 0
+    seconds: float = 0.0
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    truncated: int = 0
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> "Past":
+        return cls(**{field.name: meta[field.name] for field in dataclasses.fields(cls)})
 
 
 class Loop:
-    """Steps, and what is due between them.
-
-    Attributes:
-      seconds: of this run and the runs it resumes, set-up left out.
-      rate: images per second, latest.
-    """
+    """Steps, and what is due between them."""
 
     def __init__(
         self,
-        run: Any,
+        run: Run,
         config: ConfigDict,
         directory: epath.PathLike,
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
-        meta: Mapping[str, Any],
+        past: Past,
     ):
-        self.run_info, self._config, self._store, self._data = run, config, store, data
-        self.start, self.examples_seen = meta["step"], meta["examples_seen"]
-        self._seconds_before, self._started = meta["seconds"], time.monotonic()
-        self.rate = 0.0
+        """Opens the logs in `directory`; `data` begins where `past` ended."""
+        self._run, self._config, self._store = run, config, store
+        self._data, self._past = data, past
+        self._started = time.monotonic()
         self._writer = metrics.MetricWriter(
-            directory, tensorboard=config.log.tensorboard, start_step=self.start
+            directory, tensorboard=config.log.tensorboard, start_step=past.step
         )
-        self._progress = metrics.Progress(self.start, run.total, config.batch_size)
+        self._progress = metrics.Progress(past.step, run.total, config.batch_size)
         self._pending: tuple[int, train_step.Metrics] | None = None
 
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.monotonic() - self._started
+    def position(self, step: int) -> Past:
+        """What has been done up to `step`, the runs that this one resumes included.
 
-    @property
-    def data(self) -> pipeline.TrainPipeline:
-        return self._data
+        On several hosts `skipped` and `truncated` are those of the first.
+        """
+        past = self._past
+        return Past(
+            step=step,
+            examples_seen=past.examples_seen + (step - past.step) * self._config.batch_size,
+            seconds=past.seconds + time.monotonic() - self._started,
+            skipped=Counter(past.skipped) + self._data.skipped,
+            truncated=past.truncated + self._data.truncated,
+        )
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
         """Trains to the last step; returns the last evaluation's metrics."""
-        run = self.run_info
+        run = self._run
         place = sharding.batch_sharding(run.mesh)
         batches = pipeline.to_device(self._data, place, self._config.data.prefetch)
         evaluated: dict[str, float] = {}
-        for step, batch in zip(range(self.start + 1, run.total + 1), batches):
+        for step, batch in zip(range(self._past.step + 1, run.total + 1), batches):
             state, values = step_fn(state, batch)
-            self.examples_seen += self._config.batch_size
             self._flush()  # an earlier step's, so that the device has this one to do meanwhile
             if clock.is_due(step, run.log_every, run.total):
                 self._pending = step, values
@@ -67,7 +105,7 @@ class Loop:
             if clock.is_due(step, run.eval_every, run.total):
                 evaluated = self._evaluate(state, step)
             if clock.is_due(step, run.checkpoint_every, run.total):
-                self._save(state, step, evaluated)
+                self._save(state, step, values, evaluated)
         batches.close()
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluators.run(state.variables)
@@ -80,24 +118,19 @@ class Loop:
         step, device_values = self._pending
         self._pending = None
         values = metrics.fetch(device_values)
-        self.rate = self._progress.rate(step)
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"The loss is {values['loss']} at step {step}. Run again with a lower "
-                "--config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
-                "--config.optim.grad_clip_norm=1.0, in another --workdir."
-            )
+        _check_finite(step, values)
+        rate = self._progress.rate(step)
         row = {f"train/{name}": value for name, value in values.items()}
-        row["train/images_per_second"] = self.rate
-        row["data/skipped"] = self._data.skipped.total()
-        row["data/truncated"] = self._data.truncated
+        row["train/images_per_second"] = rate
+        done = self.position(step)
+        row["data/skipped"], row["data/truncated"] = sum(done.skipped.values()), done.truncated
         self._writer.write(step, row)
-        self._progress.show(step, values["loss"], self.rate)
+        self._progress.show(step, values["loss"], rate)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
         self._flush()
         paused = self._progress.pause()
-        found = self.run_info.evaluators.run(state.variables)
+        found = self._run.evaluators.run(state.variables)
         if found:
             self._writer.write(step, found)
             shown = [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(("top1", "recall@1"))]
@@ -105,15 +138,30 @@ class Loop:
         self._progress.resume(paused)
         return found
 
-    def _save(self, state: train_state.TrainState, step: int, found: Mapping[str, float]) -> None:
+    def _save(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        values: train_step.Metrics,
+        found: Mapping[str, float],
+    ) -> None:
         self._flush()
+        _check_finite(step, metrics.fetch(values))
         paused = self._progress.pause()
         meta = {
-            "examples_seen": self.examples_seen,
-            "seconds": self.seconds,
-            "tokenizer": self.run_info.tokenizer.identity,
-            "size": dataclasses.asdict(self.run_info.net.size),
+            **dataclasses.asdict(self.position(step)),
+            "tokenizer": self._run.tokenizer.identity,
+            "size": dataclasses.asdict(self._run.net.size),
             "config": workdir.to_plain(self._config),
         }
         self._store.save(state, step, meta, found)
         self._progress.resume(paused)
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    if not math.isfinite(values["loss"]):
+        raise UserError(
+            f"The loss is {values['loss']} at step {step}. Run again with a lower "
+            "--config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
+            "--config.optim.grad_clip_norm=1.0, in another --workdir."
+        )

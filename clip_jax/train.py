@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,7 +20,7 @@ from clip_jax.data import pipeline, sources, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
-from clip_jax.loop import Loop
+from clip_jax.loop import Loop, Past, Run
 from clip_jax.models.resize import image_positions, resize_positions
 
 
@@ -40,6 +39,8 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
       UserError: something in config, data or workdir that the user can put right.
     """
     started = datetime.now()
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     run = _prepare(config)
     store = checkpoint.Checkpoints(
         directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
@@ -53,38 +54,20 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         step_fn = _compile(run, config, like)
         workdir.write(directory, config)
         if resumed is None:
-            meta: dict[str, Any] = {"step": 0, "examples_seen": 0, "seconds": 0.0}
+            past = Past()
             start = _warm_start(config.init_from, run) if config.init_from else None
             state = train_state.init_state(run.net, run.tx, run.mesh, config.seed, start)
         else:
-            meta = _check_meta(store.read_meta(resumed), run.tokenizer)
+            past = Past.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
             state = store.restore(resumed, like)
             _say(f"Resuming {directory} from step {resumed:,}.")
-        data = _data(run, config, meta["examples_seen"])
-        loop = Loop(run, config, directory, store, data, meta)
+        data = _data(run, config, past.examples_seen)
+        loop = Loop(run, config, directory, store, data, past)
         final = loop.run(state, step_fn)
     if jax.process_index() == 0:
-        _report(
-            directory, config, run, loop, command, started, train_state.count_params(like.params)
-        )
+        params, done = train_state.count_params(like.params), loop.position(run.total)
+        _report(directory, config, run, done, command, started, params)
     return final
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What stays the same throughout a run."""
-
-    mesh: Mesh
-    net: nn.Module
-    tokenizer: tokenizer.Tokenizer
-    source: sources.Source
-    evaluators: Evaluators
-    tx: Any
-    schedule: Any
-    total: int  # steps
-    log_every: int
-    eval_every: int
-    checkpoint_every: int
 
 
 def _prepare(config: ConfigDict) -> Run:
@@ -258,7 +241,7 @@ def _report(
     directory: epath.PathLike,
     config: ConfigDict,
     run: Run,
-    loop: Loop,
+    done: Past,
     command: str,
     started: datetime,
     params: int,
@@ -270,20 +253,20 @@ def _report(
         command=command,
         started=started,
         finished=datetime.now(),
-        wall_seconds=loop.seconds,
+        wall_seconds=done.seconds,
         hardware=_hardware(run.mesh),
         params=params,
-        images_seen=loop.examples_seen,
-        steps=run.total,
+        images_seen=done.examples_seen,
+        steps=done.step,
         images_per_second=statistics.median(rates) if rates else 0.0,
-        skipped=dict(loop.data.skipped),
-        truncated=loop.data.truncated,
+        skipped=done.skipped,
+        truncated=done.truncated,
         config_text=str(config),
     )
     path = epath.Path(directory) / "report.html"
     found = run.evaluators
     report.write_report(path, summary, history, found.zeroshot, found.retrieval)
-    _say(f"Done in {clock.format_seconds(loop.seconds)}. Report: {path}")
+    _say(f"Done in {clock.format_seconds(done.seconds)}. Report: {path}")
 
 
 def _hardware(mesh: Mesh) -> str:

@@ -4,8 +4,6 @@ Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", 
 (percent of the run; not for `duration` itself).
 """
 
-import re
-
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -103,17 +101,12 @@ def validate(config: ConfigDict) -> None:
             problems.append(f"{name} is {value}, and must be at least {least}")
     if not config.data.source.type:
         problems.append(
-            "the config names no training data: set --config.data.source.type (tar, folder, tfds) "
+            "it names no training data: set --config.data.source.type (tar, folder, tfds) "
             "and --config.data.source.path or .name to yours, or put :smoke behind the config's "
             "name, as in --config=configs/vit_b32.py:smoke, for a small run on embedded data"
         )
     if problems:
-        raise UserError(_sentence(problems))
-
-
-def _sentence(problems: list[str]) -> str:
-    text = "; ".join(problems) + "."
-    return re.sub(r"^[a-z]", lambda first: first.group().upper(), text, count=1)
+        raise UserError(f"This config cannot be run: {'; '.join(problems)}.")
 
 
 def source(**overrides) -> ConfigDict:

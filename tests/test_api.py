@@ -82,9 +82,7 @@ def test_load_takes_a_workdir_a_step_or_a_checkpoint(model):
     last = embed(model, pixels)
     earlier = embed(clip_jax.load(str(run), step=8), pixels)
     assert not np.allclose(last, earlier, atol=1e-4)
-    np.testing.assert_array_equal(
-        embed(clip_jax.load(run / "checkpoints" / "8"), pixels), earlier
-    )
+    np.testing.assert_array_equal(embed(clip_jax.load(run / "checkpoints" / "8"), pixels), earlier)
     np.testing.assert_array_equal(
         embed(clip_jax.load(run / "checkpoints" / "12", step=12), pixels), last
     )
@@ -237,10 +235,19 @@ def test_unusable_pictures(model, picture, message, tmp_path, monkeypatch):
         model.encode_image(picture)
 
 
+def test_load_leaves_the_workdir_as_it_is(workdir):
+    def content() -> dict[str, bytes]:
+        return {str(p): p.read_bytes() if p.is_file() else b"" for p in workdir.rglob("*")}
+
+    before = content()
+    clip_jax.load(workdir)
+    assert content() == before
+
+
 def test_load_where_there_is_nothing(tmp_path, workdir):
-    with pytest.raises(UserError, match="nowhere.*give the workdir"):
+    with pytest.raises(UserError, match=r"nowhere.*give the workdir"):
         clip_jax.load(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no checkpoint of step 7.*12"):
+    with pytest.raises(UserError, match=r"no finished checkpoint 7.*12"):
         clip_jax.load(workdir, step=7)
     shutil.rmtree(workdir / "checkpoints")
     (workdir / "checkpoints").mkdir()

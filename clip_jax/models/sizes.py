@@ -47,6 +47,14 @@ class Size:
 
     def __post_init__(self):
         """Raises UserError for shapes that no model can have."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 2 if field.name == "context_length" else 1  # start and end token
+            for number in value if isinstance(value, tuple) else (value,):
+                if number is not None and not (isinstance(number, int) and number >= least):
+                    raise UserError(
+                        f"{field.name} is {value!r}: it takes whole numbers of at least {least}."
+                    )
         stages = 4 if self.is_resnet else 1
         if len(self.image_layers) != stages:
             raise UserError(

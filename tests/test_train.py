@@ -1,0 +1,462 @@
+"""Whole runs: what they leave behind, how they resume, and how they refuse."""
+
+import collections
+import html
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny_run
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util import tensor_util
+
+from clip_jax import metrics, train
+from clip_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once():
+    with tiny_run.compile_once():
+        yield
+
+
+@pytest.fixture
+def copy(tmp_path) -> pathlib.Path:
+    """A copy of the finished run that a test may change."""
+    return shutil.copytree(tiny_run.finished(), tmp_path / "copy")
+
+
+def read_rows(workdir: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_metrics(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
+    """Values by step and name; no such pair may stand there twice."""
+    found: dict[tuple[int, str], float] = {}
+    for row in read_rows(workdir):
+        step = row.pop("step")
+        for name, value in row.items():
+            assert (step, name) not in found
+            found[step, name] = value
+    return found
+
+
+def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
+    """What does not depend on the machine's mood."""
+    return {
+        key: value
+        for key, value in read_metrics(workdir).items()
+        if key[1] != "train/images_per_second" and not key[1].startswith("data/")
+    }
+
+
+def read_checkpoint(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path, read with orbax alone."""
+    arrays = {}
+    with ocp.PyTreeCheckpointer() as reader:
+        for item in ("model", "optimizer"):
+            tree = reader.restore(workdir / "checkpoints" / str(step) / item)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return arrays
+
+
+def assert_same_checkpoint(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
+    arrays, others = read_checkpoint(one, step), read_checkpoint(other, step)
+    assert len(arrays) > 50
+    assert arrays.keys() == others.keys()
+    for path, array in arrays.items():
+        assert array.tobytes() == others[path].tobytes(), path
+
+
+def steps_kept(workdir: pathlib.Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def text_of(page: str) -> str:
+    """What a page says, without its tags."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+# What a run leaves behind
+
+
+def test_metrics_of_a_run():
+    found = read_metrics(tiny_run.finished())
+    by_name = collections.defaultdict(list)
+    for step, name in found:
+        by_name[name].append(step)
+    every = list(range(1, 13))
+    for name in ("loss", "grad_norm", "param_norm", "logit_scale", "learning_rate"):
+        assert by_name[f"train/{name}"] == every
+    assert by_name["train/images_per_second"] == by_name["data/skipped"] == every
+    for name in ("zeroshot/top1", "zeroshot/top5", "retrieval/text_to_image/recall@10"):
+        assert by_name[name] == [6, 12]
+    losses = [found[step, "train/loss"] for step in every]
+    assert np.isfinite(losses).all()
+    assert np.log(16) - 1 < losses[0] < np.log(16) + 2  # near that of a guess among 16
+    # Warm-up over 3 steps from zero to 1e-3, then a cosine to zero at the end.
+    rates = [found[step, "train/learning_rate"] for step in every]
+    cosine = [0.5 * (1 + np.cos(np.pi * i / 9)) for i in range(9)]
+    np.testing.assert_allclose(rates, 1e-3 * np.array([0, 1 / 3, 2 / 3, *cosine]), rtol=1e-5)
+    np.testing.assert_allclose(found[1, "train/logit_scale"], 1 / 0.07, rtol=1e-3)
+
+
+def test_tensorboard_holds_the_same_numbers():
+    workdir = tiny_run.finished()
+    events = EventAccumulator(str(workdir / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    shown = {
+        (event.step, name): float(tensor_util.make_ndarray(event.tensor_proto))
+        for name in events.Tags()["tensors"]
+        for event in events.Tensors(name)
+    }
+    found = read_metrics(workdir)
+    assert {key: np.float32(value) for key, value in found.items()} == shown
+
+
+def test_config_and_checkpoints_of_a_run():
+    workdir = tiny_run.finished()
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored == json.loads(tiny_run.config().to_json_best_effort())
+    assert stored["batch_size"] == 16
+    assert steps_kept(workdir) == [4, 8, 12]
+    meta = json.loads((workdir / "checkpoints/12/meta/metadata").read_text())
+    assert meta["config"] == stored
+    assert (meta["step"], meta["examples_seen"]) == (12, 12 * 16)
+    assert meta["tokenizer"].startswith("openai-bpe:")
+    assert meta["size"]["image_layers"] == [1]
+
+
+def test_report_of_a_run():
+    page = (tiny_run.finished() / "report.html").read_text()
+    said = text_of(page)
+    assert "python main.py --config=tiny" in said
+    assert "8 x cpu" in said
+    assert f"{read_metrics(tiny_run.finished())[12, 'zeroshot/top1']:.1%}" in said.replace(
+        " %", "%"
+    )
+    assert "data:image/png;base64," in page
+    assert not re.search(r"(src|href)=.https?:", page)  # readable offline
+
+
+# Resuming
+
+KILLED = """
+import os, runpy, signal, sys
+from clip_jax import metrics
+
+def write(self, step, values, write=metrics.MetricWriter.write):
+    if step < 9:
+        return write(self, step, values)
+    with self._path.open("a") as file:
+        file.write('{"step": 9, "train/lo')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+metrics.MetricWriter.write = write
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+def flags() -> list[str]:
+    return [f"--config.{name}={value}" for name, value in tiny_run.SETTINGS.items()]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
+    command = [sys.executable, "-c", KILLED, "--config=configs/vit_b32.py:smoke", *flags()]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tiny_run.folder() / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    killed = subprocess.run(
+        [*command, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    with pytest.raises(json.JSONDecodeError):
+        read_rows(tmp_path)  # the last line was cut short
+    assert max(row["step"] for row in metrics.read_history(tmp_path)) == 8
+    assert not (tmp_path / "report.html").exists()
+    train.train(tiny_run.config(), tmp_path)
+    # The save at step 8 was perhaps still under way, the one at step 4 was not.
+    assert re.search(r"Resuming .* from step [48]\.", capsys.readouterr().out)
+    whole = tiny_run.finished()
+    assert learned(tmp_path) == learned(whole)
+    assert_same_checkpoint(tmp_path, whole, step=12)
+    assert (tmp_path / "report.html").exists()
+
+
+def test_resuming_from_an_earlier_checkpoint(copy, capsys):
+    for step in (8, 12):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    # Fields that do not change what is learned may differ.
+    config = tiny_run.config({"checkpoint.keep": 1, "data.threads": 1, "log.tensorboard": False})
+    final = train.train(config, copy)
+    assert "from step 4." in capsys.readouterr().out
+    whole = tiny_run.finished()
+    assert learned(copy) == learned(whole)
+    assert_same_checkpoint(copy, whole, step=12)
+    for name, value in final.items():
+        assert value == read_metrics(whole)[12, name]
+    assert steps_kept(copy) == [12]  # the latest, and the only one that was evaluated
+
+
+def test_a_complete_run_only_gets_its_report_again(copy, capsys):
+    (copy / "report.html").unlink()
+    before = (copy / "metrics.jsonl").read_bytes()
+    saved = {path: path.stat().st_mtime_ns for path in (copy / "checkpoints").rglob("*")}
+    final = train.train(tiny_run.config(), copy)
+    assert (copy / "metrics.jsonl").read_bytes() == before
+    assert {p: p.stat().st_mtime_ns for p in (copy / "checkpoints").rglob("*")} == saved
+    assert final["zeroshot/top1"] == read_metrics(copy)[12, "zeroshot/top1"]
+    old = text_of((tiny_run.finished() / "report.html").read_text())
+    new = text_of((copy / "report.html").read_text())
+    assert re.findall(r"[\d.]+ ?%", new) == re.findall(r"[\d.]+ ?%", old)
+    assert "ETA" not in capsys.readouterr().out
+
+
+def test_a_workdir_of_another_run_is_left_alone(copy):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    other = tiny_run.config({"optim.learning_rate": 3e-3, "model.size.text_layers": 2})
+    with pytest.raises(UserError) as caught:
+        train.train(other, copy)
+    said = str(caught.value)
+    assert "optim.learning_rate was 0.001, now 0.003" in said
+    assert "model.size.text_layers was 1, now 2" in said
+    assert "batch_size" not in said
+    assert "allow_config_change" in said
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_going_on_with_other_settings_on_demand(copy, capsys):
+    changes = {"duration": "14 steps", "checkpoint.allow_config_change": True}
+    train.train(tiny_run.config(changes), copy)
+    assert "from step 12." in capsys.readouterr().out
+    found = read_metrics(copy)
+    assert [step for step, name in found if name == "train/loss"] == list(range(1, 15))
+    assert json.loads((copy / "config.json").read_text())["duration"] == "14 steps"
+    assert steps_kept(copy)[-1] == 14
+
+
+# What stops a run
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
+    compile_step = train.train_step.compile_step
+
+    def broken(*args, **kwargs):
+        step_fn = compile_step(*args, **kwargs)
+
+        class Step:
+            def __call__(self, state, batch):
+                state, values = step_fn(state, batch)
+                if int(state.step) == 6:
+                    values = {**values, "loss": jnp.float32(np.nan)}
+                return state, values
+
+            memory_analysis = step_fn.memory_analysis
+
+        return Step()
+
+    monkeypatch.setattr(train.train_step, "compile_step", broken)
+    with pytest.raises(UserError, match=r"loss is nan at step 6.*learning_rate") as caught:
+        train.train(tiny_run.config(), tmp_path)
+    assert "--workdir" in str(caught.value)
+    assert max(row["step"] for row in read_rows(tmp_path)) == 5
+    assert steps_kept(tmp_path) == [4]
+
+
+def test_a_step_beyond_the_memory_is_refused_before_it_is_tried(tmp_path):
+    with pytest.raises(UserError, match=r"batch_size 33,554,432 needs [\d,.]+ GiB") as caught:
+        train.train(tiny_run.config({"batch_size": 2**25}), tmp_path)
+    needed, has = (
+        float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) GiB", str(caught.value))
+    )
+    images = 2**25 * 16 * 16 * 3 / 2**30
+    assert needed > max(images, has)
+    assert "smaller --config.batch_size" in str(caught.value)
+    # Or the remedy would be refused as another run's config.
+    assert not (tmp_path / "config.json").exists()
+
+
+def empty(folder: pathlib.Path) -> None:
+    pass
+
+
+def without_captions(folder: pathlib.Path) -> None:
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 20}, r"batch_size 20 .* 8 devices.*--config\.batch_size=16"),
+        ({"batch_size": 3}, r"batch_size 3 .* 8 devices.*--config\.batch_size=8"),
+        ({"mesh.fsdp": 3}, r"8 device.*mesh\.fsdp to one of: 1, 2, 4, 8"),
+        ({"model.name": "ViT-B/33"}, r"'ViT-B/33'.*ViT-B/32"),
+        ({"model.size.image_width": 33}, r"33.*multiple of image_heads"),
+        ({"tokenizer": "latin"}, r"'latin'.*openai"),
+        ({"tokenizer": "nowhere.model"}, r"nowhere\.model"),
+        ({"model.size.vocab_size": 100}, r"49408.*100.*model\.size\.vocab_size=49408"),
+        ({"duration": "12 parsecs"}, r"12 parsecs.*steps, examples, epochs"),
+        ({"duration": "0 steps"}, r"nothing to train"),
+        ({"duration": "5 percent"}, r"percent"),
+        ({"model.remat": "sometimes"}, r"sometimes"),
+        ({"data.source.split": "tset"}, r"'tset'.*test"),
+        ({"data.source.type": "parquet"}, r"'parquet'.*\"tar\""),
+        ({"data.source.type": "tar", "data.source.path": "nowhere/*.tar"}, r"nowhere/\*\.tar"),
+        ({"data.source.type": "folder", "data.source.path": "nowhere"}, r"'nowhere'"),
+        ({"eval.retrieval.source.split": "tset"}, r"'tset'"),
+        ({"eval.zeroshot.templates": ("a photo",)}, r"'a photo'"),
+    ],
+    ids=lambda value: ",".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_wrong_settings_fail_before_anything_slow(changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "_compile", lambda *_: pytest.fail("compiled"))
+    with pytest.raises(UserError, match=message):
+        train.train(tiny_run.config(changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_unknown_form_of_the_loss(tmp_path):
+    with pytest.raises(UserError, match=r"'guess'.*all_gather"):
+        train.train(tiny_run.config({"loss.method": "guess"}), tmp_path)
+
+
+@pytest.mark.parametrize("fill", [empty, without_captions])
+def test_folders_without_pairs(fill, tmp_path):
+    fill(tmp_path)
+    changes = {"data.source.type": "folder", "data.source.path": str(tmp_path)}
+    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + r".*no captions.*KEY\.txt"):
+        train.train(tiny_run.config(changes), tmp_path / "run")
+
+
+# Stored data
+
+COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
+
+
+def encoded(colour: str, suffix: str, seed: int) -> bytes:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 50, (20, 24, 3)) + np.array(COLOURS[colour])
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, {"jpg": "JPEG"}.get(suffix, suffix))
+    return file.getvalue()
+
+
+def pairs() -> dict[str, bytes]:
+    """Files of 24 good pairs, of one broken image, one empty caption and one too long."""
+    files = {}
+    for i in range(24):
+        colour, suffix = list(COLOURS)[i % 3], ("png", "jpg")[i % 2]
+        files[f"{i:03}.{suffix}"] = encoded(colour, suffix, i)
+        files[f"{i:03}.txt"] = f"a {colour} picture, number {i}".encode()
+    good = encoded("red", "png", 99)
+    files |= {"100.png": good[:60], "100.txt": b"a broken picture"}
+    files |= {"101.png": good, "101.txt": b" \n"}
+    files |= {"102.png": good, "102.txt": b"red " * 40}
+    return files
+
+
+@pytest.fixture(scope="module", params=["tar", "folder"])
+def stored(request, tmp_path_factory) -> dict:
+    """The settings of a run on stored data, in either form."""
+    root = tmp_path_factory.mktemp(request.param)
+    for name, content in pairs().items():
+        (root / name).write_bytes(content)
+    path = str(root)
+    if request.param == "tar":
+        names = sorted(pairs())
+        for shard, part in enumerate((names[:20], names[20:])):
+            with tarfile.open(root / f"{shard:05}.tar", "w") as tar:
+                for name in part:
+                    tar.add(root / name, name)
+        path = f"{root}/{{00000..00001}}.tar"
+    classes = root.parent / f"{root.name} classes"
+    for seed, colour in enumerate(3 * list(COLOURS)):
+        (classes / colour).mkdir(parents=True, exist_ok=True)
+        (classes / colour / f"{seed}.png").write_bytes(encoded(colour, "png", 200 + seed))
+    return {
+        "duration": "8 steps",
+        "data.max_skipped": 0.2,
+        "data.source.type": request.param,
+        "data.source.path": path,
+        "data.source.split": "",
+        "eval.retrieval.source.type": request.param,
+        "eval.retrieval.source.path": path,
+        "eval.retrieval.source.split": "",
+        "eval.zeroshot.source.type": "folder",
+        "eval.zeroshot.source.path": str(classes),
+        "eval.zeroshot.source.split": "",
+        "eval.zeroshot.templates": ("a {} picture",),
+        "checkpoint.every": "8 steps",
+    }
+
+
+def test_a_run_on_stored_data_counts_what_it_cannot_use(stored, tmp_path):
+    final = train.train(tiny_run.config(stored), tmp_path)
+    assert 0 <= final["zeroshot/top1"] <= 1
+    assert "zeroshot/top5" not in final  # of 3 classes
+    found = read_metrics(tmp_path)
+    skipped, truncated = (
+        [found[step, f"data/{name}"] for step in range(1, 9)] for name in ("skipped", "truncated")
+    )
+    assert skipped == sorted(skipped)
+    assert truncated == sorted(truncated)
+    # 128 places are 4 whole epochs of 27 and 20 places more; the pipeline runs a few epochs ahead.
+    assert 4 * 2 <= skipped[-1] <= 10 * 2
+    assert 4 <= truncated[-1] <= 12
+    said = text_of((tmp_path / "report.html").read_text())
+    for reason in ("unreadable image", "empty caption"):
+        assert int(re.search(reason + r" (\d+)", said).group(1)) >= 4
+    assert int(re.search(r"(\d+) captions were longer", said).group(1)) >= 4
+
+
+def test_too_many_unusable_examples_end_the_run(stored, tmp_path):
+    config = tiny_run.config({**stored, "data.max_skipped": 0.01})
+    with pytest.raises(UserError, match=r"data\.max_skipped = 0\.01.*10[01]") as caught:
+        train.train(config, tmp_path)
+    assert "Repair the data" in str(caught.value)
+
+
+def test_a_resnet_on_the_command_line(tmp_path):
+    """configs/rn50.py:smoke on one device, as a user runs it."""
+    command = [sys.executable, "main.py", "--config=configs/rn50.py:smoke"]
+    command += ["--config.duration=4 steps", "--config.batch_size=16", f"--workdir={tmp_path}"]
+    command += ["--config.eval.retrieval.max_examples=50"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr == ""
+    assert "RN50" in ran.stdout
+    assert "on 1 x cpu" in ran.stdout
+    found = read_metrics(tmp_path)
+    assert np.isfinite(found[4, "train/loss"])
+    assert 0 <= found[4, "zeroshot/top1"] <= 1
+    statistics = [path for path in read_checkpoint(tmp_path, 4) if "batch_stats" in path]
+    assert len(statistics) > 10
+    assert "--config=configs/rn50.py:smoke" in text_of((tmp_path / "report.html").read_text())
