@@ -86,7 +86,7 @@ class Loop:
             step=step,
             examples_seen=past.examples_seen + (step - past.step) * self._config.batch_size,
             seconds=past.seconds + time.monotonic() - self._started,
-            skipped=Counter(past.skipped) + self._data.skipped,
+            skipped=dict(Counter(past.skipped) + self._data.skipped),
             truncated=past.truncated + self._data.truncated,
         )
 

@@ -60,8 +60,8 @@ def train_step(
     params = {**params, "logit_scale": logit_scale}
     metrics = {
         "loss": loss,
-        "grad_norm": optax.global_norm(grads),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "param_norm": optax.tree.norm(params),
         "logit_scale": jnp.exp(logit_scale),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }

@@ -53,12 +53,12 @@ class Size:
             for number in value if isinstance(value, tuple) else (value,):
                 if number is not None and not (isinstance(number, int) and number >= least):
                     raise UserError(
-                        f"{field.name} is {value!r}: it takes whole numbers of at least {least}."
+                        f"Size {field.name} is {value!r}: it takes whole numbers, {least} or more."
                     )
         stages = 4 if self.is_resnet else 1
         if len(self.image_layers) != stages:
             raise UserError(
-                f"image_layers is {self.image_layers}, but it takes {stages} number(s): the blocks "
+                f"Size image_layers is {self.image_layers}: it takes {stages} number(s): the blocks "
                 "of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
             )
         pixels = self.patch_size or 32  # a ResNet halves its input five times
