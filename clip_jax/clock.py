@@ -1,5 +1,7 @@
 """Durations with a unit ("32 epochs") turned into steps, and when something periodic is due."""
 
+import math
+
 from clip_jax.errors import UserError
 
 UNITS = ("steps", "examples", "epochs", "percent")
@@ -42,7 +44,7 @@ def _parse(duration: str) -> tuple[float, str]:
     except ValueError:
         number, unit = -1.0, ""
     unit = unit if unit.endswith("s") or unit == "percent" else unit + "s"
-    if number < 0 or unit not in UNITS:
+    if not math.isfinite(number) or number < 0 or unit not in UNITS:
         raise UserError(
             f"{duration!r} is not a duration: write a number and one of {', '.join(UNITS)}, "
             'such as "500 steps" or "32 epochs".'

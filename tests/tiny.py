@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax import losses, models, optim, sharding
+from clip_jax import models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax import step as train_step
 
@@ -23,8 +23,9 @@ _VIT = {
     "image_heads": 4,
     "patch_size": 8,
 }
-_RESNET = {"image_size": 64, "image_layers": (1, 1, 1, 1), "image_width": 8, "image_heads": 4}
+_RESNET = {"image_size": 32, "image_layers": (1, 1, 1, 1), "image_width": 8, "image_heads": 4}
 BATCH = 16
+LEARNING_RATE, STEPS = 1e-3, 100
 
 
 def make_net(name: str) -> models.CLIP:
@@ -39,11 +40,11 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
 
 
-def make_optimizer(learning_rate: float = 1e-3, total: int = 100, **overrides):
-    """The schedule and an optimiser with the paper's settings."""
-    schedule = optim.make_schedule(learning_rate, 0, total)
+def make_optimizer():
+    """A schedule without warm-up, and the paper's optimiser."""
+    schedule = optim.make_schedule(LEARNING_RATE, 0, STEPS)
     settings = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
-    return schedule, optim.make_optimizer(schedule, **settings | overrides)
+    return schedule, optim.make_optimizer(schedule, **settings)
 
 
 def make_batch(net: models.CLIP, seed: int = 0) -> dict[str, np.ndarray]:
@@ -61,36 +62,19 @@ def make_batch(net: models.CLIP, seed: int = 0) -> dict[str, np.ndarray]:
     return {"image": coarse.repeat(repeat, axis=1).repeat(repeat, axis=2), "tokens": tokens}
 
 
-def compile_step(net, tx, schedule, mesh, state, batch, max_logit_scale: float = 100.0):
-    """The training step for these arrays."""
+def compile_step(net, mesh: Mesh, state, batch, **overrides):
+    """The training step for these arrays, with the optimiser of `make_optimizer`."""
+    schedule, tx = make_optimizer()
+    settings = {"loss_method": "all_gather", "max_logit_scale": 100.0, **overrides}
     return train_step.compile_step(
-        state,
-        batch,
-        mesh=mesh,
-        net=net,
-        tx=tx,
-        schedule=schedule,
-        loss_method="all_gather",
-        max_logit_scale=max_logit_scale,
+        state, batch, mesh=mesh, net=net, tx=tx, schedule=schedule, **settings
     )
 
 
-def train(net, mesh: Mesh, steps: int, **settings):
-    """Takes steps on one batch; returns the last state and the metrics of each step."""
-    schedule, tx = make_optimizer(**settings)
-    state = train_state.init_state(net, tx, mesh, seed=0)
-    batch = jax.device_put(make_batch(net), sharding.batch_sharding(mesh))
-    step = compile_step(net, tx, schedule, mesh, state, batch)
-    history = []
-    for _ in range(steps):
-        state, metrics = step(state, batch)
-        history.append({name: float(value) for name, value in metrics.items()})
-    return state, history
+def init_state(net: models.CLIP, mesh: Mesh) -> train_state.TrainState:
+    """The same on every mesh."""
+    return train_state.init_state(net, make_optimizer()[1], mesh, seed=0)
 
 
-def plain_loss(net: models.CLIP, variables, batch, train: bool = True):
-    """What a step minimises, on one device, without anything of clip_jax.step."""
-    embeds, _ = net.apply(
-        variables, batch["image"], batch["tokens"], train=train, mutable=["batch_stats"]
-    )
-    return losses.softmax_loss(*embeds, mesh=None)
+def put_batch(net: models.CLIP, mesh: Mesh) -> dict[str, jax.Array]:
+    return jax.device_put(make_batch(net), sharding.batch_sharding(mesh))

@@ -1,0 +1,213 @@
+"""The order of the modules: imports go one way, and all of them load."""
+
+import ast
+import importlib
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from clip_jax.errors import UserError
+from configs import default
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
+
+# Each layer may import those below it and, as long as no circle comes of it, its own.
+LAYERS = (
+    ("main",),
+    ("clip_jax.train", "clip_jax.api"),
+    ("clip_jax.loop",),
+    (
+        "clip_jax.data",
+        "clip_jax.state",
+        "clip_jax.step",
+        "clip_jax.checkpoint",
+        "clip_jax.evals",
+        "clip_jax.metrics",
+        "clip_jax.workdir",
+    ),
+    (
+        "clip_jax.models",
+        "clip_jax.losses",
+        "clip_jax.optim",
+        "clip_jax.sharding",
+        "clip_jax.clock",
+        "clip_jax.errors",
+    ),
+)
+# What may be imported of clip_jax from within these, themselves aside.
+LEAVES = {
+    "clip_jax": set(),  # loads on first use
+    "clip_jax.errors": set(),
+    "clip_jax.clock": {"clip_jax.errors"},
+    "clip_jax.sharding": {"clip_jax.errors"},
+    "clip_jax.losses": {"clip_jax.errors", "clip_jax.sharding"},
+    "clip_jax.optim": {"clip_jax.sharding"},
+    "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
+    "clip_jax.data": {"clip_jax.errors"},
+}
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    """Full names of everything imported anywhere in a file, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            # "from clip_jax import losses" imports a module, "from clip_jax.clock import is_due"
+            # a name in one: in either case the unit below is the same.
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def unit(name: str) -> str:
+    """The layers' name of what an import brings: "clip_jax.data.order" is clip_jax.data."""
+    return ".".join(name.split(".")[:2]) if name.startswith("clip_jax.") else name.split(".")[0]
+
+
+def own_imports(path: pathlib.Path) -> set[str]:
+    """Units of this project that a file imports, its own aside."""
+    found = {unit(name) for name in imports(path)}
+    ours = {name for name in found if name.split(".")[0] in ("clip_jax", "main")}
+    return ours - {unit(module_name(path))}
+
+
+def level(name: str) -> int:
+    """0 is the top."""
+    found = [i for i, layer in enumerate(LAYERS) if name in layer]
+    assert found, f"{name} has no place in the layers"
+    return found[0]
+
+
+@pytest.mark.parametrize("path", [ROOT / "main.py", *FILES], ids=module_name)
+def test_imports_go_one_way(path: pathlib.Path):
+    name = unit(module_name(path))
+    if name == "clip_jax":
+        assert not own_imports(path)
+        return
+    for imported in own_imports(path):
+        assert level(imported) >= level(name), f"{module_name(path)} imports {imported}"
+
+
+def test_no_circles():
+    depends: dict[str, set[str]] = {}
+    for path in FILES:
+        depends.setdefault(unit(module_name(path)), set()).update(own_imports(path))
+    while free := [name for name, needs in depends.items() if not needs & depends.keys()]:
+        for name in free:
+            del depends[name]
+    assert not depends
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_leaves(name: str):
+    paths = [path for path in FILES if unit(module_name(path)) == name]
+    assert paths
+    for path in paths:
+        assert own_imports(path) <= LEAVES[name], path.name
+
+
+@pytest.mark.parametrize("path", [ROOT / "main.py", *FILES], ids=module_name)
+def test_torch_is_never_imported(path: pathlib.Path):
+    foreign = {name.split(".")[0] for name in imports(path)}
+    assert not foreign & {"torch", "torchvision", "open_clip", "clip"}
+
+
+def test_reading_data_needs_no_accelerator():
+    """Only the part that puts batches onto the mesh knows JAX."""
+    users = {
+        path.name
+        for path in FILES
+        if path.parent.name == "data" and "jax" in {name.split(".")[0] for name in imports(path)}
+    }
+    assert users == {"pipeline.py"}
+
+
+def test_modules_import():
+    for path in FILES:
+        importlib.import_module(module_name(path))
+
+
+def test_import_alone_is_light():
+    """`import clip_jax` loads nothing; what is used is loaded then."""
+    code = "import sys, clip_jax; sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ---- Configs -----------------------------------------------------------------------------------
+
+CONFIGS = sorted(
+    path.stem
+    for path in (ROOT / "configs").glob("*.py")
+    if path.stem not in ("__init__", "default")
+)
+
+
+def get_config(name: str, argument: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{name}").get_config(argument)
+
+
+def fields(config: ConfigDict, prefix: str = "") -> set[str]:
+    found = set()
+    for name in config:
+        value = config.get(name)
+        inner = fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else set()
+        found |= inner or {prefix + name}
+    return found
+
+
+def test_there_is_a_config_for_every_model():
+    from clip_jax import models
+
+    assert {get_config(name, "").model.name for name in CONFIGS} == set(models.available_models())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_smoke_config(name: str):
+    from clip_jax import train
+
+    config = get_config(name, "smoke")
+    default.validate(config)
+    assert fields(config) == fields(default.get_config())
+    assert config.data.source.type == "digits"
+    net = train.make_net(config)
+    assert net.size.is_resnet == config.model.name.startswith("RN")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_full_config(name: str):
+    """Runs as it stands, or says that it names no data and what to do."""
+    from clip_jax import train
+
+    config = get_config(name, "")
+    assert fields(config) == fields(default.get_config())
+    train.make_net(config)
+    if config.data.source.type:
+        default.validate(config)
+        return
+    with pytest.raises(UserError, match=r"names no training data: set --config.*:smoke"):
+        default.validate(config)
+    config.data.source.type = "tar"
+    default.validate(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_unknown_config_argument(name: str):
+    with pytest.raises(UserError, match=r"'smok'.*smoke"):
+        get_config(name, "smok")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_says_how_to_run_it(name: str):
+    docstring = importlib.import_module(f"configs.{name}").__doc__
+    assert f"python main.py --config=configs/{name}.py" in docstring
