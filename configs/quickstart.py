@@ -9,8 +9,8 @@ from configs import default
 
 def get_config(arg: str = ""):
     config = default.get_config()
-    config.duration = "800 steps"
-    config.batch_size = 128
+    config.duration = "2000 steps"
+    config.batch_size = 64
     config.model.name = "ViT-B/32"
     config.model.scan_layers = False  # twice as fast on CPU; 4 layers compile soon enough
     config.model.size.update(
@@ -23,14 +23,14 @@ def get_config(arg: str = ""):
         text_layers=2,
         text_width=64,
         text_heads=2,
-        context_length=17,
+        context_length=16,
     )
     default.use_digits(config)
     config.optim.learning_rate = 1e-3
     config.optim.warmup = "100 steps"
     config.optim.grad_clip_norm = 1.0
-    config.log.every = "10 steps"
-    config.eval.every = "100 steps"
+    config.log.every = "20 steps"
+    config.eval.every = "250 steps"
     config.eval.batch_size = 250
-    config.checkpoint.every = "400 steps"
+    config.checkpoint.every = "500 steps"
     return default.finish(config, arg)

@@ -52,6 +52,8 @@ def test_the_paper():
         "steps",
         "500 parsecs",
         "-1 steps",
+        "nan steps",
+        "inf steps",
         "many steps",
         "5 steps or so",
         "5steps",

@@ -147,6 +147,7 @@ def test_captions_are_true(source):
             nouns = nouns[::-1]
         for (size, digit), glyph in zip(nouns, glyphs):
             assert digit == SCANS.target[glyph.scan]
+            assert size is None or len(glyphs) == 1
             assert size in (None, "small" if glyph.size < 0.4 else "large")
         if offset is not None:
             beside = offset[0] != 0

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_models
 import pytest
 from flax import linen as nn
 
@@ -167,129 +168,13 @@ def test_initialisation(name: str, table: dict):
 # ---- Against NumPy in float64 ------------------------------------------------------------------
 
 
-def np_norm(x, p):
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
-
-
-def np_softmax(x):
-    x = np.exp(x - x.max(-1, keepdims=True))
-    return x / x.sum(-1, keepdims=True)
-
-
-def np_unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-
-def np_block(x, p, causal: bool):
-    y = np_norm(x, p["ln_1"])
-    qkv = np.einsum("bsw,wthd->tbhsd", y, p["qkv"]["kernel"])
-    q, k, v = qkv + p["qkv"]["bias"][:, None, :, None]
-    logits = np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
-    if causal:
-        logits = np.where(np.tri(x.shape[1], dtype=bool), logits, -np.inf)
-    y = np.einsum("bhst,bhtd->bshd", np_softmax(logits), v)
-    x = x + np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
-    y = np_norm(x, p["ln_2"]) @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"]
-    y = y / (1 + np.exp(-1.702 * y))
-    return x + y @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
-
-
-def np_transformer(x, blocks, causal: bool):
-    for layer in range(len(blocks["ln_1"]["scale"])):
-        x = np_block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks), causal)
-    return x
-
-
-def np_pixels(images):
-    mean = np.array([0.48145466, 0.4578275, 0.40821073])
-    return (images / 255 - mean) / np.array([0.26862954, 0.26130258, 0.27577711])
-
-
-def np_vit(images, p, patch: int):
-    b, h, w, _ = images.shape
-    x = np_pixels(images).reshape(b, h // patch, patch, w // patch, patch, 3)
-    x = np.einsum("byixjc,ijcw->byxw", x, p["patch_embed"]["kernel"]).reshape(
-        b, h * w // patch**2, -1
-    )
-    x = np.concatenate([np.broadcast_to(p["class_token"], (b, 1, x.shape[2])), x], axis=1)
-    x = np_norm(x + p["positions"], p["ln_pre"])
-    x = np_transformer(x, p["transformer"]["blocks"], causal=False)
-    return np_unit(np_norm(x[:, 0], p["ln_post"]) @ p["projection"]["kernel"])
-
-
-def np_text(tokens, p):
-    rows = []
-    for row in tokens:  # one caption at a time, cut behind its end token
-        row = row[: list(row).index(max(row)) + 1]
-        x = (p["token_embed"]["embedding"][row] + p["positions"][: len(row)])[None]
-        x = np_transformer(x, p["transformer"]["blocks"], causal=True)
-        rows.append(np_norm(x[0, -1], p["ln_final"]) @ p["projection"]["kernel"])
-    return np_unit(np.stack(rows))
-
-
-def np_conv(x, p, stride: int = 1):
-    kernel = p["kernel"]
-    pad = kernel.shape[0] // 2
-    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    x = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
-    return np.einsum("byxcij,ijco->byxo", x[:, ::stride, ::stride], kernel)
-
-
-def np_pool(x, stride: int):
-    b, h, w, c = x.shape
-    return x.reshape(b, h // stride, stride, w // stride, stride, c).mean((2, 4))
-
-
-def np_resnet(images, p, running: dict | None):
-    """With `running` statistics, or with those of the batch."""
-
-    def norm(x, params, stats):
-        mean = stats["mean"] if running else x.mean((0, 1, 2))
-        var = stats["var"] if running else x.var((0, 1, 2))
-        return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
-
-    def relu(x):
-        return np.maximum(x, 0)
-
-    stats = running or p  # p: unused placeholder of the same keys
-    x = np_pixels(images)
-    for i in "123":
-        x = np_conv(x, p[f"stem_conv{i}"], stride=2 if i == "1" else 1)
-        x = relu(norm(x, p[f"stem_bn{i}"], stats[f"stem_bn{i}"]))
-    x = np_pool(x, 2)
-    for name in sorted(key for key in p if key.startswith("stage")):
-        b, s = p[name], stats[name]
-        stride = 2 if name.endswith("block0") and not name.startswith("stage1") else 1
-        y = relu(norm(np_conv(x, b["conv1"]), b["bn1"], s["bn1"]))
-        y = relu(norm(np_conv(y, b["conv2"]), b["bn2"], s["bn2"]))
-        y = norm(np_conv(np_pool(y, stride), b["conv3"]), b["bn3"], s["bn3"])
-        if "shortcut_conv" in b:
-            x = np_conv(np_pool(x, stride), b["shortcut_conv"])
-            x = norm(x, b["shortcut_bn"], s["shortcut_bn"])
-        x = relu(x + y)
-    return np_unit(np_attention_pool(x, p["attention_pool"]))
-
-
-def np_attention_pool(x, p):
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
-    x = np.concatenate([x.mean(1, keepdims=True), x], axis=1) + p["positions"]
-    q, k, v = (
-        np.einsum("bsw,whd->bhsd", x, p[n]["kernel"]) + p[n]["bias"][:, None]
-        for n in ("query", "key", "value")
-    )
-    weights = np_softmax(np.einsum("bhd,bhtd->bht", q[:, :, 0], k) / np.sqrt(q.shape[-1]))
-    y = np.einsum("bht,bhtd->bhd", weights, v)
-    return np.einsum("bhd,hde->be", y, p["projection"]["kernel"]) + p["projection"]["bias"]
-
-
 def test_vit_and_text_equal_numpy():
     net = models.create("ViT-B/32", size=TINY_VIT)
     variables, (images, tokens) = make_variables(net), make_batch(net.size)
     image, text, logit_scale = apply(net, variables, images, tokens)
     p = float64(variables["params"])
-    np.testing.assert_allclose(image, np_vit(images, p["image"], 4), **EXACT)
-    np.testing.assert_allclose(text, np_text(tokens, p["text"]), **EXACT)
+    np.testing.assert_allclose(image, numpy_models.vit(images, p["image"], 4), **EXACT)
+    np.testing.assert_allclose(text, numpy_models.text(tokens, p["text"]), **EXACT)
     assert logit_scale == variables["params"]["logit_scale"]
     for method, inputs, expected in (
         ("encode_image", images, image),
@@ -307,9 +192,11 @@ def test_resnet_equals_numpy(train: bool):
         net, variables, images, tokens, train=train, mutable=["batch_stats"]
     )
     p, stats = float64(variables["params"])["image"], float64(variables["batch_stats"])["image"]
-    np.testing.assert_allclose(image, np_resnet(images, p, None if train else stats), **EXACT)
+    np.testing.assert_allclose(
+        image, numpy_models.resnet(images, p, None if train else stats), **EXACT
+    )
 
-    first = np_conv(np_pixels(images), p["stem_conv1"], stride=2)
+    first = numpy_models.conv(numpy_models.pixels(images), p["stem_conv1"], stride=2)
     ours = updated["batch_stats"]["image"]["stem_bn1"]
     for key, batch_value in (("mean", first.mean((0, 1, 2))), ("var", first.var((0, 1, 2)))):
         old = stats["stem_bn1"][key]
@@ -419,7 +306,7 @@ def test_bfloat16_compute(name: str, size: dict):
 def test_uint8_and_normalised_floats_are_equal():
     net = models.create("ViT-B/32", size=TINY_VIT)
     variables, (images, _) = make_variables(net), make_batch(net.size)
-    floats = np_pixels(images.astype(np.float64)).astype(np.float32)
+    floats = numpy_models.pixels(images.astype(np.float64)).astype(np.float32)
     from_uint8, from_floats = (
         apply(net, variables, x, method="encode_image") for x in (images, floats)
     )

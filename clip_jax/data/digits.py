@@ -28,11 +28,12 @@ TEST_SCENES = 1_000
 
 _SINGLE_LARGE, _SINGLE_SMALL = 0.35, 0.1  # shares of the scenes; the rest are pairs
 
-# Side of the scanned square, in sides of the canvas. Captions call it small or large.
-_LARGE = (0.46, 0.5)
-_SMALL = (0.34, 0.38)
-_FILLING = (0.75, 0.95)  # alone on the canvas; large, too
-_MAX_ANGLE = 10.0  # degrees
+# Side of the scanned square, in sides of the canvas.
+_LARGE = (0.85, 0.95)  # alone on the canvas
+_HALF = (0.46, 0.5)  # in pairs; captions do not mention it
+_SMALL = (0.34, 0.38)  # alone, in some ninth of the canvas
+
+_MAX_ANGLE = 8.0  # degrees
 _PADDING = 2  # pixels of empty paper around a scan, so that its edge is interpolated smoothly
 
 # Frames of the digits of a pair: left, top, width, height.
@@ -76,8 +77,9 @@ class Glyph:
     angle: float
 
     @property
-    def is_small(self) -> bool:
-        return self.size <= _SMALL[1]
+    def size_word(self) -> str:
+        """What a caption may call it; "": neither."""
+        return "small" if self.size <= _SMALL[1] else "large" if self.size >= _LARGE[0] else ""
 
 
 class DigitScenes:
@@ -145,15 +147,15 @@ class DigitScenes:
 
     def _compose(self, rng: random.Random, index: int) -> tuple[Glyph, ...]:
         if self._split == "test":
-            return (self._glyph(rng, self._rows[index], _FILLING),)
+            return (self._glyph(rng, self._rows[index], _LARGE),)
         kind = rng.random()
         if kind < _SINGLE_LARGE:
-            return (self._glyph(rng, self._pick(rng), _FILLING),)
+            return (self._glyph(rng, self._pick(rng), _LARGE),)
         if kind < _SINGLE_LARGE + _SINGLE_SMALL:
             ninth = (rng.randrange(3) / 3, rng.randrange(3) / 3, 1 / 3, 1 / 3)
             return (self._glyph(rng, self._pick(rng), _SMALL, ninth),)
         return tuple(
-            self._glyph(rng, self._pick(rng), rng.choice((_SMALL, _LARGE)), half)
+            self._glyph(rng, self._pick(rng), _HALF, half)
             for half in rng.choice((_BESIDE, _STACKED))
         )
 
@@ -161,7 +163,7 @@ class DigitScenes:
         return rng.choice(self._rows_of[rng.randrange(10)])
 
     def _glyph(self, rng, scan: int, sizes, frame=(0.0, 0.0, 1.0, 1.0)) -> Glyph:
-        """Places a scan within a frame (left, top, width, height)."""
+        """Places a scan at random within a frame (left, top, width, height)."""
         left, top, width, height = frame
         size = rng.uniform(*sizes)
         return Glyph(
@@ -200,7 +202,7 @@ def _caption(rng: random.Random, glyphs: tuple[Glyph, ...]) -> str:
         return rng.choice(captions).format(a=_noun(rng, a), b=_noun(rng, b))
     (glyph,) = glyphs
     noun = _noun(rng, glyph)
-    if glyph.is_small:
+    if glyph.size_word == "small":
         return f"{noun} {_PLACES[int(glyph.y * 3)][int(glyph.x * 3)]}"
     return noun
 
@@ -211,7 +213,7 @@ def _noun(rng: random.Random, glyph: Glyph) -> str:
     form = rng.randrange(4)
     if form == 0:
         return f"the {rng.choice(('digit', 'number'))} {name}"
-    adjectives = ["small" if glyph.is_small else "large"] if form > 1 else []
+    adjectives = [glyph.size_word] if glyph.size_word and form > 1 else []
     adjectives += ["handwritten"] if rng.random() < 0.5 else []
     article = "an" if glyph.digit == 8 and not adjectives else "a"
     return " ".join([article, *adjectives, name])

@@ -1,6 +1,7 @@
 """The residual attention blocks of both transformer towers."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ Init = nn.initializers.Initializer
 torch_default_init: Init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+@partial(jax.checkpoint, prevent_cse=False)  # else each layer keeps x, its sigmoid and the product
 def quick_gelu(x: jax.Array) -> jax.Array:
     """The sigmoid approximation of GELU that OpenAI's weights were trained with."""
     return x * jax.nn.sigmoid(1.702 * x)

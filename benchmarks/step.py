@@ -1,0 +1,353 @@
+"""Training-step speed: clip_jax next to open_clip and big_vision, taking turns step by step.
+
+    python benchmarks/step.py
+    python benchmarks/step.py --model=small --big_vision=DIR
+
+Needs open_clip_torch; DIR is a checkout of google-research/big_vision, left out without it. See
+benchmarks/README.md for what is compared.
+
+Each competitor lives in a process of its own and computes only when it is told to, so that all see
+the same machine within seconds of each other. Medians are printed, and the speed relative to
+open_clip: only ratios within one run mean anything.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+COMPETITORS = ("open_clip", "big_vision", "clip_jax scanned", "clip_jax unrolled")
+SMALL = {
+    "embed_dim": 192,
+    "image_size": 32,
+    "image_layers": (6,),
+    "image_width": 192,
+    "image_heads": 3,
+    "patch_size": 8,
+    "text_layers": 4,
+    "text_width": 192,
+    "text_heads": 3,
+}
+MODELS = {"ViT-B/32": ({}, 32), "small": (SMALL, 256)}  # name: (shapes, batch)
+# Freed memory stays with the process: page faults are a large part of a CPU step otherwise.
+ENVIRONMENT = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "JAX_PLATFORMS": "cpu",
+}
+# AdamW of the paper, at a constant rate that needs no warm-up.
+ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
+
+Step = Callable[[], float]  # takes one training step on the resident batch, returns its loss
+
+
+def make_batch(size, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images [n, h, w, 3], int32 captions [n, context] of 6 to 30 tokens, then padding."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, size.image_size, size.image_size, 3), np.uint8)
+    tokens = np.zeros((count, size.context_length), np.int32)
+    for row in tokens:
+        length = rng.integers(6, 31)
+        row[:length] = rng.integers(1, size.vocab_size - 2, length)
+        row[0], row[length - 1] = size.vocab_size - 2, size.vocab_size - 1
+    return images, tokens
+
+
+# ---- Competitors: each makes its Step and says how many parameters it trains -------------------
+
+
+def clip_jax_step(size, count: int, scan_layers: bool) -> tuple[Step, int]:
+    """The step of the training loop: pixels arrive as uint8, norms are measured."""
+    import jax
+
+    from clip_jax import models, optim, sharding, state, step
+
+    net = models.CLIP(size, scan_layers=scan_layers)
+    mesh = sharding.make_mesh(data=1, fsdp=1)
+    settings = dict(ADAMW)
+    schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
+    tx = optim.make_optimizer(schedule, grad_clip_norm=0.0, **settings)
+    train_state = state.init_state(net, tx, mesh, seed=0)
+    parameters = state.count_params(train_state.params)
+    images, tokens = make_batch(size, count)
+    batch = jax.device_put({"image": images, "tokens": tokens}, sharding.batch_sharding(mesh))
+    program = step.compile_step(
+        train_state,
+        batch,
+        mesh=mesh,
+        net=net,
+        tx=tx,
+        schedule=schedule,
+        loss_method="all_gather",
+        max_logit_scale=100.0,
+    )
+
+    def take_step() -> float:
+        nonlocal train_state
+        train_state, metrics = program(train_state, batch)
+        return float(jax.block_until_ready((train_state, metrics))[1]["loss"])
+
+    return take_step, parameters
+
+
+def open_clip_step(size, count: int) -> tuple[Step, int]:
+    """Eager mode; AdamW fused, no decay on gains, biases and logit_scale; images normalised."""
+    import open_clip
+    import torch
+
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(
+        embed_dim=size.embed_dim,
+        quick_gelu=True,
+        vision_cfg={
+            "image_size": size.image_size,
+            "layers": size.image_layers[0],
+            "width": size.image_width,
+            "head_width": size.image_width // size.image_heads,
+            "patch_size": size.patch_size,
+        },
+        text_cfg={
+            "context_length": size.context_length,
+            "vocab_size": size.vocab_size,
+            "width": size.text_width,
+            "heads": size.text_heads,
+            "layers": size.text_layers,
+        },
+        output_dict=True,
+    )
+    named = dict(model.named_parameters())
+    plain = [n for n, p in named.items() if p.ndim < 2 or "ln" in n or "bias" in n]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [named[n] for n in plain], "weight_decay": 0.0},
+            {"params": [p for n, p in named.items() if n not in plain]},
+        ],
+        lr=ADAMW["learning_rate"],
+        betas=(ADAMW["b1"], ADAMW["b2"]),
+        eps=ADAMW["eps"],
+        weight_decay=ADAMW["weight_decay"],
+        fused=True,
+    )
+    loss_fn = open_clip.ClipLoss()
+    images, tokens = make_batch(size, count)
+    pixels = torch.from_numpy(normalised(images)).permute(0, 3, 1, 2).contiguous()
+    ids = torch.from_numpy(tokens).long()
+
+    def take_step() -> float:
+        out = model(pixels, ids)
+        loss = loss_fn(out["image_features"], out["text_features"], out["logit_scale"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, math.log(100))
+        return loss.item()
+
+    return take_step, sum(p.numel() for p in model.parameters())
+
+
+def big_vision_step(size, count: int, checkout: str) -> tuple[Step, int]:
+    """two_towers at the same widths and depths, and its trainer's step with a softmax loss.
+
+    Its blocks are unrolled and its text tower sees all tokens (no causal mask) and reads the last.
+    """
+    sys.path.insert(0, checkout)
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from big_vision.models.proj.image_text import two_towers
+
+    def tower(layers: int, width: int, heads: int, **more) -> dict:
+        return {"depth": layers, "width": width, "mlp_dim": 4 * width, "num_heads": heads, **more}
+
+    patch = {"patch_size": (size.patch_size,) * 2, "pool_type": "tok", "head_zeroinit": False}
+    model = two_towers.Model(
+        image=tower(size.image_layers[0], size.image_width, size.image_heads, **patch),
+        text=tower(size.text_layers, size.text_width, size.text_heads, vocab_size=size.vocab_size),
+        out_dim=size.embed_dim,
+        temperature_init=1 / 0.07,
+    )
+    images, tokens = make_batch(size, count)
+    images, tokens = jax.device_put((normalised(images), tokens))
+    tx = optax.adamw(**ADAMW, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
+    params = jax.jit(lambda key: model.init(key, images, tokens)["params"])(jax.random.key(0))
+    train_state = {"params": params, "opt": jax.jit(tx.init)(params)}
+
+    def update(train_state, images, tokens):
+        def loss_fn(params):
+            zimg, ztxt, extras = model.apply({"params": params}, images, tokens, train=True)
+            logits = jnp.dot(zimg, ztxt.T) * extras["t"]
+            labels = jnp.arange(len(logits))
+            directions = [
+                optax.softmax_cross_entropy_with_integer_labels(side, labels)
+                for side in (logits, logits.T)
+            ]
+            return jnp.mean(jnp.stack(directions))
+
+        params, opt = train_state["params"], train_state["opt"]
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt = tx.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        norms = [optax.global_norm(tree) for tree in (grads, params, updates)]
+        return {"params": params, "opt": opt}, (loss, norms)
+
+    program = jax.jit(update, donate_argnums=0).lower(train_state, images, tokens).compile()
+
+    def take_step() -> float:
+        nonlocal train_state
+        train_state, (loss, _) = jax.block_until_ready(program(train_state, images, tokens))
+        return float(loss)
+
+    return take_step, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def normalised(images: np.ndarray) -> np.ndarray:
+    from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+
+    return ((images / 255 - IMAGE_MEAN) / IMAGE_STD).astype(np.float32)
+
+
+# ---- Processes ---------------------------------------------------------------------------------
+
+
+def work(competitor: str, args: argparse.Namespace):
+    """A competitor's process: one line of JSON when ready, and one for every line it reads."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print goes to stderr
+    sys.path.insert(0, str(ROOT))
+    from clip_jax import models
+
+    shapes, batch = MODELS[args.model]
+    size, batch = models.get_size("ViT-B/32", shapes), args.batch or batch
+    start = time.perf_counter()
+    if competitor == "open_clip":
+        take_step, parameters = open_clip_step(size, batch)
+    elif competitor == "big_vision":
+        take_step, parameters = big_vision_step(size, batch, args.big_vision)
+    else:
+        take_step, parameters = clip_jax_step(size, batch, competitor == "clip_jax scanned")
+    first_loss = take_step()
+    ready = {"parameters": parameters, "start": time.perf_counter() - start, "loss": first_loss}
+    print(json.dumps(ready), file=answers)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        loss = take_step()
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), file=answers)
+
+
+class Worker:
+    """A competitor's process, seen from outside."""
+
+    def __init__(self, competitor: str, arguments: list[str]):
+        self.competitor = competitor
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *arguments, f"--worker={competitor}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if "--verbose" in arguments else subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self.ready = self._read()
+        self.steps: list[dict] = []
+
+    def take_step(self):
+        assert self.process.stdin
+        with contextlib.suppress(BrokenPipeError):  # _read says what it means
+            print("step", file=self.process.stdin, flush=True)
+        self.steps.append(self._read())
+
+    def _read(self) -> dict:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.competitor} stopped: run again with --verbose to see why.")
+        return json.loads(line)
+
+    def close(self):
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(step["seconds"] for step in self.steps)
+
+
+def report(workers: list[Worker], batch: int):
+    base = workers[0]
+    print(
+        f"| | speed over {base.competitor} | s/step | fastest - slowest | images/s | peak GiB "
+        "| start, s | M parameters | loss |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for worker in workers:
+        all_seconds = [step["seconds"] for step in worker.steps]
+        print(
+            f"| {worker.competitor} | {base.seconds / worker.seconds:.2f} | {worker.seconds:.2f} "
+            f"| {min(all_seconds):.2f} - {max(all_seconds):.2f} | {batch / worker.seconds:.1f} "
+            f"| {worker.steps[-1]['peak']:.1f} | {worker.ready['start']:.0f} "
+            f"| {worker.ready['parameters'] / 1e6:.1f} "
+            f"| {worker.ready['loss']:.3f} -> {worker.steps[-1]['loss']:.3f} |"
+        )
+
+
+def versions() -> str:
+    names = ("jax", "flax", "optax", "torch", "open_clip_torch")
+    found = [f"{name} {metadata.version(name)}" for name in names]
+    return f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, " + (
+        ", ".join(found)
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="ViT-B/32")
+    parser.add_argument("--batch", type=int, help="pairs per step; default 32, small: 256")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each competitor")
+    parser.add_argument("--big_vision", help="checkout of google-research/big_vision")
+    parser.add_argument("--only", help=f"comma-separated, of: {', '.join(COMPETITORS)}")
+    parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args.worker, args)
+
+    chosen = args.only.split(",") if args.only else list(COMPETITORS)
+    if unknown := set(chosen) - set(COMPETITORS):
+        parser.error(f"no {', '.join(unknown)}; choose of: {', '.join(COMPETITORS)}")
+    if not args.big_vision:
+        chosen = [name for name in chosen if name != "big_vision"]
+    workers = []
+    for name in chosen:  # one after the other: compilation would disturb
+        workers.append(Worker(name, sys.argv[1:]))
+        print(f"{name} is ready", file=sys.stderr)
+    for number in range(args.steps):
+        turn = number % len(workers)
+        for worker in workers[turn:] + workers[:turn]:
+            worker.take_step()
+        print(f"round {number + 1} of {args.steps}", file=sys.stderr)
+    batch = args.batch or MODELS[args.model][1]
+    print(f"{args.model}, batch {batch}, float32; medians of {args.steps} steps\n{versions()}\n")
+    report(workers, batch)
+    for worker in workers:
+        worker.close()
+    return None
+
+
+if __name__ == "__main__":
+    main()

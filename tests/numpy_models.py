@@ -1,0 +1,125 @@
+"""The forward passes written out once more, in NumPy and float64, to test the models against."""
+
+import jax
+import numpy as np
+
+
+def layer_norm(x, p):
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def block(x, p, causal: bool):
+    y = layer_norm(x, p["ln_1"])
+    qkv = np.einsum("bsw,wthd->tbhsd", y, p["qkv"]["kernel"])
+    q, k, v = qkv + p["qkv"]["bias"][:, None, :, None]
+    logits = np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
+    if causal:
+        logits = np.where(np.tri(x.shape[1], dtype=bool), logits, -np.inf)
+    y = np.einsum("bhst,bhtd->bshd", softmax(logits), v)
+    x = x + np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
+    y = layer_norm(x, p["ln_2"]) @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"]
+    y = y / (1 + np.exp(-1.702 * y))
+    return x + y @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
+
+
+def transformer(x, blocks, causal: bool):
+    for layer in range(len(blocks["ln_1"]["scale"])):
+        x = block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks), causal)
+    return x
+
+
+def pixels(images):
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    return (images / 255 - mean) / np.array([0.26862954, 0.26130258, 0.27577711])
+
+
+def vit(images, p, patch: int):
+    b, h, w, _ = images.shape
+    x = pixels(images).reshape(b, h // patch, patch, w // patch, patch, 3)
+    x = np.einsum("byixjc,ijcw->byxw", x, p["patch_embed"]["kernel"]).reshape(
+        b, h * w // patch**2, -1
+    )
+    x = np.concatenate([np.broadcast_to(p["class_token"], (b, 1, x.shape[2])), x], axis=1)
+    x = layer_norm(x + p["positions"], p["ln_pre"])
+    x = transformer(x, p["transformer"]["blocks"], causal=False)
+    return unit(layer_norm(x[:, 0], p["ln_post"]) @ p["projection"]["kernel"])
+
+
+def text(tokens, p):
+    rows = []
+    for row in tokens:  # one caption at a time, cut behind its end token
+        row = row[: list(row).index(max(row)) + 1]
+        x = (p["token_embed"]["embedding"][row] + p["positions"][: len(row)])[None]
+        x = transformer(x, p["transformer"]["blocks"], causal=True)
+        rows.append(layer_norm(x[0, -1], p["ln_final"]) @ p["projection"]["kernel"])
+    return unit(np.stack(rows))
+
+
+def conv(x, p, stride: int = 1):
+    kernel = p["kernel"]
+    pad = kernel.shape[0] // 2
+    x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+    x = np.lib.stride_tricks.sliding_window_view(x, kernel.shape[:2], axis=(1, 2))
+    return np.einsum("byxcij,ijco->byxo", x[:, ::stride, ::stride], kernel)
+
+
+def pool(x, stride: int):
+    b, h, w, c = x.shape
+    return x.reshape(b, h // stride, stride, w // stride, stride, c).mean((2, 4))
+
+
+def batch_norm(x, params, running: dict | None):
+    """With `running` statistics, or with those of the batch."""
+    mean = running["mean"] if running else x.mean((0, 1, 2))
+    var = running["var"] if running else x.var((0, 1, 2))
+    return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
+
+
+def resnet(images, p, running: dict | None):
+    def norm(x, *path):
+        stats, params = running, p
+        for key in path:
+            stats, params = stats and stats[key], params[key]
+        return batch_norm(x, params, stats)
+
+    def relu(x):
+        return np.maximum(x, 0)
+
+    x = pixels(images)
+    for i in "123":
+        x = conv(x, p[f"stem_conv{i}"], stride=2 if i == "1" else 1)
+        x = relu(norm(x, f"stem_bn{i}"))
+    x = pool(x, 2)
+    for name in sorted(key for key in p if key.startswith("stage")):
+        b = p[name]
+        stride = 2 if name.endswith("block0") and not name.startswith("stage1") else 1
+        y = relu(norm(conv(x, b["conv1"]), name, "bn1"))
+        y = relu(norm(conv(y, b["conv2"]), name, "bn2"))
+        y = norm(conv(pool(y, stride), b["conv3"]), name, "bn3")
+        if "shortcut_conv" in b:
+            x = conv(pool(x, stride), b["shortcut_conv"])
+            x = norm(x, name, "shortcut_bn")
+        x = relu(x + y)
+    return unit(attention_pool(x, p["attention_pool"]))
+
+
+def attention_pool(x, p):
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    x = np.concatenate([x.mean(1, keepdims=True), x], axis=1) + p["positions"]
+    q, k, v = (
+        np.einsum("bsw,whd->bhsd", x, p[n]["kernel"]) + p[n]["bias"][:, None]
+        for n in ("query", "key", "value")
+    )
+    weights = softmax(np.einsum("bhd,bhtd->bht", q[:, :, 0], k) / np.sqrt(q.shape[-1]))
+    y = np.einsum("bht,bhtd->bhd", weights, v)
+    return np.einsum("bhd,hde->be", y, p["projection"]["kernel"]) + p["projection"]["bias"]
