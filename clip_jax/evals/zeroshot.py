@@ -71,6 +71,7 @@ class Zeroshot:
         """
         self.class_names = tuple(class_names) or source.class_names
         self.templates = tuple(templates) or source.templates
+        self._names = tuple(names.split("|")[0] for names in self.class_names)  # to show
         prompts, self._owners = class_prompts(self.class_names, self.templates)
         self._tokens = tokenizer(prompts)
         self._encoder = encoder
@@ -93,7 +94,7 @@ class Zeroshot:
         with np.errstate(invalid="ignore"):
             per_class = np.diagonal(confusion) / confusion.sum(axis=1)
         return ZeroshotResult(
-            class_names=self.class_names,
+            class_names=self._names,
             templates=self.templates,
             confusion=confusion,
             top1=float(right[:, 0].mean()),
@@ -129,12 +130,11 @@ class Zeroshot:
         """The most confident ones."""
         wrong = np.flatnonzero(predicted != labels)
         worst = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
-        names = [alternatives.split("|")[0] for alternatives in self.class_names]
         return [
             Mistake(
                 image=picture(self._source, int(indices[i]), self._encoder.image_size),
-                true=names[labels[i]],
-                predicted=names[predicted[i]],
+                true=self._names[labels[i]],
+                predicted=self._names[predicted[i]],
                 probability=float(probabilities[i]),
             )
             for i in worst

@@ -45,6 +45,16 @@ class Size:
     def is_resnet(self) -> bool:
         return self.patch_size is None
 
+    def __str__(self) -> str:
+        """The name of a model of the paper, or the shape of another one."""
+        for name, size in SIZES.items():
+            if size == self:
+                return name
+        kind = "ResNet" if self.is_resnet else f"ViT/{self.patch_size}"
+        layers = "-".join(map(str, self.image_layers))
+        text = f"{self.text_layers} layers x {self.text_width}"
+        return f"{kind} of {layers} layers x {self.image_width} (text {text})"
+
     def __post_init__(self):
         """Raises UserError for shapes that no model can have."""
         for field in dataclasses.fields(self):
@@ -58,8 +68,8 @@ class Size:
         stages = 4 if self.is_resnet else 1
         if len(self.image_layers) != stages:
             raise UserError(
-                f"Size image_layers is {self.image_layers}: it takes {stages} number(s): the blocks "
-                "of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
+                f"Size image_layers is {self.image_layers}: it takes {stages} number(s), the "
+                "blocks of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
             )
         pixels = self.patch_size or 32  # a ResNet halves its input five times
         width = self.image_width * (32 if self.is_resnet else 1)
