@@ -115,7 +115,7 @@ def source(**overrides) -> ConfigDict:
     spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "synthetic"; "": none
     spec.path = ""  # folder: directory; tar: files or patterns, comma-separated; tfds: data_dir
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
-    spec.split = ""  # digits: "train" | "test"; tfds: a split or slice, such as "train[:90%]"
+    spec.split = ""  # digits: "train" | "test" | "test_scenes"; tfds: such as "train[:90%]"
     spec.image_key = ""  # tfds: image feature, "/" for nesting; "": "image"
     spec.text_key = (
         ""  # tfds, tar (a key of the .json) and folder (a table's column); "": usual name

@@ -284,7 +284,8 @@ def test_remat_saves_less():
         saved_floats, ("none", "dots_saveable", "dots_with_no_batch_dims_saveable", "full")
     )
     assert full == saved_floats("nothing_saveable") < plain_dots < dots < none
-    assert none == saved_floats("everything_saveable")
+    # Without remat QuickGELU still recomputes its sigmoid and product.
+    assert none < saved_floats("everything_saveable")
 
 
 # ---- Precision and input -----------------------------------------------------------------------

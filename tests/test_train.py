@@ -452,7 +452,7 @@ def test_a_resnet_on_the_command_line(tmp_path):
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""
-    assert "RN50" in ran.stdout
+    assert "ResNet of 1-1-1-1" in ran.stdout
     assert "on 1 x cpu" in ran.stdout
     found = read_metrics(tmp_path)
     assert np.isfinite(found[4, "train/loss"])
