@@ -5,12 +5,9 @@ to seconds on a laptop. Any setting of configs/default.py can be given on the co
 --config.batch_size=4096. On several hosts, start the same command on each with --coordinator.
 """
 
-import contextlib
-import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Iterator
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -58,8 +55,7 @@ def _run() -> None:
         jax.distributed.initialize()
     elif _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    with _quiet_stderr():
-        from clip_jax import train
+    from clip_jax import train
 
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or default_workdir(name)
@@ -70,21 +66,6 @@ def default_workdir(config: str) -> str:
     """ "configs/vit_b32.py:smoke" -> "runs/vit_b32-smoke"."""
     path, _, argument = config.partition(":")
     return "runs/" + pathlib.Path(path).stem + (f"-{argument}" if argument else "")
-
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Holds back what TensorFlow writes at import, before a log level can reach it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
