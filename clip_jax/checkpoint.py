@@ -44,7 +44,7 @@ class Checkpoints:
           best_metric: the checkpoint with the highest value of this metric is kept as well.
           create: make the directory if there is none.
         """
-        self.directory = epath.Path(workdir) / DIRECTORY
+        self.directory = epath.Path(workdir).resolve() / DIRECTORY  # orbax refuses relative paths
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
 
         def score(metrics: Mapping[str, float]) -> float:

@@ -65,3 +65,12 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, image_size):
 def test_a_model_of_another_shape_is_refused(tmp_path):
     with pytest.raises(UserError, match="Only image_size may differ"):
         start_from_finished(tmp_path / "run", {"model.size.embed_dim": 8})
+
+
+def test_a_relative_workdir(tmp_path, monkeypatch):
+    """The default one, runs/NAME, is relative; it is saved to, resumed from and loaded."""
+    monkeypatch.chdir(tmp_path)
+    start_from_finished(pathlib.Path("runs/tiny"), {})
+    start_from_finished(pathlib.Path("runs/tiny"), {})
+    assert (tmp_path / "runs/tiny/checkpoints/1").is_dir()
+    assert clip_jax.load("runs/tiny").encode_text("a seven").shape == (1, 16)
