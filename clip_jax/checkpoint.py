@@ -5,6 +5,7 @@ reads), "optimizer", and "meta" (JSON: step, position in the data, config, token
 """
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,7 +45,10 @@ class Checkpoints:
           best_metric: the checkpoint with the highest value of this metric is kept as well.
           create: make the directory if there is none.
         """
-        self.directory = epath.Path(workdir).resolve() / DIRECTORY  # orbax refuses relative paths
+        path = os.fspath(workdir)
+        if "://" not in path:  # a local one: orbax refuses relative paths
+            path = os.path.abspath(path)
+        self.directory = epath.Path(path) / DIRECTORY
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
 
         def score(metrics: Mapping[str, float]) -> float:
