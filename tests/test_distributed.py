@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -129,8 +130,8 @@ def runs(tmp_path_factory) -> dict[str, pathlib.Path]:
         processes.append(launch(arguments, devices=4))
     _, first, second = outputs(processes)
     assert "8 x cpu (mesh data 4 x fsdp 2)" in first
-    said = [line for line in second.splitlines() if not line.startswith("[Gloo]")]
-    assert not said  # the first process speaks for all
+    # The first process speaks for all. Gloo's threads print too, not always by whole lines.
+    assert not re.sub(r"\[Gloo\].*", "", second).strip()
     return {"one": folder / "one", "two": folder / "two"}
 
 
