@@ -13,6 +13,7 @@ open_clip: only ratios within one run mean anything.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -73,27 +74,32 @@ def clip_jax_step(size, count: int, scan_layers: bool) -> tuple[Step, int]:
     """The step of the training loop: pixels arrive as uint8, norms are measured."""
     import jax
 
-    from clip_jax import models, optim, sharding, state, step
+    from clip_jax import losses, models, optim, sharding, state, step
 
     net = models.CLIP(size, scan_layers=scan_layers)
-    mesh = sharding.make_mesh(data=1, fsdp=1)
+    mesh = sharding.make_mesh()
     settings = dict(ADAMW)
     schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
-    tx = optim.make_optimizer(schedule, grad_clip_norm=0.0, **settings)
-    train_state = state.init_state(net, tx, mesh, seed=0)
+    tx = optim.make_optimizer(
+        schedule, grad_clip_norm=0.0, moment_dtype="float32", seed=0, **settings
+    )
+    like = state.abstract_state(net, tx, mesh)
+    train_state = state.init_state(like, net, tx, seed=0)
     parameters = state.count_params(train_state.params)
     images, tokens = make_batch(size, count)
     batch = jax.device_put({"image": images, "tokens": tokens}, sharding.batch_sharding(mesh))
-    program = step.compile_step(
+    program = step.lower_step(
         train_state,
         batch,
         mesh=mesh,
         net=net,
         tx=tx,
         schedule=schedule,
-        loss_method="all_gather",
+        loss_fn=functools.partial(losses.softmax_loss, mesh=mesh),
+        accum_steps=1,
+        seed=0,
         max_logit_scale=100.0,
-    )
+    ).compile()
 
     def take_step() -> float:
         nonlocal train_state

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -21,23 +20,31 @@ from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators
+from clip_jax.program import Program
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What stays the same throughout a run."""
 
-    mesh: Mesh
-    net: models.CLIP
+    program: Program
     tokenizer: Tokenizer
     source: Source
     evaluators: Evaluators
-    tx: optax.GradientTransformation
-    schedule: optax.Schedule
     total: int  # steps
     log_every: int  # steps, as the next two
     eval_every: int
     checkpoint_every: int
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.program.mesh
+
+    @property
+    def net(self) -> models.CLIP:
+        """The model."""
+        return self.program.net
 
 
 @dataclasses.dataclass(frozen=True)

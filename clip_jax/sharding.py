@@ -1,53 +1,132 @@
 """The device mesh and the one table that says where parameters live."""
 
+import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from clip_jax.errors import UserError
 
-AXES = ("data", "fsdp")
-# The batch is split over every axis: an fsdp group shares parameters, not examples.
-BATCH = PartitionSpec(AXES)
+# From the slowest network to the fastest. "slice": TPU slices joined by the data-centre network;
+# "data": examples only; "fsdp": examples, and parameters gathered layer by layer; "tensor": the
+# heads and hidden units of every transformer block, whose groups see the same examples.
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH = PartitionSpec(AXES[:-1])
+# Where no parameter is involved, as in the loss, the tensor axis takes its share of examples too.
+EVERY_AXIS = PartitionSpec(AXES)
+
+
+class Placement(NamedTuple):
+    """How a parameter is split.
+
+    Attributes:
+      fsdp: along the largest dimension that the fsdp axis divides, if there is one.
+      tensor: dimension, counted from the last, that the tensor axis splits; None: none.
+    """
+
+    fsdp: bool = True
+    tensor: int | None = None
+
 
 # (regular expression on the parameter's path, placement); the first that matches holds. Optimiser
-# moments carry their parameter's path and follow it.
-#   "replicated": whole on every device.
-#   "fsdp": split along the largest dimension that the fsdp axis divides, if there is one.
+# moments carry their parameter's path and follow it. A block's first product is split by columns
+# and its second by rows, so that each needs one all-reduce (Megatron-LM).
 RULES = (
-    (r"logit_scale$", "replicated"),
-    (r"batch_stats/", "replicated"),
-    (r"(scale|bias)$", "replicated"),
-    (r".*", "fsdp"),
+    (r"logit_(scale|bias)$", Placement(fsdp=False)),
+    (r"batch_stats/", Placement(fsdp=False)),
+    (r"blocks/qkv/kernel$", Placement(tensor=-2)),
+    (r"blocks/qkv/bias$", Placement(fsdp=False, tensor=-2)),
+    (r"blocks/attn_out/kernel$", Placement(tensor=-3)),
+    (r"blocks/mlp_in/kernel$", Placement(tensor=-1)),
+    (r"blocks/mlp_in/bias$", Placement(fsdp=False, tensor=-1)),
+    (r"blocks/mlp_out/kernel$", Placement(tensor=-2)),
+    (r"(scale|bias)$", Placement(fsdp=False)),
+    (r".*", Placement()),
 )
 
 
-def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    slices: int = 1,
+    devices: list[jax.Device] | None = None,
+) -> Mesh:
     """A mesh with axes `AXES` over all devices of all processes.
 
     Args:
-      data: devices along the data axis; -1: as many as remain.
-      fsdp: devices along the fsdp axis, which is innermost, so that its traffic stays close.
+      data: devices along the pure data axis; -1: as many as remain.
+      fsdp: devices along the fsdp axis.
+      tensor: devices along the tensor axis, which is innermost, so that its traffic stays close.
+      slices: TPU slices; the other axes multiply to the devices of one.
+      devices: to use; None: all.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    count = len(devices) if devices is not None else jax.device_count()
-    if fsdp < 1 or data == 0 or data < -1:
-        raise UserError(f"mesh.data={data}, mesh.fsdp={fsdp}: axes are positive, or data=-1.")
-    if data == -1 and count % fsdp == 0:
-        data = count // fsdp
-    if data * fsdp != count:
-        fitting = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+    devices = jax.devices() if devices is None else devices
+    count, inner = len(devices), fsdp * tensor * slices
+    asked = f"mesh.slices={slices}, mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
+    if min(fsdp, tensor, slices) < 1 or data == 0 or data < -1:
+        raise UserError(f"{asked}: axes are positive, or data=-1.")
+    if data == -1 and count % inner == 0:
+        data = count // inner
+    if data * inner != count:
         raise UserError(
-            f"The mesh data={data} x fsdp={fsdp} does not cover the {count} device(s) of this run. "
-            f"Leave --config.mesh.data=-1 and set --config.mesh.fsdp to one of: {fitting}."
+            f"The mesh {asked} does not cover the {count} device(s) of this run. Leave "
+            f"--config.mesh.data=-1 and let the others multiply to one of: {_divisors(count)}."
+        )
+    own_slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(own_slices) > 1 and slices != len(own_slices):
+        raise UserError(
+            f"These devices form {len(own_slices)} slices, the config names {slices}: set "
+            f"--config.mesh.slices={len(own_slices)}, so that the slow network between them "
+            "carries only what it must."
         )
     axis_types = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh((data, fsdp), AXES, axis_types=axis_types, devices=devices)
+    if slices > 1:  # make_mesh would order devices as if one network joined them all
+        inside, across = (1, data, fsdp, tensor), (slices, 1, 1, 1)
+        if len(own_slices) > 1:
+            grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+        else:  # as when slices are rehearsed on a CPU
+            grid = np.array(devices).reshape(slices, data, fsdp, tensor)
+        return Mesh(grid, AXES, axis_types=axis_types)
+    return jax.make_mesh((1, data, fsdp, tensor), AXES, axis_types=axis_types, devices=devices)
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+
+
+def check_batch(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
+    """Whether a mesh can share out a batch, and each of its micro-batches.
+
+    Raises:
+      UserError: it cannot; names batch sizes and accumulations that fit.
+    """
+    if accum_steps < 1:
+        raise UserError(f"accum_steps is {accum_steps}: it is 1, or the number of micro-batches.")
+    shards = batch_shards(mesh)
+    # The loss spreads the whole batch over all devices, the towers each micro-batch over `shards`.
+    unit = math.lcm(mesh.size, shards * accum_steps)
+    if batch_size % unit:
+        nearest = max(round(batch_size / unit), 1) * unit
+        pieces = f" in {accum_steps} micro-batches" if accum_steps > 1 else ""
+        most = batch_size // shards if batch_size % mesh.size == 0 else 0
+        other = f" Or keep it, with --config.accum_steps one of: {_divisors(most)}." if most else ""
+        raise UserError(
+            f"batch_size {batch_size} cannot be split evenly over {mesh.size} devices{pieces}: "
+            f"take a multiple of {unit}, such as --config.batch_size={nearest}.{other}"
+        )
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return mesh.size // mesh.shape["tensor"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -59,18 +138,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain_batch(x: jax.Array) -> jax.Array:
+def constrain_batch(x: jax.Array, spec: PartitionSpec = BATCH) -> jax.Array:
     """Keeps the batch dimension of an activation split; no effect outside `jax.set_mesh`."""
     if set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
-        return jax.lax.with_sharding_constraint(x, BATCH)
+        return jax.lax.with_sharding_constraint(x, spec)
     return x
 
 
-def tree_shardings(tree: Any, mesh: Mesh) -> Any:
-    """Shardings for a pytree of arrays or shapes, by `RULES`."""
+def tree_shardings(tree: Any, mesh: Mesh, zero1: bool = False) -> Any:
+    """Shardings for a pytree of arrays or shapes, by `RULES`.
+
+    Args:
+      tree: a `TrainState`, or part of one.
+      mesh: of the run.
+      zero1: what stands under opt_state is split over the data axis too (ZeRO, stage 1).
+    """
 
     def leaf_sharding(path, leaf):
-        return NamedSharding(mesh, _spec(path_name(path), np.shape(leaf), mesh.shape["fsdp"]))
+        name = path_name(path)
+        axes = ("data", "fsdp") if zero1 and name.startswith("opt_state/") else ("fsdp",)
+        return NamedSharding(mesh, _spec(name, np.shape(leaf), mesh, axes))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
@@ -80,14 +167,20 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, axes: tuple[str, ...]) -> PartitionSpec:
     placement = next(placement for rule, placement in RULES if re.search(rule, name))
-    if placement == "replicated" or fsdp == 1:
-        return PartitionSpec()
+    spec: list[Any] = [None] * len(shape)
+    if placement.tensor is not None and mesh.shape["tensor"] > 1:
+        spec[placement.tensor] = "tensor"
     # Not the leading axis of stacked layers: the scan slices it, and would gather every layer.
     first = 1 if "/blocks/" in name else 0
-    divisible = [d for d in range(first, len(shape)) if shape[d] % fsdp == 0]
-    if not divisible:
-        return PartitionSpec()
-    largest = max(divisible, key=lambda d: shape[d])
-    return PartitionSpec(*("fsdp" if d == largest else None for d in range(largest + 1)))
+    while placement.fsdp and axes:
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        free = [d for d in range(first, len(shape)) if spec[d] is None and shape[d] % ways == 0]
+        if free and ways > 1:
+            spec[max(free, key=lambda d: shape[d])] = axes if len(axes) > 1 else axes[0]
+            break
+        axes = axes[1:]  # rather over fewer devices than whole on all of them
+    while spec and spec[-1] is None:
+        spec.pop()
+    return PartitionSpec(*spec)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
 
-from clip_jax import sharding
+from clip_jax import optim, sharding
 
 
 class TrainState(struct.PyTreeNode):
@@ -17,7 +17,7 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32 [], steps taken.
-      params: float32 pytree.
+      params: float32 pytree; bfloat16 where optim.half_weights says so.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
       opt_state: of the optimiser.
     """
@@ -41,18 +41,34 @@ def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
     return {"batch_stats": {}, **net.init(jax.random.key(seed), images, tokens)}
 
 
-def _start(variables: Any, tx: optax.GradientTransformation) -> TrainState:
+def _start(variables: Any, tx: optax.GradientTransformation, half_weights: str) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=variables["params"],
+        params=optim.halve(variables["params"], half_weights),
         batch_stats=variables["batch_stats"],
         opt_state=tx.init(variables["params"]),
     )
 
 
-def abstract_state(net: nn.Module, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, nothing allocated."""
-    return _placed(jax.eval_shape(lambda: _start(init_variables(net, 0), tx)), mesh)
+def abstract_state(
+    net: nn.Module,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    zero1: bool = False,
+    half_weights: str = "",
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, nothing allocated.
+
+    Args:
+      net: a `clip_jax.models.CLIP`.
+      tx: the optimiser.
+      mesh: where the state will live.
+      zero1: the optimiser's part is split over the data axis too.
+      half_weights: see `optim.halve`.
+    """
+    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, half_weights))
+    return _placed(shapes, mesh, zero1)
 
 
 def abstract_variables(net: nn.Module, mesh: Mesh) -> dict[str, Any]:
@@ -60,34 +76,39 @@ def abstract_variables(net: nn.Module, mesh: Mesh) -> dict[str, Any]:
     return _placed(jax.eval_shape(lambda: init_variables(net, 0)), mesh)
 
 
-def _placed(shapes: Any, mesh: Mesh) -> Any:
+def _placed(shapes: Any, mesh: Mesh, zero1: bool = False) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
-        sharding.tree_shardings(shapes, mesh),
+        sharding.tree_shardings(shapes, mesh, zero1),
     )
 
 
 def init_state(
+    like: TrainState,
     net: nn.Module,
     tx: optax.GradientTransformation,
-    mesh: Mesh,
     seed: int,
+    *,
+    half_weights: str = "",
     variables: Any = None,
 ) -> TrainState:
     """The initial state, each device computing only its share; equal on every mesh.
 
     Args:
+      like: where it lives, from `abstract_state`.
       net: a `clip_jax.models.CLIP`.
       tx: the optimiser.
-      mesh: where the state lives.
       seed: of the random initialisation.
+      half_weights: see `optim.halve`.
       variables: of a model to start from; None: random.
     """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(net, tx, mesh))
-    if variables is not None:
-        return jax.jit(lambda v: _start(v, tx), out_shardings=shardings)(variables)
-    return jax.jit(lambda: _start(init_variables(net, seed), tx), out_shardings=shardings)()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+
+    def start(variables):
+        return _start(variables or init_variables(net, seed), tx, half_weights)
+
+    return jax.jit(start, out_shardings=shardings)(variables)
 
 
 def count_params(params: Any) -> int:

@@ -1,6 +1,7 @@
 """The training step: a pure function of state and batch."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from clip_jax import losses, sharding
+from clip_jax import optim, sharding
+from clip_jax.rounding import widen
 from clip_jax.state import TrainState
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# Of a part of the batch: what the model returns, and new BatchNorm statistics.
+Embed = Callable[[Any, Batch], tuple[tuple[jax.Array, ...], Any]]
 
 
 def train_step(
@@ -24,8 +28,9 @@ def train_step(
     net: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
-    mesh: Mesh | None,
-    loss_method: str,
+    loss_fn: Callable[..., jax.Array],
+    accum_steps: int,
+    seed: int,
     max_logit_scale: float,
 ) -> tuple[TrainState, Metrics]:
     """One update on the global batch.
@@ -36,32 +41,42 @@ def train_step(
       net: a `clip_jax.models.CLIP`.
       tx: the optimiser.
       schedule: its learning rate, for the log.
-      mesh: devices the batch is split over; None for one device.
-      loss_method: see `losses.softmax_loss`.
+      loss_fn: of what the model returns; see `losses.LOSSES`.
+      accum_steps: micro-batches that the towers see one after the other; the loss is that of the
+        whole batch either way.
+      seed: of everything random, folded by step and by the example's place in the batch.
       max_logit_scale: bound on the multiplier exp(logit_scale), kept after the update.
 
     Returns:
       The new state, and float32 scalars: loss, grad_norm (before clipping), param_norm,
       logit_scale (the multiplier), learning_rate.
     """
+    dropout, rounding = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
 
-    def loss_fn(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        embeds, updated = net.apply(
-            variables, batch["image"], batch["tokens"], train=True, mutable=["batch_stats"]
+    def embed(params, part):
+        outputs, updated = net.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            part["image"],
+            part["tokens"],
+            train=True,
+            rows=part["row"],
+            rngs={"dropout": dropout},
+            mutable=["batch_stats"],
         )
-        loss = losses.softmax_loss(*embeds, mesh=mesh, method=loss_method)
-        return loss, updated.get("batch_stats", {})
+        return outputs, updated.get("batch_stats", {})
 
-    (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
+    batch = {**batch, "row": jnp.arange(batch["tokens"].shape[0])}
+    gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
+    loss, batch_stats, grads = gradients(embed, loss_fn, state.params, batch)
+    grads = widen(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, widen(state.params))
+    params: Any = optim.apply_updates(state.params, updates, rounding)
     logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
     params = {**params, "logit_scale": logit_scale}
     metrics = {
         "loss": loss,
         "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(params),
+        "param_norm": optax.tree.norm(widen(params)),
         "logit_scale": jnp.exp(logit_scale),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
@@ -69,8 +84,59 @@ def train_step(
     return state, metrics
 
 
-def compile_step(state: TrainState, batch: Any, *, mesh: Mesh, **settings) -> jax.stages.Compiled:
-    """Compiles `train_step` for a mesh; the state passed to the result is donated.
+def _gradients(embed: Embed, loss_fn: Callable, params: Any, batch: Batch):
+    """Loss, BatchNorm statistics and gradients, of the whole batch at once."""
+
+    def loss(params):
+        outputs, batch_stats = embed(params, batch)
+        return loss_fn(*outputs), batch_stats
+
+    (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, batch_stats, grads
+
+
+def _accumulated(count: int, embed: Embed, loss_fn: Callable, params: Any, batch: Batch):
+    """The same with the activations of one micro-batch alive at a time.
+
+    GradCache (Gao et al. 2021, arXiv:2101.06983). All micro-batches are embedded; the loss of all embeddings gives the gradient of each; then
+    every micro-batch is embedded once more, to carry its share of that gradient to the parameters.
+    BatchNorm normalises by micro-batch, and its running statistics move once, by their mean.
+    """
+    parts = jax.tree.map(partial(_split, count), batch)
+    _, (outputs, batch_stats) = jax.lax.scan(lambda _, part: (_, embed(params, part)), None, parts)
+    images, texts, *temperatures = outputs
+    outputs = _join(images), _join(texts), *(each[0] for each in temperatures)
+    argnums = tuple(range(len(outputs)))
+    value, (d_images, d_texts, *d_rest) = jax.value_and_grad(loss_fn, argnums)(*outputs)
+    d_rest = [jnp.broadcast_to(each / count, count) for each in d_rest]
+    d_outputs = _split(count, d_images), _split(count, d_texts), *d_rest
+
+    def replay(grads, part_and_gradient):
+        part, d_outputs = part_and_gradient
+        _, pull_back, _ = jax.vjp(lambda p: embed(p, part), params, has_aux=True)
+        return jax.tree.map(jnp.add, grads, widen(pull_back(d_outputs)[0])), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+    grads, _ = jax.lax.scan(replay, zeros, (parts, d_outputs))
+    return value, jax.tree.map(lambda x: x.mean(axis=0), batch_stats), grads
+
+
+def _split(count: int, x: jax.Array) -> jax.Array:
+    """[B, ...] -> [count, B / count, ...], example i to micro-batch i % count.
+
+    So each device cuts up its own examples, and a micro-batch is the same on every mesh.
+    """
+    parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return sharding.constrain_batch(parts, PartitionSpec(None, *sharding.BATCH))
+
+
+def _join(parts: jax.Array) -> jax.Array:
+    """Undoes `_split`."""
+    return sharding.constrain_batch(parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:]))
+
+
+def lower_step(state: TrainState, batch: Any, *, mesh: Mesh, **settings) -> jax.stages.Lowered:
+    """`train_step` for a mesh, to be compiled; the state passed to the result is donated.
 
     Args:
       state, batch: arrays or `ShapeDtypeStruct`s with shardings.
@@ -78,14 +144,14 @@ def compile_step(state: TrainState, batch: Any, *, mesh: Mesh, **settings) -> ja
       **settings: the other arguments of `train_step`.
 
     Returns:
-      The program, callable as step(state, batch) like `train_step`; it can also tell the memory
-      and the operations it needs.
+      What compiles to the program, callable as step(state, batch) like `train_step`; it can also
+      tell the memory and the operations it needs.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(
-        partial(train_step, mesh=mesh, **settings),
+        partial(train_step, **settings),
         donate_argnums=0,
         out_shardings=(state_shardings, sharding.replicated(mesh)),
     )
     with jax.set_mesh(mesh):
-        return step.lower(state, batch).compile()
+        return step.lower(state, batch)

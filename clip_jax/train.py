@@ -8,14 +8,12 @@ from datetime import datetime
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, clock, metrics, models, optim, sharding, workdir
+from clip_jax import checkpoint, clock, metrics, program, workdir
 from clip_jax import state as train_state
-from clip_jax import step as train_step
 from clip_jax.data import pipeline, sources, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
@@ -49,37 +47,27 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
-        like = train_state.abstract_state(run.net, run.tx, run.mesh)
-        _announce(run, config, like)
-        step_fn = _compile(run, config, like)
+        _announce(run, config)
+        step_fn = _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
             past = Past()
             start = _warm_start(config.init_from, run) if config.init_from else None
-            state = train_state.init_state(run.net, run.tx, run.mesh, config.seed, start)
+            state = run.program.init(start)
         else:
             past = Past.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
-            state = store.restore(resumed, like)
+            state = store.restore(resumed, run.program.state)
             _say(f"Resuming {directory} from step {resumed:,}.")
         data = _data(run, config, past.examples_seen)
         loop = Loop(run, config, directory, store, data, past, began)
         final = loop.run(state, step_fn)
-    if jax.process_index() == 0:
-        params, done = train_state.count_params(like.params), loop.position(run.total)
-        _report(directory, config, run, done, command, started, params)
+    _report(directory, config, run, loop.position(run.total), command, started)
     return final
 
 
 def _prepare(config: ConfigDict) -> Run:
     """Everything that can fail on a wrong setting, before anything slow."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if config.batch_size % mesh.size:
-        nearest = max(config.batch_size // mesh.size, 1) * mesh.size
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be split evenly over {mesh.size} devices: "
-            f"take a multiple, such as --config.batch_size={nearest}."
-        )
-    net = make_net(config)
+    mesh, net = program.place(config)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     if tokens.vocab_size != net.size.vocab_size:
         raise UserError(
@@ -93,40 +81,15 @@ def _prepare(config: ConfigDict) -> Run:
         raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
     steps["total_steps"] = total
     warmup = clock.to_steps(config.optim.warmup, **steps)
-    schedule = optim.make_schedule(config.optim.learning_rate, warmup, total)
     return Run(
-        mesh=mesh,
-        net=net,
+        program=program.build(config, warmup=warmup, total=total),
         tokenizer=tokens,
         source=source,
         evaluators=Evaluators(config, net, mesh, tokens),
-        tx=optim.make_optimizer(
-            schedule,
-            b1=config.optim.b1,
-            b2=config.optim.b2,
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            grad_clip_norm=config.optim.grad_clip_norm,
-        ),
-        schedule=schedule,
         total=total,
         log_every=clock.to_steps(config.log.every, **steps),
         eval_every=clock.to_steps(config.eval.every, **steps),
         checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
-    )
-
-
-def make_net(config: ConfigDict) -> models.CLIP:
-    """The model that a config describes."""
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return models.create(
-        config.model.name,
-        dtype=jnp.dtype(dtype),
-        scan_layers=config.model.scan_layers,
-        remat=config.model.remat,
-        size=config.model.size.to_dict(),
     )
 
 
@@ -162,27 +125,10 @@ def _warm_start(path: str, run: Run) -> dict[str, Any]:
     return variables
 
 
-def _compile(run: Run, config: ConfigDict, like: train_state.TrainState):
+def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
     """The compiled step, once it is known to fit into memory."""
-    size, place = run.net.size, sharding.batch_sharding(run.mesh)
-    image_shape = (config.batch_size, size.image_size, size.image_size, 3)
-    batch = {
-        "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
-        "tokens": jax.ShapeDtypeStruct(
-            (config.batch_size, size.context_length), jnp.int32, sharding=place
-        ),
-    }
     began = time.monotonic()
-    compiled = train_step.compile_step(
-        like,
-        batch,
-        mesh=run.mesh,
-        net=run.net,
-        tx=run.tx,
-        schedule=run.schedule,
-        loss_method=config.loss.method,
-        max_logit_scale=config.optim.max_logit_scale,
-    )
+    compiled = run.program.lower().compile()
     _check_memory(compiled.memory_analysis(), config.batch_size)
     _say(f"Compiled the training step in {clock.format_seconds(time.monotonic() - began)}.")
     return compiled
@@ -206,8 +152,9 @@ def _check_memory(needs: Any, batch_size: int) -> None:
         raise UserError(
             f"A training step with batch_size {batch_size:,} needs {needed / 2**30:,.1f} GiB, but "
             f"this {device.device_kind} has {has / 2**30:,.1f} GiB. Run it on more devices, take "
-            "a smaller --config.batch_size, add --config.model.remat=full, or put :smoke behind "
-            "the config's name for a small version that runs anywhere."
+            "a smaller --config.batch_size, embed it in pieces (--config.accum_steps=8), add "
+            "--config.model.remat=full, or put :smoke behind the config's name for a small version "
+            "that runs anywhere."
         )
 
 
@@ -220,9 +167,9 @@ def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, 
     return meta
 
 
-def _announce(run: Run, config: ConfigDict, like: train_state.TrainState) -> None:
-    count = train_state.count_params(like.params)
-    axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items())
+def _announce(run: Run, config: ConfigDict) -> None:
+    count = train_state.count_params(run.program.state.params)
+    axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
     _say(
         f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
         f"{_hardware(run.mesh)} (mesh {axes})."
@@ -244,8 +191,9 @@ def _report(
     done: Past,
     command: str,
     started: datetime,
-    params: int,
 ) -> None:
+    if jax.process_index() != 0:
+        return
     history = metrics.read_history(directory)
     rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
     summary = RunSummary(
@@ -255,7 +203,7 @@ def _report(
         finished=datetime.now(),
         wall_seconds=done.seconds,
         hardware=_hardware(run.mesh),
-        params=params,
+        params=train_state.count_params(run.program.state.params),
         images_seen=done.examples_seen,
         steps=done.step,
         images_per_second=statistics.median(rates) if rates else 0.0,

@@ -17,12 +17,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.seed = 0  # the one PRNG key; all randomness is folded from it by step or example
     config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
     config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
+    config.accum_steps = 1  # micro-batches that a batch is embedded in; the loss spans them all
     config.tokenizer = "openai"  # "openai", or the path of a SentencePiece .model file
     config.init_from = ""  # workdir or checkpoint whose model a new run starts from; "": scratch
     config.compilation_cache = ""  # directory for compiled programs; "": off
     config.model = _model()
     config.mesh = _mesh()
-    config.loss = ConfigDict({"method": "all_gather"})  # sharded form of the softmax loss
+    config.loss = _loss()
     config.optim = _optim()
     config.data = _data()
     config.eval = _eval()
@@ -132,6 +133,11 @@ def _model() -> ConfigDict:
     model.dtype = "auto"  # of the compute: "float32" | "bfloat16" | "auto" (bfloat16 off CPU)
     model.scan_layers = True  # transformer layers in lax.scan (short compile) or unrolled
     model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
+    model.patch_dropout = 0.0  # share of patches that a ViT does not see in training
+    # Several captions in a row of the text tower, so that it does not compute padding.
+    model.pack = ConfigDict()
+    model.pack.length = 0  # tokens in a row, at least context_length; 0: one caption a row
+    model.pack.rows = 0.3  # rows per caption; more are computed, in turns, when they do not suffice
     # Overrides of the named size, for models the paper does not have; None: as named.
     size = ConfigDict()
     size.embed_dim = placeholder(int)  # of the joint space
@@ -151,9 +157,20 @@ def _model() -> ConfigDict:
 
 def _mesh() -> ConfigDict:
     mesh = ConfigDict()
+    mesh.slices = 1  # TPU slices joined by the data-centre network; examples are split over them
     mesh.data = -1  # devices along the pure data axis; -1: all that remain
     mesh.fsdp = 1  # devices over which parameters and optimiser state are sharded as well
+    mesh.tensor = 1  # devices over which the heads and hidden units of blocks are split
+    mesh.zero1 = False  # optimiser state is sharded over the data axis too (ZeRO, stage 1)
     return mesh
+
+
+def _loss() -> ConfigDict:
+    loss = ConfigDict()
+    loss.name = "softmax"  # "softmax" (paper) | "sigmoid" (SigLIP)
+    loss.method = "all_gather"  # "all_gather" (fewer operations) | "ring" (memory of one tile)
+    loss.tile = 1024  # ring: rows and columns of logits held at once
+    return loss
 
 
 def _optim() -> ConfigDict:
@@ -166,6 +183,11 @@ def _optim() -> ConfigDict:
     optim.weight_decay = 0.2  # decoupled; not on gains, biases and logit_scale
     optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: off
     optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
+    optim.moment_dtype = (
+        "float32"  # of both Adam moments: "float32" | "bfloat16" (rounded randomly)
+    )
+    # Regular expression: parameters kept in bfloat16, rounded randomly; "": none. Paper: "^text/".
+    optim.half_weights = ""
     return optim
 
 

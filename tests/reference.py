@@ -1,4 +1,4 @@
-"""The softmax loss in NumPy float64, derived by hand, and embeddings to try it on."""
+"""The losses in NumPy float64, derived by hand, and embeddings to try them on."""
 
 import numpy as np
 
@@ -14,6 +14,19 @@ def softmax_loss(images, texts, logit_scale) -> tuple[float, np.ndarray, np.ndar
     d_logits = (by_row + by_column - 2 * np.eye(batch)) / (2 * batch)
     d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
     return float(loss), d_images, d_texts, float(np.sum(d_logits * logits))
+
+
+def sigmoid_loss(images, texts, logit_scale, logit_bias):
+    """Loss and its gradients in all four arguments, all float64."""
+    images, texts = np.asarray(images, np.float64), np.asarray(texts, np.float64)
+    products, batch = images @ texts.T, len(images)
+    scale = np.exp(np.float64(logit_scale))
+    signs = 2 * np.eye(batch) - 1
+    wrong = -signs * (scale * products + np.float64(logit_bias))
+    d_logits = -signs / (1 + np.exp(-wrong)) / batch
+    loss = np.logaddexp(0, wrong).sum() / batch
+    d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
+    return loss, d_images, d_texts, np.sum(d_logits * scale * products), d_logits.sum()
 
 
 def _softmax(logits: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:

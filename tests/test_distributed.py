@@ -1,5 +1,7 @@
 """Two processes of four devices each on 127.0.0.1: the loss, and a whole run and its resumption."""
 
+import functools
+import itertools
 import json
 import os
 import pathlib
@@ -68,12 +70,10 @@ def loss_worker(port: str, process: str) -> None:
     place = sharding.batch_sharding(mesh)
     embeds = [jax.make_array_from_process_local_data(place, x[rows]) for x in (images, texts)]
 
-    def loss(images, texts, logit_scale):
-        return losses.softmax_loss(images, texts, logit_scale, mesh=mesh)
-
     errors = {}
-    for multiplier in (1 / 0.07, 100):
+    for method, multiplier in itertools.product(losses.METHODS, (1 / 0.07, 100)):
         scale = np.float32(np.log(multiplier))
+        loss = functools.partial(losses.softmax_loss, mesh=mesh, method=method, tile=2)
         grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
         value, (d_images, d_texts, d_scale) = grad(*embeds, jnp.float32(scale))
         want = reference.softmax_loss(images, texts, scale)
@@ -82,7 +82,9 @@ def loss_worker(port: str, process: str) -> None:
             for i, shard in enumerate(got.addressable_shards):
                 found[f"{name} {i}"] = (shard.data, want[wanted][shard.index])
         for name, (got, wanted) in found.items():
-            errors[f"{name} at {multiplier:.0f}"] = reference.relative_error(got, wanted)
+            errors[f"{name} at {multiplier:.0f} by {method}"] = reference.relative_error(
+                got, wanted
+            )
     print(json.dumps({"devices": jax.device_count(), "errors": errors}))
 
 
@@ -92,7 +94,7 @@ def test_loss_over_two_processes_equals_the_reference():
     for printed in outputs(workers):
         found = json.loads(printed.splitlines()[-1])
         assert found["devices"] == 8
-        assert len(found["errors"]) == 2 * (2 + 2 * 4)
+        assert len(found["errors"]) == 2 * 2 * (2 + 2 * 4)
         for name, error in found["errors"].items():
             assert error < 1e-5, name
 

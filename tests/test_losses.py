@@ -1,5 +1,6 @@
 """The sharded loss against NumPy float64, and what it computes."""
 
+import functools
 import math
 
 import jax
@@ -7,11 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 
 from clip_jax import losses, sharding
 from clip_jax.errors import UserError
 
-MESHES = {"plain": None, "1": (1, 1), "8x1": (8, 1), "2x4": (2, 4)}
+# mesh.data, mesh.fsdp, mesh.tensor, mesh.slices
+MESHES = {
+    "none": None,
+    "1": (1, 1),
+    "8x1": (8, 1),
+    "2x4": (2, 4),
+    "1x2x2x2": (1, 2, 2, 2),
+}
+METHODS = ("all_gather", "ring")
+TILE = 3  # of 6 examples per device and more: several tiles everywhere
 TEMPERATURES = {"initial": math.log(1 / 0.07), "final": math.log(100)}
 BATCH, WIDTH = 48, 40
 
@@ -21,39 +32,39 @@ def make_mesh(name: str) -> jax.sharding.Mesh | None:
     return axes and sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
 
 
-def value_and_grads(mesh, images, texts, logit_scale):
-    """Loss and the gradients in all three arguments, on embeddings that lie on the mesh."""
+def value_and_grads(mesh, method, images, texts, *scalars):
+    """Loss and the gradients in all arguments, on embeddings that lie on the mesh."""
     if mesh is not None:
         images, texts = jax.device_put((images, texts), sharding.batch_sharding(mesh))
-
-    def loss(images, texts, logit_scale):
-        return losses.softmax_loss(images, texts, logit_scale, mesh=mesh)
-
-    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    value, grads = grad(images, texts, jnp.float32(logit_scale))
+    loss_fn = losses.softmax_loss if len(scalars) == 1 else losses.sigmoid_loss
+    loss = functools.partial(loss_fn, mesh=mesh, method=method, tile=TILE)
+    grad = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(2 + len(scalars)))))
+    value, grads = grad(images, texts, *map(jnp.float32, scalars))
     return value, *grads
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_value_and_gradients_in_float32(mesh: str, temperature: str):
+def test_value_and_gradients_in_float32(mesh: str, method: str, temperature: str):
     logit_scale = np.float32(TEMPERATURES[temperature])
     images, texts = reference.pairs(BATCH, WIDTH)
     want = reference.softmax_loss(images, texts, logit_scale)
     assert want[0] > 0.5  # nats: there is something to compare
-    got = value_and_grads(make_mesh(mesh), images, texts, logit_scale)
+    got = value_and_grads(make_mesh(mesh), method, images, texts, logit_scale)
     for name, a, b in zip(("loss", "d_images", "d_texts", "d_logit_scale"), got, want):
         assert a.dtype == jnp.float32
         assert reference.relative_error(a, b) < 1e-5, name
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_value_and_gradients_in_bfloat16(mesh: str):
+def test_value_and_gradients_in_bfloat16(mesh: str, method: str):
     """bfloat16 has 8 bits: 2^-8 in the gradients' rounding; value and sums stay float32."""
     images, texts = (jnp.asarray(x, jnp.bfloat16) for x in reference.pairs(BATCH, WIDTH))
     logit_scale = np.float32(TEMPERATURES["initial"])
     want = reference.softmax_loss(images, texts, logit_scale)
-    got = value_and_grads(make_mesh(mesh), images, texts, logit_scale)
+    got = value_and_grads(make_mesh(mesh), method, images, texts, logit_scale)
     loss, d_images, d_texts, d_scale = got
     assert loss.dtype == d_scale.dtype == jnp.float32
     assert d_images.dtype == d_texts.dtype == jnp.bfloat16
@@ -80,63 +91,131 @@ def test_reference_by_finite_differences():
             assert slope == pytest.approx(np.asarray(grad)[index], abs=1e-8)
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_solved_batch_is_finite(mesh: str):
+def test_solved_batch_is_finite(mesh: str, method: str):
     """At the highest temperature, with every pair told apart by 100 nats."""
     eye = np.eye(BATCH, dtype=np.float32)
-    loss, *grads = value_and_grads(make_mesh(mesh), eye, eye, math.log(100))
+    loss, *grads = value_and_grads(make_mesh(mesh), method, eye, eye, math.log(100))
     assert 0 <= float(loss) < 1e-6
     assert all(bool(jnp.isfinite(grad).all()) for grad in grads)
 
 
-def test_gradient_is_scaled():
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_is_scaled(method: str):
     """The loss may be one term of a larger one."""
     mesh = make_mesh("2x4")
     images, texts = reference.pairs(BATCH, WIDTH)
 
     def loss(images):
-        return 3 * losses.softmax_loss(images, texts, jnp.float32(1), mesh=mesh)
+        return 3 * losses.softmax_loss(images, texts, jnp.float32(1), mesh=mesh, method=method)
 
     want = 3 * reference.softmax_loss(images, texts, 1)[1]
+    assert reference.relative_error(jax.jit(jax.grad(loss))(images), want) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_sigmoid_value_and_gradients(mesh: str, method: str, temperature: str):
+    logit_scale, logit_bias = np.float32(TEMPERATURES[temperature]), np.float32(-10)
+    images, texts = reference.pairs(BATCH, WIDTH)
+    want = reference.sigmoid_loss(images, texts, logit_scale, logit_bias)
+    assert want[0] > 0.5
+    place = make_mesh(mesh)
+    got = value_and_grads(place, method, images, texts, logit_scale, logit_bias)
+    for name, a, b in zip(("loss", "d_images", "d_texts", "d_scale", "d_bias"), got, want):
+        assert reference.relative_error(a, b) < 1e-5, name
+    loss = functools.partial(losses.sigmoid_loss, mesh=place, method=method, tile=TILE)
+    alone = jax.jit(loss)(images, texts, logit_scale, logit_bias)  # another program than with grads
+    assert float(alone) == pytest.approx(float(got[0]), rel=1e-6)
+
+
+def test_sigmoid_of_a_larger_loss():
+    images, texts = reference.pairs(BATCH, WIDTH)
+
+    def loss(images):
+        return 3 * losses.sigmoid_loss(images, texts, jnp.float32(1), jnp.float32(-3), tile=TILE)
+
+    want = 3 * reference.sigmoid_loss(images, texts, 1, -3)[1]
     assert reference.relative_error(jax.jit(jax.grad(loss))(images), want) < 1e-5
 
 
 # ---- Cost --------------------------------------------------------------------------------------
 
 
-def products(jaxpr) -> list[tuple[int, str]]:
-    """FLOPs (2 per multiply-add) and precision of each matrix product, inner jaxprs included."""
+def products(jaxpr, times: int = 1) -> list[tuple[int, str]]:
+    """FLOPs (2 per multiply-add, in all turns of loops) and precision of each matrix product."""
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             depth = math.prod(equation.invars[0].aval.shape[d] for d in contracted)
             flops = 2 * depth * equation.outvars[0].aval.size
-            found.append((flops, str(equation.params["precision"])))
+            found.append((times * flops, str(equation.params["precision"])))
+        turns = times * equation.params.get("length", 1)
         for inner in equation.params.values():
-            found += products(inner) if hasattr(inner, "eqns") else []
+            inner = getattr(inner, "jaxpr", inner)
+            found += products(inner, turns) if hasattr(inner, "eqns") else []
     return found
 
 
-@pytest.mark.parametrize("mesh", ["1", "8x1", "2x4"])
-def test_each_logit_is_computed_once(mesh: str):
-    """Forward and backward take 3 products of n x B x e per device: the logits, two gradients."""
-    mesh_object, batch, width = make_mesh(mesh), 128, 256
-    place = sharding.batch_sharding(mesh_object)
+# Matrix products of n x B x e per device, forward and backward: the logits and two gradients; the
+# ring computes the logits once more. The sigmoid needs no second pass.
+COSTS = {
+    ("softmax", "all_gather"): 3,
+    ("softmax", "ring"): 4,
+    ("sigmoid", "all_gather"): 3,
+    ("sigmoid", "ring"): 3,
+}
+
+
+def abstract_loss(mesh, name: str, method: str, batch: int, width: int, tile: int):
+    """Value and gradient of a loss, and shapes to call it with."""
+    place = sharding.batch_sharding(mesh)
     embeds = jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=place)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    scalars = (1 if name == "softmax" else 2) * (jax.ShapeDtypeStruct((), jnp.float32),)
+    loss = functools.partial(losses.LOSSES[name], mesh=mesh, method=method, tile=tile)
+    arguments = (embeds, embeds, *scalars)
+    return jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))), arguments
 
-    def loss(images, texts, logit_scale):
-        return losses.softmax_loss(images, texts, logit_scale, mesh=mesh_object)
 
-    grad = jax.value_and_grad(loss, argnums=(0, 1, 2))
-    one = 2 * (batch // mesh_object.size) * batch * width
-    flops, precisions = zip(*products(jax.make_jaxpr(grad)(embeds, embeds, scale).jaxpr))
-    assert flops == (one,) * 3
+@pytest.mark.parametrize("mesh", ["1", "8x1", "2x4"])
+@pytest.mark.parametrize(("name", "method"), COSTS)
+def test_each_logit_is_computed_once(name: str, method: str, mesh: str):
+    mesh_object, batch, width = make_mesh(mesh), 128, 256
+    grad, arguments = abstract_loss(mesh_object, name, method, batch, width, tile=16)
+    found = products(jax.make_jaxpr(grad)(*arguments).jaxpr)
     # Or accelerators would round the float32 inputs to fewer bits.
-    assert all("HIGHEST" in precision for precision in precisions)
-    flops = jax.jit(grad).lower(embeds, embeds, scale).compile().cost_analysis()["flops"]
-    assert 3 * one <= flops < 3.2 * one  # exponentials and sums are the rest
+    assert all("HIGHEST" in precision for _, precision in found)
+    one = 2 * (batch // mesh_object.size) * batch * width
+    assert sum(flops for flops, _ in found) == COSTS[name, method] * one
+    if method == "all_gather":  # XLA counts a loop's body once
+        flops = jax.jit(grad).lower(*arguments).compile().cost_analysis()["flops"]
+        assert 3 * one <= flops < 3.2 * one  # exponentials and sums are the rest
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_memory_of_a_ring_does_not_grow_with_the_batch_on_more_devices(name: str):
+    """The same examples per device on 1, 2 and 8 devices; the gathered form grows with them."""
+    needed = {}
+    for method in METHODS:
+        for mesh in (tiny.make_mesh(count) for count in (1, 2, 8)):
+            grad, arguments = abstract_loss(mesh, name, method, 512 * mesh.size, 64, tile=128)
+            compiled = jax.jit(grad).lower(*arguments).compile()
+            needed[method, mesh.size] = compiled.memory_analysis().temp_size_in_bytes
+    embeds = 512 * 64 * 4  # bytes of one device's images
+    assert needed["ring", 8] < needed["ring", 2] * 1.05
+    assert needed["ring", 8] < 16 * embeds  # what travels, twice over, and the tile
+    assert needed["all_gather", 8] > 6 * needed["all_gather", 1]
+
+
+def test_a_tile_of_the_ring_is_all_there_is():
+    """2,048 logits to a side would take 16 MiB."""
+    mesh = tiny.make_mesh(1)
+    grad, arguments = abstract_loss(mesh, "softmax", "ring", 2048, 64, tile=128)
+    memory = jax.jit(grad).lower(*arguments).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * 2**20
 
 
 # ---- Bad input ---------------------------------------------------------------------------------
@@ -148,11 +227,17 @@ def test_batch_that_the_mesh_does_not_divide(mesh8):
         losses.softmax_loss(embeds, embeds, jnp.float32(0), mesh=mesh8)
 
 
-@pytest.mark.parametrize("mesh", ["plain", "2x4"])
+@pytest.mark.parametrize("mesh", ["none", "2x4"])
 def test_unknown_method(mesh: str):
     embeds = jnp.ones((8, 4))
     with pytest.raises(UserError, match=r"loss\.method 'rign'.*all_gather"):
         losses.softmax_loss(embeds, embeds, jnp.float32(0), mesh=make_mesh(mesh), method="rign")
+
+
+def test_rows_that_no_tile_divides():
+    embeds = jnp.ones((2 * 499, 4))
+    with pytest.raises(UserError, match=r"998 examples .* tiles of 2 at most.*loss\.tile=100"):
+        losses.softmax_loss(embeds, embeds, jnp.float32(0), method="ring", tile=100)
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (8, 5)])

@@ -10,6 +10,7 @@ import pytest
 from clip_jax import models, optim, sharding
 
 SETTINGS = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
+STORAGE = {"moment_dtype": "float32", "seed": 0}
 SHAPES = {
     "text": {"mlp_in": {"kernel": (3, 4), "bias": (4,)}, "ln_final": {"scale": (4,), "bias": (4,)}},
     "logit_scale": (),
@@ -62,7 +63,7 @@ def adamw(params, gradients, learning_rates, *, b1, b2, eps, weight_decay, grad_
 def test_updates(overrides: dict):
     settings = SETTINGS | overrides
     schedule = optim.make_schedule(0.05, 3, 10)
-    tx = optim.make_optimizer(schedule, **settings)
+    tx = optim.make_optimizer(schedule, **settings, **STORAGE)
     params = random_tree(0)
     gradients = [random_tree(seed, size=0.3 * seed) for seed in range(1, 9)]
     norms = [
@@ -86,7 +87,7 @@ def test_updates(overrides: dict):
 
 def test_decay_is_decoupled():
     """Without gradients a kernel shrinks by learning rate x decay, whatever Adam's moments."""
-    tx = optim.make_optimizer(lambda step: 0.1, **SETTINGS)
+    tx = optim.make_optimizer(lambda step: 0.1, **SETTINGS, **STORAGE)
     params = random_tree(0)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)

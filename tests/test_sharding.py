@@ -123,14 +123,16 @@ def test_indivisible_array_is_replicated():
 )
 def test_mesh(data: int, fsdp: int, shape: tuple):
     mesh = sharding.make_mesh(data, fsdp)
-    assert mesh.axis_names == ("data", "fsdp")
-    assert mesh.devices.shape == shape
+    assert mesh.axis_names == ("slice", "data", "fsdp", "tensor")
+    assert mesh.devices.shape == (1, *shape, 1)
     assert set(mesh.devices.flat) == set(jax.devices())
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(-1, 3), (-1, 16), (4, 1), (2, 8), (3, 3)])
 def test_mesh_that_does_not_fit(data: int, fsdp: int):
-    with pytest.raises(UserError, match=r"does not cover the 8 device.*mesh\.fsdp.*1, 2, 4, 8\."):
+    with pytest.raises(
+        UserError, match=r"does not cover the 8 device.*multiply to one of: 1, 2, 4, 8\."
+    ):
         sharding.make_mesh(data, fsdp)
 
 

@@ -262,10 +262,10 @@ def test_going_on_with_other_settings_on_demand(copy, capsys):
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
-    compile_step = train.train_step.compile_step
+    compile_step = train._compile
 
-    def broken(*args, **kwargs):
-        step_fn = compile_step(*args, **kwargs)
+    def broken(*args):
+        step_fn = compile_step(*args)
 
         class Step:
             def __call__(self, state, batch):
@@ -274,11 +274,9 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
                     values = {**values, "loss": jnp.float32(np.nan)}
                 return state, values
 
-            memory_analysis = step_fn.memory_analysis
-
         return Step()
 
-    monkeypatch.setattr(train.train_step, "compile_step", broken)
+    monkeypatch.setattr(train, "_compile", broken)
     with pytest.raises(UserError, match=r"loss is nan at step 6.*learning_rate") as caught:
         train.train(tiny_run.config(), tmp_path)
     assert "--workdir" in str(caught.value)

@@ -1,10 +1,13 @@
 """Models and runs so small that a test can train them."""
 
+import functools
+import math
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clip_jax import models, optim, sharding
+from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax import step as train_step
 
@@ -35,15 +38,16 @@ def make_net(name: str) -> models.CLIP:
     return models.create("RN50", size=_TEXT | _RESNET)
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """Over the first data * fsdp devices."""
-    return sharding.make_mesh(data, fsdp, devices=jax.devices()[: data * fsdp])
+def make_mesh(*axes: int) -> Mesh:
+    """Over the first devices: data, fsdp and, where given, tensor and slices."""
+    return sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
 
 
-def make_optimizer():
+def make_optimizer(**overrides):
     """A schedule without warm-up, and the paper's optimiser."""
     schedule = optim.make_schedule(LEARNING_RATE, 0, STEPS)
     settings = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
+    settings |= {"moment_dtype": "float32", "seed": 0, **overrides}
     return schedule, optim.make_optimizer(schedule, **settings)
 
 
@@ -62,18 +66,31 @@ def make_batch(net: models.CLIP, seed: int = 0) -> dict[str, np.ndarray]:
     return {"image": coarse.repeat(repeat, axis=1).repeat(repeat, axis=2), "tokens": tokens}
 
 
-def compile_step(net, mesh: Mesh, state, batch, **overrides):
+def compile_step(
+    net, mesh: Mesh, state, batch, *, moment_dtype="float32", method="all_gather", **overrides
+):
     """The training step for these arrays, with the optimiser of `make_optimizer`."""
-    schedule, tx = make_optimizer()
-    settings = {"loss_method": "all_gather", "max_logit_scale": 100.0, **overrides}
-    return train_step.compile_step(
+    schedule, tx = make_optimizer(moment_dtype=moment_dtype)
+    settings = {
+        "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
+        "accum_steps": 1,
+        "seed": 0,
+        "max_logit_scale": 100.0,
+        **overrides,
+    }
+    lowered = train_step.lower_step(
         state, batch, mesh=mesh, net=net, tx=tx, schedule=schedule, **settings
     )
+    return lowered.compile()
 
 
-def init_state(net: models.CLIP, mesh: Mesh) -> train_state.TrainState:
+def init_state(
+    net: models.CLIP, mesh: Mesh, *, zero1=False, half_weights="", moment_dtype="float32"
+) -> train_state.TrainState:
     """The same on every mesh."""
-    return train_state.init_state(net, make_optimizer()[1], mesh, seed=0)
+    _, tx = make_optimizer(moment_dtype=moment_dtype)
+    like = train_state.abstract_state(net, tx, mesh, zero1=zero1, half_weights=half_weights)
+    return train_state.init_state(like, net, tx, 0, half_weights=half_weights)
 
 
 def put_batch(net: models.CLIP, mesh: Mesh) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clip_jax.errors import UserError
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.sizes import Size, get_size
 from clip_jax.models.text import TextTransformer
@@ -23,46 +24,70 @@ class CLIP(nn.Module):
     """Both towers and the temperature; pure `init` and `apply`.
 
     Variables are {"params": ...} in float32 and, for a ResNet, {"batch_stats": ...}.
+
+    Attributes:
+      patch_dropout: share of the patches that a ViT does not see in training.
     """
 
     size: Size
     dtype: Dtype = jnp.float32
     scan_layers: bool = True
     remat: str = "none"
+    patch_dropout: float = 0.0
 
     def setup(self):
         layers = {"scan_layers": self.scan_layers, "remat": self.remat}
         if self.size.is_resnet:
             self.image = ModifiedResNet(self.size, self.dtype)
         else:
-            self.image = VisionTransformer(self.size, self.dtype, **layers)
+            self.image = VisionTransformer(
+                self.size, self.dtype, patch_dropout=self.patch_dropout, **layers
+            )
         self.text = TextTransformer(self.size, self.dtype, **layers)
-        initial_scale = nn.initializers.constant(math.log(1 / 0.07))
-        self.logit_scale = self.param("logit_scale", initial_scale, (), jnp.float32)
+        constant, biased = nn.initializers.constant, self.size.logit_bias
+        scale = math.log(10 if biased else 1 / 0.07)
+        self.logit_scale = self.param("logit_scale", constant(scale), (), jnp.float32)
+        if biased:  # almost all pairs are negatives: at -10 they start with a small loss
+            self.logit_bias = self.param("logit_bias", constant(-10), (), jnp.float32)
 
     def __call__(
-        self, images: jax.Array, tokens: jax.Array, train: bool = False
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self,
+        images: jax.Array,
+        tokens: jax.Array,
+        train: bool = False,
+        rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, ...]:
         """Embeds pairs.
 
         Args:
           images: uint8 [b, h, w, 3], or floats normalised as `normalize_images` does.
           tokens: int32 [b, s], s at most the context length.
           train: BatchNorm uses the statistics of this batch and updates the running ones (make
-            "batch_stats" mutable); no effect on a ViT.
+            "batch_stats" mutable); a ViT drops patches.
+          rows: int32 [b], the number of each example in the whole batch, where anything is random:
+            what is drawn for an example depends on it and the "dropout" key alone.
 
         Returns:
-          image and text embeddings, float32 [b, embed_dim], L2-normalised; and logit_scale, the
-          natural logarithm of the multiplier of the similarities, float32 [].
+          image and text embeddings, float32 [b, embed_dim], L2-normalised; logit_scale, the
+          natural logarithm of the multiplier of the similarities, float32 []; and, where the size
+          has one, logit_bias, what is added to them after that, float32 [].
         """
-        return self.encode_image(images, train), self.encode_text(tokens), self.logit_scale
+        embeds = self.encode_image(images, train, rows), self.encode_text(tokens, train)
+        bias = (self.logit_bias,) if self.size.logit_bias else ()
+        return *embeds, self.logit_scale, *bias
 
-    def encode_image(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def encode_image(
+        self, images: jax.Array, train: bool = False, rows: jax.Array | None = None
+    ) -> jax.Array:
         """Images as in `__call__` -> float32 [b, embed_dim], L2-normalised."""
-        return l2_normalize(self.image(normalize_images(images).astype(self.dtype), train))
+        images = normalize_images(images).astype(self.dtype)
+        if self.size.is_resnet:
+            return l2_normalize(self.image(images, train))
+        return l2_normalize(self.image(images, train, rows))
 
-    def encode_text(self, tokens: jax.Array) -> jax.Array:
+    def encode_text(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, s] -> float32 [b, embed_dim], L2-normalised."""
+        del train
         return l2_normalize(self.text(tokens))
 
 
@@ -85,11 +110,25 @@ def create(
     dtype: Dtype = jnp.float32,
     scan_layers: bool = True,
     remat: str = "none",
+    patch_dropout: float = 0.0,
+    pack: Mapping[str, Any] | None = None,
     size: Mapping[str, Any] | None = None,
 ) -> CLIP:
-    """A model of the paper by name; entries of `size` override its shapes (see `Size`).
+    """A model by name; entries of `size` override its shapes (see `Size`).
 
     Raises:
       UserError: unknown name, or shapes that do not go together.
     """
-    return CLIP(get_size(name, size), dtype=dtype, scan_layers=scan_layers, remat=remat)
+    shapes = get_size(name, size)
+    if not 0 <= patch_dropout < 1 or (patch_dropout and shapes.is_resnet):
+        raise UserError(
+            f"model.patch_dropout is {patch_dropout}: it takes a share of the patches, 0 or more "
+            "and less than 1, of a ViT; a ResNet has none."
+        )
+    return CLIP(
+        shapes,
+        dtype=dtype,
+        scan_layers=scan_layers,
+        remat=remat,
+        patch_dropout=patch_dropout,
+    )

@@ -1,5 +1,6 @@
 """Position embeddings for another image resolution (paper section 2.5: the extra epoch at 336)."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,15 +15,17 @@ def resize_positions(params: Any, length: int) -> Any:
 
     Args:
       params: of a ViT or ResNet model.
-      length: positions of the new resolution: one for the class or mean token, and a square grid.
+      length: positions of the new resolution: a square grid, and one for the class or mean token
+        where there is one.
 
     Returns:
       The same tree, its image positions [length, width].
     """
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     path = next(path for path in _IMAGE_POSITIONS if path in flat)
-    token, grid = flat[path][:1], flat[path][1:]
-    old, new = round(len(grid) ** 0.5), round((length - 1) ** 0.5)
+    tokens = len(flat[path]) - math.isqrt(len(flat[path])) ** 2  # a square plus one is no square
+    token, grid = flat[path][:tokens], flat[path][tokens:]
+    old, new = math.isqrt(len(grid)), math.isqrt(length - tokens)
     width = grid.shape[-1]
     grid = jax.image.resize(grid.reshape(old, old, width), (new, new, width), "bicubic")
     flat[path] = jnp.concatenate([token, grid.reshape(new * new, width)])

@@ -1,4 +1,4 @@
-"""The nine models of the paper by name (Tables 19 and 20), and how to shrink or stretch them."""
+"""Models by name, the nine of the paper (Tables 19 and 20) and larger ones; their variations."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,10 +6,17 @@ from typing import Any
 
 from clip_jax.errors import UserError
 
+# What a field that names one of several forms may hold.
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "activation": ("quick_gelu", "gelu", "gelu_tanh"),
+    "image_pool": ("class", "map"),
+    "text_pool": ("end", "last"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Shapes of both towers.
+    """Shapes and forms of both towers; the forms default to those of the paper.
 
     Attributes:
       embed_dim: width of the joint embedding space.
@@ -21,6 +28,19 @@ class Size:
       text_layers, text_width, text_heads: of the text transformer.
       context_length: tokens of a caption, start and end tokens included.
       vocab_size: entries of the tokenizer; the end token is the last one.
+      image_mlp, text_mlp: hidden units of a transformer block; 0 becomes four times the width (and
+        stays 0 for the image tower of a ResNet, which has no blocks).
+      activation: of those units: "quick_gelu", "gelu" (exact) or "gelu_tanh" (its approximation).
+      image_pool: what a ViT reads: "class", a token of its own, projected; or "map", an attention
+        head with a learned probe, projected only where embed_dim is not image_width.
+      pre_norm: whether a ViT normalises the embedded patches before the first block.
+      patch_bias: whether a ViT adds a bias to the embedded patches.
+      text_causal: whether a token sees only those before it.
+      text_pool: the token that stands for the caption: "end", the end token; or "last", whatever
+        token fills the last place, so that captions must be padded to the context length.
+      text_projection_bias: whether the projection of the text tower has a bias.
+      norm_eps: what LayerNorm adds to the variance.
+      logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
     """
 
     embed_dim: int
@@ -34,10 +54,21 @@ class Size:
     text_layers: int = 12
     context_length: int = 77
     vocab_size: int = 49_408
+    image_mlp: int = 0
+    text_mlp: int = 0
+    activation: str = "quick_gelu"
+    image_pool: str = "class"
+    pre_norm: bool = True
+    patch_bias: bool = False
+    text_causal: bool = True
+    text_pool: str = "end"
+    text_projection_bias: bool = False
+    norm_eps: float = 1e-5
+    logit_bias: bool = False
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
-        """The inverse of `dataclasses.asdict`, after a trip through JSON."""
+        """The inverse of `dataclasses.asdict`, after a trip through JSON; old dicts lack fields."""
         known: dict[str, Any] = {**fields, "image_layers": tuple(fields["image_layers"])}
         return cls(**known)
 
@@ -45,10 +76,15 @@ class Size:
     def is_resnet(self) -> bool:
         return self.patch_size is None
 
+    @property
+    def image_projection(self) -> bool:
+        """Whether a ViT multiplies what it pools by a matrix."""
+        return self.image_pool == "class" or self.embed_dim != self.image_width
+
     def __str__(self) -> str:
-        """The name of a model of the paper, or the shape of another one."""
+        """The name of a known model, whatever its loss, or the shape of another one."""
         for name, size in SIZES.items():
-            if size == self:
+            if size == dataclasses.replace(self, logit_bias=size.logit_bias):
                 return name
         kind = "ResNet" if self.is_resnet else f"ViT/{self.patch_size}"
         layers = "-".join(map(str, self.image_layers))
@@ -58,13 +94,17 @@ class Size:
     def __post_init__(self):
         """Raises UserError for shapes that no model can have."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 2 if field.name == "context_length" else 1  # start and end token
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is not None and not (isinstance(number, int) and number >= least):
-                    raise UserError(
-                        f"Size {field.name} is {value!r}: it takes whole numbers, {least} or more."
-                    )
+            _check_field(field, getattr(self, field.name))
+        if not self.is_resnet:
+            self._default("image_mlp", 4 * self.image_width)
+        self._default("text_mlp", 4 * self.text_width)
+        self._check_shapes()
+
+    def _default(self, name: str, value: int) -> None:
+        if getattr(self, name) == 0:
+            object.__setattr__(self, name, value)  # frozen for everyone else
+
+    def _check_shapes(self) -> None:
         stages = 4 if self.is_resnet else 1
         if len(self.image_layers) != stages:
             raise UserError(
@@ -80,6 +120,26 @@ class Size:
         ):
             if value % divisor:
                 raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
+
+
+_LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0}  # start and end token; 0: default
+
+
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    """Raises UserError unless the value is of the field's kind."""
+    if field.name in CHOICES:
+        valid, takes = value in CHOICES[field.name], f"one of {', '.join(CHOICES[field.name])}"
+    elif field.type is bool:
+        valid, takes = isinstance(value, bool), "True or False"
+    elif field.type is float:
+        valid, takes = isinstance(value, float) and value > 0, "a positive number, as in 1e-5"
+    else:
+        least = _LEAST.get(field.name, 1)
+        numbers = value if isinstance(value, tuple) else (value,)
+        valid = all(n is None or (isinstance(n, int) and n >= least) for n in numbers)
+        takes = f"whole numbers, {least} or more"
+    if not valid:
+        raise UserError(f"Size {field.name} is {value!r}: it takes {takes}.")
 
 
 def _resnet(embed_dim, image_size, layers, width, text_width) -> Size:
@@ -138,6 +198,9 @@ def get_size(name: str, overrides: Mapping[str, Any] | None = None) -> Size:
     known = {field.name for field in dataclasses.fields(Size)}
     if unknown := sorted(set(changed) - known):
         raise UserError(f"A model has no {', '.join(unknown)}: it has {', '.join(sorted(known))}.")
+    for tower in ("image", "text"):  # another width goes with its own number of hidden units
+        if f"{tower}_width" in changed:
+            changed.setdefault(f"{tower}_mlp", 0)
     if "image_layers" in changed:
         changed["image_layers"] = tuple(changed["image_layers"])
     return dataclasses.replace(SIZES[name], **changed)

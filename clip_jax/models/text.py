@@ -1,4 +1,4 @@
-"""The causal text transformer (paper section 2.4)."""
+"""The text transformer: the paper's causal one (section 2.4), and SigLIP's form of it."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ from clip_jax.models.transformer import Dtype, Transformer, layer_norm
 class TextTransformer(nn.Module):
     """Token ids [b, s] -> embeddings [b, embed_dim], not yet L2-normalised.
 
-    The feature is read at the end token, the largest id of the vocabulary. Attention is causal, so
-    padding behind it changes nothing and `s` may be any length up to the context length.
+    The paper's reads the feature at the end token, the largest id of the vocabulary. Its attention
+    is causal, so padding behind that changes nothing and `s` may be any length up to the context
+    length. Where the last token is read instead, `s` must be the context length.
     """
 
     size: Size
@@ -20,36 +21,42 @@ class TextTransformer(nn.Module):
     scan_layers: bool
     remat: str
 
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def setup(self):
         size, width = self.size, self.size.text_width
         normal = nn.initializers.normal
-        embed = nn.Embed(
-            size.vocab_size,
-            width,
-            dtype=self.dtype,
-            embedding_init=normal(0.02),
-            name="token_embed",
+        self.token_embed = nn.Embed(
+            size.vocab_size, width, dtype=self.dtype, embedding_init=normal(0.02)
         )
-        positions = self.param("positions", normal(0.01), (size.context_length, width))
-        x = embed(tokens) + positions[: tokens.shape[1]].astype(self.dtype)
-        x = Transformer(
+        self.positions = self.param("positions", normal(0.01), (size.context_length, width))
+        self.transformer = Transformer(
             layers=size.text_layers,
             heads=size.text_heads,
+            mlp=size.text_mlp,
+            activation=size.activation,
+            norm_eps=size.norm_eps,
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
-            causal=True,
+            causal=size.text_causal,
             paper_init=True,
-            name="transformer",
-        )(x)
-        end = jnp.argmax(tokens, axis=1)
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        x = layer_norm(self.dtype, "ln_final")(x)  # per token, so only where it is read
-        return nn.Dense(
+        )
+        self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
+        self.projection = nn.Dense(
             size.embed_dim,
-            use_bias=False,
+            use_bias=size.text_projection_bias,
             dtype=self.dtype,
             kernel_init=normal(width**-0.5),
-            name="projection",
-        )(x)
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        features = self._read(tokens)
+        return self.projection(self.ln_final(features))  # per token, so only where it is read
+
+    def _read(self, tokens: jax.Array) -> jax.Array:
+        """int32 [b, s] -> [b, w] of the tokens that stand for the captions."""
+        x = self.token_embed(tokens) + self.positions[: tokens.shape[1]].astype(self.dtype)
+        x = self.transformer(x)
+        if self.size.text_pool == "last":
+            return x[:, -1]
+        end = jnp.argmax(tokens, axis=1)
+        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]

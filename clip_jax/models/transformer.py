@@ -24,15 +24,34 @@ def quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the probability that a standard normal variable is below x."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+# By the names of `Size.activation`.
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
     """LayerNorm with float32 statistics, whatever the compute dtype."""
-    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, use_fast_variance=False, name=name)
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection: [b, s, w] -> [b, s, w]."""
 
     heads: int
+    mlp: int  # hidden units
+    activation: str
+    norm_eps: float
     dtype: Dtype
     causal: bool
     qkv_init: Init
@@ -40,9 +59,9 @@ class Block(nn.Module):
     out_init: Init  # of both projections that end in the residual stream
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         width = x.shape[-1]
-        y = layer_norm(self.dtype, "ln_1")(x)
+        y = layer_norm(self.norm_eps, self.dtype, "ln_1")(x)
         qkv = nn.DenseGeneral(
             (3, self.heads, width // self.heads),
             dtype=self.dtype,
@@ -51,14 +70,18 @@ class Block(nn.Module):
         )(y)
         # float32 logits and softmax inside, whatever the compute dtype.
         y = jax.nn.dot_product_attention(
-            qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :], is_causal=self.causal
+            qkv[..., 0, :, :],
+            qkv[..., 1, :, :],
+            qkv[..., 2, :, :],
+            mask=mask,
+            is_causal=self.causal,
         )
         x = x + nn.DenseGeneral(
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.out_init, name="attn_out"
         )(y)
-        y = layer_norm(self.dtype, "ln_2")(x)
-        y = nn.Dense(4 * width, dtype=self.dtype, kernel_init=self.mlp_init, name="mlp_in")(y)
-        y = quick_gelu(y)
+        y = layer_norm(self.norm_eps, self.dtype, "ln_2")(x)
+        y = nn.Dense(self.mlp, dtype=self.dtype, kernel_init=self.mlp_init, name="mlp_in")(y)
+        y = ACTIVATIONS[self.activation](y)
         return x + nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name="mlp_out")(y)
 
 
@@ -69,6 +92,9 @@ class Transformer(nn.Module):
     unrolled, so that one checkpoint and one sharding rule serve both.
 
     Attributes:
+      mlp: hidden units of each block.
+      activation: of those, a name in `ACTIVATIONS`.
+      norm_eps: what LayerNorm adds to the variance.
       scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
       remat: what the backward pass recomputes; see `remat_policy`.
       paper_init: the scaled normal initialisation of the published text tower; else PyTorch's
@@ -77,6 +103,9 @@ class Transformer(nn.Module):
 
     layers: int
     heads: int
+    mlp: int
+    activation: str
+    norm_eps: float
     dtype: Dtype
     scan_layers: bool
     remat: str
@@ -84,7 +113,8 @@ class Transformer(nn.Module):
     paper_init: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """`mask`: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past."""
         block = self._block(x.shape[-1])
         sample = jnp.zeros((1, *x.shape[1:]), self.dtype)
 
@@ -97,7 +127,7 @@ class Transformer(nn.Module):
         def layer(x, layer_params):
             # Without the constraint the partitioner may replicate activations under FSDP.
             x = sharding.constrain_batch(x)
-            return block.apply({"params": layer_params}, x), None
+            return block.apply({"params": layer_params}, x, mask), None
 
         layer = remat_layer(layer, self.remat)
         if self.scan_layers:
@@ -116,7 +146,18 @@ class Transformer(nn.Module):
             qkv_init = nn.initializers.xavier_uniform()
             mlp_init = out_init = torch_default_init
         # parent=None: the stack holds the parameters, the block is only their function.
-        return Block(self.heads, self.dtype, self.causal, qkv_init, mlp_init, out_init, parent=None)
+        return Block(
+            heads=self.heads,
+            mlp=self.mlp,
+            activation=self.activation,
+            norm_eps=self.norm_eps,
+            dtype=self.dtype,
+            causal=self.causal,
+            qkv_init=qkv_init,
+            mlp_init=mlp_init,
+            out_init=out_init,
+            parent=None,
+        )
 
 
 def _unstack(params: Any, layers: int) -> list[Any]:

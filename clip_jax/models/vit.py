@@ -1,49 +1,62 @@
-"""The Vision Transformer image tower (paper section 2.4), with a LayerNorm before the blocks."""
+"""The Vision Transformer image tower: the paper's (section 2.4), and SigLIP's form of it."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import Dtype, Transformer, layer_norm, torch_default_init
+from clip_jax.models.transformer import (
+    ACTIVATIONS,
+    Dtype,
+    Transformer,
+    layer_norm,
+    torch_default_init,
+)
 
 
 class VisionTransformer(nn.Module):
-    """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised."""
+    """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised.
+
+    Attributes:
+      patch_dropout: share of the patches that it does not see in training; see `keep_patches`.
+    """
 
     size: Size
     dtype: Dtype
     scan_layers: bool
     remat: str
+    patch_dropout: float
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        del train  # no layer behaves differently in training
+    def __call__(
+        self, images: jax.Array, train: bool = False, rows: jax.Array | None = None
+    ) -> jax.Array:
+        """`rows`: int32 [b], the example's number in the batch; patch dropout in training needs it,
+        and a "dropout" key."""
         size, width = self.size, self.size.image_width
-        assert size.patch_size is not None  # else it is a ResNet
-        patch = (size.patch_size, size.patch_size)
-        x = nn.Conv(
-            width,
-            patch,
-            strides=patch,
-            padding="VALID",
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=torch_default_init,
-            name="patch_embed",
-        )(images)
-        x = x.reshape(x.shape[0], -1, width)
-
         normal = nn.initializers.normal(width**-0.5)
-        class_token = self.param("class_token", normal, (width,)).astype(x.dtype)
-        class_token = jnp.broadcast_to(class_token, (x.shape[0], 1, width))
-        x = jnp.concatenate([class_token, x], axis=1)
+        x = self._embed_patches(images)
+        if size.image_pool == "class":
+            token = self.param("class_token", normal, (width,)).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, width)), x], axis=1)
         x = x + self.param("positions", normal, x.shape[1:]).astype(x.dtype)
+        if train and self.patch_dropout > 0:
+            if rows is None:
+                raise ValueError("patch dropout needs `rows`, the number of each example")
+            tokens = int(size.image_pool == "class")
+            x = keep_patches(x, tokens, self.patch_dropout, self.make_rng("dropout"), rows)
 
-        x = layer_norm(self.dtype, "ln_pre")(x)
+        norm = partial(layer_norm, size.norm_eps, self.dtype)
+        if size.pre_norm:
+            x = norm("ln_pre")(x)
         x = Transformer(
             layers=size.image_layers[0],
             heads=size.image_heads,
+            mlp=size.image_mlp,
+            activation=size.activation,
+            norm_eps=size.norm_eps,
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
@@ -51,7 +64,77 @@ class VisionTransformer(nn.Module):
             paper_init=False,
             name="transformer",
         )(x)
-        x = layer_norm(self.dtype, "ln_post")(x[:, 0])
+        if size.image_pool == "class":
+            x = norm("ln_post")(x[:, 0])  # per token, so only where it is read
+        else:
+            x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
+        if not size.image_projection:
+            return x
         return nn.Dense(
             size.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal, name="projection"
         )(x)
+
+    def _embed_patches(self, images: jax.Array) -> jax.Array:
+        """[b, h, w, 3] -> [b, patches, width]."""
+        side = self.size.patch_size
+        assert side is not None  # else it is a ResNet
+        x = nn.Conv(
+            self.size.image_width,
+            (side, side),
+            strides=(side, side),
+            padding="VALID",
+            use_bias=self.size.patch_bias,
+            dtype=self.dtype,
+            kernel_init=torch_default_init,
+            name="patch_embed",
+        )(images)
+        return x.reshape(x.shape[0], -1, self.size.image_width)
+
+
+class MapHead(nn.Module):
+    """Attention pooling (Lee et al. 2019), [b, s, w] -> [b, w]: a learned probe asks all tokens."""
+
+    size: Size
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads, width = self.size.image_heads, x.shape[-1]
+        uniform = nn.initializers.xavier_uniform()
+        probe = self.param("probe", nn.initializers.normal(width**-0.5), (width,)).astype(x.dtype)
+        probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
+        dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=uniform)
+        project = partial(dense, (heads, width // heads))
+        y = jax.nn.dot_product_attention(
+            project(name="query")(probe), project(name="key")(x), project(name="value")(x)
+        )
+        x = dense(width, axis=(-2, -1), name="attn_out")(y)[:, 0]
+        y = layer_norm(self.size.norm_eps, self.dtype, "ln")(x)
+        y = ACTIVATIONS[self.size.activation](dense(self.size.image_mlp, name="mlp_in")(y))
+        return x + dense(width, name="mlp_out")(y)
+
+
+def keep_patches(
+    x: jax.Array, tokens: int, dropout: float, key: jax.Array, rows: jax.Array
+) -> jax.Array:
+    """A random subset of the patches of each example (FLIP, Li et al. 2022).
+
+    Args:
+      x: [b, tokens + patches, w], positions already added.
+      tokens: leading ones that are no patches, and always kept.
+      dropout: share of the patches to leave out; at least one is kept.
+      key: of this step.
+      rows: int32 [b]; an example's patches depend on the key and its number alone, so that they
+        are the same in another micro-batch and on another mesh.
+
+    Returns:
+      [b, tokens + max(1, round(patches * (1 - dropout))), w].
+    """
+    patches = x.shape[1] - tokens
+    count = max(1, round(patches * (1 - dropout)))
+
+    def choose(row: jax.Array) -> jax.Array:
+        order = jax.random.permutation(jax.random.fold_in(key, row), patches)
+        return jnp.concatenate([jnp.arange(tokens), tokens + jnp.sort(order[:count])])
+
+    return jnp.take_along_axis(x, jax.vmap(choose)(rows)[:, :, None], axis=1)

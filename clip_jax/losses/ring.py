@@ -1,0 +1,301 @@
+"""Losses that hold one tile of logits at a time.
+
+Each device keeps its images; the texts, and whatever is summed over their columns, travel round all
+devices and come home. Every tile of the logits is computed once on the way, for both directions.
+On a mesh of several axes the rings are nested: texts go round the innermost axis (the fastest
+network) before they take one hop on the next one out.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from clip_jax.errors import UserError
+from clip_jax.losses.gathered import scale_gradients, sigmoid_terms
+from clip_jax.losses.products import dot
+from clip_jax.sharding import AXES, EVERY_AXIS
+
+Tree = Any  # arrays whose first dimension is a device's examples
+# (fixed, sums of fixed, moving, sums of moving) of one tile -> both sums, updated.
+Visit = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
+
+_WHOLE = PartitionSpec()
+
+
+def _sweep(
+    axes: tuple[str, ...], tile: int, visit: Visit, fixed: Tree, sums: Tree, moving: Tree, own: Tree
+) -> tuple[Tree, Tree]:
+    """Visits every pair of tiles once, over all devices of the axes.
+
+    Args:
+      axes: of the mesh, outermost first; (): this device alone.
+      tile: rows of a tile.
+      visit: what to do with a pair.
+      fixed: what stays here and is only read.
+      sums: what stays here and is summed up.
+      moving: what travels and is only read.
+      own: what travels and is summed up.
+
+    Returns:
+      `sums` and, home again, `own`.
+    """
+    spans = [(axis, jax.lax.axis_size(axis)) for axis in axes]
+
+    def travel(spans, sums, moving, own):
+        if not spans:
+            return *_visit_tiles(tile, visit, fixed, sums, moving, own), moving
+        (axis, size), inner = spans[0], spans[1:]
+        onwards = [(i, (i + 1) % size) for i in range(size)]
+
+        def hop(_, carry):
+            sums, own, moving = travel(inner, *carry)
+            # What is only read leaves before the visit ends: the network works meanwhile.
+            moving, own = jax.lax.ppermute((moving, own), axis, onwards)
+            return sums, moving, own
+
+        sums, moving, own = jax.lax.fori_loop(0, size, hop, (sums, moving, own))
+        return sums, own, moving
+
+    sums, own, _ = travel([span for span in spans if span[1] > 1], sums, moving, own)
+    return sums, own
+
+
+def _visit_tiles(tile: int, visit: Visit, fixed, sums, moving, own):
+    """Both sums, after all pairs of tiles that lie on this device."""
+    rows = jax.tree.leaves(fixed)[0].shape[0]
+    if rows <= tile:
+        return visit(fixed, sums, moving, own)
+
+    def split(tree):
+        return jax.tree.map(lambda x: x.reshape(rows // tile, tile, *x.shape[1:]), tree)
+
+    def join(tree):
+        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), tree)
+
+    def column(sums, moving_tile):
+        def row(own, fixed_tile):
+            fixed, sums = fixed_tile
+            sums, own = visit(fixed, sums, moving, own)
+            return own, sums
+
+        moving, own = moving_tile
+        own, sums = jax.lax.scan(row, own, (split(fixed), sums))
+        return sums, own
+
+    sums, own = jax.lax.scan(column, split(sums), (split(moving), split(own)))
+    return join(sums), join(own)
+
+
+def _tile_rows(rows: int, tile: int) -> int:
+    """The largest tile that divides a device's rows."""
+    found = next(size for size in range(min(rows, max(tile, 1)), 0, -1) if rows % size == 0)
+    if found < min(rows, tile) / 8:
+        raise UserError(
+            f"The {rows} examples of a device split into tiles of {found} at most, if those are to "
+            f"stay within loss.tile={tile}: take a batch_size that powers of two divide."
+        )
+    return found
+
+
+def _on(mesh: Mesh | None, local: Callable, in_specs: str, out_specs: Any) -> Callable:
+    """`local(axes, *arrays)` on every device of a mesh; None: on this one.
+
+    Args:
+      mesh: of the run.
+      local: what a device does with its share.
+      in_specs: a letter per array; "s": split over the batch, "w": whole.
+      out_specs: as of `jax.shard_map`.
+    """
+    if mesh is None:
+        return partial(local, ())
+    return jax.shard_map(
+        partial(local, AXES),
+        mesh=mesh,
+        in_specs=tuple(EVERY_AXIS if spec == "s" else _WHOLE for spec in in_specs),
+        out_specs=out_specs,
+        check_vma=False,  # the loops' sums begin as constants; tests compare every result
+    )
+
+
+def _total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _device(axes: tuple[str, ...]) -> jax.Array | int:
+    return jax.lax.axis_index(axes) if axes else 0
+
+
+def _devices(axes: tuple[str, ...]) -> int:
+    return jax.lax.axis_size(axes) if axes else 1
+
+
+def _positions(axes: tuple[str, ...], rows: int) -> jax.Array:
+    """Where this device's examples stand in the batch."""
+    return _device(axes) * rows + jnp.arange(rows)
+
+
+# --- softmax ---
+
+
+def _softmax_statistics(axes, tile, images, texts, logit_scale):
+    """Maximum and sum of each own row and each own column, and the positives: float32 [n] each."""
+    rows = images.shape[0]
+
+    def grow(statistics, logits, axis):
+        """Adds logits to maxima and sums, which are scaled down where the maximum rises."""
+        old_max, old_sum = statistics
+        new_max = jnp.maximum(old_max, logits.max(axis))
+        summed = jnp.exp(logits - jnp.expand_dims(new_max, axis)).sum(axis)
+        return new_max, old_sum * jnp.exp(old_max - new_max) + summed
+
+    def visit(fixed, sums, moving, own):
+        (images, image_rows), (texts, text_rows) = fixed, moving
+        by_row, positives = sums
+        logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
+        is_positive = image_rows[:, None] == text_rows[None]
+        positives += jnp.sum(jnp.where(is_positive, logits, 0), axis=1)
+        return (grow(by_row, logits, 1), positives), grow(own, logits, 0)
+
+    nothing = jnp.full(rows, -jnp.inf), jnp.zeros(rows)
+    at = _positions(axes, rows)
+    sums = nothing, jnp.zeros(rows)
+    (by_row, positives), by_column = _sweep(
+        axes, tile, visit, (images, at), sums, (texts, at), nothing
+    )
+    return by_row, by_column, positives
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def softmax(mesh: Mesh | None, tile: int, images, texts, logit_scale):
+    """`losses.softmax_loss` in tiles."""
+    return _softmax_forward(mesh, tile, images, texts, logit_scale)[0]
+
+
+def _softmax_forward(mesh: Mesh | None, tile: int, images, texts, logit_scale):
+    def local(axes, images, texts, logit_scale):
+        rows = images.shape[0]
+        by_row, by_column, positives = _softmax_statistics(
+            axes, _tile_rows(rows, tile), images, texts, logit_scale
+        )
+        loss = sum((maximum - positives) + jnp.log(total) for maximum, total in (by_row, by_column))
+        loss = _total(jnp.sum(loss), axes) / (2 * rows * _devices(axes))
+        return loss, by_row, by_column
+
+    out_specs = (_WHOLE, EVERY_AXIS, EVERY_AXIS)
+    loss, *statistics = _on(mesh, local, "ssw", out_specs)(images, texts, logit_scale)
+    return loss, (images, texts, logit_scale, *statistics)
+
+
+def _softmax_backward(mesh: Mesh | None, tile: int, residuals, gradient):
+    images, texts, logit_scale, by_row, by_column = residuals
+
+    def local(axes, images, texts, logit_scale, gradient, by_row, by_column):
+        rows = images.shape[0]
+        at = _positions(axes, rows)
+
+        def visit(fixed, sums, moving, own):
+            images, image_rows, (row_max, row_sum) = fixed
+            texts, text_rows, (column_max, column_sum) = moving
+            d_images, d_scale = sums
+            logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
+            target = (image_rows[:, None] == text_rows[None]).astype(jnp.float32)
+            rows = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
+            columns = jnp.exp(logits - column_max[None]) * (1 / column_sum)[None]
+            d_logits = (rows - target) + (columns - target)
+            weights = d_logits.astype(images.dtype)
+            d_images += dot("nm,me->ne", weights, texts)
+            d_texts = own + dot("nm,ne->me", weights, images)
+            return (d_images, d_scale + jnp.sum(d_logits * logits, axis=1)), d_texts
+
+        sums = jnp.zeros(images.shape), jnp.zeros(rows)
+        (d_images, d_scale), d_texts = _sweep(
+            axes,
+            _tile_rows(rows, tile),
+            visit,
+            (images, at, by_row),
+            sums,
+            (texts, at, by_column),
+            jnp.zeros(texts.shape),
+        )
+        share = gradient / (2 * rows * _devices(axes))
+        factor = jnp.exp(logit_scale) * share
+        return (
+            (factor * d_images).astype(images.dtype),
+            (factor * d_texts).astype(texts.dtype),
+            share * _total(jnp.sum(d_scale), axes),
+        )
+
+    operands = images, texts, logit_scale, gradient, by_row, by_column
+    return _on(mesh, local, "sswwss", (EVERY_AXIS, EVERY_AXIS, _WHOLE))(*operands)
+
+
+softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+# --- sigmoid ---
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def sigmoid(mesh: Mesh | None, tile: int, images, texts, logit_scale, logit_bias):
+    """`losses.sigmoid_loss` in tiles."""
+
+    def local(axes, images, texts, logit_scale, logit_bias):
+        rows = images.shape[0]
+        at = _positions(axes, rows)
+
+        def visit(fixed, sums, moving, own):
+            (images, image_rows), (texts, text_rows) = fixed, moving
+            positive = image_rows[:, None] == text_rows[None]
+            products = dot("ne,me->nm", images, texts)
+            terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias)
+            return sums + jnp.sum(terms, axis=1), own
+
+        sums, _ = _sweep(
+            axes, _tile_rows(rows, tile), visit, (images, at), jnp.zeros(rows), (texts, at), ()
+        )
+        return _total(jnp.sum(sums), axes) / (rows * _devices(axes))
+
+    return _on(mesh, local, "ssww", _WHOLE)(images, texts, logit_scale, logit_bias)
+
+
+def _sigmoid_forward(mesh: Mesh | None, tile: int, images, texts, logit_scale, logit_bias):
+    def local(axes, images, texts, logit_scale, logit_bias):
+        rows = images.shape[0]
+        at = _positions(axes, rows)
+
+        def visit(fixed, sums, moving, own):
+            (images, image_rows), (texts, text_rows) = fixed, moving
+            positive = image_rows[:, None] == text_rows[None]
+            products = dot("ne,me->nm", images, texts)
+            found = sigmoid_terms(products, positive, logit_scale, logit_bias)
+            d_images, *sums = sums
+            weights = found[1].astype(images.dtype)
+            d_images += dot("nm,me->ne", weights, texts)
+            sums = [total + jnp.sum(x, axis=1) for total, x in zip(sums, found)]
+            return (d_images, *sums), own + dot("nm,ne->me", weights, images)
+
+        zeros = jnp.zeros(rows)
+        (d_images, *sums), d_texts = _sweep(
+            axes,
+            _tile_rows(rows, tile),
+            visit,
+            (images, at),
+            (jnp.zeros(images.shape), zeros, zeros, zeros),
+            (texts, at),
+            jnp.zeros(texts.shape),
+        )
+        batch = rows * _devices(axes)
+        loss, d_bias, d_scale = (_total(jnp.sum(x), axes) / batch for x in sums)
+        factor = jnp.exp(logit_scale) / batch
+        d_embeds = (factor * d_images).astype(images.dtype), (factor * d_texts).astype(texts.dtype)
+        return loss, (*d_embeds, d_scale, d_bias)
+
+    out_specs = (_WHOLE, (EVERY_AXIS, EVERY_AXIS, _WHOLE, _WHOLE))
+    return _on(mesh, local, "ssww", out_specs)(images, texts, logit_scale, logit_bias)
+
+
+sigmoid.defvjp(_sigmoid_forward, lambda mesh, tile, residuals, g: scale_gradients(residuals, g))
