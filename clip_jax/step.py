@@ -98,7 +98,9 @@ def _gradients(embed: Embed, loss_fn: Callable, params: Any, batch: Batch):
 def _accumulated(count: int, embed: Embed, loss_fn: Callable, params: Any, batch: Batch):
     """The same with the activations of one micro-batch alive at a time.
 
-    GradCache (Gao et al. 2021, arXiv:2101.06983). All micro-batches are embedded; the loss of all embeddings gives the gradient of each; then
+    GradCache (Gao et al. 2021, arXiv:2101.06983).
+
+    All micro-batches are embedded; the loss of all embeddings gives the gradient of each; then
     every micro-batch is embedded once more, to carry its share of that gradient to the parameters.
     BatchNorm normalises by micro-batch, and its running statistics move once, by their mean.
     """

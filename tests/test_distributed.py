@@ -82,9 +82,8 @@ def loss_worker(port: str, process: str) -> None:
             for i, shard in enumerate(got.addressable_shards):
                 found[f"{name} {i}"] = (shard.data, want[wanted][shard.index])
         for name, (got, wanted) in found.items():
-            errors[f"{name} at {multiplier:.0f} by {method}"] = reference.relative_error(
-                got, wanted
-            )
+            case = f"{name} at {multiplier:.0f} by {method}"
+            errors[case] = reference.relative_error(got, wanted)
     print(json.dumps({"devices": jax.device_count(), "errors": errors}))
 
 

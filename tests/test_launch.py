@@ -1,4 +1,4 @@
-"""launch/: the commands it would run, its answers to mistakes, and its conduct with a feigned cloud.
+"""launch/: the commands it would run, its answers to mistakes, its conduct with a feigned cloud.
 
 tests/golden/launch/ holds a command line and below it what --dry-run prints for it. After a change
 that is meant, CLIP_JAX_UPDATE_GOLDEN=1 writes them anew; read the difference before you commit it.
@@ -44,15 +44,18 @@ option() { printf '%s\\n' "${@:2}" | sed -n "s/^--$1=//p"; }
 workers() { if [ "$1" = all ]; then seq 0 $((WORKERS - 1)); else echo "$1"; fi; }
 case "$3 $4" in
   "queued-resources describe")
-    if [ "$state" = NONE ]; then echo "ERROR: NOT_FOUND: Resource 'x' was not found." >&2; exit 1; fi
-    printf '%s\\t%s\\t%s\\n' "$state" "$TYPE" "$NODES"
+    [ "$state" != NONE ] || { echo "NOT_FOUND: Resource was not found." >&2; exit 1; }
+    printf '%s\\t%s\\t%s\\n' "$state" v5litepod-16 "$SLICE_NAMES"
     ;;
-  "queued-resources create") cat "$CLOUD/granted" >"$CLOUD/state" ;;
+  "queued-resources create")
+    cat "$CLOUD/granted" >"$CLOUD/state"
+    echo READY >"$CLOUD/node"
+    ;;
   "queued-resources delete")
     rm -rf "$CLOUD"/workers/*/clip_jax*
     echo NONE >"$CLOUD/state"
     ;;
-  "tpu-vm describe") echo READY ;;
+  "tpu-vm describe") cat "$CLOUD/node" ;;
   "tpu-vm scp")
     for worker in $(workers "$(option worker "$@")"); do
       cp "$5" "$6" "$CLOUD/workers/${7%:}-$worker/"
@@ -71,10 +74,12 @@ esac
 
 FAKE_UV = """#!/bin/sh
 echo "$*" >>"$HOME/uv.log"
-[ "$1" != venv ] && exit
-mkdir -p "$5/bin"
-printf '#!/bin/sh\\n[ "$1" = -c ] || exec %s "$@"\\n' "$REAL_PYTHON" >"$5/bin/python"
-chmod +x "$5/bin/python"
+[ "$1" != venv ] || install -D "$CLOUD/python" "$5/bin/python"
+"""
+
+# Of a virtual environment in which every import succeeds.
+FAKE_PYTHON = f"""#!/bin/sh
+[ "$1" = -c ] || exec {shlex.quote(sys.executable)} "$@"
 """
 
 
@@ -260,15 +265,14 @@ class Cloud:
         self.workers = [folder / "workers" / f"{node}-{i}" for node in nodes for i in range(2)]
         for worker in self.workers:
             executable(worker / ".local/bin/uv", FAKE_UV)
+        executable(folder / "python", FAKE_PYTHON)
         executable(folder / "bin/gcloud", FAKE_GCLOUD)
         executable(folder / "bin/hostname", '#!/bin/sh\nbasename "$HOME"\n')
-        self.set(state="ACTIVE", granted="ACTIVE", calls="")
+        self.set(state="ACTIVE", granted="ACTIVE", node="READY", calls="")
         self.env = environment(
             PATH=f"{folder / 'bin'}:{os.environ['PATH']}",
             CLOUD=str(folder),
-            REAL_PYTHON=sys.executable,
-            TYPE="v5litepod-16",
-            NODES=";".join(nodes),
+            SLICE_NAMES=";".join(nodes),
             WORKERS="2",
             TPU_POLL="0.1",
         )
@@ -311,8 +315,7 @@ class Cloud:
             shutil.copytree(self.repository / "configs", base / "code/configs")
             shutil.copy(self.repository / "main.py", base / "code")
             (base / "commit").write_text("abc\n")
-            (base / "venv/bin").mkdir(parents=True)
-            (base / "venv/bin/python").symlink_to(sys.executable)
+            executable(base / "venv/bin/python", FAKE_PYTHON)
 
     def arguments(self) -> list[list[str]]:
         """That main.py was given, on every worker; waits until all have started."""
@@ -436,6 +439,24 @@ def test_setup_sends_what_is_committed(cloud):
 
 
 @needs_linux
+def test_stop_insists(cloud):
+    cloud.install()
+    for worker in cloud.workers:
+        stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+        (worker / "clip_jax/code/main.py").write_text(stubborn + DUMMY_MAIN)
+    cloud.ready(f"start {HERE} {MAIN}")
+    cloud.arguments()
+    pids = cloud.processes()
+    for worker in cloud.workers:
+        command = ["bash", "clip_jax_worker.sh", "stop", "1"]
+        subprocess.run(command, cwd=worker, env=cloud.env | {"HOME": str(worker)}, check=True)
+    assert cloud.processes() == []
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True).stdout
+    groups = [int(group) for group, state in map(str.split, listed.splitlines()) if state[0] != "Z"]
+    assert not set(pids) & set(groups)
+
+
+@needs_linux
 def test_several_slices(tmp_path, repository):
     cloud = Cloud(tmp_path, repository, slices=2)
     try:
@@ -454,7 +475,8 @@ def test_several_slices(tmp_path, repository):
 
 
 @needs_linux
-def test_watch_outlives_a_preemption(cloud):
+@pytest.mark.parametrize("told_by", ["request", "node"])
+def test_watch_outlives_a_preemption(told_by, cloud):
     cloud.set(state="NONE")
     command = shlex.split(f"run {HERE} --type=v5litepod-16 --spot --watch --delete {MAIN}")
     with subprocess.Popen(
@@ -467,7 +489,10 @@ def test_watch_outlives_a_preemption(cloud):
     ) as watch:
         try:
             first = cloud.arguments()
-            cloud.set(state="SUSPENDED")
+            if told_by == "request":
+                cloud.set(state="SUSPENDED")
+            else:  # as at first: the workers are gone, their request is still ACTIVE
+                cloud.set(node="PREEMPTED")
             cloud.end()
             for worker in cloud.workers:
                 (worker / "argv.json").unlink()
@@ -485,12 +510,58 @@ def test_watch_outlives_a_preemption(cloud):
     assert changes == wanted
 
 
+@needs_linux
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"fail": ""}, r"will fail.*failed with exit status 3.*run is over: failed"),
+        ({"state": "NONE"}, r"was deleted meanwhile"),
+    ],
+)
+def test_watch_ends_without_a_preemption(change, wanted, cloud):
+    cloud.install()
+    watch = subprocess.Popen(
+        ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
+        cwd=cloud.repository,
+        env=cloud.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with watch:
+        cloud.arguments()
+        cloud.set(**change)
+        said, _ = watch.communicate(timeout=30)
+    assert watch.returncode == 1
+    assert re.search(wanted, said, re.DOTALL), said
+    assert "queued-resources create" not in cloud.calls()
+
+
 def test_watch_gives_up_on_a_refused_request(cloud):
     cloud.set(state="NONE", granted="FAILED")
     answer = cloud.launch(f"run {HERE} --type=v5litepod-16 --spot --watch {MAIN}")
     assert answer.returncode == 1
     assert "became FAILED instead of ACTIVE" in answer.stderr
     assert 3 <= cloud.calls().count("queued-resources create") <= 5
+
+
+def test_watch_does_not_ask_again_for_what_was_deleted(cloud):
+    cloud.set(state="NONE", granted="WAITING_FOR_RESOURCES")
+    command = shlex.split(f"run {HERE} --type=v5litepod-16 --spot --watch {MAIN}")
+    with subprocess.Popen(
+        ["launch/tpu.sh", *command],
+        cwd=cloud.repository,
+        env=cloud.env,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as watch:
+        wait_until(lambda: "queued-resources create" in cloud.calls())
+        wait_until(lambda: cloud.calls()[-1] == "queued-resources describe")
+        cloud.set(state="NONE")
+        _, said = watch.communicate(timeout=30)
+    assert watch.returncode == 1
+    assert "deleted while it was waited for" in said
+    assert cloud.calls().count("queued-resources create") == 1
 
 
 def test_delete_asks(cloud):

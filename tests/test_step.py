@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 
@@ -196,3 +197,148 @@ def test_logit_scale_below_its_bound_is_left_alone():
     start = float(initial("vit", ONE).params["logit_scale"])
     want = start - tiny.LEARNING_RATE * float(np.sign(grads["logit_scale"]))
     assert trained("vit", ONE)[1][0]["logit_scale"] == pytest.approx(math.exp(want), rel=1e-6)
+
+
+# ---- Accumulation ------------------------------------------------------------------------------
+
+
+@functools.cache
+def gradients(axes: tuple, *, accum_steps=1, patch_dropout=0.0, method="all_gather", zero1=False):
+    """Loss, gradient norm and gradients at the initial state, no optimiser to blur them."""
+    net, mesh = tiny.make_net("vit", patch_dropout=patch_dropout), tiny.make_mesh(*axes)
+    state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh)
+    # The gradient is all it keeps: where Adam keeps its first moment.
+    keep = optax.GradientTransformation(
+        lambda params: {"mu": params},
+        lambda updates, _, params=None: (jax.tree.map(jnp.zeros_like, updates), {"mu": updates}),
+    )
+    state = state.replace(opt_state={"mu": state.opt_state[1].mu})
+    program = tiny.compile_step(
+        net, mesh, state, batch, tx=keep, accum_steps=accum_steps, method=method
+    )
+    after, metrics = program(state, batch)
+    return float(metrics["loss"]), named_leaves(after.opt_state["mu"])
+
+
+def assert_gradients(got, want) -> None:
+    """Sums in another order; seen: 1e-6 of the loss and 5e-6 of a gradient's norm."""
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    whole = math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in want[1].values()))
+    for name, leaf in want[1].items():
+        # Keys have biases that change nothing, so that their gradients are rounding alone.
+        error = np.linalg.norm(got[1][name] - leaf)
+        assert error < 3e-5 * np.linalg.norm(leaf) + 1e-7 * whole, name
+
+
+@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("axes", "accum_steps"), [(ONE, 2), (ONE, 16), (FSDP, 2), ((2, 2, 2), 4)])
+def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: float):
+    want = gradients(ONE, patch_dropout=patch_dropout)
+    got = gradients(axes, accum_steps=accum_steps, patch_dropout=patch_dropout)
+    assert_gradients(got, want)
+
+
+def test_patch_dropout_changes_the_loss_and_every_step_draws_anew():
+    """Else the test above would compare nothing."""
+    net, mesh = tiny.make_net("vit", patch_dropout=0.5), tiny.make_mesh(*ONE)
+    state, batch = tiny.init_state(net, mesh), tiny.put_batch(net, mesh)
+    step = tiny.compile_step(net, mesh, state, batch)
+    at = [float(step(copy(state).replace(step=jnp.int32(i)), batch)[1]["loss"]) for i in (0, 1, 0)]
+    assert at[0] == at[2]
+    assert abs(at[0] - at[1]) > 1e-4
+    assert abs(at[0] - gradients(ONE)[0]) > 1e-4
+
+
+def test_accumulated_batch_norm_takes_the_mean_of_the_micro_batches():
+    """Computed here by the model alone, micro-batch by micro-batch."""
+    net, mesh = tiny.make_net("resnet"), tiny.make_mesh(*ONE)
+    state, batch = copy(initial("resnet", ONE)), tiny.put_batch(net, mesh)
+    apply = jax.jit(functools.partial(net.apply, train=True, mutable=["batch_stats"]))
+    parts = [apply(state.variables, *(batch[k][i::2] for k in ("image", "tokens"))) for i in (0, 1)]
+    want = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1]["batch_stats"] for part in parts))
+    images, texts = (np.stack([p[0][i] for p in parts], 1).reshape(16, -1) for i in (0, 1))
+    loss = losses.softmax_loss(images, texts, parts[0][0][2])
+    after, metrics = tiny.compile_step(net, mesh, state, batch, accum_steps=2)(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
+    want, got = named_leaves(want), named_leaves(after.batch_stats)
+    for name, leaf in want.items():
+        np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_accumulation_saves_activations():
+    """By the compiler's own account: activations of one micro-batch at a time."""
+    net, mesh = tiny.make_net("vit"), tiny.make_mesh(*ONE)
+    state = tiny.init_state(net, mesh)
+    batch = {k: v.repeat(64, axis=0) for k, v in tiny.make_batch(net).items()}
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    temporary = {}
+    for accum_steps in (1, 4, 16):
+        program = tiny.compile_step(net, mesh, state, batch, accum_steps=accum_steps, method="ring")
+        temporary[accum_steps] = program.memory_analysis().temp_size_in_bytes
+    # What a whole batch needs beyond any micro-batch's share shrinks with that share.
+    assert temporary[4] < 0.4 * temporary[1]
+    assert temporary[16] < 0.15 * temporary[1]
+
+
+# ---- More axes, less memory --------------------------------------------------------------------
+
+
+# mesh.data, mesh.fsdp, mesh.tensor, mesh.slices
+@pytest.mark.parametrize(
+    ("axes", "method"),
+    [
+        ((4, 1, 2), "all_gather"),
+        ((1, 2, 4), "ring"),
+        ((2, 2, 1, 2), "ring"),
+        ((1, 2, 2, 2), "all_gather"),
+    ],
+)
+def test_every_axis_computes_the_same(axes: tuple, method: str):
+    assert_gradients(gradients(axes, method=method), gradients(ONE))
+
+
+def test_a_resnet_uses_the_tensor_axis_for_examples():
+    want = trained("resnet", ONE)[1][0]
+    mesh = tiny.make_mesh(2, 1, 2)
+    state = initial("resnet", ONE)
+    state = jax.device_put(state, sharding.tree_shardings(state, mesh))
+    net, batch = tiny.make_net("resnet"), tiny.put_batch(tiny.make_net("resnet"), mesh)
+    program = tiny.compile_step(net, mesh, state, batch)
+    _, metrics = program(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(want["loss"], rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(want["grad_norm"], rel=1e-4)
+    assert "f32[4,16,16,4]" in program.as_text()  # 16 images over 4 devices, after the stem
+
+
+def test_zero1_splits_the_optimiser_over_all_devices():
+    state = tiny.init_state(tiny.make_net("vit"), tiny.make_mesh(4, 2), zero1=True)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        name = sharding.path_name(path)
+        if name.endswith("/kernel"):
+            share = 8 if name.startswith("opt_state/") else 2
+            assert leaf.addressable_shards[0].data.size == leaf.size // share, name
+    assert_gradients(gradients((4, 2), zero1=True), gradients(ONE))
+
+
+def test_16_bit_moments_and_weights():
+    """They are what is stored, and a step with them is nearly the step without."""
+    want = trained("vit", ONE)[1][0]
+    mesh, half = tiny.make_mesh(*FSDP), {"moment_dtype": "bfloat16"}
+    net = tiny.make_net("vit")
+    state = tiny.init_state(net, mesh, half_weights="^text/", **half)
+    dtypes = {sharding.path_name(path): x.dtype for path, x in jax.tree.leaves_with_path(state)}
+    for name, dtype in dtypes.items():
+        halved = "/mu/" in name or "/nu/" in name or name.startswith("params/text/")
+        assert dtype == (
+            jnp.bfloat16 if halved else jnp.int32 if dtype == jnp.int32 else jnp.float32
+        )
+    batch = tiny.put_batch(net, mesh)
+    step = tiny.compile_step(net, mesh, state, batch, **half)
+    state, metrics = step(state, batch)
+    after = {sharding.path_name(path): x.dtype for path, x in jax.tree.leaves_with_path(state)}
+    assert after == dtypes
+    assert float(metrics["loss"]) == pytest.approx(want["loss"], rel=2e-3)
+    assert float(metrics["grad_norm"]) == pytest.approx(want["grad_norm"], rel=2e-2)
+    for _ in range(STEPS):
+        state, metrics = step(state, batch)
+    assert float(metrics["loss"]) < want["loss"] - 0.5

@@ -31,10 +31,10 @@ BATCH = 16
 LEARNING_RATE, STEPS = 1e-3, 100
 
 
-def make_net(name: str) -> models.CLIP:
+def make_net(name: str, **settings) -> models.CLIP:
     """ "vit" or "resnet"."""
     if name == "vit":
-        return models.create("ViT-B/32", size=_TEXT | _VIT)
+        return models.create("ViT-B/32", size=_TEXT | _VIT, **settings)
     return models.create("RN50", size=_TEXT | _RESNET)
 
 
@@ -72,15 +72,14 @@ def compile_step(
     """The training step for these arrays, with the optimiser of `make_optimizer`."""
     schedule, tx = make_optimizer(moment_dtype=moment_dtype)
     settings = {
+        "tx": tx,
         "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
         "accum_steps": 1,
         "seed": 0,
         "max_logit_scale": 100.0,
         **overrides,
     }
-    lowered = train_step.lower_step(
-        state, batch, mesh=mesh, net=net, tx=tx, schedule=schedule, **settings
-    )
+    lowered = train_step.lower_step(state, batch, mesh=mesh, net=net, schedule=schedule, **settings)
     return lowered.compile()
 
 

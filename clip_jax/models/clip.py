@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clip_jax.errors import UserError
+from clip_jax.models.packing import Pack
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.sizes import Size, get_size
 from clip_jax.models.text import TextTransformer
@@ -27,6 +28,7 @@ class CLIP(nn.Module):
 
     Attributes:
       patch_dropout: share of the patches that a ViT does not see in training.
+      pack: how several captions share a row of the text tower in training; None: they do not.
     """
 
     size: Size
@@ -34,6 +36,7 @@ class CLIP(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     patch_dropout: float = 0.0
+    pack: Pack | None = None
 
     def setup(self):
         layers = {"scan_layers": self.scan_layers, "remat": self.remat}
@@ -43,7 +46,7 @@ class CLIP(nn.Module):
             self.image = VisionTransformer(
                 self.size, self.dtype, patch_dropout=self.patch_dropout, **layers
             )
-        self.text = TextTransformer(self.size, self.dtype, **layers)
+        self.text = TextTransformer(self.size, self.dtype, pack=self.pack, **layers)
         constant, biased = nn.initializers.constant, self.size.logit_bias
         scale = math.log(10 if biased else 1 / 0.07)
         self.logit_scale = self.param("logit_scale", constant(scale), (), jnp.float32)
@@ -87,8 +90,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, s] -> float32 [b, embed_dim], L2-normalised."""
-        del train
-        return l2_normalize(self.text(tokens))
+        return l2_normalize(self.text(tokens, train))
 
 
 def normalize_images(images: jax.Array) -> jax.Array:
@@ -114,10 +116,20 @@ def create(
     pack: Mapping[str, Any] | None = None,
     size: Mapping[str, Any] | None = None,
 ) -> CLIP:
-    """A model by name; entries of `size` override its shapes (see `Size`).
+    """A model by name.
+
+    Args:
+      name: one of `available_models()`.
+      dtype: of the compute; parameters are float32.
+      scan_layers: run transformer layers in a `lax.scan`, or unroll them.
+      remat: what the backward pass recomputes; see `transformer.remat_layer`.
+      patch_dropout: share of the patches that a ViT does not see in training.
+      pack: {"length": tokens in a row, "rows": rows per caption} of `packing.Pack`; None or length
+        0: each caption has a row of its own.
+      size: overrides of the named shapes; see `Size`.
 
     Raises:
-      UserError: unknown name, or shapes that do not go together.
+      UserError: unknown name, or settings that do not go together.
     """
     shapes = get_size(name, size)
     if not 0 <= patch_dropout < 1 or (patch_dropout and shapes.is_resnet):
@@ -131,4 +143,24 @@ def create(
         scan_layers=scan_layers,
         remat=remat,
         patch_dropout=patch_dropout,
+        pack=_make_pack(pack, shapes),
     )
+
+
+def _make_pack(pack: Mapping[str, Any] | None, size: Size) -> Pack | None:
+    """Raises UserError unless such captions can be packed so."""
+    if pack is None or pack["length"] == 0:
+        return None
+    if not size.text_causal or size.text_pool != "end":
+        raise UserError(
+            "model.pack needs a causal text tower that reads the end token, so that what follows "
+            f"it changes nothing; that of {size} is not: leave --config.model.pack.length=0."
+        )
+    if pack["length"] < size.context_length:
+        raise UserError(
+            f"model.pack.length is {pack['length']}, and a caption may have {size.context_length} "
+            f"tokens: take at least --config.model.pack.length={size.context_length}, or 0."
+        )
+    if not 0 < pack["rows"] <= 1:
+        raise UserError(f"model.pack.rows is {pack['rows']}: it takes a number above 0, up to 1.")
+    return Pack(int(pack["length"]), float(pack["rows"]))

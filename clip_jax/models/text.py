@@ -1,9 +1,12 @@
 """The text transformer: the paper's causal one (section 2.4), and SigLIP's form of it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clip_jax.models import packing
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Dtype, Transformer, layer_norm
 
@@ -14,12 +17,16 @@ class TextTransformer(nn.Module):
     The paper's reads the feature at the end token, the largest id of the vocabulary. Its attention
     is causal, so padding behind that changes nothing and `s` may be any length up to the context
     length. Where the last token is read instead, `s` must be the context length.
+
+    Attributes:
+      pack: how several captions share a row in training; None: each has a row of its own.
     """
 
     size: Size
     dtype: Dtype
     scan_layers: bool
     remat: str
+    pack: packing.Pack | None
 
     def setup(self):
         size, width = self.size, self.size.text_width
@@ -48,15 +55,48 @@ class TextTransformer(nn.Module):
             kernel_init=normal(width**-0.5),
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        features = self._read(tokens)
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        if train and self.pack is not None and not self.is_initializing():
+            features = self._read_packed(tokens)
+        else:
+            features = self._read(tokens)
         return self.projection(self.ln_final(features))  # per token, so only where it is read
+
+    def states(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Of the last layer, [b, s, w].
+
+        Args:
+          tokens: int32 [b, s].
+          positions: int32 [b, s], of the tokens within their captions; None: 0, 1, 2, ...
+          mask: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past.
+        """
+        table = self.positions.astype(self.dtype)
+        learned = table[: tokens.shape[1]] if positions is None else table[positions]
+        return self.transformer(self.token_embed(tokens) + learned, mask)
 
     def _read(self, tokens: jax.Array) -> jax.Array:
         """int32 [b, s] -> [b, w] of the tokens that stand for the captions."""
-        x = self.token_embed(tokens) + self.positions[: tokens.shape[1]].astype(self.dtype)
-        x = self.transformer(x)
+        x = self.states(tokens)
         if self.size.text_pool == "last":
             return x[:, -1]
         end = jnp.argmax(tokens, axis=1)
         return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+
+    def _read_packed(self, tokens: jax.Array) -> jax.Array:
+        """The same from packed rows."""
+        assert self.pack is not None
+        # Flax modules cannot be called inside a loop of JAX, so this one is made a pure function.
+        module = self.clone(parent=None)
+        read = ("token_embed", "positions", "transformer")
+        params = {name: self.variables["params"][name] for name in read}
+
+        def tower(params: Any, ids: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+            variables = {"params": params}
+            return module.apply(variables, ids, positions, mask, method=TextTransformer.states)
+
+        return packing.end_features(tower, params, tokens, self.pack)

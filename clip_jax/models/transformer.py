@@ -74,7 +74,7 @@ class Block(nn.Module):
             qkv[..., 1, :, :],
             qkv[..., 2, :, :],
             mask=mask,
-            is_causal=self.causal,
+            is_causal=self.causal and mask is None,
         )
         x = x + nn.DenseGeneral(
             width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.out_init, name="attn_out"
@@ -114,7 +114,8 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """`mask`: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past."""
+        """`mask`: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the
+        past where the transformer is causal."""
         block = self._block(x.shape[-1])
         sample = jnp.zeros((1, *x.shape[1:]), self.dtype)
 

@@ -1,0 +1,36 @@
+# What is said to the user, and how commands are run or, with --dry-run, shown.
+# shellcheck shell=bash
+
+say() { echo "$*" >&2; }
+
+die() {
+  say "$*"
+  exit 1
+}
+
+# The words as one line that a POSIX shell reads back as the same words.
+quoted() {
+  local word line="" escape="'\\''"
+  for word in "$@"; do
+    case "$word" in
+      "" | *[!A-Za-z0-9_./:=@%+,-]*) word="'${word//\'/$escape}'" ;;
+    esac
+    line="$line${line:+ }$word"
+  done
+  printf '%s\n' "$line"
+}
+
+dry_run() { [ "$DRY_RUN" = yes ]; }
+
+call() {
+  if dry_run; then quoted "$@"; else "$@"; fi
+}
+
+pause() { dry_run || sleep "${TPU_POLL:-60}"; }
+
+# What every command line to launch/tpu.sh about this TPU begins with.
+again() { echo "launch/tpu.sh $1 --name=$NAME --zone=$ZONE${PROJECT:+ --project=$PROJECT}"; }
+
+remind_of_costs() {
+  say "The TPU is still yours and billed. When you are done: $(again delete)"
+}
