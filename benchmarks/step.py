@@ -6,30 +6,18 @@
 Needs open_clip_torch; DIR is a checkout of google-research/big_vision, left out without it. See
 benchmarks/README.md for what is compared.
 
-Each competitor lives in a process of its own and computes only when it is told to, so that all see
-the same machine within seconds of each other. Medians are printed, and the speed relative to
-open_clip: only ratios within one run mean anything.
+Medians are printed, and the speed relative to open_clip.
 """
 
 import argparse
-import contextlib
 import functools
-import json
 import math
-import os
-import platform
-import resource
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from importlib import metadata
-from pathlib import Path
 
 import numpy as np
+import turns
+from turns import Step
 
-ROOT = Path(__file__).resolve().parent.parent
 COMPETITORS = ("open_clip", "big_vision", "clip_jax scanned", "clip_jax unrolled")
 SMALL = {
     "embed_dim": 192,
@@ -43,16 +31,8 @@ SMALL = {
     "text_heads": 3,
 }
 MODELS = {"ViT-B/32": ({}, 32), "small": (SMALL, 256)}  # name: (shapes, batch)
-# Freed memory stays with the process: page faults are a large part of a CPU step otherwise.
-ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "JAX_PLATFORMS": "cpu",
-}
 # AdamW of the paper, at a constant rate that needs no warm-up.
 ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
-
-Step = Callable[[], float]  # takes one training step on the resident batch, returns its loss
 
 
 def make_batch(size, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -226,98 +206,36 @@ def normalised(images: np.ndarray) -> np.ndarray:
     return ((images / 255 - IMAGE_MEAN) / IMAGE_STD).astype(np.float32)
 
 
-# ---- Processes ---------------------------------------------------------------------------------
+# ---- The run -----------------------------------------------------------------------------------
 
 
-def work(competitor: str, args: argparse.Namespace):
-    """A competitor's process: one line of JSON when ready, and one for every line it reads."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print goes to stderr
-    sys.path.insert(0, str(ROOT))
+def prepare(competitor: str, args: argparse.Namespace) -> tuple[Step, dict]:
     from clip_jax import models
 
     shapes, batch = MODELS[args.model]
     size, batch = models.get_size("ViT-B/32", shapes), args.batch or batch
-    start = time.perf_counter()
     if competitor == "open_clip":
         take_step, parameters = open_clip_step(size, batch)
     elif competitor == "big_vision":
         take_step, parameters = big_vision_step(size, batch, args.big_vision)
     else:
         take_step, parameters = clip_jax_step(size, batch, competitor == "clip_jax scanned")
-    first_loss = take_step()
-    ready = {"parameters": parameters, "start": time.perf_counter() - start, "loss": first_loss}
-    print(json.dumps(ready), file=answers)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        loss = take_step()
-        seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak}), file=answers)
+    return take_step, {"parameters": parameters}
 
 
-class Worker:
-    """A competitor's process, seen from outside."""
-
-    def __init__(self, competitor: str, arguments: list[str]):
-        self.competitor = competitor
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, *arguments, f"--worker={competitor}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if "--verbose" in arguments else subprocess.DEVNULL,
-            text=True,
-            env={**os.environ, **ENVIRONMENT},
-        )
-        self.ready = self._read()
-        self.steps: list[dict] = []
-
-    def take_step(self):
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # _read says what it means
-            print("step", file=self.process.stdin, flush=True)
-        self.steps.append(self._read())
-
-    def _read(self) -> dict:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"{self.competitor} stopped: run again with --verbose to see why.")
-        return json.loads(line)
-
-    def close(self):
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait()
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(step["seconds"] for step in self.steps)
-
-
-def report(workers: list[Worker], batch: int):
+def report(workers: list[turns.Worker], batch: int):
     base = workers[0]
     print(
         f"| | speed over {base.competitor} | s/step | fastest - slowest | images/s | peak GiB "
         "| start, s | M parameters | loss |\n|---|---|---|---|---|---|---|---|---|"
     )
     for worker in workers:
-        all_seconds = [step["seconds"] for step in worker.steps]
         print(
             f"| {worker.competitor} | {base.seconds / worker.seconds:.2f} | {worker.seconds:.2f} "
-            f"| {min(all_seconds):.2f} - {max(all_seconds):.2f} | {batch / worker.seconds:.1f} "
+            f"| {worker.spread} | {batch / worker.seconds:.1f} "
             f"| {worker.steps[-1]['peak']:.1f} | {worker.ready['start']:.0f} "
-            f"| {worker.ready['parameters'] / 1e6:.1f} "
-            f"| {worker.ready['loss']:.3f} -> {worker.steps[-1]['loss']:.3f} |"
+            f"| {worker.ready['parameters'] / 1e6:.1f} | {worker.losses} |"
         )
-
-
-def versions() -> str:
-    names = ("jax", "flax", "optax", "torch", "open_clip_torch")
-    found = [f"{name} {metadata.version(name)}" for name in names]
-    return f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, " + (
-        ", ".join(found)
-    )
 
 
 def main():
@@ -331,27 +249,18 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker, args)
+        return turns.work(lambda: prepare(args.worker, args))
 
     chosen = args.only.split(",") if args.only else list(COMPETITORS)
     if unknown := set(chosen) - set(COMPETITORS):
         parser.error(f"no {', '.join(unknown)}; choose of: {', '.join(COMPETITORS)}")
     if not args.big_vision:
         chosen = [name for name in chosen if name != "big_vision"]
-    workers = []
-    for name in chosen:  # one after the other: compilation would disturb
-        workers.append(Worker(name, sys.argv[1:]))
-        print(f"{name} is ready", file=sys.stderr)
-    for number in range(args.steps):
-        turn = number % len(workers)
-        for worker in workers[turn:] + workers[:turn]:
-            worker.take_step()
-        print(f"round {number + 1} of {args.steps}", file=sys.stderr)
+    workers = turns.take_turns(__file__, chosen, args.steps)
     batch = args.batch or MODELS[args.model][1]
-    print(f"{args.model}, batch {batch}, float32; medians of {args.steps} steps\n{versions()}\n")
+    packages = turns.versions("jax", "flax", "optax", "torch", "open_clip_torch")
+    print(f"{args.model}, batch {batch}, float32; medians of {args.steps} steps\n{packages}\n")
     report(workers, batch)
-    for worker in workers:
-        worker.close()
     return None
 
 

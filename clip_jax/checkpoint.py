@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -17,6 +18,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import models
 from clip_jax.errors import UserError
+from clip_jax.sharding import path_name
 from clip_jax.state import TrainState, abstract_variables
 
 DIRECTORY = "checkpoints"  # inside the workdir
@@ -125,14 +127,35 @@ class Checkpoints:
           like: shapes, dtypes and shardings, as from `state.abstract_state`.
 
         Raises:
-          UserError: the checkpoint is incomplete, damaged, or of another model.
+          UserError: the checkpoint is incomplete, damaged, of another model, or in another
+            precision.
         """
+        self._check_precision(step, like)
         items = self._read(
             step,
             model=ocp.args.StandardRestore(like.variables),
             optimizer=ocp.args.StandardRestore(_progress(like)),
         )
         return TrainState(**items["model"], **items["optimizer"])
+
+    def _check_precision(self, step: int, like: TrainState) -> None:
+        """UserError where arrays would be cast, which loses what they hold or feigns more."""
+        try:
+            stored = self._manager.item_metadata(step)
+            saved = {**_dtypes(stored["model"]), **_dtypes(stored["optimizer"])}
+        except Exception:  # damaged: reading it will tell
+            return
+        wanted = {**_dtypes(like.variables), **_dtypes(_progress(like))}
+        other = [name for name, dtype in wanted.items() if saved.get(name, dtype) != dtype]
+        if other:
+            name = other[0]
+            raise UserError(
+                f"The checkpoint {self.directory / str(step)} keeps {len(other)} arrays in another "
+                f"precision than the config, such as {name} in {saved[name]} instead of "
+                f"{wanted[name]}: set --config.optim.moment_dtype and --config.optim.half_weights "
+                "to what the run began with, or start from its model alone, with "
+                "--config.init_from, in another --workdir."
+            )
 
     def restore_variables(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads only what inference needs; `like` as `TrainState.variables`."""
@@ -192,6 +215,12 @@ def load_model(
         meta = store.read_meta(step)
         net = models.CLIP(models.Size.from_json(meta["size"]))
         return net, store.restore_variables(step, abstract_variables(net, mesh)), meta
+
+
+def _dtypes(tree: Any) -> dict[str, str]:
+    """Name of the dtype by path, of arrays, shapes or orbax's metadata."""
+    tree = getattr(tree, "tree", tree)
+    return {path_name(path): str(leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
 def _first_line(error: Exception) -> str:

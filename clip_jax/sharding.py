@@ -129,6 +129,28 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.size // mesh.shape["tensor"]
 
 
+def process_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each batch this process loads, and how many parts there are.
+
+    Processes that the tensor axis joins see the same examples, and all load them.
+
+    Raises:
+      UserError: the hosts' parts overlap, or differ in size.
+    """
+    shards = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    owned: dict[int, set[int]] = {}
+    for shard, devices in enumerate(shards):
+        for device in devices:
+            owned.setdefault(device.process_index, set()).add(shard)
+    parts = sorted({tuple(sorted(part)) for part in owned.values()})
+    if sum(map(len, parts)) != len(shards) or len({len(part) for part in parts}) > 1:
+        raise UserError(
+            f"On the mesh {dict(mesh.shape)} the {len(owned)} hosts would load overlapping parts "
+            "of the batch: choose a --config.mesh.tensor that divides a host's devices."
+        )
+    return parts.index(tuple(sorted(owned[jax.process_index()]))), len(parts)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose first dimension is the global batch."""
     return NamedSharding(mesh, BATCH)

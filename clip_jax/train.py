@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, clock, metrics, program, workdir
+from clip_jax import checkpoint, clock, metrics, program, sharding, workdir
 from clip_jax import state as train_state
 from clip_jax.data import pipeline, sources, tokenizer
 from clip_jax.errors import UserError
@@ -94,6 +94,7 @@ def _prepare(config: ConfigDict) -> Run:
 
 
 def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPipeline:
+    part, parts = sharding.process_share(run.mesh)
     return pipeline.TrainPipeline(
         run.source,
         run.tokenizer,
@@ -102,8 +103,8 @@ def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPip
         image_size=run.net.size.image_size,
         seed=config.seed,
         start=examples_seen,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        part=part,
+        parts=parts,
     )
 
 

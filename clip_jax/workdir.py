@@ -14,7 +14,8 @@ FILE = "config.json"  # inside the workdir
 # Fields that may differ between a run and its resumption: they change where and how it computes,
 # or what is reported, not what is learned.
 FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
-FREE += ("model.remat", "data.threads", "data.prefetch", "data.max_skipped", "data.source.path")
+FREE += ("model.remat", "model.pack", "accum_steps", "loss.method", "loss.tile")
+FREE += ("data.threads", "data.prefetch", "data.max_skipped", "data.source.path")
 
 
 def write(workdir: epath.PathLike, config: ConfigDict) -> None:

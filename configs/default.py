@@ -86,11 +86,16 @@ def validate(config: ConfigDict) -> None:
     for name, value, choices in (
         ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
         ("data.crop", config.data.crop, ("random", "center", "none")),
+        ("loss.name", config.loss.name, ("softmax", "sigmoid")),
+        ("loss.method", config.loss.method, ("all_gather", "ring")),
+        ("optim.moment_dtype", config.optim.moment_dtype, ("float32", "bfloat16")),
     ):
         if value not in choices:
             problems.append(f"{name} is {value!r}, and must be one of {', '.join(choices)}")
     for name, value, least in (
         ("batch_size", config.batch_size, 1),
+        ("accum_steps", config.accum_steps, 1),
+        ("loss.tile", config.loss.tile, 1),
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
@@ -145,10 +150,12 @@ def _model() -> ConfigDict:
     size.image_layers = placeholder(tuple)  # (layers,) of a ViT; blocks of the 4 ResNet stages
     size.image_width = placeholder(int)  # ViT: channels; ResNet: channels of the first stage
     size.image_heads = placeholder(int)  # attention heads; of the attention pool in ResNets
+    size.image_mlp = placeholder(int)  # hidden units of a block; 0: 4 * image_width; ViT only
     size.patch_size = placeholder(int)  # pixels along a side; ViT only
     size.text_layers = placeholder(int)
     size.text_width = placeholder(int)
     size.text_heads = placeholder(int)
+    size.text_mlp = placeholder(int)  # hidden units of a block; 0: 4 * text_width
     size.context_length = placeholder(int)  # tokens, start and end tokens included
     size.vocab_size = placeholder(int)  # for a SentencePiece tokenizer: its pieces plus 2
     model.size = size

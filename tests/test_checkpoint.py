@@ -244,3 +244,42 @@ def test_checkpoint_being_written_at_a_kill_is_ignored(tmp_path, two_checkpoints
         assert store.latest_step() == 3
         assert_same(store.restore(3, abstract(SAVED_ON)), make_state())
     assert kept(tmp_path) == [2, 3]
+
+
+# ---- Precision ---------------------------------------------------------------------------------
+
+HALF = {"half_weights": "^text/", "moment_dtype": "bfloat16"}
+
+
+def half_state() -> train_state.TrainState:
+    return tiny.init_state(tiny.make_net("vit"), tiny.make_mesh(*SAVED_ON), **HALF)
+
+
+def test_16_bit_state_comes_back_as_it_was(tmp_path):
+    state = half_state()
+    with checkpoint.Checkpoints(tmp_path) as store:
+        store.save(state, 7, META, {})
+        store.wait()
+        assert_same(store.restore(7, jax.tree.map(as_shape, state)), state)
+        # Inference wants float32, which holds every bfloat16.
+        variables = store.restore_variables(7, abstract(SAVED_ON).variables)
+    for (path, got), want in zip(
+        jax.tree.leaves_with_path(variables), jax.tree.leaves(state.variables)
+    ):
+        assert got.dtype == np.float32, path
+        np.testing.assert_array_equal(got, np.asarray(want, np.float32))
+
+
+def as_shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+@pytest.mark.parametrize("saved_half", [True, False])
+def test_state_of_another_precision(tmp_path, saved_half: bool):
+    states = [make_state(), half_state()]
+    saved, wanted = states[saved_half], states[not saved_half]
+    with checkpoint.Checkpoints(tmp_path) as store:
+        store.save(saved, 7, META, {})
+        store.wait()
+        with pytest.raises(UserError, match=r"another precision.* params/text/.*moment_dtype"):
+            store.restore(7, jax.tree.map(as_shape, wanted))

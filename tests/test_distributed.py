@@ -1,4 +1,4 @@
-"""Two processes of four devices each on 127.0.0.1: the loss, and a whole run and its resumption."""
+"""Several processes on 127.0.0.1, eight devices in all: the loss, whole runs, a resumption."""
 
 import functools
 import itertools
@@ -120,20 +120,39 @@ def command(workdir: pathlib.Path, **flags) -> list[str]:
     ]
 
 
+# Number of processes, and what they change: meshes over 8 devices, and ways to save memory.
+RUNS = {
+    "two": (2, {"config.mesh.fsdp": 2}),
+    # Tensor groups of four devices span two processes, which load the same examples.
+    "four": (
+        4,
+        {
+            "config.mesh.tensor": 4,
+            "config.mesh.slices": 2,
+            "config.loss.method": "ring",
+            "config.accum_steps": 4,
+        },
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Workdirs of the same run by one process on one device, and by two on four each."""
+    """Workdirs of the same run by one process on one device, and by more on eight in all."""
     folder = tmp_path_factory.mktemp("runs")
-    shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2, "config.mesh.fsdp": 2}
-    processes = [launch(command(folder / "one"), devices=1)]
-    for process in range(2):
-        arguments = command(folder / "two", process=process, **shared)
-        processes.append(launch(arguments, devices=4))
-    _, first, second = outputs(processes)
+    heads = {"config.model.size.image_heads": 4, "config.model.size.text_heads": 4}
+    processes = [launch(command(folder / "one", **heads), devices=1)]
+    for name, (count, changes) in RUNS.items():
+        shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": count}
+        for process in range(count):
+            arguments = command(folder / name, process=process, **shared, **heads, **changes)
+            processes.append(launch(arguments, devices=8 // count))
+    _, first, second, fourth, *_ = outputs(processes)
     assert "8 x cpu (mesh data 4 x fsdp 2)" in first
+    assert "8 x cpu (mesh slice 2 x tensor 4)" in fourth
     # The first process speaks for all. Gloo's threads print too, not always by whole lines.
     assert not re.sub(r"\[Gloo\].*", "", second).strip()
-    return {"one": folder / "one", "two": folder / "two"}
+    return {name: folder / name for name in ("one", *RUNS)}
 
 
 def read(workdir: pathlib.Path, kind: str) -> dict[int, dict[str, float]]:
@@ -155,15 +174,17 @@ def assert_same_training(workdir: pathlib.Path, reference: pathlib.Path) -> None
             assert value == pytest.approx(row[f"train/{name}"], rel=tolerance), (step, name)
 
 
-def test_two_processes_train_as_one_does(runs):
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_train_as_one_does(runs, name: str):
     losses = [row["train/loss"] for row in read(runs["one"], "train/").values()]
     assert losses[0] - losses[-1] > 0.1  # nats: it learned something that could differ
-    assert_same_training(runs["two"], runs["one"])
+    assert_same_training(runs[name], runs["one"])
 
 
-def test_two_processes_evaluate_as_one_does(runs):
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_evaluate_as_one_does(runs, name: str):
     """One query in a hundred may be at a tie; seen: none."""
-    want, got = read(runs["one"], "zeroshot/"), read(runs["two"], "zeroshot/")
+    want, got = read(runs["one"], "zeroshot/"), read(runs[name], "zeroshot/")
     assert list(got) == list(want) == [3, 6]
     for step, row in want.items():
         assert row.keys() == got[step].keys()
@@ -171,11 +192,12 @@ def test_two_processes_evaluate_as_one_does(runs):
             assert got[step][name] == pytest.approx(value, abs=0.011), (step, name)
 
 
-def test_two_processes_leave_one_run_behind(runs):
-    names = {path.name for path in runs["two"].iterdir()}
+@pytest.mark.parametrize("name", RUNS)
+def test_processes_leave_one_run_behind(runs, name: str):
+    names = {path.name for path in runs[name].iterdir()}
     assert names == {path.name for path in runs["one"].iterdir()}
     assert {"config.json", "metrics.jsonl", "report.html", "checkpoints"} <= names
-    assert {path.name for path in (runs["two"] / "checkpoints").iterdir()} == {"3", "6"}
+    assert {path.name for path in (runs[name] / "checkpoints").iterdir()} == {"3", "6"}
 
 
 def test_one_process_resumes_what_two_began(runs, tmp_path, capsys):
@@ -186,10 +208,11 @@ def test_one_process_resumes_what_two_began(runs, tmp_path, capsys):
 
     shutil.copytree(runs["two"], tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "checkpoints" / "6")
+    heads = {"model.size.image_heads": 4, "model.size.text_heads": 4}
     with tiny_run.compile_once():
-        train.train(tiny_run.config(CHANGES), tmp_path)
+        train.train(tiny_run.config({**CHANGES, **heads}), tmp_path)
     printed = capsys.readouterr().out
-    assert "mesh data 8 x fsdp 1" in printed
+    assert "(mesh data 8)" in printed
     assert f"Resuming {tmp_path} from step 3." in printed
     assert_same_training(tmp_path, runs["one"])
     assert (tmp_path / "checkpoints" / "6").exists()

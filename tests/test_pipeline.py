@@ -65,7 +65,7 @@ def settings(**overrides) -> ConfigDict:
 
 
 def make(source, *, config: ConfigDict | None = None, **options) -> pipeline.TrainPipeline:
-    options = {"batch_size": 4, "seed": 0, "process_index": 0, "process_count": 1, **options}
+    options = {"batch_size": 4, "seed": 0, "part": 0, "parts": 1, **options}
     config = config or settings()
     return pipeline.TrainPipeline(source, TOKENIZER, config, image_size=SIZE, **options)
 
@@ -147,8 +147,7 @@ class TestTrainPipeline:
     def test_hosts_share_one_global_batch(self, hosts):
         whole = take(make(Numbers(50), batch_size=12), 6)
         parts = [
-            take(make(Numbers(50), batch_size=12, process_index=k, process_count=hosts), 6)
-            for k in range(hosts)
+            take(make(Numbers(50), batch_size=12, part=k, parts=hosts), 6) for k in range(hosts)
         ]
         shape = (6, 12 // hosts)
         for name, expected in whole.items():
@@ -157,7 +156,7 @@ class TestTrainPipeline:
             )
             np.testing.assert_array_equal(joined.reshape(expected.shape), expected)
 
-    @pytest.mark.parametrize("options", [{}, {"batch_size": 6}, {"process_count": 2}])
+    @pytest.mark.parametrize("options", [{}, {"batch_size": 6}, {"parts": 2}])
     def test_resumes_at_the_next_example(self, options):
         """Also with another batch size; crops included."""
         source = Photos(30)
@@ -255,7 +254,7 @@ class TestTrainPipeline:
 
     def test_impossible_settings(self):
         with pytest.raises(UserError, match="10 examples cannot be split over 4 hosts"):
-            make(Numbers(9), batch_size=10, process_count=4)
+            make(Numbers(9), batch_size=10, parts=4)
         with pytest.raises(UserError, match="empty"):
             make(Numbers(0))
 
@@ -288,14 +287,14 @@ class Photos:
 
 
 def evaluate(source, tokenizer_=TOKENIZER, **options) -> list[dict[str, np.ndarray]]:
-    options = {"batch_size": 4, "process_index": 0, "process_count": 1, "threads": 2, **options}
+    options = {"batch_size": 4, "part": 0, "parts": 1, "threads": 2, **options}
     return list(pipeline.eval_batches(source, tokenizer_, image_size=SIZE, **options))
 
 
 class TestEvalBatches:
     @pytest.mark.parametrize("hosts", [1, 2, 4])
     def test_every_example_once_in_order(self, hosts):
-        parts = [evaluate(Numbers(10), process_index=k, process_count=hosts) for k in range(hosts)]
+        parts = [evaluate(Numbers(10), part=k, parts=hosts) for k in range(hosts)]
         assert {len(part) for part in parts} == {3}
         batches = [
             {name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][0]}

@@ -52,8 +52,8 @@ class TrainPipeline:
         image_size: int,
         seed: int,
         start: int = 0,
-        process_index: int,
-        process_count: int,
+        part: int,
+        parts: int,
     ):
         """Reads nothing yet.
 
@@ -65,8 +65,8 @@ class TrainPipeline:
           image_size: pixels along a side.
           seed: non-negative.
           start: position of the first example.
-          process_index: which host this is.
-          process_count: number of hosts.
+          part: which part of each batch this host loads.
+          parts: into how many the batch is split.
 
         Raises:
           UserError: the batch does not divide by the hosts, or the source is empty.
@@ -83,7 +83,7 @@ class TrainPipeline:
         self._image_size = image_size
         self._seed = seed
         self._start = start
-        self._rows = _local_rows(batch_size, process_index, process_count)
+        self._rows = _local_rows(batch_size, part, parts)
         self._seen = 0
         self._bad_keys: list[str] = []
         self._lock = threading.Lock()
@@ -170,8 +170,8 @@ def eval_batches(
     *,
     batch_size: int,
     image_size: int,
-    process_index: int,
-    process_count: int,
+    part: int,
+    parts: int,
     threads: int,
     limit: int | None = None,
 ) -> Iterator[Batch]:
@@ -181,10 +181,10 @@ def eval_batches(
       source: of the examples.
       tokenizer: None: the captions are not needed, and "tokens" is left out.
       batch_size: examples per step, over all hosts; the last batch is padded, so every host
-        yields the same number of batches of batch_size / process_count rows.
+        yields the same number of batches of batch_size / parts rows.
       image_size: pixels along a side.
-      process_index: which host this is.
-      process_count: number of hosts.
+      part: which part of each batch this host loads.
+      parts: into how many the batch is split.
       threads: that read and decode; 0: one per CPU core.
       limit: the first so many examples; None: all.
 
@@ -193,7 +193,7 @@ def eval_batches(
       example in the source, mask bool [b]). The mask is False at padding and where an example
       is unusable, which is logged.
     """
-    rows = _local_rows(batch_size, process_index, process_count)
+    rows = _local_rows(batch_size, part, parts)
     total = len(source) if limit is None else min(limit, len(source))
     steps = -(-total // batch_size)
     skipped: Counter[str] = Counter()
@@ -280,15 +280,15 @@ def _to_device(
         thread.join(timeout=10)
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> range:
+def _local_rows(batch_size: int, part: int, parts: int) -> range:
     """The rows of the global batch that this host reads."""
-    if batch_size % process_count:
+    if batch_size % parts:
         raise UserError(
-            f"A batch of {batch_size} examples cannot be split over {process_count} hosts; choose "
-            f"a multiple, such as {batch_size // process_count * process_count or process_count}."
+            f"A batch of {batch_size} examples cannot be split over {parts} hosts; choose "
+            f"a multiple, such as {batch_size // parts * parts or parts}."
         )
-    local = batch_size // process_count
-    return range(process_index * local, (process_index + 1) * local)
+    local = batch_size // parts
+    return range(part * local, (part + 1) * local)
 
 
 def _pixels(example: Example, size: int, crop: str, rng: np.random.Generator | None) -> np.ndarray:

@@ -80,13 +80,14 @@ class Encoder:
           "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
           with a tokenizer "tokens" int32 [m, s]; m is at most batch_size.
         """
+        part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
             source,
             tokenizer,
             batch_size=self.batch_size,
             image_size=self.image_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            part=part,
+            parts=parts,
             threads=self._threads,
             limit=limit,
         )

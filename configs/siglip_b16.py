@@ -1,0 +1,35 @@
+"""SigLIP-B/16: the sigmoid loss (Zhai et al. 2023, arXiv:2303.15343) at 224 pixels, 64 tokens.
+
+Batch, b2, weight decay and rate are those of SigLIP; it does not bound the temperature. How long it
+warmed up and trained on WebLI is not repeated here: duration and warm-up are CLIP's.
+
+    python main.py --config=configs/siglip_b16.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/siglip_b16
+
+    python main.py --config=configs/siglip_b16.py:smoke     # a tiny version, seconds on a laptop
+
+The captions are in OpenAI's vocabulary, which needs no download. The published model has 32,000
+SentencePiece entries; to train with such a file (our start and end token come on top of its own):
+
+    --config.tokenizer=PATH/sentencepiece.model --config.model.size.vocab_size=32002
+"""
+
+from configs import default
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "SigLIP-B/16"
+    set_recipe(config)
+    return default.finish(config, arg)
+
+
+def set_recipe(config):
+    """What all SigLIP models share."""
+    config.model.size.vocab_size = 49_408  # of the "openai" tokenizer
+    config.loss.name = "sigmoid"
+    config.optim.learning_rate = 1e-3
+    config.optim.b2 = 0.95  # steadier than 0.999 in large batches
+    config.optim.weight_decay = 1e-4
+    config.optim.grad_clip_norm = 1.0
+    config.optim.max_logit_scale = 1000.0  # practically unbounded: published ones end above 100

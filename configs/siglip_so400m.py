@@ -1,0 +1,21 @@
+"""SigLIP-So400m/14: the shape-optimised SigLIP (arXiv:2303.15343) at 224 pixels, 16 tokens.
+
+The recipe is that of siglip_b16.py, which also says how to use a SentencePiece vocabulary. The
+published model of this resolution reads 16 tokens of a caption; longer ones are cut and counted.
+
+    python main.py --config=configs/siglip_so400m.py --config.data.source.type=tar
+        --config.data.source.path='gs://BUCKET/shards/*.tar'
+        --workdir=gs://BUCKET/runs/siglip_so400m
+
+    python main.py --config=configs/siglip_so400m.py:smoke     # a tiny version, seconds on a laptop
+"""
+
+from configs import default, siglip_b16
+
+
+def get_config(arg: str = ""):
+    config = default.get_config()
+    config.model.name = "SigLIP-So400m/14"
+    config.model.remat = "full"  # else its activations fill a chip at a few dozen pairs
+    siglip_b16.set_recipe(config)
+    return default.finish(config, arg)
