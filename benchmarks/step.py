@@ -34,8 +34,10 @@ MODELS = {"ViT-B/32": ({}, 32), "small": (SMALL, 256)}  # name: (shapes, batch)
 # AdamW of the paper, at a constant rate that needs no warm-up.
 ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 
+Batch = tuple[np.ndarray, np.ndarray]
 
-def make_batch(size, count: int) -> tuple[np.ndarray, np.ndarray]:
+
+def make_batch(size, count: int) -> Batch:
     """uint8 images [n, h, w, 3], int32 captions [n, context] of 6 to 30 tokens, then padding."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, size.image_size, size.image_size, 3), np.uint8)
@@ -50,13 +52,13 @@ def make_batch(size, count: int) -> tuple[np.ndarray, np.ndarray]:
 # ---- Competitors: each makes its Step and says how many parameters it trains -------------------
 
 
-def clip_jax_step(size, count: int, scan_layers: bool) -> tuple[Step, int]:
+def clip_jax_step(size, batch: Batch, scan_layers: bool, pack=None) -> tuple[Step, int]:
     """The step of the training loop: pixels arrive as uint8, norms are measured."""
     import jax
 
     from clip_jax import losses, models, optim, sharding, state, step
 
-    net = models.CLIP(size, scan_layers=scan_layers)
+    net = models.CLIP(size, scan_layers=scan_layers, pack=pack)
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)
     schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
@@ -66,11 +68,11 @@ def clip_jax_step(size, count: int, scan_layers: bool) -> tuple[Step, int]:
     like = state.abstract_state(net, tx, mesh)
     train_state = state.init_state(like, net, tx, seed=0)
     parameters = state.count_params(train_state.params)
-    images, tokens = make_batch(size, count)
-    batch = jax.device_put({"image": images, "tokens": tokens}, sharding.batch_sharding(mesh))
+    arrays = dict(zip(("image", "tokens"), batch))
+    arrays = jax.device_put(arrays, sharding.batch_sharding(mesh))
     program = step.lower_step(
         train_state,
-        batch,
+        arrays,
         mesh=mesh,
         net=net,
         tx=tx,
@@ -83,13 +85,13 @@ def clip_jax_step(size, count: int, scan_layers: bool) -> tuple[Step, int]:
 
     def take_step() -> float:
         nonlocal train_state
-        train_state, metrics = program(train_state, batch)
+        train_state, metrics = program(train_state, arrays)
         return float(jax.block_until_ready((train_state, metrics))[1]["loss"])
 
     return take_step, parameters
 
 
-def open_clip_step(size, count: int) -> tuple[Step, int]:
+def open_clip_step(size, batch: Batch) -> tuple[Step, int]:
     """Eager mode; AdamW fused, no decay on gains, biases and logit_scale; images normalised."""
     import open_clip
     import torch
@@ -128,7 +130,7 @@ def open_clip_step(size, count: int) -> tuple[Step, int]:
         fused=True,
     )
     loss_fn = open_clip.ClipLoss()
-    images, tokens = make_batch(size, count)
+    images, tokens = batch
     pixels = torch.from_numpy(normalised(images)).permute(0, 3, 1, 2).contiguous()
     ids = torch.from_numpy(tokens).long()
 
@@ -145,7 +147,7 @@ def open_clip_step(size, count: int) -> tuple[Step, int]:
     return take_step, sum(p.numel() for p in model.parameters())
 
 
-def big_vision_step(size, count: int, checkout: str) -> tuple[Step, int]:
+def big_vision_step(size, batch: Batch, checkout: str) -> tuple[Step, int]:
     """two_towers at the same widths and depths, and its trainer's step with a softmax loss.
 
     Its blocks are unrolled and its text tower sees all tokens (no causal mask) and reads the last.
@@ -166,7 +168,7 @@ def big_vision_step(size, count: int, checkout: str) -> tuple[Step, int]:
         out_dim=size.embed_dim,
         temperature_init=1 / 0.07,
     )
-    images, tokens = make_batch(size, count)
+    images, tokens = batch
     images, tokens = jax.device_put((normalised(images), tokens))
     tx = optax.adamw(**ADAMW, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params))
     params = jax.jit(lambda key: model.init(key, images, tokens)["params"])(jax.random.key(0))
@@ -213,7 +215,8 @@ def prepare(competitor: str, args: argparse.Namespace) -> tuple[Step, dict]:
     from clip_jax import models
 
     shapes, batch = MODELS[args.model]
-    size, batch = models.get_size("ViT-B/32", shapes), args.batch or batch
+    size = models.get_size("ViT-B/32", shapes)
+    batch = make_batch(size, args.batch or batch)
     if competitor == "open_clip":
         take_step, parameters = open_clip_step(size, batch)
     elif competitor == "big_vision":

@@ -1,12 +1,20 @@
 """The forward passes written out once more, in NumPy and float64, to test the models against."""
 
+import math
+
 import jax
 import numpy as np
 
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x / (1 + np.exp(-1.702 * x)),
+    "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / np.sqrt(2))) / 2,
+    "gelu_tanh": lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+}
 
-def layer_norm(x, p):
+
+def layer_norm(x, p, eps: float = 1e-5):
     x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
 
 
 def softmax(x):
@@ -18,8 +26,13 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def block(x, p, causal: bool):
-    y = layer_norm(x, p["ln_1"])
+def mlp(x, p, activation: str):
+    x = ACTIVATIONS[activation](x @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"])
+    return x @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
+
+
+def block(x, p, causal: bool, activation: str = "quick_gelu", eps: float = 1e-5):
+    y = layer_norm(x, p["ln_1"], eps)
     qkv = np.einsum("bsw,wthd->tbhsd", y, p["qkv"]["kernel"])
     q, k, v = qkv + p["qkv"]["bias"][:, None, :, None]
     logits = np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
@@ -27,14 +40,12 @@ def block(x, p, causal: bool):
         logits = np.where(np.tri(x.shape[1], dtype=bool), logits, -np.inf)
     y = np.einsum("bhst,bhtd->bshd", softmax(logits), v)
     x = x + np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
-    y = layer_norm(x, p["ln_2"]) @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"]
-    y = y / (1 + np.exp(-1.702 * y))
-    return x + y @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
+    return x + mlp(layer_norm(x, p["ln_2"], eps), p, activation)
 
 
-def transformer(x, blocks, causal: bool):
+def transformer(x, blocks, causal: bool, **form):
     for layer in range(len(blocks["ln_1"]["scale"])):
-        x = block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks), causal)
+        x = block(x, jax.tree.map(lambda leaf, i=layer: leaf[i], blocks), causal, **form)
     return x
 
 
@@ -43,24 +54,51 @@ def pixels(images):
     return (images / 255 - mean) / np.array([0.26862954, 0.26130258, 0.27577711])
 
 
-def vit(images, p, patch: int):
+def patches(images, p, side: int):
     b, h, w, _ = images.shape
-    x = pixels(images).reshape(b, h // patch, patch, w // patch, patch, 3)
-    x = np.einsum("byixjc,ijcw->byxw", x, p["patch_embed"]["kernel"]).reshape(
-        b, h * w // patch**2, -1
-    )
-    x = np.concatenate([np.broadcast_to(p["class_token"], (b, 1, x.shape[2])), x], axis=1)
+    x = pixels(images).reshape(b, h // side, side, w // side, side, 3)
+    x = np.einsum("byixjc,ijcw->byxw", x, p["kernel"]) + p.get("bias", 0)
+    return x.reshape(b, h * w // side**2, -1)
+
+
+def vit(images, p, patch: int, **form):
+    x = patches(images, p["patch_embed"], patch)
+    x = np.concatenate([np.broadcast_to(p["class_token"], (len(x), 1, x.shape[2])), x], axis=1)
     x = layer_norm(x + p["positions"], p["ln_pre"])
-    x = transformer(x, p["transformer"]["blocks"], causal=False)
+    x = transformer(x, p["transformer"]["blocks"], causal=False, **form)
     return unit(layer_norm(x[:, 0], p["ln_post"]) @ p["projection"]["kernel"])
 
 
-def text(tokens, p):
+SIGLIP = {"activation": "gelu_tanh", "eps": 1e-6}
+
+
+def siglip_vit(images, p, patch: int):
+    x = patches(images, p["patch_embed"], patch) + p["positions"]
+    x = transformer(x, p["transformer"]["blocks"], causal=False, **SIGLIP)
+    x, head = layer_norm(x, p["ln_post"], 1e-6), p["map_head"]
+    query, key, value = (head[name] for name in ("query", "key", "value"))
+    q = np.einsum("w,whd->hd", head["probe"], query["kernel"]) + query["bias"]
+    k, v = (np.einsum("bsw,whd->bshd", x, part["kernel"]) + part["bias"] for part in (key, value))
+    weights = softmax(np.einsum("hd,bshd->bhs", q, k) / np.sqrt(q.shape[-1]))
+    y = np.einsum("bhs,bshd->bhd", weights, v)
+    x = np.einsum("bhd,hdw->bw", y, head["attn_out"]["kernel"]) + head["attn_out"]["bias"]
+    x = x + mlp(layer_norm(x, head["ln"], 1e-6), head, "gelu_tanh")
+    return unit(x @ p["projection"]["kernel"] if "projection" in p else x)
+
+
+def siglip_text(tokens, p):
+    x = p["token_embed"]["embedding"][tokens] + p["positions"]
+    x = transformer(x, p["transformer"]["blocks"], causal=False, **SIGLIP)
+    x = layer_norm(x[:, -1], p["ln_final"], 1e-6)
+    return unit(x @ p["projection"]["kernel"] + p["projection"]["bias"])
+
+
+def text(tokens, p, **form):
     rows = []
     for row in tokens:  # one caption at a time, cut behind its end token
         row = row[: list(row).index(max(row)) + 1]
         x = (p["token_embed"]["embedding"][row] + p["positions"][: len(row)])[None]
-        x = transformer(x, p["transformer"]["blocks"], causal=True)
+        x = transformer(x, p["transformer"]["blocks"], causal=True, **form)
         rows.append(layer_norm(x[0, -1], p["ln_final"]) @ p["projection"]["kernel"])
     return unit(np.stack(rows))
 

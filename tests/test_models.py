@@ -24,6 +24,11 @@ PARAMETERS = {
     "ViT-B/16": 149_620_737,
     "ViT-L/14": 427_616_513,
     "ViT-L/14@336px": 427_944_193,
+    # Counted in open_clip 3.3.0.
+    "ViT-H/14": 986_109_441,
+    "ViT-g/14": 1_366_678_273,
+    "SigLIP-B/16": 203_155_970,
+    "SigLIP-So400m/14": 877_360_306,
 }
 TINY_TEXT = {
     "text_width": 16,

@@ -84,7 +84,7 @@ class CLIP(nn.Module):
     ) -> jax.Array:
         """Images as in `__call__` -> float32 [b, embed_dim], L2-normalised."""
         images = normalize_images(images).astype(self.dtype)
-        if self.size.is_resnet:
+        if isinstance(self.image, ModifiedResNet):  # draws nothing
             return l2_normalize(self.image(images, train))
         return l2_normalize(self.image(images, train, rows))
 

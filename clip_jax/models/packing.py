@@ -62,7 +62,8 @@ def place(tokens: jax.Array, length: int) -> Places:
       Places in no more than `rows_needed` rows, which suffice for any captions: where a caption
       did not fit, each row would hold more than length - s tokens, and so length // s captions.
     """
-    rows = jnp.arange(rows_needed(*tokens.shape, length))
+    captions, longest = tokens.shape
+    rows = jnp.arange(rows_needed(captions, longest, length))
 
     def put(free: jax.Array, tokens_needed: jax.Array):
         row = jnp.argmax(free >= tokens_needed)
@@ -113,7 +114,9 @@ def attention_mask(captions: jax.Array) -> jax.Array:
     return (same & jnp.tri(captions.shape[1], dtype=bool))[:, None]
 
 
-def end_features(tower: Tower, params: Any, tokens: jax.Array, pack: Pack) -> jax.Array:
+def end_features(
+    tower: Tower, further_tower: Tower, params: Any, tokens: jax.Array, pack: Pack
+) -> jax.Array:
     """The states at the end tokens, the same as if each caption had a row of its own.
 
     A first turn computes ceil(pack.rows * n) rows. Where captions remain, further turns of as many
@@ -122,7 +125,8 @@ def end_features(tower: Tower, params: Any, tokens: jax.Array, pack: Pack) -> ja
 
     Args:
       tower: the causal text tower.
-      params: of the tower.
+      further_tower: the same for further turns, perhaps otherwise compiled.
+      params: of both.
       tokens: int32 [b, s], split over the batch axes of the mesh if one is set.
       pack: how to pack.
 
@@ -140,11 +144,11 @@ def end_features(tower: Tower, params: Any, tokens: jax.Array, pack: Pack) -> ja
     count = min(math.ceil(pack.rows * captions), most)
     tokens = sharding.constrain_batch(tokens.reshape(shards, captions, longest))
     places = jax.vmap(lambda shard: place(shard, pack.length))(tokens)
-    turn = partial(_turn, tower, count, pack.length)
     further = None
     if most > count:
+        turn = partial(_turn, further_tower, count, pack.length)
         further, params = _further_turns(turn, params, tokens, places, count)
-    features = turn(params, tokens, places, 0)
+    features = _turn(tower, count, pack.length, params, tokens, places, 0)
     features = features if further is None else features + further
     return features.reshape(shards * captions, -1)
 

@@ -168,6 +168,51 @@ def _vit(embed_dim, image_size, layers, width, patch_size, text_width) -> Size:
     )
 
 
+def _large_vit(layers, width, mlp) -> Size:
+    """open_clip's larger models, all with the same text tower."""
+    return Size(
+        embed_dim=1024,
+        image_size=224,
+        image_layers=(layers,),
+        image_width=width,
+        image_heads=16,
+        image_mlp=mlp,
+        patch_size=14,
+        text_layers=24,
+        text_width=1024,
+        text_heads=16,
+        activation="gelu",
+    )
+
+
+def _siglip(layers, width, mlp, heads, patch_size, context_length) -> Size:
+    """Both towers have the same shape (Zhai et al. 2023)."""
+    return Size(
+        embed_dim=width,
+        image_size=224,
+        image_layers=(layers,),
+        image_width=width,
+        image_heads=heads,
+        image_mlp=mlp,
+        patch_size=patch_size,
+        text_layers=layers,
+        text_width=width,
+        text_heads=heads,
+        text_mlp=mlp,
+        context_length=context_length,
+        vocab_size=32_000,
+        activation="gelu_tanh",
+        image_pool="map",
+        pre_norm=False,
+        patch_bias=True,
+        text_causal=False,
+        text_pool="last",
+        text_projection_bias=True,
+        norm_eps=1e-6,
+        logit_bias=True,
+    )
+
+
 SIZES: Mapping[str, Size] = {
     "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
     "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
@@ -178,6 +223,10 @@ SIZES: Mapping[str, Size] = {
     "ViT-B/16": _vit(512, 224, 12, 768, 16, 512),
     "ViT-L/14": _vit(768, 224, 24, 1024, 14, 768),
     "ViT-L/14@336px": _vit(768, 336, 24, 1024, 14, 768),
+    "ViT-H/14": _large_vit(32, 1280, 5120),
+    "ViT-g/14": _large_vit(40, 1408, 6144),
+    "SigLIP-B/16": _siglip(12, 768, 3072, 12, 16, 64),
+    "SigLIP-So400m/14": _siglip(27, 1152, 4304, 16, 14, 16),
 }
 
 

@@ -1,11 +1,13 @@
 """The text transformer: the paper's causal one (section 2.4), and SigLIP's form of it."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
+from clip_jax import sharding
 from clip_jax.models import packing
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Dtype, Transformer, layer_norm
@@ -75,8 +77,11 @@ class TextTransformer(nn.Module):
           positions: int32 [b, s], of the tokens within their captions; None: 0, 1, 2, ...
           mask: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past.
         """
-        table = self.positions.astype(self.dtype)
-        learned = table[: tokens.shape[1]] if positions is None else table[positions]
+        learned = self.positions.astype(self.dtype)
+        if positions is None:
+            learned = learned[: tokens.shape[1]]
+        else:  # from a whole table, or the partitioner looks up parts of every activation
+            learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
         return self.transformer(self.token_embed(tokens) + learned, mask)
 
     def _read(self, tokens: jax.Array) -> jax.Array:
@@ -90,13 +95,19 @@ class TextTransformer(nn.Module):
     def _read_packed(self, tokens: jax.Array) -> jax.Array:
         """The same from packed rows."""
         assert self.pack is not None
-        # Flax modules cannot be called inside a loop of JAX, so this one is made a pure function.
-        module = self.clone(parent=None)
         read = ("token_embed", "positions", "transformer")
         params = {name: self.variables["params"][name] for name in read}
+        # Rarely needed, so better soon compiled than unrolled.
+        towers = self._tower(self.scan_layers), self._tower(scan_layers=True)
+        return packing.end_features(*towers, params, tokens, self.pack)
+
+    def _tower(self, scan_layers: bool) -> packing.Tower:
+        """`states` as a pure function, as Flax modules cannot be called in a loop of JAX."""
+        module = self.clone(parent=None, scan_layers=scan_layers)
 
         def tower(params: Any, ids: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
             variables = {"params": params}
-            return module.apply(variables, ids, positions, mask, method=TextTransformer.states)
+            x = module.apply(variables, ids, positions, mask, method=TextTransformer.states)
+            return cast(jax.Array, x)
 
-        return packing.end_features(tower, params, tokens, self.pack)
+        return tower

@@ -1,0 +1,119 @@
+"""The table of TPU generations: what a chip can do, and how chips are joined."""
+
+import dataclasses
+from typing import Any
+
+GIB = 2**30
+
+# Share of the nominal HBM bandwidth that plain copies reach in XLA's own cycle estimates (0.71 to
+# 0.81 over the four generations); used for instructions that carry no estimate.
+HBM_SHARE = 0.77
+# Share of the peak that a Pallas kernel is taken to reach, for which XLA gives no estimate: heads
+# of 64 channels fill half of a matrix unit.
+KERNEL_SHARE = 0.5
+# What a message needs per hop between neighbouring chips, and between slices, whatever its size.
+ICI_HOP_SECONDS = 1e-6
+DCN_SECONDS = 20e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One generation. A chip is one JAX device here, its two TensorCores joined where it has two.
+
+    Attributes:
+      name: as in a topology name.
+      flops: peak bfloat16 operations per second.
+      clock: of the TensorCores, hertz; XLA's estimated cycles are divided by it.
+      hbm: bytes that the compiler lets a program use.
+      hbm_bandwidth: bytes per second.
+      ici_link: bytes per second of one link between neighbours, in one direction.
+      dcn: bytes per second that leave a chip over the network between slices, its share of the
+        host's.
+      dims: of the network inside a slice.
+      wraps: chips along a dimension at which, or at multiples of which, the network closes to a
+        ring; 16 is the side of a whole pod of v5e and v6e.
+      largest: most chips of a slice.
+      host: chips of a host along each dimension.
+      options: that libtpu needs to describe the topology.
+    """
+
+    name: str
+    flops: float
+    clock: float
+    hbm: float
+    hbm_bandwidth: float
+    ici_link: float
+    dcn: float
+    dims: int
+    wraps: int
+    largest: int
+    host: tuple[int, ...]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+# Peak, HBM bandwidth, links: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; a chip's bandwidth
+# there is over its four (v5e, v6e) or six (v4, v5p) links in both directions. Links as used in
+# practice and the share of the data-centre network: jax-ml.github.io/scaling-book/tpus, and for
+# v5e and v6e the hosts' network cards (2 x 100 and 4 x 200 Gbit/s for 8 chips). HBM: what the
+# compiler of libtpu 0.0.42 names as available. Clocks: v5e from the scaling book; v4 from Jouppi
+# et al. 2023 (1,050 MHz); v5p and v6e follow from the peak (2 x 4 matrix units of 128 x 128, and
+# units of 256 x 256 at four in all, each one product and sum per place and cycle), and XLA's
+# estimates for copies then give the same share of the HBM bandwidth in every generation.
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4",
+            flops=275e12,
+            clock=1.05e9,
+            hbm=30.75 * GIB,
+            hbm_bandwidth=1228e9,
+            ici_link=45e9,
+            dcn=6.25e9,
+            dims=3,
+            wraps=4,
+            largest=4096,
+            host=(2, 2, 1),
+            options={"chip_config_name": "megacore"},  # else every core is a device
+        ),
+        Chip(
+            name="v5e",
+            flops=197e12,
+            clock=1.5e9,
+            hbm=15.75 * GIB,
+            hbm_bandwidth=819e9,
+            ici_link=45e9,
+            dcn=3.125e9,
+            dims=2,
+            wraps=16,
+            largest=256,
+            host=(2, 2),
+        ),
+        Chip(
+            name="v5p",
+            flops=459e12,
+            clock=1.75e9,
+            hbm=95.74 * GIB,
+            hbm_bandwidth=2765e9,
+            ici_link=90e9,
+            dcn=6.25e9,
+            dims=3,
+            wraps=4,
+            largest=8960,
+            host=(2, 2, 1),
+        ),
+        Chip(
+            name="v6e",
+            flops=918e12,
+            clock=1.75e9,
+            hbm=31.25 * GIB,
+            hbm_bandwidth=1638e9,
+            ici_link=90e9,
+            dcn=12.5e9,
+            dims=2,
+            wraps=16,
+            largest=256,
+            host=(2, 2),
+        ),
+    )
+}

@@ -1,0 +1,222 @@
+"""python -m clip_jax plan --config=configs/vit_b32.py --topology=v5e:16x16
+
+Compiles the training step of a config with the real TPU compiler, for a pod that need not exist
+here, and prints what it needs of each chip: memory, operations, exchanges between chips, and the
+time a step is predicted to take. Needs no TPU, but libtpu: pip install "jax[tpu]".
+
+    python -m clip_jax plan --config=configs/vit_l14.py --topology=v5p:4x4x8 --slices=2
+    python -m clip_jax plan --config=configs/vit_b32.py --topology=v5e:4x4 --search
+
+Any setting of configs/default.py can be given, as in --config.batch_size=4096. The data are not
+looked at. Exit status: 0 if it fits, 1 if it does not, 2 for a mistake.
+"""
+
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import sys
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from clip_jax.errors import UserError
+from clip_jax.plan import topology as topologies
+
+PAPER_EXAMPLES = 400e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for; the flags' help texts say more.
+
+    Attributes:
+      settings: what of it trains the same on these slices, as arguments of main.py.
+    """
+
+    config: ConfigDict
+    settings: list[str]
+    topology: topologies.Topology
+    examples: float
+    top: int
+    json: str | None
+    hlo: str | None
+    search: bool
+    budget: float
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; ends the process where it must."""
+    if {"-h", "--help", "--helpfull"} & set(arguments):
+        listed = _define_flags().main_module_help().split("\n", 2)[-1]
+        print(f"{__doc__}\n{listed}")
+        return
+    topologies.prepare_environment()
+    _silence()
+    try:
+        request = _request(_parse(arguments), arguments)
+        fits = _search(request) if request.search else _plan(request)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")
+    sys.exit(0 if fits else 1)
+
+
+def _define_flags(arguments: list[str] | None = None) -> flags.FlagValues:
+    """The flags; without arguments only for their help texts."""
+    values = flags.FlagValues()
+    own: dict[str, Any] = {"flag_values": values, "module_name": sys.argv[0]}
+    about = "A file in configs/, such as configs/vit_b32.py."
+    if arguments is None:
+        flags.DEFINE_string("config", None, about, **own)
+    else:
+        config_flags.DEFINE_config_file(
+            "config", None, about, flag_values=values, sys_argv=["plan", *arguments]
+        )
+    flags.DEFINE_string("topology", None, "Generation and chips: v5e:16x16, v5p:8x16x16.", **own)
+    flags.DEFINE_integer("slices", None, "TPU slices; default: the config's mesh.slices.", **own)
+    flags.DEFINE_float("examples", PAPER_EXAMPLES, "Examples of an epoch, for days.", **own)
+    flags.DEFINE_integer("top", 10, "How many of the longest instructions to list.", **own)
+    flags.DEFINE_string("json", None, "File for all figures, or - to print them instead.", **own)
+    flags.DEFINE_string("hlo", None, "File for the text of the compiled program.", **own)
+    flags.DEFINE_bool(
+        "search",
+        False,
+        "Find the fastest mesh, micro-batch, rematerialisation and loss method that fit.",
+        **own,
+    )
+    flags.DEFINE_float("budget", 30.0, "Minutes that a search may take.", **own)
+    return values
+
+
+def _parse(arguments: list[str]) -> flags.FlagValues:
+    values = _define_flags(arguments)
+    try:
+        rest = values(["plan", *arguments])
+        if values["config"].value is not None:
+            values["config"].value.keys()  # read now, so that a missing file shows here
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        reason = (error.args or [error])[-1] if isinstance(error, KeyError) else error
+        reason = str(reason).strip().splitlines()[-1].removeprefix("clip_jax.errors.UserError: ")
+        raise UserError(
+            f"The command line cannot be used: {reason.rstrip('.')}. See python -m clip_jax plan "
+            "--help; every setting stands in configs/default.py."
+        ) from None
+    if len(rest) > 1:
+        raise UserError(f"Unknown argument {rest[1]!r}: settings are --config.NAME=VALUE.")
+    for name in ("config", "topology"):
+        if values[name].value is None:
+            raise UserError(
+                f"--{name} is missing, as in python -m clip_jax plan --config=configs/vit_b32.py "
+                "--topology=v5e:16x16."
+            )
+    return values
+
+
+def _request(values: flags.FlagValues, arguments: list[str]) -> Request:
+    get: dict[str, Any] = values.flag_values_dict()
+    config = copy.deepcopy(get["config"]).unlock()
+    slices = config.mesh.slices if get["slices"] is None else get["slices"]
+    if config.mesh.slices == 1:
+        config.mesh.slices = slices
+    _validate(config)
+    _check(get)
+    return Request(
+        config=config,
+        settings=_settings(arguments, config),
+        topology=topologies.parse_topology(get["topology"], slices),
+        **{name: get[name] for name in ("examples", "top", "json", "hlo", "search", "budget")},
+    )
+
+
+def _settings(arguments: list[str], config: ConfigDict) -> list[str]:
+    kept = [argument for argument in arguments if argument.startswith(("--config=", "--config."))]
+    slices = f"--config.mesh.slices={config.mesh.slices}"
+    if config.mesh.slices > 1 and slices not in kept:
+        kept.append(slices)
+    return kept
+
+
+def _plan(request: Request) -> bool:
+    # Imported late: a mistake on the command line is answered at once.
+    from clip_jax.plan import make, suggest, table
+
+    config, topology = request.config, request.topology
+    plan = make.make_plan(
+        config,
+        topology,
+        examples=request.examples,
+        top=request.top,
+        report=_tell,
+        hlo_file=request.hlo,
+    )
+    suggestions = [] if plan.fits else suggest.suggestions(config, topology, plan)
+    if _write_json(request.json, plan.to_json() | {"suggestions": suggestions}):
+        print(table.format_plan(plan, suggestions))
+    return plan.fits
+
+
+def _search(request: Request) -> bool:
+    from clip_jax.plan import search, table
+
+    found = search.search(
+        request.config,
+        request.topology,
+        minutes=request.budget,
+        examples=request.examples,
+        top=request.top,
+        report=_tell,
+    )
+    if _write_json(request.json, found.to_json()):
+        print(search.format_search(found, shlex.join(["python", "main.py", *request.settings])))
+        if found.best:
+            print("\n" + table.format_plan(found.best.plan))
+    return found.best is not None
+
+
+def _check(get: dict[str, Any]) -> None:
+    """What would otherwise fail only after minutes of compilation."""
+    for name in ("json", "hlo"):
+        folder = pathlib.Path(get[name] or "-").parent
+        if not folder.is_dir():
+            raise UserError(f"--{name}={get[name]} cannot be written: there is no {folder}.")
+    if get["examples"] < 1 or get["budget"] < 0 or get["top"] < 0:
+        raise UserError("--examples is 1 or more, and --budget and --top are not negative.")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _validate(config: ConfigDict) -> None:
+    """What holds for a run, except that a plan needs no data."""
+    from configs import default
+
+    checked = copy.deepcopy(config)
+    checked.data.source.type = checked.data.source.type or "synthetic"
+    default.validate(checked)
+
+
+def _write_json(target: str | None, fields: dict[str, Any]) -> bool:
+    """Writes the figures where they are wanted; returns whether the table is wanted too."""
+    if target is None:
+        return True
+    text = json.dumps(fields, indent=2)
+    if target == "-":
+        print(text)
+        return False
+    pathlib.Path(target).write_text(text + "\n")
+    return True
+
+
+def _silence() -> None:
+    """jax warns of CPUs and of compilation details that mean nothing for a plan."""
+    import warnings
+
+    warnings.filterwarnings("ignore", module="jax.*")
+    os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")

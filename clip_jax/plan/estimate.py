@@ -1,0 +1,190 @@
+"""What a choice of settings roughly needs, before anything is compiled.
+
+Good enough to leave out the hopeless and to try the promising first: the compiler has the last
+word, and what it says of one choice corrects the estimate of its neighbours (see `Correction`).
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from clip_jax.models.sizes import Size
+from clip_jax.plan import model_flops
+from clip_jax.plan.topology import Topology
+
+# By model.remat: numbers kept per token, channel and layer, in the compute dtype; and how much of
+# the forward pass is computed again.
+REMAT: Mapping[str, tuple[float, float]] = {
+    "none": (42.0, 0.0),
+    "dots_saveable": (22.0, 0.1),
+    "dots_with_no_batch_dims_saveable": (14.0, 0.15),
+    "full": (1.0, 1.0),
+}
+_LAYER = 60.0  # numbers per token and channel that the layer at work holds
+_LOGITS = 3  # float32 matrices of a device's rows of logits that "all_gather" holds at a time
+_USUAL_SHARE = 0.35  # of the peak, that matrix products and all around them reach
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Settings that change memory and speed, and nothing of what is learned.
+
+    Attributes: as in configs/default.py.
+    """
+
+    fsdp: int = 1
+    tensor: int = 1
+    accum_steps: int = 1
+    remat: str = "none"
+    method: str = "all_gather"
+
+    @classmethod
+    def of(cls, config: ConfigDict) -> "Choice":
+        mesh = config.mesh
+        return cls(
+            mesh.fsdp, mesh.tensor, config.accum_steps, config.model.remat, config.loss.method
+        )
+
+    def apply(self, config: ConfigDict) -> ConfigDict:
+        """A config with these settings."""
+        config = copy.deepcopy(config).unlock()
+        config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, self.fsdp, self.tensor
+        config.accum_steps, config.model.remat = self.accum_steps, self.remat
+        config.loss.method = self.method
+        return config
+
+    @property
+    def flags(self) -> str:
+        """What to type."""
+        return (
+            f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
+            f"--config.accum_steps={self.accum_steps} --config.model.remat={self.remat} "
+            f"--config.loss.method={self.method}"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"fsdp {self.fsdp}, tensor {self.tensor}, accum_steps {self.accum_steps}, "
+            f"remat {self.remat}, {self.method}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What stays the same over all choices.
+
+    Attributes:
+      size: of the model.
+      batch_size: pairs of a step.
+      parameters: their number.
+      state_bytes: of parameters and optimiser state, for each parameter.
+      topology: to run on.
+    """
+
+    size: Size
+    batch_size: int
+    parameters: float
+    state_bytes: float
+    topology: Topology
+
+    @property
+    def image_bytes(self) -> float:
+        return 3.0 * self.size.image_size**2
+
+
+def activations(size: Size) -> float:
+    """Tokens times channels times layers of both towers, for one pair."""
+    text = size.context_length * size.text_width * size.text_layers
+    if size.patch_size is not None:
+        tokens = (size.image_size // size.patch_size) ** 2 + 1
+        return float(tokens * size.image_width * size.image_layers[0] + text)
+    total, side = 0.0, size.image_size // 4
+    for stage, blocks in enumerate(size.image_layers):
+        inner = size.image_width * 2**stage
+        total += blocks * side**2 * inner * 0.5  # three convolutions each, a part of a block's
+        side //= 2
+    return total + text
+
+
+def temporaries(choice: Choice, task: Task) -> float:
+    """Bytes of one chip that are alive only inside the step."""
+    chips, size = task.topology.size, task.size
+    examples = task.batch_size * choice.tensor / chips / choice.accum_steps
+    kept = REMAT.get(choice.remat, REMAT["none"])[0]
+    layers = size.text_layers + (sum(size.image_layers) if not size.is_resnet else 0)
+    # Inside a block the tensor axis splits about three quarters of what is kept.
+    split = 0.25 + 0.75 / choice.tensor if choice.remat != "full" else 1.0
+    held = activations(size) * (kept * split + _LAYER / max(layers / 2, 1)) * 2
+    gradients = task.parameters * 4 / choice.fsdp / choice.tensor
+    total = examples * held + gradients
+    if choice.accum_steps > 1:
+        total += gradients
+    share = task.batch_size / chips
+    if choice.method == "all_gather":
+        total += _LOGITS * 4 * share * task.batch_size + 6.0 * task.batch_size * size.embed_dim
+    return total
+
+
+def resident(choice: Choice, task: Task) -> float:
+    """Bytes of one chip that stay: training state and batch."""
+    state = task.parameters * task.state_bytes / choice.fsdp / choice.tensor
+    shards = task.topology.size / choice.tensor
+    return state + task.batch_size / shards * (task.image_bytes + 4 * task.size.context_length)
+
+
+def seconds(choice: Choice, task: Task) -> float:
+    """Of one step; right in the ratios, hardly in the value."""
+    chip, size = task.topology.chip, task.size
+    towers = 3 * task.batch_size * (model_flops.image_flops(size) + model_flops.text_flops(size))
+    loss = model_flops.step_flops(size, task.batch_size) - towers
+    again = REMAT.get(choice.remat, REMAT["none"])[1] + (choice.accum_steps > 1)
+    work = towers * (1 + again / 3) + loss * (4 / 3 if choice.method == "ring" else 1)
+    computing = work / task.topology.size / chip.flops / _USUAL_SHARE
+    # Weights are gathered for every pass over the layers, gradients scattered once a micro-batch.
+    passes = choice.accum_steps * (3 if again >= 1 else 2)
+    weights = task.parameters / choice.tensor * 4
+    link = 4 * chip.ici_link
+    moving = weights * (2 + (passes if choice.fsdp > 1 else 0)) / link
+    if choice.tensor > 1:  # four all-reduces a layer of what the tower carries, forward and back
+        examples = task.batch_size * choice.tensor / task.topology.size
+        moving += 8 * 2 * examples * activations(size) / link
+    return computing + moving + 1e-3 * choice.accum_steps
+
+
+@dataclasses.dataclass
+class Correction:
+    """Ratios of what the compiler said to what was estimated, by remat; 1 until it has spoken."""
+
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
+    speed: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def learn(
+        self, choice: Choice, task: Task, found: float | None, time: float | None = None
+    ) -> None:
+        """Takes in the temporaries that a choice came out with, and its seconds.
+
+        Without seconds it did not fit, and the compiler gave up at `found` bytes or more.
+        """
+        if found:
+            ratio = found / temporaries(choice, task)
+            self.memory[choice.remat] = ratio if time else max(ratio, self._memory(choice))
+        if time:
+            self.speed[choice.remat] = time / seconds(choice, task)
+
+    def need(self, choice: Choice, task: Task) -> float:
+        """Bytes of a chip in all."""
+        return resident(choice, task) + temporaries(choice, task) * self._memory(choice)
+
+    def time(self, choice: Choice, task: Task) -> float:
+        return seconds(choice, task) * self._of(self.speed, choice.remat)
+
+    def _memory(self, choice: Choice) -> float:
+        return self._of(self.memory, choice.remat)
+
+    @staticmethod
+    def _of(known: dict[str, float], remat: str) -> float:
+        if remat in known:
+            return known[remat]
+        return sum(known.values()) / len(known) if known else 1.0

@@ -1,0 +1,98 @@
+"""Which devices a collective joins, and which axes of the mesh it therefore crosses."""
+
+import re
+
+import numpy as np
+
+from clip_jax.plan.hlo import Instruction
+
+
+def device_groups(instruction: Instruction, devices: int) -> np.ndarray:
+    """The groups of a collective, as an array of ids [groups, devices of a group].
+
+    Ids count the devices of the program in its own order, which is that of mesh.devices.flat.
+
+    Args:
+      instruction: an all-gather, all-reduce, reduce-scatter or all-to-all.
+      devices: that run the program.
+    """
+    text = instruction.attributes
+    start = text.find("replica_groups=")
+    if start < 0:
+        return np.arange(devices)[None]
+    text = text[start + len("replica_groups=") :]
+    if text.startswith("mesh["):
+        return _mesh_groups(text)
+    if text.startswith("["):
+        sizes, rest = _match(r"\[([\d,]+)\]<=(\S*)", text)
+        return _iota(rest).reshape([int(n) for n in sizes.split(",")])
+    (listed,) = _match(r"\{(\{[\d,{}]*\})?\}", text)
+    if not listed:  # {}: all of them together
+        return np.arange(devices)[None]
+    rows = [row.split(",") for row in re.findall(r"\{([\d,]+)\}", listed)]
+    return np.array([[int(n) for n in row] for row in rows])
+
+
+def _mesh_groups(text: str) -> np.ndarray:
+    """Reads mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}: the groups along some axes."""
+    axes, order, along = _match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{([^}]*)\}", text)
+    sizes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)]
+    shape = [size for _, size in sizes]
+    ids = (_iota(order) if order else np.arange(np.prod(shape))).reshape(shape)
+    # An axis may be named in part, as in 'a':(2)4: of its size, 4 in the place behind the first 2.
+    ids, names = _split_axes(ids, [name for name, _ in sizes], along)
+    wanted = [names.index(name) for name in re.findall(r"'[^']*'(?::\(\d+\)\d+)?", along)]
+    others = [i for i in range(ids.ndim) if i not in wanted]
+    size = int(np.prod([ids.shape[i] for i in wanted], dtype=int))
+    return ids.transpose(others + wanted).reshape(-1, size)
+
+
+def _split_axes(ids: np.ndarray, axes: list[str], along: str) -> tuple[np.ndarray, list[str]]:
+    """Splits the axes that are named in part, so that every name stands for one dimension."""
+    shape, names = [], []
+    for name, size in zip(axes, ids.shape):
+        part = re.search(rf"'{re.escape(name)}':\((\d+)\)(\d+)", along)
+        if part:
+            before, count = int(part.group(1)), int(part.group(2))
+            shape += [before, count, size // before // count]
+            names += [f"{name} before", part.group(0), f"{name} behind"]
+        else:
+            shape.append(size)
+            names.append(f"'{name}'")
+    return ids.reshape(shape), names
+
+
+def _match(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.match(pattern, text)
+    if not found:
+        raise ValueError(f"Groups of devices in a form that is not known: {text[:80]!r}.")
+    return found.groups()
+
+
+def _iota(text: str) -> np.ndarray:
+    """Ids in the order that [8,4]T(1,0) tells: counted in rows of 8 x 4, then transposed."""
+    shape, transposed = _match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    sizes = [int(n) for n in shape.split(",")]
+    ids = np.arange(np.prod(sizes)).reshape(sizes)
+    if transposed:
+        ids = ids.transpose([int(n) for n in transposed.split(",")])
+    return ids.ravel()
+
+
+def source_target_pairs(instruction: Instruction) -> np.ndarray:
+    """Who sends to whom in a collective-permute, as ids [pairs, 2]."""
+    pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs"))
+    return np.array([[int(a), int(b)] for a, b in pairs], int).reshape(-1, 2)
+
+
+def axes_crossed(groups: np.ndarray, shape: dict[str, int]) -> tuple[str, ...]:
+    """Axes of a mesh along which members of a group differ.
+
+    Args:
+      groups: ids [groups, members].
+      shape: sizes of the mesh by axis, in order; their product covers the ids.
+    """
+    if groups.size == 0:
+        return ()
+    at = np.unravel_index(groups, tuple(shape.values()))
+    return tuple(axis for axis, index in zip(shape, at) if (index != index[:, :1]).any())

@@ -1,0 +1,65 @@
+"""Operations that a model needs, whatever a program makes of it: the numerator of its MFU."""
+
+from clip_jax.models.sizes import Size
+
+
+def step_flops(size: Size, batch_size: int) -> float:
+    """Multiplications and additions of one training step.
+
+    Matrix products and convolutions only; forward, and twice as many backward. Nothing recomputed,
+    every caption at its full context, attention over all pairs of tokens, every logit once.
+
+    Args:
+      size: of the model.
+      batch_size: pairs.
+    """
+    pairs = 2.0 * batch_size * size.embed_dim  # the logits of one example with all others
+    return 3.0 * batch_size * (image_flops(size) + text_flops(size) + pairs)
+
+
+def image_flops(size: Size) -> float:
+    """Of one image, forward."""
+    if size.is_resnet:
+        return _resnet_flops(size)
+    assert size.patch_size is not None
+    patches = (size.image_size // size.patch_size) ** 2
+    width = size.image_width
+    tokens = patches + (size.image_pool == "class")
+    total = 2.0 * patches * size.patch_size**2 * 3 * width
+    total += size.image_layers[0] * _block_flops(tokens, width, size.image_mlp)
+    if size.image_pool == "map":  # one query over all tokens, and an MLP on what it finds
+        total += 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + 2 * size.image_mlp)
+    return total + 2.0 * width * size.embed_dim * size.image_projection
+
+
+def text_flops(size: Size) -> float:
+    """Of one caption, forward."""
+    block = _block_flops(size.context_length, size.text_width, size.text_mlp)
+    return size.text_layers * block + 2.0 * size.text_width * size.embed_dim
+
+
+def _block_flops(tokens: int, width: int, mlp: int) -> float:
+    """Projections and MLP, then attention: tokens against tokens, twice."""
+    return 2.0 * tokens * width * (4 * width + 2 * mlp) + 4.0 * tokens**2 * width
+
+
+def _resnet_flops(size: Size) -> float:
+    """The modified ResNet of the paper: three stem convolutions, bottlenecks, attention pool."""
+    width, side = size.image_width, size.image_size // 2
+    half = width // 2
+    total = 2.0 * side**2 * 9 * (3 * half + half * half + half * width)
+    side, inputs = side // 2, width
+    for stage, blocks in enumerate(size.image_layers):
+        inner = width * 2**stage
+        outputs = 4 * inner
+        for block in range(blocks):
+            stride = 2 if stage and not block else 1
+            small = side // stride
+            total += 2.0 * side**2 * (inputs * inner + 9 * inner * inner)
+            total += 2.0 * small**2 * inner * outputs
+            if not block:
+                total += 2.0 * small**2 * inputs * outputs  # the shortcut
+            side, inputs = small, outputs
+    tokens = side**2 + 1  # and their mean, which is the only one that asks
+    total += 2.0 * inputs * (inputs + 2 * tokens * inputs + 2 * tokens)
+    return total + 2.0 * inputs * size.embed_dim

@@ -1,0 +1,84 @@
+"""Names for what an instruction belongs to: "image tower, attention", "loss", "optimiser"."""
+
+import re
+
+from clip_jax.plan.cost import Op, Tally
+from clip_jax.plan.hlo import Frames
+
+# (regular expression on the place in the traced function, part); the first that matches holds.
+_OWNERS = (
+    (r"encode_image", "image tower"),
+    (r"encode_text", "text tower"),
+    (r"l2_normalize|normalize_images", "embedding"),
+)
+# The same on file and function of the calls that made an instruction, for what names no tower.
+_FILES = (
+    (r"clip_jax/losses", "loss"),
+    (r"clip_jax/step\.py:(_split|_join|_accumulated)", "micro-batches"),
+    (r"clip_jax/models/(vit|resnet)\.py", "image tower"),
+    (r"clip_jax/models/text\.py", "text tower"),
+    (r"clip_jax/(optim|rounding)\.py|optax/", "optimiser"),
+    (r"clip_jax/step\.py", "optimiser"),  # what is left of the step: norms, clipping, metrics
+)
+# Inside a tower.
+_PIECES = (
+    (r"/(mlp_in|mlp_out|probe_mlp)", "MLP"),
+    (r"/ln_\w+|LayerNorm", "LayerNorm"),
+    (r"/(qkv|attn_out)", "attention projections"),
+    (r"attention|->BNTS|->BTNH|BNTS,|/Block/vmap|softmax|/exp\b", "attention"),
+    (r"gelu|sigmoid|logistic|erf", "MLP"),
+    (r"patch_embed", "patch embedding"),
+    (r"token_embed", "token embedding"),
+    (r"/projection", "projection"),
+    (r"/(stem_)?conv\d|/downsample", "convolutions"),
+    (r"/(bn|BatchNorm)\w*", "BatchNorm"),
+    (r"dynamic_(update_)?(index|slice)", "layers' activations and weights, kept and read"),
+)
+# What has a forward and a backward pass.
+_TWO_WAYS = ("image tower", "text tower", "loss")
+COMPILER = "copies and layouts of the compiler"
+
+
+def part_of(op: Op, frames: Frames) -> tuple[str, str, str]:
+    """(owner, piece, pass) of an executed instruction.
+
+    Returns:
+      owner: "image tower", "text tower", "loss", "micro-batches", "optimiser" or `COMPILER`.
+      piece: of a tower ("attention"); "" elsewhere.
+      pass: "forward", "backward" or "recomputed".
+    """
+    name = op.title.op_name
+    owner = _first(_OWNERS, name)
+    for file, function in () if owner else frames.stack(op.title):
+        if owner := _first(_FILES, f"{file}:{function}"):
+            break
+    if not owner:
+        return (COMPILER if not name else "optimiser"), "", "forward"
+    piece = (_first(_PIECES, name) or "other") if owner.endswith("tower") else ""
+    return owner, piece, _direction(name)
+
+
+def _direction(name: str) -> str:
+    if "rematted_computation" in name:
+        return "recomputed"
+    return "backward" if "transpose(" in name else "forward"
+
+
+def _first(rules: tuple[tuple[str, str], ...], text: str) -> str:
+    return next((part for rule, part in rules if re.search(rule, text)), "")
+
+
+def by_part(total: Tally, frames: Frames) -> list[tuple[str, float, float]]:
+    """(part, seconds of computation, operations) of a step, the longest first."""
+    sums: dict[str, list[float]] = {}
+    for op in total.ops:
+        if not op.channel and op.seconds:
+            owner, piece, direction = part_of(op, frames)
+            label = ", ".join(filter(None, (owner, piece)))
+            if owner in _TWO_WAYS:
+                label += f", {direction}"
+            row = sums.setdefault(label, [0.0, 0.0])
+            row[0] += op.seconds
+            row[1] += op.flops
+    rows = [(label, seconds, flops) for label, (seconds, flops) in sums.items()]
+    return sorted(rows, key=lambda row: -row[1])

@@ -1,0 +1,217 @@
+"""Finds the fastest settings that fit a topology, by compiling the promising ones."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from clip_jax.clock import format_seconds
+from clip_jax.errors import UserError
+from clip_jax.plan import make
+from clip_jax.plan.chips import GIB
+from clip_jax.plan.estimate import REMAT, Choice, Correction, Task
+from clip_jax.plan.topology import Topology
+
+# What is estimated to need this much more than there is, is not tried: estimates err.
+_HOPE = 1.15
+# What is estimated to be this much slower than the best found cannot win any more.
+_SLOWER = 1.25
+
+
+@dataclasses.dataclass
+class Tried:
+    """A choice and what the compiler said of it."""
+
+    choice: Choice
+    plan: make.Plan
+
+    @property
+    def seconds(self) -> float:
+        return self.plan.step.seconds if self.plan.fits and self.plan.step else math.inf
+
+
+@dataclasses.dataclass
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+      tried: compiled choices, the fastest first, what does not fit at the end.
+      candidates: choices that the mesh and the batch allow.
+      left: of those, how many might still fit and be faster.
+    """
+
+    tried: list[Tried]
+    candidates: int
+    left: int
+
+    @property
+    def best(self) -> Tried | None:
+        return self.tried[0] if self.tried and self.tried[0].plan.fits else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "candidates": self.candidates,
+            "left": self.left,
+            "tried": [
+                {
+                    "choice": dataclasses.asdict(tried.choice),
+                    "flags": tried.choice.flags,
+                    "plan": tried.plan.to_json(),
+                }
+                for tried in self.tried
+            ],
+        }
+
+
+def search(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    minutes: float = 30.0,
+    examples: float = 400e6,
+    top: int = 10,
+    most: int = 24,
+    report: Callable[[str], None] = print,
+) -> Found:
+    """Tries meshes, micro-batches, rematerialisation and loss methods, the promising ones first.
+
+    Args:
+      config: everything else is taken from it.
+      topology: to compile for.
+      minutes: that it may take; no compilation is begun that would likely end later.
+      examples, top: as for `make.make_plan`.
+      most: compilations, however long the budget.
+      report: told about progress.
+
+    Raises:
+      UserError: nothing can be tried.
+    """
+    began = time.monotonic()
+    task = make_task(config, topology, examples)
+    choices = list(candidates(task))
+    if not choices:
+        raise UserError(
+            f"A batch of {config.batch_size} cannot be split over the {topology.size} chips of "
+            f"{topology} in any way: take a multiple of {topology.size}."
+        )
+    correction, tried, longest = Correction(), [], 0.0
+    while open_ := _promising(choices, tried, task, correction):
+        spent = time.monotonic() - began
+        if len(tried) == most or (tried and spent + longest > minutes * 60):
+            break
+        choice = open_[0]
+        plan = make.make_plan(choice.apply(config), topology, examples=examples, top=top)
+        longest = max(longest, plan.compile_seconds)
+        step = plan.step.seconds if plan.step else None
+        correction.learn(choice, task, plan.memory.temporaries, step)
+        tried.append(Tried(choice, plan))
+        left = min(len(_promising(choices, tried, task, correction)), most - len(tried))
+        report(_progress(tried[-1], len(tried), left, time.monotonic() - began, minutes * 60))
+    tried.sort(key=lambda t: (t.seconds, t.plan.missing))
+    return Found(tried, len(choices), len(open_))
+
+
+def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
+    """What all choices have in common."""
+    plain = Choice().apply(config)
+    plain.batch_size = topology.size  # any that divides: the parameters do not depend on it
+    built, _ = make.build(plain, topology, examples)
+    parameters = make.shard_bytes(built.state.params)
+    count = float(sum(math.prod(leaf.shape) for leaf in _leaves(built.state.params)))
+    return Task(
+        size=built.net.size,
+        batch_size=config.batch_size,
+        parameters=count,
+        state_bytes=(parameters + make.shard_bytes(built.state.opt_state)) / count,
+        topology=topology,
+    )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def candidates(task: Task) -> Iterator[Choice]:
+    """All choices that the chips, the heads and the batch allow."""
+    size, chips = task.size, task.topology.size
+    inside = chips // task.topology.slices
+    split = [size.text_heads, size.text_mlp]
+    if not size.is_resnet:
+        split += [size.image_heads, size.image_mlp]
+    tensors = [n for n in (1, 2, 4, 8) if inside % n == 0 and not any(v % n for v in split)]
+    for tensor in tensors:
+        for fsdp in _powers(inside // tensor):
+            for steps in _powers(max(task.batch_size // (chips // tensor), 1)):
+                unit = math.lcm(chips, chips // tensor * steps)
+                if task.batch_size % unit:
+                    continue
+                for remat in REMAT:
+                    for method in ("all_gather", "ring"):
+                        yield Choice(fsdp, tensor, steps, remat, method)
+
+
+def _powers(limit: int) -> list[int]:
+    """1, 2, 4, ... that divide a number."""
+    return [2**i for i in range(limit.bit_length()) if limit % 2**i == 0]
+
+
+def _promising(
+    choices: list[Choice], tried: list[Tried], task: Task, correction: Correction
+) -> list[Choice]:
+    """Those not tried that may fit and may be the fastest, the most promising first."""
+    room = task.topology.chip.hbm
+    best = min((t.seconds for t in tried), default=math.inf)
+    known = {t.choice for t in tried}
+    kept = []
+    for choice in choices:
+        if choice in known:
+            continue
+        need, seconds = correction.need(choice, task), correction.time(choice, task)
+        if choice.remat in correction.memory:  # the compiler has spoken of something like it
+            fits = need <= room * (_HOPE + 1) / 2
+        else:
+            fits = need <= room * _HOPE
+        if fits and seconds <= best * _SLOWER:
+            # Among equals in speed, the simpler settings.
+            kept.append((seconds * (1 + 0.2 * max(need / room - 0.9, 0)), str(choice), choice))
+    return [choice for *_, choice in sorted(kept, key=lambda row: row[:2])]
+
+
+def _progress(tried: Tried, done: int, left: int, spent: float, budget: float) -> str:
+    plan = tried.plan
+    if plan.fits and plan.step and plan.memory.peak:
+        outcome = f"{plan.step.seconds * 1e3:,.1f} ms, {plan.memory.peak / GIB:.2f} GiB"
+    else:
+        outcome = f"does not fit, {plan.missing / GIB:.2f} GiB too much"
+    rest = min(spent / done * left, max(budget - spent, 0))
+    return (
+        f"[{done}, at most {left} to go, {format_seconds(spent)} spent, "
+        f"ETA {format_seconds(rest)}] {tried.choice}: {outcome}"
+    )
+
+
+def format_search(found: Found, command: str) -> str:
+    """The ranked choices, and what to type for the best."""
+    lines = ["       ms    MFU    GiB  settings"]
+    for tried in found.tried:
+        plan = tried.plan
+        if plan.fits and plan.step and plan.memory.peak:
+            peak = plan.memory.peak / GIB
+            row = f"{plan.step.seconds * 1e3:9,.1f}  {plan.step.mfu:5.3f}  {peak:5.2f}"
+        else:
+            row = f"{'does not fit':>16}  +{plan.missing / GIB:.2f}"
+        lines.append(f"{row}  {tried.choice}")
+    count = f"{len(found.tried)} of {found.candidates:,} combinations compiled"
+    left = f"; {found.left:,} might still be faster: a larger --budget" if found.left else ""
+    lines.append(f"{count}{left}.")
+    if found.best:
+        # Of a flag given twice, the last counts.
+        lines.append(f"Fastest:\n  {command} {found.best.choice.flags}")
+    else:
+        lines.append("None of them fits: take more chips, or a smaller batch.")
+    return "\n".join(lines)

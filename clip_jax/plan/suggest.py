@@ -1,0 +1,86 @@
+"""What would make a program fit that does not."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from ml_collections import ConfigDict
+
+from clip_jax.plan import search
+from clip_jax.plan.chips import GIB
+from clip_jax.plan.estimate import Choice, Correction, Task
+from clip_jax.plan.make import Plan
+from clip_jax.plan.topology import Topology
+
+_COUNT = 5
+
+
+def suggestions(config: ConfigDict, topology: Topology, plan: Plan) -> list[str]:
+    """Settings that are estimated to fit, the fastest first, as lines to print.
+
+    The estimate is scaled by what the compiler said of the settings that do not fit.
+    """
+    task = search.make_task(config, topology, plan.examples)
+    current, correction = Choice.of(config), Correction()
+    correction.learn(current, task, plan.memory.temporaries)
+    room = topology.chip.hbm * 0.95
+    fitting = [c for c in search.candidates(task) if correction.need(c, task) <= room]
+    fitting.sort(key=lambda c: correction.time(c, task))
+    lines = [
+        f"{_changes(current, choice)}  (about {correction.need(choice, task) / GIB:.1f} GiB)"
+        for choice in _varied(fitting, current)
+    ][:_COUNT]
+    lines += _chips(task, current, correction, room)
+    if lines:
+        lines.append("These are estimates; --search compiles such settings and finds the fastest.")
+    return lines
+
+
+def _varied(fitting: list[Choice], current: Choice) -> Iterator[Choice]:
+    """First what changes one setting only, then the fastest of all."""
+    single = [c for c in fitting if _differences(current, c) == 1]
+    seen = set()
+    for choice in single:
+        changed = next(f for f in _FLAGS if getattr(choice, f) != getattr(current, f))
+        if changed not in seen:
+            seen.add(changed)
+            yield choice
+    for choice in fitting:
+        if _differences(current, choice) == 2 and choice not in single:
+            yield choice
+
+
+_FLAGS = {
+    "accum_steps": "--config.accum_steps",
+    "remat": "--config.model.remat",
+    "method": "--config.loss.method",
+    "fsdp": "--config.mesh.fsdp",
+    "tensor": "--config.mesh.tensor",
+}
+
+
+def _differences(a: Choice, b: Choice) -> int:
+    return sum(getattr(a, name) != getattr(b, name) for name in _FLAGS)
+
+
+def _changes(current: Choice, choice: Choice) -> str:
+    return " ".join(
+        f"{flag}={getattr(choice, name)}"
+        for name, flag in _FLAGS.items()
+        if getattr(choice, name) != getattr(current, name)
+    )
+
+
+def _chips(task: Task, current: Choice, correction: Correction, room: float) -> list[str]:
+    """The smallest larger slice that the settings fit as they are."""
+    shape = list(task.topology.shape)
+    for _ in range(8):
+        smallest = min(range(len(shape)), key=lambda i: shape[i])
+        shape[smallest] *= 2
+        larger = dataclasses.replace(task.topology, shape=tuple(shape))
+        grown = dataclasses.replace(task, topology=larger)
+        if larger.size // larger.slices > larger.chip.largest or task.batch_size % larger.size:
+            break
+        if correction.need(current, grown) <= room:
+            need = correction.need(current, grown) / GIB
+            return [f"as it is, on {larger}  (about {need:.1f} GiB)"]
+    return []

@@ -1,0 +1,134 @@
+"""A plan as text for people."""
+
+from collections.abc import Sequence
+
+from clip_jax.clock import format_seconds
+from clip_jax.plan.chips import GIB
+from clip_jax.plan.make import Memory, Plan, Step
+
+
+def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
+    """The whole table, ready to print."""
+    blocks = [_head(plan), _memory(plan)]
+    if plan.step:
+        blocks += [_speed(plan, plan.step), _collectives(plan.step), _parts(plan.step)]
+        if plan.step.top:
+            blocks.append(_top(plan.step))
+        blocks.append("\n".join(f"* {note}" for note in plan.step.notes))
+    if suggestions:
+        blocks.append("What would fit:\n" + "\n".join(f"  {line}" for line in suggestions))
+    return "\n\n".join(blocks)
+
+
+def _head(plan: Plan) -> str:
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 chip"
+    where = f"{plan.slices} slices of {plan.topology}" if plan.slices > 1 else plan.topology
+    accumulated = f" in {plan.accum_steps} micro-batches" if plan.accum_steps > 1 else ""
+    return (
+        f"{plan.model}, {plan.batch_size:,} pairs a step{accumulated}, on {where}: "
+        f"{plan.chips:,} chips, mesh {mesh}\n"
+        f"remat {plan.remat}; loss {plan.loss}; compiled in {format_seconds(plan.compile_seconds)}"
+    )
+
+
+def _memory(plan: Plan) -> str:
+    memory = plan.memory
+    rows = [
+        ("parameters", memory.parameters),
+        ("optimiser state", memory.optimizer),
+        ("other state", memory.other),
+        ("batch", memory.batch),
+        ("padding of these", memory.padding),
+        ("temporaries", memory.temporaries),
+        ("results beside the state", memory.results),
+        ("program", memory.code),
+    ]
+    lines = ["Memory of a chip, GiB"]
+    lines += [f"  {name:<28}{gib(size):>9}" for name, size in rows if size is None or size >= 2**20]
+    return "\n".join([*lines, f"  {'in all':<28}{gib(memory.peak):>9}  {_verdict(plan, memory)}"])
+
+
+def _verdict(plan: Plan, memory: Memory) -> str:
+    of = f"of {memory.available / GIB:.2f}"
+    if plan.fits and memory.peak is not None:
+        left = memory.available - memory.peak
+        return f"{of}: FITS, {left / GIB:.2f} left ({left / memory.available:.0%})"
+    return f"{of}: DOES NOT FIT, {plan.missing / GIB:.2f} too much"
+
+
+def gib(size: float | None) -> str:
+    return "?" if size is None else f"{size / GIB:.2f}"
+
+
+def _speed(plan: Plan, step: Step) -> str:
+    assert plan.examples_per_second is not None
+    assert plan.run_seconds is not None
+    waited = step.seconds - step.compute_seconds
+    span = max(step.compute_seconds, step.network_seconds)
+    both = max(step.compute_seconds + step.network_seconds, step.seconds)
+    rate = plan.examples_per_second
+    return "\n".join(
+        [
+            f"Step {_ms(step.seconds)} ms predicted ({_ms(span)} if all overlapped, {_ms(both)} if "
+            "nothing did)",
+            f"  computation             {_ms(step.compute_seconds):>10} ms",
+            f"  collectives             {_ms(step.network_seconds):>10} ms, "
+            f"{_ms(max(waited, 0))} waited for",
+            f"  model operations        {step.model_flops / 1e12:>10.3f} TFLOP a chip: "
+            f"MFU {step.mfu:.3f}",
+            f"  executed operations     {step.hardware_flops / 1e12:>10.3f} TFLOP a chip: "
+            f"{step.hfu:.3f} of the peak",
+            f"  traffic to HBM          {step.bytes / GIB:>10.1f} GiB a chip",
+            f"  {rate:,.0f} pairs/s, {rate / plan.chips:,.1f} per chip",
+            f"  {plan.duration} of {plan.examples:,.0f} examples: {plan.total_steps:,} steps, "
+            f"{format_seconds(plan.run_seconds)}, "
+            f"{plan.run_seconds * plan.chips / 3600:,.0f} chip-hours",
+        ]
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.2f}"
+
+
+def _collectives(step: Step) -> str:
+    if not step.collectives:
+        return "Collectives: none"
+    rows = [("Collectives of a step", "over", "number", "MiB a chip", "ms", "")]
+    for x in step.collectives:
+        over = x.axes + (" (DCN)" if x.network == "dcn" else "")
+        how = "overlapped" if x.overlapped else "waited for"
+        mib = f"{x.bytes / 2**20:,.1f}"
+        rows.append((f"  {x.kind}", over, f"{x.count:,.0f}", mib, f"{x.seconds * 1e3:.2f}", how))
+    return _aligned(rows, "<<>>><")
+
+
+def _parts(step: Step) -> str:
+    rows = [("Where the time goes", "ms", "share", "TFLOP", "of peak")]
+    peak = step.hardware_flops / step.hfu / step.seconds if step.hfu else 0.0
+    for name, seconds, flops in step.parts:
+        if seconds >= 0.003 * step.compute_seconds:
+            used = f"{flops / seconds / peak:.2f}" if flops and peak else ""
+            share = f"{seconds / step.compute_seconds:.1%}"
+            work = f"{flops / 1e12:.3f}" if flops else ""
+            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", share, work, used))
+    return _aligned(rows, "<>>>>")
+
+
+def _top(step: Step) -> str:
+    rows = [("Longest instructions", "turns", "ms", "TFLOP", "GiB", "origin")]
+    for name, origin, times, seconds, flops, size in step.top:
+        place = "/".join(origin.split("/")[1:])[-90:]
+        work = f"{flops / 1e12:.3f}" if flops else ""
+        cells = f"{times:,.0f}", f"{seconds * 1e3:.2f}", work, f"{size / GIB:.2f}", place
+        rows.append((f"  {name}", *cells))
+    return _aligned(rows, "<>>>><")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], sides: str) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
+    lines = []
+    for row in rows:
+        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
