@@ -79,6 +79,7 @@ def clip_jax_step(size, batch: Batch, scan_layers: bool, pack=None) -> tuple[Ste
         schedule=schedule,
         loss_fn=functools.partial(losses.softmax_loss, mesh=mesh),
         accum_steps=1,
+        zero1=False,
         seed=0,
         max_logit_scale=100.0,
     ).compile()

@@ -66,17 +66,18 @@ def decay_mask(params: Any) -> Any:
 def _half_moments(adam: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
     """Keeps both moments in bfloat16 between steps; the arithmetic stays float32."""
 
-    def init(params):
-        state = adam.init(params)
-        halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (state.mu, state.nu))
-        return state._replace(mu=halved[0], nu=halved[1])
+    def init(params: Any) -> optax.ScaleByAdamState:
+        state: Any = adam.init(params)
+        mu, nu = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (state.mu, state.nu))
+        return optax.ScaleByAdamState(state.count, mu, nu)
 
-    def update(grads, state, params=None):
-        updates, new = adam.update(grads, widen(state), params)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, moved = adam.update(updates, widen(state), params)
+        new: Any = moved
         # The second moment changes by 1 - b2 of itself a step: to nearest, it would stand still.
         key = jax.random.fold_in(jax.random.key(seed), new.count)
         mu, nu = round_tree((new.mu, new.nu), (state.mu, state.nu), key)
-        return updates, new._replace(mu=mu, nu=nu)
+        return updates, optax.ScaleByAdamState(new.count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

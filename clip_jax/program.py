@@ -38,7 +38,7 @@ class Program:
         )
 
     @functools.cached_property
-    def batch(self) -> train_step.Batch:
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings of a batch."""
         size, rows = self.net.size, self.config.batch_size
         place = sharding.batch_sharding(self.mesh)
@@ -78,6 +78,7 @@ class Program:
                 tile=config.loss.tile,
             ),
             accum_steps=config.accum_steps,
+            zero1=config.mesh.zero1,
             seed=config.seed,
             max_logit_scale=config.optim.max_logit_scale,
         )

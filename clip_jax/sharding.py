@@ -167,6 +167,20 @@ def constrain_batch(x: jax.Array, spec: PartitionSpec = BATCH) -> jax.Array:
     return x
 
 
+def constrain_update(tree: Any, zero1: bool) -> Any:
+    """Splits parameters, or gradients, as the optimiser's state; no effect outside `set_mesh`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(mesh.axis_names):
+        return tree
+    axes = ("data", "fsdp") if zero1 else ("fsdp",)
+
+    def constrain(path, leaf):
+        spec = _spec(path_name(path), leaf.shape, mesh, axes)
+        return jax.lax.with_sharding_constraint(leaf, spec)
+
+    return jax.tree_util.tree_map_with_path(constrain, tree)
+
+
 def tree_shardings(tree: Any, mesh: Mesh, zero1: bool = False) -> Any:
     """Shardings for a pytree of arrays or shapes, by `RULES`.
 
@@ -189,7 +203,7 @@ def path_name(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh, axes: tuple[str, ...]) -> PartitionSpec:
+def _spec(name: str, shape: tuple[int, ...], mesh: Any, axes: tuple[str, ...]) -> PartitionSpec:
     placement = next(placement for rule, placement in RULES if re.search(rule, name))
     spec: list[Any] = [None] * len(shape)
     if placement.tensor is not None and mesh.shape["tensor"] > 1:

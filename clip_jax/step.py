@@ -30,6 +30,7 @@ def train_step(
     schedule: optax.Schedule,
     loss_fn: Callable[..., jax.Array],
     accum_steps: int,
+    zero1: bool,
     seed: int,
     max_logit_scale: float,
 ) -> tuple[TrainState, Metrics]:
@@ -44,6 +45,7 @@ def train_step(
       loss_fn: of what the model returns; see `losses.LOSSES`.
       accum_steps: micro-batches that the towers see one after the other; the loss is that of the
         whole batch either way.
+      zero1: the optimiser's state is split over the data axis; see `sharding.tree_shardings`.
       seed: of everything random, folded by step and by the example's place in the batch.
       max_logit_scale: bound on the multiplier exp(logit_scale), kept after the update.
 
@@ -68,9 +70,12 @@ def train_step(
     batch = {**batch, "row": jnp.arange(batch["tokens"].shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
     loss, batch_stats, grads = gradients(embed, loss_fn, state.params, batch)
-    grads = widen(grads)
-    updates, opt_state = tx.update(grads, state.opt_state, widen(state.params))
-    params: Any = optim.apply_updates(state.params, updates, rounding)
+    # From here on each device works on its share alone, which under ZeRO is smaller than what it
+    # holds of the parameters.
+    share = partial(sharding.constrain_update, zero1=zero1)
+    grads = share(widen(grads))
+    updates, opt_state = tx.update(grads, state.opt_state, share(widen(state.params)))
+    params: Any = share(optim.apply_updates(share(state.params), updates, rounding))
     logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
     params = {**params, "logit_scale": logit_scale}
     metrics = {

@@ -54,6 +54,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         text_heads=4,
         context_length=24,
     )
+    if config.model.pack.length:
+        config.model.pack.length = 48
     config.batch_size = 32
     config.duration = "20 steps"
     config.optim.learning_rate = 1e-3
@@ -139,9 +141,10 @@ def _model() -> ConfigDict:
     model.scan_layers = True  # transformer layers in lax.scan (short compile) or unrolled
     model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
     model.patch_dropout = 0.0  # share of patches that a ViT does not see in training
-    # Several captions in a row of the text tower, so that it does not compute padding.
+    # Several captions in a row of the text tower, so that it does not compute padding. The result
+    # is the same; how many rows it takes depends on the captions (README, "Captions packed").
     model.pack = ConfigDict()
-    model.pack.length = 0  # tokens in a row, at least context_length; 0: one caption a row
+    model.pack.length = 80  # tokens in a row, at least context_length; 0: one caption a row
     model.pack.rows = 0.3  # rows per caption; more are computed, in turns, when they do not suffice
     # Overrides of the named size, for models the paper does not have; None: as named.
     size = ConfigDict()
@@ -168,7 +171,7 @@ def _mesh() -> ConfigDict:
     mesh.data = -1  # devices along the pure data axis; -1: all that remain
     mesh.fsdp = 1  # devices over which parameters and optimiser state are sharded as well
     mesh.tensor = 1  # devices over which the heads and hidden units of blocks are split
-    mesh.zero1 = False  # optimiser state is sharded over the data axis too (ZeRO, stage 1)
+    mesh.zero1 = True  # the optimiser works in shards over the data axis too (ZeRO, stage 1)
     return mesh
 
 

@@ -1,7 +1,7 @@
 """SigLIP-B/16: the sigmoid loss (Zhai et al. 2023, arXiv:2303.15343) at 224 pixels, 64 tokens.
 
-Batch, b2, weight decay and rate are those of SigLIP; it does not bound the temperature. How long it
-warmed up and trained on WebLI is not repeated here: duration and warm-up are CLIP's.
+b2 is as published replications of SigLIP have it, rate and gradient clipping as in the sigmoid
+example of its authors' code. Duration and warm-up are CLIP's.
 
     python main.py --config=configs/siglip_b16.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/siglip_b16
@@ -27,6 +27,7 @@ def get_config(arg: str = ""):
 def set_recipe(config):
     """What all SigLIP models share."""
     config.model.size.vocab_size = 49_408  # of the "openai" tokenizer
+    config.model.pack.length = 0  # every token sees all others, padding too
     config.loss.name = "sigmoid"
     config.optim.learning_rate = 1e-3
     config.optim.b2 = 0.95  # steadier than 0.999 in large batches

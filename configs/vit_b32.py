@@ -14,5 +14,6 @@ from configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "ViT-B/32"
+    config.model.scan_layers = False  # twice as fast on a TPU, for three minutes of compilation
     config.optim.learning_rate = 5e-4
     return default.finish(config, arg)

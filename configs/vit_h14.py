@@ -1,7 +1,6 @@
 """ViT-H/14: open_clip's shapes, the paper's recipe, on 400 million pairs or more.
 
-Larger than the paper's models: 986 million parameters, with exact GELU. open_clip trained it on 32
-billion examples of LAION-2B in batches of 79,000.
+Larger than the paper's models: 986 million parameters, with exact GELU.
 
     python main.py --config=configs/vit_h14.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_h14

@@ -15,5 +15,6 @@ from configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "ViT-L/14"
+    config.model.remat = "full"  # else its activations need 80 GiB at 128 pairs a chip
     config.optim.learning_rate = 4e-4
     return default.finish(config, arg)

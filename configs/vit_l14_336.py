@@ -17,6 +17,7 @@ from configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "ViT-L/14@336px"
+    config.model.remat = "full"
     config.optim.learning_rate = 2e-5
     config.duration = "1 epochs"
     return default.finish(config, arg)

@@ -214,7 +214,7 @@ def gradients(axes: tuple, *, accum_steps=1, patch_dropout=0.0, method="all_gath
     )
     state = state.replace(opt_state={"mu": state.opt_state[1].mu})
     program = tiny.compile_step(
-        net, mesh, state, batch, tx=keep, accum_steps=accum_steps, method=method
+        net, mesh, state, batch, tx=keep, accum_steps=accum_steps, method=method, zero1=zero1
     )
     after, metrics = program(state, batch)
     return float(metrics["loss"]), named_leaves(after.opt_state["mu"])

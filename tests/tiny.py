@@ -75,6 +75,7 @@ def compile_step(
         "tx": tx,
         "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
         "accum_steps": 1,
+        "zero1": False,
         "seed": 0,
         "max_logit_scale": 100.0,
         **overrides,

@@ -31,6 +31,8 @@ def tiny_config(**overrides) -> ConfigDict:
     """The smoke config with the tiny model; overrides by dotted name."""
     config = vit_b32.get_config("smoke").unlock()
     config.model.size.update(TINY)
+    config.model.pack.length = 0
+    config.mesh.zero1 = False
     config.update_from_flattened_dict(overrides)
     return config
 

@@ -10,8 +10,8 @@ from flax import linen as nn
 
 from clip_jax import sharding
 from clip_jax.errors import UserError
+from clip_jax.models.attention import Dtype, QueryKeyValue, Tokens, attend, attend_with_token
 
-Dtype = Any
 Init = nn.initializers.Initializer
 
 # What PyTorch gives a Linear or Conv2d weight; the published model leaves ViT blocks at it.
@@ -46,7 +46,7 @@ def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual connection: [b, s, w] -> [b, s, w]."""
+    """Pre-norm attention and MLP, each with a residual connection; tokens to tokens."""
 
     heads: int
     mlp: int  # hidden units
@@ -59,34 +59,25 @@ class Block(nn.Module):
     out_init: Init  # of both projections that end in the residual stream
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        width = x.shape[-1]
-        y = layer_norm(self.norm_eps, self.dtype, "ln_1")(x)
-        qkv = nn.DenseGeneral(
-            (3, self.heads, width // self.heads),
-            dtype=self.dtype,
-            kernel_init=self.qkv_init,
-            name="qkv",
-        )(y)
-        # float32 logits and softmax inside, whatever the compute dtype.
-        y = jax.nn.dot_product_attention(
-            qkv[..., 0, :, :],
-            qkv[..., 1, :, :],
-            qkv[..., 2, :, :],
-            mask=mask,
-            is_causal=self.causal and mask is None,
-        )
-        x = x + nn.DenseGeneral(
-            width, axis=(-2, -1), dtype=self.dtype, kernel_init=self.out_init, name="attn_out"
-        )(y)
-        y = layer_norm(self.norm_eps, self.dtype, "ln_2")(x)
-        y = nn.Dense(self.mlp, dtype=self.dtype, kernel_init=self.mlp_init, name="mlp_in")(y)
-        y = ACTIVATIONS[self.activation](y)
-        return x + nn.Dense(width, dtype=self.dtype, kernel_init=self.out_init, name="mlp_out")(y)
+    def __call__(self, x: Tokens, mask: jax.Array | None = None) -> Tokens:
+        each = jax.tree.map  # over the sequence and, if it stands apart, the class token
+        width = jax.tree.leaves(x)[0].shape[-1]
+        dense = partial(nn.DenseGeneral, dtype=self.dtype)
+        qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")
+        y = each(qkv, each(layer_norm(self.norm_eps, self.dtype, "ln_1"), x))
+        apart = isinstance(x, tuple)
+        y = attend_with_token(*y) if apart else attend(y, mask, self.causal)
+        out = dense(width, axis=(-2, -1), kernel_init=self.out_init, name="attn_out")
+        x = each(jnp.add, x, each(out, y))
+        y = each(layer_norm(self.norm_eps, self.dtype, "ln_2"), x)
+        y = each(dense(self.mlp, kernel_init=self.mlp_init, name="mlp_in"), y)
+        y = each(ACTIVATIONS[self.activation], y)
+        y = each(dense(width, kernel_init=self.out_init, name="mlp_out"), y)
+        return each(jnp.add, x, y)
 
 
 class Transformer(nn.Module):
-    """A stack of blocks: [b, s, w] -> [b, s, w].
+    """A stack of blocks: tokens [b, s, w], or with a token apart ([b, s, w], [b, w]), to the same.
 
     Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
     unrolled, so that one checkpoint and one sharding rule serve both.
@@ -113,11 +104,11 @@ class Transformer(nn.Module):
     paper_init: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: Tokens, mask: jax.Array | None = None) -> Tokens:
         """`mask`: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the
         past where the transformer is causal."""
-        block = self._block(x.shape[-1])
-        sample = jnp.zeros((1, *x.shape[1:]), self.dtype)
+        block = self._block(jax.tree.leaves(x)[0].shape[-1])
+        sample = jax.tree.map(lambda part: jnp.zeros((1, *part.shape[1:]), self.dtype), x)
 
         def init_stack(key: jax.Array):
             keys = jax.random.split(key, self.layers)
@@ -127,7 +118,7 @@ class Transformer(nn.Module):
 
         def layer(x, layer_params):
             # Without the constraint the partitioner may replicate activations under FSDP.
-            x = sharding.constrain_batch(x)
+            x = jax.tree.map(sharding.constrain_batch, x)
             return block.apply({"params": layer_params}, x, mask), None
 
         layer = remat_layer(layer, self.remat)

@@ -15,6 +15,10 @@ from clip_jax.models.transformer import (
     torch_default_init,
 )
 
+# Patches that an accelerator holds without padding, if the class token does not join them; see
+# `attention.attend_with_token`.
+FULL_TILES = 128
+
 
 class VisionTransformer(nn.Module):
     """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised.
@@ -51,6 +55,8 @@ class VisionTransformer(nn.Module):
         norm = partial(layer_norm, size.norm_eps, self.dtype)
         if size.pre_norm:
             x = norm("ln_pre")(x)
+        if size.image_pool == "class" and (x.shape[1] - 1) % FULL_TILES == 0:
+            x = x[:, 1:], x[:, 0]
         x = Transformer(
             layers=size.image_layers[0],
             heads=size.image_heads,
@@ -65,7 +71,8 @@ class VisionTransformer(nn.Module):
             name="transformer",
         )(x)
         if size.image_pool == "class":
-            x = norm("ln_post")(x[:, 0])  # per token, so only where it is read
+            x = x[1] if isinstance(x, tuple) else x[:, 0]
+            x = norm("ln_post")(x)  # per token, so only where it is read
         else:
             x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
         if not size.image_projection:

@@ -92,7 +92,7 @@ class Tally:
     Attributes:
       ops: executed instructions that cost something.
       elapsed: seconds from first to last, waiting included.
-      open_loops: loops whose turns are not known before they run; one turn is counted.
+      open_loops: loops whose turns depend on the data; none is counted.
       branches: (seconds of the cheapest branch, of the dearest) of conditionals; the cheapest is
         counted.
     """
@@ -167,9 +167,7 @@ class _Walk:
         if x.opcode == "while":
             turns = loops.trip_count(x, computation, self.module)
             for name in (*x.called("body"), *x.called("condition")):
-                part.include(
-                    self.run(self.module.computations[name]), 1 if turns is None else turns
-                )
+                part.include(self.run(self.module.computations[name]), turns or 0)
             part.open_loops += turns is None
         elif x.opcode == "call":
             part.include(self.run(self.module.computations[x.called("to_apply")[0]]))

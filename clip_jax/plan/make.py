@@ -380,5 +380,8 @@ def _notes(total: cost.Tally, topology: Topology) -> list[str]:
             "them declare no operations."
         )
     if total.open_loops:
-        notes.append(f"{total.open_loops} loop(s) of unknown length count as one turn.")
+        notes.append(
+            f"{total.open_loops} loop(s) whose turns depend on the data count as none, which is "
+            "what text packing's further turns are for most batches."
+        )
     return notes

@@ -25,7 +25,7 @@ _PIECES = (
     (r"/(mlp_in|mlp_out|probe_mlp)", "MLP"),
     (r"/ln_\w+|LayerNorm", "LayerNorm"),
     (r"/(qkv|attn_out)", "attention projections"),
-    (r"attention|->BNTS|->BTNH|BNTS,|/Block/vmap|softmax|/exp\b", "attention"),
+    (r"attention|->BNTS|->BTNH|BNTS,|bqhd|bhd,|bhqk|bhk,|/Block/vmap|softmax|/exp\b", "attention"),
     (r"gelu|sigmoid|logistic|erf", "MLP"),
     (r"patch_embed", "patch embedding"),
     (r"token_embed", "token embedding"),

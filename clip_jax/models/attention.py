@@ -1,0 +1,108 @@
+"""Multi-head attention, in the forms that the towers need."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Dtype = Any
+# Tokens [b, s, ...], or those of a sequence and, apart from them, one more token per example:
+# ([b, s, ...], [b, ...]).
+Tokens = Any
+Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values, [..., heads, d] each
+
+
+class QueryKeyValue(nn.Module):
+    """The projections to queries, keys and values: [..., w] -> three of [..., heads, w / heads].
+
+    One parameter of shape [w, 3, heads, w / heads], but three products: the parts of one product
+    would have to be copied into the layout that attention wants.
+    """
+
+    heads: int
+    dtype: Dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Heads:
+        width = x.shape[-1]
+        outputs = (3, self.heads, width // self.heads)
+
+        def kernel_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return self.kernel_init(key, (width, 3 * width)).reshape(shape)  # as one matrix
+
+        kernel = self.param("kernel", kernel_init, (width, *outputs))
+        bias = self.param("bias", nn.initializers.zeros, outputs)
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        query, key, value = (
+            jnp.einsum("...w,whd->...hd", x, kernel[:, i]) + bias[i] for i in range(3)
+        )
+        return query, key, value
+
+
+def attend(heads: Heads, mask: jax.Array | None = None, causal: bool = False) -> jax.Array:
+    """Softmax attention of a sequence to itself, float32 logits and statistics.
+
+    Args:
+      heads: [b, s, heads, d] each.
+      mask: bool [b, 1, s, s], which keys (last) each query sees; None: see `causal`.
+      causal: without a mask, whether a query sees no later key.
+
+    Returns:
+      [b, s, heads, d].
+    """
+    return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal and mask is None)
+
+
+def attend_with_token(sequence: Heads, token: Heads) -> tuple[jax.Array, jax.Array]:
+    """The same for a sequence and one more token, all of which see each other.
+
+    For sequences that fill the tiles of an accelerator (128 numbers by 8 or 16): with the token in
+    the same array, 256 patches and a class token would take the time and memory of 384.
+
+    Args:
+      sequence: [b, s, heads, d] each.
+      token: [b, heads, d] each.
+
+    Returns:
+      [b, s, heads, d] and [b, heads, d].
+    """
+    (queries, keys, values), (query, key, value) = sequence, token
+    # A column of ones beside the values sums up the weights in the same product.
+    ones = jnp.ones((*values.shape[:-1], 1), values.dtype)
+    values = jnp.concatenate([values, ones], axis=-1)
+    queries, query = (q * q.shape[-1] ** -0.5 for q in (queries, query))
+    of_queries = _merge(
+        _logits("bqhd,bkhd->bhqk", queries, keys),
+        _logits("bqhd,bhd->bhq", queries, key),
+        lambda weights: _sums("bhqk,bkhd->bqhd", weights, values),
+        lambda weights: weights.swapaxes(1, 2)[..., None] * value[:, None],
+        lambda weights: weights.swapaxes(1, 2)[..., None],
+    )
+    of_query = _merge(
+        _logits("bhd,bkhd->bhk", query, keys),
+        _logits("bhd,bhd->bh", query, key),
+        lambda weights: _sums("bhk,bkhd->bhd", weights, values),
+        lambda weights: weights[..., None] * value,
+        lambda weights: weights[..., None],
+    )
+    return of_queries.astype(value.dtype), of_query.astype(value.dtype)
+
+
+def _merge(logits, own_logit, weigh, weigh_own, weight_own) -> jax.Array:
+    """Softmax over the keys of the sequence (the last dimension of `logits`) and of the token."""
+    highest = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), own_logit))
+    weights, own = jnp.exp(logits - highest[..., None]), jnp.exp(own_logit - highest)
+    summed = weigh(weights)
+    return (summed[..., :-1] + weigh_own(own)) / (summed[..., -1:] + weight_own(own))
+
+
+def _logits(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _sums(subscripts: str, weights: jax.Array, values: jax.Array) -> jax.Array:
+    """Weights rounded to the dtype of the values, sums in float32."""
+    weights = weights.astype(values.dtype)
+    return jnp.einsum(subscripts, weights, values, preferred_element_type=jnp.float32)
