@@ -121,7 +121,7 @@ class Transformer(nn.Module):
             x = jax.tree.map(sharding.constrain_batch, x)
             return block.apply({"params": layer_params}, x, mask), None
 
-        layer = remat_layer(layer, self.remat)
+        layer = remat_layer(layer, self.remat, self.scan_layers)
         if self.scan_layers:
             return jax.lax.scan(layer, x, params)[0]
         for layer_params in _unstack(params, self.layers):
@@ -159,13 +159,14 @@ def _unstack(params: Any, layers: int) -> list[Any]:
     return [treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(layers)]
 
 
-def remat_layer(layer: Callable, remat: str) -> Callable:
+def remat_layer(layer: Callable, remat: str, scanned: bool) -> Callable:
     """Wraps a layer so that the backward pass recomputes what `remat` says.
 
     Args:
       layer: function of (carry, params).
       remat: "none" keeps all activations, "full" only the layer's input; other names are those of
         `jax.checkpoint_policies` that are policies themselves, such as "dots_saveable".
+      scanned: whether the layer is the body of a scan.
 
     Raises:
       UserError: unknown name.
@@ -184,4 +185,6 @@ def remat_layer(layer: Callable, remat: str) -> Callable:
     if remat not in policies:
         known = ", ".join(["none", *sorted(policies)])
         raise UserError(f"Unknown rematerialisation {remat!r}: model.remat is one of {known}.")
-    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)
+    # Unrolled, a compiler would find what is computed twice, and keep it. (XLA's for the CPU still
+    # does; the planner's tests see that the one for TPUs does not.)
+    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=not scanned)
