@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clip_jax import sharding
 from clip_jax.errors import UserError
 from clip_jax.models.packing import Pack
 from clip_jax.models.resnet import ModifiedResNet
@@ -85,12 +86,12 @@ class CLIP(nn.Module):
         """Images as in `__call__` -> float32 [b, embed_dim], L2-normalised."""
         images = normalize_images(images).astype(self.dtype)
         if isinstance(self.image, ModifiedResNet):  # draws nothing
-            return l2_normalize(self.image(images, train))
-        return l2_normalize(self.image(images, train, rows))
+            return l2_normalize(sharding.constrain_batch(self.image(images, train)))
+        return l2_normalize(sharding.constrain_batch(self.image(images, train, rows)))
 
     def encode_text(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, s] -> float32 [b, embed_dim], L2-normalised."""
-        return l2_normalize(self.text(tokens, train))
+        return l2_normalize(sharding.constrain_batch(self.text(tokens, train)))
 
 
 def normalize_images(images: jax.Array) -> jax.Array:

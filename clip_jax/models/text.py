@@ -62,6 +62,7 @@ class TextTransformer(nn.Module):
             features = self._read_packed(tokens)
         else:
             features = self._read(tokens)
+        features = sharding.constrain_batch(features)
         return self.projection(self.ln_final(features))  # per token, so only where it is read
 
     def states(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clip_jax import sharding
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import (
     ACTIVATIONS,
@@ -72,7 +73,7 @@ class VisionTransformer(nn.Module):
         )(x)
         if size.image_pool == "class":
             x = x[1] if isinstance(x, tuple) else x[:, 0]
-            x = norm("ln_post")(x)  # per token, so only where it is read
+            x = norm("ln_post")(sharding.constrain_batch(x))  # per token, so only where it is read
         else:
             x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
         if not size.image_projection:
