@@ -78,7 +78,8 @@ def make_mesh(
     if data * inner != count:
         raise UserError(
             f"The mesh {asked} does not cover the {count} device(s) of this run. Leave "
-            f"--config.mesh.data=-1 and let the others multiply to one of: {_divisors(count)}."
+            "--config.mesh.data=-1 and let --config.mesh.slices x fsdp x tensor be one of: "
+            f"{_divisors(count)}."
         )
     own_slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(own_slices) > 1 and slices != len(own_slices):

@@ -311,7 +311,7 @@ def without_captions(folder: pathlib.Path) -> None:
     [
         ({"batch_size": 20}, r"batch_size 20 .* 8 devices.*--config\.batch_size=16"),
         ({"batch_size": 3}, r"batch_size 3 .* 8 devices.*--config\.batch_size=8"),
-        ({"mesh.fsdp": 3}, r"8 device.*mesh\.fsdp to one of: 1, 2, 4, 8"),
+        ({"mesh.fsdp": 3}, r"8 device.*mesh\.slices x fsdp x tensor be one of: 1, 2, 4, 8"),
         ({"model.name": "ViT-B/33"}, r"'ViT-B/33'.*ViT-B/32"),
         ({"model.size.image_width": 33}, r"33.*multiple of image_heads"),
         ({"tokenizer": "latin"}, r"'latin'.*openai"),
