@@ -137,7 +137,7 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
     Raises:
       UserError: there is no checkpoint, or it is damaged or of another tokenizer.
     """
-    mesh = sharding.make_mesh(1, 1, jax.local_devices()[:1])
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     net, variables, meta = checkpoint.load_model(path, mesh, step)
     tokens = tokenizers.create(meta["config"]["tokenizer"], net.size.context_length)
     if tokens.identity != meta["tokenizer"]:

@@ -55,10 +55,11 @@ def test_names_of_the_package():
         clip_jax.lod  # noqa: B018
 
 
-def test_available_models_are_those_of_the_paper():
+def test_available_models_are_those_of_the_paper_and_larger_ones():
     assert clip_jax.available_models() == [
         *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"),
         *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"),
+        *("ViT-H/14", "ViT-g/14", "SigLIP-B/16", "SigLIP-So400m/14"),
     ]
 
 
