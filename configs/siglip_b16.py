@@ -3,6 +3,9 @@
 b2 is as published replications of SigLIP have it, rate and gradient clipping as in the sigmoid
 example of its authors' code. Duration and warm-up are CLIP's.
 
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 3.4 GiB of 15.75 on
+each, 376 ms per step, 87,100 pairs/s.
+
     python main.py --config=configs/siglip_b16.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/siglip_b16
 
@@ -20,6 +23,7 @@ from configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "SigLIP-B/16"
+    config.model.remat = "full"
     set_recipe(config)
     return default.finish(config, arg)
 

@@ -4,6 +4,9 @@ In the paper: 76.2 % zero-shot top-1 on ImageNet.
 
 Starts from a finished ViT-L/14, its positions interpolated.
 
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 9.5 GiB of 15.75 on
+each, 4,081 ms per step, 8,030 pairs/s.
+
     python main.py --config=configs/vit_l14_336.py --config.init_from=gs://BUCKET/runs/vit_l14
         --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14_336
@@ -18,6 +21,7 @@ def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "ViT-L/14@336px"
     config.model.remat = "full"
+    config.accum_steps = 2  # 128 pairs at once take 16.7 GiB of a chip
     config.optim.learning_rate = 2e-5
     config.duration = "1 epochs"
     return default.finish(config, arg)
