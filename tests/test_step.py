@@ -230,8 +230,10 @@ def assert_gradients(got, want) -> None:
         assert error < 3e-5 * np.linalg.norm(leaf) + 1e-7 * whole, name
 
 
-@pytest.mark.parametrize("patch_dropout", [0.0, 0.5])
-@pytest.mark.parametrize(("axes", "accum_steps"), [(ONE, 2), (ONE, 16), (FSDP, 2), ((2, 2, 2), 4)])
+@pytest.mark.parametrize(
+    ("axes", "accum_steps", "patch_dropout"),
+    [(ONE, 2, 0.0), (ONE, 16, 0.5), (FSDP, 2, 0.5), ((2, 2, 2), 4, 0.5)],
+)
 def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: float):
     want = gradients(ONE, patch_dropout=patch_dropout)
     got = gradients(axes, accum_steps=accum_steps, patch_dropout=patch_dropout)
