@@ -168,6 +168,15 @@ def constrain_batch(x: jax.Array, spec: PartitionSpec = BATCH) -> jax.Array:
     return x
 
 
+def spread_batch(x: jax.Array) -> jax.Array:
+    """Splits the batch dimension over the tensor axis too, where it divides it: for layers whose
+    parameters that axis does not split, and which it would otherwise compute several times."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("tensor", 1) == 1 or x.shape[0] % mesh.size:
+        return x
+    return constrain_batch(x, EVERY_AXIS)
+
+
 def constrain_update(tree: Any, zero1: bool) -> Any:
     """Splits parameters, or gradients, as the optimiser's state; no effect outside `set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from clip_jax import sharding
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Dtype, torch_default_init
 
@@ -101,7 +102,7 @@ class ModifiedResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         size, width = self.size, self.size.image_width
         norm = _batch_norm(train, self.dtype)
-        x = images
+        x = sharding.spread_batch(images)
         for i, channels in enumerate((width // 2, width // 2, width), start=1):
             stride = 2 if i == 1 else 1
             x = _conv(channels, 3, self.dtype, f"stem_conv{i}", stride)(x)
@@ -112,5 +113,5 @@ class ModifiedResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 x = Bottleneck(
                     width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}"
-                )(x, train)
+                )(sharding.spread_batch(x), train)
         return AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")(x)
