@@ -5,6 +5,7 @@ to seconds on a laptop. Any setting of configs/default.py can be given on the co
 --config.batch_size=4096. On several hosts, start the same command on each with --coordinator.
 """
 
+import os
 import pathlib
 import shlex
 import sys
@@ -12,7 +13,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from clip_jax.errors import UserError
+from clip_jax.errors import DataStalled, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/, such as configs/quickstart.py or configs/vit_b32.py:smoke."
@@ -37,6 +38,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         _run()
+    except DataStalled as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an ordinary exit would wait for threads that hang
     except UserError as error:
         sys.exit(f"\n{error}")
     except KeyboardInterrupt:

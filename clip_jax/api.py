@@ -13,6 +13,7 @@ from PIL import Image
 from clip_jax import checkpoint, sharding
 from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
+from clip_jax.data.crops import CENTER
 from clip_jax.errors import BadExample, UserError
 from clip_jax.evals import zeroshot
 
@@ -94,20 +95,21 @@ class Model:
         return np.asarray(jax.nn.softmax(scale * self.encode_image(images) @ classes.T, axis=-1))
 
     def _pixels(self, image: Picture) -> np.ndarray:
-        if isinstance(image, (str, os.PathLike)):
-            try:
-                image = image_files.decode(epath.Path(image).read_bytes(), str(image))
-            except (OSError, BadExample) as error:
-                raise UserError(f"Cannot read the picture: {error}.") from error
-        elif isinstance(image, Image.Image):
-            image = image_files.to_rgb(image)
-        else:
-            image = np.asarray(image)
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        key, size = "the picture", self.net.size.image_size
+        try:
+            if isinstance(image, (str, os.PathLike)):
+                data = epath.Path(image).read_bytes()
+                return image_files.pixels(data, str(image), size, CENTER, None)
+            if isinstance(image, Image.Image):
+                return image_files.pixels(image, key, size, CENTER, None)
+            array = np.asarray(image)
+            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
                 raise UserError(
-                    f"A picture as an array is uint8 [h, w, 3], not {image.dtype} {image.shape}."
+                    f"A picture as an array is uint8 [h, w, 3], not {array.dtype} {array.shape}."
                 )
-        return image_files.resize_crop(image, self.net.size.image_size, "center", None)
+            return image_files.pixels(array, key, size, CENTER, None)
+        except (OSError, BadExample) as error:
+            raise UserError(f"Cannot read the picture: {error}.") from error
 
     def _batched(self, function: Any, rows: np.ndarray) -> np.ndarray:
         parts = [np.zeros((0, self.net.size.embed_dim), np.float32)]

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Something the user can put right; main.py prints the message without a traceback."""
 
 
+class DataStalled(UserError):
+    """No batch came in time. Threads that hang may keep the process from ending by itself."""
+
+
 class BadExample(Exception):
     """One example cannot be used; the pipeline counts it under `reason` and goes on.
 

@@ -16,6 +16,8 @@ from clip_jax import checkpoint, clock, metrics, models, sharding, workdir
 from clip_jax import state as train_state
 from clip_jax import step as train_step
 from clip_jax.data import pipeline
+from clip_jax.data.feed import Feed
+from clip_jax.data.order import Order
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
@@ -30,6 +32,7 @@ class Run:
     program: Program
     tokenizer: Tokenizer
     source: Source
+    order: Order
     evaluators: Evaluators
     total: int  # steps
     log_every: int  # steps, as the next two
@@ -94,28 +97,36 @@ class Loop:
         )
         self._progress = metrics.Progress(past.step, run.total, config.batch_size)
         self._pending: tuple[int, train_step.Metrics] | None = None
+        self._told: Mapping[str, int] = past.skipped
+        self._feed = Feed(
+            data,
+            sharding.batch_sharding(run.mesh),
+            config.data.prefetch,
+            patience=config.data.patience,
+            describe=data.stages.describe,
+        )
 
     def position(self, step: int) -> Past:
-        """What has been done up to `step`, the runs that this one resumes included.
+        """What all hosts have done up to `step`, the runs that this one resumes included.
 
-        On several hosts `skipped` and `truncated` are those of the first.
+        Every host must call it at the same step.
         """
         past = self._past
+        seen = metrics.sum_over_hosts({**self._data.skipped, "truncated": self._data.truncated})
+        truncated = seen.pop("truncated")
         return Past(
             step=step,
             examples_seen=past.examples_seen + (step - past.step) * self._config.batch_size,
             seconds=past.seconds + time.monotonic() - self._began,
-            skipped=dict(Counter(past.skipped) + self._data.skipped),
-            truncated=past.truncated + self._data.truncated,
+            skipped=dict(Counter(past.skipped) + Counter(seen)),
+            truncated=past.truncated + truncated,
         )
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
         """Trains to the last step; returns the last evaluation's metrics."""
         run = self._run
-        place = sharding.batch_sharding(run.mesh)
-        batches = pipeline.to_device(self._data, place, self._config.data.prefetch)
         evaluated: dict[str, float] = {}
-        for step, batch in zip(range(self._past.step + 1, run.total + 1), batches):
+        for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
             state, values = step_fn(state, batch)
             self._flush()  # an earlier step's, so that the device has this one to do meanwhile
             if clock.is_due(step, run.log_every, run.total):
@@ -125,7 +136,7 @@ class Loop:
                 evaluated = self._evaluate(state, step)
             if clock.is_due(step, run.checkpoint_every, run.total):
                 self._save(state, step, values, evaluated)
-        batches.close()
+        self._feed.close()
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluators.run(state.variables)
         return evaluated
@@ -138,13 +149,15 @@ class Loop:
         self._pending = None
         values = metrics.fetch(device_values)
         _check_finite(step, values)
-        rate = self._progress.rate(step)
+        rate, waited = self._progress.measure(step, self._feed.waited)
         row = {f"train/{name}": value for name, value in values.items()}
         row["train/images_per_second"] = rate
-        done = self.position(step)
-        row["data/skipped"], row["data/truncated"] = sum(done.skipped.values()), done.truncated
+        # Of this host alone, since to ask the others would hold up the device.
+        row["data/waiting"] = waited
+        row["data/skipped"] = sum(self._data.skipped.values())
+        row["data/truncated"] = self._data.truncated
         self._writer.write(step, row)
-        self._progress.show(step, values["loss"], rate)
+        self._progress.show(step, values["loss"], rate, waited)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
         self._flush()
@@ -168,14 +181,23 @@ class Loop:
         self._flush()
         _check_finite(step, metrics.fetch(values))  # which waits for the steps under way
         paused = self._progress.pause()
+        done = self.position(step)
+        if done.skipped != self._told:
+            self._progress.note(f"Skipped so far: {list_counts(done.skipped)}.")
+            self._told = done.skipped
         meta = {
-            **dataclasses.asdict(self.position(step)),
+            **dataclasses.asdict(done),
             "tokenizer": self._run.tokenizer.identity,
             "size": dataclasses.asdict(self._run.net.size),
             "config": workdir.to_plain(self._config),
         }
         self._store.save(state, step, meta, found)
         self._progress.resume(paused)
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """ "3 x unreadable image, 1 x empty caption", the most frequent first."""
+    return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
 
 
 def _check_finite(step: int, values: Mapping[str, float]) -> None:

@@ -3,16 +3,20 @@
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from clip_jax import clock
 
 FILE = "metrics.jsonl"  # inside the workdir
+_STARVED = 0.05  # share of the time spent waiting for data from which the progress line says so
+_TEXT_BYTES = 2**14  # room for the counts of a host
 
 
 class MetricWriter:
@@ -79,6 +83,7 @@ class Progress:
         self._total = total_steps
         self._batch_size = batch_size
         self._time = time.monotonic()
+        self._waited = 0.0
         self._live = sys.stdout.isatty()
         self._enabled = jax.process_index() == 0
 
@@ -90,19 +95,29 @@ class Progress:
         """Takes the time since `pause` out of the rate."""
         self._time += time.monotonic() - paused_at
 
-    def rate(self, step: int) -> float:
-        """Images per second since the last call, pauses left out."""
+    def measure(self, step: int, waited: float) -> tuple[float, float]:
+        """Since the last call, pauses left out.
+
+        Args:
+          step: now.
+          waited: seconds of the whole run that were spent waiting for data.
+
+        Returns:
+          Images per second, and the share of the time spent waiting.
+        """
         now = time.monotonic()
         seconds, steps = max(now - self._time, 1e-9), step - self._step
-        self._time, self._step = now, step
-        return steps * self._batch_size / seconds
+        share = min((waited - self._waited) / seconds, 1.0)
+        self._time, self._step, self._waited = now, step, waited
+        return steps * self._batch_size / seconds, share
 
-    def show(self, step: int, loss: float, rate: float) -> None:
-        """Shows step, loss, images/s and the time left at this rate."""
+    def show(self, step: int, loss: float, rate: float, waited: float) -> None:
+        """Shows step, loss, images/s, the time left, and the share waiting where it matters."""
         left = (self._total - step) * self._batch_size / max(rate, 1e-9)
+        starved = f"  {waited:.0%} waiting for data" if waited >= _STARVED else ""
         self._print(
             f"step {step:,}/{self._total:,} {step / self._total:4.0%}  loss {loss:.3f}  "
-            f"{rate:,.0f} images/s  ETA {clock.format_seconds(left)}",
+            f"{rate:,.0f} images/s{starved}  ETA {clock.format_seconds(left)}",
             end="\r" if self._live and step < self._total else "\n",
         )
 
@@ -114,6 +129,18 @@ class Progress:
         if self._enabled:
             clear = "\x1b[2K" if self._live else ""
             print(clear + text, end=end, flush=True)
+
+
+def sum_over_hosts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by name, summed over all hosts; every host must call it."""
+    if jax.process_count() == 1:
+        return dict(counts)
+    text = json.dumps(counts).encode().ljust(_TEXT_BYTES)
+    gathered = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+    total: Counter[str] = Counter()
+    for row in gathered:
+        total.update(json.loads(row.tobytes()))
+    return dict(total)
 
 
 def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:

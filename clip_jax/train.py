@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, clock, metrics, program, sharding, workdir
 from clip_jax import state as train_state
-from clip_jax.data import pipeline, sources, tokenizer
+from clip_jax.data import mixture, pipeline, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
-from clip_jax.loop import Loop, Past, Run
+from clip_jax.loop import Loop, Past, Run, list_counts
 from clip_jax.models.resize import image_positions, resize_positions
 
 
@@ -39,7 +39,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     started, began = datetime.now(), time.monotonic()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    run = _prepare(config)
+    run = _prepare(config, epath.Path(directory))
     store = checkpoint.Checkpoints(
         directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
     )
@@ -65,7 +65,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     return final
 
 
-def _prepare(config: ConfigDict) -> Run:
+def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     """Everything that can fail on a wrong setting, before anything slow."""
     mesh, net = program.place(config)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
@@ -74,7 +74,15 @@ def _prepare(config: ConfigDict) -> Run:
             f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
             f"{net.size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
         )
-    source = sources.create(config.data.source, net.size.image_size, config.seed)
+    spare = directory / "index"
+    source, order = mixture.create(
+        config.data,
+        net.size.image_size,
+        config.seed,
+        batch_size=config.batch_size,
+        parts=sharding.process_share(mesh)[1],
+        spare=spare,
+    )
     steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
     total = clock.to_steps(config.duration, **steps)
     if not total:
@@ -85,7 +93,8 @@ def _prepare(config: ConfigDict) -> Run:
         program=program.build(config, warmup=warmup, total=total),
         tokenizer=tokens,
         source=source,
-        evaluators=Evaluators(config, net, mesh, tokens),
+        order=order,
+        evaluators=Evaluators(config, net, mesh, tokens, spare),
         total=total,
         log_every=clock.to_steps(config.log.every, **steps),
         eval_every=clock.to_steps(config.eval.every, **steps),
@@ -97,6 +106,7 @@ def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPip
     part, parts = sharding.process_share(run.mesh)
     return pipeline.TrainPipeline(
         run.source,
+        run.order,
         run.tokenizer,
         config.data,
         batch_size=config.batch_size,
@@ -176,11 +186,10 @@ def _announce(run: Run, config: ConfigDict) -> None:
         f"{_hardware(run.mesh)} (mesh {axes})."
     )
     if problems := getattr(run.source, "problems", None):
-        left_out = ", ".join(f"{count} x {reason}" for reason, count in problems.most_common())
-        _say(f"Found in the training data and left out: {left_out}.")
+        _say(f"Found in the training data: {list_counts(problems)}.")
     epochs = run.total * config.batch_size / len(run.source)
     _say(
-        f"{len(run.source):,} pairs from {config.data.source.type}; {run.total:,} steps of "
+        f"{len(run.source):,} pairs from {_named(config.data)}; {run.total:,} steps of "
         f"{config.batch_size:,} pairs, {epochs:,.1f} epochs."
     )
 
@@ -198,7 +207,7 @@ def _report(
     history = metrics.read_history(directory)
     rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
     summary = RunSummary(
-        title=f"{run.net.size} on {config.data.source.name or config.data.source.type}",
+        title=f"{run.net.size} on {_named(config.data)}",
         command=command,
         started=started,
         finished=datetime.now(),
@@ -216,6 +225,11 @@ def _report(
     found = run.evaluators
     report.write_report(path, summary, history, found.zeroshot, found.retrieval)
     _say(f"Done in {clock.format_seconds(done.seconds)}. Report: {path}")
+
+
+def _named(data: ConfigDict) -> str:
+    """The training data in a word or two."""
+    return " + ".join(data.mixture) or data.source.name or data.source.type
 
 
 def _hardware(mesh: Mesh) -> str:

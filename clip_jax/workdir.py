@@ -1,5 +1,6 @@
 """The config a workdir belongs to: written once, compared at every resume."""
 
+import fnmatch
 import json
 from typing import Any
 
@@ -15,7 +16,8 @@ FILE = "config.json"  # inside the workdir
 # or what is reported, not what is learned.
 FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
 FREE += ("model.remat", "model.pack", "accum_steps", "loss.method", "loss.tile")
-FREE += ("data.threads", "data.prefetch", "data.max_skipped", "data.source.path")
+FREE += ("data.threads", "data.prefetch", "data.max_skipped", "data.patience")
+FREE += ("data.source.path", "data.mixture.*.path")
 
 
 def write(workdir: epath.PathLike, config: ConfigDict) -> None:
@@ -64,7 +66,7 @@ def to_plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def _is_free(name: str) -> bool:
-    return any(name == free or name.startswith(free + ".") for free in FREE)
+    return any(fnmatch.fnmatch(name, free) or name.startswith(free + ".") for free in FREE)
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

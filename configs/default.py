@@ -87,7 +87,8 @@ def validate(config: ConfigDict) -> None:
     problems = []
     for name, value, choices in (
         ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
-        ("data.crop", config.data.crop, ("random", "center", "none")),
+        ("data.crop", config.data.crop, ("random", "resized", "center", "none")),
+        ("data.order", config.data.order, ("shuffled", "windowed", "stored")),
         ("loss.name", config.loss.name, ("softmax", "sigmoid")),
         ("loss.method", config.loss.method, ("all_gather", "ring")),
         ("optim.moment_dtype", config.optim.moment_dtype, ("float32", "bfloat16")),
@@ -104,10 +105,12 @@ def validate(config: ConfigDict) -> None:
         ("eval.batch_size", config.eval.batch_size, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("data.prefetch", config.data.prefetch, 1),
+        ("data.window", config.data.window, 1),
+        ("data.run", config.data.run, 1),
     ):
         if value < least:
             problems.append(f"{name} is {value}, and must be at least {least}")
-    if not config.data.source.type:
+    if not config.data.source.type and not config.data.mixture:
         problems.append(
             "it names no training data: set --config.data.source.type (tar, folder, tfds) "
             "and --config.data.source.path or .name to yours, or put :smoke behind the config's "
@@ -120,18 +123,25 @@ def validate(config: ConfigDict) -> None:
 def source(**overrides) -> ConfigDict:
     """Where examples come from; the same fields for training and evaluation data."""
     spec = ConfigDict()
-    spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "synthetic"; "": none
-    spec.path = ""  # folder: directory; tar: files or patterns, comma-separated; tfds: data_dir
+    spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "tfrecord" | "synthetic"
+    # folder: directory; tar, tfrecord: files or patterns, comma-separated; tfds: data_dir
+    spec.path = ""
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
     spec.split = ""  # digits: "train" | "test" | "test_scenes"; tfds: such as "train[:90%]"
-    spec.image_key = ""  # tfds: image feature, "/" for nesting; "": "image"
-    spec.text_key = (
-        ""  # tfds, tar (a key of the .json) and folder (a table's column); "": usual name
-    )
+    spec.image_key = ""  # tfds ("/" for nesting), tfrecord: the feature; "": the usual name
+    # Where captions stand: a feature (tfds, tfrecord), a key of the .json (tar) or a column
+    # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.
+    spec.text_key = ""
     spec.label_key = ""  # where the class of an example stands, as for text_key; "": no classes
     spec.size = 0  # synthetic: number of examples
+    spec.weight = 0.0  # in a mixture; 0: its number of examples
     spec.update(overrides)
     return spec
+
+
+def mixture(**sources: ConfigDict) -> ConfigDict:
+    """Sources by name, for `data.mixture`."""
+    return ConfigDict(sources)
 
 
 def _model() -> ConfigDict:
@@ -204,11 +214,22 @@ def _optim() -> ConfigDict:
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = source()
-    data.crop = "random"  # square window: "random" (paper) | "center" | "none" (squash the whole)
-    data.shuffle = True  # each epoch in its own order; False: as stored
+    # Several sources by name, in proportion to their weights; none: `source` alone. In a config
+    # file: config.data.mixture = default.mixture(mine=source(...), theirs=source(...)).
+    data.mixture = mixture()
+    # "random" square window (paper) | "resized" (RandomResizedCrop) | "center" | "none" (squash)
+    data.crop = "random"
+    data.crop_scale = (0.9, 1.0)  # resized: least and greatest share of the area
+    data.crop_ratio = (3 / 4, 4 / 3)  # resized: least and greatest width / height
+    # Of each epoch: "shuffled" over the whole set | "windowed" (reads neighbours together, where
+    # jumping is slow: README, "Slow storage") | "stored".
+    data.order = "shuffled"
+    data.window = 32_768  # windowed: examples shuffled together, which all hosts hold in memory
+    data.run = 32  # windowed: neighbours read at once
     data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
     data.prefetch = 2  # batches held ready on the host, and as many on the device
+    data.patience = 600.0  # seconds without a batch until the run stops and says what hangs
     return data
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from clip_jax.data.captions import Captions
 from clip_jax.data.sources import Example
 from clip_jax.errors import UserError
 
@@ -130,7 +131,7 @@ class DigitScenes:
         glyphs = self._compose(rng, index)
         return Example(
             image=self._draw(glyphs),
-            text=_caption(rng, glyphs),
+            captions=Captions((_caption(rng, glyphs),), (1.0,)),
             label=glyphs[0].digit if len(glyphs) == 1 else -1,
             key=f"digits {self._split} {index}",
         )

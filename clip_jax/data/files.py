@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from etils import epath
 
@@ -13,6 +13,9 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAGIC = re.compile(r"[*?\[]")
 # Seconds to wait before each further try at a read that failed.
 RETRY_DELAYS = (0.1, 0.5, 2.0)
+
+# Bytes between two spans up to which reading on is cheaper than jumping.
+_GAP = 2**16
 
 Result = TypeVar("Result")
 
@@ -73,3 +76,22 @@ def with_retries(read: Callable[[], Result], delays: Sequence[float]) -> Result:
         except Exception:
             time.sleep(delay)
     return read()
+
+
+def read_spans(file: IO[bytes], spans: Sequence[tuple[int, int]]) -> list[bytes]:
+    """The bytes of each (offset, size), cut short where the file ends; neighbours by one read."""
+    found = [b""] * len(spans)
+    order = sorted(range(len(spans)), key=lambda i: spans[i])
+    while order:
+        start, size = spans[order[0]]
+        end, count = start + size, 1
+        while count < len(order) and spans[order[count]][0] <= end + _GAP:
+            offset, size = spans[order[count]]
+            end, count = max(end, offset + size), count + 1
+        file.seek(start)
+        data = file.read(end - start)
+        for i in order[:count]:
+            offset, size = spans[i]
+            found[i] = data[offset - start : offset - start + size]
+        order = order[count:]
+    return found

@@ -11,15 +11,10 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.data import files
-from clip_jax.data.sources import (
-    IMAGE_SUFFIXES,
-    Example,
-    number_labels,
-    number_names,
-    read_caption,
-    read_field,
-)
+from clip_jax.data import captions, files
+from clip_jax.data.captions import Captions
+from clip_jax.data.labels import number_labels, number_names
+from clip_jax.data.sources import IMAGE_SUFFIXES, Example
 from clip_jax.errors import BadExample, UserError
 
 _TABLE_SUFFIXES = ("csv", "tsv", "jsonl", "parquet")
@@ -53,18 +48,19 @@ class ImageFolder:
 
         Args:
           path: the directory, local or gs://.
-          text_key: column of the table, or field of the .json files, with the caption; "": the
-            usual names.
+          text_key: columns of the table, or fields of the .json files, with captions, as
+            `captions.parse_fields` has them; "": the usual names.
           label_key: column or field with the class; "": none.
 
         Raises:
           UserError: nothing of what is looked for is found.
         """
         self._root = epath.Path(path).expanduser()
-        self._text_key = text_key
+        self._fields = captions.parse_fields(text_key)
         self.problems: Counter[str] = Counter()
         self._images: list[str] = []  # relative to the root
-        self._texts: list[str] | None = None  # None: in files beside the images
+        # By row, what the fields hold; None: it stands in files beside the images.
+        self._texts: list[list[tuple[Any, float]]] | None = None
         self._labels = None
         self.class_names: tuple[str, ...] = ()
         if not path or not self._root.is_dir():
@@ -85,7 +81,7 @@ class ImageFolder:
             raise BadExample("missing image", key)
         return Example(
             image=image,
-            text=self._text_beside(key) if self._texts is None else self._texts[index],
+            captions=self._captions(index),
             label=-1 if self._labels is None else int(self._labels[index]),
             key=key,
         )
@@ -96,18 +92,25 @@ class ImageFolder:
             raise UserError(f"The table {path} has no rows.")
         columns = tuple(rows[0])
         image_column = _pick(columns, IMAGE_COLUMNS, path, "image paths")
-        wanted = (self._text_key,) if self._text_key else TEXT_COLUMNS
-        text_column = _pick(columns, wanted, path, "captions (set source.text_key)")
+        fields = self._text_columns(columns, path)
         self._images = [str(row[image_column]) for row in rows]
-        self._texts = [_text(row[text_column]) for row in rows]
+        self._texts = [[(row[name], weight) for name, weight in fields] for row in rows]
         if label_key:
             _pick(columns, (label_key,), path, "classes (source.label_key)")
             self._labels, self.class_names = number_labels([row[label_key] for row in rows])
 
+    def _text_columns(self, columns: tuple[str, ...], path: epath.Path) -> Iterable[captions.Field]:
+        what = "captions (set source.text_key)"
+        if not self._fields:
+            return (captions.Field(_pick(columns, TEXT_COLUMNS, path, what), 1.0),)
+        for field in self._fields:
+            _pick(columns, (field.name,), path, what)
+        return self._fields
+
     def _use_tree(self, label_key: str) -> None:
         found = _list(self._root)
         pictures = [name for name in found if _suffix(name) in IMAGE_SUFFIXES]
-        kinds = ("json",) if self._text_key else ("txt", "json")
+        kinds = [kind for kind in ("txt", "json") if self._wants(kind)]
         captioned = {_stem(name) for name in found if _suffix(name) in kinds}
         self._images = [name for name in pictures if _stem(name) in captioned]
         if self._images:
@@ -117,11 +120,12 @@ class ImageFolder:
             if label_key:
                 labels = [self._label_beside(name, label_key) for name in self._images]
                 self._labels, self.class_names = number_labels(labels)
-        elif pictures and all("/" in name for name in pictures) and not self._text_key:
+        elif pictures and all("/" in name for name in pictures) and not self._fields:
             self._images = pictures
             folders = [name.rpartition("/")[0] for name in pictures]
             self._labels, self.class_names = number_names(folders)
-            self._texts = [f"a photo of a {name.replace('_', ' ')}." for name in folders]
+            texts = [f"a photo of a {name.replace('_', ' ')}." for name in folders]
+            self._texts = [[(text, 1.0)] for text in texts]
         else:
             raise UserError(self._not_found(len(pictures)))
 
@@ -133,17 +137,23 @@ class ImageFolder:
             "named by class."
         )
 
-    def _text_beside(self, key: str) -> str:
-        txt = record = None
-        if not self._text_key:
-            txt = self._read(f"{_stem(key)}.txt")
-        if txt is None:
-            record = self._read(f"{_stem(key)}.json")
-        return read_caption(txt, record, self._text_key, key)
+    def _captions(self, index: int) -> Captions:
+        key, optional = self._images[index], self._labels is not None
+        if self._texts is not None:
+            return captions.collect(self._texts[index], key, not optional)
+        txt = self._read(f"{_stem(key)}.txt") if self._wants("txt") else None
+        needs_json = txt is None if not self._fields else self._wants("json")
+        record = self._read(f"{_stem(key)}.json") if needs_json else None
+        return captions.read_files(txt, record, self._fields, key, not optional)
+
+    def _wants(self, kind: str) -> bool:
+        """Whether captions may stand in files of this kind."""
+        kinds = {"txt" if field.name == "txt" else "json" for field in self._fields}
+        return not kinds or kind in kinds
 
     def _label_beside(self, key: str, label_key: str) -> Any:
         try:
-            return read_field(self._read(f"{_stem(key)}.json"), label_key, key)
+            return captions.read_field(self._read(f"{_stem(key)}.json"), label_key, key)
         except BadExample:
             return None
 
@@ -186,13 +196,6 @@ def _pick(columns: Iterable[str], wanted: tuple[str, ...], path: epath.Path, wha
         f"The table {path} has no column of {what}: looked for {', '.join(wanted)}; its columns "
         f"are {', '.join(map(str, columns))}."
     )
-
-
-def _text(value: Any) -> str:
-    """A cell as caption: the first of several; "" where there is none."""
-    if isinstance(value, list):
-        value = value[0] if value else None
-    return "" if value is None else str(value)
 
 
 def _list(root: epath.Path) -> list[str]:

@@ -1,10 +1,20 @@
-"""Image files to square uint8 pixels, with Pillow, which releases the GIL while it works."""
+"""Image files to square uint8 pixels, in libraries that release the GIL while they work.
 
+Pillow reads every header and every unusual file. An ordinary JPEG is decoded by simplejpeg: the
+same pixels from the same library beneath (libjpeg-turbo), without Pillow's copies.
+"""
+
+import contextlib
 import io
+import re
+from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import ExifTags, Image, ImageOps
 
+from clip_jax.data import crops
+from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample
 
 # Above this, a file is refused from its header alone. 8192 x 8192; decoded, 200 MB per thread.
@@ -12,139 +22,65 @@ MAX_PIXELS = 2**26
 
 # These formats hold films; the others' further frames are previews, depth maps or pages.
 _FILM_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+_JPEG_FORMATS = ("JPEG", "MPO")  # MPO: with further pictures, as phones write it
 
-# Wider than this, an image is cut to it before it is resized by its shorter side: a 10,000 x 1
-# line would become two million pixels wide.
-_MAX_ASPECT = 16
+_HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body|meta|script)\b", re.I)
 
 
-def decode(data: bytes, key: str, shrink_to: int = 0) -> Image.Image:
-    """Decodes an image file.
+def pixels(
+    image: bytes | np.ndarray | Image.Image,
+    key: str,
+    size: int,
+    crop: Crop,
+    rng: np.random.Generator | None,
+) -> np.ndarray:
+    """An image as the model takes it.
 
     Transparent pixels are laid over white, 16-bit grey is scaled to 8, the EXIF orientation is
-    applied.
+    applied. Resizing is bicubic with antialias. For a random crop, a JPEG is decoded at 1/2, 1/4
+    or 1/8 of its resolution where the part that is kept still has twice `size` pixels a side.
 
     Args:
-      data: the bytes of a JPEG, PNG, WebP or whatever else Pillow reads.
+      image: the bytes of a JPEG, PNG, WebP or whatever else Pillow reads; or uint8 [h, w, 3]; or
+        a Pillow image.
       key: names the example in errors.
-      shrink_to: if not 0, a JPEG may be decoded at 1/2, 1/4 or 1/8 of its resolution (much
-        faster) as long as both sides keep twice this many pixels.
+      size: pixels along a side of the result.
+      crop: which part is kept.
+      rng: places a random crop; unused by others.
 
     Returns:
-      An RGB image.
+      uint8 [size, size, 3], maybe read-only.
 
     Raises:
-      BadExample: "unreadable image", "too many pixels", "animated image" or
-        "unsupported pixel format".
-    """
-    try:
-        image = Image.open(io.BytesIO(data))
-        _refuse(image, key)
-        if shrink_to:
-            image.draft(None, (2 * shrink_to, 2 * shrink_to))
-        image.load()
-        return to_rgb(image, key)
-    except BadExample:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadExample("too many pixels", key, str(error)) from None
-    except (
-        Exception
-    ) as error:  # damaged files make Pillow raise anything from EOFError to struct.error
-        raise BadExample("unreadable image", key, f"{type(error).__name__}: {error}") from None
-
-
-def resize_crop(
-    image: Image.Image | np.ndarray,
-    size: int,
-    crop: str,
-    rng: np.random.Generator | None = None,
-) -> np.ndarray:
-    """Cuts and resizes to a square; bicubic with antialias throughout.
-
-    Args:
-      image: RGB, or uint8 [h, w, 3].
-      size: pixels along a side of the result.
-      crop: "random": a random square window of the image resized by its shorter side (the
-        paper's only augmentation, section 2.4); "center": the middle one, as OpenAI's
-        preprocessing for evaluation has it; "none": the whole image resized to a square,
-        whatever its proportions.
-      rng: places the random window; unused otherwise.
-
-    Returns:
-      uint8 [size, size, 3].
+      BadExample: "empty image file", "HTML instead of an image", "unreadable image",
+        "too many pixels", "animated image" or "unsupported pixel format".
     """
     if isinstance(image, np.ndarray):
-        if image.shape == (size, size, 3):
+        if image.shape == (size, size, 3) and crop.name != "resized":
             return image
         image = Image.fromarray(image)
-    if image.size == (size, size):
-        pass
-    elif crop == "random":
-        assert rng is not None, "a random window needs an rng"
-        image = _random_window(image, size, rng)
-    elif crop == "center":
-        image = _middle_window(image, size)
-    elif crop == "none":
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    else:
-        raise ValueError(f'crop must be "random", "center" or "none", not {crop!r}')
-    return np.asarray(image)
+    with _reading(key):
+        picture = _open(image, key) if isinstance(image, bytes) else image
+        if not crop.is_random:
+            return crops.fixed(to_rgb(picture, key), size, crop)
+        assert rng is not None, "a random crop needs an rng"
+        if isinstance(image, bytes) and picture.format in _JPEG_FORMATS:
+            window = crops.window(crop, *_upright_size(picture), rng)
+            factor = window.shrink_factor(size)
+            return crops.resize(_jpeg(image, picture, key, factor), window.shrunk(factor), size)
+        rgb = np.asarray(to_rgb(picture, key))
+        window = crops.window(crop, rgb.shape[1], rgb.shape[0], rng)
+        return crops.resize(rgb, window, size)
 
 
-def _random_window(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """Resizes only the window that is kept: the same pixels for a fraction of the work."""
-    side = min(image.size)
-    left, top = (rng.uniform(0, length - side) for length in image.size)
-    return image.resize(
-        (size, size),
-        Image.Resampling.BICUBIC,
-        box=(left, top, left + side, top + side),
-        reducing_gap=3.0,  # first averages whole pixels, only where it shrinks more than 3-fold
-    )
-
-
-def _middle_window(image: Image.Image, size: int) -> Image.Image:
-    """Rounds as torchvision's Resize(size) and CenterCrop(size) do, which OpenAI used."""
-    image = _limit_aspect(image)
-    width, height = image.size
-    if width <= height:
-        resized = (size, int(size * height / width))
-    else:
-        resized = (int(size * width / height), size)
-    if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-    left, top = (round((length - size) / 2) for length in resized)
-    return image.crop((left, top, left + size, top + size))
-
-
-def _limit_aspect(image: Image.Image) -> Image.Image:
-    longest = _MAX_ASPECT * min(image.size)
-    if max(image.size) <= longest:
-        return image
-    width, height = (min(length, longest) for length in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _refuse(image: Image.Image, key: str) -> None:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadExample("too many pixels", key, f"{width} x {height}")
-    if image.format in _FILM_FORMATS and getattr(image, "is_animated", False):
-        raise BadExample("animated image", key)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; an image with damaged EXIF data stays as it is."""
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
+def decode(data: bytes, key: str) -> Image.Image:
+    """Decodes an image file to RGB at its full size; see `pixels`, also for the errors."""
+    with _reading(key):
+        return to_rgb(_open(data, key), key)
 
 
 def to_rgb(image: Image.Image, key: str = "image") -> Image.Image:
-    """Any Pillow image upright and in RGB, as `decode` describes; BadExample where it cannot."""
+    """Any Pillow image upright and in RGB, as `pixels` describes; BadExample where it cannot."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -157,6 +93,77 @@ def to_rgb(image: Image.Image, key: str = "image") -> Image.Image:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _reading(key: str) -> Iterator[None]:
+    """Whatever goes wrong with a file becomes a BadExample."""
+    try:
+        yield
+    except (BadExample, AssertionError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadExample("too many pixels", key, str(error)) from None
+    # Damaged files make Pillow raise anything from EOFError to struct.error.
+    except Exception as error:
+        raise BadExample("unreadable image", key, f"{type(error).__name__}: {error}") from None
+
+
+def _open(data: bytes, key: str) -> Image.Image:
+    """Reads the header; refuses what is not worth decoding."""
+    if not data:
+        raise BadExample("empty image file", key)
+    if _HTML.match(data):
+        raise BadExample("HTML instead of an image", key)
+    image = Image.open(io.BytesIO(data))
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadExample("too many pixels", key, f"{width} x {height}")
+    if image.format in _FILM_FORMATS and getattr(image, "is_animated", False):
+        raise BadExample("animated image", key)
+    return image
+
+
+def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarray:
+    """Decodes a JPEG at 1 / factor of its sides, rounded up: upright, uint8 [h, w, 3].
+
+    Args:
+      data: the file.
+      picture: the same, opened and not yet decoded.
+      key: names the example in errors.
+      factor: 1, 2, 4 or 8.
+    """
+    if picture.mode in ("RGB", "L") and _orientation(picture) == 1:
+        width, height = (-(-length // factor) for length in picture.size)
+        # What it complains of may be harmless, or a file that ends too early: Pillow can tell.
+        with contextlib.suppress(ValueError):
+            return simplejpeg.decode_jpeg(
+                data, min_width=width, min_height=height, min_factor=factor, strict=True
+            )
+    picture.draft(None, (picture.width // factor, picture.height // factor))
+    return np.asarray(to_rgb(picture, key))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as EXIF counts them; 1, upright, where there is none or it is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation; an image with damaged EXIF data stays as it is."""
+    image.load()  # what is wrong with the pixels is no matter of EXIF
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
 
 
 def _grey16_to_rgb(image: Image.Image, key: str) -> Image.Image:

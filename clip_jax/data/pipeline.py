@@ -1,18 +1,18 @@
-"""Sources to batches: one tf.data pipeline per host, entered at any example, then the device."""
+"""Sources to batches: one pipeline per host, entered at any example."""
 
 import logging
-import queue
 import threading
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from clip_jax.data import images, loading, order
-from clip_jax.data.sources import Example, Source
+from clip_jax.data import captions, images, loading, order
+from clip_jax.data.crops import CENTER, Crop
+from clip_jax.data.sources import Source
+from clip_jax.data.stages import Stages
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample, UserError
 
@@ -29,9 +29,9 @@ class TrainPipeline:
     """The training batches of one host, from any position on, for ever.
 
     Position p (0, 1, 2, ... over the whole run, all hosts together) holds an example that is a
-    pure function of (seed, p): every example once per epoch, in an order of its own each epoch.
-    Row r of step s is position s * batch_size + r, whatever the number of hosts. So the state of
-    the data in a checkpoint is the one number `start`.
+    pure function of the order and p. Step s holds the positions from s * batch_size on, in rows
+    that do not depend on the number of hosts. So the state of the data in a checkpoint is the one
+    number `start`.
 
     The place of an unusable example is taken by another one, chosen by (seed, p) too. Iterating
     ends in UserError once their share passes `config.max_skipped`.
@@ -40,11 +40,13 @@ class TrainPipeline:
       examples_per_epoch: the length of the source.
       skipped: number of unusable examples met by this host, by reason.
       truncated: number of captions this host cut to the context length.
+      stages: what each thread is doing.
     """
 
     def __init__(
         self,
         source: Source,
+        order_: order.Order,
         tokenizer: Tokenizer,
         config: ConfigDict,
         *,
@@ -59,6 +61,7 @@ class TrainPipeline:
 
         Args:
           source: not empty.
+          order_: of its examples.
           tokenizer: of the captions.
           config: the fields of `data` in configs/default.py.
           batch_size: examples per step, over all hosts.
@@ -69,16 +72,21 @@ class TrainPipeline:
           parts: into how many the batch is split.
 
         Raises:
-          UserError: the batch does not divide by the hosts, or the source is empty.
+          UserError: the batch does not divide by the hosts or lanes, or the source is empty.
         """
         if not len(source):
             raise UserError("The training data is empty.")
+        if batch_size % order_.lanes:
+            raise UserError(f"The order has {order_.lanes} lanes, no divisor of {batch_size}.")
         self.examples_per_epoch = len(source)
+        self.stages = Stages()
         self.skipped: Counter[str] = Counter()
         self.truncated = 0
         self._source = source
+        self._order = order_
         self._tokenizer = tokenizer
         self._config = config
+        self._crop = Crop(config.crop, config.crop_scale, config.crop_ratio)
         self._batch_size = batch_size
         self._image_size = image_size
         self._seed = seed
@@ -104,27 +112,32 @@ class TrainPipeline:
 
     def _load(self, count: int) -> loading.Row:
         """The `count`-th example of this host since `start`."""
-        step, row = divmod(count, len(self._rows))
-        position = self._start + step * self._batch_size + self._rows[row]
+        position = self._position(count)
         rng = np.random.default_rng([self._seed, order.CROP, position])
         try:
-            example = self._prepare(self._index(position), rng)
+            example = self._prepare(self._order[position], rng)
         except BadExample as bad:
             self._count(bad)
-            return self._replacement(position)
-        self._count(None)
+            example = self._replacement(position)
+        else:
+            self._count(None)
+        self.stages.leave()
         return example
 
-    def _index(self, position: int) -> int:
-        epoch, slot = divmod(position, self.examples_per_epoch)
-        if not self._config.shuffle:
-            return slot
-        return order.permutation(self.examples_per_epoch, self._seed, epoch)[slot]
+    def _position(self, count: int) -> int:
+        step, row = divmod(count, len(self._rows))
+        # Row by row where there is one lane; else each lane's rows together, so that they are one
+        # host's.
+        lane, turn = divmod(self._rows[row], self._batch_size // self._order.lanes)
+        return self._start + step * self._batch_size + turn * self._order.lanes + lane
 
     def _prepare(self, index: int, rng: np.random.Generator) -> loading.Row:
+        self.stages.enter("reading", f"example {index}")
         example = self._source[index]
-        tokens, truncated = _tokens(example, self._tokenizer)
-        image = _pixels(example, self._image_size, self._config.crop, rng)
+        self.stages.enter("decoding", example.key)
+        text = captions.choose(example.captions, rng)
+        tokens, truncated = _tokens(text, example.key, self._tokenizer)
+        image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
         if truncated:
             with self._lock:
                 self.truncated += 1
@@ -134,7 +147,7 @@ class TrainPipeline:
         rng = np.random.default_rng([self._seed, order.REPLACEMENT, position])
         for _ in range(_REPLACEMENT_TRIES):
             try:
-                return self._prepare(int(rng.integers(self.examples_per_epoch)), rng)
+                return self._prepare(self._order[int(rng.integers(2**40))], rng)
             except BadExample:  # is counted when its own turn comes
                 continue
         raise UserError(f"Hardly any example of the training data is usable. {self._complaint()}")
@@ -222,64 +235,6 @@ def eval_batches(
         )
 
 
-def to_device(
-    batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int
-) -> Generator[Batch, None, None]:
-    """Moves batches onto the mesh ahead of their use, in a thread of its own.
-
-    Args:
-      batches: trees of NumPy arrays, the rows of this host.
-      sharding: of the global arrays, along their first axis.
-      depth: batches held ready on the device.
-
-    Yields:
-      The same trees of global jax.Arrays. Errors of `batches` are raised here.
-    """
-    return loading.closed_at_exit(_to_device(batches, sharding, depth))
-
-
-def _to_device(
-    batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int
-) -> Generator[Batch, None, None]:
-    ready: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: tuple[Any, BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def fill() -> None:
-        try:
-            for batch in batches:
-                put((jax.tree.map(globalise, batch), None))
-                if stop.is_set():
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:
-            put((None, error))
-
-    def globalise(local: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, local)
-
-    thread = threading.Thread(target=fill, name="to_device", daemon=True)
-    thread.start()
-    try:
-        while True:
-            batch, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield batch
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-
-
 def _local_rows(batch_size: int, part: int, parts: int) -> range:
     """The rows of the global batch that this host reads."""
     if batch_size % parts:
@@ -291,19 +246,11 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
     return range(part * local, (part + 1) * local)
 
 
-def _pixels(example: Example, size: int, crop: str, rng: np.random.Generator | None) -> np.ndarray:
-    """uint8 [size, size, 3]; BadExample where the image cannot be decoded."""
-    image = example.image
-    if isinstance(image, bytes):
-        image = images.decode(image, example.key, shrink_to=size if crop == "random" else 0)
-    return images.resize_crop(image, size, crop, rng)
-
-
-def _tokens(example: Example, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
+def _tokens(text: str, key: str, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
     """int32 [context_length], and whether the caption was cut; BadExample where it is empty."""
-    tokens, truncated = tokenizer.encode(example.text)
+    tokens, truncated = tokenizer.encode(text)
     if tokens[1] == tokenizer.vocab_size - 1:  # the end token at once, as after "&nbsp;"
-        raise BadExample("empty caption", example.key)
+        raise BadExample("empty caption", key)
     return tokens, truncated
 
 
@@ -312,11 +259,11 @@ def _eval_row(
 ) -> loading.Row:
     example = source[index]
     row = _empty_row(tokenizer, image_size, index)
-    row["image"] = _pixels(example, image_size, "center", None)
+    row["image"] = images.pixels(example.image, example.key, image_size, CENTER, None)
     row["label"] = np.int32(example.label)
     row["mask"] = np.bool_(True)
     if tokenizer is not None:
-        row["tokens"], _ = _tokens(example, tokenizer)
+        row["tokens"], _ = _tokens(example.text, example.key, tokenizer)
     return row
 
 

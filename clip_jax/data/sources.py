@@ -1,14 +1,14 @@
 """Sources: random access to stored examples, whatever they are stored in."""
 
 import dataclasses
-import json
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.errors import BadExample, UserError
+from clip_jax.data.captions import Captions
+from clip_jax.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
@@ -19,15 +19,20 @@ class Example:
 
     Attributes:
       image: an encoded file, or uint8 [h, w, 3].
-      text: the caption; "" where the set has none.
+      captions: all of them, and how often training draws each; none where the set has none.
       label: class index, -1: none.
       key: names the example in messages.
     """
 
     image: bytes | np.ndarray
-    text: str
+    captions: Captions
     label: int
     key: str
+
+    @property
+    def text(self) -> str:
+        """The first caption, which evaluation takes; "" where there is none."""
+        return self.captions.texts[0] if self.captions.texts else ""
 
 
 class Source(Protocol):
@@ -51,13 +56,24 @@ class Source(Protocol):
         ...
 
 
-def create(spec: ConfigDict, image_size: int, seed: int) -> Source:
+def create(
+    spec: ConfigDict,
+    image_size: int,
+    seed: int,
+    *,
+    spare: epath.Path | None = None,
+    run: int = 1,
+    kept_runs: int = 0,
+) -> Source:
     """The source that `spec` names.
 
     Args:
       spec: the fields of `source()` in configs/default.py.
       image_size: pixels along a side, for sources that draw their images.
       seed: of sources that draw their images.
+      spare: directory for indices of shards whose own cannot be written to.
+      run: neighbours in a tar shard that are read at once.
+      kept_runs: of these, how many are held in memory; 0: every example is read by itself.
 
     Raises:
       UserError: the data is not there or not in the expected form.
@@ -73,17 +89,22 @@ def create(spec: ConfigDict, image_size: int, seed: int) -> Source:
     if spec.type == "tar":
         from clip_jax.data.tar import TarShards
 
-        return TarShards(spec.path, spec.text_key, spec.label_key)
+        keys = spec.text_key, spec.label_key
+        return TarShards(spec.path, *keys, spare=spare, run=run, kept_runs=kept_runs)
     if spec.type == "tfds":
         from clip_jax.data.tfds_source import TfdsSource
 
-        return TfdsSource(spec)
+        return TfdsSource(spec, spare)
+    if spec.type == "tfrecord":
+        from clip_jax.data.tfrecord_source import TfRecordSource
+
+        return TfRecordSource(spec, spare)
     if spec.type == "synthetic":
         return Synthetic(spec.size, image_size, seed)
     raise UserError(
         f"The config names no data it can read: source.type is {spec.type!r}, and must be one of "
-        '"digits", "folder", "tar", "tfds", "synthetic". To try it with the embedded set, add '
-        "--config.data.source.type=digits --config.data.source.split=train to the command."
+        '"digits", "folder", "tar", "tfds", "tfrecord", "synthetic". To try it with the embedded '
+        "set, add --config.data.source.type=digits --config.data.source.split=train to the command."
     )
 
 
@@ -111,69 +132,4 @@ class Synthetic:
         shape = (self._image_size, self._image_size, 3)
         image = np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
         text = " ".join(rng.choice(_WORDS, size=rng.integers(4, 17)))
-        return Example(image=image, text=text, label=-1, key=f"synthetic {index}")
-
-
-def read_caption(txt: bytes | None, record: bytes | None, text_key: str, key: str) -> str:
-    """The caption among the files that stand beside an image.
-
-    Args:
-      txt: the .txt file, None: there is none.
-      record: the .json file, None: there is none.
-      text_key: of the .json file; "": the .txt file, or else "caption" of the .json file.
-      key: names the example in errors.
-
-    Raises:
-      BadExample: "no caption", "invalid UTF-8 caption" or "unreadable json".
-    """
-    if txt is not None and not text_key:
-        try:
-            return txt.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise BadExample("invalid UTF-8 caption", key, str(error)) from None
-    text = read_field(record, text_key or "caption", key)
-    if not isinstance(text, str):
-        raise BadExample("no caption", key, f"{text_key or 'caption'!r} is {text!r}")
-    return text
-
-
-def read_field(record: bytes | None, field: str, key: str) -> Any:
-    """`field` of a JSON file; None where file or field is missing. BadExample if not JSON."""
-    if record is None:
-        return None
-    try:
-        return json.loads(record).get(field)
-    except (ValueError, AttributeError) as error:
-        raise BadExample("unreadable json", key, str(error)) from None
-
-
-def number_labels(values: Sequence[Any]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class labels as found in a file -> numbers and names.
-
-    Args:
-      values: per example; None: no label. Integers stand for themselves, anything else for a
-        name, numbered in sorted order.
-
-    Returns:
-      int32 [n], -1: none; and the names, empty where the labels are integers already.
-
-    Raises:
-      UserError: no example has a label.
-    """
-    known = [value for value in values if value is not None]
-    if not known:
-        raise UserError("No example has a class under source.label_key; is it misspelt?")
-    if all(_is_integer(value) for value in known):
-        return np.array([-1 if v is None else int(v) for v in values], np.int32), ()
-    return number_names([None if value is None else str(value) for value in values])
-
-
-def number_names(values: Sequence[str | None]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class names (None: no class) -> int32 [n], -1: none; and the names in sorted order."""
-    names = sorted({value for value in values if value is not None})
-    number = {None: -1} | {name: index for index, name in enumerate(names)}
-    return np.array([number[value] for value in values], np.int32), tuple(names)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.isdecimal())
+        return Example(image, Captions((text,), (1.0,)), label=-1, key=f"synthetic {index}")

@@ -1,37 +1,30 @@
 """Tar shards as img2dataset and webdataset write them: KEY.jpg beside KEY.txt or KEY.json."""
 
-import logging
+import bisect
+import itertools
 import time
-from array import array
 from collections import Counter
+from collections.abc import Mapping
 from typing import IO, Any
 
-import numpy as np
 from etils import epath
 
-from clip_jax.data import files
-from clip_jax.data.sources import Example, number_labels, read_caption, read_field
-from clip_jax.data.tar_index import BLOCK, Sample, Span, samples
+from clip_jax.data import captions, files, shard_index, tar_index
+from clip_jax.data.labels import number_labels
+from clip_jax.data.runs import RunCache
+from clip_jax.data.sources import Example
+from clip_jax.data.tar_index import BLOCK, Sample, Span
 from clip_jax.errors import BadExample, UserError
 
 MISSING_FOR = 60.0  # seconds until a missing shard is tried again
 
-
-class _Columns:
-    """The index while it grows: a few bytes per sample, where objects would take hundreds."""
-
-    def __init__(self) -> None:
-        self.number = array("i")  # of the shard
-        self.offsets = array("q")  # of image and caption
-        self.sizes = array("i")  # of image and caption
-        self.in_json = array("b")  # whether the caption is a field of the .json file
-        self.labels: list[Any] = []  # as found; only with label_key
+_Files = Mapping[str, bytes]  # the files of a sample by kind, and "header" of its image
 
 
 class TarShards:
-    """Random access to the samples of tar shards, through an index made at the start.
+    """Random access to the samples of tar shards, through an index that is kept beside them.
 
-    The index takes 33 bytes per sample, 4 more with labels. A shard is opened for each read, so
+    The index takes 24 bytes per sample, mapped from its file. A shard is opened for each read, so
     there may be more shards than a process may have files open.
 
     Attributes:
@@ -42,110 +35,127 @@ class TarShards:
 
     templates: tuple[str, ...] = ()
 
-    def __init__(self, paths: str, text_key: str, label_key: str):
-        """Reads every header of every shard; with `label_key` also every .json file.
+    def __init__(
+        self,
+        paths: str,
+        text_key: str = "",
+        label_key: str = "",
+        *,
+        spare: epath.Path | None = None,
+        run: int = 1,
+        kept_runs: int = 0,
+    ):
+        """Reads the index, or every header of every shard; with `label_key` every .json file too.
 
         Args:
           paths: files, directories, patterns and brace ranges, comma-separated; local or gs://.
-          text_key: field of the .json file with the caption; "": the .txt file, or else
-            "caption" of the .json file.
-          label_key: field of the .json file with the class; "": no classes.
+          text_key: fields of the .json file with captions, "txt" standing for the .txt file, as
+            `captions.parse_fields` has them; "": the .txt file, or else "caption" of the .json.
+          label_key: field of the .json file with the class; "": no classes. With it, captions may
+            be missing.
+          spare: directory for the index where that of the shards cannot be written to.
+          run: neighbours that are read at once.
+          kept_runs: of these, how many are held in memory; 0: every sample is read by itself.
 
         Raises:
           UserError: no shards, or no usable sample in them.
         """
-        self._text_key = text_key
-        self._label_key = label_key
-        self._shards = _find(paths)
+        self._fields = captions.parse_fields(text_key)
+        self._captioned = not label_key
+        self._shards = find(paths)
         self._missing_until: dict[int, float] = {}
-        self.problems: Counter[str] = Counter()
-        columns = _Columns()
-        for number, path in enumerate(self._shards):
-            self._scan(number, path, columns)
-        self._number = np.frombuffer(columns.number, np.int32)
-        self._offsets = np.frombuffer(columns.offsets, np.int64).reshape(-1, 2)
-        self._sizes = np.frombuffer(columns.sizes, np.int32).reshape(-1, 2)
-        self._in_json = np.frombuffer(columns.in_json, np.int8)
+        found = shard_index.load(self._shards, tar_index.KIND, spare)
+        self.problems: Counter[str] = shard_index.count_problems(found)
+        self._rows = [shard.rows for shard in found]
+        # Number of the first sample of each shard, and of all samples.
+        self._first = list(itertools.accumulate(map(len, self._rows), initial=0))
         if not len(self):
             raise UserError(
                 f"No usable sample in the {len(self._shards)} shard(s) of source.path = {paths!r}"
                 f" ({dict(self.problems) or 'they are empty'}). A sample is KEY.jpg, .png or .webp"
                 " beside KEY.txt, or beside KEY.json with the caption under source.text_key."
             )
-        self._labels, self.class_names = number_labels(columns.labels) if label_key else (None, ())
+        self._labels, self.class_names = None, ()
+        if label_key:
+            self._labels, self.class_names = number_labels(self._read_labels(label_key))
+        self._run = run
+        self._runs = RunCache(self._read_run, kept_runs) if kept_runs else None
 
     def __len__(self) -> int:
-        return len(self._number)
+        return self._first[-1]
 
     def __getitem__(self, index: int) -> Example:
-        image, text = (Span(*map(int, s)) for s in zip(self._offsets[index], self._sizes[index]))
-        key, image_bytes, text_bytes = self._read(int(self._number[index]), image, text)
-        txt, record = (None, text_bytes) if self._in_json[index] else (text_bytes, None)
+        if self._runs is None:
+            contents = self._read(index, index + 1)[0]
+        else:
+            contents = self._runs[index // self._run][index % self._run]
+        if isinstance(contents, BadExample):
+            raise contents
+        key = f"{self._shards[self._shard(index)].name}/{_stem(contents['header'])}"
         return Example(
-            image=image_bytes,
-            text=read_caption(txt, record, self._text_key, key),
+            image=contents["image"],
+            captions=captions.read_files(
+                contents.get("txt"), contents.get("json"), self._fields, key, self._captioned
+            ),
             label=-1 if self._labels is None else int(self._labels[index]),
             key=key,
         )
 
-    def _scan(self, number: int, path: epath.Path, columns: _Columns) -> None:
-        """Adds the usable samples of one shard to the index and counts what is wrong."""
-        try:
+    def _shard(self, index: int) -> int:
+        return bisect.bisect_right(self._first, index) - 1
+
+    def _sample(self, index: int) -> Sample:
+        """Where the files stand that are needed of a sample."""
+        shard = self._shard(index)
+        found = tar_index.spans(self._rows[shard][index - self._first[shard]])
+        if self._fields:
+            wanted = {"txt" if name == "txt" else "json" for name, _ in self._fields}
+        else:
+            wanted = {"txt" if "txt" in found else "json"}
+        return {kind: span for kind, span in found.items() if kind in wanted | {"image"}}
+
+    def _read_run(self, number: int) -> "list[_Files | BadExample]":
+        """Reads a run; where it spans shards, each has its part."""
+        index, end = number * self._run, min((number + 1) * self._run, len(self))
+        contents: list[_Files | BadExample] = []
+        while index < end:
+            stop = min(end, self._first[self._shard(index) + 1])
+            contents += self._read(index, stop)
+            index = stop
+        return contents
+
+    def _read(self, index: int, stop: int) -> "list[_Files | BadExample]":
+        """Files of neighbours in one shard, by one read from first to last; retries."""
+        shard = self._shard(index)
+        path = self._shards[shard]
+        wanted = [self._sample(i) for i in range(index, stop)]
+
+        def read() -> "list[_Files | BadExample]":
             with path.open("rb") as file:
-                found, damage = samples(file)
-                for position, sample in enumerate(found):
-                    problem = self._problem(sample)
-                    if not problem:
-                        self._append(columns, number, sample)
-                        if self._label_key:
-                            columns.labels.append(_label(file, sample, self._label_key))
-                    # The last sample of a cut shard may have lost a file: no fault of its own.
-                    elif not (damage and position == len(found) - 1):
-                        self.problems[problem] += 1
-        except FileNotFoundError:
-            damage = "there is no such file"
-        except OSError as error:
-            damage = str(error)
-        if damage:
-            self.problems["damaged shard"] += 1
-            logging.warning("Damaged shard %s, its whole samples are used: %s", path, damage)
+                return _read_samples(file, path.name, wanted)
 
-    def _problem(self, sample: Sample) -> str:
-        if "image" not in sample:
-            return "no image"
-        if "json" not in sample and (self._text_key or "txt" not in sample):
-            return "no caption"
-        return ""
-
-    def _append(self, columns: _Columns, number: int, sample: Sample) -> None:
-        in_json = bool(self._text_key) or "txt" not in sample
-        image, text = sample["image"], sample["json" if in_json else "txt"]
-        columns.number.append(number)
-        columns.offsets.extend((image.offset, text.offset))
-        columns.sizes.extend((image.size, text.size))
-        columns.in_json.append(in_json)
-
-    def _read(self, number: int, image: Span, text: Span) -> tuple[str, bytes, bytes]:
-        """Key of a sample and contents of its two files; retries, then BadExample."""
-        path = self._shards[number]
-
-        def read() -> tuple[str, bytes, bytes]:
-            with path.open("rb") as file:
-                return _read_sample(file, path.name, image, text)
-
-        known_missing = time.monotonic() < self._missing_until.get(number, 0)
+        known_missing = time.monotonic() < self._missing_until.get(shard, 0)
         try:
             return files.with_retries(read, () if known_missing else files.RETRY_DELAYS)
-        except BadExample:
-            raise
         except Exception as error:
-            self._missing_until[number] = time.monotonic() + MISSING_FOR
-            raise BadExample(
-                "missing shard", f"{path} at byte {image.offset}", str(error)
-            ) from None
+            self._missing_until[shard] = time.monotonic() + MISSING_FOR
+            return [
+                BadExample("missing shard", f"{path} at byte {where['image'].offset}", str(error))
+                for where in wanted
+            ]
+
+    def _read_labels(self, label_key: str) -> list[Any]:
+        """The class of every sample; None where it has no readable one."""
+        labels: list[Any] = []
+        for path, rows in zip(self._shards, self._rows):
+            if len(rows):
+                with path.open("rb") as file:
+                    labels += [_label(file, tar_index.spans(row), label_key) for row in rows]
+        return labels
 
 
-def _find(paths: str) -> list[epath.Path]:
+def find(paths: str) -> list[epath.Path]:
+    """The shards that `paths` names; UserError where there are none."""
     shards = files.expand(paths, ".tar")
     if not shards:
         raise UserError(
@@ -156,25 +166,31 @@ def _find(paths: str) -> list[epath.Path]:
     return shards
 
 
-def _read_sample(file: IO[bytes], shard: str, image: Span, text: Span) -> tuple[str, bytes, bytes]:
+def _read_samples(file: IO[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
     # The name is not worth memory in the index: it stands in the header before the contents.
-    file.seek(image.offset - BLOCK)
-    header, image_bytes = file.read(BLOCK), file.read(image.size)
-    file.seek(text.offset)
-    text_bytes = file.read(text.size)
-    name = header[:100].split(b"\0")[0].decode("utf-8", "replace")
-    key = f"{shard}/{name.rpartition('.')[0]}"
-    if len(image_bytes) < image.size or len(text_bytes) < text.size:
-        raise BadExample("truncated shard", key)
-    return key, image_bytes, text_bytes
+    headers = [Span(sample["image"].offset - BLOCK, BLOCK) for sample in wanted]
+    wanted = [{**sample, "header": header} for sample, header in zip(wanted, headers)]
+    pieces = iter(files.read_spans(file, [span for sample in wanted for span in sample.values()]))
+    found: list[_Files | BadExample] = []
+    for sample in wanted:
+        contents = {kind: next(pieces) for kind in sample}
+        if any(len(contents[kind]) < span.size for kind, span in sample.items()):
+            found.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
+        else:
+            found.append(contents)
+    return found
+
+
+def _stem(header: bytes) -> str:
+    """Name without suffix, from the header of a file."""
+    return header[:100].split(b"\0")[0].decode("utf-8", "replace").rpartition(".")[0]
 
 
 def _label(file: IO[bytes], sample: Sample, label_key: str) -> Any:
-    """The class of a sample; None where it has no readable one."""
     if "json" not in sample:
         return None
     file.seek(sample["json"].offset)
     try:
-        return read_field(file.read(sample["json"].size), label_key, "")
+        return captions.read_field(file.read(sample["json"].size), label_key, "")
     except BadExample:
         return None

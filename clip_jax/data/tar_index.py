@@ -1,12 +1,19 @@
 """What stands where in a tar shard, from its headers alone."""
 
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 from typing import IO, NamedTuple
 
+import numpy as np
+from etils import epath
+
+from clip_jax.data.shard_index import Found, Kind
 from clip_jax.data.sources import IMAGE_SUFFIXES
 
 BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of it
+FILES = ("image", "txt", "json")  # those of a sample that matter
 _LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
 
 
@@ -17,14 +24,45 @@ class Span(NamedTuple):
     size: int
 
 
-Sample = dict[str, Span]  # the files of one key that matter: "image", "txt", "json"
+Sample = dict[str, Span]  # the `FILES` of one key that it has
+
+# A row of the index: for each of FILES its first block and its bytes; block 0: it has none.
+ROW = np.dtype([("block", "<u4", len(FILES)), ("size", "<u4", len(FILES))])
 
 
 class DamagedShard(Exception):
     """The shard ends, or cannot be read on, before its end-of-archive mark."""
 
 
-def samples(file: IO[bytes]) -> tuple[list[Sample], str]:
+def scan(path: epath.Path) -> Found:
+    """The usable samples of a shard, as rows; the last of a cut shard only if it is whole."""
+    problems: Counter[str] = Counter()
+    with path.open("rb") as file:
+        found, damage = samples(file, problems)
+    rows = []
+    for position, sample in enumerate(found):
+        problem = _missing(sample)
+        if not problem:
+            rows.append(_row(sample))
+        # The last sample of a cut shard may have lost a file: no fault of its own.
+        elif not (damage and position == len(found) - 1):
+            problems[problem] += 1
+    return Found(np.array(rows, ROW), dict(problems), damage)
+
+
+KIND = Kind("tar", ROW, scan)
+
+
+def spans(row: np.void) -> Sample:
+    """The sample that a row of the index describes."""
+    return {
+        name: Span(int(block) * BLOCK, int(size))
+        for name, block, size in zip(FILES, row["block"], row["size"])
+        if block
+    }
+
+
+def samples(file: IO[bytes], problems: Counter[str]) -> tuple[list[Sample], str]:
     """Groups the files of a shard by key.
 
     Files of one key need not stand together; a second file of the same key and kind begins
@@ -32,6 +70,8 @@ def samples(file: IO[bytes]) -> tuple[list[Sample], str]:
 
     Args:
       file: the shard, seekable.
+      problems: where repeated keys and names that lead out of a directory are counted. The
+        former are samples like others, the latter are left out.
 
     Returns:
       The samples by first appearance, files missing or not; and what is wrong with the shard,
@@ -40,8 +80,10 @@ def samples(file: IO[bytes]) -> tuple[list[Sample], str]:
     found: list[Sample] = []
     latest: dict[str, Sample] = {}
     try:
-        for key, kind, span in _members(file):
+        for key, kind, span in _members(file, problems):
             if kind in latest.get(key, {kind}):
+                if key in latest:
+                    problems["repeated key"] += 1
                 latest[key] = {}
                 found.append(latest[key])
             latest[key][kind] = span
@@ -50,7 +92,18 @@ def samples(file: IO[bytes]) -> tuple[list[Sample], str]:
     return found, ""
 
 
-def _members(file: IO[bytes]) -> Iterator[tuple[str, str, Span]]:
+def _missing(sample: Sample) -> str:
+    if "image" not in sample:
+        return "no image"
+    return "" if "txt" in sample or "json" in sample else "no caption"
+
+
+def _row(sample: Sample) -> tuple[list[int], list[int]]:
+    places = [sample.get(name, Span(0, 0)) for name in FILES]
+    return [span.offset // BLOCK for span in places], [span.size for span in places]
+
+
+def _members(file: IO[bytes], problems: Counter[str]) -> Iterator[tuple[str, str, Span]]:
     """Key, kind and place of every file that may belong to a sample."""
     file_size = file.seek(0, 2)
     file.seek(0)
@@ -64,8 +117,11 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, Span]]:
                 key, _, suffix = member.name.rpartition(".")
                 kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
                 usable = member.isfile() and member.size <= _LARGEST
-                if usable and kind in ("image", "txt", "json"):
-                    yield key, kind, Span(member.offset_data, member.size)
+                if usable and kind in FILES:
+                    if _leads_out(key):
+                        problems["unsafe file name"] += 1
+                    else:
+                        yield key, kind, Span(member.offset_data, member.size)
                 tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
     except tarfile.TarError as error:
         raise DamagedShard(f"after byte {end}: {error}") from None
@@ -73,6 +129,11 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, str, Span]]:
     # tarfile takes a cut between two files, and a damaged header, for the end of the archive.
     if file.read(BLOCK) != bytes(BLOCK):
         raise DamagedShard(f"no end-of-archive mark after byte {end}")
+
+
+def _leads_out(key: str) -> bool:
+    """Whether the name, taken as a path, could write outside a directory: someone means harm."""
+    return key.startswith("/") or (".." in key and ".." in PurePosixPath(key).parts)
 
 
 def _round_up(size: int) -> int:

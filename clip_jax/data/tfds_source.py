@@ -1,16 +1,18 @@
 """Prepared TensorFlow Datasets (TFDS), read at random from ArrayRecord or TFRecord files."""
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 from ml_collections import ConfigDict
 from tensorflow_datasets.core import decode
 
-from clip_jax.data import tfrecord
+from clip_jax.data import captions, tfrecord
 from clip_jax.data.sources import Example
 from clip_jax.errors import BadExample, UserError
 
@@ -21,8 +23,8 @@ _TEXT_KEYS = ("caption", "captions/text", "captions", "text", "title")
 class TfdsSource:
     """One split of a dataset that TFDS has prepared.
 
-    Of several captions of an image (a sequence feature, such as "captions/text" of
-    coco_captions) the first is taken. A set with `label_key` needs no captions.
+    All captions of an image are kept (a sequence feature, such as "captions/text" of
+    coco_captions). A set with `label_key` needs no captions.
 
     Attributes:
       problems: number of damaged files, by kind.
@@ -32,12 +34,13 @@ class TfdsSource:
 
     templates: tuple[str, ...] = ()
 
-    def __init__(self, spec: ConfigDict):
+    def __init__(self, spec: ConfigDict, spare: epath.Path | None = None):
         """Opens the split; TFRecord files are passed through once to find their records.
 
         Args:
           spec: name, path (data_dir; "": that of TFDS), split, image_key, text_key and label_key
             as in `source()` of configs/default.py.
+          spare: directory for the index of TFRecord files where theirs cannot be written to.
 
         Raises:
           UserError: no such dataset, split or feature, or the dataset is not prepared.
@@ -46,16 +49,22 @@ class TfdsSource:
         features = builder.info.features
         leaves = _leaves(features)
         self._image_key = _choose(leaves, spec.image_key, _IMAGE_KEYS, "image_key")
-        self._text_key = _choose(leaves, spec.text_key, _TEXT_KEYS, "text_key", spec.label_key)
+        self._fields = captions.parse_fields(spec.text_key) or tuple(
+            captions.Field(name, 1.0)
+            for name in [_choose(leaves, "", _TEXT_KEYS, "text_key", spec.label_key)]
+            if name
+        )
+        for field in self._fields:
+            _choose(leaves, field.name, (), "text_key")
         self._label_key = _choose(leaves, spec.label_key, (), "label_key", True)
         self._features, self._decoders = _partial(
-            features, self._image_key, self._text_key, self._label_key
+            features, self._image_key, self._label_key, *(name for name, _ in self._fields)
         )
         label = leaves.get(self._label_key)
         self.class_names: tuple[str, ...] = tuple(getattr(label, "names", None) or ())
         self._key = f"{builder.info.full_name} {spec.split}"
         self.problems: Counter[str] = Counter()
-        self._records = _records(builder, spec.split, self.problems)
+        self._records = _records(builder, spec.split, self.problems, spare)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -67,10 +76,10 @@ class TfdsSource:
             values = self._features.deserialize_example_np(record, decoders=self._decoders)
         except OSError as error:
             raise BadExample("unreadable record", key, str(error)) from None
-        text = _first(_lookup(values, self._text_key)) if self._text_key else b""
+        texts = [(_lookup(values, name), weight) for name, weight in self._fields]
         return Example(
             image=_image(_lookup(values, self._image_key)),
-            text=_decode_text(text, key),
+            captions=captions.collect(texts, key, required=not self._label_key),
             label=int(_lookup(values, self._label_key)) if self._label_key else -1,
             key=key,
         )
@@ -147,22 +156,6 @@ def _lookup(tree: Any, key: str) -> Any:
     return functools.reduce(lambda node, name: node[name], key.split("/"), tree)
 
 
-def _first(value: Any) -> bytes | str:
-    """The first of a (nested) sequence of captions; "" where there is none."""
-    while isinstance(value, (list, tuple, np.ndarray)):
-        value = value[0] if len(value) else ""
-    return value
-
-
-def _decode_text(text: bytes | str, key: str) -> str:
-    if isinstance(text, str):
-        return text
-    try:
-        return text.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadExample("invalid UTF-8 caption", key, str(error)) from None
-
-
 def _image(value: Any) -> bytes | np.ndarray:
     """Bytes as they are; grey arrays get three channels."""
     if isinstance(value, np.ndarray) and value.shape[-1] == 1:
@@ -171,7 +164,10 @@ def _image(value: Any) -> bytes | np.ndarray:
 
 
 def _records(
-    builder: tfds.core.DatasetBuilder, split: str, problems: Counter[str]
+    builder: tfds.core.DatasetBuilder,
+    split: str,
+    problems: Counter[str],
+    spare: epath.Path | None,
 ) -> tfrecord.TfRecords | Sequence[bytes]:
     """Random access to the serialised examples of a split."""
     try:
@@ -184,7 +180,7 @@ def _records(
         ) from None
     file_format = builder.info.file_format.value
     if file_format == "tfrecord":
-        return tfrecord.TfRecords(info.file_instructions, problems)
+        return _tfrecords(info.file_instructions, problems, spare)
     if file_format == "array_record":
         raw = decode.DeserializeMethod.RAW_BYTES
         return builder.as_data_source(split=split, deserialize_method=raw)
@@ -192,3 +188,19 @@ def _records(
         f"The dataset {builder.info.full_name} is stored as {file_format}, which clip_jax does "
         "not read; prepare it with --file_format=array_record."
     )
+
+
+def _tfrecords(
+    instructions: Any, problems: Counter[str], spare: epath.Path | None
+) -> tfrecord.TfRecords:
+    """The records of the files, and slices of files, that make up a split."""
+    wanted = [
+        (each.skip, None if each.take == -1 else each.skip + each.take) for each in instructions
+    ]
+    paths = [epath.Path(each.filename) for each in instructions]
+    records = tfrecord.TfRecords(paths, [slice(*bounds) for bounds in wanted], spare)
+    for each, path, stored in zip(instructions, paths, records.stored):
+        if stored < each.examples_in_shard:
+            problems["damaged file"] += 1
+            logging.warning("%s has only %d whole records", path, stored)
+    return records

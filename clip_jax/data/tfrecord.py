@@ -1,17 +1,16 @@
 """Random access to TFRecord files, which have no index of their own."""
 
 import bisect
-import logging
+import itertools
 import struct
 from array import array
-from collections import Counter
-from collections.abc import Iterable
-from typing import IO, Any
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
 
-from clip_jax.data import files
+from clip_jax.data import files, shard_index
+from clip_jax.data.shard_index import Found, Kind
 from clip_jax.errors import BadExample
 
 # A record: length (uint64), its checksum (uint32), contents, their checksum (uint32).
@@ -19,39 +18,58 @@ _HEADER = struct.Struct("<QI")
 _FOOTER_BYTES = 4
 
 
+def scan(path: epath.Path) -> Found:
+    """Offsets of the whole records of a file."""
+    offsets = array("Q")
+    with path.open("rb") as file:
+        size = file.seek(0, 2) or file.tell()
+        offset = 0
+        while offset + _HEADER.size <= size:
+            file.seek(offset)
+            length, _ = _HEADER.unpack(file.read(_HEADER.size))
+            end = offset + _HEADER.size + length + _FOOTER_BYTES
+            if end > size:
+                break
+            offsets.append(offset)
+            offset = end
+    damage = "" if offset == size else f"it is cut off, or no TFRecord file, from byte {offset}"
+    return Found(np.frombuffer(offsets, np.uint64), {}, damage)
+
+
+KIND = Kind("tfrecord", np.dtype("<u8"), scan)
+
+
 class TfRecords:
     """The records of several files, or of slices of them, one after the other.
 
-    Takes 8 bytes per record. The checksums are not verified: a damaged image or caption fails
-    to decode.
+    The index takes 8 bytes per record, mapped from its file. The checksums are not verified: a
+    damaged image or caption fails to decode.
+
+    Attributes:
+      stored: number of whole records in each file.
+      problems: number of damaged files.
     """
 
-    def __init__(self, instructions: Iterable[Any], problems: Counter[str]):
-        """Passes through the headers of every file.
+    def __init__(
+        self, paths: Sequence[epath.Path], slices: Sequence[slice], spare: epath.Path | None
+    ):
+        """Reads the index, or passes through the headers of every file.
 
         Args:
-          instructions: with `filename`, `skip`, `take` (records; -1: all) and
-            `examples_in_shard`, as TFDS gives them.
-          problems: where damaged files are counted.
+          paths: of the files.
+          slices: the records that are wanted of each.
+          spare: directory for the index where that of the files cannot be written to.
         """
-        self._paths: list[epath.Path] = []
-        self._offsets: list[np.ndarray] = []
-        self._first: list[int] = []  # number of the first record of each file
-        self._size = 0
-        for instruction in instructions:
-            path = epath.Path(instruction.filename)
-            offsets = _scan(path)
-            if len(offsets) < instruction.examples_in_shard:
-                problems["damaged file"] += 1
-                logging.warning("%s has only %d whole records", path, len(offsets))
-            stop = None if instruction.take == -1 else instruction.skip + instruction.take
-            self._paths.append(path)
-            self._offsets.append(offsets[instruction.skip : stop])
-            self._first.append(self._size)
-            self._size += len(self._offsets[-1])
+        found = shard_index.load(paths, KIND, spare)
+        self.problems = shard_index.count_problems(found)
+        self.stored = [len(file.rows) for file in found]
+        self._paths = paths
+        self._offsets = [file.rows[wanted] for file, wanted in zip(found, slices)]
+        # Number of the first record of each file, and of all records.
+        self._first = list(itertools.accumulate(map(len, self._offsets), initial=0))
 
     def __len__(self) -> int:
-        return self._size
+        return self._first[-1]
 
     def __getitem__(self, index: int) -> bytes:
         """Raises BadExample("unreadable record") where the file cannot be read, after retries."""
@@ -72,25 +90,3 @@ def _read(path: epath.Path, offset: int) -> bytes:
     if len(record) < length:
         raise EOFError(f"{path} ends within a record")
     return record
-
-
-def _scan(path: epath.Path) -> np.ndarray:
-    """Offsets of the whole records, int64; none where the file is missing."""
-    offsets = array("q")
-    if path.exists():
-        with path.open("rb") as file:
-            _scan_open(file, offsets)
-    return np.frombuffer(offsets, np.int64)
-
-
-def _scan_open(file: IO[bytes], offsets: array) -> None:
-    size = file.seek(0, 2) or file.tell()
-    offset = 0
-    while offset + _HEADER.size <= size:
-        file.seek(offset)
-        length, _ = _HEADER.unpack(file.read(_HEADER.size))
-        end = offset + _HEADER.size + length + _FOOTER_BYTES
-        if end > size:
-            break
-        offsets.append(offset)
-        offset = end

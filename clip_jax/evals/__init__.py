@@ -1,5 +1,6 @@
 """What a model can do: zero-shot classification and retrieval, and the page that shows it."""
 
+from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -21,7 +22,14 @@ class Evaluators:
       zeroshot, retrieval: the latest results; None before the first, or where switched off.
     """
 
-    def __init__(self, config: ConfigDict, net: nn.Module, mesh: Mesh, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        config: ConfigDict,
+        net: nn.Module,
+        mesh: Mesh,
+        tokenizer: Tokenizer,
+        spare: epath.Path | None = None,
+    ):
         """Opens the evaluation data, so that a wrong path fails before training, not after.
 
         Args:
@@ -29,6 +37,7 @@ class Evaluators:
           net: a `clip_jax.models.CLIP`.
           mesh: devices to evaluate on.
           tokenizer: of captions and prompts.
+          spare: directory for indices of shards whose own cannot be written to.
         """
         self.zeroshot: ZeroshotResult | None = None
         self.retrieval: RetrievalResult | None = None
@@ -39,13 +48,13 @@ class Evaluators:
         if spec.zeroshot.source.type:
             self._zeroshot = Zeroshot(
                 encoder,
-                sources.create(spec.zeroshot.source, size, config.seed),
+                sources.create(spec.zeroshot.source, size, config.seed, spare=spare),
                 tokenizer,
                 spec.zeroshot.class_names,
                 spec.zeroshot.templates,
             )
         if spec.retrieval.source.type:
-            source = sources.create(spec.retrieval.source, size, config.seed)
+            source = sources.create(spec.retrieval.source, size, config.seed, spare=spare)
             self._retrieval = Retrieval(encoder, source, tokenizer, spec.retrieval.max_examples)
 
     def run(self, variables: Variables) -> dict[str, float]:

@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.data import images, pipeline
+from clip_jax.data.crops import CENTER
+from clip_jax.data.feed import Feed
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 
@@ -91,7 +93,7 @@ class Encoder:
             threads=self._threads,
             limit=limit,
         )
-        for batch in pipeline.to_device(batches, self._sharding, depth=2):
+        for batch in Feed(batches, self._sharding, depth=2):
             pixels = batch.pop("image")
             with jax.set_mesh(self.mesh):
                 embed = self._image(variables, pixels)
@@ -104,10 +106,7 @@ class Encoder:
 def picture(source: Source, index: int, size: int) -> np.ndarray:
     """One image of a source as the model sees it, uint8 [size, size, 3]."""
     example = source[index]
-    image = example.image
-    if isinstance(image, bytes):
-        image = images.decode(image, example.key)
-    return images.resize_crop(image, size, "center", None)
+    return images.pixels(example.image, example.key, size, CENTER, None)
 
 
 def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:

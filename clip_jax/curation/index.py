@@ -1,0 +1,38 @@
+"""python -m clip_jax data index: finds every sample of shards once, ahead of the first run."""
+
+import time
+
+from clip_jax.curation import arguments
+from clip_jax.errors import UserError
+
+_ABOUT = """\
+Reads the headers of tar shards or TFRecord files, in parallel, and keeps what it finds in one file
+in their directory (clip_jax.tar.index), so that a run opens them at once. A shard that changes is
+read again by itself. Runs do the same when they find no index; on many hosts, do it once before.
+
+  python -m clip_jax data index "shards/*.tar"
+  python -m clip_jax data index gs://BUCKET/shards --workers=64
+"""
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    options = arguments.parser("index", _ABOUT).parse_args(argv)
+    spec = arguments.data(options.data, options).spec
+    from clip_jax.data import files, shard_index, tar, tar_index, tfrecord
+
+    if spec.type == "tar":
+        paths, kind = tar.find(spec.path), tar_index.KIND
+    elif spec.type == "tfrecord":
+        paths, kind = files.expand(spec.path, ".tfrecord"), tfrecord.KIND
+    else:
+        raise UserError(
+            f"{options.data!r} needs no index: only tar shards and TFRecord files do. `python -m "
+            f"clip_jax data check {options.data}` tries its examples."
+        )
+    began = time.monotonic()
+    found = shard_index.load(paths, kind, workers=options.workers)
+    count, seconds = sum(len(shard.rows) for shard in found), time.monotonic() - began
+    print(f"{count:,} examples in {len(paths):,} shards, {seconds:,.1f} s.")
+    for problem, times in shard_index.count_problems(found).most_common():
+        print(f"  {times:>10,}  {problem}")

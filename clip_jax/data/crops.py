@@ -1,0 +1,171 @@
+"""Which part of an image is kept, and how it becomes a square of pixels: bicubic, antialiased."""
+
+import dataclasses
+import math
+
+import numpy as np
+from PIL import Image
+
+from clip_jax.errors import UserError
+
+try:
+    import cykooz_resizer as simd
+except ImportError:  # no wheel for ARM Linux; Pillow makes the same picture, slower
+    simd = None
+
+NAMES = ("random", "resized", "center", "none")
+
+# A draw of area and proportions that does not fit into the image is repeated so often.
+_TRIES = 10
+
+# Wider than this, an image is cut to it before it is resized by its shorter side: a 10,000 x 1
+# line would become two million pixels wide.
+_MAX_ASPECT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """How an image becomes a square.
+
+    Attributes:
+      name: "random": a random square as wide as the image's shorter side (the paper's only
+        augmentation, section 2.4); "resized": a random rectangle, squashed to a square, as
+        torchvision's RandomResizedCrop draws it; "center": the middle square, exactly as OpenAI's
+        preprocessing for evaluation makes it; "none": the whole image squashed to a square.
+      scale: least and greatest share of the image's area, for "resized".
+      ratio: least and greatest width / height, for "resized".
+
+    Raises:
+      UserError: an unknown name, or ranges that hold no rectangle.
+    """
+
+    name: str
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise UserError(f"There is no crop {self.name!r}: choose one of {', '.join(NAMES)}.")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(
+                f"A crop's scale is {self.scale}; it is the least and the greatest share of the "
+                "image's area, both above 0 and at most 1, such as (0.9, 1.0)."
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise UserError(
+                f"A crop's ratio is {self.ratio}; it is the least and the greatest width / height, "
+                "both above 0, such as (0.75, 1.33)."
+            )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether `window` draws; the other crops are made by `fixed`."""
+        return self.name in ("random", "resized")
+
+
+CENTER = Crop("center")
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """A rectangle of whole pixels within an image."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def shrink_factor(self, size: int) -> int:
+        """How many times smaller, 1, 2, 4 or 8, an image may be decoded and still be sharp.
+
+        The window keeps at least twice the `size` pixels along a side that it is resized to.
+        """
+        least = min(self.width, self.height) // (2 * size)
+        return next((factor for factor in (8, 4, 2) if factor <= least), 1)
+
+    def shrunk(self, factor: int) -> "Window":
+        """The window in the image decoded 1 / factor as large."""
+        return Window(*(length // factor for length in dataclasses.astuple(self)))
+
+
+def window(crop: Crop, width: int, height: int, rng: np.random.Generator) -> Window:
+    """Draws the part that a random crop keeps of a width x height image."""
+    if crop.name == "resized":
+        return _random_rectangle(crop, width, height, rng)
+    side = min(width, height)
+    return _placed(side, side, width, height, rng)
+
+
+def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
+    """Resizes a part of an image to a square.
+
+    Args:
+      image: uint8 [h, w, 3].
+      part: of it.
+      size: pixels along a side.
+
+    Returns:
+      uint8 [size, size, 3]; Pillow's bicubic resize gives the same within 2 on photographs, and only on
+      noise, where what overshoots is clipped between the two passes, more.
+    """
+    cut = image[part.top : part.top + part.height, part.left : part.left + part.width]
+    if cut.shape == (size, size, 3):
+        return cut
+    if simd is None:
+        return _squash(Image.fromarray(cut), size)
+    rgb = simd.PixelType.U8x3
+    source = simd.ImageData(part.width, part.height, rgb, cut.tobytes())
+    target = simd.ImageData(size, size, rgb)
+    bicubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
+    simd.Resizer().resize(source, target, simd.ResizeOptions(resize_alg=bicubic))
+    return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+def fixed(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
+    """The crops without chance, by Pillow itself: uint8 [size, size, 3]."""
+    return _squash(image, size) if crop.name == "none" else _middle(image, size)
+
+
+def _random_rectangle(crop: Crop, width: int, height: int, rng: np.random.Generator) -> Window:
+    lowest, highest = (math.log(ratio) for ratio in crop.ratio)
+    for scale, ratio in rng.uniform((crop.scale[0], lowest), (crop.scale[1], highest), (_TRIES, 2)):
+        area, ratio = scale * width * height, math.exp(ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return _placed(w, h, width, height, rng)
+    # None fits: the largest middle part of permitted proportions.
+    w = max(1, min(width, round(height * crop.ratio[1])))
+    h = max(1, min(height, round(width / crop.ratio[0])))
+    return Window((width - w) // 2, (height - h) // 2, w, h)
+
+
+def _placed(w: int, h: int, width: int, height: int, rng: np.random.Generator) -> Window:
+    left, top = rng.integers(0, (width - w, height - h), endpoint=True).tolist()
+    return Window(left, top, w, h)
+
+
+def _squash(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def _middle(image: Image.Image, size: int) -> np.ndarray:
+    """Rounds as torchvision's Resize(size) and CenterCrop(size) do, which OpenAI used."""
+    image = _limit_aspect(image)
+    width, height = image.size
+    if width <= height:
+        resized = (size, int(size * height / width))
+    else:
+        resized = (int(size * width / height), size)
+    if resized != image.size:
+        image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (round((length - size) / 2) for length in resized)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _limit_aspect(image: Image.Image) -> Image.Image:
+    longest = _MAX_ASPECT * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(length, longest) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,109 @@
+"""Batches onto the device ahead of their use, with an eye on how long they take."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from clip_jax.data import loading
+from clip_jax.errors import DataStalled
+
+
+class Feed:
+    """Moves batches onto the mesh ahead of their use, in a thread of its own.
+
+    Iterating yields trees of global jax.Arrays. What `batches` raises is raised here.
+
+    Attributes:
+      waited: seconds that the consumer has waited for batches so far.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable[dict[str, np.ndarray]],
+        sharding: jax.sharding.Sharding,
+        depth: int,
+        *,
+        patience: float = float("inf"),
+        describe: Callable[[], str] = lambda: "",
+    ):
+        """Starts at the first `next`.
+
+        Args:
+          batches: trees of NumPy arrays, the rows of this host.
+          sharding: of the global arrays, along their first axis.
+          depth: batches held ready on the device.
+          patience: seconds without a batch until DataStalled is raised.
+          describe: says what the pipeline is at, for that error.
+        """
+        self.waited = 0.0
+        self._batches, self._sharding = batches, sharding
+        self._patience, self._describe = patience, describe
+        self._ready: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._generator = loading.closed_at_exit(self._generate())
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        return next(self._generator)
+
+    def close(self) -> None:
+        """Stops the thread."""
+        self._generator.close()
+
+    def _generate(self) -> Generator[dict[str, jax.Array], None, None]:
+        thread = threading.Thread(target=self._fill, name="feed", daemon=True)
+        thread.start()
+        try:
+            while True:
+                batch, error = self._wait()
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                yield batch
+        finally:
+            self._stop.set()
+            thread.join(timeout=2)
+
+    def _wait(self) -> tuple[Any, BaseException | None]:
+        began = time.monotonic()
+        patience = None if self._patience == float("inf") else self._patience
+        try:
+            return self._ready.get(timeout=patience)
+        except queue.Empty:
+            raise DataStalled(
+                f"No batch of training data has come for {self._patience:,.0f} s "
+                f"(data.patience). The pipeline: {self._describe()}. If the storage is only slow, "
+                "raise --config.data.patience; else see to what is named, and run the same command "
+                "again to resume at the last checkpoint."
+            ) from None
+        finally:
+            self.waited += time.monotonic() - began
+
+    def _fill(self) -> None:
+        try:
+            for batch in self._batches:
+                self._put((jax.tree.map(self._globalise, batch), None))
+                if self._stop.is_set():
+                    return
+            self._put((None, StopIteration()))
+        except BaseException as error:
+            self._put((None, error))
+
+    def _put(self, item: tuple[Any, BaseException | None]) -> None:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def _globalise(self, local: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(self._sharding, local)

@@ -1,0 +1,98 @@
+"""The training data as a whole: one source or several, and the order of their examples."""
+
+import bisect
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from clip_jax.data import order, sources
+from clip_jax.data.sources import Example, Source
+from clip_jax.errors import UserError
+
+# Readers that take turns in a windowed order. Every host has some of its own if their number
+# divides this; a constant, so that the order stays the same when hosts or batch size change.
+_LANES = 256
+
+
+class Mixture:
+    """Several sources laid end to end.
+
+    Attributes:
+      problems: of all of them.
+      class_names, templates: none.
+    """
+
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, parts: Sequence[Source]):
+        self._parts = parts
+        self._first = list(itertools.accumulate(map(len, parts), initial=0))
+        self.problems: Counter[str] = Counter()
+        for part in parts:
+            self.problems.update(getattr(part, "problems", {}))
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        part = bisect.bisect_right(self._first, index) - 1
+        return self._parts[part][index - self._first[part]]
+
+
+def create(
+    config: ConfigDict,
+    image_size: int,
+    seed: int,
+    *,
+    batch_size: int,
+    parts: int,
+    spare: epath.Path | None = None,
+) -> tuple[Source, order.Order]:
+    """The training data and their order.
+
+    Args:
+      config: the fields of `data` in configs/default.py.
+      image_size: pixels along a side, for sources that draw their images.
+      seed: of the order, and of sources that draw their images.
+      batch_size: examples per step, over all hosts.
+      parts: hosts that share a batch.
+      spare: directory for indices of shards whose own cannot be written to.
+
+    Raises:
+      UserError: the data is not there or not in the expected form.
+    """
+    specs = list(config.mixture.values()) or [config.source]
+    lanes, run, kept_runs = 1, 1, 0
+    window = config.window
+    if config.order == "windowed":
+        lanes, run = math.gcd(batch_size, _LANES), config.run
+        window = max(config.window // lanes, 1)
+        kept_runs = max(lanes // parts, 1) * (window // run + 2)
+    options = {"spare": spare, "run": run, "kept_runs": kept_runs}
+    found = [sources.create(spec, image_size, seed, **options) for spec in specs]
+
+    def order_of(size: int, part: int) -> order.Order:
+        if config.order == "windowed":
+            return order.Windowed(size, seed, run, window, lanes, part)
+        return (
+            order.Shuffled(size, seed, part) if config.order == "shuffled" else order.Stored(size)
+        )
+
+    if len(found) == 1:
+        return found[0], order_of(len(found[0]), 0)
+    mixed = Mixture(found)
+    weights = [spec.weight for spec in specs]
+    if not any(weights) and config.order != "windowed":
+        return mixed, order_of(len(mixed), 0)
+    if not all(weights) and any(weights):
+        raise UserError(
+            f"Of data.mixture = {', '.join(config.mixture)}, some have a weight, others have none: "
+            "give one to each, or to none, for proportions by their numbers of examples."
+        )
+    orders = [order_of(len(source), part) for part, source in enumerate(found)]
+    return mixed, order.Weighted(orders, weights if all(weights) else list(map(len, found)), seed)

@@ -1,0 +1,110 @@
+"""TFRecord files of tf.train.Example, as many pipelines write them, TFDS not among them."""
+
+from collections import Counter
+from typing import Any
+
+import tensorflow as tf
+from etils import epath
+from ml_collections import ConfigDict
+
+from clip_jax.data import captions, files, tfrecord
+from clip_jax.data.labels import number_labels
+from clip_jax.data.sources import Example
+from clip_jax.errors import BadExample, UserError
+
+IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "image_raw")
+TEXT_KEYS = ("caption", "text", "txt", "captions", "image/caption", "TEXT", "title")
+
+
+class TfRecordSource:
+    """Random access to the examples of TFRecord files, through an index kept beside them.
+
+    Attributes:
+      problems: number of damaged files.
+      class_names: of the labels, where `label_key` names a feature of text.
+      templates: none.
+    """
+
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, spec: ConfigDict, spare: epath.Path | None = None):
+        """Reads the index, or the headers of all records; with `label_key` all records.
+
+        Args:
+          spec: path (as for tar shards), image_key, text_key and label_key, features of the
+            examples, as in `source()` of configs/default.py.
+          spare: directory for the index where that of the files cannot be written to.
+
+        Raises:
+          UserError: no files, no records, or none of the features.
+        """
+        paths = files.expand(spec.path, ".tfrecord")
+        records = tfrecord.TfRecords(paths, [slice(None)] * len(paths), spare)
+        if not len(records):
+            raise UserError(
+                f"No records in the {len(paths)} file(s) of source.path = {spec.path!r}. It takes "
+                'TFRecord files, directories and patterns, such as "DIR/train-*".'
+            )
+        self._records = records
+        self.problems: Counter[str] = records.problems
+        features = _parse(records[0], "first record")
+        self._image_key = _choose(features, spec.image_key, IMAGE_KEYS, "image_key")
+        self._fields = captions.parse_fields(spec.text_key)
+        if not self._fields and not spec.label_key:
+            self._fields = (captions.Field(_choose(features, "", TEXT_KEYS, "text_key"), 1.0),)
+        self._labels, self.class_names = None, ()
+        if spec.label_key:
+            labels = [self._label(i, spec.label_key) for i in range(len(records))]
+            self._labels, self.class_names = number_labels(labels)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        key = f"record {index}"
+        features = _parse(self._records[index], key)
+        images = _values(features, self._image_key)
+        if not images or not isinstance(images[0], bytes):
+            raise BadExample("no image", key)
+        texts = [(_values(features, name), weight) for name, weight in self._fields]
+        return Example(
+            image=images[0],
+            captions=captions.collect(texts, key, required=self._labels is None),
+            label=-1 if self._labels is None else int(self._labels[index]),
+            key=key,
+        )
+
+    def _label(self, index: int, label_key: str) -> Any:
+        try:
+            values = _values(_parse(self._records[index], ""), label_key)
+        except BadExample:
+            return None
+        value = values[0] if values else None
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+
+def _parse(record: bytes, key: str) -> Any:
+    """The features of a serialised tf.train.Example, by name."""
+    try:
+        return tf.train.Example.FromString(record).features.feature
+    except Exception as error:  # protobuf's own
+        raise BadExample("unreadable record", key, str(error)) from None
+
+
+def _values(features: Any, name: str) -> list[Any]:
+    """What a feature holds, [] where there is none."""
+    if name not in features:
+        return []
+    feature = features[name]
+    kind = feature.WhichOneof("kind")
+    return list(getattr(feature, kind).value) if kind else []
+
+
+def _choose(features: Any, wanted: str, usual: tuple[str, ...], field: str) -> str:
+    for name in (wanted,) if wanted else usual:
+        if name in features:
+            return name
+    raise UserError(
+        f"The records have no feature {wanted or ' or '.join(usual)!r}. Set source.{field} to one "
+        f"of: {', '.join(sorted(features))}."
+    )
