@@ -11,6 +11,7 @@ import json
 import logging
 import multiprocessing
 import os
+import sys
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,7 +153,9 @@ def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator
     context = multiprocessing.get_context("spawn")
     with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         results = pool.map(_scan, paths, [kind] * len(paths), chunksize=4)
-        yield from tqdm.tqdm(results, "indexing", len(paths), unit=" shards", leave=False)
+        every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log wants few lines
+        about = {"total": len(paths), "unit": " shards", "leave": False, "mininterval": every}
+        yield from tqdm.tqdm(results, "Indexing", **about)
 
 
 def _scan(path: epath.Path, kind: Kind) -> Found:
