@@ -15,9 +15,15 @@ class BadExample(Exception):
     Attributes:
       reason: short and fixed, the name it is counted under ("unreadable image").
       key: which example.
+      detail: what else is known, "": nothing.
     """
 
     def __init__(self, reason: str, key: str, detail: str = ""):
         super().__init__(f"{key}: {reason}" + (f" ({detail})" if detail else ""))
         self.reason = reason
         self.key = key
+        self.detail = detail
+
+    def __reduce__(self):
+        """As other processes need it: exceptions are rebuilt from their message otherwise."""
+        return type(self), (self.reason, self.key, self.detail)

@@ -105,8 +105,8 @@ def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
       size: pixels along a side.
 
     Returns:
-      uint8 [size, size, 3]; Pillow's bicubic resize gives the same within 2 on photographs, and only on
-      noise, where what overshoots is clipped between the two passes, more.
+      uint8 [size, size, 3]. On photographs within 2 of what Pillow's bicubic resize gives; on noise
+      more, where values that overshoot are clipped between the two passes.
     """
     cut = image[part.top : part.top + part.height, part.left : part.left + part.width]
     if cut.shape == (size, size, 3):

@@ -62,13 +62,13 @@ def pixels(
     with _reading(key):
         picture = _open(image, key) if isinstance(image, bytes) else image
         if not crop.is_random:
-            return crops.fixed(to_rgb(picture, key), size, crop)
+            return crops.fixed(_to_rgb(picture, key), size, crop)
         assert rng is not None, "a random crop needs an rng"
         if isinstance(image, bytes) and picture.format in _JPEG_FORMATS:
             window = crops.window(crop, *_upright_size(picture), rng)
             factor = window.shrink_factor(size)
             return crops.resize(_jpeg(image, picture, key, factor), window.shrunk(factor), size)
-        rgb = np.asarray(to_rgb(picture, key))
+        rgb = np.asarray(_to_rgb(picture, key))
         window = crops.window(crop, rgb.shape[1], rgb.shape[0], rng)
         return crops.resize(rgb, window, size)
 
@@ -76,10 +76,10 @@ def pixels(
 def decode(data: bytes, key: str) -> Image.Image:
     """Decodes an image file to RGB at its full size; see `pixels`, also for the errors."""
     with _reading(key):
-        return to_rgb(_open(data, key), key)
+        return _to_rgb(_open(data, key), key)
 
 
-def to_rgb(image: Image.Image, key: str = "image") -> Image.Image:
+def _to_rgb(image: Image.Image, key: str) -> Image.Image:
     """Any Pillow image upright and in RGB, as `pixels` describes; BadExample where it cannot."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -141,7 +141,7 @@ def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarra
                 data, min_width=width, min_height=height, min_factor=factor, strict=True
             )
     picture.draft(None, (picture.width // factor, picture.height // factor))
-    return np.asarray(to_rgb(picture, key))
+    return np.asarray(_to_rgb(picture, key))
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,41 +1,26 @@
-"""tf.data around Python: rows loaded by many threads, in order, as batches."""
+"""Rows loaded by many threads, in order, as batches."""
 
 import atexit
+import collections
 import contextlib
+import itertools
 import os
-import sys
+import queue
+import threading
+import time
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 
-
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """Holds back what TensorFlow writes at import, before a log level can reach it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.stderr.flush()
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
-
-
-with _quiet_stderr():
-    import tensorflow as tf
-
-    # At import, since it must come before TensorFlow's first operation: else TensorFlow takes the
-    # memory of every GPU it sees away from JAX.
-    tf.config.set_visible_devices([], "GPU")
-
 Row = dict[str, Any]  # arrays and NumPy scalars
 
 _open: weakref.WeakSet[Generator] = weakref.WeakSet()
+
+# Seconds that threads have to end when their generator is closed: a read that hangs must not keep
+# the program from ending.
+_FAREWELL = 10.0
 
 
 def batches(
@@ -49,22 +34,30 @@ def batches(
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """Batches of load(0), load(1), ... in this order.
 
+    The threads write their rows straight into the batches. Nothing tunes itself, so the rate is
+    the same from pass to pass.
+
     Args:
-      load: called from `threads` threads at once; what it raises is raised here.
+      load: called from `threads` threads at once; what it raises is raised here, in place of the
+        batch that the row belongs to.
       like: a row of zeros, for its shapes and dtypes.
       count: number of rows, None: without end; an incomplete last batch is dropped.
       batch_size: rows in a batch.
       threads: 0: one per CPU core.
-      prefetch: batches held ready.
+      prefetch: batches that are ready, or being loaded, while the consumer has one.
+
+    Yields:
+      Arrays [batch_size, ...] by the names of `like`, new ones each time.
     """
-    return closed_at_exit(_batches(load, like, count, batch_size, threads, prefetch))
+    starts = itertools.count(0, batch_size)
+    if count is not None:
+        starts = range(0, count - batch_size + 1, batch_size)
+    pool = _Pool(load, threads or os.cpu_count() or 1)
+    return closed_at_exit(_batches(pool, (_Batch(like, batch_size, i) for i in starts), prefetch))
 
 
 def closed_at_exit(generator: Generator) -> Generator:
-    """Has the generator closed before the interpreter shuts down.
-
-    Else threads of TensorFlow that want to call Python then wait for ever, and so does the exit.
-    """
+    """Has the generator closed, and its threads ended, before the interpreter shuts down."""
     _open.add(generator)
     return generator
 
@@ -77,47 +70,88 @@ def _close_all() -> None:
             generator.close()
 
 
-def _batches(
-    load: Callable[[int], Row],
-    like: Row,
-    count: int | None,
-    batch_size: int,
-    threads: int,
-    prefetch: int,
-) -> Generator[dict[str, np.ndarray], None, None]:
-    # An error raised in tf.data would come out as a page of TensorFlow's; so it goes round it.
-    errors: list[Exception] = []
+class _Batch:
+    """Arrays that threads fill row by row, from row `first` of all on."""
 
-    def call(number: np.ndarray) -> list[np.ndarray]:
-        if errors:
-            return [*like.values()]
+    def __init__(self, like: Row, size: int, first: int):
+        self.numbers = range(first, first + size)
+        self._arrays = {name: np.empty((size, *row.shape), row.dtype) for name, row in like.items()}
+        self._missing = size
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+        self._error: BaseException | None = None
+
+    def fill(self, load: Callable[[int], Row], number: int) -> None:
+        """Loads one row of all to its place in this batch."""
         try:
-            row = load(int(number))
-        except Exception as error:
-            errors.append(error)
-            return [*like.values()]
-        return [row[name] for name in like]
+            row = load(number)
+            for name, array in self._arrays.items():
+                array[number - self.numbers.start] = row[name]
+        except BaseException as error:
+            self._error = error
+            self._settled.set()
+        with self._lock:
+            self._missing -= 1
+            if not self._missing:
+                self._settled.set()
 
-    def load_row(number: tf.Tensor) -> dict[str, tf.Tensor]:
-        values = tf.numpy_function(call, [number], [zeros.dtype for zeros in like.values()])
-        row = dict(zip(like, values))
-        return {name: tf.ensure_shape(row[name], zeros.shape) for name, zeros in like.items()}
+    def wait(self) -> dict[str, np.ndarray]:
+        """The arrays once they are full; raises the error of a row as soon as there is one."""
+        self._settled.wait()
+        if self._error is not None:
+            raise self._error
+        return self._arrays
 
-    # A pool of its own and no autotuning: the rate stays the same from pass to pass. Fused with
-    # map, batch would hold two batches more than `prefetch`.
-    threads = threads or os.cpu_count() or 1
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    options.experimental_optimization.map_and_batch_fusion = False
-    options.threading.private_threadpool_size = threads
-    dataset = (
-        tf.data.Dataset.range(2**62 if count is None else count)
-        .map(load_row, num_parallel_calls=threads, deterministic=True)
-        .batch(batch_size, drop_remainder=True)
-        .prefetch(prefetch)
-        .with_options(options)
-    )
-    for batch in dataset.as_numpy_iterator():
-        if errors:
-            raise errors[0]
-        yield batch
+
+class _Pool:
+    """Threads that load the rows of batches in the order in which they are given."""
+
+    def __init__(self, load: Callable[[int], Row], threads: int):
+        self._load = load
+        # Daemons, for those that hang; the others are ended by `close`.
+        self._threads = [
+            threading.Thread(target=self._work, name=f"loading {i}", daemon=True)
+            for i in range(threads)
+        ]
+        self._jobs: queue.SimpleQueue[tuple[_Batch, int] | None] = queue.SimpleQueue()
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def give(self, batch: _Batch) -> None:
+        for number in batch.numbers:
+            self._jobs.put((batch, number))
+
+    def close(self) -> None:
+        """Drops what is not begun, and waits for what is."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        for _ in self._threads:
+            self._jobs.put(None)
+        deadline = time.monotonic() + _FAREWELL
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            batch, number = job
+            batch.fill(self._load, number)
+
+
+def _batches(
+    pool: _Pool, empty: Generator[_Batch, None, None], prefetch: int
+) -> Generator[dict[str, np.ndarray], None, None]:
+    pool.start()
+    ahead: collections.deque[_Batch] = collections.deque()
+    try:
+        for batch in empty:
+            pool.give(batch)
+            ahead.append(batch)
+            if len(ahead) > prefetch:
+                yield ahead.popleft().wait()
+        while ahead:
+            yield ahead.popleft().wait()
+    finally:
+        pool.close()

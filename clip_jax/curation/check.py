@@ -1,0 +1,172 @@
+"""Tries every example as training would: reads it, decodes its image, tokenises its captions.
+
+    python -m clip_jax data check "shards/*.tar"
+    python -m clip_jax data check gs://BUCKET/cc12m --workers=64 --max_skipped=0.01
+    python -m clip_jax data check tfds:coco_captions --split=val
+
+Prints what is wrong, by reason, and writes to --output:
+    bad.jsonl     index, key, reason and detail of every example that cannot be used
+    summary.json  the counts
+
+Exit status: 0 if no more than --max_skipped is unusable, 1 otherwise, 2 for a mistake.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from clip_jax.curation import arguments
+from clip_jax.errors import BadExample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clip_jax.data.sources import Example, Source
+    from clip_jax.data.tokenizer import Tokenizer
+
+_NAMED = 3  # keys listed of each reason
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a check found.
+
+    Attributes:
+      data: as named on the command line.
+      examples: that were tried.
+      seconds: that it took.
+      reasons: number of unusable examples by reason.
+      first_keys: of each reason.
+      index: what was wrong with the shards or listing, by reason, before any example was read.
+    """
+
+    data: str
+    examples: int = 0
+    seconds: float = 0.0
+    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+    first_keys: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    index: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    @property
+    def share(self) -> float:
+        """Of all that was found, how much is unusable."""
+        lost = self.reasons.total() + self.index.total()
+        return lost / max(self.examples + self.index.total(), 1)
+
+    def add(self, bad: dict[str, Any]) -> None:
+        """Counts an example that cannot be used."""
+        self.reasons[bad["reason"]] += 1
+        keys = self.first_keys.setdefault(bad["reason"], [])
+        if len(keys) < _NAMED:
+            keys.append(bad["key"])
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command and ends the process with its status."""
+    parser = arguments.parser("check", __doc__)
+    parser.add_argument("--output", default="check", metavar="DIR", help="default: check")
+    parser.add_argument(
+        "--max_skipped",
+        type=arguments.share,
+        default=0.0,
+        metavar="SHARE",
+        help="share that may be unusable; a damaged shard or repeated key counts as one",
+    )
+    parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
+    options = parser.parse_args(argv)
+    data = arguments.data(options.data, options)
+    output = epath.Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    summary = Summary(options.data)
+    start = time.perf_counter()
+    with (output / "bad.jsonl").open("w") as file:
+        for bad in _examine(data, options, summary):
+            summary.add(bad)
+            file.write(json.dumps(bad) + "\n")
+    summary.seconds = time.perf_counter() - start
+    figures = vars(summary) | {"share": summary.share}
+    (output / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(_table(summary))
+    if summary.reasons:
+        print(f"\nAll of them: {output / 'bad.jsonl'}")
+    sys.exit(0 if summary.share <= options.max_skipped else 1)
+
+
+def try_example(example: "Example", tokenizer: "Tokenizer") -> "Image.Image":
+    """The image, upright and RGB; BadExample where training might not be able to use the example.
+
+    Every caption is tried, since training may draw any.
+    """
+    from PIL import Image
+
+    from clip_jax.data import images
+
+    for text in example.captions.texts:
+        tokens, _ = tokenizer.encode(text)
+        if tokens[1] == tokenizer.vocab_size - 1:  # the end token at once, as after "&nbsp;"
+            raise BadExample("empty caption", example.key)
+    if isinstance(example.image, bytes):
+        return images.decode(example.image, example.key)
+    return Image.fromarray(example.image)
+
+
+@functools.lru_cache(maxsize=1)
+def make_tokenizer(name: str, context_length: int) -> "Tokenizer":
+    """The tokenizer of a process, made once."""
+    from clip_jax.data import tokenizer
+
+    return tokenizer.create(name, context_length)
+
+
+def _examine(
+    data: arguments.Data, options: argparse.Namespace, summary: Summary
+) -> Iterator[dict[str, Any]]:
+    """The examples that cannot be used; fills in the counts of the summary."""
+    from clip_jax.curation import parallel
+
+    source = data.open()
+    summary.examples, summary.index = len(source), Counter(getattr(source, "problems", {}))
+    todo = parallel.parts(range(len(source)))
+    work = functools.partial(_check_part, options.tokenizer)
+    for found in parallel.map_parts(work, source, data, todo, options.workers, "checking"):
+        yield from found
+
+
+def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[dict[str, Any]]:
+    found = []
+    for index in part:
+        try:
+            try_example(source[index], make_tokenizer(tokenizer, 77))
+        except BadExample as bad:
+            fields = {"key": bad.key, "reason": bad.reason, "detail": bad.detail}
+            found.append({"index": int(index)} | fields)
+    return found
+
+
+def _table(summary: Summary) -> str:
+    from clip_jax.curation.tables import aligned
+
+    rate = summary.examples / max(summary.seconds, 1e-9)
+    unusable = summary.reasons.total()
+    blocks = [
+        f"{summary.data}: {summary.examples:,} examples tried in {summary.seconds:,.0f} s "
+        f"({rate:,.0f}/s), {unusable:,} of them unusable."
+    ]
+    if unusable:
+        rows = [("  reason", "examples", "first")]
+        for reason, count in summary.reasons.most_common():
+            rows.append((f"  {reason}", f"{count:,}", ", ".join(summary.first_keys[reason])))
+        blocks.append(aligned(rows, "<><"))
+    if summary.index:
+        rows = [("  found before any was read", "number")]
+        rows += [(f"  {reason}", f"{count:,}") for reason, count in summary.index.most_common()]
+        blocks.append(aligned(rows, "<>"))
+    return "\n\n".join(blocks)

@@ -1,0 +1,197 @@
+"""Finds images that repeat others: re-encoded, resized, slightly cropped or, by embeddings, alike.
+
+    python -m clip_jax data dedup "shards/*.tar"
+    python -m clip_jax data dedup "shards/*.tar" --against="test/*.tar" --output=overlap
+    python -m clip_jax data dedup "shards/*.tar" --checkpoint=runs/vit_b32 --cosine=0.95
+    python -m clip_jax data pack "shards/*.tar" clean --keep=dedup/keep.txt
+
+By default images are compared by a perceptual hash of 64 bits and by their colours in nine fields.
+With --checkpoint, a trained model embeds them; with --embeddings, a .npy file has a row for each.
+Of images that are alike the first is kept. With --against, images go that are like one of the
+other set, which stays as it is: to keep a test set out of the training data, for example.
+
+Writes to --output:
+    duplicates.parquet  key of each image that goes, key of the one kept, distance (bits, or
+                        1 - cosine), number of the group
+    keep.txt            the keys of all others, for pack --keep
+    pairs.html          pairs side by side, the least alike first: is the threshold right?
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from clip_jax.curation import arguments
+from clip_jax.errors import BadExample, UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from clip_jax.curation.dedup_features import Features
+    from clip_jax.curation.dedup_search import Matches
+    from clip_jax.data.sources import Source
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    options = _options(argv)
+    from clip_jax.curation import dedup_search
+
+    source, features = _read(options.data, options.embeddings, options)
+    other_source, others = source, None
+    if options.against:
+        other_source, others = _read(options.against, options.against_embeddings, options)
+    reference = None if others is None else others.values
+    if options.checkpoint or options.embeddings:
+        matches = dedup_search.match_embeddings(features.values, options.cosine, reference)
+    else:
+        matches = dedup_search.match_signatures(
+            features.values, options.threshold, options.colours, reference
+        )
+    output = epath.Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    kept_features = features if others is None else others
+    table = _write(output, features, kept_features, matches)
+    pairs = _show(options.show, (source, features), (other_source, kept_features), matches)
+    _write_page(output / "pairs.html", pairs, options, table)
+    print(_report(options, features, matches, output))
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
+    parser = arguments.parser("dedup", __doc__)
+    add, at_least = parser.add_argument, arguments.at_least
+    add("--against", default="", metavar="DATA", help="other set, whose images stay")
+    add("--threshold", type=at_least(0), default=6, help="bits that may differ, of 64; default: 6")
+    add(
+        "--colours",
+        type=at_least(0),
+        default=16,
+        help="levels by which each mean colour may differ, of 255; default: 16",
+    )
+    add("--checkpoint", default="", metavar="WORKDIR", help="compares by the model's embeddings")
+    add("--embeddings", default="", metavar="FILE", help="compares by these: .npy, [n, d]")
+    add("--against_embeddings", default="", metavar="FILE", help="those of --against")
+    add(
+        "--cosine",
+        type=arguments.share,
+        default=0.95,
+        help="of embeddings that count as alike; default: 0.95",
+    )
+    add("--output", default="dedup", metavar="DIR", help="default: dedup")
+    add("--show", type=at_least(0), default=50, help="pairs on the page; default: 50")
+    options = parser.parse_args(argv)
+    if options.checkpoint and options.embeddings:
+        parser.error("--checkpoint and --embeddings exclude each other")
+    if bool(options.against and options.embeddings) != bool(options.against_embeddings):
+        parser.error("--against_embeddings goes with --against and --embeddings")
+    if not 0 <= options.threshold <= 24:
+        parser.error("--threshold is at most 24: unrelated images differ in 32 bits or so")
+    if options.cosine == 0:
+        parser.error("--cosine is above 0")
+    return options
+
+
+def _read(name: str, embeddings: str, options: argparse.Namespace) -> "tuple[Source, Features]":
+    from clip_jax.curation import dedup_features as features
+
+    data = arguments.data(name, options)
+    source = data.open()
+    if options.checkpoint:
+        found = features.from_model(source, data, options.workers, options.checkpoint)
+    elif embeddings:
+        found = features.from_file(source, data, options.workers, embeddings)
+    else:
+        found = features.signatures(source, data, options.workers)
+    if not len(found.keys):
+        raise UserError(f"No image of {name} can be used: {dict(found.unusable)}.")
+    return source, found
+
+
+def _write(
+    output: epath.Path, features: "Features", kept_features: "Features", matches: "Matches"
+) -> "pa.Table":
+    """Writes duplicates.parquet and keep.txt; returns the former."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    gone = np.flatnonzero(matches.kept >= 0)
+    kept = matches.kept[gone]
+    columns = {
+        "key": features.keys.take(pa.array(gone)),
+        "kept_key": kept_features.keys.take(pa.array(kept)),
+        "distance": matches.distance[gone],
+        "group": np.unique(kept, return_inverse=True)[1],
+    }
+    table = pa.table(columns)
+    with (output / "duplicates.parquet").open("wb") as file:
+        pq.write_table(table, file)
+    with (output / "keep.txt").open("wb") as file:
+        for chunk in features.keys.filter(pa.array(matches.kept < 0)).chunks:
+            file.write("".join(f"{key}\n" for key in chunk.to_pylist()).encode())
+    return table
+
+
+def _show(
+    count: int,
+    gone: "tuple[Source, Features]",
+    kept: "tuple[Source, Features]",
+    matches: "Matches",
+) -> Iterator[dict[str, Any]]:
+    """The pairs that are least alike, with their images."""
+    from clip_jax.curation.dedup_features import decode
+
+    found = np.flatnonzero(matches.kept >= 0)
+    for place in found[np.argsort(-matches.distance[found], kind="stable")][:count]:
+        sides = []
+        for (source, features), at in ((gone, place), (kept, matches.kept[place])):
+            try:
+                example = source[int(features.indices[at])]
+                image = decode(example)
+            except BadExample:  # it could be read a while ago, or only its embedding was
+                break
+            sides.append({"key": example.key, "text": example.text, "image": image})
+        if len(sides) == 2:
+            yield {"distance": float(matches.distance[place]), "sides": sides}
+
+
+def _write_page(
+    path: epath.Path,
+    pairs: Iterator[dict[str, Any]],
+    options: argparse.Namespace,
+    table: "pa.Table",
+) -> None:
+    from clip_jax.curation import page
+
+    distances = Counter(float(f"{distance:.2f}") for distance in table["distance"].to_pylist())
+    page.write(
+        path,
+        "dedup.html.jinja",
+        title=f"{options.data}: {table.num_rows:,} images like another",
+        unit="1 - cosine" if options.checkpoint or options.embeddings else "bits",
+        pairs=list(pairs),
+        distances=sorted(distances.items()),
+    )
+
+
+def _report(
+    options: argparse.Namespace, features: "Features", matches: "Matches", output: epath.Path
+) -> str:
+    gone = int((matches.kept >= 0).sum())
+    total = len(matches.kept)
+    where = f"one of {options.against}" if options.against else "an earlier one"
+    lines = [
+        f"{options.data}: of {total:,} images {gone:,} ({gone / total:.2%}) are like {where}; "
+        f"{total - gone:,} stay."
+    ]
+    if features.unusable:
+        counts = ", ".join(f"{n:,} {reason}" for reason, n in features.unusable.most_common())
+        lines.append(f"Unusable, and in no list: {counts}")
+    lines += [
+        f"Look at {output / 'pairs.html'}. To write a set without them:",
+        f"  python -m clip_jax data pack '{options.data}' OUTPUT --keep={output / 'keep.txt'}",
+    ]
+    return "\n".join(lines)

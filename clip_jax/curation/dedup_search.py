@@ -1,0 +1,245 @@
+"""Which images repeat an earlier one: exact search among perceptual hashes or embeddings.
+
+An image goes if one that is kept lies within the threshold, in the order of the set; so whatever
+goes has its like among those kept, however long a chain of similar images is.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+BITS = 64  # of a hash
+# Of an image: perceptual hash of its greys, and mean red, green and blue of its 3 x 3 fields.
+SIGNATURE = np.dtype([("hash", "<u8"), ("colours", "u1", 27)])
+_BLOCK = 4096  # embeddings compared with as many others at a time
+_MAX_TABLES = 1000
+
+
+Alike = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Matches(NamedTuple):
+    """What becomes of each image.
+
+    Attributes:
+      kept: int64 [n], index of the image that is kept in its place; -1: it is kept itself.
+      distance: float32 [n], between the two; 0 where it is kept.
+    """
+
+    kept: np.ndarray
+    distance: np.ndarray
+
+
+class Pairs(NamedTuple):
+    """Close hashes: indices int64 [p] of both, and differing bits, uint8 [p]."""
+
+    first: np.ndarray
+    second: np.ndarray
+    distance: np.ndarray
+
+
+def match_signatures(
+    signatures: np.ndarray, threshold: int, tolerance: int, others: np.ndarray | None = None
+) -> Matches:
+    """Images whose hash and colours are close to those of one that is kept.
+
+    Args:
+      signatures: `SIGNATURE` [n].
+      threshold: bits of the hash that may differ.
+      tolerance: levels of 255 by which each colour may.
+      others: `SIGNATURE` [m]: all of these are kept, and the images are compared with them only;
+        None: they are compared with each other.
+    """
+    firsts, numbers = _distinct(signatures)
+    if others is None:
+        kept_firsts, match = firsts, _keep_first
+        reference = unique = signatures[firsts]
+    else:
+        kept_firsts, match = _distinct(others)[0], _nearest
+        unique, reference = signatures[firsts], others[kept_firsts]
+
+    def alike(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        first, second = (x["colours"].astype(np.int16) for x in (unique[rows], reference[columns]))
+        return np.abs(first - second).max(axis=1) <= tolerance
+
+    against = None if others is None else reference["hash"]
+    matches = match(len(unique), close_pairs(unique["hash"], threshold, against, alike))
+    kept = np.where(matches.kept >= 0, kept_firsts[matches.kept], -1)
+    distance = matches.distance[numbers]
+    if others is None:  # exact repeats go too
+        kept = np.where(kept >= 0, kept, firsts)[numbers]
+        return Matches(np.where(kept == np.arange(len(kept)), -1, kept), distance)
+    return Matches(kept[numbers], distance)
+
+
+def close_pairs(
+    hashes: np.ndarray,
+    threshold: int,
+    others: np.ndarray | None = None,
+    alike: Alike | None = None,
+) -> Pairs:
+    """All pairs of hashes that differ in at most `threshold` bits, each once.
+
+    The bits are cut into p parts. Two hashes that differ in t bits agree in p - t of the parts,
+    so one look-up table for each choice of p - t parts meets every such pair; the other pairs
+    that meet are sorted out by counting bits. p is chosen by the number of hashes. With n of
+    them, a table costs a sort and, where hashes are spread evenly, n^2 / 2^(64 (p - t) / p + 1)
+    comparisons: for t = 6, 28 tables of 16 bits at a million. Memory: some 60 bytes per hash, and
+    17 per pair.
+
+    Args:
+      hashes: uint64 [n].
+      threshold: fewer than 64.
+      others: uint64 [m]: pairs of one of each; None: pairs among `hashes`, the earlier one first.
+      alike: indices of both, int64 [p] -> bool [p], whether the pair counts; None: all do.
+    """
+    against = hashes if others is None else others
+    masks = _masks(_parts(len(hashes), len(against), threshold))
+    nothing = np.empty(0, np.int64)
+    found = [(nothing, nothing, np.empty(0, np.uint8))]
+    for chosen in itertools.combinations(range(len(masks)), len(masks) - threshold):
+        mask = np.bitwise_or.reduce(masks[list(chosen)])
+        # A pair that agrees in more parts meets in several tables; the first of them counts.
+        earlier = [masks[part] for part in range(chosen[-1]) if part not in chosen]
+        for rows, columns in _meetings(hashes & mask, None if others is None else others & mask):
+            differing = hashes[rows] ^ against[columns]
+            near = np.bitwise_count(differing) <= threshold
+            for part in earlier:
+                near &= differing & part != 0
+            rows, columns, differing = rows[near], columns[near], differing[near]
+            if alike is not None:
+                near = alike(rows, columns)
+                rows, columns, differing = rows[near], columns[near], differing[near]
+            found.append((rows, columns, np.bitwise_count(differing)))
+    return Pairs(*map(np.concatenate, zip(*found)))
+
+
+def match_embeddings(
+    embeddings: np.ndarray, threshold: float, others: np.ndarray | None = None
+) -> Matches:
+    """Images whose embedding has a cosine of at least `threshold` with that of one kept.
+
+    Compares all with all that are kept, in blocks: n^2 d multiplications at most, and memory for
+    three blocks whatever n.
+
+    Args:
+      embeddings: [n, d], of any length but zero; zero: like no other. May be mapped from a file.
+      threshold: above 0.
+      others: [m, d]: as for `match_signatures`.
+    """
+    size = len(embeddings)
+    kept, similarity = np.full(size, -1), np.zeros(size, np.float32)
+    survivors = np.arange(0 if others is None else len(others))
+    reference = embeddings if others is None else others
+    for start in range(0, size, _BLOCK):
+        block = _unit(embeddings[start : start + _BLOCK])
+        best, cosine = _best(block, reference, survivors, threshold)
+        if others is None:
+            _match_within(block, start, best, cosine, threshold)
+            survivors = np.append(survivors, start + np.flatnonzero(best < 0))
+        kept[start : start + _BLOCK], similarity[start : start + _BLOCK] = best, cosine
+    return Matches(kept, np.where(kept < 0, 0, 1 - similarity).astype(np.float32))
+
+
+def _distinct(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each different one first stands, rising; and the number among these of every one."""
+    plain = signatures.view(f"V{signatures.itemsize}")
+    _, first, inverse = np.unique(plain, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse]
+
+
+def _keep_first(count: int, pairs: Pairs) -> Matches:
+    """Goes through the images in order; each goes if one already kept is close: the closest."""
+    kept, distance = np.full(count, -1), np.zeros(count, np.float32)
+    order = np.lexsort((pairs.first, pairs.distance, pairs.second))
+    for first, second, bits in zip(*(column[order].tolist() for column in pairs)):
+        if kept[first] < 0 and kept[second] < 0:
+            kept[second], distance[second] = first, bits
+    return Matches(kept, distance)
+
+
+def _nearest(count: int, pairs: Pairs) -> Matches:
+    """For each image on the left of a pair the closest one on the right."""
+    kept, distance = np.full(count, -1), np.zeros(count, np.float32)
+    order = np.lexsort((pairs.second, pairs.distance, pairs.first))[::-1]
+    # Where an index repeats, the last value assigned stays.
+    kept[pairs.first[order]] = pairs.second[order]
+    distance[pairs.first[order]] = pairs.distance[order]
+    return Matches(kept, distance)
+
+
+def _parts(count: int, others: int, threshold: int) -> int:
+    """The number of parts with the least work, a sort reckoned as 5 comparisons per hash."""
+
+    def work(parts: int) -> float:
+        tables = math.comb(parts, threshold)
+        meetings = count * others / 2 ** (BITS * (parts - threshold) / parts)
+        return tables * (5 * (count + others) + meetings)
+
+    choices = range(threshold + 1, BITS + 1)
+    few = [parts for parts in choices if math.comb(parts, threshold) <= _MAX_TABLES]
+    return min(few or choices[:1], key=work)
+
+
+def _masks(parts: int) -> np.ndarray:
+    """uint64 [parts], that cut the bits into parts of almost equal size."""
+    bounds = [BITS * part // parts for part in range(parts + 1)]
+    return np.array([(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)], "u8")
+
+
+def _meetings(
+    keys: np.ndarray, others: np.ndarray | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices of equal keys; without `others` among `keys`, the earlier one first."""
+    table = keys if others is None else others
+    order = np.argsort(table, kind="stable")
+    table = table[order]
+    if others is None:
+        rows, start = order, np.arange(1, len(table) + 1)
+        stop = np.searchsorted(table, table, "right")
+    else:
+        rows, start = np.arange(len(keys)), np.searchsorted(table, keys, "left")
+        stop = np.searchsorted(table, keys, "right")
+    while len(rows):
+        more = start < stop
+        rows, start, stop = rows[more], start[more], stop[more]
+        yield rows, order[start]
+        start = start + 1
+
+
+def _best(
+    block: np.ndarray, reference: np.ndarray, survivors: np.ndarray, threshold: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the index of the survivor with the highest cosine, -1: too low; the cosine."""
+    best, cosine = np.full(len(block), -1), np.zeros(len(block), np.float32)
+    for start in range(0, len(survivors), _BLOCK):
+        indices = survivors[start : start + _BLOCK]
+        products = block @ _unit(reference[indices]).T
+        column = products.argmax(axis=1)
+        highest = products[np.arange(len(block)), column]
+        better = (highest >= threshold) & (highest > cosine)
+        best[better], cosine[better] = indices[column[better]], highest[better]
+    return best, cosine
+
+
+def _match_within(
+    block: np.ndarray, start: int, best: np.ndarray, cosine: np.ndarray, threshold: float
+) -> None:
+    """Goes through the rows of a block in order, as `_keep_first`; fills in what goes."""
+    products = np.tril(block @ block.T, -1)
+    for row in np.flatnonzero((products >= threshold).any(axis=1)):
+        against = np.where(best[:row] < 0, products[row, :row], 0)
+        column = int(against.argmax())
+        if against[column] >= threshold and against[column] > cosine[row]:
+            best[row], cosine[row] = start + column, against[column]
+
+
+def _unit(embeddings: np.ndarray) -> np.ndarray:
+    values = np.asarray(embeddings, np.float32)
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,280 @@
+"""Writes any data as tar shards: 00000.tar, 00001.tar, ... with KEY.jpg beside KEY.txt.
+
+    python -m clip_jax data pack pictures gs://BUCKET/pictures
+    python -m clip_jax data pack tfds:coco_captions coco --shuffle --resize=256
+    python -m clip_jax data pack "raw/*.tar" clean --keep=dedup/keep.txt
+
+Every example is tried as training would; what cannot be used is left out and counted. Image files
+are copied as they are; stored pixels become PNG. Where an example has several captions or a class,
+KEY.json takes the place of KEY.txt: "caption", one or a list; "label", its number; "class", its
+name. Training reads the captions without further ado, and classes with source.label_key=label.
+KEY numbers the examples.
+
+Run the same command again after an interruption: finished shards are kept.
+"""
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from etils import epath
+
+from clip_jax.curation import arguments
+from clip_jax.errors import BadExample, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from clip_jax.data.sources import Example, Source
+
+MANIFEST = "pack.json"  # what the shards beside it were made of
+NOT_KEPT = "not in --keep"
+_QUALITY = 95  # of JPEG files made here
+_SUFFIXES = {
+    "JPEG": "jpg",
+    "MPO": "jpg",  # a JPEG with further views of the scene behind it
+    "PNG": "png",
+    "WEBP": "webp",
+    "GIF": "gif",
+    "BMP": "bmp",
+    "TIFF": "tif",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What goes into which shard; equal plans write equal shards.
+
+    Attributes:
+      data: as named on the command line.
+      examples: in the source.
+      shard_size: examples of the source that go into a shard.
+      shuffle_seed: of the order; None: as stored.
+      resize: pixels that the shorter side has at most; None: images stay as they are.
+      keep: file with the keys of the examples to write; None: all.
+      tokenizer: that captions must not be empty to.
+    """
+
+    data: str
+    examples: int
+    shard_size: int
+    shuffle_seed: int | None
+    resize: int | None
+    keep: str | None
+    tokenizer: str
+    text_key: str
+    label_key: str
+
+
+def main(argv: list[str]) -> None:
+    """Runs the command."""
+    options = _parser().parse_args(argv)
+    _refuse_weights(options.text_key)
+    data = arguments.data(options.data, options, in_order=not options.shuffle)
+    source, output = data.open(), epath.Path(options.output)
+    plan = Plan(
+        data=options.data,
+        examples=len(source),
+        shard_size=options.shard_size,
+        shuffle_seed=options.seed if options.shuffle else None,
+        resize=options.resize,
+        keep=options.keep,
+        tokenizer=options.tokenizer,
+        text_key=options.text_key,
+        label_key=options.label_key,
+    )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _note(plan, output / MANIFEST)
+        counts = write(plan, source, data, output, options.workers)
+    except OSError as error:
+        raise UserError(
+            f"The shards cannot be written: {error}. When that is put right, run the same command "
+            "again; finished shards are kept."
+        ) from error
+    print(_report(counts, Counter(getattr(source, "problems", {})), output))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = arguments.parser("pack", __doc__)
+    add, at_least = parser.add_argument, arguments.at_least
+    add("output", metavar="OUTPUT", help="directory of the shards, local or gs://")
+    add("--shard_size", type=at_least(1), default=10_000, help="examples; default: 10000")
+    add("--shuffle", action="store_true", help="in random order; default: as stored")
+    add("--seed", type=at_least(0), default=0, help="of --shuffle; default: 0")
+    add(
+        "--resize",
+        type=at_least(1),
+        metavar="PIXELS",
+        help="makes larger images so large on their shorter side, as JPEG of quality 95",
+    )
+    add("--keep", metavar="FILE", help="writes only the examples whose keys are its lines")
+    add("--tokenizer", default="openai", help="as in configs/default.py")
+    return parser
+
+
+def _refuse_weights(text_key: str) -> None:
+    from clip_jax.data import captions
+
+    if any(field.weight != 1 for field in captions.parse_fields(text_key)):
+        raise UserError(
+            f"--text_key={text_key} weighs its fields, but shards keep captions without weights: "
+            "name the fields alone."
+        )
+
+
+def _note(plan: Plan, path: epath.Path) -> None:
+    """Writes what the shards are made of; UserError where those that are there differ."""
+    fields = dataclasses.asdict(plan)
+    if path.exists():
+        found = json.loads(path.read_text())
+        if changed := [name for name in fields if fields[name] != found.get(name)]:
+            raise UserError(
+                f"{path.parent} holds shards made otherwise: {', '.join(changed)} differ from "
+                f"{path}. Choose another directory, or remove that one."
+            )
+    elif next(iter(path.parent.glob("*.tar")), None):
+        raise UserError(f"{path.parent} holds other shards already. Choose another directory.")
+    path.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def write(
+    plan: Plan, source: "Source", data: arguments.Data, output: epath.Path, workers: int
+) -> Counter[str]:
+    """Writes the shards that are not there yet, in parallel.
+
+    Returns:
+      Examples "written" and left out by reason, and "shards" and those "there already".
+    """
+    from clip_jax.curation import parallel
+
+    starts = range(0, plan.examples, plan.shard_size)
+    todo = [range(start, min(start + plan.shard_size, plan.examples)) for start in starts]
+    work = functools.partial(_write_shard, plan, str(output))
+    return sum(
+        parallel.map_parts(work, source, data, todo, workers, "packing"), Counter(shards=len(todo))
+    )
+
+
+def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int]) -> Counter[str]:
+    """Writes the examples at some places of the order as a shard."""
+    from clip_jax.curation.store import replacing
+
+    path = epath.Path(output) / f"{places[0] // plan.shard_size:05}.tar"
+    if path.exists():
+        return Counter({"there already": 1})
+    counts: Counter[str] = Counter()
+    with (
+        replacing(path) as temporary,
+        temporary.open("wb") as file,
+        tarfile.open(fileobj=file, mode="w|") as tar,  # a stream, as remote storage wants it
+    ):
+        for place in places:
+            try:
+                members = _members(plan, source[_index(plan, place)], source.class_names)
+            except BadExample as bad:
+                counts[bad.reason] += 1
+                continue
+            for suffix, data in members.items():
+                info = tarfile.TarInfo(f"{place:09}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            counts["written"] += 1
+    return counts
+
+
+def _index(plan: Plan, place: int) -> int:
+    if plan.shuffle_seed is None:
+        return place
+    from clip_jax.data import order
+
+    return order.permutation(plan.examples, plan.shuffle_seed, 0)[place]
+
+
+def _members(plan: Plan, example: "Example", class_names: Sequence[str]) -> dict[str, bytes]:
+    """The files of an example, by suffix; BadExample where it is not wanted or not usable."""
+    from clip_jax.curation.check import make_tokenizer, try_example
+
+    if plan.keep and not _kept(plan.keep, example.key):
+        raise BadExample(NOT_KEPT, example.key)
+    image = try_example(example, make_tokenizer(plan.tokenizer, 77))
+    return dict([_image_file(example, image, plan.resize), _text_file(example, class_names)])
+
+
+def _image_file(example: "Example", image: "Image.Image", resize: int | None) -> tuple[str, bytes]:
+    """Suffix and contents of the image file; `image` is what it decodes to."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    if resize and min(image.size) > resize:
+        scale = resize / min(image.size)
+        width, height = (round(scale * length) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        image.save(file, "JPEG", quality=_QUALITY)
+        return "jpg", file.getvalue()
+    if isinstance(example.image, bytes):
+        form = Image.open(io.BytesIO(example.image)).format
+        if form in _SUFFIXES:
+            return _SUFFIXES[form], example.image
+    image.save(file, "PNG")
+    return "png", file.getvalue()
+
+
+def _text_file(example: "Example", class_names: Sequence[str]) -> tuple[str, bytes]:
+    texts = example.captions.texts
+    if len(texts) == 1 and example.label < 0:
+        try:
+            return "txt", texts[0].encode()
+        except UnicodeEncodeError as error:  # half a character, as JSON can spell
+            raise BadExample("invalid UTF-8 caption", example.key, str(error)) from None
+    fields: dict[str, Any] = {"key": example.key}
+    if texts:
+        fields["caption"] = texts[0] if len(texts) == 1 else texts
+    if example.label >= 0:
+        fields["label"] = example.label
+        if class_names:
+            fields["class"] = class_names[example.label]
+    return "json", json.dumps(fields).encode()
+
+
+def _kept(path: str, key: str) -> bool:
+    hashes, wanted = _keep_list(path), _hash(key.encode("utf-8", "replace"))
+    return bool((hashes[np.searchsorted(hashes, wanted) :][:1] == wanted).any())
+
+
+@functools.lru_cache(maxsize=1)
+def _keep_list(path: str) -> np.ndarray:
+    """Hashes of the keys in a file, sorted: 8 bytes each, where the keys would take a hundred."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            return np.sort(np.fromiter((_hash(line.rstrip(b"\r\n")) for line in file), np.uint64))
+    except OSError as error:
+        raise UserError(f"--keep={path} cannot be read: {error}.") from error
+
+
+def _hash(key: bytes) -> np.uint64:
+    return np.frombuffer(hashlib.blake2b(key, digest_size=8).digest(), np.uint64)[0]
+
+
+def _report(counts: Counter[str], problems: Counter[str], output: epath.Path) -> str:
+    there = f" ({counts['there already']:,} were there already)" if counts["there already"] else ""
+    lines = [f"{counts['written']:,} examples written; {counts['shards']:,} shards{there}."]
+    left_out = {
+        reason: count
+        for reason, count in (counts + problems).most_common()
+        if reason not in ("written", "shards", "there already")
+    }
+    if left_out:
+        lines.append("Left out: " + ", ".join(f"{n:,} {name}" for name, n in left_out.items()))
+    lines.append(
+        f"Train with --config.data.source.type=tar '--config.data.source.path={output}/*.tar'"
+    )
+    return "\n".join(lines)
