@@ -1,0 +1,117 @@
+"""The two passes over all shards, and what came of them.
+
+matching.py    queries in captions    passes.py   the work on one shard
+sampling.py    which pairs to keep    store.py    its results on disk
+pairs.py, readers.py, tars.py   shards       engines.py  where the work runs
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from clip_jax.curation import balance_report, passes, queries, store
+from clip_jax.curation.engines import Engine
+from clip_jax.curation.readers import Columns
+from clip_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is asked for.
+
+    Attributes:
+      shards: paths of tables or tar shards.
+      columns: that are read.
+      queries: file of the queries.
+      output: directory for the results.
+      per_query: pairs that a query keeps on average, if it has more.
+      seed: of the draws.
+      write_tars: whether to write the samples kept as tar shards.
+    """
+
+    shards: list[str]
+    columns: Columns
+    queries: epath.Path
+    output: epath.Path
+    per_query: int
+    seed: int
+    write_tars: bool
+
+
+def run(plan: Plan, engine: Engine) -> str:
+    """Does whatever of the plan is not done yet.
+
+    Returns:
+      A summary to print.
+
+    Raises:
+      UserError: the input cannot be used.
+    """
+    shards = [epath.Path(shard) for shard in plan.shards]
+    job, terms, dropped = _job(plan)
+    choice = passes.Choice(job, "", plan.per_query, plan.seed, plan.write_tars)
+    _make_directories(choice, shards)
+    engine(functools.partial(passes.match, job), plan.shards, "match")
+    counts, tally = _sum(store.Marks(job.matches), shards, len(terms))
+    if not tally["matched"]:
+        raise UserError(
+            f"No caption of {len(shards):,} shard(s) matches a query: {dict(tally)}. Does "
+            "--text_key name the captions, and are they in the language of the queries?"
+        )
+    choice = dataclasses.replace(choice, totals=hashlib.sha256(counts.tobytes()).hexdigest())
+    _write_counts(job, terms, counts)
+    engine(functools.partial(passes.select, choice), plan.shards, "select")
+    kept, chosen = _sum(store.Marks(choice.selection), shards, len(terms))
+    _write_counts(job, terms, counts, kept)
+    report = balance_report.make(choice, terms, dropped, counts, kept, tally + chosen)
+    (job.root / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return balance_report.format_report(report)
+
+
+def _job(plan: Plan) -> tuple[passes.Job, pa.Array, int]:
+    """The job, its queries, now stored for all workers, and how many entries were left out."""
+    terms, dropped = queries.load(plan.queries)
+    plan.output.mkdir(parents=True, exist_ok=True)
+    store.write(plan.output / "queries.parquet", pa.table({"query": terms}))
+    mark = store.fingerprint({"queries": terms.to_pylist()})
+    return passes.Job(str(plan.output), plan.columns, mark), terms, dropped
+
+
+def _make_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
+    """Makes the directories of the results; removes from them what is not of these shards."""
+    if choice.write_tars and any(shard.suffix != ".tar" for shard in shards):
+        raise UserError("--write_tars needs tar shards as DATA, and nothing else.")
+    if choice.tars.exists() and not choice.write_tars:
+        raise UserError(
+            f"{choice.tars} holds samples that were chosen before. Add --write_tars to choose them "
+            "anew, remove that directory, or name another --output."
+        )
+    directories = [choice.job.matches, choice.selection]
+    for directory in [*directories, choice.tars] if choice.write_tars else directories:
+        directory.mkdir(parents=True, exist_ok=True)
+        store.keep_only(directory, shards)
+
+
+def _sum(
+    marks: store.Marks, shards: list[epath.Path], queries: int
+) -> tuple[np.ndarray, Counter[str]]:
+    """What was counted of all shards: pairs by query, int64 [queries], and the rest."""
+    counts, tally = np.zeros(queries, np.int64), Counter()
+    with ThreadPoolExecutor(16) as pool:
+        for met, often, rest in pool.map(marks.read, shards):
+            counts[met] += often
+            tally.update(rest)
+    return counts, tally
+
+
+def _write_counts(job: passes.Job, terms: pa.Array, *counts: np.ndarray) -> None:
+    """Writes matches, and if known pairs kept, by query."""
+    columns = zip(("count", "kept"), map(pa.array, counts))
+    store.write(job.root / "counts.parquet", pa.table({"query": terms} | dict(columns)))

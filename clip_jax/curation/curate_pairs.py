@@ -1,0 +1,103 @@
+"""Chooses pairs so that no query has too many of them.
+
+  python -m clip_jax data curate pairs 'laion/*.parquet' --text_key=TEXT \\
+      --keep=URL --queries=queries.txt --output=curated
+  python -m clip_jax data curate pairs shards/ --queries=queries.txt --output=curated \\
+      --write_tars
+  python -m clip_jax data curate pairs 'gs://BUCKET/*.tar' --queries=queries.txt \\
+      --output=gs://BUCKET/curated --engine=beam --beam_args='--runner=DataflowRunner ...'
+
+DATA: .parquet, .csv, .tsv, .jsonl (column caption, text or title, or --text_key), .txt (a
+caption a line), .tar (KEY.txt or KEY.json beside KEY.jpg, as img2dataset writes them; the images
+are not read). A file is worked on by one process, in constant memory: have some files per core.
+
+In the directory --output:
+  selection/*.parquet  the pairs kept: row in the input (and key in a tar shard), caption, the
+                       columns kept, numbers of the queries matched
+  tars/*.tar           with --write_tars: their samples, ready to train on
+  report.json          what was read, skipped, matched and kept, and how evenly
+  counts.parquet       every query, how many pairs match it, how many of these are kept
+  matches/*.parquet    all matched pairs
+
+A caption matches a query if it holds the query's words in sequence, in upper or lower case, with
+any punctuation between them. For each query that it matches, a pair is kept with probability
+min(1, per_query / number of pairs that match the query); one success is enough. So a kept pair
+counts for all its queries, and frequent ones end up with more than --per_query.
+
+Run again after an interruption to go on, and to try once more what could not be read. The result
+depends on the input, the queries and the seed alone: not on the number of workers, nor on where
+the files lie, as long as no two of them have the same name and size.
+"""
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+from clip_jax.curation.arguments import at_least
+from clip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from clip_jax.curation.engines import Engine
+    from clip_jax.curation.readers import Columns
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    args = _parser().parse_args(arguments)
+    # Imported late: --help and mistakes are answered at once.
+    from etils import epath
+
+    from clip_jax.curation import balance, pairs
+
+    plan = balance.Plan(
+        shards=[str(path) for path in pairs.find(args.data)],
+        columns=_columns(args),
+        queries=epath.Path(args.queries),
+        output=epath.Path(args.output),
+        per_query=args.per_query,
+        seed=args.seed,
+        write_tars=args.write_tars,
+    )
+    print(balance.run(plan, _engine(args)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_jax data curate pairs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("data", metavar="DATA", help="files, directories or patterns, comma-separated")
+    add("--queries", required=True, help="file, a query a line; or JSON as MetaCLIP's metadata")
+    add("--output", required=True, help="directory for the results, made if need be")
+    add("--per_query", type=at_least(1), default=20_000, help="pairs a query keeps (default 20000)")
+    add("--seed", type=int, default=0, help="of the choice (default 0)")
+    add("--text_key", default="", help="column, or field of .json files, of the captions")
+    add("--keep", default="", help="further columns for the selection, such as url,width")
+    add("--column_names", default="", help="all columns of .csv and .tsv without a header: a,b,c")
+    add("--write_tars", action="store_true", help="write tar shards of the samples kept")
+    add("--workers", type=at_least(0), default=0, help="local processes; 0: one per core")
+    add("--engine", choices=("local", "beam"), default="local", help="default: local processes")
+    add("--beam_args", default="", help="options of the Beam pipeline, as one argument")
+    return parser
+
+
+def _columns(args: argparse.Namespace) -> "Columns":
+    from clip_jax.curation.readers import RESERVED, Columns
+
+    keep, names = (tuple(filter(None, t.split(","))) for t in (args.keep, args.column_names))
+    if taken := set(keep) & set(RESERVED):
+        raise UserError(
+            f"--keep cannot name {', '.join(sorted(taken))}: the selection has it anyway."
+        )
+    return Columns(args.text_key, keep, names)
+
+
+def _engine(args: argparse.Namespace) -> "Engine":
+    from clip_jax.curation import engines
+
+    if args.engine == "beam":
+        return engines.Beam(args.beam_args)
+    return engines.Local(args.workers or os.cpu_count() or 1)

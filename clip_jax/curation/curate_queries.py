@@ -1,0 +1,137 @@
+"""Builds a list of queries, one a line, normalised as captions will be.
+
+What is given is taken in this order, until there are --limit queries: the lists of --also, the
+synsets of WordNet, the frequent words of --text (most frequent first), its pairs of words (those
+that belong together most first), titles (most viewed first).
+
+  python -m clip_jax data curate queries --text='wiki/*.parquet' --wordnet=dict \\
+      --titles=views.tsv --min_views=70 --output=queries.txt
+
+Text is parquet, .jsonl, .csv, .tsv or .txt with sentences, paragraphs or whole articles as rows;
+as much disk space as the text takes is needed for a while, in TMPDIR.
+"""
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from clip_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_ARTICLES = 4096  # rows of text at a time
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    args = _parser().parse_args(arguments)
+    if not (args.text or args.titles or args.wordnet or args.also):
+        raise UserError("No queries without --text, --titles, --wordnet or --also; see --help.")
+    # Imported late: --help and mistakes are answered at once.
+    from etils import epath
+
+    from clip_jax.curation import queries, store
+
+    if not epath.Path(args.output).parent.is_dir():
+        raise UserError(f"--output={args.output} cannot be written: there is no such directory.")
+    entries: list[str] = []
+    for name, found in _sources(args):
+        entries = queries.distinct([*entries, *found]).to_pylist()
+        print(f"{name:<10}{len(found):>12,} found {len(entries):>12,} queries so far")
+    if not entries:
+        raise UserError("No query was found: is the text long enough for --min_count?")
+    with store.replacing(epath.Path(args.output)) as temporary:
+        temporary.write_text("\n".join([*entries[: args.limit], ""]))
+    print(f"Wrote {min(len(entries), args.limit):,} queries to {args.output}.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_jax data curate queries",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--text", default="", help="files, directories or patterns, comma-separated")
+    add("--text_key", default="", help="column of the text; default: caption, text or title")
+    add("--min_count", type=int, default=100, help="of words and pairs of words (default 100)")
+    add(
+        "--min_information",
+        type=float,
+        default=8.0,
+        help="bits of pointwise mutual information of pairs of words (default 8: they follow each "
+        "other 256 times as often as by chance)",
+    )
+    add("--titles", default="", help="file of titles, one a line; or title, tab, views")
+    add("--min_views", type=int, default=0, help="of titles (default 0: all)")
+    add("--wordnet", default="", help="directory of WordNet's data.noun, data.verb, ...")
+    add("--also", default="", help="further list, one query a line or a JSON list")
+    add("--limit", type=int, default=500_000, help="queries in all (default 500000)")
+    add("--output", required=True, help="file to write")
+    return parser
+
+
+def _sources(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    from etils import epath
+
+    from clip_jax.curation import queries
+
+    if args.also:
+        yield "also", queries.load(epath.Path(args.also))[0].to_pylist()
+    if args.wordnet:
+        yield "WordNet", list(queries.wordnet(epath.Path(args.wordnet)))
+    if args.text:
+        yield from _phrases(args)
+    if args.titles:
+        yield "titles", queries.titles(epath.Path(args.titles), args.min_views)
+
+
+def _phrases(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
+    """Frequent words, and pairs of them."""
+    import numpy as np
+
+    from clip_jax.curation import phrases
+
+    counts = phrases.count_words(lambda: _texts(args, "words"))
+    total = counts.total()
+    words = [word for word, count in counts.most_common() if count >= args.min_count]
+    often = np.array([counts[word] for word in words])
+    yield "words", words
+    if not words:
+        return
+    del counts  # takes most of the memory
+    pairs, information = [np.empty((0, 2), np.int64)], [np.empty(0)]
+    for pair, count in phrases.count_pairs(lambda: _texts(args, "pairs"), words, args.min_count):
+        first, second = often[pair].T
+        bits = phrases.mutual_information(count, first, second, total)
+        pairs.append(pair[bits >= args.min_information])
+        information.append(bits[bits >= args.min_information])
+    order = np.argsort(-np.concatenate(information), kind="stable")
+    best = np.concatenate(pairs)[order].tolist()
+    yield "pairs", [f"{words[first]} {words[second]}" for first, second in best]
+
+
+def _texts(args: argparse.Namespace, title: str) -> Iterator["pa.Array"]:
+    """All text, with progress by the size of the files."""
+    from collections import Counter
+
+    from tqdm import tqdm
+
+    from clip_jax.curation import pairs
+    from clip_jax.curation.readers import Columns
+
+    paths = pairs.find(args.text)
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"There is no file {missing[0]} of text.")
+    sizes = [path.stat().length for path in paths]
+    tally: Counter[str] = Counter()
+    with tqdm(desc=title, total=sum(sizes), unit="B", unit_scale=True) as bar:
+        for path, size in zip(paths, sizes):
+            for table in pairs.read(path, Columns(args.text_key, (), ()), _ARTICLES, tally):
+                yield table["caption"].combine_chunks()
+            bar.update(size)
+    for reason, count in tally.items():
+        if reason != "read":
+            print(f"left out of the text: {count:,} x {reason}")

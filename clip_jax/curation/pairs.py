@@ -1,0 +1,118 @@
+"""Captions out of tables and tar shards, batch by batch, whatever the size of the file."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+from etils import epath
+
+from clip_jax.curation.arrow import compute as pc
+from clip_jax.curation.readers import READERS, Columns, Damage
+from clip_jax.data import files
+from clip_jax.errors import UserError
+
+KINDS = tuple(READERS)
+DAMAGED, MISSING = "damaged shard", "missing shard"
+
+
+def find(paths: str) -> list[epath.Path]:
+    """The shards that a comma-separated list of files, directories and patterns names.
+
+    Raises:
+      UserError: none, or of a kind that cannot be read, or a directory holds several kinds.
+    """
+    found: list[epath.Path] = []
+    for item in filter(None, (item.strip() for item in paths.split(","))):
+        shards = files.expand(item, "")
+        if epath.Path(item).expanduser().is_dir():
+            shards = _of_one_kind(item, shards)
+        for path in shards:
+            if path.suffix not in KINDS:
+                raise UserError(f"{path} cannot be read: it must be one of {', '.join(KINDS)}.")
+        found += shards
+    if not found:
+        raise UserError(
+            f"There is nothing to read at {paths!r}. It takes files, directories and patterns, "
+            f'comma-separated, of {", ".join(KINDS)}; such as "DIR/*.parquet" or '
+            '"gs://BUCKET/{00000..00099}.tar".'
+        )
+    return list(dict.fromkeys(found))
+
+
+def _of_one_kind(directory: str, paths: list[epath.Path]) -> list[epath.Path]:
+    kinds = sorted({path.suffix for path in paths}.intersection(KINDS))
+    if len(kinds) > 1:  # such as the .parquet files that img2dataset writes beside its .tar
+        raise UserError(
+            f"{directory} holds {' and '.join(kinds)} files, perhaps of the same pairs. Name one "
+            f"kind, such as {directory.rstrip('/')}/*{kinds[0]}."
+        )
+    return [path for path in paths if path.suffix in kinds]
+
+
+def read(path: epath.Path, columns: Columns, rows: int, tally: Counter[str]) -> Iterator[pa.Table]:
+    """The usable captions of a shard.
+
+    Args:
+      path: the shard.
+      columns: what of it is wanted.
+      rows: at most so many in a batch.
+      tally: gets "read", the number of rows, and the reasons for which some of them, or the rest
+        of the shard, cannot be used.
+
+    Yields:
+      Tables with row (int64, position in the shard), caption (string, no nulls), and the columns
+      to keep; of tar shards also key (string).
+
+    Raises:
+      UserError: a column is missing.
+    """
+    start = 0
+    try:
+        with files.with_retries(lambda: path.open("rb"), files.RETRY_DELAYS) as file:
+            for table in READERS[path.suffix](file, path, columns, rows):
+                yield _usable(table, start, tally)
+                start += len(table)
+    except FileNotFoundError:
+        _lose(path, MISSING, "there is no such file", tally)
+    except (OSError, Damage, pa.ArrowException) as error:
+        _lose(path, DAMAGED, str(error), tally)
+    tally["read"] += start
+
+
+def _lose(path: epath.Path, reason: str, detail: str, tally: Counter[str]) -> None:
+    tally[reason] += 1
+    logging.warning("%s: %s, what was read before is used: %s", path, reason, detail)
+
+
+def _usable(table: pa.Table, start: int, tally: Counter[str]) -> pa.Table:
+    """Numbers the rows; drops and counts those without a caption."""
+    table = table.combine_chunks()
+    found = table["caption"].combine_chunks()
+    captions = _decode(found)
+    problems = pc.if_else(captions.is_null(), "invalid UTF-8 caption", pa.scalar(None, pa.string()))
+    problems = pc.if_else(found.is_null(), "no caption", problems)
+    if "problem" in table.column_names:
+        problems = pc.coalesce(table["problem"].combine_chunks(), problems)
+        table = table.drop_columns("problem")
+    for count in problems.drop_null().value_counts().to_pylist():
+        tally[count["values"]] += count["counts"]
+    table = table.set_column(table.column_names.index("caption"), "caption", captions)
+    rows = pa.array(np.arange(start, start + len(table)))
+    return table.add_column(0, "row", rows).filter(problems.is_null())
+
+
+def _decode(values: pa.Array) -> pa.Array:
+    """UTF-8 as bytes or string -> string; null where it is invalid."""
+    try:
+        return values.cast(pa.binary()).cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array(map(_text, values.cast(pa.binary()).to_pylist()), pa.string())
+
+
+def _text(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode("utf-8")
+    except UnicodeDecodeError:
+        return None

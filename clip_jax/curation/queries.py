@@ -1,0 +1,100 @@
+"""Lists of queries: read, and built as the paper says, from words, bigrams, titles and WordNet."""
+
+import json
+from collections.abc import Iterable, Iterator
+
+import pyarrow as pa
+from etils import epath
+
+from clip_jax.curation import matching
+from clip_jax.curation.arrow import compute as pc
+from clip_jax.errors import UserError
+
+WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
+
+
+def load(path: epath.Path) -> tuple[pa.Array, int]:
+    """Reads a list of queries.
+
+    Args:
+      path: text, one query a line; or JSON, a list of them or an object with them as keys.
+
+    Returns:
+      The queries normalised, distinct and not empty, string, in their order; and how many entries
+      were left out, for lack of a word or as repetitions.
+
+    Raises:
+      UserError: there is no such file, or nothing usable in it.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig", "replace")
+        listed = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        entries = [str(entry) for entry in listed]
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no list of queries {path}. python -m clip_jax data curate queries builds "
+            "one; any file with one query a line will do."
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"The list of queries {path} is not a JSON list: {error}.") from None
+    queries = distinct(entries)
+    if not len(queries):
+        raise UserError(f"The list of queries {path} has no query: it needs one a line.")
+    return queries, len(entries) - len(queries)
+
+
+def distinct(entries: Iterable[str]) -> pa.Array:
+    """Normalised with single spaces, each once, in order of first appearance; string."""
+    texts = matching.normalise(pa.array(entries, pa.string()))
+    texts = pc.unique(pc.replace_substring_regex(texts, " +", " "))
+    return texts.filter(pc.not_equal(texts, ""))
+
+
+def wordnet(directory: epath.Path) -> Iterator[str]:
+    """The first lemma of every synset of WordNet.
+
+    Args:
+      directory: with the files data.noun, data.verb, data.adj and data.adv, as Princeton's
+        distribution has them in dict/, and NLTK's in corpora/wordnet.
+
+    Raises:
+      UserError: a file is missing.
+    """
+    for name in WORDNET_FILES:
+        path = directory / name
+        if not path.exists():
+            raise UserError(
+                f"There is no {path}: --wordnet takes the directory of WordNet's "
+                f"{', '.join(WORDNET_FILES)}, such as nltk_data/corpora/wordnet after "
+                "python -m nltk.downloader wordnet."
+            )
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if not line.startswith(" "):  # the licence
+                # offset, file, type, number of lemmas, then a lemma such as ice_cream or afloat(p)
+                yield line.split(" ", 5)[4].partition("(")[0]
+
+
+def titles(path: epath.Path, min_views: int) -> list[str]:
+    """Titles of articles, most viewed first.
+
+    Args:
+      path: text, a title a line, or a title, a tab and its views; views of a title add up.
+      min_views: that a title needs; 0: none, then there need be no views.
+
+    Raises:
+      UserError: there is no such file, or a line lacks the views.
+    """
+    if not path.exists():
+        raise UserError(f"There is no file {path} of titles.")
+    views: dict[str, int] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            title, _, count = line.decode("utf-8", "replace").rstrip("\r\n").partition("\t")
+            if min_views and not count.isdecimal():
+                raise UserError(
+                    f"Line {number} of {path} has no number of views behind a tab: add them, or "
+                    "drop --min-views to take all titles."
+                )
+            views[title] = views.get(title, 0) + (int(count) if count.isdecimal() else 0)
+    found = [title for title, count in views.items() if count >= min_views]
+    return sorted(found, key=views.__getitem__, reverse=True)

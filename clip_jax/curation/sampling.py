@@ -1,0 +1,52 @@
+"""Which pairs are kept: each query keeps about as many as it may, at random.
+
+A pair is kept if at least one of its queries keeps it. Whether a query keeps a pair depends on
+nothing but the seed, the shard, the row and the query, so that the choice is the same on any
+number of machines and in any order.
+"""
+
+import hashlib
+
+import numpy as np
+
+# Steps and multipliers of SplitMix64 (Steele, Lea, Flood 2014).
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def keep_probabilities(counts: np.ndarray, per_query: int) -> np.ndarray:
+    """With what probability a query keeps a pair that it matches: min(1, per_query / count).
+
+    Args:
+      counts: pairs that match each query, int [queries].
+      per_query: how many of them a query keeps on average, if it has more.
+
+    Returns:
+      float64 [queries].
+    """
+    return np.minimum(1.0, per_query / np.maximum(counts, 1))
+
+
+def draws(seed: int, shard: str, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Independent uniform numbers in [0, 1).
+
+    Args:
+      seed: of the selection.
+      shard: any name that no other shard has.
+      rows: of the pairs in the shard, int64 [n].
+      queries: that match them, int [n].
+
+    Returns:
+      float64 [n].
+    """
+    digest = hashlib.blake2b(f"{seed}/{shard}".encode(), digest_size=8).digest()
+    start = np.frombuffer(digest, "<u8")
+    bits = _mix(_mix(start + rows.astype(np.uint64) * _STEP) + queries.astype(np.uint64) * _STEP)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(bits: np.ndarray) -> np.ndarray:
+    bits = (bits ^ (bits >> np.uint64(30))) * _FIRST
+    bits = (bits ^ (bits >> np.uint64(27))) * _SECOND
+    return bits ^ (bits >> np.uint64(31))
