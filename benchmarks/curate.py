@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clip_jax.curation import matching
+from clip_jax.curation.balancing import matching
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 400_000  # words; English has about as many

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax.curation import curate, engines, matching, pairs, sampling, store
+from clip_jax.curation import curate, store
+from clip_jax.curation.balancing import engines, matching, pairs, sampling
 from clip_jax.errors import UserError
 from tests import shards
 from tests.curated import run, selection

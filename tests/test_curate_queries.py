@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from clip_jax.curation import curate, phrases, queries
+from clip_jax.curation import curate
+from clip_jax.curation.balancing import phrases, queries
 from clip_jax.errors import UserError
 
 # As in Princeton's files: offset, lexicographer's file, type, lemmas in hexadecimal, lemma, ...

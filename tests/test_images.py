@@ -167,6 +167,8 @@ def test_further_pictures_of_a_phone_are_no_film():
     pictures = [photo(20, 30), photo(10, 15)]
     data = encode(pictures[0], "MPO", save_all=True, append_images=pictures[1:])
     assert decoded(data).shape == (20, 30, 3)
+    result = images.pixels(data, "key", 20, Crop("random"), np.random.default_rng(0))
+    assert np.abs(result - pillow_crop(upright(data), 20, Crop("random"), 0)).max() <= 2
 
 
 def test_unreadable_images():

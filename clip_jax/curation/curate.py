@@ -9,11 +9,11 @@ from clip_jax import commands
 
 COMMANDS = {
     "queries": (
-        "clip_jax.curation.curate_queries",
+        "clip_jax.curation.balancing.curate_queries",
         "build a list of queries from text, titles and WordNet",
     ),
     "pairs": (
-        "clip_jax.curation.curate_pairs",
+        "clip_jax.curation.balancing.curate_pairs",
         "choose pairs so that no query has too many of them",
     ),
 }

@@ -9,7 +9,7 @@ import pyarrow as pa
 from etils import epath
 
 from clip_jax.curation.arrow import compute as pc
-from clip_jax.curation.readers import READERS, Columns, Damage
+from clip_jax.curation.balancing.readers import READERS, Columns, Damage
 from clip_jax.data import files
 from clip_jax.errors import UserError
 

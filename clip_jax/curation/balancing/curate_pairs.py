@@ -37,8 +37,8 @@ from clip_jax.curation.arguments import at_least
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from clip_jax.curation.engines import Engine
-    from clip_jax.curation.readers import Columns
+    from clip_jax.curation.balancing.engines import Engine
+    from clip_jax.curation.balancing.readers import Columns
 
 
 def main(arguments: list[str]) -> None:
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     # Imported late: --help and mistakes are answered at once.
     from etils import epath
 
-    from clip_jax.curation import balance, pairs
+    from clip_jax.curation.balancing import balance, pairs
 
     plan = balance.Plan(
         shards=[str(path) for path in pairs.find(args.data)],
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _columns(args: argparse.Namespace) -> "Columns":
-    from clip_jax.curation.readers import RESERVED, Columns
+    from clip_jax.curation.balancing.readers import RESERVED, Columns
 
     keep, names = (tuple(filter(None, t.split(","))) for t in (args.keep, args.column_names))
     if taken := set(keep) & set(RESERVED):
@@ -96,7 +96,7 @@ def _columns(args: argparse.Namespace) -> "Columns":
 
 
 def _engine(args: argparse.Namespace) -> "Engine":
-    from clip_jax.curation import engines
+    from clip_jax.curation.balancing import engines
 
     if args.engine == "beam":
         return engines.Beam(args.beam_args)

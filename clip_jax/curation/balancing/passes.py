@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from clip_jax.curation import matching, pairs, sampling, store, tars
+from clip_jax.curation import store
 from clip_jax.curation.arrow import compute as pc
-from clip_jax.curation.readers import Columns
+from clip_jax.curation.balancing import matching, pairs, sampling, tars
+from clip_jax.curation.balancing.readers import Columns
 
 _TRY_AGAIN = ""  # the fingerprint of nothing
 ROWS = 65_536  # of a batch: some 100 MB of work

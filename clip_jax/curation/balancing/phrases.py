@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from clip_jax.curation import matching
 from clip_jax.curation.arrow import compute as pc
+from clip_jax.curation.balancing import matching
 
 # Words on the two sides of these are no pair.
 _BREAKS = r"[.,;:!?()\[\]{}\"“”\n\r\t]+"

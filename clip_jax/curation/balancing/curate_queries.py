@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> None:
     # Imported late: --help and mistakes are answered at once.
     from etils import epath
 
-    from clip_jax.curation import queries, store
+    from clip_jax.curation import store
+    from clip_jax.curation.balancing import queries
 
     if not epath.Path(args.output).parent.is_dir():
         raise UserError(f"--output={args.output} cannot be written: there is no such directory.")
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
 def _sources(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     from etils import epath
 
-    from clip_jax.curation import queries
+    from clip_jax.curation.balancing import queries
 
     if args.also:
         yield "also", queries.load(epath.Path(args.also))[0].to_pylist()
@@ -92,7 +93,7 @@ def _phrases(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Frequent words, and pairs of them."""
     import numpy as np
 
-    from clip_jax.curation import phrases
+    from clip_jax.curation.balancing import phrases
 
     counts = phrases.count_words(lambda: _texts(args, "words"))
     total = counts.total()
@@ -119,8 +120,8 @@ def _texts(args: argparse.Namespace, title: str) -> Iterator["pa.Array"]:
 
     from tqdm import tqdm
 
-    from clip_jax.curation import pairs
-    from clip_jax.curation.readers import Columns
+    from clip_jax.curation.balancing import pairs
+    from clip_jax.curation.balancing.readers import Columns
 
     paths = pairs.find(args.text)
     if missing := [path for path in paths if not path.exists()]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clip_jax.curation.passes import Choice
+from clip_jax.curation.balancing.passes import Choice
 
 _TOTALS = ("read", "matched", "kept")  # of the tally; the rest of it are reasons
 _LISTED = 20  # queries at either end

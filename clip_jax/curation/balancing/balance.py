@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.curation import balance_report, passes, queries, store
-from clip_jax.curation.engines import Engine
-from clip_jax.curation.readers import Columns
+from clip_jax.curation import store
+from clip_jax.curation.balancing import balance_report, passes, queries
+from clip_jax.curation.balancing.engines import Engine
+from clip_jax.curation.balancing.readers import Columns
 from clip_jax.errors import UserError
 
 

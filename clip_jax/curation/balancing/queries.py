@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.curation import matching
 from clip_jax.curation.arrow import compute as pc
+from clip_jax.curation.balancing import matching
 from clip_jax.errors import UserError
 
 WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
