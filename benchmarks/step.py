@@ -81,6 +81,7 @@ def clip_jax_step(size, batch: Batch, scan_layers: bool, pack=None) -> tuple[Ste
         accum_steps=1,
         zero1=False,
         seed=0,
+        augment=lambda images, key: images,
         max_logit_scale=100.0,
     ).compile()
 

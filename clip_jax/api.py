@@ -16,6 +16,7 @@ from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import CENTER
 from clip_jax.errors import BadExample, UserError
 from clip_jax.evals import zeroshot
+from clip_jax.models import buckets
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
 Pictures = Picture | Sequence[Picture]
@@ -71,7 +72,11 @@ class Model:
         Raises:
           ValueError: a text is too long and `truncate` is not set.
         """
-        return self._batched(self._text, self.tokenizer(texts, truncate=truncate))
+        tokens = self.tokenizer(texts, truncate=truncate)
+        embeds = np.zeros((len(tokens), self.net.size.embed_dim), np.float32)
+        for rows, batch in buckets.batches(tokens, self.net.size, self._batch_size):
+            embeds[rows] = np.asarray(self._text(self.variables, batch))[: len(rows)]
+        return embeds
 
     def zero_shot(
         self,

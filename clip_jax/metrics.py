@@ -40,7 +40,7 @@ class MetricWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
-            import tensorflow as tf
+            from clip_jax.data.tensorflow_cpu import tf
 
             events = self._path.parent / "tensorboard"
             if start_step == 0 and events.exists():
@@ -55,7 +55,7 @@ class MetricWriter:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._events is not None:
-            import tensorflow as tf
+            from clip_jax.data.tensorflow_cpu import tf
 
             with self._events.as_default(step=step):
                 for name, value in metrics.items():

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import losses, models, optim, sharding
+from clip_jax import augment, losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax import step as train_step
 from clip_jax.errors import UserError
@@ -77,6 +77,7 @@ class Program:
                 method=config.loss.method,
                 tile=config.loss.tile,
             ),
+            augment=functools.partial(augment.augment, config=config.data.augment),
             accum_steps=config.accum_steps,
             zero1=config.mesh.zero1,
             seed=config.seed,

@@ -29,6 +29,7 @@ def train_step(
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     loss_fn: Callable[..., jax.Array],
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
     accum_steps: int,
     zero1: bool,
     seed: int,
@@ -43,6 +44,7 @@ def train_step(
       tx: the optimiser.
       schedule: its learning rate, for the log.
       loss_fn: of what the model returns; see `losses.LOSSES`.
+      augment: of the images and a key of this step; see `augment.augment`.
       accum_steps: micro-batches that the towers see one after the other; the loss is that of the
         whole batch either way.
       zero1: the optimiser's state is split over the data axis; see `sharding.tree_shardings`.
@@ -53,7 +55,8 @@ def train_step(
       The new state, and float32 scalars: loss, grad_norm (before clipping), param_norm,
       logit_scale (the multiplier), learning_rate.
     """
-    dropout, rounding = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    dropout, rounding, colours = jax.random.split(key, 3)
 
     def embed(params, part):
         outputs, updated = net.apply(
@@ -67,7 +70,8 @@ def train_step(
         )
         return outputs, updated.get("batch_stats", {})
 
-    batch = {**batch, "row": jnp.arange(batch["tokens"].shape[0])}
+    images = augment(batch["image"], colours)
+    batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
     loss, batch_stats, grads = gradients(embed, loss_fn, state.params, batch)
     # From here on each device works on its share alone, which under ZeRO is smaller than what it

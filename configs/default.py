@@ -221,6 +221,15 @@ def _data() -> ConfigDict:
     data.crop = "random"
     data.crop_scale = (0.9, 1.0)  # resized: least and greatest share of the area
     data.crop_ratio = (3 / 4, 4 / 3)  # resized: least and greatest width / height
+    # On the device: the probability of each, and the greatest change of what jitter changes, as a
+    # share (0.4: a factor of 0.6 to 1.4). The paper has none of it.
+    data.augment = ConfigDict()
+    data.augment.flip = 0.0  # mirror images; captions that say left or right then lie
+    data.augment.jitter = 0.0  # change brightness, contrast and saturation
+    data.augment.grey = 0.0  # take the colour away
+    data.augment.brightness = 0.4
+    data.augment.contrast = 0.4
+    data.augment.saturation = 0.4
     # Of each epoch: "shuffled" over the whole set | "windowed" (reads neighbours together, where
     # jumping is slow: README, "Slow storage") | "stored".
     data.order = "shuffled"

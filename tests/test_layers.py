@@ -33,6 +33,7 @@ LAYERS = (
     ),
     (
         "clip_jax.models",
+        "clip_jax.augment",
         "clip_jax.losses",
         "clip_jax.optim",
         "clip_jax.rounding",
@@ -47,6 +48,7 @@ LEAVES = {
     "clip_jax": set(),  # loads on first use
     "clip_jax.errors": set(),
     "clip_jax.clock": {"clip_jax.errors"},
+    "clip_jax.augment": set(),
     "clip_jax.sharding": {"clip_jax.errors"},
     "clip_jax.losses": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.optim": {"clip_jax.errors", "clip_jax.rounding", "clip_jax.sharding"},
@@ -137,6 +139,16 @@ def test_reading_data_needs_no_accelerator():
         if path.parent.name == "data" and "jax" in {name.split(".")[0] for name in imports(path)}
     }
     assert users == {"feed.py"}
+
+
+def test_tensorflow_comes_through_one_door():
+    """Else it takes the memory of every GPU away from JAX."""
+    users = {
+        path.name
+        for path in FILES
+        if "tensorflow" in {name.split(".")[0] for name in imports(path)}
+    }
+    assert users == {"tensorflow_cpu.py"}
 
 
 def test_modules_import():

@@ -316,22 +316,3 @@ def test_sentencepiece_identity_and_errors(pieces, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_text", None)
     with pytest.raises(UserError, match="pip install tensorflow-text"):
         tokenizer.create(str(path), 7)
-
-
-def test_in_tf_data(openai, pieces):
-    tf = pytest.importorskip("tensorflow")
-    texts = ["a photo of a cat", "caf\xe9", "cat " * 99, "x\0"]
-    data = tf.data.Dataset.from_tensor_slices(texts)
-    batches = data.batch(3).map(lambda batch: tokenizer.tf_encode(openai, batch))
-    assert batches.element_spec == tf.TensorSpec([None, 77], tf.int32)
-    rows = np.concatenate(list(batches.as_numpy_iterator()))
-    np.testing.assert_array_equal(rows, openai(texts, truncate=True))
-    single = next(iter(data.map(lambda text: tokenizer.tf_encode(openai, text))))
-    np.testing.assert_array_equal(single, rows[0])
-    grid = tf.constant([[b"a", b"caf\xe9"], [b"", b"cat"]])  # \xe9 alone is not UTF-8
-    expected = openai(["a", "caf\ufffd", "", "cat"]).reshape(2, 2, 77)
-    np.testing.assert_array_equal(tokenizer.tf_encode(openai, grid), expected)
-    np.testing.assert_array_equal(
-        tokenizer.tf_encode(pieces, grid)[..., :4],
-        [[[9, 3, 10, 0], [9, 5, 0, 10]], [[9, 10, 0, 0], [9, 4, 10, 0]]],
-    )

@@ -74,6 +74,7 @@ def compile_step(
     settings = {
         "tx": tx,
         "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
+        "augment": lambda images, key: images,
         "accum_steps": 1,
         "zero1": False,
         "seed": 0,

@@ -1,7 +1,7 @@
 """Examples on their way to the device.
 
-sources: random access to stored examples (tar with tar_index, folder, tfds_source with tfrecord,
-digits; files: their paths and reads); order: which example stands where in an epoch; images: bytes
-to pixels; tokenizer (with bpe): text to ids; pipeline (on loading's tf.data): the batches of this
-host, and their transfer to the mesh.
+sources: random access to stored examples (tar, tfrecord_source and tfds_source, their shard_index;
+folder; digits; files: paths and reads); mixture: several of them; order: which example stands where
+in a run; images (with crops): bytes to pixels; captions and tokenizer (with bpe): text to ids;
+pipeline (on loading's threads): the batches of this host; feed: their way onto the mesh.
 """

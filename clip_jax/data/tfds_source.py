@@ -12,6 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from tensorflow_datasets.core import decode
 
+import clip_jax.data.tensorflow_cpu  # noqa: F401  before TFDS brings TensorFlow, with its GPUs
 from clip_jax.data import captions, tfrecord
 from clip_jax.data.sources import Example
 from clip_jax.errors import BadExample, UserError

@@ -3,13 +3,13 @@
 from collections import Counter
 from typing import Any
 
-import tensorflow as tf
 from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.data import captions, files, tfrecord
 from clip_jax.data.labels import number_labels
 from clip_jax.data.sources import Example
+from clip_jax.data.tensorflow_cpu import tf
 from clip_jax.errors import BadExample, UserError
 
 IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "image_raw")

@@ -9,15 +9,12 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from clip_jax.data import bpe
 from clip_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import tensorflow as tf
 
 _ITEMSIZE = 4  # of int32
 
@@ -130,8 +127,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str, context_length: int):
         """Raises UserError if tensorflow_text is missing or `path` is no SentencePiece model."""
+        from clip_jax.data.tensorflow_cpu import tf
+
         try:
-            import tensorflow as tf
             import tensorflow_text
         except ImportError as error:
             raise UserError(
@@ -195,22 +193,3 @@ def tokenize(
 @functools.lru_cache(maxsize=4)
 def _openai(context_length: int) -> Tokenizer:
     return create("openai", context_length)
-
-
-def tf_encode(tokenizer: Tokenizer, texts: "tf.Tensor") -> "tf.Tensor":
-    """Encodes inside a tf.data pipeline: string [...] to int32 [..., context_length].
-
-    Long texts are cut, the end token kept; bytes that are not UTF-8 become U+FFFD. The work is
-    done in Python under its lock, so map it with batches rather than single texts.
-    """
-    import tensorflow as tf
-
-    def encode(values: np.ndarray | bytes) -> np.ndarray:
-        values = np.asarray(values, object)
-        decoded = [value.decode("utf-8", "replace") for value in values.ravel()]
-        tokens, _ = tokenizer.encode_batch(decoded)
-        return tokens.reshape(*values.shape, tokenizer.context_length)
-
-    tokens = tf.numpy_function(encode, [texts], tf.int32, stateful=False)
-    tokens.set_shape(texts.shape.concatenate([tokenizer.context_length]))
-    return tokens
