@@ -13,11 +13,12 @@ _HOMES = {
     "Model": "clip_jax.api",
     "tokenize": "clip_jax.data.tokenizer",
     "available_models": "clip_jax.models",
+    "export": "",
     "losses": "",
     "models": "",
 }
 
-__all__ = ["Model", "available_models", "load", "losses", "models", "tokenize"]
+__all__ = ["Model", "available_models", "export", "load", "losses", "models", "tokenize"]
 
 
 def __getattr__(name: str) -> Any:

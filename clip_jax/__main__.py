@@ -5,8 +5,17 @@ import sys
 from clip_jax import commands
 
 COMMANDS = {
+    "card": ("clip_jax.export.card", "a model card from what a run recorded"),
+    "convert": ("clip_jax.convert.cli", "weights of other projects in and out"),
     "data": ("clip_jax.curation.cli", "index, check, describe, pack, de-duplicate, curate data"),
+    "embed": ("clip_jax.retrieval.embed", "embeddings of a whole data set"),
+    "export": ("clip_jax.export.cli", "programs that run without clip_jax: StableHLO, ONNX"),
     "plan": ("clip_jax.plan.cli", "memory and speed of a config on a TPU pod, without a TPU"),
+    "push": ("clip_jax.export.push", "upload a folder with its card to the Hugging Face hub"),
+    "search": (
+        "clip_jax.retrieval.search",
+        "search them by text or picture, here or on a web page",
+    ),
 }
 
 

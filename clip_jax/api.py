@@ -10,10 +10,10 @@ from etils import epath
 from flax import linen as nn
 from PIL import Image
 
-from clip_jax import checkpoint, sharding
+from clip_jax import convert, models, sharding, weights
 from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
-from clip_jax.data.crops import CENTER
+from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample, UserError
 from clip_jax.evals import zeroshot
 from clip_jax.models import buckets
@@ -28,26 +28,38 @@ class Model:
     Attributes:
       net: the Flax module, for those who want gradients or intermediate values.
       variables: what `net.apply` takes.
-      tokenizer: of its texts.
+      tokenizer: of its texts; None: not known.
+      about: what it is, where it comes from, how it takes pictures and texts; its repr.
     """
 
     def __init__(
-        self, net: nn.Module, variables: Any, tokenizer: tokenizers.Tokenizer, batch_size: int = 64
+        self,
+        net: nn.Module,
+        variables: Any,
+        tokenizer: tokenizers.Tokenizer | None,
+        batch_size: int = 64,
+        about: str = "",
     ):
         """Wraps a module; `batch_size`: pictures or texts per step, padded, so it compiles once."""
         self.net = net
         self.variables = variables
         self.tokenizer = tokenizer
+        self.about = about
         self._batch_size = batch_size
+        self._crop = Crop(net.size.image_crop)
         self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
+
+    def __repr__(self) -> str:
+        return self.about or super().__repr__()
 
     def encode_image(self, images: Pictures) -> np.ndarray:
         """Embeds pictures.
 
         Args:
           images: PIL images, paths, or uint8 arrays [h, w, 3] of any size, one or many; or uint8
-            [n, h, w, 3]. Each is resized on its shorter side and cropped to its middle square.
+            [n, h, w, 3]. Each is resized on its shorter side and cropped to its middle square; or,
+            for SigLIP, squashed to a square.
 
         Returns:
           float32 [n, embed_dim], L2-normalised.
@@ -71,7 +83,13 @@ class Model:
 
         Raises:
           ValueError: a text is too long and `truncate` is not set.
+          UserError: it is not known how the model's texts become ids.
         """
+        if self.tokenizer is None:
+            raise UserError(
+                "The weights came without a tokenizer: convert them once more with --tokenizer and "
+                "the vocabulary file that was published with them."
+            )
         tokens = self.tokenizer(texts, truncate=truncate)
         embeds = np.zeros((len(tokens), self.net.size.embed_dim), np.float32)
         for rows, batch in buckets.batches(tokens, self.net.size, self._batch_size):
@@ -104,15 +122,15 @@ class Model:
         try:
             if isinstance(image, (str, os.PathLike)):
                 data = epath.Path(image).read_bytes()
-                return image_files.pixels(data, str(image), size, CENTER, None)
+                return image_files.pixels(data, str(image), size, self._crop, None)
             if isinstance(image, Image.Image):
-                return image_files.pixels(image, key, size, CENTER, None)
+                return image_files.pixels(image, key, size, self._crop, None)
             array = np.asarray(image)
             if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
                 raise UserError(
                     f"A picture as an array is uint8 [h, w, 3], not {array.dtype} {array.shape}."
                 )
-            return image_files.pixels(array, key, size, CENTER, None)
+            return image_files.pixels(array, key, size, self._crop, None)
         except (OSError, BadExample) as error:
             raise UserError(f"Cannot read the picture: {error}.") from error
 
@@ -138,18 +156,16 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
     """Loads a trained model onto the first device.
 
     Args:
-      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500").
+      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500"); weights in
+        any format that `python -m clip_jax convert` reads and that says what they are; or a name
+        on the Hugging Face hub ("org/name"), fetched once.
       step: which checkpoint of a workdir; None: the most recent.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged or of another tokenizer.
+      UserError: there is no model, or it is damaged or of another tokenizer.
     """
+    found = convert.read(path, step=step)
+    tokens = convert.create_tokenizer(found.tokenizer, found.size.context_length)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    net, variables, meta = checkpoint.load_model(path, mesh, step)
-    tokens = tokenizers.create(meta["config"]["tokenizer"], net.size.context_length)
-    if tokens.identity != meta["tokenizer"]:
-        raise UserError(
-            f"{path} was trained with the tokenizer {meta['tokenizer']}, but "
-            f"{meta['config']['tokenizer']!r} is now {tokens.identity}."
-        )
-    return Model(net, variables, tokens)
+    variables = weights.to_variables(found, mesh)
+    return Model(models.CLIP(found.size), variables, tokens, about=weights.describe(found))

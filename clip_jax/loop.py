@@ -189,6 +189,8 @@ class Loop:
             **dataclasses.asdict(done),
             "tokenizer": self._run.tokenizer.identity,
             "size": dataclasses.asdict(self._run.net.size),
+            "hardware": hardware(self._run.mesh),
+            "pairs": len(self._run.source),
             "config": workdir.to_plain(self._config),
         }
         self._store.save(state, step, meta, found)
@@ -198,6 +200,11 @@ class Loop:
 def list_counts(counts: Mapping[str, int]) -> str:
     """ "3 x unreadable image, 1 x empty caption", the most frequent first."""
     return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
+
+
+def hardware(mesh: Mesh) -> str:
+    """Number and kind of the devices."""
+    return f"{mesh.size} x {jax.devices()[0].device_kind}"
 
 
 def _check_finite(step: int, values: Mapping[str, float]) -> None:

@@ -18,7 +18,7 @@ from clip_jax.data import mixture, pipeline, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
-from clip_jax.loop import Loop, Past, Run, list_counts
+from clip_jax.loop import Loop, Past, Run, hardware, list_counts
 from clip_jax.models.resize import image_positions, resize_positions
 
 
@@ -183,7 +183,7 @@ def _announce(run: Run, config: ConfigDict) -> None:
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
     _say(
         f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
-        f"{_hardware(run.mesh)} (mesh {axes})."
+        f"{hardware(run.mesh)} (mesh {axes})."
     )
     if problems := getattr(run.source, "problems", None):
         _say(f"Found in the training data: {list_counts(problems)}.")
@@ -212,7 +212,7 @@ def _report(
         started=started,
         finished=datetime.now(),
         wall_seconds=done.seconds,
-        hardware=_hardware(run.mesh),
+        hardware=hardware(run.mesh),
         params=train_state.count_params(run.program.state.params),
         images_seen=done.examples_seen,
         steps=done.step,
@@ -230,11 +230,6 @@ def _report(
 def _named(data: ConfigDict) -> str:
     """The training data in a word or two."""
     return " + ".join(data.mixture) or data.source.name or data.source.type
-
-
-def _hardware(mesh: Mesh) -> str:
-    """Number and kind of the devices."""
-    return f"{mesh.size} x {jax.devices()[0].device_kind}"
 
 
 def _say(text: str) -> None:

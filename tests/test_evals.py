@@ -15,6 +15,7 @@ from sklearn import metrics as sklearn_metrics
 
 from clip_jax import models, sharding
 from clip_jax.data import tokenizer as tokenizers
+from clip_jax.data.captions import Captions
 from clip_jax.data.sources import Example
 from clip_jax.errors import BadExample, UserError
 from clip_jax.evals import Encoder, Evaluators, Retrieval, Zeroshot, retrieval, zeroshot
@@ -28,6 +29,7 @@ class Table:
     @dataclasses.dataclass
     class size:
         image_size = SIDE
+        image_crop = "center"
         context_length = 3
 
     def apply(self, variables, values, method):
@@ -78,7 +80,7 @@ class Cards:
             raise BadExample("unreadable image", f"card {index}")
         return Example(
             image=np.full((SIDE, SIDE, 3), [index // 256, index % 256, 0], np.uint8),
-            text=self.texts[index],
+            captions=Captions((self.texts[index],), (1.0,)),
             label=int(self.labels[index]),
             key=f"card {index}",
         )

@@ -18,15 +18,16 @@ FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
 # Each layer may import those below it and, as long as no circle comes of it, its own.
 LAYERS = (
     ("main", "clip_jax.__main__"),
-    ("clip_jax.curation",),
+    ("clip_jax.curation", "clip_jax.export", "clip_jax.retrieval"),
     ("clip_jax.train", "clip_jax.api"),
-    ("clip_jax.loop", "clip_jax.plan"),
+    ("clip_jax.loop", "clip_jax.plan", "clip_jax.convert"),
     ("clip_jax.program",),
     (
         "clip_jax.data",
         "clip_jax.state",
         "clip_jax.step",
         "clip_jax.checkpoint",
+        "clip_jax.weights",
         "clip_jax.evals",
         "clip_jax.metrics",
         "clip_jax.workdir",

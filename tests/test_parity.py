@@ -1,7 +1,7 @@
 """ViT-B/32 and RN50 against open_clip's PyTorch: same weights, same batch, same numbers.
 
-The weights are open_clip's random initialisation, carried over by name. `to_clip_jax` is a linear
-map of tensors, so it carries gradients over as well.
+The weights are open_clip's random initialisation, carried over by the table of `clip_jax.convert`,
+a linear map of tensors, which carries gradients over as well.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from clip_jax import losses, models
+from clip_jax import losses, models, weights
+from clip_jax.convert import openai
+from clip_jax.convert.mapping import import_tensors
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
@@ -24,119 +26,21 @@ Arrays = Mapping[str, np.ndarray]
 # ---- Weights by name ---------------------------------------------------------------------------
 
 
-class Renamer:
-    """Takes tensors out of a PyTorch state dict, one rule for each kind of module."""
-
-    def __init__(self, tensors: Arrays):
-        self.tensors = dict(tensors)
-
-    def take(self, name: str) -> np.ndarray:
-        return self.tensors.pop(name)
-
-    def norm(self, name: str) -> dict:
-        return {"scale": self.take(f"{name}.weight"), "bias": self.take(f"{name}.bias")}
-
-    def running(self, name: str) -> dict:
-        return {"mean": self.take(f"{name}.running_mean"), "var": self.take(f"{name}.running_var")}
-
-    def conv(self, name: str) -> dict:
-        """[out, in, h, w] -> [h, w, in, out]."""
-        return {"kernel": self.take(f"{name}.weight").transpose(2, 3, 1, 0)}
-
-    def dense(self, name: str, inputs: tuple = (-1,), outputs: tuple = (-1,)) -> dict:
-        """[out, in] -> [*inputs, *outputs], the bias -> [*outputs]."""
-        return linear(self.take(f"{name}.weight"), self.take(f"{name}.bias"), inputs, outputs)
-
-    def block(self, name: str, heads: int) -> dict:
-        in_weight = self.take(f"{name}.attn.in_proj_weight")
-        in_bias = self.take(f"{name}.attn.in_proj_bias")
-        return {
-            "ln_1": self.norm(f"{name}.ln_1"),
-            "qkv": linear(in_weight, in_bias, outputs=(3, heads, -1)),
-            "attn_out": self.dense(f"{name}.attn.out_proj", inputs=(heads, -1)),
-            "ln_2": self.norm(f"{name}.ln_2"),
-            "mlp_in": self.dense(f"{name}.mlp.c_fc"),
-            "mlp_out": self.dense(f"{name}.mlp.c_proj"),
-        }
-
-    def transformer(self, name: str, layers: int, heads: int) -> dict:
-        """Blocks stacked along a leading axis."""
-        blocks = [self.block(f"{name}.resblocks.{i}", heads) for i in range(layers)]
-        return {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
-
-
-def linear(weight, bias, inputs: tuple = (-1,), outputs: tuple = (-1,)) -> dict:
-    fan_out, fan_in = weight.shape
-    kernel = weight.T.reshape(*_fill(inputs, fan_in), *_fill(outputs, fan_out))
-    return {"kernel": kernel, "bias": bias.reshape(outputs)}
-
-
-def _fill(shape: tuple, size: int) -> tuple:
-    """Replaces the -1, as two of them in one reshape are ambiguous."""
-    return tuple(size // -int(np.prod(shape)) if d == -1 else d for d in shape)
-
-
-def to_clip_jax(tensors: Arrays, size: models.Size) -> dict:
-    """Parameters, or gradients, from open_clip's names to ours; all of them must be used."""
-    names = Renamer(tensors)
-    image = _resnet(names, size) if size.is_resnet else _vit(names, size)
-    text = {
-        "token_embed": {"embedding": names.take("token_embedding.weight")},
-        "positions": names.take("positional_embedding"),
-        "transformer": names.transformer("transformer", size.text_layers, size.text_heads),
-        "ln_final": names.norm("ln_final"),
-        "projection": {"kernel": names.take("text_projection")},
-    }
-    params = {"image": image, "text": text, "logit_scale": names.take("logit_scale")}
-    assert not names.tensors, f"not mapped: {list(names.tensors)}"
-    return params
-
-
-def _vit(names: Renamer, size: models.Size) -> dict:
-    return {
-        "patch_embed": names.conv("visual.conv1"),
-        "class_token": names.take("visual.class_embedding"),
-        "positions": names.take("visual.positional_embedding"),
-        "ln_pre": names.norm("visual.ln_pre"),
-        "transformer": names.transformer(
-            "visual.transformer", size.image_layers[0], size.image_heads
-        ),
-        "ln_post": names.norm("visual.ln_post"),
-        "projection": {"kernel": names.take("visual.proj")},
-    }
-
-
-def _resnet(names: Renamer, size: models.Size) -> dict:
-    convs = {ours: names.conv(theirs) for ours, theirs in _resnet_layers(size, "conv")}
-    norms = {ours: names.norm(theirs) for ours, theirs in _resnet_layers(size, "bn")}
-    heads, pool = size.image_heads, "visual.attnpool"
-    attention = {
-        "positions": names.take(f"{pool}.positional_embedding"),
-        "query": names.dense(f"{pool}.q_proj", outputs=(heads, -1)),
-        "key": names.dense(f"{pool}.k_proj", outputs=(heads, -1)),
-        "value": names.dense(f"{pool}.v_proj", outputs=(heads, -1)),
-        "projection": names.dense(f"{pool}.c_proj", inputs=(heads, -1)),
-    }
-    return nest(convs | norms) | {"attention_pool": attention}
-
-
-def _resnet_layers(size: models.Size, kind: str) -> list[tuple[str, str]]:
-    """(our path, open_clip's name) of every convolution ("conv") or BatchNorm ("bn")."""
-    layers = [(f"stem_{kind}{i}", f"visual.{kind}{i}") for i in (1, 2, 3)]
-    for stage, blocks in enumerate(size.image_layers, start=1):
-        for block in range(blocks):
-            ours, theirs = f"stage{stage}_block{block}", f"visual.layer{stage}.{block}"
-            layers += [(f"{ours}/{kind}{i}", f"{theirs}.{kind}{i}") for i in (1, 2, 3)]
-            if block == 0:
-                index = {"conv": 0, "bn": 1}[kind]
-                layers.append((f"{ours}/shortcut_{kind}", f"{theirs}.downsample.{index}"))
-    return layers
+def to_clip_jax(tensors: Arrays, size: models.Size, part: str = "params") -> dict:
+    """One collection of our variables, or gradients, from open_clip's names."""
+    table = [row for row in openai.table(size) if row.pieces[0].path.startswith(f"{part}/")]
+    wanted = weights.variable_shapes(size).items()
+    wanted = {path: shape for path, shape in wanted if path.startswith(f"{part}/")}
+    shapes = {name: value.shape for name, value in tensors.items()}
+    theirs = weights.Tensors(shapes, tensors.__getitem__)
+    ours = import_tensors(table, theirs, wanted, "open_clip")
+    return nest({path.removeprefix(f"{part}/"): ours.read(path) for path in wanted})
 
 
 def batch_stats(buffers: Arrays, size: models.Size) -> dict:
     """The running statistics of every BatchNorm."""
-    names = Renamer(buffers)
-    return {"image": nest({k: names.running(v) for k, v in _resnet_layers(size, "bn")})}
+    kept = {name: value for name, value in buffers.items() if "running" in name}
+    return to_clip_jax(kept, size, "batch_stats")
 
 
 def nest(flat: Mapping[str, Any]) -> dict:

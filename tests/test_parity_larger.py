@@ -6,9 +6,11 @@ Small shapes and random weights; ViT-g/14 in open_clip's PyTorch, SigLIP in tran
 import jax
 import numpy as np
 import pytest
-from test_parity import Renamer, linear, open_clip, to_clip_jax, to_numpy, torch  # or skips
+from test_parity import nest, open_clip, to_clip_jax, to_numpy, torch  # or skips
 
-from clip_jax import models
+from clip_jax import models, weights
+from clip_jax.convert import huggingface
+from clip_jax.convert.mapping import import_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -88,75 +90,16 @@ def make_siglip() -> torch.nn.Module:
     return model
 
 
-class SiglipRenamer(Renamer):
-    """Of transformers' names."""
-
-    def qkv(self, name: str, heads: int) -> dict:
-        parts = [self.dense(f"{name}.{part}_proj", outputs=(heads, -1)) for part in "qkv"]
-        return {
-            "kernel": np.stack([part["kernel"] for part in parts], axis=1),
-            "bias": np.stack([part["bias"] for part in parts]),
-        }
-
-    def block(self, name: str, heads: int) -> dict:
-        return {
-            "ln_1": self.norm(f"{name}.layer_norm1"),
-            "qkv": self.qkv(f"{name}.self_attn", heads),
-            "attn_out": self.dense(f"{name}.self_attn.out_proj", inputs=(heads, -1)),
-            "ln_2": self.norm(f"{name}.layer_norm2"),
-            "mlp_in": self.dense(f"{name}.mlp.fc1"),
-            "mlp_out": self.dense(f"{name}.mlp.fc2"),
-        }
-
-    def blocks(self, name: str, layers: int, heads: int) -> dict:
-        blocks = [self.block(f"{name}.encoder.layers.{i}", heads) for i in range(layers)]
-        return {"blocks": jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)}
-
-    def map_head(self, name: str, heads: int) -> dict:
-        weight = np.split(self.take(f"{name}.attention.in_proj_weight"), 3)
-        bias = np.split(self.take(f"{name}.attention.in_proj_bias"), 3)
-        parts = [linear(w, b, outputs=(heads, -1)) for w, b in zip(weight, bias)]
-        return {
-            "probe": self.take(f"{name}.probe")[0, 0],
-            **dict(zip(("query", "key", "value"), parts)),
-            "attn_out": self.dense(f"{name}.attention.out_proj", inputs=(heads, -1)),
-            "ln": self.norm(f"{name}.layernorm"),
-            "mlp_in": self.dense(f"{name}.mlp.fc1"),
-            "mlp_out": self.dense(f"{name}.mlp.fc2"),
-        }
-
-
-def siglip_to_clip_jax(tensors, size: models.Size) -> dict:
-    names, image, text = SiglipRenamer(tensors), "vision_model", "text_model"
-    patch = f"{image}.embeddings.patch_embedding"
-    params = {
-        "image": {
-            "patch_embed": names.conv(patch) | {"bias": names.take(f"{patch}.bias")},
-            "positions": names.take(f"{image}.embeddings.position_embedding.weight"),
-            "transformer": names.blocks(image, size.image_layers[0], size.image_heads),
-            "ln_post": names.norm(f"{image}.post_layernorm"),
-            "map_head": names.map_head(f"{image}.head", size.image_heads),
-        },
-        "text": {
-            "token_embed": {"embedding": names.take(f"{text}.embeddings.token_embedding.weight")},
-            "positions": names.take(f"{text}.embeddings.position_embedding.weight"),
-            "transformer": names.blocks(text, size.text_layers, size.text_heads),
-            "ln_final": names.norm(f"{text}.final_layer_norm"),
-            "projection": names.dense(f"{text}.head"),
-        },
-        "logit_scale": names.take("logit_scale")[0],
-        "logit_bias": names.take("logit_bias")[0],
-    }
-    assert not names.tensors, f"not mapped: {list(names.tensors)}"
-    return params
-
-
 def test_siglip_equals_transformers():
     net, model = models.create("SigLIP-B/16", size=SHAPES), make_siglip()
     images, tokens = make_inputs(net.size)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     out = model(input_ids=torch.from_numpy(tokens).long(), pixel_values=pixels)
-    params = siglip_to_clip_jax(to_numpy(model.named_parameters()), net.size)
+    tensors = to_numpy(model.named_parameters())
+    theirs = weights.Tensors({k: v.shape for k, v in tensors.items()}, tensors.__getitem__)
+    shapes = weights.variable_shapes(net.size)
+    ours = import_tensors(huggingface.table(net.size), theirs, shapes, "transformers")
+    params = nest({path: ours.read(path) for path in shapes})["params"]
     image, text, scale, bias = jax.jit(net.apply)({"params": params}, images, tokens)
     assert_close(image, out.image_embeds)
     assert_close(text, out.text_embeds)

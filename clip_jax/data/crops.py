@@ -128,6 +128,7 @@ def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
 def _resizer() -> tuple[Any, Any]:
     """Of this thread, with its options: made anew, it takes longer than to resize."""
     if not hasattr(_local, "resizer"):
+        assert simd is not None
         bicubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
         _local.resizer = simd.Resizer(), simd.ResizeOptions(resize_alg=bicubic)
     return _local.resizer

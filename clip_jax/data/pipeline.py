@@ -187,8 +187,9 @@ def eval_batches(
     parts: int,
     threads: int,
     limit: int | None = None,
+    crop: Crop = CENTER,
 ) -> Iterator[Batch]:
-    """This host's share of every example once, in stored order, centre-cropped.
+    """This host's share of every example once, in stored order.
 
     Args:
       source: of the examples.
@@ -200,6 +201,7 @@ def eval_batches(
       parts: into how many the batch is split.
       threads: that read and decode; 0: one per CPU core.
       limit: the first so many examples; None: all.
+      crop: how an image becomes a square; not a random one.
 
     Yields:
       dict(image uint8 [b, h, w, 3], tokens int32 [b, l], label int32 [b], index int32 [b] of the
@@ -216,7 +218,7 @@ def eval_batches(
         index = step * batch_size + rows[row]
         if index < total:
             try:
-                return _eval_row(source, tokenizer, image_size, index)
+                return _eval_row(source, tokenizer, image_size, crop, index)
             except BadExample as bad:
                 skipped[bad.reason] += 1
                 logging.warning("Left out of the evaluation: %s", bad)
@@ -255,11 +257,11 @@ def _tokens(text: str, key: str, tokenizer: Tokenizer) -> tuple[np.ndarray, bool
 
 
 def _eval_row(
-    source: Source, tokenizer: Tokenizer | None, image_size: int, index: int
+    source: Source, tokenizer: Tokenizer | None, image_size: int, crop: Crop, index: int
 ) -> loading.Row:
     example = source[index]
     row = _empty_row(tokenizer, image_size, index)
-    row["image"] = images.pixels(example.image, example.key, image_size, CENTER, None)
+    row["image"] = images.pixels(example.image, example.key, image_size, crop, None)
     row["label"] = np.int32(example.label)
     row["mask"] = np.bool_(True)
     if tokenizer is not None:

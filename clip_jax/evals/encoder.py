@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from clip_jax import sharding
 from clip_jax.data import images, pipeline
-from clip_jax.data.crops import CENTER
+from clip_jax.data.crops import Crop
 from clip_jax.data.feed import Feed
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
@@ -38,6 +38,7 @@ class Encoder:
         """
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.image_size = net.size.image_size
+        self._crop = Crop(net.size.image_crop)
         self.mesh = mesh
         self._threads = threads
         self._sharding = sharding.batch_sharding(mesh)
@@ -88,6 +89,7 @@ class Encoder:
             tokenizer,
             batch_size=self.batch_size,
             image_size=self.image_size,
+            crop=self._crop,
             part=part,
             parts=parts,
             threads=self._threads,
@@ -102,11 +104,10 @@ class Encoder:
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}
 
-
-def picture(source: Source, index: int, size: int) -> np.ndarray:
-    """One image of a source as the model sees it, uint8 [size, size, 3]."""
-    example = source[index]
-    return images.pixels(example.image, example.key, size, CENTER, None)
+    def picture(self, source: Source, index: int) -> np.ndarray:
+        """One image of a source as the model sees it, uint8 [h, w, 3]."""
+        example = source[index]
+        return images.pixels(example.image, example.key, self.image_size, self._crop, None)
 
 
 def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:

@@ -9,7 +9,7 @@ from clip_jax import sharding
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.evals.encoder import Encoder, Variables, picture, put_rows, to_host
+from clip_jax.evals.encoder import Encoder, Variables, put_rows, to_host
 from clip_jax.evals.results import GalleryRow, RetrievalResult
 
 CUTOFFS = (1, 5, 10)
@@ -61,11 +61,11 @@ class Retrieval:
         rows = []
         for text in np.linspace(0, len(texts) - 1, min(_ROWS, len(texts)), dtype=int):
             nearest = np.argsort(-(images @ texts[text]), kind="stable")[:_COLUMNS]
-            size = self._encoder.image_size
+            pictures = [self._encoder.picture(self._source, int(indices[i])) for i in nearest]
             rows.append(
                 GalleryRow(
                     query=self._tokenizer.decode(tokens[text]),
-                    images=[picture(self._source, int(indices[i]), size) for i in nearest],
+                    images=pictures,
                     hits=[bool(image_group[i] == text) for i in nearest],
                 )
             )

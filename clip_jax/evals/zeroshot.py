@@ -7,7 +7,7 @@ import numpy as np
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.evals.encoder import Encoder, Variables, picture
+from clip_jax.evals.encoder import Encoder, Variables
 from clip_jax.evals.results import Mistake, ZeroshotResult
 
 _MISTAKES = 12  # shown in the report
@@ -132,7 +132,7 @@ class Zeroshot:
         worst = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
         return [
             Mistake(
-                image=picture(self._source, int(indices[i]), self._encoder.image_size),
+                image=self._encoder.picture(self._source, int(indices[i])),
                 true=self._names[labels[i]],
                 predicted=self._names[predicted[i]],
                 probability=float(probabilities[i]),

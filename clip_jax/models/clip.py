@@ -17,10 +17,6 @@ from clip_jax.models.text import TextTransformer
 from clip_jax.models.transformer import Dtype
 from clip_jax.models.vit import VisionTransformer
 
-# Of the published models, per RGB channel of pixels in [0, 1].
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class CLIP(nn.Module):
     """Both towers and the temperature; pure `init` and `apply`.
@@ -84,7 +80,7 @@ class CLIP(nn.Module):
         self, images: jax.Array, train: bool = False, rows: jax.Array | None = None
     ) -> jax.Array:
         """Images as in `__call__` -> float32 [b, embed_dim], L2-normalised."""
-        images = normalize_images(images).astype(self.dtype)
+        images = normalize_images(images, self.size).astype(self.dtype)
         if isinstance(self.image, ModifiedResNet):  # draws nothing
             return l2_normalize(sharding.constrain_batch(self.image(images, train)))
         return l2_normalize(sharding.constrain_batch(self.image(images, train, rows)))
@@ -94,11 +90,12 @@ class CLIP(nn.Module):
         return l2_normalize(sharding.constrain_batch(self.text(tokens, train)))
 
 
-def normalize_images(images: jax.Array) -> jax.Array:
-    """uint8 pixels to float32 with the published mean and deviation; floats pass unchanged."""
+def normalize_images(images: jax.Array, size: Size) -> jax.Array:
+    """uint8 pixels to float32 with the mean and deviation of `size`; floats pass unchanged."""
     if images.dtype != jnp.uint8:
         return images
-    return (images.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+    mean, std = (jnp.array(part, jnp.float32) for part in (size.image_mean, size.image_std))
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

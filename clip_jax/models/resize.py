@@ -1,4 +1,4 @@
-"""Position embeddings for another image resolution (paper section 2.5: the extra epoch at 336)."""
+"""Position embeddings for another resolution (paper section 2.5: 336 pixels) or context."""
 
 import math
 from typing import Any
@@ -36,3 +36,9 @@ def image_positions(params: Any) -> Any:
     """The learned positions of the image tower, array or shape."""
     flat = traverse_util.flatten_dict(params)
     return next(flat[path] for path in _IMAGE_POSITIONS if path in flat)
+
+
+def resize_text_positions(positions: Any, length: int) -> jax.Array:
+    """Interpolates the learned positions of the text tower linearly, [old, w] -> [length, w]."""
+    shape = (length, positions.shape[-1])
+    return jax.image.resize(jnp.asarray(positions), shape, "linear", antialias=False)

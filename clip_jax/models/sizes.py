@@ -11,7 +11,12 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
     "image_pool": ("class", "map"),
     "text_pool": ("end", "last"),
+    "image_crop": ("center", "none"),
 }
+
+# Per RGB channel of pixels in [0, 1]: of OpenAI's models and those of open_clip.
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,10 @@ class Size:
       text_projection_bias: whether the projection of the text tower has a bias.
       norm_eps: what LayerNorm adds to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
+      image_mean, image_std: what is subtracted from pixels in [0, 1], per RGB channel, and what the
+        result is divided by.
+      image_crop: how a picture becomes a square where nothing is drawn at random: "center", its
+        middle; or "none", squashed whole. See `data.crops.Crop`.
     """
 
     embed_dim: int
@@ -65,11 +74,16 @@ class Size:
     text_projection_bias: bool = False
     norm_eps: float = 1e-5
     logit_bias: bool = False
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+    image_crop: str = "center"
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
         """The inverse of `dataclasses.asdict`, after a trip through JSON; old dicts lack fields."""
-        known: dict[str, Any] = {**fields, "image_layers": tuple(fields["image_layers"])}
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
+        }
         return cls(**known)
 
     @property
@@ -131,6 +145,9 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
         valid, takes = value in CHOICES[field.name], f"one of {', '.join(CHOICES[field.name])}"
     elif field.type is bool:
         valid, takes = isinstance(value, bool), "True or False"
+    elif field.name in ("image_mean", "image_std"):
+        valid, takes = _is_colour(value), "three numbers, those of image_std above 0"
+        valid = valid and (field.name == "image_mean" or min(value) > 0)
     elif field.type is float:
         valid, takes = isinstance(value, float) and value > 0, "a positive number, as in 1e-5"
     else:
@@ -140,6 +157,10 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
         takes = f"whole numbers, {least} or more"
     if not valid:
         raise UserError(f"Size {field.name} is {value!r}: it takes {takes}.")
+
+
+def _is_colour(value: Any) -> bool:
+    return len(value) == 3 and all(isinstance(part, (int, float)) for part in value)
 
 
 def _resnet(embed_dim, image_size, layers, width, text_width) -> Size:
@@ -210,6 +231,9 @@ def _siglip(layers, width, mlp, heads, patch_size, context_length) -> Size:
         text_projection_bias=True,
         norm_eps=1e-6,
         logit_bias=True,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        image_crop="none",
     )
 
 
@@ -250,6 +274,7 @@ def get_size(name: str, overrides: Mapping[str, Any] | None = None) -> Size:
     for tower in ("image", "text"):  # another width goes with its own number of hidden units
         if f"{tower}_width" in changed:
             changed.setdefault(f"{tower}_mlp", 0)
-    if "image_layers" in changed:
-        changed["image_layers"] = tuple(changed["image_layers"])
+    for field in ("image_layers", "image_mean", "image_std"):
+        if field in changed:
+            changed[field] = tuple(changed[field])
     return dataclasses.replace(SIZES[name], **changed)

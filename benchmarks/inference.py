@@ -1,0 +1,169 @@
+"""Embedding speed on the CPU: clip_jax next to open_clip, taking turns.
+
+    python benchmarks/inference.py
+    python benchmarks/inference.py --images=200 --captions=2000 --rounds=5
+
+Needs open_clip_torch. ViT-B/32 with random weights, float32, 64 images or captions per batch. Each
+round, every competitor embeds its share of the images and of the captions; with the defaults,
+1,000 images and 10,000 captions in 10 rounds. The last batch of a share is a smaller one.
+
+open_clip runs eagerly in inference mode and is spared what is not its model's work: it gets
+normalised pixels and token ids. clip_jax is called as users call it, with uint8 pixels and with
+strings. Captions are words of one token each: with start and end token 17 in the mean, half of them
+15 or fewer, one in a hundred 53 or more.
+
+Rates are sums over all rounds. The programs that XLA compiles are counted, and the run fails if
+there is one after the first round.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import packing
+import turns
+
+COMPETITORS = ("open_clip", "clip_jax")
+BATCH = 64
+SIDE = 224
+WORDS = ("a", "the", "red", "small", "old", "dog", "cat", "house", "tree", "on", "under", "near")
+
+Encode = Callable[[], None]
+
+
+def make_images(count: int) -> np.ndarray:
+    """uint8 [n, SIDE, SIDE, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+
+
+def make_captions(count: int) -> list[str]:
+    """Of as many words as their lengths in tokens, start and end token aside."""
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, length - 2)) for length in packing.typical_lengths(count)]
+
+
+# ---- Competitors: each makes what embeds all images, and what embeds all captions --------------
+
+
+def clip_jax_encoders(images: np.ndarray, captions: list[str]) -> tuple[Encode, Encode]:
+    import jax
+
+    from clip_jax import api, models
+    from clip_jax.data import tokenizer
+
+    net = models.create("ViT-B/32")
+    pixels, ids = images[:1], np.zeros((1, net.size.context_length), np.int32)
+    variables = jax.jit(lambda key: net.init(key, pixels, ids))(jax.random.key(0))
+    tokens = tokenizer.create("openai", net.size.context_length)
+    model = api.Model(net, variables, tokens, batch_size=BATCH)
+    return lambda: _check(model.encode_image(images)), lambda: _check(model.encode_text(captions))
+
+
+def open_clip_encoders(images: np.ndarray, captions: list[str]) -> tuple[Encode, Encode]:
+    import open_clip
+    import torch
+
+    from clip_jax import models
+    from clip_jax.data import tokenizer
+
+    model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+    size = models.get_size("ViT-B/32")
+    normalised = ((images / 255 - size.image_mean) / size.image_std).astype(np.float32)
+    pixels = torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
+    ids = torch.from_numpy(tokenizer.tokenize(captions)).long()
+
+    def embed(encode, inputs) -> None:
+        with torch.inference_mode():
+            parts = [encode(part, normalize=True) for part in inputs.split(BATCH)]
+            _check(torch.cat(parts).numpy())
+
+    return lambda: embed(model.encode_image, pixels), lambda: embed(model.encode_text, ids)
+
+
+def _check(embeds: np.ndarray) -> None:
+    np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, atol=1e-4)
+
+
+def count_compilations() -> list[str]:
+    """A list that grows by each program that JAX compiles from now on."""
+    import jax
+
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return compiled
+
+
+# ---- The run -----------------------------------------------------------------------------------
+
+
+def work(competitor: str, images: int, captions: int) -> None:
+    """A competitor's process: what `turns.work` calls a step takes both shares once."""
+    spent: list[dict] = []
+
+    def prepare() -> tuple[turns.Step, dict]:
+        make = clip_jax_encoders if competitor == "clip_jax" else open_clip_encoders
+        encode_image, encode_text = make(make_images(images), make_captions(captions))
+        compiled = count_compilations() if competitor == "clip_jax" else []
+
+        def take_step() -> float:
+            before, start = len(compiled), time.perf_counter()
+            encode_image()
+            middle = time.perf_counter()
+            encode_text()
+            spent.append({"image": middle - start, "text": time.perf_counter() - middle})
+            if len(spent) > 1 and len(compiled) > before:
+                sys.exit(f"{len(compiled) - before} programs were compiled after the first round")
+            return spent[-1]["image"]
+
+        return take_step, {}
+
+    turns.work(prepare)
+
+
+def report(workers: list[turns.Worker], images: int, captions: int) -> None:
+    """One line for each competitor; what `turns` calls a loss is the seconds for the images."""
+    base = workers[0]
+    print("| | images/s | over open_clip | captions/s | over open_clip | peak GiB | start, s |")
+    print("|---|---|---|---|---|---|---|")
+    for worker in workers:
+        image, text = seconds(worker)
+        base_image, base_text = seconds(base)
+        rounds = len(worker.steps)
+        print(
+            f"| {worker.competitor} | {rounds * images / image:.1f} | {base_image / image:.2f} "
+            f"| {rounds * captions / text:.1f} | {base_text / text:.2f} "
+            f"| {worker.steps[-1]['peak']:.1f} | {worker.ready['start']:.0f} |"
+        )
+
+
+def seconds(worker: turns.Worker) -> tuple[float, float]:
+    """For all images and for all captions."""
+    image = sum(step["loss"] for step in worker.steps)
+    return image, sum(step["seconds"] for step in worker.steps) - image
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--captions", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=10, help="that these are spread over")
+    parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    images, captions = args.images // args.rounds, args.captions // args.rounds
+    if args.worker:
+        return work(args.worker, images, captions)
+    workers = turns.take_turns(__file__, list(COMPETITORS), args.rounds)
+    print(turns.versions("jax", "flax", "torch", "open_clip_torch"), end="\n\n")
+    return report(workers, images, captions)
+
+
+if __name__ == "__main__":
+    main()

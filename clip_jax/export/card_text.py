@@ -1,0 +1,127 @@
+"""The text of a card: the hub's YAML header, and a template filled in."""
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from clip_jax.clock import format_seconds
+from clip_jax.export.layout import ONNX, STABLEHLO, TOWERS
+from clip_jax.export.record import Record, Training
+from clip_jax.export.terms import Terms
+
+_TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
+_TASK = "zero-shot-image-classification"
+# Of each library: a file that only its folders have, and the tag the hub gives it.
+_LIBRARIES = {
+    "stablehlo": TOWERS[0] + STABLEHLO,
+    "onnx": TOWERS[0] + ONNX,
+    "transformers": "preprocessor_config.json",
+    "open_clip": "open_clip_config.json",
+}
+
+
+def render(found: Record, given: Terms, directory: str | os.PathLike[str]) -> str:
+    """The text of a card.
+
+    Args:
+      found: what is known of the model.
+      given: what its owner adds.
+      directory: it will lie in; its files decide how the card says the model is loaded.
+    """
+    folder = pathlib.Path(directory)
+    kinds = [kind for kind, file in _LIBRARIES.items() if (folder / file).is_file()]
+    name = given.name or _title(found)
+    scores = found.training.scores if found.training else {}
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{share:.1%}",
+        "duration": format_seconds,
+        "number": lambda value: f"{value:,}",
+        "json": lambda value: json.dumps(value, indent=2),
+    }
+    body = environment.from_string(_TEMPLATE.read_text("utf-8")).render(
+        name=name,
+        model=found,
+        training=found.training,
+        terms=given,
+        kinds=kinds,
+        sources=_sources(found.training.config["data"]) if found.training else {},
+        scored=_evaluated(found.training) if found.training else {},
+        columns=[name for name in scores if name.endswith(("top1", "recall@1"))],
+        score_name=_score_name,
+    )
+    return f"---\n{_header(found, given, name, kinds).to_yaml()}\n---\n\n{body}"
+
+
+def _header(found: Record, given: Terms, name: str, kinds: list[str]) -> ModelCardData:
+    results = _results(found.training) if found.training else []
+    foreign = [kind for kind in kinds if kind in ("transformers", "open_clip")]
+    return ModelCardData(
+        license=given.license,
+        license_name=given.license_name or None,
+        license_link=given.license_link or None,
+        library_name=foreign[0] if foreign else "clip_jax",
+        pipeline_tag=_TASK,
+        tags=["clip", "jax", *(kind for kind in kinds if kind not in foreign)],
+        datasets=list(given.datasets) or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=name if results else None,  # the hub wants both or neither
+        eval_results=results or None,
+    )
+
+
+def _title(found: Record) -> str:
+    if found.training is None:
+        return f"CLIP {found.size}"
+    return f"CLIP {found.size}, trained on {' + '.join(_sources(found.training.config['data']))}"
+
+
+def _sources(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The training data by name, without the fields that are not set."""
+    # Configs of earlier versions know no mixture.
+    named = data.get("mixture") or {
+        data["source"]["name"] or data["source"]["type"]: data["source"]
+    }
+    return {name: {k: v for k, v in source.items() if v} for name, source in named.items()}
+
+
+def _evaluated(training: Training) -> dict[str, dict[str, Any]]:
+    """What the scores were measured on: "zeroshot" and "retrieval", where there were any."""
+    kinds = {name.partition("/")[0] for name in training.scores}
+    evals = training.config["eval"]
+    return {k: {f: v for f, v in evals[k]["source"].items() if v} for k in sorted(kinds)}
+
+
+def _results(training: Training) -> list[EvalResult]:
+    results = []
+    for name, value in training.scores.items():
+        kind = name.partition("/")[0]
+        source = _evaluated(training)[kind]
+        zero_shot = kind == "zeroshot"
+        results.append(
+            EvalResult(
+                task_type=_TASK if zero_shot else "image-text-retrieval",
+                dataset_type=source["type"],
+                dataset_name=source.get("name") or source["type"],
+                dataset_split=source.get("split"),
+                metric_type="accuracy" if zero_shot else "recall",
+                metric_name=_score_name(name),
+                metric_value=round(value, 4),
+            )
+        )
+    return results
+
+
+def _score_name(name: str) -> str:
+    """ "zeroshot/top1" as "zero-shot top-1 accuracy"."""
+    kind, _, rest = name.partition("/")
+    if kind == "zeroshot":
+        return f"zero-shot {rest.replace('top', 'top-')} accuracy"
+    return rest.replace("/", " ").replace("_", "-")

@@ -1,0 +1,101 @@
+"""Exports a model to run without clip_jax, with its card.
+
+  python -m clip_jax export --model=runs/mine --out=exported --license=apache-2.0
+  python -m clip_jax export --model=runs/mine --out=onnx --format=onnx --license=apache-2.0
+  python -m clip_jax push --dir=exported --repo=org/name
+
+Writes to --out:
+  encode_image.*   pixels, uint8 [batch, size, size, 3], to embeddings, float32 [batch, dimensions]
+  encode_text.*    tokens, int32 [batch, context length], to the same
+  preprocess.json  how pictures become pixels and captions tokens; mean and deviation are inside
+  README.md        the model card
+
+stablehlo: programs for any batch size on CPU, NVIDIA GPU and TPU, run by clip_jax.export.load with
+JAX and NumPy alone; the weights lie beside them, as clip_jax.load reads them too.
+onnx: for onnxruntime and others, any batch size; needs requirements-export.txt.
+For transformers and open_clip there is python -m clip_jax convert --to=huggingface.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+from clip_jax.errors import UserError
+from clip_jax.export import layout, terms
+
+if TYPE_CHECKING:
+    from etils import epath
+
+    from clip_jax.weights import Weights
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; mistakes of the user end it with a paragraph and status 2."""
+    args = _parser().parse_args(arguments)
+    try:
+        _export(args)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_jax export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="whatever clip_jax.load takes")
+    add("--out", required=True, metavar="DIR", help="to make")
+    add("--format", choices=("stablehlo", "onnx"), default="stablehlo", help="default: stablehlo")
+    add("--step", type=int, help="which checkpoint of a workdir (default: the last)")
+    terms.add_to(parser)
+    return parser
+
+
+def _export(args: argparse.Namespace) -> None:
+    given = terms.parse(args)  # a mistake is answered before anything slow
+    from etils import epath
+
+    from clip_jax import convert
+    from clip_jax.export import card_text, record
+
+    out = epath.Path(args.out).expanduser()
+    if out.exists():
+        raise UserError(f"{out} is there already: name another --out, or delete it first.")
+    found = convert.read(args.model, step=args.step)
+    about = record.read(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{os.getpid()}"
+    try:
+        _write(found, partial, args.format)
+        (partial / layout.CARD).write_text(card_text.render(about, given, partial))
+        os.replace(partial, out)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+    _list(out)
+
+
+def _write(found: "Weights", folder: "epath.Path", form: str) -> None:
+    from clip_jax.export import onnx, preprocess, stablehlo
+
+    described = preprocess.describe(found)
+    (stablehlo if form == "stablehlo" else onnx).write(found, folder)
+    (folder / layout.PREPROCESS).write_text(json.dumps(described, indent=2) + "\n")
+    file = found.tokenizer.path
+    if file is not None and not (folder / file.name).exists():
+        shutil.copyfile(file, folder / file.name)
+
+
+def _list(folder: "epath.Path") -> None:
+    print(f"{folder}:")
+    for path in sorted(folder.iterdir()):
+        print(f"  {path.name:<24} {path.stat().length / 2**20:10.2f} MiB")

@@ -1,0 +1,127 @@
+"""Uploads a folder with a model card to the Hugging Face hub.
+
+  python -m clip_jax push --dir=exported --repo=org/name --dry_run
+  python -m clip_jax push --dir=exported --repo=org/name --private
+
+The repository is made where there is none; files of the same name are replaced, others stay. Log in
+once with `hf auth login`, or set HF_TOKEN.
+"""
+
+import argparse
+import pathlib
+import re
+import sys
+
+from clip_jax.errors import UserError
+from clip_jax.export.layout import CARD
+
+_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; mistakes of the user end it with a paragraph and status 2."""
+    args = _parser().parse_args(arguments)
+    try:
+        _push(args)
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m clip_jax push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--dir", required=True, help="to upload, all that is in it")
+    add("--repo", required=True, metavar="ORG/NAME", help="on the hub")
+    add("--private", action="store_true", help="where the repository is made, only for its owners")
+    add("--dry_run", action="store_true", help="say what would happen; needs no network")
+    return parser
+
+
+def _push(args: argparse.Namespace) -> None:
+    folder = pathlib.Path(args.dir).expanduser()
+    files = _files(folder)
+    if not _REPO.fullmatch(args.repo):
+        raise UserError(f"--repo={args.repo} is no repository: it is ORG/NAME, or your NAME/NAME.")
+    licence = _licence(folder / CARD)
+    if args.dry_run:
+        _announce(files, folder, args, licence)
+        return
+    print(f"Uploaded: {_upload(folder, args.repo, args.private)}")
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is no folder: give one that python -m clip_jax export or convert made."
+        )
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    if folder / CARD not in found:
+        raise UserError(
+            f"{folder} has no model card: write one with python -m clip_jax card --model={folder} "
+            f"--license=... --out={folder / CARD}."
+        )
+    return found
+
+
+def _licence(card: pathlib.Path) -> str:
+    """The card's; UserError where the hub could not read it."""
+    from huggingface_hub import ModelCard
+
+    try:
+        licence = ModelCard(card.read_text("utf-8")).data.to_dict().get("license")
+    except Exception as error:  # of YAML, or of a field in it
+        raise UserError(
+            f"The header of {card} cannot be read ({_first_line(error)}): write the card anew with "
+            "python -m clip_jax card."
+        ) from error
+    if not licence:
+        raise UserError(
+            f"{card} names no licence: add license: ID to its header, or write it anew with "
+            "python -m clip_jax card --license=ID."
+        )
+    return licence
+
+
+def _announce(
+    files: list[pathlib.Path], folder: pathlib.Path, args: argparse.Namespace, licence: str
+) -> None:
+    sizes = [path.stat().st_size for path in files]
+    for path, size in zip(files, sizes):
+        print(f"  {path.relative_to(folder).as_posix():<40} {size / 2**20:10.2f} MiB")
+    made = "private" if args.private else "public"
+    print(
+        f"{len(files)} files, {sum(sizes) / 2**20:,.2f} MiB, would go to {args.repo}, under the "
+        f"licence {licence}; the repository would be made, {made}, if there is none. Nothing was "
+        "sent."
+    )
+
+
+def _upload(folder: pathlib.Path, repo: str, private: bool) -> str:
+    """Uploads everything in one commit; returns the address of the repository."""
+    from huggingface_hub import HfApi, get_token
+
+    if get_token() is None:
+        raise UserError("The hub does not know you: run `hf auth login`, or set HF_TOKEN.")
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except Exception as error:  # of the network, the hub or the token
+        raise UserError(
+            f"{repo} could not be uploaded: {_first_line(error)}. Check the name, that your token "
+            "may write there, and the network; then run the command again."
+        ) from error
+    return str(address)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,125 @@
+"""What is known of a model: what it is, and how it was trained where that is recorded."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from clip_jax import checkpoint, metrics, weights
+from clip_jax.models import Size
+
+_ROWS = 8  # of the training curve
+_FEW = 4  # evaluations that make a curve by themselves
+_SCORES = ("zeroshot/", "retrieval/")  # how the names of evaluations begin
+
+Row = Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a checkpoint came about.
+
+    Attributes:
+      step: of the checkpoint.
+      images_seen: pairs, repeated ones counted again.
+      seconds: of all runs up to it.
+      hardware: number and kind of the devices; "": not recorded.
+      pairs: in the data; 0: not recorded.
+      skipped: unusable examples by reason.
+      truncated: captions cut to the context length.
+      config: the resolved config.
+      curve: some rows of metrics.jsonl, train and evaluation of a step in one, oldest first.
+      scores: of the last evaluation, by names such as "zeroshot/top1"; fractions.
+      scored_at: step of that evaluation; 0: there was none.
+    """
+
+    step: int
+    images_seen: int
+    seconds: float
+    hardware: str
+    pairs: int
+    skipped: Mapping[str, int]
+    truncated: int
+    config: Mapping[str, Any]
+    curve: Sequence[Row]
+    scores: Row
+    scored_at: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a card can say.
+
+    Attributes:
+      parameters: number of them.
+      origin: of the weights, as in `weights.Weights`.
+      training: None: these weights were converted, not trained here.
+    """
+
+    size: Size
+    parameters: int
+    tokenizer: str
+    origin: Mapping[str, Any]
+    training: Training | None
+
+
+def read(found: weights.Weights) -> Record:
+    """Collects it; `found` as `convert.read` opens it.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    shapes = found.tensors.shapes.items()
+    return Record(
+        size=found.size,
+        parameters=sum(math.prod(s) for name, s in shapes if name.startswith("params/")),
+        tokenizer=found.tokenizer.identity,
+        origin=found.origin,
+        training=_training(found.origin),
+    )
+
+
+def _training(origin: Mapping[str, Any]) -> Training | None:
+    path = epath.Path(origin["source"])
+    workdir = path.parent.parent if path.parent.name == checkpoint.DIRECTORY else path
+    if "step" not in origin or not (workdir / checkpoint.DIRECTORY).is_dir():
+        return None
+    with checkpoint.Checkpoints(workdir, create=False) as store:
+        meta = store.read_meta(origin["step"])
+    rows = _by_step(metrics.read_history(workdir), meta["step"])
+    evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
+    last = evaluated[-1] if evaluated else {"step": 0}
+    return Training(
+        step=meta["step"],
+        images_seen=meta["examples_seen"],
+        seconds=meta["seconds"],
+        hardware=meta.get("hardware", ""),
+        pairs=meta.get("pairs", 0),
+        skipped=meta["skipped"],
+        truncated=meta["truncated"],
+        config=meta["config"],
+        curve=_curve(rows),
+        scores={name: value for name, value in last.items() if name.startswith(_SCORES)},
+        scored_at=int(last["step"]),
+    )
+
+
+def _by_step(history: Sequence[Row], last: int) -> list[Row]:
+    """All numbers of a step in one row, ascending, none of later steps."""
+    merged: dict[float, dict[str, float]] = {}
+    for row in history:
+        if row["step"] <= last:
+            merged.setdefault(row["step"], {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def _curve(rows: list[Row]) -> list[Row]:
+    """At most `_ROWS` of those with a loss, evenly spaced; where it can be, those evaluated."""
+    rows = [row for row in rows if "train/loss" in row]
+    evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
+    rows = evaluated if len(evaluated) >= _FEW else rows
+    if len(rows) <= _ROWS:
+        return rows
+    return [rows[round(i * (len(rows) - 1) / (_ROWS - 1))] for i in range(_ROWS)]

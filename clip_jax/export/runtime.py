@@ -1,0 +1,97 @@
+"""Runs a StableHLO export; of everything installed, it needs JAX and NumPy only."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from clip_jax.errors import UserError
+from clip_jax.export.layout import PREPROCESS, STABLEHLO, TENSORS, TOWERS
+
+
+class Exported:
+    """Both towers of an exported model. Every new batch size is compiled once.
+
+    Attributes:
+      preprocess: what preprocess.json says: how pictures become pixels and texts tokens, and what
+        makes probabilities of similarities.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        """As `clip_jax.export.load`."""
+        folder = pathlib.Path(directory)
+        try:
+            self.preprocess: dict[str, Any] = json.loads((folder / PREPROCESS).read_text("utf-8"))
+            self._weights = jax.device_put(_read_tensors(folder / TENSORS))
+            self._image, self._text = (
+                jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+                for path in (folder / f"{tower}{STABLEHLO}" for tower in TOWERS)
+            )
+        except Exception as error:  # whatever a damaged file makes of the libraries below
+            raise UserError(
+                f"{folder} is no complete StableHLO export ({type(error).__name__}: {error}): "
+                "write it anew with python -m clip_jax export --format=stablehlo."
+            ) from error
+
+    def encode_image(self, pixels: np.ndarray) -> np.ndarray:
+        """Embeds pictures.
+
+        Args:
+          pixels: uint8 [n, size, size, 3], RGB, resized and cropped as `preprocess` says.
+
+        Returns:
+          float32 [n, embed_dim], L2-normalised.
+
+        Raises:
+          UserError: another dtype or shape.
+        """
+        side = self.preprocess["image"]["size"]
+        return self._run(self._image, "Pixels", pixels, np.dtype(np.uint8), (side, side, 3))
+
+    def encode_text(self, tokens: np.ndarray) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+          tokens: int32 [n, context_length], as the tokenizer in `preprocess` makes them.
+
+        Returns:
+          float32 [n, embed_dim], L2-normalised.
+
+        Raises:
+          UserError: another dtype or shape.
+        """
+        length = self.preprocess["text"]["context_length"]
+        return self._run(self._text, "Tokens", tokens, np.dtype(np.int32), (length,))
+
+    def _run(
+        self, tower: Any, what: str, rows: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        if rows.dtype != dtype or rows.ndim != len(shape) + 1 or rows.shape[1:] != shape:
+            raise UserError(
+                f"{what} are {dtype} {['n', *shape]}, not {rows.dtype} {list(rows.shape)}: "
+                f"prepare them as {PREPROCESS} says."
+            )
+        if not len(rows):
+            return np.zeros((0, self.preprocess["embed_dim"]), np.float32)
+        return np.asarray(tower(self._weights, rows))
+
+
+def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, all float32, mapped rather than read.
+
+    The format is a length, a JSON header and the bytes; so much spares whoever serves a model one
+    more package.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = np.memmap(path, np.uint8, "r", offset=file.tell())
+    header.pop("__metadata__", None)
+    arrays = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        arrays[name] = data[begin:end].view(np.float32).reshape(entry["shape"])
+    return arrays

@@ -1,0 +1,70 @@
+"""Approximate search: a graph of neighbours (HNSW) by usearch, kept beside the embeddings."""
+
+import os
+
+import numpy as np
+import tqdm
+
+from clip_jax.curation.store import replacing
+from clip_jax.errors import UserError
+from clip_jax.retrieval.exact import Best
+from clip_jax.retrieval.store import Store
+
+# Links of a row; rows looked at when one is added and when one is searched for.
+_CONNECTIVITY, _ADDING, _SEARCHING = 16, 128, 256
+
+
+class Index:
+    """An index of one column of a store, mapped from its file."""
+
+    def __init__(self, store: Store, column: str):
+        """Opens the index; builds it where there is none.
+
+        Raises:
+          UserError: usearch is missing, or the store is not on a local disk.
+        """
+        try:
+            from usearch.index import Index as Graph
+        except ImportError as error:
+            raise UserError(
+                f"An approximate index needs usearch ({error}): run `pip install usearch`, or "
+                "search exactly, without --index."
+            ) from error
+        if "://" in os.fspath(store.directory):
+            raise UserError(
+                f"An index is mapped from a local disk: copy {store.directory} to one, or search "
+                "exactly, without --index."
+            )
+        # Named by what it was made of, so it cannot be taken for that of other embeddings.
+        path = store.directory / f"{column}-{store.manifest.fingerprint[:12]}.usearch"
+        self._graph = Graph(
+            ndim=store.manifest.width,
+            metric="ip",
+            dtype="f16",
+            connectivity=_CONNECTIVITY,
+            expansion_add=_ADDING,
+            expansion_search=_SEARCHING,
+        )
+        if not path.exists():
+            self._build(store, column)
+            with replacing(path) as temporary:
+                self._graph.save(os.fspath(temporary))
+        self._graph.view(os.fspath(path))
+
+    def search(self, queries: np.ndarray, k: int) -> Best:
+        """As `exact.search`, now and then without one of the best."""
+        scores = np.full((len(queries), k), -np.inf, np.float32)
+        rows = np.full((len(queries), k), -1, np.int32)
+        for number, query in enumerate(queries):
+            found = self._graph.search(query, k)
+            scores[number, : len(found)] = 1 - found.distances
+            rows[number, : len(found)] = found.keys
+        return Best(scores, rows)
+
+    def _build(self, store: Store, column: str) -> None:
+        first = 0
+        with tqdm.tqdm(desc="indexing", total=sum(store.counts()), unit=" rows") as bar:
+            for block in store.blocks(column):
+                self._graph.add(np.arange(first, first + len(block)), block)
+                first += len(block)
+                bar.update(len(block))

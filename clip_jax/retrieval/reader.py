@@ -1,0 +1,101 @@
+"""Part of a source as the encoder reads it; what cannot be used is noted with its reason."""
+
+import os
+from collections.abc import Iterator
+from concurrent import futures
+from typing import NamedTuple
+
+import numpy as np
+
+from clip_jax.data import crops, images
+from clip_jax.data.captions import Captions
+from clip_jax.data.sources import Example, Source
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import BadExample
+from clip_jax.models import Size
+
+
+class Row(NamedTuple):
+    """What a store keeps of an example; `index` is its place in the source."""
+
+    index: int
+    key: str
+    caption: str
+    label: int
+
+
+class Reader:
+    """The examples first to stop of a source. Safe to use from several threads.
+
+    In the place of one that cannot be used it gives a black image, and leaves it out of `rows`.
+
+    Attributes:
+      class_names, templates: of the source.
+      skipped: by place in the source, why an example cannot be used.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        first: int,
+        stop: int,
+        size: Size | None,
+        tokenizer: Tokenizer | None,
+    ):
+        """Reads nothing yet.
+
+        Args:
+          source: of the examples.
+          first, stop: a range of it.
+          size: of the model; None: images are not needed.
+          tokenizer: None: captions are not needed, and may be missing.
+        """
+        self.class_names, self.templates = source.class_names, source.templates
+        self.skipped: dict[int, BadExample] = {}
+        self._rows: dict[int, Row] = {}
+        self._source, self._range = source, range(first, stop)
+        self._size, self._tokenizer = size, tokenizer
+        side = size.image_size if size else 1
+        self._black = np.zeros((side, side, 3), np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at `index` of the range, its image decoded and cropped."""
+        place = self._range[index]
+        try:
+            example = self._source[place]
+            pixels = self._check(example)
+        except BadExample as bad:
+            self.skipped[place] = bad
+            return Example(self._black, Captions((), ()), -1, bad.key)
+        self._rows[place] = Row(place, example.key, example.text, example.label)
+        return Example(pixels, example.captions, example.label, example.key)
+
+    def read_all(self, threads: int) -> Iterator[int]:
+        """Reads every example; yields their numbers. `threads`: 0: one per CPU core."""
+        with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+            for number, _ in enumerate(pool.map(self.__getitem__, range(len(self)))):
+                yield number
+
+    @property
+    def rows(self) -> list[Row]:
+        """The usable examples that have been read, in the order of the source."""
+        return [self._rows[place] for place in sorted(self._rows)]
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """Where in the range those stand, int64 [n]."""
+        return np.array(sorted(self._rows), np.int64) - self._range.start
+
+    def _check(self, example: Example) -> np.ndarray:
+        """The pixels that the model takes; BadExample where image or caption is unusable."""
+        if self._tokenizer is not None:
+            tokens, _ = self._tokenizer.encode(example.text)
+            if tokens[1] == self._tokenizer.vocab_size - 1:  # the end token at once
+                raise BadExample("empty caption", example.key)
+        if self._size is None:
+            return self._black
+        side, crop = self._size.image_size, crops.Crop(self._size.image_crop)
+        return images.pixels(example.image, example.key, side, crop, None)

@@ -1,0 +1,253 @@
+"""Embeddings on disk: parts of a data set that are either whole or not there.
+
+A directory holds
+    embeddings.json                       what they were made of
+    part-00000-of-00012.parquet           index, key, caption, label; and, by column, embeddings
+    part-00000-of-00012.image_embed.npy   the embeddings, where they are kept apart
+    skipped.jsonl                         what could not be used, once all parts are there
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from clip_jax.curation.store import replacing
+from clip_jax.errors import BadExample, UserError
+from clip_jax.retrieval.reader import Row
+
+COLUMNS = ("image_embed", "text_embed")
+FORMATS = ("parquet", "npy")
+DTYPES = ("float16", "float32")
+BLOCK = 16_384  # rows of a block; also of a row group
+_MANIFEST = "embeddings.json"
+_SKIPPED = b"skipped"  # metadata of a part: JSON
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What embeddings were made of.
+
+    Attributes:
+      data: the values of `inputs.FIELDS`.
+      examples: of the data, usable or not.
+      columns: of `COLUMNS`.
+      width: of an embedding.
+      dtype: of `DTYPES`.
+      format: of `FORMATS`.
+      part_rows: examples in a part; the last has what remains.
+      model: its name, for people.
+      parameters: a checksum of the model's parameters and tokenizer.
+    """
+
+    data: Mapping[str, str]
+    examples: int
+    columns: tuple[str, ...]
+    width: int
+    dtype: str
+    format: str
+    part_rows: int
+    model: str
+    parameters: str
+
+    @property
+    def parts(self) -> int:
+        return -(-self.examples // self.part_rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all of it, hexadecimal."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """A directory of embeddings. Rows are numbered through all parts, from 0."""
+
+    def __init__(self, directory: epath.PathLike, manifest: Manifest):
+        self.directory = epath.Path(directory).expanduser()
+        self.manifest = manifest
+
+    # ---- Writing --------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Writes the manifest; every host may.
+
+        Raises:
+          UserError: the directory has embeddings made of something else.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        path = self.directory / _MANIFEST
+        if path.exists():
+            _check_same(_read_manifest(self.directory), self.manifest, self.directory)
+            return
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
+
+    def path(self, part: int) -> epath.Path:
+        """Of a part's table."""
+        return self.directory / f"part-{part:05d}-of-{self.manifest.parts:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """The parts that are not there yet."""
+        there = {path.name for path in self.directory.glob("part-*.parquet")}
+        return [part for part in range(self.manifest.parts) if self.path(part).name not in there]
+
+    def range(self, part: int) -> tuple[int, int]:
+        """First example of a part, and the one behind its last."""
+        first = part * self.manifest.part_rows
+        return first, min(first + self.manifest.part_rows, self.manifest.examples)
+
+    def write(
+        self,
+        part: int,
+        rows: Sequence[Row],
+        embeds: Mapping[str, np.ndarray],
+        skipped: Mapping[int, BadExample],
+    ) -> None:
+        """Writes a part; its table comes last, and marks it as done.
+
+        Args:
+          part: its number.
+          rows: of the n usable examples.
+          embeds: by column, [n, width] of any float dtype.
+          skipped: by index in the source, the others.
+        """
+        columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+        table = pa.table(columns, schema=_SCHEMA)
+        for name, values in embeds.items():
+            values = values.astype(self.manifest.dtype)
+            if self.manifest.format == "npy":
+                path = self._array_path(part, name)
+                with replacing(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, values)
+            else:
+                flat = pa.array(values.reshape(-1))
+                column = pa.FixedSizeListArray.from_arrays(flat, self.manifest.width)
+                table = table.append_column(name, column)
+        bad = [
+            {"index": index, "key": bad.key, "reason": bad.reason, "detail": bad.detail}
+            for index, bad in sorted(skipped.items())
+        ]
+        table = table.replace_schema_metadata({_SKIPPED: json.dumps(bad)})
+        with replacing(self.path(part)) as temporary, temporary.open("wb") as file:
+            pq.write_table(table, file, compression="zstd", row_group_size=BLOCK)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Writes and returns the list of what was skipped; all parts must be there."""
+        skipped: list[dict[str, Any]] = []
+        for part in range(self.manifest.parts):
+            with self.path(part).open("rb") as file:
+                skipped += json.loads(pq.read_schema(file).metadata[_SKIPPED])
+        with replacing(self.directory / "skipped.jsonl") as temporary:
+            temporary.write_text("".join(json.dumps(bad) + "\n" for bad in skipped))
+        return skipped
+
+    # ---- Reading --------------------------------------------------------------------------------
+
+    def counts(self) -> list[int]:
+        """Rows of each part."""
+        found = []
+        for part in range(self.manifest.parts):
+            with self.path(part).open("rb") as file:
+                found.append(pq.read_metadata(file).num_rows)
+        return found
+
+    def blocks(self, column: str) -> Iterator[np.ndarray]:
+        """The embeddings of a column in order, [n, width] as stored, n at most `BLOCK`."""
+        for part in range(self.manifest.parts):
+            if self.manifest.format == "npy":
+                with self._array_path(part, column).open("rb") as file:
+                    values = np.load(file)
+                for first in range(0, len(values), BLOCK):
+                    yield values[first : first + BLOCK]
+            else:
+                with self.path(part).open("rb") as file:
+                    for batch in pq.ParquetFile(file).iter_batches(BLOCK, columns=[column]):
+                        flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
+                        yield flat.reshape(-1, self.manifest.width)
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Rows by their numbers, in the order given; reads only the row groups they lie in."""
+        firsts = np.cumsum([0, *self.counts()])
+        parts = np.searchsorted(firsts, numbers, side="right") - 1
+        found: dict[int, Row] = {}
+        for part in sorted(set(parts.tolist())):
+            wanted = {n - int(firsts[part]): n for n, p in zip(numbers, parts) if p == part}
+            with self.path(part).open("rb") as file:
+                found |= {wanted[at]: row for at, row in _read_rows(pq.ParquetFile(file), wanted)}
+        return [found[number] for number in numbers]
+
+    def _array_path(self, part: int, column: str) -> epath.Path:
+        return self.path(part).with_suffix(f".{column}.npy")
+
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("caption", pa.string()),
+        ("label", pa.int32()),
+    ]
+)
+
+
+def open_store(directory: epath.PathLike) -> Store:
+    """Embeddings that are complete; UserError where there are none, or parts are missing."""
+    path = epath.Path(directory).expanduser()
+    store = Store(path, _read_manifest(path))
+    if missing := store.missing():
+        raise UserError(
+            f"{len(missing)} of {store.manifest.parts} parts of the embeddings in {path} are "
+            f"missing, the first of them {store.path(missing[0]).name}: run the same "
+            "python -m clip_jax embed command again to make them."
+        )
+    return store
+
+
+def _read_manifest(directory: epath.Path) -> Manifest:
+    try:
+        fields = json.loads((directory / _MANIFEST).read_text())
+        return Manifest(**fields | {"columns": tuple(fields["columns"])})
+    except FileNotFoundError:
+        raise UserError(
+            f"There are no embeddings in {directory}. Make them by python -m clip_jax embed "
+            f"--model=RUN DATA --out={directory}"
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{directory / _MANIFEST} cannot be read ({error}): delete the directory, and make "
+            "the embeddings again."
+        ) from None
+
+
+def _check_same(there: Manifest, wanted: Manifest, directory: epath.Path) -> None:
+    differing = [
+        f"{field.name} {getattr(there, field.name)!r}, not {getattr(wanted, field.name)!r}"
+        for field in dataclasses.fields(Manifest)
+        if getattr(there, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise UserError(
+            f"{directory} holds embeddings made otherwise: {'; '.join(differing)}. Give the same "
+            "arguments to go on with them, another --out, or delete that directory."
+        )
+
+
+def _read_rows(file: pq.ParquetFile, wanted: Mapping[int, int]) -> Iterator[tuple[int, Row]]:
+    """The rows of one part at some places, with these."""
+    first = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        places = [place for place in wanted if first <= place < first + count]
+        if places:
+            table = file.read_row_group(group, columns=list(Row._fields))
+            for place in places:
+                yield place, Row(**table.slice(place - first, 1).to_pylist()[0])
+        first += count

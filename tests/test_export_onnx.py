@@ -1,0 +1,56 @@
+"""ONNX exports, run by onnxruntime, against the module itself."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_export
+from etils import epath
+from flax import traverse_util
+
+from clip_jax import models
+from clip_jax.errors import UserError
+from clip_jax.export import onnx, stablehlo
+
+
+@pytest.mark.parametrize("kind", ["vit", "tiles", "resnet", "siglip"])
+def test_onnxruntime_agrees(kind, tmp_path):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    runtime.set_default_logger_severity(3)
+    weights = tiny_export.weights(kind)
+    onnx.write(weights, epath.Path(tmp_path))
+    for tower in tiny_export.TOWERS:
+        session = runtime.InferenceSession(str(tmp_path / f"{tower}.onnx"))
+        (name,) = [taken.name for taken in session.get_inputs()]
+        rows = tiny_export.rows(weights.size, tower, 4)
+        wanted = tiny_export.embed(weights, tower, rows)
+        for count in (4, 1, 3):
+            (found,) = session.run(None, {name: rows[:count]})
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, wanted[:count], atol=1e-5)
+
+
+def test_what_does_not_depend_on_the_input_is_computed_beforehand():
+    weights = tiny_export.weights("vit")
+    variables = traverse_util.unflatten_dict(tiny_export.arrays(weights), sep="/")
+    net = models.CLIP(weights.size, scan_layers=False)
+    spec = stablehlo.batch(weights.size, "encode_text")
+    traced = jax.make_jaxpr(lambda x: net.apply(variables, x, method="encode_text"))(spec)
+
+    def again(rows: jax.Array) -> jax.Array:
+        return onnx._evaluate(traced.jaxpr, traced.consts, [rows])[0]
+
+    before, after = str(traced), str(jax.make_jaxpr(again)(spec))
+    for operation in (" split[", " remat2[", " jit["):
+        assert operation in before
+        assert operation not in after
+    assert " dot_general[" in after
+
+
+def test_without_jax2onnx(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    weights = tiny_export.weights("vit")
+    with pytest.raises(UserError, match=r"requirements-export\.txt"):
+        onnx.write(weights, epath.Path("nowhere"))
