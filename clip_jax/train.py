@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, clock, metrics, program, sharding, workdir
