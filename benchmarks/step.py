@@ -205,7 +205,7 @@ def big_vision_step(size, batch: Batch, checkout: str) -> tuple[Step, int]:
 
 
 def normalised(images: np.ndarray) -> np.ndarray:
-    from clip_jax.models.clip import IMAGE_MEAN, IMAGE_STD
+    from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
 
     return ((images / 255 - IMAGE_MEAN) / IMAGE_STD).astype(np.float32)
 
