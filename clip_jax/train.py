@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, clock, metrics, program, sharding, workdir
+from clip_jax import checkpoint, clock, metrics, program, sharding, weights, workdir
 from clip_jax import state as train_state
 from clip_jax.data import mixture, pipeline, tokenizer
 from clip_jax.errors import UserError
@@ -124,8 +124,8 @@ def _warm_start(path: str, run: Run) -> dict[str, Any]:
     old, new = net.size, run.net.size
     if dataclasses.replace(old, image_size=new.image_size) != new:
         raise UserError(
-            f"init_from {path} holds a model of another shape: {old}, but the config has {new}. "
-            "Only image_size may differ."
+            f"init_from {path} holds another model than the config names; only image_size may "
+            f"differ: it has {'; '.join(weights.differences(old, new))}."
         )
     if old != new:
         like = train_state.abstract_variables(run.net, run.mesh)["params"]

@@ -28,6 +28,7 @@ from clip_jax.models import sizes, transformer, vit
 
 # As wide as its embeddings, so without a projection; other hidden units than four times the width.
 TINY_SIGLIP = TINY_VIT | {"image_width": 12, "image_heads": 2, "image_mlp": 20, "text_mlp": 28}
+TINY_SIGLIP |= {"image_mean": sizes.IMAGE_MEAN, "image_std": sizes.IMAGE_STD}  # the reference's
 
 
 # ---- Forms of the towers -----------------------------------------------------------------------

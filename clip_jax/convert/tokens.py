@@ -196,7 +196,7 @@ def openai_vocabulary() -> dict[str, int]:
 def openai_merges() -> list[str]:
     """OpenAI's merges in order, "left right"."""
     count = bpe.VOCABULARY_SIZE - 2 * 256 - 2
-    return bpe._read_vocabulary().split("\n")[1 : 1 + count]
+    return bpe.read_vocabulary().split("\n")[1 : 1 + count]
 
 
 def write_huggingface(file: TokenizerFile, size: Size, folder: epath.Path) -> None:

@@ -173,7 +173,7 @@ def _vocabulary() -> tuple[list[int], dict[tuple[int, int], int], list[bytes]]:
     names = {name: i for i, name in enumerate(written + [char + "</w>" for char in written])}
     decoded = byte_of + [byte + b" " for byte in byte_of]
     merges = {}
-    for line in _read_vocabulary().split("\n")[1 : 1 + _MERGES]:
+    for line in read_vocabulary().split("\n")[1 : 1 + _MERGES]:
         left, right = line.split(" ")
         pair = names[left], names[right]
         merges[pair] = names[left + right] = len(names)
@@ -183,7 +183,7 @@ def _vocabulary() -> tuple[list[int], dict[tuple[int, int], int], list[bytes]]:
     return byte_ids, merges, decoded
 
 
-def _read_vocabulary() -> str:
+def read_vocabulary() -> str:
     """Reads the data file of openai-clip without importing it, which would import torch."""
     remedy = "Run `pip install --force-reinstall --no-deps openai-clip`."
     try:
