@@ -63,7 +63,7 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, image_size):
 
 
 def test_a_model_of_another_shape_is_refused(tmp_path):
-    with pytest.raises(UserError, match="Only image_size may differ"):
+    with pytest.raises(UserError, match="only image_size may differ: it has embed_dim 16, not 8"):
         start_from_finished(tmp_path / "run", {"model.size.embed_dim": 8})
 
 
