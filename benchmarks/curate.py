@@ -89,7 +89,7 @@ def curate(directory: Path, pairs: int, workers: int, per_query: int) -> None:
     """The whole command in a process of its own."""
     command = [sys.executable, "-m", "clip_jax", "data", "curate", "pairs"]
     command += [f"{directory}/*.parquet", f"--queries={directory}/queries.txt", "--keep=url"]
-    command += [f"--output={directory}/curated", f"--workers={workers}", f"--per_query={per_query}"]
+    command += [f"--out={directory}/curated", f"--workers={workers}", f"--per_query={per_query}"]
     start = time.monotonic()
     _, status, used = os.wait4(subprocess.Popen(command, cwd=ROOT).pid, 0)
     wall = time.monotonic() - start

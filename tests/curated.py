@@ -12,7 +12,7 @@ def run(data: Path | str, output: Path, *options: str) -> dict:
     """Runs in this process; returns the report."""
     queries = output.parent / "queries.txt"
     curate.main(
-        ["pairs", str(data), f"--queries={queries}", f"--output={output}", "--workers=1", *options]
+        ["pairs", str(data), f"--queries={queries}", f"--out={output}", "--workers=1", *options]
     )
     return json.loads((output / "report.json").read_text())
 

@@ -68,7 +68,7 @@ def run(*argv: str) -> int:
 def test_every_fault_is_found_and_nothing_else(shards, tmp_path, capsys, monkeypatch, workers):
     monkeypatch.setattr(parallel, "PART", 4)
     output = tmp_path / "report"
-    assert run(str(shards), f"--output={output}", f"--workers={workers}") == 1
+    assert run(str(shards), f"--out={output}", f"--workers={workers}") == 1
     lines = [json.loads(line) for line in (output / "bad.jsonl").read_text().splitlines()]
     assert {bad["key"]: bad["reason"] for bad in lines} == {
         f"0.tar/{key}": reason for key, (_, _, reason) in FAULTS.items()
@@ -86,7 +86,7 @@ def test_every_fault_is_found_and_nothing_else(shards, tmp_path, capsys, monkeyp
 
 def test_status_follows_max_skipped(tmp_path):
     write_tar(tmp_path / "a.tar", [m for i in range(9) for m in sample(f"{i}", GOOD, "a caption")])
-    report = f"--output={tmp_path / 'report'}"
+    report = f"--out={tmp_path / 'report'}"
     assert run(str(tmp_path), report, "--workers=1") == 0
     assert (tmp_path / "report" / "bad.jsonl").read_text() == ""
     members = [m for i in range(9) for m in sample(f"{i}", GOOD, "a caption")]
@@ -141,6 +141,6 @@ def test_two_captions_are_both_tried(tmp_path):
         image = encoded(Image.new("RGB", (8, 8)))
         record = json.dumps({"caption": ["a caption", second]}).encode()
         write_tar(tmp_path / f"{name}.tar", [("0.png", image), ("0.json", record)])
-    report = f"--output={tmp_path / 'report'}"
+    report = f"--out={tmp_path / 'report'}"
     assert run(str(tmp_path / "fine.tar"), report, "--workers=1") == 0
     assert run(str(tmp_path / "blank.tar"), report, "--workers=1") == 1

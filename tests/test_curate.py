@@ -154,7 +154,7 @@ def test_same_result_by_several_workers_and_after_a_kill(tmp_path: Path):
     run(data, tmp_path / "one", "--per_query=300")
     killed = tmp_path / "killed"
     options = [data, f"--queries={tmp_path}/queries.txt", "--per_query=300", "--workers=3"]
-    command = [*COMMAND, *options, f"--output={killed}"]
+    command = [*COMMAND, *options, f"--out={killed}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and len(list(killed.glob("matches/*.counts"))) < 2:
         time.sleep(0.002)

@@ -70,7 +70,7 @@ def test_mutual_information():
 
 
 def build(output: Path, *options: str) -> list[str]:
-    curate.main(["queries", f"--output={output}", *options])
+    curate.main(["queries", f"--out={output}", *options])
     return output.read_text().splitlines()
 
 
@@ -128,7 +128,7 @@ def test_load(tmp_path: Path):
         (["--text={0}/empty.txt"], "No query was found"),
         (["--also={0}/broken.json"], "not a JSON list"),
         (["--also={0}/empty.txt"], "has no query"),
-        (["--also={0}/titles.txt", "--output={0}/none/q.txt"], "no such directory"),
+        (["--also={0}/titles.txt", "--out={0}/none/q.txt"], "no such directory"),
     ],
 )
 def test_mistakes_are_explained(tmp_path: Path, options: list[str], message: str):

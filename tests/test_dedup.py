@@ -175,7 +175,7 @@ def test_copies_are_found_and_nothing_else(shards, tmp_path, capsys, monkeypatch
     monkeypatch.setattr(parallel, "PART", 6)
     output = tmp_path / "found"
     both = f"{shards}/train.tar,{shards}/copies.tar"
-    run(both, f"--output={output}", f"--workers={workers}", "--show=3")
+    run(both, f"--out={output}", f"--workers={workers}", "--show=3")
     rows = pq.read_table(output / "duplicates.parquet").to_pylist()
     assert {row["key"]: row["kept_key"] for row in rows} == EXPECTED
     assert {row["distance"] for row in rows} <= {0, 2, 4, 6}
@@ -195,7 +195,7 @@ def test_copies_are_found_and_nothing_else(shards, tmp_path, capsys, monkeypatch
 
 def test_against(shards, tmp_path, capsys):
     output = tmp_path / "found"
-    argv = ("--workers=1", f"--output={output}")
+    argv = ("--workers=1", f"--out={output}")
     run(shards / "train.tar", f"--against={shards}/copies.tar", *argv)
     rows = pq.read_table(output / "duplicates.parquet").to_pylist()
     assert {row["kept_key"]: row["key"] for row in rows} == EXPECTED
@@ -208,7 +208,7 @@ def test_given_embeddings(shards, tmp_path, capsys):
     angles = np.array([0, 10, 20, 90, 100.0])
     rows = np.stack([np.cos(np.radians(angles)), np.sin(np.radians(angles))], axis=1)
     np.save(tmp_path / "rows.npy", rows)
-    argv = (f"{shards}/copies.tar", "--workers=1", f"--output={tmp_path / 'found'}")
+    argv = (f"{shards}/copies.tar", "--workers=1", f"--out={tmp_path / 'found'}")
     run(*argv, f"--embeddings={tmp_path / 'rows.npy'}", "--cosine=0.98")
     rows = pq.read_table(tmp_path / "found" / "duplicates.parquet").to_pylist()
     names = [f"copies.tar/{name}{i}" for i, name in enumerate(COPIES)]
@@ -243,7 +243,7 @@ def test_checkpoint(tmp_path, monkeypatch):
     members = [m for i, x in enumerate(images) for m in sample(f"{i}", encoded(x), "text")]
     write_tar(tmp_path / "a.tar", members)
     output = tmp_path / "found"
-    run(tmp_path / "a.tar", "--checkpoint=a run", "--workers=1", f"--output={output}")
+    run(tmp_path / "a.tar", "--checkpoint=a run", "--workers=1", f"--out={output}")
     rows = pq.read_table(output / "duplicates.parquet").to_pylist()
     assert [(row["key"], row["kept_key"]) for row in rows] == [("a.tar/8", "a.tar/7")]
     assert 0 < rows[0]["distance"] < 0.01

@@ -4,7 +4,7 @@
     python -m clip_jax data check gs://BUCKET/cc12m --workers=64 --max_skipped=0.01
     python -m clip_jax data check tfds:coco_captions --split=val
 
-Prints what is wrong, by reason, and writes to --output:
+Prints what is wrong, by reason, and writes to --out:
     bad.jsonl     index, key, reason and detail of every example that cannot be used
     summary.json  the counts
 
@@ -72,7 +72,7 @@ class Summary:
 def main(argv: list[str]) -> None:
     """Runs the command and ends the process with its status."""
     parser = arguments.parser("check", __doc__)
-    parser.add_argument("--output", default="check", metavar="DIR", help="default: check")
+    parser.add_argument("--out", default="check", metavar="DIR", help="default: check")
     parser.add_argument(
         "--max_skipped",
         type=arguments.share,
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
     options = parser.parse_args(argv)
     data = arguments.data(options.data, options)
-    output = epath.Path(options.output)
+    output = epath.Path(options.out)
     output.mkdir(parents=True, exist_ok=True)
     summary = Summary(options.data)
     start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Finds images that repeat others: re-encoded, resized, slightly cropped or, by embeddings, alike.
 
     python -m clip_jax data dedup "shards/*.tar"
-    python -m clip_jax data dedup "shards/*.tar" --against="test/*.tar" --output=overlap
+    python -m clip_jax data dedup "shards/*.tar" --against="test/*.tar" --out=overlap
     python -m clip_jax data dedup "shards/*.tar" --checkpoint=runs/vit_b32 --cosine=0.95
     python -m clip_jax data pack "shards/*.tar" clean --keep=dedup/keep.txt
 
@@ -10,7 +10,7 @@ With --checkpoint, a trained model embeds them; with --embeddings, a .npy file h
 Of images that are alike the first is kept. With --against, images go that are like one of the
 other set, which stays as it is: to keep a test set out of the training data, for example.
 
-Writes to --output:
+Writes to --out:
     duplicates.parquet  key of each image that goes, key of the one kept, distance (bits, or
                         1 - cosine), number of the group
     keep.txt            the keys of all others, for pack --keep
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         matches = dedup_search.match_signatures(
             features.values, options.threshold, options.colours, reference
         )
-    output = epath.Path(options.output)
+    output = epath.Path(options.out)
     output.mkdir(parents=True, exist_ok=True)
     kept_features = features if others is None else others
     table = _write(output, features, kept_features, matches)
@@ -81,7 +81,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
         default=0.95,
         help="of embeddings that count as alike; default: 0.95",
     )
-    add("--output", default="dedup", metavar="DIR", help="default: dedup")
+    add("--out", default="dedup", metavar="DIR", help="default: dedup")
     add("--show", type=at_least(0), default=50, help="pairs on the page; default: 50")
     options = parser.parse_args(argv)
     if options.checkpoint and options.embeddings:

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     _refuse_weights(options.text_key)
     data = arguments.data(options.data, options, in_order=not options.shuffle)
-    source, output = data.open(), epath.Path(options.output)
+    source, output = data.open(), epath.Path(options.out)
     plan = Plan(
         data=options.data,
         examples=len(source),
@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser("pack", __doc__)
     add, at_least = parser.add_argument, arguments.at_least
-    add("output", metavar="OUTPUT", help="directory of the shards, local or gs://")
+    add("out", metavar="OUT", help="directory of the shards, local or gs://")
     add("--shard_size", type=at_least(1), default=10_000, help="examples; default: 10000")
     add("--shuffle", action="store_true", help="in random order; default: as stored")
     add("--seed", type=at_least(0), default=0, help="of --shuffle; default: 0")

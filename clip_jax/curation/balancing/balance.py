@@ -92,7 +92,7 @@ def _make_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
     if choice.tars.exists() and not choice.write_tars:
         raise UserError(
             f"{choice.tars} holds samples that were chosen before. Add --write_tars to choose them "
-            "anew, remove that directory, or name another --output."
+            "anew, remove that directory, or name another --out."
         )
     directories = [choice.job.matches, choice.selection]
     for directory in [*directories, choice.tars] if choice.write_tars else directories:

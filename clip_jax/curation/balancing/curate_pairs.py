@@ -1,17 +1,17 @@
 """Chooses pairs so that no query has too many of them.
 
   python -m clip_jax data curate pairs 'laion/*.parquet' --text_key=TEXT \\
-      --keep=URL --queries=queries.txt --output=curated
-  python -m clip_jax data curate pairs shards/ --queries=queries.txt --output=curated \\
+      --keep=URL --queries=queries.txt --out=curated
+  python -m clip_jax data curate pairs shards/ --queries=queries.txt --out=curated \\
       --write_tars
   python -m clip_jax data curate pairs 'gs://BUCKET/*.tar' --queries=queries.txt \\
-      --output=gs://BUCKET/curated --engine=beam --beam_args='--runner=DataflowRunner ...'
+      --out=gs://BUCKET/curated --engine=beam --beam_args='--runner=DataflowRunner ...'
 
 DATA: .parquet, .csv, .tsv, .jsonl (column caption, text or title, or --text_key), .txt (a
 caption a line), .tar (KEY.txt or KEY.json beside KEY.jpg, as img2dataset writes them; the images
 are not read). A file is worked on by one process, in constant memory: have some files per core.
 
-In the directory --output:
+In the directory --out:
   selection/*.parquet  the pairs kept: row in the input (and key in a tar shard), caption, the
                        columns kept, numbers of the queries matched
   tars/*.tar           with --write_tars: their samples, ready to train on
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         shards=[str(path) for path in pairs.find(args.data)],
         columns=_columns(args),
         queries=epath.Path(args.queries),
-        output=epath.Path(args.output),
+        output=epath.Path(args.out),
         per_query=args.per_query,
         seed=args.seed,
         write_tars=args.write_tars,
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("data", metavar="DATA", help="files, directories or patterns, comma-separated")
     add("--queries", required=True, help="file, a query a line; or JSON as MetaCLIP's metadata")
-    add("--output", required=True, help="directory for the results, made if need be")
+    add("--out", required=True, help="directory for the results, made if need be")
     add("--per_query", type=at_least(1), default=20_000, help="pairs a query keeps (default 20000)")
     add("--seed", type=int, default=0, help="of the choice (default 0)")
     add("--text_key", default="", help="column, or field of .json files, of the captions")

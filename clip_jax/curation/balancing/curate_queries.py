@@ -5,7 +5,7 @@ synsets of WordNet, the frequent words of --text (most frequent first), its pair
 that belong together most first), titles (most viewed first).
 
   python -m clip_jax data curate queries --text='wiki/*.parquet' --wordnet=dict \\
-      --titles=views.tsv --min_views=70 --output=queries.txt
+      --titles=views.tsv --min_views=70 --out=queries.txt
 
 Text is parquet, .jsonl, .csv, .tsv or .txt with sentences, paragraphs or whole articles as rows;
 as much disk space as the text takes is needed for a while, in TMPDIR.
@@ -34,17 +34,17 @@ def main(arguments: list[str]) -> None:
     from clip_jax.curation import store
     from clip_jax.curation.balancing import queries
 
-    if not epath.Path(args.output).parent.is_dir():
-        raise UserError(f"--output={args.output} cannot be written: there is no such directory.")
+    if not epath.Path(args.out).parent.is_dir():
+        raise UserError(f"--out={args.out} cannot be written: there is no such directory.")
     entries: list[str] = []
     for name, found in _sources(args):
         entries = queries.distinct([*entries, *found]).to_pylist()
         print(f"{name:<10}{len(found):>12,} found {len(entries):>12,} queries so far")
     if not entries:
         raise UserError("No query was found: is the text long enough for --min_count?")
-    with store.replacing(epath.Path(args.output)) as temporary:
+    with store.replacing(epath.Path(args.out)) as temporary:
         temporary.write_text("\n".join([*entries[: args.limit], ""]))
-    print(f"Wrote {min(len(entries), args.limit):,} queries to {args.output}.")
+    print(f"Wrote {min(len(entries), args.limit):,} queries to {args.out}.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--wordnet", default="", help="directory of WordNet's data.noun, data.verb, ...")
     add("--also", default="", help="further list, one query a line or a JSON list")
     add("--limit", type=int, default=500_000, help="queries in all (default 500000)")
-    add("--output", required=True, help="file to write")
+    add("--out", required=True, help="file to write")
     return parser
 
 
