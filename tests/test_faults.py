@@ -124,5 +124,5 @@ def test_a_shard_that_is_deleted_during_the_run(shards, monkeypatch):
 
 def test_too_much_of_it_ends_the_run_with_the_list(shards):
     with pytest.raises(UserError, match=r"max_skipped = 0\.1 allows.*1 unreadable image") as caught:
-        captions(iter(start(shards, max_skipped=0.1, order="stored")), 40)
+        captions(iter(start(shards, max_skipped=0.1, order="stored", threads=1)), 40)
     assert "0.tar/bad2" in str(caught.value)
