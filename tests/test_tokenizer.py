@@ -247,21 +247,21 @@ def test_missing_or_damaged_vocabulary(monkeypatch, tmp_path):
 
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(UserError, match="pip install openai-clip"):
-        bpe._read_vocabulary()
+        bpe.read_vocabulary()
 
     def elsewhere(name: str):
         return types.SimpleNamespace(locate_file=lambda path: tmp_path / "vocabulary")
 
     monkeypatch.setattr(importlib.metadata, "distribution", elsewhere)
     with pytest.raises(UserError, match=r"cannot be read: .*`pip install --force-reinstall"):
-        bpe._read_vocabulary()
+        bpe.read_vocabulary()
     other = gzip.compress(b"#version\na b\n")
     (tmp_path / "vocabulary").write_bytes(other[:10] + b"\xff" + other[11:])
     with pytest.raises(UserError, match="cannot be read"):
-        bpe._read_vocabulary()
+        bpe.read_vocabulary()
     (tmp_path / "vocabulary").write_bytes(other)
     with pytest.raises(UserError, match="checksum differs"):
-        bpe._read_vocabulary()
+        bpe.read_vocabulary()
 
 
 def sentencepiece_model() -> bytes:
