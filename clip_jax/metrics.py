@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from clip_jax import clock
 
 FILE = "metrics.jsonl"  # inside the workdir
-_STARVED = 0.1  # share of the time spent waiting for data from which the progress line says so
+_STARVED = 0.05  # share of the time spent waiting for data from which the progress line says so
 _TEXT_BYTES = 2**14  # room for the counts of a host
 
 
