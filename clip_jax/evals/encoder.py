@@ -50,7 +50,14 @@ class Encoder:
         def text(variables, tokens):
             return net.apply(variables, tokens, method="encode_text")
 
+        def features(variables, pixels):
+            both, _ = net.apply(
+                variables, pixels, method="image_features", mutable=["intermediates"]
+            )
+            return both
+
         self._image = jax.jit(image, out_shardings=whole)
+        self._features = jax.jit(features, out_shardings=whole)
         self._text = jax.jit(text, out_shardings=whole)
         self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
 
@@ -70,6 +77,7 @@ class Encoder:
         source: Source,
         tokenizer: Tokenizer | None = None,
         limit: int | None = None,
+        features: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Embeds the images of a source in stored order, unusable ones left out.
 
@@ -78,10 +86,12 @@ class Encoder:
           source: of the images.
           tokenizer: None: captions are not needed.
           limit: the first so many; None: all.
+          features: what linear probes read is wanted too.
 
         Yields:
-          "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
-          with a tokenizer "tokens" int32 [m, s]; m is at most batch_size.
+          "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, with
+          a tokenizer "tokens" int32 [m, s], and "features" float32 [m, f] where wanted; m is at
+          most batch_size.
         """
         part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
@@ -98,9 +108,12 @@ class Encoder:
         for batch in Feed(batches, self._sharding, depth=2):
             pixels = batch.pop("image")
             with jax.set_mesh(self.mesh):
-                embed = self._image(variables, pixels)
-                rest = self._gather(batch)
-            rows = {name: to_host(value) for name, value in {**rest, "embed": embed}.items()}
+                rows = self._gather(batch)
+                if features:
+                    rows["embed"], rows["features"] = self._features(variables, pixels)
+                else:
+                    rows["embed"] = self._image(variables, pixels)
+            rows = {name: to_host(value) for name, value in rows.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}
 

@@ -85,6 +85,17 @@ class CLIP(nn.Module):
             return l2_normalize(sharding.constrain_batch(self.image(images, train)))
         return l2_normalize(sharding.constrain_batch(self.image(images, train, rows)))
 
+    def image_features(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same embeddings, and what linear probes read (paper section 3.2), float32 [b, f].
+
+        Of a ViT: the pooled token before the projection. Of a ResNet: the attention pool's output,
+        not yet normalised, since the last matrix is part of the pool. To be applied with
+        mutable=["intermediates"].
+        """
+        embeds = self.encode_image(images)
+        (features,) = self.image.get_variable("intermediates", "features")
+        return embeds, sharding.constrain_batch(features).astype(jnp.float32)
+
     def encode_text(self, tokens: jax.Array, train: bool = False) -> jax.Array:
         """int32 [b, s] -> float32 [b, embed_dim], L2-normalised."""
         return l2_normalize(sharding.constrain_batch(self.text(tokens, train)))

@@ -114,4 +114,7 @@ class ModifiedResNet(nn.Module):
                 x = Bottleneck(
                     width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}"
                 )(sharding.spread_batch(x), train)
-        return AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")(x)
+        pool = AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")
+        x = pool(x)
+        self.sow("intermediates", "features", x)  # what linear probes read
+        return x
