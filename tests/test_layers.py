@@ -42,6 +42,7 @@ LAYERS = (
         "clip_jax.clock",
         "clip_jax.errors",
         "clip_jax.commands",
+        "clip_jax.pages",
     ),
 )
 # What may be imported of clip_jax from within these, themselves aside.
@@ -57,6 +58,7 @@ LEAVES = {
     "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.data": {"clip_jax.errors"},
     "clip_jax.commands": set(),
+    "clip_jax.pages": set(),
 }
 
 

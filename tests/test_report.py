@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.evals.report import duration, interval, percent, write_report
+from clip_jax.evals.report import interval, write_report
 from clip_jax.evals.results import GalleryRow, Mistake, RetrievalResult, RunSummary, ZeroshotResult
+from clip_jax.pages.page import duration, percent
 
 VOID = {"meta", "img", "br", "hr", "input", "link", "path", "rect", "use"}
 SECTIONS = ["curves", "zeroshot", "retrieval", "data", "run"]

@@ -108,12 +108,12 @@ class Encoder:
         for batch in Feed(batches, self._sharding, depth=2):
             pixels = batch.pop("image")
             with jax.set_mesh(self.mesh):
-                rows = self._gather(batch)
+                found = dict(self._gather(batch))
                 if features:
-                    rows["embed"], rows["features"] = self._features(variables, pixels)
+                    found["embed"], found["features"] = self._features(variables, pixels)
                 else:
-                    rows["embed"] = self._image(variables, pixels)
-            rows = {name: to_host(value) for name, value in rows.items()}
+                    found["embed"] = self._image(variables, pixels)
+            rows = {name: to_host(value) for name, value in found.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}
 
