@@ -132,7 +132,10 @@ def source(**overrides) -> ConfigDict:
     # Where captions stand: a feature (tfds, tfrecord), a key of the .json (tar) or a column
     # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.
     spec.text_key = ""
-    spec.label_key = ""  # where the class of an example stands, as for text_key; "": no classes
+    # Where the class of an example stands, as for text_key; tar: "cls" and "npy" are files; "": no
+    # classes.
+    spec.label_key = ""
+    spec.group_keys = ""  # where its groups stand ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
     spec.weight = 0.0  # in a mixture; 0: its number of examples
     spec.update(overrides)

@@ -25,6 +25,7 @@ import clip_jax
 from clip_jax import api
 from clip_jax.models import buckets
 from clip_jax.retrieval import embed, inputs
+from clip_jax.retrieval.reader import Row
 from clip_jax.retrieval.store import Store, open_store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def test_a_plain_folder(pictures, tmp_path):
     assert [row["key"] for row in rows] == [
         f"inner/{seed}.png" if seed % 2 else f"{seed}.png" for seed in seeds
     ]
-    assert [row["caption"] for row in rows] == ["", "", "the fourth", *7 * [""]]
+    assert [row["captions"] for row in rows] == [[], [], ["the fourth"], *7 * [[]]]
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     found = np.array([row["image_embed"] for row in rows], np.float32)
     np.testing.assert_allclose(found, image_embeds(seeds), atol=2e-6)
@@ -104,8 +105,8 @@ def test_shards_both_towers_as_npy(tmp_path):
     write_tar(tmp_path / "a.tar", [file for files in samples for file in files])
     store = run(tmp_path / "*.tar", tmp_path / "out", "--of=both", "--format=npy")
     rows = table(store)
-    assert [row["caption"] for row in rows] == TEXTS
-    assert set(rows[0]) == {"index", "key", "caption", "label"}
+    assert [row["captions"] for row in rows] == [[text] for text in TEXTS]
+    assert set(rows[0]) == {"index", "key", "captions", "labels", "groups"}
     for column, wanted in (("image_embed", image_embeds(range(5))), ("text_embed", None)):
         wanted = text_embeds(TEXTS) if wanted is None else wanted
         array = np.load(tmp_path / "out" / f"part-00000-of-00001.{column}.npy")
@@ -140,10 +141,24 @@ def test_class_folders_have_labels(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name / f"{seed}.png").write_bytes(encoded(picture(seed)))
     rows = table(run(tmp_path / "data", tmp_path / "out"))
-    assert [(row["key"], row["label"]) for row in rows] == [
-        ("cat/0.png", 0),
-        ("cat/2.png", 0),
-        ("dog/1.png", 1),
+    assert [(row["key"], row["labels"]) for row in rows] == [
+        ("cat/0.png", [0]),
+        ("cat/2.png", [0]),
+        ("dog/1.png", [1]),
+    ]
+
+
+def test_everything_known_of_an_example_is_kept(tmp_path):
+    (tmp_path / "data").mkdir()
+    for seed in range(2):
+        (tmp_path / "data" / f"{seed}.png").write_bytes(encoded(picture(seed)))
+    table_ = "image,caption,alt,kind,age,sex\n0.png,one,uno,b;a,20-29,f\n1.png,two,,,70+,\n"
+    (tmp_path / "data" / "captions.csv").write_text(table_)
+    keys = ["--text_key=caption,alt", "--label_key=kind", "--group_keys=sex,age"]
+    store = run(tmp_path / "data", tmp_path / "out", *keys)
+    assert store.rows([1, 0]) == [
+        Row(1, "1.png", ["two"], [], ["", "70+"]),
+        Row(0, "0.png", ["one", "uno"], [1, 0], ["f", "20-29"]),
     ]
 
 

@@ -81,7 +81,7 @@ class Cards:
         return Example(
             image=np.full((SIDE, SIDE, 3), [index // 256, index % 256, 0], np.uint8),
             captions=Captions((self.texts[index],), (1.0,)),
-            label=int(self.labels[index]),
+            labels=(int(self.labels[index]),) if self.labels[index] >= 0 else (),
             key=f"card {index}",
         )
 

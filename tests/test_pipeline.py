@@ -47,7 +47,7 @@ class Numbers:
             raise fault
         if fault is not None:
             text = fault
-        return Example(show(index), one(text), label=index % 2, key=f"key {index}")
+        return Example(show(index), one(text), labels=(index % 2,), key=f"key {index}")
 
 
 def one(text: str) -> Captions:
@@ -254,7 +254,7 @@ class Photos:
     def __getitem__(self, index: int) -> Example:
         file = io.BytesIO()
         Image.fromarray(self.pixels(index)).save(file, "PNG")
-        return Example(file.getvalue(), one(f"photo {index}"), label=-1, key=str(index))
+        return Example(file.getvalue(), one(f"photo {index}"), labels=(), key=str(index))
 
 
 def evaluate(source, tokenizer_=TOKENIZER, **options) -> list[dict[str, np.ndarray]]:

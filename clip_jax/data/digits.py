@@ -132,7 +132,7 @@ class DigitScenes:
         return Example(
             image=self._draw(glyphs),
             captions=Captions((_caption(rng, glyphs),), (1.0,)),
-            label=glyphs[0].digit if len(glyphs) == 1 else -1,
+            labels=(glyphs[0].digit,) if len(glyphs) == 1 else (),
             key=f"digits {self._split} {index}",
         )
 

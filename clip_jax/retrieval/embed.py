@@ -10,8 +10,9 @@ Every device of a host takes its share of each batch, every host its share of th
 same command again to go on: parts that are there are not made again.
 
 Writes to --out:
-    part-*.parquet   index, key, caption and label of each example, and image_embed, text_embed:
-                     unit vectors; with --format=npy these lie in part-*.image_embed.npy, ...
+    part-*.parquet   index, key, captions, labels and groups of each example, and image_embed,
+                     text_embed: unit vectors; with --format=npy these lie in
+                     part-*.image_embed.npy, ...
     skipped.jsonl    index, key, reason and detail of every example that cannot be used
     embeddings.json  what they were made of
 """

@@ -2,7 +2,7 @@
 
 A directory holds
     embeddings.json                       what they were made of
-    part-00000-of-00012.parquet           index, key, caption, label; and, by column, embeddings
+    part-00000-of-00012.parquet           the fields of Row; and, by column, embeddings
     part-00000-of-00012.image_embed.npy   the embeddings, where they are kept apart
     skipped.jsonl                         what could not be used, once all parts are there
 """
@@ -192,8 +192,9 @@ _SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
         ("key", pa.string()),
-        ("caption", pa.string()),
-        ("label", pa.int32()),
+        ("captions", pa.list_(pa.string())),
+        ("labels", pa.list_(pa.int32())),
+        ("groups", pa.list_(pa.string())),
     ]
 )
 
