@@ -116,6 +116,18 @@ def test_shards_both_towers_as_npy(tmp_path):
     assert "empty caption" in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
+def test_features_are_what_the_projection_reads(pictures, tmp_path):
+    rows = table(run(pictures, tmp_path / "out", "--dtype=float32", "--of=features"))
+    embeds, features = (
+        np.array([row[name] for row in rows], np.float32)
+        for name in ("image_embed", "image_features")
+    )
+    projected = features @ np.asarray(model().variables["params"]["image"]["projection"]["kernel"])
+    unit = projected / np.linalg.norm(projected, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit, embeds, atol=2e-6)
+    assert features.shape[1] == 32  # the model's width, twice that of its embeddings
+
+
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
 def test_caption_files(suffix, tmp_path):
     path = tmp_path / f"captions.{suffix}"

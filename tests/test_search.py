@@ -94,8 +94,7 @@ def make_store(directory: pathlib.Path, embeds: np.ndarray, part: int, **fields)
     settings = {
         "data": {"data": "nowhere"},
         "examples": numbers[-1] + 1,
-        "columns": ("image_embed",),
-        "width": embeds.shape[1],
+        "columns": {"image_embed": embeds.shape[1]},
         "dtype": "float32",
         "format": "parquet",
         "part_rows": part,

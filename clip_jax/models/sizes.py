@@ -91,6 +91,11 @@ class Size:
         return self.patch_size is None
 
     @property
+    def image_features(self) -> int:
+        """Width of what linear probes read; see `CLIP.image_features`."""
+        return self.embed_dim if self.is_resnet else self.image_width
+
+    @property
     def image_projection(self) -> bool:
         """Whether a ViT multiplies what it pools by a matrix."""
         return self.image_pool == "class" or self.embed_dim != self.image_width
