@@ -164,7 +164,11 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
     Raises:
       UserError: there is no model, or it is damaged or of another tokenizer.
     """
-    found = convert.read(path, step=step)
+    return from_weights(convert.read(path, step=step))
+
+
+def from_weights(found: weights.Weights) -> Model:
+    """A model from what `convert.read` gives; errors as of `load`."""
     tokens = convert.create_tokenizer(found.tokenizer, found.size.context_length)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     variables = weights.to_variables(found, mesh)

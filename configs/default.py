@@ -258,7 +258,25 @@ def _eval() -> ConfigDict:
     retrieval.source = source()  # captioned images; type "": no retrieval evaluation
     retrieval.max_examples = 5000  # the first so many
     evals.retrieval = retrieval
+    evals.suite = _suite()
     return evals
+
+
+def _suite() -> ConfigDict:
+    """The paper's protocols, in training and as defaults of python -m clip_jax evaluate."""
+    suite = ConfigDict()
+    suite.datasets = ""  # names, collections and paths, comma-separated; "": none in training
+    suite.data_dir = ""  # directory of the data sets; "": only embedded and TFDS's own
+    suite.tasks = "zeroshot"  # in training: "zeroshot" | "retrieval" | "linear_probe" | ...
+    suite.every = "5 epochs"  # in training, and once at the end of the run
+    suite.prompts = "paper"  # set of prompts: "paper" | "clip_benchmark"
+    suite.retrieval_prompt = "a photo of {}"  # that captions are also tried behind
+    suite.confidence = 0.995  # of intervals
+    suite.shots = (1, 2, 4, 8, 16)  # examples per class, few-shot probes
+    suite.repeats = 3  # draws of them
+    suite.label_thresholds = (0.005, 0.04)  # probabilities from which a label is given, bias
+    suite.overlap_threshold = 0.95  # cosine from which an image counts as a near-duplicate
+    return suite
 
 
 def _checkpoint() -> ConfigDict:

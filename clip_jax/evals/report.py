@@ -3,14 +3,13 @@
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 
 from clip_jax.evals.results import RetrievalResult, RunSummary, ZeroshotResult
 from clip_jax.pages import curves, page, svg
+from clip_jax.pages.panel import Panel
 
 HEAT_MAP_CLASSES = 40  # with more, the most confused pairs are listed instead
 LISTED = 20  # worst classes and most confused pairs shown where there are too many for all
@@ -59,15 +58,6 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 
 # --- learning curves
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One plot and what the page says around it."""
-
-    title: str
-    svg: Markup
-    legend: Sequence[Mapping[str, str]]  # name, last value and chance level ("": none) of each line
 
 
 def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> Panel:

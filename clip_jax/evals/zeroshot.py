@@ -7,10 +7,9 @@ import numpy as np
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
+from clip_jax.evals import confusion
 from clip_jax.evals.encoder import Encoder, Variables
-from clip_jax.evals.results import Mistake, ZeroshotResult
-
-_MISTAKES = 12  # shown in the report
+from clip_jax.evals.results import ZeroshotResult
 
 
 def class_prompts(
@@ -88,20 +87,13 @@ class Zeroshot:
         class_embeds = average_classes(embeds, self._owners, classes)
         scale = float(np.exp(np.asarray(variables["params"]["logit_scale"].addressable_data(0))))
         labels, indices, ranked, probabilities = self._classify(variables, class_embeds, scale)
-        confusion = np.zeros((classes, classes), np.int64)
-        np.add.at(confusion, (labels, ranked[:, 0]), 1)
-        right = ranked == labels[:, None]
-        with np.errstate(invalid="ignore"):
-            per_class = np.diagonal(confusion) / confusion.sum(axis=1)
-        return ZeroshotResult(
-            class_names=self._names,
-            templates=self.templates,
-            confusion=confusion,
-            top1=float(right[:, 0].mean()),
-            top5=float(right[:, :5].any(axis=1).mean()) if classes > 5 else None,
-            per_class=per_class,
-            n=len(labels),
-            mistakes=self._mistakes(labels, indices, ranked[:, 0], probabilities),
+        return confusion.summarize(
+            labels,
+            ranked,
+            probabilities,
+            self._names,
+            self.templates,
+            lambda row: self._encoder.picture(self._source, int(indices[row])),
         )
 
     def _classify(self, variables: Variables, class_embeds: np.ndarray, scale: float):
@@ -110,32 +102,17 @@ class Zeroshot:
         for batch in self._encoder.images(variables, self._source):
             labelled = batch["label"] >= 0
             logits = scale * batch["embed"][labelled] @ class_embeds.T
-            ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-            best = odds.max(axis=1) / odds.sum(axis=1)
-            parts.append((batch["label"][labelled], batch["index"][labelled], ranked, best))
-        labels, indices, ranked, best = (np.concatenate(part) for part in zip(*parts))
-        if not len(labels):
+            if labelled.any():
+                ranked = confusion.rank(logits)
+                parts.append((batch["label"][labelled], batch["index"][labelled], *ranked))
+        if not parts:
             raise UserError(
                 "Zero-shot evaluation found no labelled image: set label_key of its source."
             )
+        labels, indices, ranked, best = (np.concatenate(part) for part in zip(*parts))
         if labels.max() >= len(self.class_names):
             raise UserError(
                 f"The data has label {labels.max()}, but only {len(self.class_names)} class names "
                 "are given: set eval.zeroshot.class_names."
             )
         return labels, indices, ranked, best
-
-    def _mistakes(self, labels, indices, predicted, probabilities) -> list[Mistake]:
-        """The most confident ones."""
-        wrong = np.flatnonzero(predicted != labels)
-        worst = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
-        return [
-            Mistake(
-                image=self._encoder.picture(self._source, int(indices[i])),
-                true=self._names[labels[i]],
-                predicted=self._names[predicted[i]],
-                probability=float(probabilities[i]),
-            )
-            for i in worst
-        ]

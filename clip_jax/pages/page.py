@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,29 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def image(picture: np.ndarray | Image.Image) -> Markup:
-    """The attributes src, width and height (and class) of <img>; arrays are uint8 [h, w, 3]."""
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as a page holds it.
+
+    Attributes:
+      src: data URI.
+      width, height: pixels.
+      crisp: kept exactly, to be enlarged without smoothing.
+    """
+
+    src: str
+    width: int
+    height: int
+    crisp: bool
+
+
+Picture = np.ndarray | Image.Image | Thumbnail  # arrays are uint8 [h, w, 3]
+
+
+def thumbnail(picture: Picture) -> Thumbnail:
+    """A picture, reduced if it is large, for the size of the file."""
+    if isinstance(picture, Thumbnail):
+        return picture
     small = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
     small, file = small.copy(), io.BytesIO()
     crisp = max(small.size) <= _CRISP
@@ -77,7 +99,12 @@ def image(picture: np.ndarray | Image.Image) -> Markup:
         small.thumbnail((_LARGEST, _LARGEST))
         small.save(file, "JPEG", quality=80, optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
-    return Markup(
-        f'src="data:image/{"png" if crisp else "jpeg"};base64,{data}" '
-        f'width="{small.width}" height="{small.height}"{" class=crisp" if crisp else ""}'
-    )
+    kind = "png" if crisp else "jpeg"
+    return Thumbnail(f"data:image/{kind};base64,{data}", *small.size, crisp)
+
+
+def image(picture: Picture) -> Markup:
+    """The attributes src, width and height (and class) of <img>."""
+    small = thumbnail(picture)
+    text = Markup('src="{}" width="{}" height="{}"{}')
+    return text.format(small.src, small.width, small.height, " class=crisp" * small.crisp)
