@@ -16,12 +16,14 @@ from PIL import Image
 
 from clip_jax.evals import plots
 from clip_jax.evals.results import RetrievalResult, RunSummary, ZeroshotResult
+from clip_jax.protocols import intervals
 
 HEAT_MAP_CLASSES = 40  # with more, the most confused pairs are listed instead
 LISTED = 20  # worst classes and most confused pairs shown where there are too many for all
 SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first so many
 _CRISP = 64  # pixels: images up to this size are kept exactly and enlarged without smoothing
 _LARGEST = 160  # pixels: larger images are reduced to it, for the size of the file
+_CONFIDENCE = 0.95  # of the interval beside the accuracy
 
 
 def write_report(
@@ -83,16 +85,6 @@ def duration(seconds: float) -> str:
         if count or (unit == "s" and not parts):
             parts.append(f"{count}\N{NO-BREAK SPACE}{unit}")
     return " ".join(parts[:2])
-
-
-def interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share seen in n independent trials."""
-    if n == 0:
-        return 0.0, 1.0
-    z2 = 1.959964**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return centre - half, centre + half
 
 
 def _image(pixels: np.ndarray) -> Markup:
@@ -200,7 +192,7 @@ def _zeroshot_view(result: ZeroshotResult) -> dict:
     return {
         "result": result,
         "chance": 1 / len(names),
-        "interval": interval(result.top1, result.n),
+        "interval": intervals.wilson(round(result.top1 * result.n), result.n, _CONFIDENCE),
         "rows": rows,
         "worst": [] if few else sorted(tested, key=lambda row: row["share"])[:LISTED],
         "heat_map": _heat_map(confusion) if few else None,
