@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip_jax.evals.report import interval, write_report
+from clip_jax.evals.report import write_report
 from clip_jax.evals.results import GalleryRow, Mistake, RetrievalResult, RunSummary, ZeroshotResult
 from clip_jax.pages.page import duration, percent
 
@@ -365,11 +365,3 @@ def test_duration(seconds, text):
 )
 def test_percent(share, text):
     assert percent(share).replace("\xa0", " ") == text
-
-
-def test_interval_is_wilsons():
-    """Against its definition: the ends are where |p - share| is 1.96 standard errors of p."""
-    for share, n in ((0.95, 360), (0.0, 20), (1.0, 7)):
-        for end in interval(share, n):
-            error = 1.959964 * np.sqrt(max(end * (1 - end), 0) / n)
-            np.testing.assert_allclose(abs(end - share), error, atol=1e-9)

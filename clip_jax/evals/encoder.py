@@ -75,7 +75,6 @@ class Encoder:
         self,
         variables: Variables,
         source: Source,
-        tokenizer: Tokenizer | None = None,
         limit: int | None = None,
         features: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
@@ -84,19 +83,16 @@ class Encoder:
         Args:
           variables: of the model.
           source: of the images.
-          tokenizer: None: captions are not needed.
           limit: the first so many; None: all.
           features: what linear probes read is wanted too.
 
         Yields:
-          "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, with
-          a tokenizer "tokens" int32 [m, s], and "features" float32 [m, f] where wanted; m is at
-          most batch_size.
+          "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
+          "features" float32 [m, f] where wanted; m is at most batch_size.
         """
         part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
             source,
-            tokenizer,
             batch_size=self.batch_size,
             image_size=self.image_size,
             crop=self._crop,
@@ -116,6 +112,12 @@ class Encoder:
             rows = {name: to_host(value) for name, value in found.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}
+
+    def captions(
+        self, source: Source, tokenizer: Tokenizer, limit: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all captions of a source, and their examples, as `pipeline.eval_captions`."""
+        return pipeline.eval_captions(source, tokenizer, threads=self._threads, limit=limit)
 
     def picture(self, source: Source, index: int) -> np.ndarray:
         """One image of a source as the model sees it, uint8 [h, w, 3]."""

@@ -1,6 +1,5 @@
 """report.html: what a run was and what it reached, in one file that needs no network to read."""
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,12 @@ import numpy as np
 from clip_jax.evals.results import RetrievalResult, RunSummary, ZeroshotResult
 from clip_jax.pages import curves, page, svg
 from clip_jax.pages.panel import Panel
+from clip_jax.protocols import intervals
 
 HEAT_MAP_CLASSES = 40  # with more, the most confused pairs are listed instead
 LISTED = 20  # worst classes and most confused pairs shown where there are too many for all
 SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first so many
+_CONFIDENCE = 0.95  # of the interval beside the accuracy
 
 
 def write_report(
@@ -45,16 +46,6 @@ def write_report(
         zeroshot=zeroshot and zeroshot_view(zeroshot),
         retrieval=retrieval and retrieval_view(retrieval),
     )
-
-
-def interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share seen in n independent trials."""
-    if n == 0:
-        return 0.0, 1.0
-    z2 = 1.959964**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return centre - half, centre + half
 
 
 # --- learning curves
@@ -137,7 +128,7 @@ def zeroshot_view(result: ZeroshotResult) -> dict:
     return {
         "result": result,
         "chance": 1 / len(names),
-        "interval": interval(result.top1, result.n),
+        "interval": intervals.wilson(round(result.top1 * result.n), result.n, _CONFIDENCE),
         "rows": rows,
         "worst": [] if few else sorted(tested, key=lambda row: row["share"])[:LISTED],
         "heat_map": _heat_map(confusion) if few else None,

@@ -14,6 +14,9 @@ _MOST_TICKS = 7
 _NAMED = 30  # points of a chart that still get their names beside them
 
 
+Values = Sequence[float] | np.ndarray
+
+
 @dataclass(frozen=True)
 class Axis:
     """What is measured along one side.
@@ -46,10 +49,10 @@ class Points:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Values
+    y: Values
+    low: Values = ()
+    high: Values = ()
     names: Sequence[str] = ()
     joined: bool = False
     marked: bool = True
