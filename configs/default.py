@@ -127,7 +127,8 @@ def source(**overrides) -> ConfigDict:
     # folder: directory; tar, tfrecord: files or patterns, comma-separated; tfds: data_dir
     spec.path = ""
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
-    spec.split = ""  # digits: "train" | "test" | "test_scenes"; tfds: such as "train[:90%]"
+    # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]"
+    spec.split = ""
     spec.image_key = ""  # tfds ("/" for nesting), tfrecord: the feature; "": the usual name
     # Where captions stand: a feature (tfds, tfrecord), a key of the .json (tar) or a column
     # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.
