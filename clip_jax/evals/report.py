@@ -8,7 +8,7 @@ import numpy as np
 
 from clip_jax.evals.results import RetrievalResult, RunSummary, ZeroshotResult
 from clip_jax.pages import curves, page, svg
-from clip_jax.pages.panel import Panel
+from clip_jax.pages.panel import Line, Panel
 from clip_jax.protocols import intervals
 
 HEAT_MAP_CLASSES = 40  # with more, the most confused pairs are listed instead
@@ -56,11 +56,11 @@ def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> 
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
     legend = [
-        {
-            "name": _title(leaf if unique else one.label),
-            "last": show(one.last),
-            "chance": "" if one.chance is None else show(one.chance),
-        }
+        Line(
+            name=_title(leaf if unique else one.label),
+            last=show(one.last),
+            chance="" if one.chance is None else show(one.chance),
+        )
         for leaf, one in zip(leaves, series)
     ]
     text = "; ".join(

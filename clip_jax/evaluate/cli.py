@@ -40,10 +40,10 @@ from clip_jax.retrieval import running as hosts
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-    from clip_jax.evaluate.overlapping import Training
     from clip_jax.evaluate.folder import About, Evaluation, Folder
-    from clip_jax.suite.settings import Settings
+    from clip_jax.evaluate.overlapping import Training
     from clip_jax.evaluate.stored import Stored
+    from clip_jax.suite.settings import Settings
     from clip_jax.weights import Weights
 
 AVAILABLE = "available"

@@ -26,6 +26,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax import metrics, models
+from clip_jax.datasets import registry
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
 from clip_jax.evaluate.comparison import Compared
@@ -137,7 +138,8 @@ def _paper(model: str, shown: str) -> Compared:
     for task, variant in (("zeroshot", "ensemble"), ("linear_probe", "linear probe")):
         for dataset, value in zip(published["datasets"], published[task][model]):
             score = Score(task, dataset, variant, "", value / 100)
-            results.append(Result(task, dataset, dataset, "", (score,), {}, 0.0))
+            title = registry.get(dataset).title
+            results.append(Result(task, dataset, title, "", "", (score,), {}, 0.0))
     size = models.get_size(model)
     about = About(model, published["source"], 0, model_flops.image_flops(size))
     evaluation = Evaluation(about, {}, tuple(results), {}, "")

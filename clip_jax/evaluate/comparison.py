@@ -40,8 +40,11 @@ class Compared:
     published: bool = False
 
     def headlines(self, task: str) -> dict[str, Score]:
-        """The score to quote of a task, by data set."""
+        """The scores to quote of a task, by data set; of robustness, by shift and classifier."""
         results = self.evaluation.of(task) if self.evaluation else []
+        if task == "robustness":
+            scores = [score for result in results for score in result.scores]
+            return {f"{s.dataset}, {s.variant}": s for s in scores if "reference" not in s.variant}
         return {result.dataset: result.headline for result in results}
 
 
@@ -72,16 +75,13 @@ def tables(found: Sequence[Compared]) -> list[Table]:
         if not columns:
             continue
         scores = {one.name: one.headlines(task) for one in columns}
-        titles: dict[str, str] = {}
-        for one in columns:
-            assert one.evaluation is not None
-            for result in one.evaluation.of(task):
-                if titles.get(result.dataset, result.dataset) == result.dataset:
-                    titles[result.dataset] = result.title
+        names = list(dict.fromkeys(name for each in scores.values() for name in each))
+        titles = _titles(columns)
         rows = [
-            (titles[name], tuple(scores[one.name].get(name) for one in columns)) for name in titles
+            (_title(name, titles), tuple(scores[one.name].get(name) for one in columns))
+            for name in names
         ]
-        common = [name for name in titles if all(name in scores[one.name] for one in columns)]
+        common = [name for name in names if all(name in scores[one.name] for one in columns)]
         means = [np.mean([scores[one.name][name].value for name in common]) for one in columns]
         several = len(common) > 1
         made.append(
@@ -94,6 +94,18 @@ def tables(found: Sequence[Compared]) -> list[Table]:
             )
         )
     return made
+
+
+def _titles(found: Sequence[Compared]) -> dict[str, str]:
+    """Of the data sets, for people."""
+    results = [result for one in found if one.evaluation for result in one.evaluation.results]
+    return {result.dataset: result.title for result in results}
+
+
+def _title(name: str, titles: Mapping[str, str]) -> str:
+    """Of a row, whose name is that of a data set, or of one and a classifier."""
+    dataset, comma, rest = name.partition(", ")
+    return titles.get(dataset, dataset) + comma + rest
 
 
 def as_text(table: Table) -> str:
@@ -168,13 +180,13 @@ def images_to_reach(curve: Sequence[tuple[float, float]], level: float) -> float
 
 
 def common_means(found: Sequence[Compared], task: str) -> dict[str, float]:
-    """Mean score of each model over the data sets that all of them have; empty: there is none."""
+    """Mean score of each model over the data sets that all of them have.
+
+    Where there are none, the models with the fewest data sets are left out until there are some.
+    """
     scores = {one.name: one.headlines(task) for one in found if one.headlines(task)}
-    if not scores:
-        return {}
-    shared = set.intersection(*(set(each) for each in scores.values()))
-    if not shared:
-        return {}
+    while scores and not (shared := set.intersection(*map(set, scores.values()))):
+        del scores[min(scores, key=lambda name: len(scores[name]))]
     return {
         name: float(np.mean([each[dataset].value for dataset in shared]))
         for name, each in scores.items()

@@ -6,27 +6,32 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.suite.results import Result
-from clip_jax.suite.tasks.zeroshot import BARE, ENSEMBLE, SINGLE
 from clip_jax.pages import charts
 from clip_jax.pages.charts import Axis, Points
 from clip_jax.pages.page import percent
-from clip_jax.pages.panel import Panel
+from clip_jax.pages.panel import Line, Panel
 from clip_jax.pages.svg import short
 from clip_jax.protocols import robustness as robust
 from clip_jax.protocols.overlap import Overlap
+from clip_jax.suite.results import Result
+from clip_jax.suite.tasks.zeroshot import BARE, ENSEMBLE, SINGLE
 
 
-def legend(points: Sequence[Points]) -> list[dict[str, str]]:
-    """Names of the series, in their order."""
-    return [{"name": each.label, "last": "", "chance": ""} for each in points]
+def legend(points: Sequence[Points]) -> list[Line]:
+    """Of the series, in their order."""
+    return [Line(each.label, joined=each.joined, quiet=each.quiet) for each in points]
+
+
+def averaged(results: Sequence[Result]) -> list[Result]:
+    """Those that a mean is taken over: shifts are left out, unless there is nothing else."""
+    return [result for result in results if not result.base] or list(results)
 
 
 def prompting(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Mean score over the data sets by prompts (paper figure 4): variant, value, gain over bare."""
     variants = (BARE, SINGLE, ENSEMBLE)
     by_variant: dict[str, list[float]] = {name: [] for name in variants}
-    for result in results:
+    for result in averaged(results):
         for score in result.scores:
             by_variant[score.variant].append(score.value)
     means = {name: float(np.mean(values)) for name, values in by_variant.items()}
@@ -125,30 +130,35 @@ def _labels_note(details: Mapping[str, Any]) -> str:
 
 
 def robustness(result: Result) -> list[Panel]:
-    """Accuracy on each shift against that on the reference set (paper figure 13)."""
+    """Accuracy on each shift against that on the reference set, among other models (figure 13).
+
+    A shift for which no other models are known has no figure: its row in the table says it all.
+    """
     rows, testbed = result.details["rows"], result.details["testbed"]
-    panels = []
-    for name in dict.fromkeys(row["name"] for row in rows):
-        own = [row for row in rows if row["name"] == name]
-        points = [Points(row["classifier"], [row["reference"]], [row["shifted"]]) for row in own]
-        note = ""
-        if name in testbed:
-            reference, shifted = np.array(testbed[name]).T
-            trend = robust.fit(reference, shifted)
-            ends = np.linspace(min(reference), max(reference), 50)
-            points += [
-                Points("other models", reference, shifted, quiet=True),
-                Points(
-                    "their trend", ends, trend.predict(ends), joined=True, marked=False, quiet=True
-                ),
-            ]
-            gains = ", ".join(f"{row['classifier']} {percent(row['effective'])}" for row in own)
-            note = f"Effective robustness, accuracy above the trend: {gains}."
-        x = Axis(f"{result.title}, same classes", "logit", share=True)
-        y = Axis(own[0]["shift"], "logit", share=True)
-        svg = charts.draw(points, x, y, f"{own[0]['shift']} against {result.title}", diagonal=True)
-        panels.append(Panel(own[0]["shift"], svg, legend(points), note))
-    return panels
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name in testbed]
+    return [
+        _shift(result.title, [row for row in rows if row["name"] == name], testbed[name])
+        for name in names
+    ]
+
+
+def _shift(
+    reference: str, rows: Sequence[Mapping[str, Any]], others: Sequence[Sequence[float]]
+) -> Panel:
+    x, y = np.array(others).T
+    trend = robust.fit(x, y)
+    ends = np.linspace(x.min(), x.max(), 50)
+    points = [Points(row["classifier"], [row["reference"]], [row["shifted"]]) for row in rows]
+    points += [
+        Points("other models", x, y, quiet=True),
+        Points("trend", ends, trend.predict(ends), joined=True, marked=False, quiet=True),
+    ]
+    title = rows[0]["shift"]
+    gains = ", ".join(f"{row['classifier']} {percent(row['effective'])}" for row in rows)
+    note = f"Effective robustness, accuracy above the trend of {len(x)} models: {gains}."
+    axes = Axis(f"{reference}, same classes", "logit", share=True), Axis(title, "logit", share=True)
+    svg = charts.draw(points, *axes, f"{title} against {reference}", diagonal=True)
+    return Panel(title, svg, legend(points), note)
 
 
 def overlaps(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:

@@ -4,10 +4,10 @@ import numpy as np
 
 from clip_jax.data.sources import Source
 from clip_jax.datasets.dataset import Dataset
-from clip_jax.suite.material import TEST, Nearest, Split
 from clip_jax.evaluate.stored import Stored
 from clip_jax.retrieval import exact
 from clip_jax.retrieval.store import BLOCK
+from clip_jax.suite.material import TEST, Nearest, Split
 
 
 class Training:

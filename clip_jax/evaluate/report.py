@@ -11,12 +11,12 @@ from clip_jax.evals import confusion
 from clip_jax.evals.report import zeroshot_view
 from clip_jax.evaluate import figures
 from clip_jax.evaluate.folder import Evaluation
-from clip_jax.suite.results import Result, Score
-from clip_jax.suite.tasks import TASKS
 from clip_jax.pages import page
 from clip_jax.pages.page import Thumbnail
 from clip_jax.protocols import overlap
 from clip_jax.protocols.intervals import Share
+from clip_jax.suite.results import Result, Score
+from clip_jax.suite.tasks import TASKS
 
 _HERE = Path(__file__).parent
 _TEMPLATES = _HERE.parent / "evals"  # of confusions and galleries
@@ -52,8 +52,9 @@ def _stats(evaluation: Evaluation) -> list[dict[str, Any]]:
         ("retrieval", "text to image, recall@1"),
     ):
         if results := evaluation.of(name):
-            values = [result.headline.value for result in results]
-            sets = f"mean of {len(values)} sets" if len(values) > 1 else results[0].title
+            counted = figures.averaged(results)
+            values = [result.headline.value for result in counted]
+            sets = f"mean of {len(values)} sets" if len(values) > 1 else counted[0].title
             stats.append({"label": label, "value": sum(values) / len(values), "note": sets})
     return stats
 
@@ -85,7 +86,8 @@ def _zeroshot(results: Sequence[Result]) -> dict[str, Any]:
         }
         for result in results
     ]
-    return {"sets": sets, "prompting": figures.prompting(results)}
+    averaged = len(figures.averaged(results))
+    return {"sets": sets, "prompting": figures.prompting(results), "averaged": averaged}
 
 
 def _retrieval(results: Sequence[Result]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
-from clip_jax.suite.material import TEST
 from clip_jax.evaluate.folder import Folder
+from clip_jax.pages.page import duration, percent
+from clip_jax.suite.material import TEST
 from clip_jax.suite.results import Result, Score, fingerprint
 from clip_jax.suite.tasks import TASKS, Context, Task
-from clip_jax.pages.page import duration, percent
 
 Say = Callable[[str], None]
 
@@ -61,6 +61,7 @@ def run_all(
       What was found, and by "DATASET, TASK" why something could not be.
     """
     results, failed = [], {}
+    width = max(len(dataset.title) for dataset in context.datasets)
     for dataset in context.datasets:
         for name in names:
             task = TASKS[name]
@@ -72,9 +73,9 @@ def run_all(
                 if result is None:
                     result = _run(context, name, task, dataset, made_of)
                     folder.write(result)
-                    say(_line(result, duration(result.seconds)))
+                    say(_line(result, width, duration(result.seconds)))
                 else:
-                    say(_line(result, "done before"))
+                    say(_line(result, width, "done before"))
                 results.append(result)
             except UserError as error:
                 failed[f"{dataset.name}, {name}"] = str(error)
@@ -87,7 +88,16 @@ def _run(context: Context, name: str, task: Task, dataset: Dataset, made_of: str
     began = time.monotonic()
     scores, details = task.run(context, dataset)
     seconds = time.monotonic() - began
-    return Result(name, dataset.name, dataset.title, made_of, tuple(scores), details, seconds)
+    return Result(
+        task=name,
+        dataset=dataset.name,
+        title=dataset.title,
+        base=dataset.base,
+        made_of=made_of,
+        scores=tuple(scores),
+        details=details,
+        seconds=seconds,
+    )
 
 
 def _depends(context: Context, name: str, dataset: Dataset, parameters: str) -> dict[str, Any]:
@@ -102,9 +112,9 @@ def _depends(context: Context, name: str, dataset: Dataset, parameters: str) -> 
     }
 
 
-def _line(result: Result, when: str) -> str:
-    score = result.headline
-    return f"{result.title:<28} {TASKS[result.task].title.lower():<28} {show(score)}  ({when})"
+def _line(result: Result, width: int, when: str) -> str:
+    task = TASKS[result.task].title.lower()
+    return f"{result.title:<{width}}  {task:<24}  {show(result.headline)}  ({when})"
 
 
 def show(score: Score) -> str:

@@ -17,9 +17,9 @@ from clip_jax.data.sources import Example, Source
 from clip_jax.datasets import finding
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
-from clip_jax.suite.material import Split
 from clip_jax.retrieval import making
 from clip_jax.retrieval.store import Store
+from clip_jax.suite.material import Split
 
 _ROWS = 16_384  # examples in a part: what a killed evaluation loses at most
 _POLL = 5.0  # seconds between looks at what other hosts have made

@@ -1,9 +1,28 @@
 """A plot and what the page says around it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series in the legend of a plot, in the colour and dash of its position.
+
+    Attributes:
+      name: of it.
+      last: its last value; "": not said.
+      chance: what guessing reaches; "": not said.
+      joined: drawn as a line, not as points.
+      quiet: drawn in the colour of rules.
+    """
+
+    name: str
+    last: str = ""
+    chance: str = ""
+    joined: bool = True
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -13,11 +32,11 @@ class Panel:
     Attributes:
       title: above the plot.
       svg: the plot.
-      legend: of each line its name, last value and chance level; "": none.
+      legend: of the series; shown with swatches where there are several.
       note: below it; "": nothing.
     """
 
     title: str
     svg: Markup
-    legend: Sequence[Mapping[str, str]]
+    legend: Sequence[Line]
     note: str = ""

@@ -49,6 +49,7 @@ class Result:
     Attributes:
       task, dataset: their names.
       title: of the data set, for people.
+      base: the data set that it is a shift of; "": none.
       made_of: a checksum of everything it depends on.
       scores: for tables; the first is the one to quote.
       details: for the page, as JSON can hold them.
@@ -58,6 +59,7 @@ class Result:
     task: str
     dataset: str
     title: str
+    base: str
     made_of: str
     scores: tuple[Score, ...]
     details: Mapping[str, Any]

@@ -10,11 +10,11 @@ from scipy import special
 
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
+from clip_jax.protocols import bias
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import zeroshot
 from clip_jax.suite.tasks.context import Context, Task
-from clip_jax.protocols import bias
 
 _LISTED = 10  # labels that differ most between groups
 
@@ -24,12 +24,13 @@ def run(context: Context, dataset: Dataset) -> Found:
     material, settings = context.material, context.settings
     split, targets = labelled(material, dataset, TEST)
     groups = _groups(dataset, split.groups)
-    names, templates = dataset.prompt_set(settings.prompts)
-    own = [name.split("|")[0] for name in names]
+    prompts = dataset.prompt_set(settings.prompts)
+    own = [name.split("|")[0] for name in prompts.class_names]
     tables, scores = [], []
     for added in _steps(dataset):
-        offered = [*names, *itertools.chain.from_iterable(added.values())]
-        cosines = zeroshot.similarities(material, split.embeds, (offered, templates))
+        offered = (*prompts.class_names, *itertools.chain.from_iterable(added.values()))
+        some = prompts._replace(class_names=offered)
+        cosines = zeroshot.similarities(material, split.embeds, some)
         odds = special.softmax(material.scale * cosines.astype(np.float64), axis=1)
         wrong = {"misclassified": odds.argmax(axis=1) != targets}
         for key, members in groups.items():
@@ -41,7 +42,7 @@ def run(context: Context, dataset: Dataset) -> Found:
             tables.append(_table(f"By {key}", added, table))
             scores += _scores(dataset, key, added, table)
     differences = []
-    cosines = zeroshot.similarities(material, split.embeds, (names, templates))
+    cosines = zeroshot.similarities(material, split.embeds, prompts)
     odds = special.softmax(material.scale * cosines.astype(np.float64), axis=1)
     for (key, members), threshold in itertools.product(groups.items(), settings.label_thresholds):
         found = bias.label_differences(odds, own, members, threshold, settings.confidence)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from clip_jax.datasets.dataset import Dataset
+from clip_jax.protocols import sweep
+from clip_jax.protocols.metrics import METRICS
 from clip_jax.suite.material import Material, Training
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.settings import Settings
-from clip_jax.protocols import sweep
-from clip_jax.protocols.metrics import METRICS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from clip_jax.datasets.dataset import Dataset
+from clip_jax.pages.page import thumbnail
+from clip_jax.protocols import metrics, overlap
 from clip_jax.suite.material import TEST, Nearest, Split, Training, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import zeroshot
 from clip_jax.suite.tasks.context import Context, Task
-from clip_jax.pages.page import thumbnail
-from clip_jax.protocols import metrics, overlap
 
 _PAIRS = 60  # shown on the page of a data set, to find the right threshold by
 _STEPS = 200  # thresholds of the table behind it

@@ -9,12 +9,12 @@ import numpy as np
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
 from clip_jax.evals import retrieval
-from clip_jax.suite.material import TEST, Material, Split
-from clip_jax.suite.results import Found, Score
-from clip_jax.suite.tasks.context import Context, Task
 from clip_jax.pages.page import thumbnail
 from clip_jax.protocols import intervals
 from clip_jax.protocols.ranks import Ranks, match_ranks
+from clip_jax.suite.material import TEST, Material, Split
+from clip_jax.suite.results import Found, Score
+from clip_jax.suite.tasks.context import Context, Task
 
 PLAIN, PROMPTED = "captions", "captions behind a prompt"
 _QUERIES, _NEAREST = 12, 5  # of the gallery

@@ -10,11 +10,11 @@ from etils import epath
 
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
+from clip_jax.protocols import intervals, logistic, metrics, robustness
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import linear_probe, zeroshot
 from clip_jax.suite.tasks.context import Context, Task
-from clip_jax.protocols import intervals, logistic, metrics, robustness
 
 
 class Shifted(NamedTuple):
