@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample, UserError
-from clip_jax.evals import zeroshot
+from clip_jax.evals import scores, zeroshot
 from clip_jax.models import buckets
+from clip_jax.models.prompts import prepare
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
 Pictures = Picture | Sequence[Picture]
@@ -49,6 +51,7 @@ class Model:
         self._crop = Crop(net.size.image_crop)
         self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
+        self._scores = jax.jit(partial(scores.class_scores, net), static_argnames="classes")
 
     def __repr__(self) -> str:
         return self.about or super().__repr__()
@@ -67,9 +70,7 @@ class Model:
         Raises:
           UserError: a file cannot be read, or is no picture.
         """
-        pixels = [self._pixels(image) for image in _as_list(images)]
-        size = self.net.size.image_size
-        return self._batched(self._image, np.array(pixels, np.uint8).reshape(-1, size, size, 3))
+        return self._batched(self._image, self._pixels_of(images), self.net.size.embed_dim)
 
     def encode_text(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
         """Embeds texts.
@@ -83,14 +84,14 @@ class Model:
 
         Raises:
           ValueError: a text is too long and `truncate` is not set.
-          UserError: it is not known how the model's texts become ids.
+          UserError: it is not known how the model's texts become ids, or it embeds none.
         """
-        if self.tokenizer is None:
+        if not hasattr(self.net, "encode_text"):
             raise UserError(
-                "The weights came without a tokenizer: convert them once more with --tokenizer and "
-                "the vocabulary file that was published with them."
+                f"This model was trained for {self.net.size.objective}: it embeds images, but no "
+                "texts. Take one that was trained with --config.objective=contrastive."
             )
-        tokens = self.tokenizer(texts, truncate=truncate)
+        tokens = self._tokens(texts, truncate)
         embeds = np.zeros((len(tokens), self.net.size.embed_dim), np.float32)
         for rows, batch in buckets.batches(tokens, self.net.size, self._batch_size):
             embeds[rows] = np.asarray(self._text(self.variables, batch))[: len(rows)]
@@ -107,15 +108,38 @@ class Model:
         Args:
           images: as for `encode_image`.
           class_names: alternatives of one class joined by "|".
-          templates: prompts, each with one {} for the name; their embeddings are averaged.
+          templates: prompts, each with one {} for the name; their embeddings are averaged, or, for
+            a model that predicts captions, their likelihoods.
 
         Returns:
           float32 [n, classes], probabilities.
+
+        Raises:
+          UserError: the model knows no texts.
         """
         prompts, owners = zeroshot.class_prompts(class_names, templates)
+        if hasattr(self.net, "score"):
+            prepared = prepare(self._tokens(prompts, truncate=False))
+            count = len(class_names)
+            score = partial(self._scores, prompts=prepared, owners=owners, classes=count)
+            logits = self._batched(score, self._pixels_of(images), count)
+            return np.asarray(jax.nn.softmax(logits, axis=-1))
         classes = zeroshot.average_classes(self.encode_text(prompts), owners, len(class_names))
         scale = np.exp(np.asarray(self.variables["params"]["logit_scale"]))
         return np.asarray(jax.nn.softmax(scale * self.encode_image(images) @ classes.T, axis=-1))
+
+    def _tokens(self, texts: str | Sequence[str], truncate: bool) -> np.ndarray:
+        if self.tokenizer is None:
+            raise UserError(
+                "The weights came without a tokenizer: convert them once more with --tokenizer and "
+                "the vocabulary file that was published with them."
+            )
+        return self.tokenizer(texts, truncate=truncate)
+
+    def _pixels_of(self, images: Pictures) -> np.ndarray:
+        """uint8 [n, size, size, 3]."""
+        pixels, size = [self._pixels(image) for image in _as_list(images)], self.net.size.image_size
+        return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
 
     def _pixels(self, image: Picture) -> np.ndarray:
         key, size = "the picture", self.net.size.image_size
@@ -134,8 +158,8 @@ class Model:
         except (OSError, BadExample) as error:
             raise UserError(f"Cannot read the picture: {error}.") from error
 
-    def _batched(self, function: Any, rows: np.ndarray) -> np.ndarray:
-        parts = [np.zeros((0, self.net.size.embed_dim), np.float32)]
+    def _batched(self, function: Any, rows: np.ndarray, width: int) -> np.ndarray:
+        parts = [np.zeros((0, width), np.float32)]
         for start in range(0, len(rows), self._batch_size):
             part = rows[start : start + self._batch_size]
             padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
@@ -172,4 +196,4 @@ def from_weights(found: weights.Weights) -> Model:
     tokens = convert.create_tokenizer(found.tokenizer, found.size.context_length)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     variables = weights.to_variables(found, mesh)
-    return Model(models.CLIP(found.size), variables, tokens, about=weights.describe(found))
+    return Model(models.of_size(found.size), variables, tokens, about=weights.describe(found))

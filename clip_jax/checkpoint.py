@@ -186,7 +186,7 @@ class Checkpoints:
 
 def load_model(
     path: epath.PathLike, mesh: Mesh, step: int | None = None
-) -> tuple[models.CLIP, dict[str, Any], dict[str, Any]]:
+) -> tuple[models.ImageModel, dict[str, Any], dict[str, Any]]:
     """Reads a trained model, without what only its training needed.
 
     Args:
@@ -220,13 +220,13 @@ def load_model(
             )
         step = steps[-1] if step is None else step
         meta = store.read_meta(step)
-        net = models.CLIP(models.Size.from_json(meta["size"]))
+        net = models.of_size(models.Size.from_json(meta["size"]))
         return net, store.restore_variables(step, abstract_variables(net, mesh)), meta
 
 
 def _load_folder(
     path: epath.Path, mesh: Mesh
-) -> tuple[models.CLIP, dict[str, Any], dict[str, Any]]:
+) -> tuple[models.ImageModel, dict[str, Any], dict[str, Any]]:
     """Weights that were converted, described as a checkpoint is."""
     found = weights.read_folder(path)
     meta = {
@@ -235,7 +235,7 @@ def _load_folder(
         "tokenizer": found.tokenizer.identity,
         "config": {"tokenizer": str(found.tokenizer.path or found.tokenizer.name)},
     }
-    return models.CLIP(found.size), weights.to_variables(found, mesh), meta
+    return models.of_size(found.size), weights.to_variables(found, mesh), meta
 
 
 def _dtypes(tree: Any) -> dict[str, str]:

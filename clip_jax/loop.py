@@ -45,7 +45,7 @@ class Run:
         return self.program.mesh
 
     @property
-    def net(self) -> models.CLIP:
+    def net(self) -> models.ImageModel:
         """The model."""
         return self.program.net
 
@@ -116,11 +116,14 @@ class Loop:
         truncated = seen.pop("truncated")
         return Past(
             step=step,
-            examples_seen=past.examples_seen + (step - past.step) * self._config.batch_size,
+            examples_seen=self._examples_seen(step),
             seconds=past.seconds + time.monotonic() - self._began,
             skipped=dict(Counter(past.skipped) + Counter(seen)),
             truncated=past.truncated + truncated,
         )
+
+    def _examples_seen(self, step: int) -> int:
+        return self._past.examples_seen + (step - self._past.step) * self._config.batch_size
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
         """Trains to the last step; returns the last evaluation's metrics."""
@@ -165,7 +168,9 @@ class Loop:
         paused = self._progress.pause()
         found = self._run.evaluators.run(state.variables)
         if found:
-            self._writer.write(step, found)
+            # Not step times batch size where the batch size was changed on the way.
+            seen = {"eval/images_seen": self._examples_seen(step)}
+            self._writer.write(step, {**found, **seen})
             shown = [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(("top1", "recall@1"))]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
         self._progress.resume(paused)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +16,27 @@ from clip_jax import state as train_state
 from clip_jax import step as train_step
 from clip_jax.errors import UserError
 
+# Of what the model returns.
+Loss = Callable[..., jax.Array]
+
+
+def _contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
+    loss = losses.LOSSES[config.loss.name]
+    return functools.partial(loss, mesh=mesh, method=config.loss.method, tile=config.loss.tile)
+
+
+def _prediction_loss(config: ConfigDict, mesh: Mesh) -> Loss:
+    del config, mesh
+    return losses.prediction_loss
+
+
+# The loss by config.objective; its model is the one of that name in `models.MODULES`.
+OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], Loss]] = {
+    "contrastive": _contrastive_loss,
+    "captioning": _prediction_loss,
+    "bag_of_words": _prediction_loss,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -22,7 +44,7 @@ class Program:
 
     config: ConfigDict
     mesh: Mesh
-    net: models.CLIP
+    net: models.ImageModel
     tx: optax.GradientTransformation
     schedule: optax.Schedule
 
@@ -71,12 +93,7 @@ class Program:
             net=self.net,
             tx=self.tx,
             schedule=self.schedule,
-            loss_fn=functools.partial(
-                losses.LOSSES[config.loss.name],
-                mesh=self.mesh,
-                method=config.loss.method,
-                tile=config.loss.tile,
-            ),
+            loss_fn=OBJECTIVES[config.objective](config, self.mesh),
             augment=functools.partial(augment.augment, config=config.data.augment),
             accum_steps=config.accum_steps,
             zero1=config.mesh.zero1,
@@ -85,7 +102,9 @@ class Program:
         )
 
 
-def place(config: ConfigDict, devices: list[jax.Device] | None = None) -> tuple[Mesh, models.CLIP]:
+def place(
+    config: ConfigDict, devices: list[jax.Device] | None = None
+) -> tuple[Mesh, models.ImageModel]:
     """Mesh and model of a config; arguments and errors as of `build`."""
     axes = config.mesh
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, axes.slices, devices)
@@ -128,12 +147,16 @@ def build(
     return Program(config, mesh, net, tx, schedule)
 
 
-def make_net(config: ConfigDict, mesh: Mesh) -> models.CLIP:
+def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
     """The model that a config describes, for the devices of a mesh."""
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    logit_bias = config.loss.name == "sigmoid"
+    contrastive = config.objective == "contrastive"
+    trained = {
+        "objective": config.objective,
+        "logit_bias": contrastive and config.loss.name == "sigmoid",
+    }
     return models.create(
         config.model.name,
         dtype=jnp.dtype(dtype),
@@ -141,8 +164,18 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.CLIP:
         remat=config.model.remat,
         patch_dropout=config.model.patch_dropout,
         pack=config.model.pack.to_dict(),
-        size={**config.model.size.to_dict(), "logit_bias": logit_bias},
+        size={**config.model.size.to_dict(), **trained},
     )
+
+
+def split_by_tensor(size: models.Size) -> dict[str, int]:
+    """What the tensor axis has to divide, by name."""
+    split = {}
+    if size.has_text_blocks:
+        split |= {"text_heads": size.text_heads, "text_mlp": size.text_mlp}
+    if not size.is_resnet:  # a ResNet has no blocks to split, only more examples per device
+        split |= {"image_heads": size.image_heads, "image_mlp": size.image_mlp}
+    return split
 
 
 def check_tensor(size: models.Size, tensor: int) -> None:
@@ -151,9 +184,7 @@ def check_tensor(size: models.Size, tensor: int) -> None:
     Raises:
       UserError: names the dimension, and the values that fit.
     """
-    split = {"text_heads": size.text_heads, "text_mlp": size.text_mlp}
-    if not size.is_resnet:  # a ResNet has no blocks to split, only more examples per device
-        split |= {"image_heads": size.image_heads, "image_mlp": size.image_mlp}
+    split = split_by_tensor(size)
     unfit = {name: value for name, value in split.items() if value % tensor}
     if unfit:
         fitting = [

@@ -61,7 +61,7 @@ def abstract_state(
     """Shapes, dtypes and shardings of the state, nothing allocated.
 
     Args:
-      net: a `clip_jax.models.CLIP`.
+      net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       mesh: where the state will live.
       zero1: the optimiser's part is split over the data axis too.
@@ -97,7 +97,7 @@ def init_state(
 
     Args:
       like: where it lives, from `abstract_state`.
-      net: a `clip_jax.models.CLIP`.
+      net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       seed: of the random initialisation.
       half_weights: see `optim.halve`.

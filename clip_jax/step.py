@@ -40,10 +40,10 @@ def train_step(
     Args:
       state: of the training.
       batch: "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s], split over the mesh.
-      net: a `clip_jax.models.CLIP`.
+      net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       schedule: its learning rate, for the log.
-      loss_fn: of what the model returns; see `losses.LOSSES`.
+      loss_fn: of what the model returns; see `program.OBJECTIVES`.
       augment: of the images and a key of this step; see `augment.augment`.
       accum_steps: micro-batches that the towers see one after the other; the loss is that of the
         whole batch either way.
@@ -53,7 +53,7 @@ def train_step(
 
     Returns:
       The new state, and float32 scalars: loss, grad_norm (before clipping), param_norm,
-      logit_scale (the multiplier), learning_rate.
+      learning_rate, and, where the model has one, logit_scale (the multiplier).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout, rounding, colours = jax.random.split(key, 3)
@@ -80,15 +80,13 @@ def train_step(
     grads = share(widen(grads))
     updates, opt_state = tx.update(grads, state.opt_state, share(widen(state.params)))
     params: Any = share(optim.apply_updates(share(state.params), updates, rounding))
-    logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
-    params = {**params, "logit_scale": logit_scale}
-    metrics = {
-        "loss": loss,
-        "grad_norm": optax.tree.norm(grads),
-        "param_norm": optax.tree.norm(widen(params)),
-        "logit_scale": jnp.exp(logit_scale),
-        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    }
+    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    if "logit_scale" in params:
+        logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
+        params = {**params, "logit_scale": logit_scale}
+        metrics["logit_scale"] = jnp.exp(logit_scale)
+    metrics["param_norm"] = optax.tree.norm(widen(params))
+    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
     state = TrainState(state.step + 1, params, batch_stats, opt_state)
     return state, metrics
 
@@ -111,16 +109,18 @@ def _accumulated(count: int, embed: Embed, loss_fn: Callable, params: Any, batch
 
     All micro-batches are embedded; the loss of all embeddings gives the gradient of each; then
     every micro-batch is embedded once more, to carry its share of that gradient to the parameters.
-    BatchNorm normalises by micro-batch, and its running statistics move once, by their mean.
+    Of what the model returns, scalars are parameters, the same in every micro-batch; all else has
+    the batch as its first dimension. BatchNorm normalises by micro-batch, and its running
+    statistics move once, by their mean.
     """
     parts = jax.tree.map(partial(_split, count), batch)
     _, (outputs, batch_stats) = jax.lax.scan(lambda _, part: (_, embed(params, part)), None, parts)
-    images, texts, *temperatures = outputs
-    outputs = _join(images), _join(texts), *(each[0] for each in temperatures)
+    outputs = tuple(_join(x) if x.ndim > 1 else x[0] for x in outputs)
     argnums = tuple(range(len(outputs)))
-    value, (d_images, d_texts, *d_rest) = jax.value_and_grad(loss_fn, argnums)(*outputs)
-    d_rest = [jnp.broadcast_to(each / count, count) for each in d_rest]
-    d_outputs = _split(count, d_images), _split(count, d_texts), *d_rest
+    value, gradients = jax.value_and_grad(loss_fn, argnums)(*outputs)
+    d_outputs = tuple(
+        _split(count, x) if x.ndim else jnp.broadcast_to(x / count, count) for x in gradients
+    )
 
     def replay(grads, part_and_gradient):
         part, d_outputs = part_and_gradient

@@ -186,6 +186,8 @@ def _announce(run: Run, config: ConfigDict) -> None:
     )
     if problems := getattr(run.source, "problems", None):
         _say(f"Found in the training data: {list_counts(problems)}.")
+    for note in run.evaluators.notes:
+        _say(note)
     epochs = run.total * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {_named(config.data)}; {run.total:,} steps of "

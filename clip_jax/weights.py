@@ -81,7 +81,7 @@ class Weights:
 @functools.lru_cache(maxsize=16)
 def variable_shapes(size: models.Size) -> dict[str, Shape]:
     """Shapes of all variables of a model by path, such as "params/text/positions"."""
-    tree = jax.eval_shape(lambda: init_variables(models.CLIP(size), 0))
+    tree = jax.eval_shape(lambda: init_variables(models.of_size(size), 0))
     return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
@@ -105,7 +105,7 @@ def to_variables(weights: Weights, mesh: Mesh) -> dict[str, Any]:
         value = read_finite(weights.tensors, path_name(path)).astype(like.dtype)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda part: value[part])
 
-    like = abstract_variables(models.CLIP(weights.size), mesh)
+    like = abstract_variables(models.of_size(weights.size), mesh)
     return jax.tree.map_with_path(place, like)
 
 

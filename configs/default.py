@@ -14,6 +14,9 @@ def get_config(arg: str = "") -> ConfigDict:
     """The paper's common settings (Table 18), for a ViT; names no data."""
     del arg
     config = ConfigDict()
+    # What is learned: "contrastive" (the paper's model), or what its figure 2 compares with that:
+    # "captioning" (a transformer writes the caption) | "bag_of_words" (its words are predicted).
+    config.objective = "contrastive"
     config.seed = 0  # the one PRNG key; all randomness is folded from it by step or example
     config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
     config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
@@ -49,7 +52,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         image_width=8 if resnet else 64,
         image_heads=4,
         patch_size=None if resnet else 8,
-        text_layers=2,
+        text_layers=0 if config.model.size.text_pool == "bag" else 2,
         text_width=64,
         text_heads=4,
         context_length=24,
@@ -86,6 +89,7 @@ def validate(config: ConfigDict) -> None:
     """
     problems = []
     for name, value, choices in (
+        ("objective", config.objective, ("contrastive", "captioning", "bag_of_words")),
         ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
         ("data.crop", config.data.crop, ("random", "resized", "center", "none")),
         ("data.order", config.data.order, ("shuffled", "windowed", "stored")),
@@ -155,8 +159,9 @@ def _model() -> ConfigDict:
     model.scan_layers = True  # transformer layers in lax.scan (short compile) or unrolled
     model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
     model.patch_dropout = 0.0  # share of patches that a ViT does not see in training
-    # Several captions in a row of the text tower, so that it does not compute padding. The result
-    # is the same; how many rows it takes depends on the captions (README, "Captions packed").
+    # Several captions in a row of the contrastive text tower, so that it does not compute padding.
+    # The result is the same; how many rows it takes depends on the captions (README, "Captions
+    # packed").
     model.pack = ConfigDict()
     model.pack.length = 80  # tokens in a row, at least context_length; 0: one caption a row
     model.pack.rows = 0.3  # rows per caption; more are computed, in turns, when they do not suffice
@@ -170,6 +175,8 @@ def _model() -> ConfigDict:
     size.image_mlp = placeholder(int)  # hidden units of a block; 0: 4 * image_width; ViT only
     size.patch_size = placeholder(int)  # pixels along a side; ViT only
     size.text_layers = placeholder(int)
+    # "end" (paper) | "last" | "bag": of words, without layers, which goes with text_layers=0
+    size.text_pool = placeholder(str)
     size.text_width = placeholder(int)
     size.text_heads = placeholder(int)
     size.text_mlp = placeholder(int)  # hidden units of a block; 0: 4 * text_width
@@ -191,7 +198,7 @@ def _mesh() -> ConfigDict:
 
 def _loss() -> ConfigDict:
     loss = ConfigDict()
-    loss.name = "softmax"  # "softmax" (paper) | "sigmoid" (SigLIP)
+    loss.name = "softmax"  # contrastive: "softmax" (paper) | "sigmoid" (SigLIP)
     loss.method = "all_gather"  # "all_gather" (fewer operations) | "ring" (memory of one tile)
     loss.tile = 1024  # ring: rows and columns of logits held at once
     return loss

@@ -41,6 +41,22 @@ class Table:
         return variables["texts"][values[:, 1]]
 
 
+class Likelihoods:
+    """A model without a text tower: image i and text t have the score of that place in a table."""
+
+    size = Table.size
+
+    def score(self):
+        raise AssertionError("called by name only")
+
+    def apply(self, variables, pixels, prompts, method):
+        assert method == "score"
+        assert pixels.dtype == jnp.uint8
+        numbers = pixels[:, 0, 0].astype(jnp.int32)
+        images = numbers[:, 0] * 256 + numbers[:, 1]
+        return variables["scores"][images[:, None], prompts.tokens[:, 1]]
+
+
 class Words:
     """A tokenizer: each text has the number of its place in a list."""
 
@@ -186,6 +202,35 @@ def test_zeroshot_equals_the_definition(task, mesh):
     )
     np.testing.assert_allclose(found.per_class, recall)
     assert np.isnan(found.per_class[6])
+
+
+def test_zeroshot_by_the_likelihood_of_prompts(task, mesh):
+    words, table = Words(), np.random.default_rng(5).normal(-20, 3, (37, 64)).astype(np.float32)
+    encoder = Encoder(Likelihoods(), mesh, 16, threads=2)
+    found = Zeroshot(encoder, task.source, words).run({"scores": jnp.asarray(table), "params": {}})
+    wanted = []
+    for i in task.used:
+        likely = [
+            np.mean(
+                [
+                    math.exp(table[i, words.texts.index(template.replace("{}", name))])
+                    for name in names.split("|")
+                    for template in Cards.templates
+                ]
+            )
+            for names in CLASS_NAMES
+        ]
+        wanted.append(np.array(likely) / sum(likely))
+    predicted = np.argmax(wanted, axis=1)
+    np.testing.assert_array_equal(
+        found.confusion,
+        sklearn_metrics.confusion_matrix(task.labels, predicted, labels=range(len(CLASS_NAMES))),
+    )
+    assert found.by_score
+    assert 0 < found.top1 < found.top5 < 1
+    wrong = np.flatnonzero(predicted != task.labels)
+    best = max(np.max(wanted[i]) for i in wrong)
+    assert found.mistakes[0].probability == pytest.approx(best, rel=1e-4)
 
 
 def test_zeroshot_lists_the_most_confident_mistakes(task, mesh):

@@ -140,6 +140,9 @@ def jaxpr_flops(jaxpr) -> float:
         ("ViT-B/32", {"image_layers": (2,), "text_layers": 1}),
         ("ViT-B/32", {**TINY, "image_pool": "map", "text_pool": "last", "text_mlp": 48}),
         ("RN50", {"image_layers": (1, 2, 1, 1), "text_layers": 1, "image_size": 64}),
+        ("ViT-B/32", {**TINY, "text_pool": "bag", "text_layers": 0}),
+        ("ViT-B/32", {**TINY, "objective": "bag_of_words"}),
+        ("ViT-B/32", {**TINY, "objective": "captioning", "context_length": 17}),
     ],
 )
 def test_model_flops(name, overrides):

@@ -203,9 +203,18 @@ def test_logit_scale_below_its_bound_is_left_alone():
 
 
 @functools.cache
-def gradients(axes: tuple, *, accum_steps=1, patch_dropout=0.0, method="all_gather", zero1=False):
+def gradients(
+    axes: tuple,
+    *,
+    accum_steps=1,
+    patch_dropout=0.0,
+    method="all_gather",
+    zero1=False,
+    objective="contrastive",
+):
     """Loss, gradient norm and gradients at the initial state, no optimiser to blur them."""
-    net, mesh = tiny.make_net("vit", patch_dropout=patch_dropout), tiny.make_mesh(*axes)
+    net = tiny.make_net("vit", {"objective": objective}, patch_dropout=patch_dropout)
+    mesh = tiny.make_mesh(*axes)
     state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh)
     # The gradient is all it keeps: where Adam keeps its first moment.
     keep = optax.GradientTransformation(
@@ -213,9 +222,10 @@ def gradients(axes: tuple, *, accum_steps=1, patch_dropout=0.0, method="all_gath
         lambda updates, _, params=None: (jax.tree.map(jnp.zeros_like, updates), {"mu": updates}),
     )
     state = state.replace(opt_state={"mu": state.opt_state[1].mu})
-    program = tiny.compile_step(
-        net, mesh, state, batch, tx=keep, accum_steps=accum_steps, method=method, zero1=zero1
-    )
+    settings = {"tx": keep, "accum_steps": accum_steps, "method": method, "zero1": zero1}
+    if objective != "contrastive":
+        settings["loss_fn"] = losses.prediction_loss
+    program = tiny.compile_step(net, mesh, state, batch, **settings)
     after, metrics = program(state, batch)
     return float(metrics["loss"]), named_leaves(after.opt_state["mu"])
 
@@ -238,6 +248,14 @@ def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: flo
     want = gradients(ONE, patch_dropout=patch_dropout)
     got = gradients(axes, accum_steps=accum_steps, patch_dropout=patch_dropout)
     assert_gradients(got, want)
+
+
+@pytest.mark.parametrize("objective", ["captioning", "bag_of_words"])
+@pytest.mark.parametrize(("axes", "accum_steps"), [((2, 2, 2), 1), (FSDP, 2)])
+def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps: int):
+    want = gradients(ONE, objective=objective)
+    assert abs(want[0] - math.log(64)) < 1  # a guess among the vocabulary
+    assert_gradients(gradients(axes, accum_steps=accum_steps, objective=objective), want)
 
 
 def test_patch_dropout_changes_the_loss_and_every_step_draws_anew():

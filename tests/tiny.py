@@ -31,11 +31,11 @@ BATCH = 16
 LEARNING_RATE, STEPS = 1e-3, 100
 
 
-def make_net(name: str, **settings) -> models.CLIP:
-    """ "vit" or "resnet"."""
+def make_net(name: str, size: dict | None = None, **settings) -> models.ImageModel:
+    """ "vit" or "resnet"; `size`: overrides of its shapes."""
     if name == "vit":
-        return models.create("ViT-B/32", size=_TEXT | _VIT, **settings)
-    return models.create("RN50", size=_TEXT | _RESNET)
+        return models.create("ViT-B/32", size=_TEXT | _VIT | (size or {}), **settings)
+    return models.create("RN50", size=_TEXT | _RESNET | (size or {}))
 
 
 def make_mesh(*axes: int) -> Mesh:
@@ -51,7 +51,7 @@ def make_optimizer(**overrides):
     return schedule, optim.make_optimizer(schedule, **settings)
 
 
-def make_batch(net: models.CLIP, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(net: models.ImageModel, seed: int = 0) -> dict[str, np.ndarray]:
     """Noise as images, and captions of different lengths."""
     size, rng = net.size, np.random.default_rng(seed)
     tokens = rng.integers(1, size.vocab_size - 2, (BATCH, size.context_length)).astype(np.int32)
@@ -86,7 +86,7 @@ def compile_step(
 
 
 def init_state(
-    net: models.CLIP, mesh: Mesh, *, zero1=False, half_weights="", moment_dtype="float32"
+    net: models.ImageModel, mesh: Mesh, *, zero1=False, half_weights="", moment_dtype="float32"
 ) -> train_state.TrainState:
     """The same on every mesh."""
     _, tx = make_optimizer(moment_dtype=moment_dtype)
@@ -94,5 +94,5 @@ def init_state(
     return train_state.init_state(like, net, tx, 0, half_weights=half_weights)
 
 
-def put_batch(net: models.CLIP, mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(net: models.ImageModel, mesh: Mesh) -> dict[str, jax.Array]:
     return jax.device_put(make_batch(net), sharding.batch_sharding(mesh))

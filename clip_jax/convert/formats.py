@@ -217,6 +217,13 @@ def write(weights: Weights, target: epath.PathLike, to: str = "clip_jax") -> Non
         raise UserError(
             "transformers has no CLIP with a ResNet: use --to=open_clip, which has them all."
         )
+    if to != "clip_jax" and (
+        weights.size.objective != "contrastive" or weights.size.text_pool == "bag"
+    ):
+        raise UserError(
+            f"{to} has no such model as {weights.size}: it has CLIP and its like, an image tower "
+            "and a text transformer. Use --to=clip_jax, which holds every model."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f".{path.name}.{os.getpid()}{ending}"
     try:

@@ -20,6 +20,7 @@ class Evaluators:
 
     Attributes:
       zeroshot, retrieval: the latest results; None before the first, or where switched off.
+      notes: what the config names and this model cannot do, a sentence each.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Evaluators:
 
         Args:
           config: the whole config.
-          net: a `clip_jax.models.CLIP`.
+          net: one of `clip_jax.models.MODULES`.
           mesh: devices to evaluate on.
           tokenizer: of captions and prompts.
           spare: directory for indices of shards whose own cannot be written to.
@@ -43,6 +44,7 @@ class Evaluators:
         self.retrieval: RetrievalResult | None = None
         self._zeroshot: Zeroshot | None = None
         self._retrieval: Retrieval | None = None
+        self.notes: list[str] = []
         spec, size = config.eval, net.size.image_size
         encoder = Encoder(net, mesh, spec.batch_size, config.data.threads)
         if spec.zeroshot.source.type:
@@ -53,7 +55,11 @@ class Evaluators:
                 spec.zeroshot.class_names,
                 spec.zeroshot.templates,
             )
-        if spec.retrieval.source.type:
+        if spec.retrieval.source.type and not encoder.embeds_texts:
+            self.notes.append(
+                f"No retrieval evaluation: a model trained for {config.objective} embeds no texts."
+            )
+        elif spec.retrieval.source.type:
             source = sources.create(spec.retrieval.source, size, config.seed, spare=spare)
             self._retrieval = Retrieval(encoder, source, tokenizer, spec.retrieval.max_examples)
 

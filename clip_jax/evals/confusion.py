@@ -38,6 +38,7 @@ def summarize(
     class_names: Sequence[str],
     templates: Sequence[str],
     picture: Callable[[int], Picture],
+    by_score: bool = False,
 ) -> ZeroshotResult:
     """Everything a report shows of a classification.
 
@@ -47,6 +48,7 @@ def summarize(
       class_names: to show.
       templates: of the prompts, to show.
       picture: of image i, for the most confident mistakes.
+      by_score: as in `ZeroshotResult`.
     """
     classes = len(class_names)
     counts = np.zeros((classes, classes), np.int64)
@@ -73,6 +75,7 @@ def summarize(
             )
             for row in worst
         ],
+        by_score=by_score,
     )
 
 

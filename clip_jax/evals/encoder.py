@@ -1,6 +1,7 @@
 """Both towers, jitted over the mesh, for whole data sets with ragged ends."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from clip_jax.data.crops import Crop
 from clip_jax.data.feed import Feed
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.evals import scores
+from clip_jax.models.prompts import Prompts
 
 Variables = Mapping[str, Any]
 
@@ -25,13 +28,15 @@ class Encoder:
       batch_size: images or captions per step over all devices, a multiple of their number.
       image_size: pixels along a side.
       mesh: devices that share each batch.
+      embeds_texts: whether the model has a text tower: `texts` can be called.
+      scores_prompts: whether the model says how likely a prompt is: `scores` can be called.
     """
 
     def __init__(self, net: nn.Module, mesh: Mesh, batch_size: int, threads: int):
         """Compiles nothing yet.
 
         Args:
-          net: a `clip_jax.models.CLIP`.
+          net: one of `clip_jax.models.MODULES`.
           mesh: devices to split each batch over.
           batch_size: wished for; rounded up to a multiple of the devices.
           threads: that read and decode on each host; 0: one per CPU core.
@@ -40,6 +45,8 @@ class Encoder:
         self.image_size = net.size.image_size
         self._crop = Crop(net.size.image_crop)
         self.mesh = mesh
+        self.embeds_texts = hasattr(net, "encode_text")
+        self.scores_prompts = hasattr(net, "score")
         self._threads = threads
         self._sharding = sharding.batch_sharding(mesh)
         whole = sharding.replicated(mesh)
@@ -52,13 +59,15 @@ class Encoder:
 
         def features(variables, pixels):
             both, _ = net.apply(
-                variables, pixels, method="image_features", mutable=["intermediates"]
+                variables, pixels, method="encode_with_features", mutable=["intermediates"]
             )
             return both
 
         self._image = jax.jit(image, out_shardings=whole)
         self._features = jax.jit(features, out_shardings=whole)
         self._text = jax.jit(text, out_shardings=whole)
+        score = partial(scores.class_scores, net)
+        self._score = jax.jit(score, out_shardings=whole, static_argnums=4)
         self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
 
     def texts(self, variables: Variables, tokens: np.ndarray) -> np.ndarray:
@@ -90,6 +99,39 @@ class Encoder:
           "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
           "features" float32 [m, f] where wanted; m is at most batch_size.
         """
+
+        def embed(pixels: jax.Array) -> dict[str, jax.Array]:
+            if not features:
+                return {"embed": self._image(variables, pixels)}
+            return dict(zip(("embed", "features"), self._features(variables, pixels)))
+
+        yield from self._run(embed, source, limit)
+
+    def scores(
+        self,
+        variables: Variables,
+        source: Source,
+        prompts: Prompts,
+        owners: np.ndarray,
+        classes: int,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Scores classes for the images of a source; see `scores.class_scores`.
+
+        Yields:
+          "scores" float32 [m, classes], "label" and "index" as `images` does.
+        """
+        yield from self._run(
+            lambda pixels: {"scores": self._score(variables, pixels, prompts, owners, classes)},
+            source,
+        )
+
+    def _run(
+        self,
+        compute: Callable[[jax.Array], Mapping[str, jax.Array]],
+        source: Source,
+        limit: int | None = None,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """What `compute` makes of the pixels of each batch, and the rest of the batch."""
         part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
             source,
@@ -104,11 +146,7 @@ class Encoder:
         for batch in Feed(batches, self._sharding, depth=2):
             pixels = batch.pop("image")
             with jax.set_mesh(self.mesh):
-                found = dict(self._gather(batch))
-                if features:
-                    found["embed"], found["features"] = self._features(variables, pixels)
-                else:
-                    found["embed"] = self._image(variables, pixels)
+                found = {**self._gather(batch), **compute(pixels)}
             rows = {name: to_host(value) for name, value in found.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}

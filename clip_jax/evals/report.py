@@ -83,7 +83,7 @@ def _panels(
             main.setdefault("loss", []).append(one)
         elif leaf.startswith(("top", "recall@")):
             main.setdefault(group, []).append(one)
-        else:
+        elif leaf != "images_seen":  # a straight line
             small.append(_panel(_title(name.removeprefix("train/")), [one]))
     large = [_panel(_title(title), some, title != "loss") for title, some in main.items()]
     return sorted(large, key=lambda panel: panel.title != "loss"), small

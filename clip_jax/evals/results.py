@@ -34,6 +34,7 @@ class ZeroshotResult:
     per_class: np.ndarray  # float [classes], share right of each class; NaN: no example of it
     n: int  # images classified
     mistakes: Sequence[Mistake] = ()  # the most confident ones, at most a dozen or so
+    by_score: bool = False  # of prompts, for want of embeddings: see evals/scores.py
 
 
 @dataclass(frozen=True)

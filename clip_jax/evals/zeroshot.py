@@ -1,6 +1,6 @@
 """Zero-shot classification with an ensemble of prompts (paper section 3.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -10,6 +10,7 @@ from clip_jax.errors import UserError
 from clip_jax.evals import confusion
 from clip_jax.evals.encoder import Encoder, Variables
 from clip_jax.evals.results import ZeroshotResult
+from clip_jax.models.prompts import prepare
 
 
 def class_prompts(
@@ -77,16 +78,12 @@ class Zeroshot:
         self._source = source
 
     def run(self, variables: Variables) -> ZeroshotResult:
-        """Embeds the prompts once and every image once.
+        """Embeds the prompts once and every image once, or scores every prompt for every image.
 
         Raises:
           UserError: no labelled image, or a label without a class name.
         """
-        classes = len(self.class_names)
-        embeds = self._encoder.texts(variables, self._tokens)
-        class_embeds = average_classes(embeds, self._owners, classes)
-        scale = float(np.exp(np.asarray(variables["params"]["logit_scale"].addressable_data(0))))
-        labels, indices, ranked, probabilities = self._classify(variables, class_embeds, scale)
+        labels, indices, ranked, probabilities = self._classify(variables)
         return confusion.summarize(
             labels,
             ranked,
@@ -94,17 +91,30 @@ class Zeroshot:
             self._names,
             self.templates,
             lambda row: self._encoder.picture(self._source, int(indices[row])),
+            by_score=not self._encoder.embeds_texts,
         )
 
-    def _classify(self, variables: Variables, class_embeds: np.ndarray, scale: float):
+    def _logits(self, variables: Variables) -> Iterator[tuple[np.ndarray, ...]]:
+        """Labels [m], indices [m] and logits [m, classes] of all labelled images."""
+        encoder, classes = self._encoder, len(self.class_names)
+        if not encoder.embeds_texts:
+            prompts = prepare(self._tokens)
+            found = encoder.scores(variables, self._source, prompts, self._owners, classes)
+            for batch in map(_labelled, found):
+                yield batch["label"], batch["index"], batch["scores"]
+            return
+        embeds = encoder.texts(variables, self._tokens)
+        class_embeds = average_classes(embeds, self._owners, classes)
+        scale = float(np.exp(np.asarray(variables["params"]["logit_scale"].addressable_data(0))))
+        for batch in map(_labelled, encoder.images(variables, self._source)):
+            yield batch["label"], batch["index"], scale * batch["embed"] @ class_embeds.T
+
+    def _classify(self, variables: Variables):
         """Labels [n], indices [n], the 5 best classes [n, 5], probability of the best [n]."""
         parts = []
-        for batch in self._encoder.images(variables, self._source):
-            labelled = batch["label"] >= 0
-            logits = scale * batch["embed"][labelled] @ class_embeds.T
-            if labelled.any():
-                ranked = confusion.rank(logits)
-                parts.append((batch["label"][labelled], batch["index"][labelled], *ranked))
+        for label, index, logits in self._logits(variables):
+            if len(label):
+                parts.append((label, index, *confusion.rank(logits)))
         if not parts:
             raise UserError(
                 "Zero-shot evaluation found no labelled image: set label_key of its source."
@@ -116,3 +126,8 @@ class Zeroshot:
                 "are given: set eval.zeroshot.class_names."
             )
         return labels, indices, ranked, best
+
+
+def _labelled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows of a batch that have a label."""
+    return {name: rows[batch["label"] >= 0] for name, rows in batch.items()}

@@ -140,7 +140,9 @@ def _overlap(results: Sequence[Result]) -> dict[str, Any]:
 def overlap_row(result: Result) -> overlap.Overlap:
     """The row of a data set, as it was before it became JSON."""
     fields = _numbers(result.details["row"])
-    parts = {name: Share(**_numbers(fields[name])) for name in ("all", "overlap", "clean")}
+    parts: dict[str, Any] = {
+        name: Share(**_numbers(fields[name])) for name in ("all", "overlap", "clean")
+    }
     return overlap.Overlap(**fields | parts)
 
 

@@ -119,6 +119,8 @@ def _line(result: Result, width: int, when: str) -> str:
 
 def show(score: Score) -> str:
     """ "accuracy 98.6 % (97.5 % to 99.3 %)"."""
-    within = "" if score.low is None else f" ({percent(score.low)} to {percent(score.high)})"
+    within = ""
+    if score.low is not None and score.high is not None:
+        within = f" ({percent(score.low)} to {percent(score.high)})"
     name = score.metric.replace("_", " ").replace("/", ", ")
     return f"{name} {percent(score.value)}{within}".replace("\N{NO-BREAK SPACE}", " ")

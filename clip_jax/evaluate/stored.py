@@ -17,6 +17,8 @@ from clip_jax.data.sources import Example, Source
 from clip_jax.datasets import finding
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
+from clip_jax.evals.encoder import to_host
+from clip_jax.models.prompts import prepare
 from clip_jax.retrieval import making
 from clip_jax.retrieval.store import Store
 from clip_jax.suite.material import Split
@@ -55,8 +57,11 @@ class Stored:
         self._directory, self._data_dir = epath.Path(directory).expanduser(), data_dir
         self._share = process, processes
         self._held: dict[tuple[str, str], Split] = {}
-        self.mesh = self._maker.encoder.mesh
-        self.scale = float(np.exp(np.asarray(model.variables["params"]["logit_scale"])))
+        encoder, params = self._maker.encoder, model.variables["params"]
+        self.mesh, self.embeds_texts = encoder.mesh, encoder.embeds_texts
+        self.scale = (
+            float(np.exp(to_host(params["logit_scale"]))) if "logit_scale" in params else 1.0
+        )
 
     def source(self, dataset: Dataset, role: str) -> Source:
         """The examples of a split; `finding.NotOnDisk` where they are not there."""
@@ -77,11 +82,13 @@ class Stored:
             store = self.fill(name, {"dataset": dataset.name, "split": role}, source, columns)
             if not sum(store.counts()):
                 raise UserError(f"No image of {dataset.title}, {role}, can be used.")
+            table = store.table()
             self._held[dataset.name, role] = Split(
-                table=store.table(),
+                table=table,
                 embeds=read(store, "image_embed"),
                 features=read(store, "image_features"),
                 skipped=Counter(bad["reason"] for bad in store.finish()),
+                rows=np.arange(table.num_rows),
             )
         return self._held[dataset.name, role]
 
@@ -142,6 +149,16 @@ class Stored:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, embeds)
         return embeds
+
+    def scores(
+        self, dataset: Dataset, role: str, texts: Sequence[str], owners: np.ndarray, classes: int
+    ) -> np.ndarray:
+        """Scores of classes for all usable examples of a split; see `material.Material`."""
+        assert self.model.tokenizer is not None
+        prompts = prepare(self.model.tokenizer(list(texts), truncate=True))
+        source = self.source(dataset, role)
+        batches = self._maker.encoder.scores(self.model.variables, source, prompts, owners, classes)
+        return np.concatenate([batch["scores"] for batch in batches])
 
     def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:
         """An example's image as the model sees it, uint8 [h, w, 3]."""

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax import checkpoint, metrics, weights
+from clip_jax.errors import UserError
 from clip_jax.models import Size
 
 _ROWS = 8  # of the training curve
@@ -69,8 +70,14 @@ def read(found: weights.Weights) -> Record:
     """Collects it; `found` as `convert.read` opens it.
 
     Raises:
-      UserError: the checkpoint is damaged.
+      UserError: the checkpoint is damaged, or of a model that does not embed texts.
     """
+    if found.size.objective != "contrastive":
+        raise UserError(
+            f"Exports and model cards are for models with an image and a text tower; "
+            f"{found.origin['source']} was trained for {found.size.objective}. clip_jax.load uses "
+            "it as it is, and `python -m clip_jax convert` copies it."
+        )
     shapes = found.tensors.shapes.items()
     return Record(
         size=found.size,

@@ -1,12 +1,13 @@
-"""Contrastive losses over the global batch, whatever the mesh.
+"""Losses over the global batch, whatever the mesh.
 
-Embeddings are global arrays [B, e], L2-normalised, split over the batch on the mesh; row i of the
-images belongs to row i of the texts. Statistics and sums are float32.
+Of the contrastive ones, embeddings are global arrays [B, e], L2-normalised, split over the batch on
+the mesh; row i of the images belongs to row i of the texts. Statistics and sums are float32.
 """
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from clip_jax.errors import UserError
@@ -82,6 +83,19 @@ def sigmoid_loss(
     if mesh is None:
         return gathered.plain_sigmoid(*pairs)
     return gathered.sigmoid(mesh, *pairs)
+
+
+def prediction_loss(nats: jax.Array, predictions: jax.Array) -> jax.Array:
+    """The mean over all predictions of the batch, for models that predict captions.
+
+    Args:
+      nats: float32 [B], what was not foreseen of each caption.
+      predictions: float32 [B], into how many predictions that divides: tokens, or 1.
+
+    Returns:
+      float32 [], in nats.
+    """
+    return jnp.sum(nats) / jnp.sum(predictions)
 
 
 # By config.loss.name. Each takes what the model returns, and mesh, method and tile.

@@ -8,9 +8,10 @@ from clip_jax.errors import UserError
 
 # What a field that names one of several forms may hold.
 CHOICES: Mapping[str, tuple[str, ...]] = {
+    "objective": ("contrastive", "captioning", "bag_of_words"),
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
     "image_pool": ("class", "map"),
-    "text_pool": ("end", "last"),
+    "text_pool": ("end", "last", "bag"),
     "image_crop": ("center", "none"),
 }
 
@@ -30,7 +31,8 @@ class Size:
       image_width: channels of a ViT, or of the first ResNet stage.
       image_heads: attention heads; in a ResNet those of the attention pool.
       patch_size: pixels along a side of a patch; None for a ResNet.
-      text_layers, text_width, text_heads: of the text transformer.
+      text_layers, text_width, text_heads: of the text transformer; of the one that writes captions
+        where that is the objective. No layers: a bag of words, see text_pool.
       context_length: tokens of a caption, start and end tokens included.
       vocab_size: entries of the tokenizer; the end token is the last one.
       image_mlp, text_mlp: hidden units of a transformer block; 0 becomes four times the width (and
@@ -42,7 +44,8 @@ class Size:
       patch_bias: whether a ViT adds a bias to the embedded patches.
       text_causal: whether a token sees only those before it.
       text_pool: the token that stands for the caption: "end", the end token; or "last", whatever
-        token fills the last place, so that captions must be padded to the context length.
+        token fills the last place, so that captions must be padded to the context length. "bag":
+        none, but the mean of the caption's embedded words, without positions or layers.
       text_projection_bias: whether the projection of the text tower has a bias.
       norm_eps: what LayerNorm adds to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
@@ -50,6 +53,8 @@ class Size:
         result is divided by.
       image_crop: how a picture becomes a square where nothing is drawn at random: "center", its
         middle; or "none", squashed whole. See `data.crops.Crop`.
+      objective: what it is trained to do, which decides what stands beside the image tower; see
+        `models.MODULES`.
     """
 
     embed_dim: int
@@ -77,6 +82,7 @@ class Size:
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     image_crop: str = "center"
+    objective: str = "contrastive"
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -91,8 +97,8 @@ class Size:
         return self.patch_size is None
 
     @property
-    def image_features(self) -> int:
-        """Width of what linear probes read; see `CLIP.image_features`."""
+    def feature_width(self) -> int:
+        """Of what linear probes read; see `ImageModel.encode_with_features`."""
         return self.embed_dim if self.is_resnet else self.image_width
 
     @property
@@ -100,15 +106,28 @@ class Size:
         """Whether a ViT multiplies what it pools by a matrix."""
         return self.image_pool == "class" or self.embed_dim != self.image_width
 
+    @property
+    def has_text_blocks(self) -> bool:
+        """Whether there is a transformer that reads or writes captions."""
+        return self.objective in ("contrastive", "captioning") and self.text_layers > 0
+
     def __str__(self) -> str:
         """The name of a known model, whatever its loss, or the shape of another one."""
         for name, size in SIZES.items():
-            if size == dataclasses.replace(self, logit_bias=size.logit_bias):
-                return name
+            trained = {"logit_bias": size.logit_bias, "objective": size.objective}
+            if size == dataclasses.replace(self, **trained):
+                return name if self.objective == "contrastive" else f"{name} ({self.objective})"
         kind = "ResNet" if self.is_resnet else f"ViT/{self.patch_size}"
         layers = "-".join(map(str, self.image_layers))
-        text = f"{self.text_layers} layers x {self.text_width}"
-        return f"{kind} of {layers} layers x {self.image_width} (text {text})"
+        return f"{kind} of {layers} layers x {self.image_width} ({self._beside})"
+
+    @property
+    def _beside(self) -> str:
+        """What stands beside the image tower."""
+        what = "text" if self.objective == "contrastive" else self.objective
+        if self.has_text_blocks:
+            return f"{what} {self.text_layers} layers x {self.text_width}"
+        return what if what != "text" else f"text a bag of words x {self.text_width}"
 
     def __post_init__(self):
         """Raises UserError for shapes that no model can have."""
@@ -139,9 +158,18 @@ class Size:
         ):
             if value % divisor:
                 raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
+        bag = self.text_pool == "bag"
+        if (self.text_layers == 0) != bag or (bag and self.objective == "captioning"):
+            raise UserError(
+                f"Size text_layers is {self.text_layers} and text_pool {self.text_pool!r}, for the "
+                f"objective {self.objective}: a bag of words has no layers, anything else has "
+                "some, and only they write captions. Take text_pool='bag' with text_layers=0, or "
+                "neither."
+            )
 
 
-_LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0}  # start and end token; 0: default
+# Start and end token; 0: the default, or a bag of words.
+_LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0, "text_layers": 0}
 
 
 def _check_field(field: dataclasses.Field, value: Any) -> None:

@@ -18,7 +18,8 @@ class TextTransformer(nn.Module):
 
     The paper's reads the feature at the end token, the largest id of the vocabulary. Its attention
     is causal, so padding behind that changes nothing and `s` may be any length up to the context
-    length. Where the last token is read instead, `s` must be the context length.
+    length. Where the last token is read instead, `s` must be the context length. A bag of words
+    takes the mean of the embedded words instead of any token: it has no positions and no layers.
 
     Attributes:
       pack: how several captions share a row in training; None: each has a row of its own.
@@ -36,19 +37,20 @@ class TextTransformer(nn.Module):
         self.token_embed = nn.Embed(
             size.vocab_size, width, dtype=self.dtype, embedding_init=normal(0.02)
         )
-        self.positions = self.param("positions", normal(0.01), (size.context_length, width))
-        self.transformer = Transformer(
-            layers=size.text_layers,
-            heads=size.text_heads,
-            mlp=size.text_mlp,
-            activation=size.activation,
-            norm_eps=size.norm_eps,
-            dtype=self.dtype,
-            scan_layers=self.scan_layers,
-            remat=self.remat,
-            causal=size.text_causal,
-            paper_init=True,
-        )
+        if size.text_pool != "bag":
+            self.positions = self.param("positions", normal(0.01), (size.context_length, width))
+            self.transformer = Transformer(
+                layers=size.text_layers,
+                heads=size.text_heads,
+                mlp=size.text_mlp,
+                activation=size.activation,
+                norm_eps=size.norm_eps,
+                dtype=self.dtype,
+                scan_layers=self.scan_layers,
+                remat=self.remat,
+                causal=size.text_causal,
+                paper_init=True,
+            )
         self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
         self.projection = nn.Dense(
             size.embed_dim,
@@ -87,6 +89,10 @@ class TextTransformer(nn.Module):
 
     def _read(self, tokens: jax.Array) -> jax.Array:
         """int32 [b, s] -> [b, w] of the tokens that stand for the captions."""
+        if self.size.text_pool == "bag":
+            own = own_tokens(tokens)[:, :, None]
+            words = jnp.sum(jnp.where(own, self.token_embed(tokens), 0), axis=1, dtype=jnp.float32)
+            return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
         x = self.states(tokens)
         if self.size.text_pool == "last":
             return x[:, -1]
@@ -112,3 +118,9 @@ class TextTransformer(nn.Module):
             return cast(jax.Array, x)
 
         return tower
+
+
+def own_tokens(tokens: jax.Array) -> jax.Array:
+    """Which of the ids [b, s] are words: between the start and the end token; bool [b, s]."""
+    places = jnp.arange(tokens.shape[1])
+    return (places > 0) & (places < jnp.argmax(tokens, axis=1)[:, None])

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from clip_jax.models.captioner import POSITIONS
 from clip_jax.models.sizes import Size
 from clip_jax.plan import model_flops
 from clip_jax.plan.topology import Topology
@@ -23,7 +24,7 @@ REMAT: Mapping[str, tuple[float, float]] = {
     "full": (1.0, 1.0),
 }
 _LAYER = 60.0  # numbers per token and channel that the layer at work holds
-_LOGITS = 3  # float32 matrices of a device's rows of logits that "all_gather" holds at a time
+_LOGITS = 3  # float32 copies of a device's logits that are held at a time
 _USUAL_SHARE = 0.35  # of the peak, that matrix products and all around them reach
 
 
@@ -96,7 +97,7 @@ class Task:
 
 def activations(size: Size) -> float:
     """Tokens times channels times layers of both towers, for one pair."""
-    text = size.context_length * size.text_width * size.text_layers
+    text = size.context_length * size.text_width * size.text_layers * size.has_text_blocks
     if size.patch_size is not None:
         tokens = (size.image_size // size.patch_size) ** 2 + 1
         return float(tokens * size.image_width * size.image_layers[0] + text)
@@ -113,7 +114,8 @@ def temporaries(choice: Choice, task: Task) -> float:
     chips, size = task.topology.size, task.size
     examples = task.batch_size * choice.tensor / chips / choice.accum_steps
     kept = REMAT.get(choice.remat, REMAT["none"])[0]
-    layers = size.text_layers + (sum(size.image_layers) if not size.is_resnet else 0)
+    layers = size.text_layers * size.has_text_blocks
+    layers += sum(size.image_layers) if not size.is_resnet else 0
     # Inside a block the tensor axis splits about three quarters of what is kept.
     split = 0.25 + 0.75 / choice.tensor if choice.remat != "full" else 1.0
     held = activations(size) * (kept * split + _LAYER / max(layers / 2, 1)) * 2
@@ -121,10 +123,18 @@ def temporaries(choice: Choice, task: Task) -> float:
     total = examples * held + gradients
     if choice.accum_steps > 1:
         total += gradients
-    share = task.batch_size / chips
-    if choice.method == "all_gather":
-        total += _LOGITS * 4 * share * task.batch_size + 6.0 * task.batch_size * size.embed_dim
-    return total
+    return total + _loss(choice, task)
+
+
+def _loss(choice: Choice, task: Task) -> float:
+    """Bytes of one chip that the logits take."""
+    size, share = task.size, task.batch_size / task.topology.size
+    if size.objective != "contrastive":
+        words = size.vocab_size * (POSITIONS if size.objective == "captioning" else 1)
+        return _LOGITS * 4 * share / choice.accum_steps * words
+    if choice.method == "ring":
+        return 0.0
+    return _LOGITS * 4 * share * task.batch_size + 6.0 * task.batch_size * size.embed_dim
 
 
 def resident(choice: Choice, task: Task) -> float:

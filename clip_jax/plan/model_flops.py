@@ -1,5 +1,6 @@
 """Operations that a model needs, whatever a program makes of it: the numerator of its MFU."""
 
+from clip_jax.models.captioner import PREFIX
 from clip_jax.models.sizes import Size
 
 
@@ -13,7 +14,9 @@ def step_flops(size: Size, batch_size: int) -> float:
       size: of the model.
       batch_size: pairs.
     """
-    pairs = 2.0 * batch_size * size.embed_dim  # the logits of one example with all others
+    pairs = 0.0
+    if size.objective == "contrastive":
+        pairs = 2.0 * batch_size * size.embed_dim  # the logits of one example with all others
     return 3.0 * batch_size * (image_flops(size) + text_flops(size) + pairs)
 
 
@@ -33,7 +36,14 @@ def image_flops(size: Size) -> float:
 
 
 def text_flops(size: Size) -> float:
-    """Of one caption, forward."""
+    """Of what is done with one caption, forward."""
+    if size.objective == "bag_of_words":
+        return 2.0 * size.embed_dim * size.vocab_size
+    if size.objective == "captioning":
+        written = size.context_length - 1
+        block = _block_flops(PREFIX + written, size.text_width, size.text_mlp)
+        ends = PREFIX * size.embed_dim + written * size.vocab_size
+        return size.text_layers * block + 2.0 * size.text_width * ends
     block = _block_flops(size.context_length, size.text_width, size.text_mlp)
     return size.text_layers * block + 2.0 * size.text_width * size.embed_dim
 

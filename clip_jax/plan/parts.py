@@ -7,8 +7,8 @@ from clip_jax.plan.hlo import Frames
 
 # (regular expression on the place in the traced function, part); the first that matches holds.
 _OWNERS = (
-    (r"encode_image", "image tower"),
-    (r"encode_text", "text tower"),
+    (r"encode_image|image_features", "image tower"),
+    (r"encode_text|CaptionTransformer", "text tower"),
     (r"l2_normalize|normalize_images", "embedding"),
 )
 # The same on file and function of the calls that made an instruction, for what names no tower.
@@ -16,7 +16,8 @@ _FILES = (
     (r"clip_jax/losses", "loss"),
     (r"clip_jax/step\.py:(_split|_join|_accumulated)", "micro-batches"),
     (r"clip_jax/models/(vit|resnet)\.py", "image tower"),
-    (r"clip_jax/models/text\.py", "text tower"),
+    (r"clip_jax/models/(text|captioner)\.py", "text tower"),
+    (r"clip_jax/models/bag_of_words\.py", "loss"),
     (r"clip_jax/(optim|rounding)\.py|optax/", "optimiser"),
     (r"clip_jax/step\.py", "optimiser"),  # what is left of the step: norms, clipping, metrics
 )

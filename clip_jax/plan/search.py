@@ -14,6 +14,7 @@ from clip_jax.plan import make
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.estimate import REMAT, Choice, Correction, Task
 from clip_jax.plan.topology import Topology
+from clip_jax.program import split_by_tensor
 
 # What is estimated to need this much more than there is, is not tried: estimates err.
 _HOPE = 1.15
@@ -140,9 +141,7 @@ def candidates(task: Task) -> Iterator[Choice]:
     """All choices that the chips, the heads and the batch allow."""
     size, chips = task.size, task.topology.size
     inside = chips // task.topology.slices
-    split = [size.text_heads, size.text_mlp]
-    if not size.is_resnet:
-        split += [size.image_heads, size.image_mlp]
+    split = split_by_tensor(size).values()
     tensors = [n for n in (1, 2, 4, 8) if inside % n == 0 and not any(v % n for v in split)]
     for tensor in tensors:
         for fsdp in _powers(inside // tensor):

@@ -87,6 +87,11 @@ def _run(options: argparse.Namespace) -> None:
             f"It is not known how the texts of {options.model} become ids: convert it once more by "
             "python -m clip_jax convert with --tokenizer, or embed images alone, by --of=images."
         )
+    if "text_embed" in _COLUMNS[options.of] and not hasattr(model.net, "encode_text"):
+        raise UserError(
+            f"{options.model} was trained for {model.net.size.objective} and embeds no texts: "
+            "embed images alone, by --of=images."
+        )
     store = making.begin(
         epath.Path(options.out),
         fields,

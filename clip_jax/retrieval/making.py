@@ -55,7 +55,7 @@ def begin(
     size = model.net.size
     widths = dict.fromkeys(columns, size.embed_dim)
     if "image_features" in widths:
-        widths["image_features"] = size.image_features
+        widths["image_features"] = size.feature_width
     manifest = Manifest(
         data=data,
         examples=examples,
@@ -136,7 +136,7 @@ class Maker:
         size = self._model.net.size
         found = {"image_embed": np.zeros((len(reader), size.embed_dim), np.float32)}
         if features:
-            found["image_features"] = np.zeros((len(reader), size.image_features), np.float32)
+            found["image_features"] = np.zeros((len(reader), size.feature_width), np.float32)
         batches = self.encoder.images(self._model.variables, reader, features=features)
         for batch in batches:
             for name, values in found.items():

@@ -15,7 +15,8 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.datasets import finding
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import BadExample, UserError
-from clip_jax.evals.encoder import Encoder, Variables
+from clip_jax.evals.encoder import Encoder, Variables, to_host
+from clip_jax.models.prompts import prepare
 from clip_jax.suite.material import Split
 
 _SCHEMA = pa.schema(
@@ -49,7 +50,7 @@ class Live:
           threads: that read; 0: one per CPU core.
           spare: directory for indices of shards whose own cannot be written to.
         """
-        self.mesh, self.scale = encoder.mesh, 0.0
+        self.mesh, self.scale, self.embeds_texts = encoder.mesh, 1.0, encoder.embeds_texts
         self._encoder, self._tokenizer, self._threads = encoder, tokenizer, threads
         self._data_dir, self._spare = data_dir, spare
         self._variables: Variables = {}
@@ -61,8 +62,8 @@ class Live:
         """Forgets the embeddings by earlier variables."""
         self._variables = variables
         self._splits.clear()
-        scale: Any = variables["params"]["logit_scale"]
-        self.scale = float(np.exp(np.asarray(scale.addressable_data(0))))
+        if "logit_scale" in variables["params"]:
+            self.scale = float(np.exp(to_host(variables["params"]["logit_scale"])))
 
     def source(self, dataset: Dataset, role: str) -> Source:
         """The examples of a split; `finding.NotOnDisk` where they are not there."""
@@ -89,7 +90,8 @@ class Live:
             table = self._table(key, source)
             usable = pa.array(np.searchsorted(table["index"].to_numpy(), index))
             skipped = Counter({"unusable example": len(source) - len(index)})
-            self._splits[key] = Split(table.take(usable), embeds, features, +skipped)
+            rows = np.arange(len(index))
+            self._splits[key] = Split(table.take(usable), embeds, features, +skipped, rows)
         return self._splits[key]
 
     def release(self, dataset: Dataset) -> None:
@@ -100,6 +102,15 @@ class Live:
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, e], L2-normalised; texts longer than the context are cut."""
         return self._encoder.texts(self._variables, self._tokenizer(list(texts), truncate=True))
+
+    def scores(
+        self, dataset: Dataset, role: str, texts: Sequence[str], owners: np.ndarray, classes: int
+    ) -> np.ndarray:
+        """Scores of classes for all usable examples of a split; see `material.Material`."""
+        prompts = prepare(self._tokenizer(list(texts), truncate=True))
+        source = self.source(dataset, role)
+        batches = self._encoder.scores(self._variables, source, prompts, owners, classes)
+        return np.concatenate([batch["scores"] for batch in batches])
 
     def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:
         """An example's image as the model sees it, uint8 [h, w, 3]."""

@@ -25,12 +25,14 @@ class Split:
       embeds: of the images, float32 [n, e], L2-normalised.
       features: what linear probes read, float32 [n, f].
       skipped: the other examples, by reason.
+      rows: numbers of these examples among all usable ones, int64 [n].
     """
 
     table: pa.Table
     embeds: np.ndarray
     features: np.ndarray
     skipped: Mapping[str, int]
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -51,8 +53,13 @@ class Split:
 
     def take(self, rows: np.ndarray) -> "Split":
         """Some of the examples, by their numbers."""
-        taken = self.table.take(pa.array(rows))
-        return Split(taken, self.embeds[rows], self.features[rows], self.skipped)
+        return Split(
+            self.table.take(pa.array(rows)),
+            self.embeds[rows],
+            self.features[rows],
+            self.skipped,
+            self.rows[rows],
+        )
 
 
 class Nearest(NamedTuple):
@@ -92,11 +99,13 @@ class Material(Protocol):
 
     Attributes:
       mesh: devices that tasks may compute on.
-      scale: the multiplier of similarities, exp(logit_scale).
+      scale: the multiplier of similarities, exp(logit_scale); 1 where the model has none.
+      embeds_texts: whether the model does; otherwise it scores them for an image.
     """
 
     mesh: Mesh
     scale: float
+    embeds_texts: bool
 
     def source(self, dataset: Dataset, role: str) -> Source:
         """The examples of a split; `finding.NotOnDisk` where they are not there."""
@@ -112,6 +121,15 @@ class Material(Protocol):
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 [n, e], L2-normalised; texts longer than the context are cut."""
+        ...
+
+    def scores(
+        self, dataset: Dataset, role: str, texts: Sequence[str], owners: np.ndarray, classes: int
+    ) -> np.ndarray:
+        """Scores of classes for all usable examples of a split, float32 [n, classes].
+
+        For models that embed no texts; `owners`, int [texts], are the classes of the texts.
+        """
         ...
 
     def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:

@@ -71,11 +71,15 @@ class Result:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Result":
-        scores = [
-            Score(**{**score, "value": math.nan if score["value"] is None else score["value"]})
-            for score in fields["scores"]
-        ]
-        return cls(**{**fields, "scores": tuple(scores)})
+        known: dict[str, Any] = {**fields, "scores": tuple(map(_score, fields["scores"]))}
+        return cls(**known)
+
+
+def _score(fields: Mapping[str, Any]) -> Score:
+    known: dict[str, Any] = {**fields}
+    if known["value"] is None:  # JSON has no NaN
+        known["value"] = math.nan
+    return Score(**known)
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:

@@ -30,7 +30,7 @@ def run(context: Context, dataset: Dataset) -> Found:
     for added in _steps(dataset):
         offered = (*prompts.class_names, *itertools.chain.from_iterable(added.values()))
         some = prompts._replace(class_names=offered)
-        cosines = zeroshot.similarities(material, split.embeds, some)
+        cosines = zeroshot.similarities(material, dataset, split, some)
         odds = special.softmax(material.scale * cosines.astype(np.float64), axis=1)
         wrong = {"misclassified": odds.argmax(axis=1) != targets}
         for key, members in groups.items():
@@ -42,7 +42,7 @@ def run(context: Context, dataset: Dataset) -> Found:
             tables.append(_table(f"By {key}", added, table))
             scores += _scores(dataset, key, added, table)
     differences = []
-    cosines = zeroshot.similarities(material, split.embeds, prompts)
+    cosines = zeroshot.similarities(material, dataset, split, prompts)
     odds = special.softmax(material.scale * cosines.astype(np.float64), axis=1)
     for (key, members), threshold in itertools.product(groups.items(), settings.label_thresholds):
         found = bias.label_differences(odds, own, members, threshold, settings.confidence)

@@ -23,7 +23,7 @@ def run(context: Context, dataset: Dataset) -> Found:
     assert training is not None
     split, targets = labelled(context.material, dataset, TEST)
     prompts = dataset.prompt_set(settings.prompts)
-    similar = zeroshot.similarities(context.material, split.embeds, prompts)
+    similar = zeroshot.similarities(context.material, dataset, split, prompts)
     correct = metrics.correct(similar, targets)
     nearest = training.nearest(dataset, split)
     threshold = settings.thresholds.get(dataset.name, settings.overlap_threshold)

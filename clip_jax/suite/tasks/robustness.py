@@ -41,14 +41,16 @@ def run(context: Context, dataset: Dataset) -> Found:
     """
     names = dataset.prompt_set(context.settings.prompts)
     material = context.material
-    classifiers = {"zero-shot": lambda split: zeroshot.similarities(material, split.embeds, names)}
+    classifiers = {
+        "zero-shot": lambda which, split: zeroshot.similarities(material, which, split, names)
+    }
     if linear_probe.TASK.applies(context, dataset):
         fitted = linear_probe.probe(context, dataset).fitted
-        classifiers["linear probe"] = lambda split: logistic.scores(
+        classifiers["linear probe"] = lambda which, split: logistic.scores(
             fitted, split.features, material.mesh
         )[0]
     base, targets = labelled(material, dataset, TEST)
-    on_base = {name: classify(base) for name, classify in classifiers.items()}
+    on_base = {name: classify(dataset, base) for name, classify in classifiers.items()}
     scores, rows = [], []
     testbed = read_testbed(context.settings.testbed)
     for shift in shifts(context, dataset):
@@ -56,7 +58,7 @@ def run(context: Context, dataset: Dataset) -> Found:
         for name, classify in classifiers.items():
             found = Shifted(
                 _score(shift, f"{name}, reference", *_within(shift, on_base[name], targets)),
-                _score(shift, name, restrict(shift, classify(split)), shift_targets),
+                _score(shift, name, restrict(shift, classify(shift, split)), shift_targets),
             )
             scores += [found.shifted, found.reference]
             rows.append(_row(shift, name, found, testbed))
@@ -100,7 +102,8 @@ def _row(
         "effective": None,
     }
     if shift.name in testbed:
-        trend = robustness.fit(*map(np.array, zip(*testbed[shift.name])))
+        others = np.array(testbed[shift.name])
+        trend = robustness.fit(others[:, 0], others[:, 1])
         row["effective"] = float(robustness.effective(trend, reference, shifted))
     return row
 

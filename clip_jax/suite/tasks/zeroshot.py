@@ -8,7 +8,7 @@ import numpy as np
 from clip_jax.datasets.dataset import Dataset, PromptSet
 from clip_jax.evals import confusion, zeroshot
 from clip_jax.pages.page import thumbnail
-from clip_jax.suite.material import TEST, Material, labelled
+from clip_jax.suite.material import TEST, Material, Split, labelled
 from clip_jax.suite.results import Found
 from clip_jax.suite.tasks.context import Context, Task, measure
 
@@ -25,12 +25,20 @@ def variants(prompts: PromptSet) -> Mapping[str, PromptSet]:
     }
 
 
-def similarities(material: Material, embeds: np.ndarray, prompts: PromptSet) -> np.ndarray:
-    """Cosines of images [n, e] with classes, float32 [n, classes]."""
+def similarities(
+    material: Material, dataset: Dataset, split: Split, prompts: PromptSet
+) -> np.ndarray:
+    """How well classes fit the images of a test split.
+
+    Returns:
+      float32 [n, classes]: cosines, or log-likelihoods where the model embeds no texts.
+    """
     names = prompts.class_names
     texts, owners = zeroshot.class_prompts(names, prompts.templates)
+    if not material.embeds_texts:
+        return material.scores(dataset, TEST, texts, owners, len(names))[split.rows]
     classes = zeroshot.average_classes(material.texts(texts), owners, len(names))
-    return embeds @ classes.T
+    return split.embeds @ classes.T
 
 
 def run(context: Context, dataset: Dataset) -> Found:
@@ -40,7 +48,7 @@ def run(context: Context, dataset: Dataset) -> Found:
     prompts = dataset.prompt_set(settings.prompts)
     scores, best = [], np.zeros((0, 0), np.float32)
     for variant, some in variants(prompts).items():
-        similar = similarities(material, split.embeds, some)
+        similar = similarities(material, dataset, split, some)
         scores.append(measure("zeroshot", dataset, variant, similar, targets, settings))
         best = similar if variant == ENSEMBLE else best
     details: dict[str, Any] = {

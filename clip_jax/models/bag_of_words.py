@@ -1,0 +1,87 @@
+"""Prediction of the words of a caption, in no order: figure 2's second learner.
+
+A linear layer on the image tower and a softmax over the vocabulary; the target is the bag of the
+caption's tokens, each of k different ones with probability 1 / k. So did Mahajan et al. (2018,
+arXiv:1805.00932) with hashtags, after Joulin et al. (2016, arXiv:1511.02251), whose multi-class
+logistic loss sums over the words of a caption in the same way; sigmoids per word did worse there.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from clip_jax import sharding
+from clip_jax.models.image_model import ImageModel
+from clip_jax.models.prompts import Prompts
+from clip_jax.models.text import own_tokens
+
+
+class BagOfWords(ImageModel):
+    """The image tower and a linear layer; pure `init` and `apply`."""
+
+    def setup(self):
+        super().setup()
+        normal = nn.initializers.normal(self.size.embed_dim**-0.5)
+        product = partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        self.head = nn.Dense(
+            self.size.vocab_size, dtype=self.dtype, kernel_init=normal, dot_general=product
+        )
+
+    def __call__(
+        self,
+        images: jax.Array,
+        tokens: jax.Array,
+        train: bool = False,
+        rows: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """How surprising the words of the captions are, given their images.
+
+        Args:
+          images, train, rows: as in `image_features`.
+          tokens: int32 [b, s].
+
+        Returns:
+          float32 [b], nats, the mean over the different words of a caption; and float32 [b] of
+          ones: it counts as one prediction.
+        """
+        words = self._words(images, train, rows)
+        logs = jnp.take_along_axis(words, tokens, axis=1)
+        nats = -jnp.sum(bag(tokens) * logs, axis=1)
+        return nats, jnp.ones_like(nats)
+
+    def score(self, images: jax.Array, prompts: Prompts) -> jax.Array:
+        """Mean log-probability of the different words of each prompt, given each image.
+
+        Args:
+          images: [b, h, w, 3], as in `image_features`.
+          prompts: p of them.
+
+        Returns:
+          float32 [b, p].
+        """
+        words, tokens = self._words(images), jnp.asarray(prompts.tokens)
+        return jax.lax.map(lambda one: words[:, one[0]] @ one[1], (tokens, bag(tokens))).T
+
+    def _words(self, images: jax.Array, train=False, rows=None) -> jax.Array:
+        """Log-probabilities over the vocabulary, float32 [b, vocab_size]."""
+        features = sharding.spread_batch(self.image_features(images, train, rows))
+        return jax.nn.log_softmax(self.head(features))
+
+
+def bag(tokens: jax.Array) -> jax.Array:
+    """The share of each token in the bag of its caption.
+
+    Args:
+      tokens: int32 [b, s].
+
+    Returns:
+      float32 [b, s]: 1 / k where one of the k different words of a caption stands for the first
+      time, else 0.
+    """
+    own = own_tokens(tokens)
+    same = (tokens[:, :, None] == tokens[:, None, :]) & own[:, None, :]
+    before = jnp.tri(tokens.shape[1], k=-1, dtype=bool)
+    first = own & ~jnp.any(same & before, axis=2)
+    return first / jnp.maximum(jnp.sum(first, axis=1, keepdims=True), 1)

@@ -1,0 +1,90 @@
+"""Models by name and objective."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from clip_jax.errors import UserError
+from clip_jax.models.bag_of_words import BagOfWords
+from clip_jax.models.captioner import Captioner
+from clip_jax.models.clip import CLIP
+from clip_jax.models.image_model import ImageModel
+from clip_jax.models.packing import Pack
+from clip_jax.models.sizes import Size, get_size
+from clip_jax.models.transformer import Dtype
+
+# By `Size.objective`. Called on images and tokens, each returns what the loss of its objective
+# takes (see `program.OBJECTIVES`), and embeds images by `encode_image`. Texts are embedded by
+# `encode_text`, or prompts scored by `score`; evaluation takes what there is.
+MODULES: Mapping[str, type[ImageModel]] = {
+    "contrastive": CLIP,
+    "captioning": Captioner,
+    "bag_of_words": BagOfWords,
+}
+
+
+def create(
+    name: str,
+    *,
+    dtype: Dtype = jnp.float32,
+    scan_layers: bool = True,
+    remat: str = "none",
+    patch_dropout: float = 0.0,
+    pack: Mapping[str, Any] | None = None,
+    size: Mapping[str, Any] | None = None,
+) -> ImageModel:
+    """A model by name: a `CLIP`, unless `size` names another objective.
+
+    Args:
+      name: one of `available_models()`.
+      dtype: of the compute; parameters are float32.
+      scan_layers: run transformer layers in a `lax.scan`, or unroll them.
+      remat: what the backward pass recomputes; see `transformer.remat_layer`.
+      patch_dropout: share of the patches that a ViT does not see in training.
+      pack: {"length": tokens in a row, "rows": rows per caption} of `packing.Pack`; None or length
+        0: each caption has a row of its own. Only a `CLIP` packs.
+      size: overrides of the named shapes; see `Size`.
+
+    Raises:
+      UserError: unknown name, or settings that do not go together.
+    """
+    shapes = get_size(name, size)
+    if not 0 <= patch_dropout < 1 or (patch_dropout and shapes.is_resnet):
+        raise UserError(
+            f"model.patch_dropout is {patch_dropout}: it takes a share of the patches, 0 or more "
+            "and less than 1, of a ViT; a ResNet has none."
+        )
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "scan_layers": scan_layers,
+        "remat": remat,
+        "patch_dropout": patch_dropout,
+    }
+    if shapes.objective == "contrastive":
+        settings["pack"] = _make_pack(pack, shapes)
+    return of_size(shapes, **settings)
+
+
+def of_size(size: Size, **settings: Any) -> ImageModel:
+    """The model of these shapes and this objective; `settings`: attributes of its module."""
+    return MODULES[size.objective](size, **settings)
+
+
+def _make_pack(pack: Mapping[str, Any] | None, size: Size) -> Pack | None:
+    """Raises UserError unless such captions can be packed so."""
+    if pack is None or pack["length"] == 0:
+        return None
+    if not size.text_causal or size.text_pool != "end":
+        raise UserError(
+            "model.pack needs a causal text tower that reads the end token, so that what follows "
+            f"it changes nothing; that of {size} is not: leave --config.model.pack.length=0."
+        )
+    if pack["length"] < size.context_length:
+        raise UserError(
+            f"model.pack.length is {pack['length']}, and a caption may have {size.context_length} "
+            f"tokens: take at least --config.model.pack.length={size.context_length}, or 0."
+        )
+    if not 0 < pack["rows"] <= 1:
+        raise UserError(f"model.pack.rows is {pack['rows']}: it takes a number above 0, up to 1.")
+    return Pack(int(pack["length"]), float(pack["rows"]))
