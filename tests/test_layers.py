@@ -18,12 +18,14 @@ FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
 # Each layer may import those below it and, as long as no circle comes of it, its own.
 LAYERS = (
     ("main", "clip_jax.__main__"),
-    ("clip_jax.curation", "clip_jax.export", "clip_jax.retrieval"),
+    ("clip_jax.curation", "clip_jax.evaluate", "clip_jax.export", "clip_jax.retrieval"),
     ("clip_jax.train", "clip_jax.api"),
     ("clip_jax.loop", "clip_jax.plan", "clip_jax.convert"),
     ("clip_jax.program",),
+    ("clip_jax.suite",),
     (
         "clip_jax.data",
+        "clip_jax.datasets",
         "clip_jax.state",
         "clip_jax.step",
         "clip_jax.checkpoint",
