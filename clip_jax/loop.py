@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,9 @@ from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators
+from clip_jax.evals.encoder import Variables
 from clip_jax.program import Program
+from clip_jax.suite.training import Suite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +36,11 @@ class Run:
     source: Source
     order: Order
     evaluators: Evaluators
+    suite: Suite | None  # None: none is asked for
     total: int  # steps
-    log_every: int  # steps, as the next two
+    log_every: int  # steps, as the next three
     eval_every: int
+    suite_every: int
     checkpoint_every: int
 
     @property
@@ -136,7 +140,9 @@ class Loop:
                 self._pending = step, values
             evaluated = {}
             if clock.is_due(step, run.eval_every, run.total):
-                evaluated = self._evaluate(state, step)
+                evaluated = self._evaluate(state, step, run.evaluators.run)
+            if run.suite is not None and clock.is_due(step, run.suite_every, run.total):
+                evaluated |= self._evaluate(state, step, run.suite.run)
             if clock.is_due(step, run.checkpoint_every, run.total):
                 self._save(state, step, values, evaluated)
         self._feed.close()
@@ -162,16 +168,21 @@ class Loop:
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
 
-    def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
+    def _evaluate(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        evaluate: Callable[[Variables], dict[str, float]],
+    ) -> dict[str, float]:
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
         paused = self._progress.pause()
-        found = self._run.evaluators.run(state.variables)
+        found = evaluate(state.variables)
         if found:
             # Not step times batch size where the batch size was changed on the way.
             seen = {"eval/images_seen": self._examples_seen(step)}
             self._writer.write(step, {**found, **seen})
-            shown = [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(("top1", "recall@1"))]
+            shown = [f"{name} {value:.1%}" for name, value in found.items() if _is_shown(name)]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
         self._progress.resume(paused)
         return found
@@ -200,6 +211,12 @@ class Loop:
         }
         self._store.save(state, step, meta, found)
         self._progress.resume(paused)
+
+
+def _is_shown(metric: str) -> bool:
+    """Whether the progress line has room for it."""
+    brief = metric.endswith(("/top1", "/recall@1")) and metric.count("/") < 3
+    return brief or metric.startswith("suite/")
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

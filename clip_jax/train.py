@@ -19,6 +19,7 @@ from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
 from clip_jax.loop import Loop, Past, Run, hardware, list_counts
 from clip_jax.models.resize import image_positions, resize_positions
+from clip_jax.suite.training import Suite
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
@@ -94,9 +95,11 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         source=source,
         order=order,
         evaluators=Evaluators(config, net, mesh, tokens, spare),
+        suite=Suite(config, net, mesh, tokens, spare) if config.eval.suite.datasets else None,
         total=total,
         log_every=clock.to_steps(config.log.every, **steps),
         eval_every=clock.to_steps(config.eval.every, **steps),
+        suite_every=clock.to_steps(config.eval.suite.every, **steps),
         checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
     )
 

@@ -81,7 +81,7 @@ def _panels(
         group, _, leaf = name.rpartition("/")
         if leaf == "loss":
             main.setdefault("loss", []).append(one)
-        elif leaf.startswith(("top", "recall@")):
+        elif leaf.startswith(("top", "recall@")) or group == "suite":
             main.setdefault(group, []).append(one)
         elif leaf != "images_seen":  # a straight line
             small.append(_panel(_title(name.removeprefix("train/")), [one]))

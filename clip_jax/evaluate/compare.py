@@ -101,7 +101,7 @@ def read(name: str) -> list[Compared]:
         )
     shown = label if equals else rest.rstrip("/").removeprefix("runs/")
     about = read_evaluation(evaluation) if evaluation is not None else None
-    return [Compared(shown, about, _curve(history, directory, evaluation))]
+    return [Compared(shown, about, _curve(history))]
 
 
 def _latest(workdir: epath.Path) -> epath.Path | None:
@@ -110,17 +110,10 @@ def _latest(workdir: epath.Path) -> epath.Path | None:
     return max(found, key=lambda path: int(path.name.partition("-")[2] or 0), default=None)
 
 
-def _curve(
-    history: Sequence[Mapping[str, float]], directory: epath.Path, evaluation: epath.Path | None
-) -> list[tuple[float, float]]:
+def _curve(history: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
     """Images processed and zero-shot accuracy, as a run went on."""
-    config = (directory if evaluation != directory else directory.parent) / "config.json"
-    if not history or not config.exists():
-        return []
-    batch = json.loads(config.read_text())["batch_size"]
-    return [
-        (row["step"] * batch, row["zeroshot/top1"]) for row in history if "zeroshot/top1" in row
-    ]
+    names = ("eval/images_seen", "zeroshot/top1")
+    return [(row[names[0]], row[names[1]]) for row in history if all(n in row for n in names)]
 
 
 def _published() -> dict[str, Any]:

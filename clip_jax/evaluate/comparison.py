@@ -43,7 +43,7 @@ class Compared:
         """The scores to quote of a task, by data set; of robustness, by shift and classifier."""
         results = self.evaluation.of(task) if self.evaluation else []
         if task == "robustness":
-            scores = [score for result in results for score in result.scores]
+            scores = [score for result in results for score in result.scores[1:]]
             return {f"{s.dataset}, {s.variant}": s for s in scores if "reference" not in s.variant}
         return {result.dataset: result.headline for result in results}
 

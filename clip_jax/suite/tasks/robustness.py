@@ -62,7 +62,11 @@ def run(context: Context, dataset: Dataset) -> Found:
             )
             scores += [found.shifted, found.reference]
             rows.append(_row(shift, name, found, testbed))
-    return Found(scores, {"rows": rows, "testbed": testbed})
+    shifted = [row["shifted"] for row in rows if row["classifier"] == "zero-shot"]
+    mean = Score(
+        "robustness", dataset.name, "zero-shot, mean of shifts", "accuracy", float(np.mean(shifted))
+    )
+    return Found([mean, *scores], {"rows": rows, "testbed": testbed})
 
 
 def restrict(shift: Dataset, scores: np.ndarray) -> np.ndarray:
