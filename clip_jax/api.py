@@ -1,5 +1,6 @@
 """Using a trained model: load it, embed pictures and texts, classify."""
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -91,10 +92,8 @@ class Model:
                 "the vocabulary file that was published with them."
             )
         tokens = self.tokenizer(texts, truncate=truncate)
-        embeds = np.zeros((len(tokens), self.net.size.embed_dim), np.float32)
-        for rows, batch in buckets.batches(tokens, self.net.size, self._batch_size):
-            embeds[rows] = np.asarray(self._text(self.variables, batch))[: len(rows)]
-        return embeds
+        encode = functools.partial(self._text, self.variables)
+        return buckets.embed(encode, tokens, self.net.size, self._batch_size)
 
     def zero_shot(
         self,

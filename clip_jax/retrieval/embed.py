@@ -183,10 +183,9 @@ def _images(encoder: "Encoder", model: "Model", reader: "Reader", bar: Any) -> n
 
 def _texts(encoder: "Encoder", model: "Model", captions: list[str]) -> np.ndarray:
     """float32 [n, width]."""
-    if not captions:
-        return np.zeros((0, model.net.size.embed_dim), np.float32)
     assert model.tokenizer is not None
-    return encoder.texts(model.variables, model.tokenizer(captions, truncate=True))
+    tokens = model.tokenizer(captions, truncate=True)
+    return encoder.texts(model.variables, tokens, by_length=True)
 
 
 def _report(store: "Store", made: int) -> None:
