@@ -251,7 +251,7 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
 def _tokens(text: str, key: str, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
     """int32 [context_length], and whether the caption was cut; BadExample where it is empty."""
     tokens, truncated = tokenizer.encode(text)
-    if tokens[1] == tokenizer.vocab_size - 1:  # the end token at once, as after "&nbsp;"
+    if tokenizer.is_empty(tokens):  # as after "&nbsp;"
         raise BadExample("empty caption", key)
     return tokens, truncated
 
