@@ -92,10 +92,8 @@ class Model:
                 "texts. Take one that was trained with --config.objective=contrastive."
             )
         tokens = self._tokens(texts, truncate)
-        embeds = np.zeros((len(tokens), self.net.size.embed_dim), np.float32)
-        for rows, batch in buckets.batches(tokens, self.net.size, self._batch_size):
-            embeds[rows] = np.asarray(self._text(self.variables, batch))[: len(rows)]
-        return embeds
+        encode = partial(self._text, self.variables)
+        return buckets.embed(encode, tokens, self.net.size, self._batch_size)
 
     def zero_shot(
         self,

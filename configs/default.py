@@ -21,8 +21,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
     config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
     config.accum_steps = 1  # micro-batches that a batch is embedded in; the loss spans them all
-    config.tokenizer = "openai"  # "openai", or the path of a SentencePiece .model file
-    config.init_from = ""  # workdir or checkpoint whose model a new run starts from; "": scratch
+    # "openai"; the path of a SentencePiece .model file; or "siglip:" and the path of the .model or
+    # tokenizer.json file of a SigLIP model, which gives the ids that that model was trained with.
+    config.tokenizer = "openai"
+    # Whose model a new run starts from: workdir, checkpoint, or anything else that clip_jax.load
+    # takes, others' weights too; "": from scratch.
+    config.init_from = ""
     config.compilation_cache = ""  # directory for compiled programs; "": off
     config.model = _model()
     config.mesh = _mesh()
@@ -182,6 +186,9 @@ def _model() -> ConfigDict:
     size.text_mlp = placeholder(int)  # hidden units of a block; 0: 4 * text_width
     size.context_length = placeholder(int)  # tokens, start and end tokens included
     size.vocab_size = placeholder(int)  # for a SentencePiece tokenizer: its pieces plus 2
+    size.activation = placeholder(
+        str
+    )  # "quick_gelu" (OpenAI's) | "gelu" (open_clip's) | "gelu_tanh"
     model.size = size
     return model
 

@@ -23,6 +23,7 @@ from tiny_data import encoded, picture, sample
 
 import clip_jax
 from clip_jax import api
+from clip_jax.evals.encoder import Encoder
 from clip_jax.models import buckets
 from clip_jax.retrieval import embed, inputs
 from clip_jax.retrieval.reader import Row
@@ -298,6 +299,11 @@ def test_buckets_change_nothing():
         batch.shape for _, batch in buckets.batches(small.tokenizer(texts), small.net.size, 4)
     ]
     assert shapes == [(4, 8), (4, 16), (4, 16), (4, 24), (4, 24), (4, 24)]
+    encoder = Encoder(small.net, tiny.make_mesh(1), 4, threads=1)  # as the command has it
+    tokens = small.tokenizer(texts)
+    found = encoder.texts(small.variables, tokens, by_length=True)
+    np.testing.assert_allclose(found, encoder.texts(small.variables, tokens), atol=2e-6)
+    assert encoder._text._cache_size() == 3
 
 
 def test_towers_that_read_the_last_token_get_whole_rows():

@@ -75,6 +75,9 @@ class Words:
         self.texts += [text for text in texts if text not in self.texts]
         return np.stack([self.encode(text)[0] for text in texts])
 
+    def is_empty(self, ids) -> bool:
+        return ids[1] == 999
+
     def decode(self, ids) -> str:
         return self.texts[ids[1]]
 

@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
 LAYERS = (
     ("main", "clip_jax.__main__"),
     ("clip_jax.curation", "clip_jax.evaluate", "clip_jax.export", "clip_jax.retrieval"),
-    ("clip_jax.train", "clip_jax.api"),
+    ("clip_jax.train", "clip_jax.warm_start", "clip_jax.api"),
     ("clip_jax.loop", "clip_jax.plan", "clip_jax.convert"),
     ("clip_jax.program",),
     ("clip_jax.suite",),

@@ -259,7 +259,7 @@ def eval_captions(
         except BadExample:  # as its image is missing too, `eval_batches` says so
             return []
         rows = [tokenizer.encode(text)[0] for text in example.captions.texts]
-        full = [row for row in rows if not _is_empty(row, tokenizer)]
+        full = [row for row in rows if not tokenizer.is_empty(row)]
         if not full:
             logging.warning("Left out of the evaluation: %s has no caption", example.key)
         return full
@@ -285,14 +285,9 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
 def _tokens(text: str, key: str, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
     """int32 [context_length], and whether the caption was cut; BadExample where it is empty."""
     tokens, truncated = tokenizer.encode(text)
-    if _is_empty(tokens, tokenizer):
+    if tokenizer.is_empty(tokens):  # as after "&nbsp;"
         raise BadExample("empty caption", key)
     return tokens, truncated
-
-
-def _is_empty(tokens: np.ndarray, tokenizer: Tokenizer) -> bool:
-    """Whether the end token comes at once, as after "&nbsp;"."""
-    return tokens[1] == tokenizer.vocab_size - 1
 
 
 def _eval_row(source: Source, image_size: int, crop: Crop, index: int) -> loading.Row:

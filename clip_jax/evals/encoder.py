@@ -16,6 +16,7 @@ from clip_jax.data.feed import Feed
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals import scores
+from clip_jax.models import buckets
 from clip_jax.models.prompts import Prompts
 
 Variables = Mapping[str, Any]
@@ -43,6 +44,7 @@ class Encoder:
         """
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.image_size = net.size.image_size
+        self._size = net.size
         self._crop = Crop(net.size.image_crop)
         self.mesh = mesh
         self.embeds_texts = hasattr(net, "encode_text")
@@ -70,15 +72,31 @@ class Encoder:
         self._score = jax.jit(score, out_shardings=whole, static_argnums=4)
         self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
 
-    def texts(self, variables: Variables, tokens: np.ndarray) -> np.ndarray:
-        """int32 [n, s] -> float32 [n, embed_dim], L2-normalised."""
-        parts = []
-        for start in range(0, len(tokens), self.batch_size):
-            part = tokens[start : start + self.batch_size]
-            batch = put_rows(part, self.batch_size, self.mesh)
+    def texts(
+        self, variables: Variables, tokens: np.ndarray, *, by_length: bool = False
+    ) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+          variables: of the model.
+          tokens: int32 [n, s].
+          by_length: do not compute their padding (see `buckets.batches`): a program for each of a
+            few lengths, which is worth compiling for many texts.
+
+        Returns:
+          float32 [n, embed_dim], L2-normalised.
+        """
+
+        def encode(batch: np.ndarray) -> np.ndarray:
+            placed = put_rows(batch, self.batch_size, self.mesh)
             with jax.set_mesh(self.mesh):
-                parts.append(to_host(self._text(variables, batch))[: len(part)])
-        return np.concatenate(parts)
+                return to_host(self._text(variables, placed))
+
+        if by_length:
+            return buckets.embed(encode, tokens, self._size, self.batch_size)
+        starts = range(0, len(tokens), self.batch_size)
+        parts = [tokens[start : start + self.batch_size] for start in starts]
+        return np.concatenate([encode(part)[: len(part)] for part in parts])
 
     def images(
         self,

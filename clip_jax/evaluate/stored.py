@@ -144,7 +144,7 @@ class Stored:
             return embeds
         assert self.model.tokenizer is not None
         tokens = self.model.tokenizer(list(texts), truncate=True)
-        embeds = self._maker.encoder.texts(self.model.variables, tokens)
+        embeds = self._maker.encoder.texts(self.model.variables, tokens, by_length=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, embeds)

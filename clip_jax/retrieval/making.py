@@ -146,8 +146,6 @@ class Maker:
 
     def _texts(self, captions: list[str]) -> np.ndarray:
         """float32 [n, width]."""
-        if not captions:
-            return np.zeros((0, self._model.net.size.embed_dim), np.float32)
         assert self._model.tokenizer is not None
         tokens = self._model.tokenizer(captions, truncate=True)
-        return self.encoder.texts(self._model.variables, tokens)
+        return self.encoder.texts(self._model.variables, tokens, by_length=True)

@@ -106,7 +106,7 @@ class Reader:
         """The pixels that the model takes; BadExample where image or caption is unusable."""
         if self._tokenizer is not None:
             tokens, _ = self._tokenizer.encode(example.text)
-            if tokens[1] == self._tokenizer.vocab_size - 1:  # the end token at once
+            if self._tokenizer.is_empty(tokens):  # as after "&nbsp;"
                 raise BadExample("empty caption", example.key)
         if self._size is None:
             return self._black
