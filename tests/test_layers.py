@@ -24,6 +24,7 @@ LAYERS = (
     ("clip_jax.program",),
     (
         "clip_jax.data",
+        "clip_jax.datasets",
         "clip_jax.state",
         "clip_jax.step",
         "clip_jax.checkpoint",
@@ -56,6 +57,7 @@ LEAVES = {
     "clip_jax.rounding": set(),
     "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.data": {"clip_jax.errors"},
+    "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors"},
     "clip_jax.commands": set(),
 }
 
