@@ -61,6 +61,7 @@ LEAVES = {
     "clip_jax.rounding": set(),
     "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.data": {"clip_jax.errors"},
+    "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors"},
     "clip_jax.commands": set(),
     "clip_jax.pages": set(),
 }

@@ -21,7 +21,7 @@ _TABLE_SUFFIXES = ("csv", "tsv", "jsonl", "parquet")
 TABLES = tuple(
     f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in _TABLE_SUFFIXES
 )
-IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "file")
+IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "file", "img")
 TEXT_COLUMNS = ("caption", "text", "title")
 
 
@@ -38,13 +38,22 @@ class ImageFolder:
 
     Attributes:
       problems: number of images left out for lack of a caption, by reason.
+      labels: of every example; None: it has no classes.
       class_names: of the labels.
       templates: none.
     """
 
     templates: tuple[str, ...] = ()
 
-    def __init__(self, path: str, text_key: str, label_key: str, group_keys: str = ""):
+    def __init__(
+        self,
+        path: str,
+        text_key: str,
+        label_key: str,
+        group_keys: str = "",
+        *,
+        by_image: bool = False,
+    ):
         """Lists the directory; reads the table, and with `label_key` every .json file.
 
         Args:
@@ -54,6 +63,8 @@ class ImageFolder:
           label_key: column or field with the class; "": none. A cell of a table may hold several,
             with ";" between them, a field a list.
           group_keys: columns or fields with the groups of an example, comma-separated.
+          by_image: whether rows of a table with the same image are one example, with the captions
+            of all of them; what else it has stands in the first.
 
         Raises:
           UserError: nothing of what is looked for is found.
@@ -66,7 +77,7 @@ class ImageFolder:
         # By row, what the fields hold; None: it stands in files beside the images.
         self._texts: list[list[tuple[Any, float]]] | None = None
         self._groups: list[tuple[str, ...]] | None = None
-        self._labels: Labels | None = None
+        self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         table = None
         if self._root.suffix[1:] in _TABLE_SUFFIXES and self._root.exists():
@@ -77,7 +88,7 @@ class ImageFolder:
             tables = (self._root / name for name in TABLES)
             table = next((table for table in tables if table.exists()), None)
         if table is not None:
-            self._use_table(table, label_key)
+            self._use_table(table, label_key, by_image)
         else:
             self._use_tree(label_key)
 
@@ -92,28 +103,39 @@ class ImageFolder:
         return Example(
             image=image,
             captions=self._captions(index),
-            labels=() if self._labels is None else self._labels[index],
+            labels=() if self.labels is None else self.labels[index],
             key=key,
             groups=self._groups_of(index) if self._group_keys else (),
         )
 
-    def _use_table(self, path: epath.Path, label_key: str) -> None:
+    def _use_table(self, path: epath.Path, label_key: str, by_image: bool) -> None:
         rows = read_table(path)
         if not rows:
             raise UserError(f"The table {path} has no rows.")
         columns = tuple(rows[0])
         image_column = _pick(columns, IMAGE_COLUMNS, path, "image paths")
         fields = self._text_columns(columns, path, optional=bool(label_key))
-        self._images = [str(row[image_column]) for row in rows]
         self._texts = [[(row[name], weight) for name, weight in fields] for row in rows]
+        if by_image:
+            rows = self._merge(rows, image_column)
+        self._images = [str(row[image_column]) for row in rows]
         if label_key:
             _pick(columns, (label_key,), path, "classes (source.label_key)")
             cells = [_cell(row[label_key]) for row in rows]
-            self._labels, self.class_names = number_labels(cells)
+            self.labels, self.class_names = number_labels(cells)
         for key in self._group_keys:
             _pick(columns, (key,), path, "groups (source.group_keys)")
         if self._group_keys:
             self._groups = [tuple(group(row[key]) for key in self._group_keys) for row in rows]
+
+    def _merge(self, rows: list[dict[str, Any]], image_column: str) -> list[dict[str, Any]]:
+        """The first row of each image; gathers the texts of all its rows."""
+        assert self._texts is not None
+        merged: dict[str, tuple[dict[str, Any], list[tuple[Any, float]]]] = {}
+        for row, texts in zip(rows, self._texts):
+            merged.setdefault(str(row[image_column]), (row, []))[1].extend(texts)
+        self._texts = [texts for _, texts in merged.values()]
+        return [row for row, _ in merged.values()]
 
     def _text_columns(
         self, columns: tuple[str, ...], path: epath.Path, optional: bool
@@ -139,11 +161,11 @@ class ImageFolder:
                 logging.warning("%d images of %s have no caption", missing, self._root)
             if label_key:
                 labels = [self._label_beside(name, label_key) for name in self._images]
-                self._labels, self.class_names = number_labels(labels)
+                self.labels, self.class_names = number_labels(labels)
         elif pictures and all("/" in name for name in pictures) and not self._fields:
             self._images = pictures
             folders = [name.rpartition("/")[0] for name in pictures]
-            self._labels, self.class_names = number_names([[folder] for folder in folders])
+            self.labels, self.class_names = number_names([[folder] for folder in folders])
             texts = [f"a photo of a {name.replace('_', ' ')}." for name in folders]
             self._texts = [[(text, 1.0)] for text in texts]
         else:
@@ -158,7 +180,7 @@ class ImageFolder:
         )
 
     def _captions(self, index: int) -> Captions:
-        key, optional = self._images[index], self._labels is not None
+        key, optional = self._images[index], self.labels is not None
         if self._texts is not None:
             return captions.collect(self._texts[index], key, not optional)
         txt = self._read(f"{_stem(key)}.txt") if self._wants("txt") else None

@@ -20,7 +20,7 @@ class Example:
     Attributes:
       image: an encoded file, or uint8 [h, w, 3].
       captions: all of them, and how often training draws each; none where the set has none.
-      labels: class indices, each once; none where it has no class.
+      labels: class indices, each once; none where it has no class, or none of those that count.
       key: names the example in messages.
       groups: what the source's `group_keys` hold, "" where there is nothing; for bias probes.
     """

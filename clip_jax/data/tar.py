@@ -30,6 +30,7 @@ class TarShards:
 
     Attributes:
       problems: number of damaged shards, and of samples left out for lack of a file, by reason.
+      labels: of every sample; None: without `label_key`.
       class_names: of the labels, where `label_key` names a field of text or the layout has them.
       templates: those of the layout.
     """
@@ -82,13 +83,13 @@ class TarShards:
         self.templates: tuple[str, ...] = layout.templates
         self.class_names: tuple[str, ...] = ()
         self._a_caption_per_line = layout.type == "retrieval"
-        self._labels: Labels | None = None
+        self.labels: Labels | None = None
         if label_key:
-            self._labels, names = number_labels(self._read_labels(label_key))
+            self.labels, names = number_labels(self._read_labels(label_key))
             self.class_names = names or layout.class_names
-            if layout.class_names and self._labels.largest >= len(self.class_names):
+            if layout.class_names and self.labels.largest >= len(self.class_names):
                 raise UserError(
-                    f"The shards of source.path = {paths!r} have class {self._labels.largest}, but "
+                    f"The shards of source.path = {paths!r} have class {self.labels.largest}, but "
                     f"classnames.txt above them names only {len(self.class_names)}."
                 )
         self._run = run
@@ -111,7 +112,7 @@ class TarShards:
         return Example(
             image=contents["image"],
             captions=captions.read_files(txt, record, self._fields, key, self._captioned),
-            labels=() if self._labels is None else self._labels[index],
+            labels=() if self.labels is None else self.labels[index],
             key=key,
             groups=tuple(
                 group(captions.read_field(record, name, key)) for name in self._group_keys

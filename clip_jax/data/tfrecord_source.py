@@ -21,6 +21,7 @@ class TfRecordSource:
 
     Attributes:
       problems: number of damaged files.
+      labels: of every example; None: without `label_key`.
       class_names: of the labels, where `label_key` names a feature of text.
       templates: none.
     """
@@ -55,11 +56,11 @@ class TfRecordSource:
         self._group_keys = parse_groups(spec.group_keys)
         for key in self._group_keys:
             _choose(features, key, (), "group_keys")
-        self._labels: Labels | None = None
+        self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         if spec.label_key:
             labels = [self._label(i, spec.label_key) for i in range(len(records))]
-            self._labels, self.class_names = number_labels(labels)
+            self.labels, self.class_names = number_labels(labels)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -73,8 +74,8 @@ class TfRecordSource:
         texts = [(_values(features, name), weight) for name, weight in self._fields]
         return Example(
             image=images[0],
-            captions=captions.collect(texts, key, required=self._labels is None),
-            labels=() if self._labels is None else self._labels[index],
+            captions=captions.collect(texts, key, required=self.labels is None),
+            labels=() if self.labels is None else self.labels[index],
             key=key,
             groups=tuple(
                 group(next(iter(_values(features, name)), None)) for name in self._group_keys
