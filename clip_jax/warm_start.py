@@ -14,7 +14,9 @@ from clip_jax.state import abstract_variables
 from clip_jax.weights import TokenizerFile, differences
 
 
-def read(config: ConfigDict, net: models.ImageModel, mesh: Mesh, tokens: Tokenizer) -> dict[str, Any]:
+def read(
+    config: ConfigDict, net: models.ImageModel, mesh: Mesh, tokens: Tokenizer
+) -> dict[str, Any]:
     """The variables that `config.init_from` names, at the resolution of `net`.
 
     Args:

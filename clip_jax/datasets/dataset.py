@@ -115,7 +115,8 @@ class Dataset:
       collections: that it belongs to.
       base: the set that this one is a shift of; "": none.
       base_classes: for each class, the classes of the base that it stands for.
-      added_classes: names to add to the classes for a bias probe, by probe.
+      added_classes: for a bias probe, names that are offered beside the classes, by category.
+      further_classes: likewise, offered beside these once more, as the paper did with "child".
       where: it is to be found.
       naming: of its classes in sources.
       sources: where these facts come from.
@@ -134,6 +135,7 @@ class Dataset:
     base: str = ""
     base_classes: tuple[tuple[int, ...], ...] = ()
     added_classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    further_classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     where: Where = dataclasses.field(default_factory=Where)
     naming: Naming = dataclasses.field(default_factory=Naming)
     sources: tuple[str, ...] = ()
@@ -148,6 +150,12 @@ class Dataset:
         held = {role for form in forms for role in form}
         # What has no split for validation lends a part of its training split.
         return tuple(r for r in ROLES if r in held or (r == "validation" and "train" in held))
+
+    @property
+    def group_keys(self) -> tuple[str, ...]:
+        """What its examples are grouped by, for bias probes."""
+        forms = [form for form in (self.where.table, self.where.tfds) if form is not None]
+        return tuple(filter(None, forms[0].group_keys.split(","))) if forms else ()
 
     def prompt_set(self, name: str) -> PromptSet:
         """The class names and templates of a set of prompts.

@@ -71,9 +71,12 @@ def _groups(dataset: Dataset, values: Sequence[Sequence[str]]) -> dict[str, list
 
 
 def _steps(dataset: Dataset) -> list[dict[str, tuple[str, ...]]]:
-    """Categories of added classes: none, then one category after the other as well."""
-    items = list(dataset.added_classes.items())
-    return [dict(items[:count]) for count in range(len(items) + 1)]
+    """Categories of added classes: none, those that the data set adds, and further ones besides."""
+    steps: list[dict[str, tuple[str, ...]]] = [{}]
+    for more in (dataset.added_classes, dataset.further_classes):
+        if more:
+            steps.append({**steps[-1], **more})
+    return steps
 
 
 def _beside(left: bias.Table, right: bias.Table) -> bias.Table:
