@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators
-from clip_jax.evals.encoder import Variables
 from clip_jax.program import Program
 from clip_jax.suite.training import Suite
 
@@ -138,11 +137,7 @@ class Loop:
             self._flush()  # an earlier step's, so that the device has this one to do meanwhile
             if clock.is_due(step, run.log_every, run.total):
                 self._pending = step, values
-            evaluated = {}
-            if clock.is_due(step, run.eval_every, run.total):
-                evaluated = self._evaluate(state, step, run.evaluators.run)
-            if run.suite is not None and clock.is_due(step, run.suite_every, run.total):
-                evaluated |= self._evaluate(state, step, run.suite.run)
+            evaluated = self._evaluate(state, step)
             if clock.is_due(step, run.checkpoint_every, run.total):
                 self._save(state, step, values, evaluated)
         self._feed.close()
@@ -168,16 +163,20 @@ class Loop:
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
 
-    def _evaluate(
-        self,
-        state: train_state.TrainState,
-        step: int,
-        evaluate: Callable[[Variables], dict[str, float]],
-    ) -> dict[str, float]:
+    def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
+        """What is due of the evaluations; empty: nothing."""
+        run = self._run
+        due = [run.evaluators.run] if clock.is_due(step, run.eval_every, run.total) else []
+        if run.suite is not None and clock.is_due(step, run.suite_every, run.total):
+            due.append(run.suite.run)
+        if not due:
+            return {}
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
         paused = self._progress.pause()
-        found = evaluate(state.variables)
+        found: dict[str, float] = {}
+        for evaluate in due:
+            found |= evaluate(state.variables)
         if found:
             # Not step times batch size where the batch size was changed on the way.
             seen = {"eval/images_seen": self._examples_seen(step)}
