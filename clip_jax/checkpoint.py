@@ -23,14 +23,23 @@ from clip_jax.state import TrainState, abstract_variables
 
 DIRECTORY = "checkpoints"  # inside the workdir
 
-# By default orbax cuts every array that several devices hold into a slice for each of them, by a
-# program for each slice: in a small model their compilation takes longer than all the rest.
 _LEAST_SLICE = 2**20  # bytes
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE),
-    override=True,
-)
+
+
+def _leave_small_arrays_whole() -> None:
+    """Sets how orbax saves.
+
+    By default it cuts every array that several devices hold into a slice for each of them, by a
+    program for each: in a small model these take longer to compile than all the rest.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns that there was another handler
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.set_verbosity(verbosity)
+
+
+_leave_small_arrays_whole()
 
 
 class Checkpoints:

@@ -100,7 +100,7 @@ def siglip_config(folder: pathlib.Path, *flags: str, **settings):
     settings |= {f"model.size.{name}": value for name, value in shape.items()}
     settings |= {"init_from": str(folder), "optim.learning_rate": 0.0, "model.remat": "none"}
     settings |= {"eval.zeroshot.source.type": "", "checkpoint.best_metric": "", "batch_size": 8}
-    settings |= {"eval.retrieval.max_examples": 64, "eval.batch_size": 64}
+    settings |= {"eval.retrieval.source.type": "", "mesh.zero1": False, "log.tensorboard": False}
     for flag in flags:
         name, _, value = flag.removeprefix("--config.").partition("=")
         settings[name] = int(value) if value.isdecimal() else value
