@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from clip_jax.datasets import finding
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
 from clip_jax.evaluate.folder import Folder
@@ -17,17 +18,12 @@ Say = Callable[[str], None]
 
 
 def complete(context: Context, say: Say) -> tuple[Context, dict[str, str]]:
-    """The context with the data sets whose test split is there, and why the others are not.
-
-    A data set without class names of its own gets those of its source.
-    """
+    """The context with the data sets whose test split is there, and why the others are not."""
     found, missing = [], {}
     for dataset in context.datasets:
         try:
             source = context.material.source(dataset, TEST)
-            if dataset.kind == "classification" and not dataset.class_names:
-                dataset = dataclasses.replace(dataset, class_names=tuple(source.class_names))
-            found.append(dataset)
+            found.append(finding.with_classes_of(dataset, source))
         except UserError as error:
             missing[dataset.name] = str(error)
             say(f"{dataset.title}: {error}")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.datasets import registry
+from clip_jax.datasets import finding, registry
 from clip_jax.errors import UserError
 from clip_jax.evals.encoder import Encoder, Variables
 from clip_jax.suite.live import Live
@@ -44,9 +44,10 @@ class Suite:
         spec = config.eval.suite
         encoder = Encoder(net, mesh, config.eval.batch_size, config.data.threads)
         self._material = Live(encoder, tokenizer, spec.data_dir, config.data.threads, spare)
-        datasets = registry.resolve(spec.datasets)
-        for dataset in datasets:
-            self._material.source(dataset, TEST)
+        datasets = [
+            finding.with_classes_of(dataset, self._material.source(dataset, TEST))
+            for dataset in registry.resolve(spec.datasets)
+        ]
         self._context = Context(self._material, Settings.of(spec, config.seed), datasets)
         self._tasks = [name.strip() for name in spec.tasks.split(",")]
         if unknown := [name for name in self._tasks if name not in TASKS]:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,11 +54,13 @@ def run(context: Context, dataset: Dataset) -> Found:
     scores, rows = [], []
     testbed = read_testbed(context.settings.testbed)
     for shift in shifts(context, dataset):
-        split, shift_targets = labelled(material, shift, TEST)
+        split, own_targets = labelled(material, shift, TEST)
+        common = Common.of(shift, dataset)
         for name, classify in classifiers.items():
+            on_shift = common.judge(classify(shift, split), own_targets, common.of_shift)
+            reference = common.judge(on_base[name], targets, common.of_reference)
             found = Shifted(
-                _score(shift, f"{name}, reference", *_within(shift, on_base[name], targets)),
-                _score(shift, name, restrict(shift, classify(shift, split)), shift_targets),
+                _score(shift, f"{name}, reference", *reference), _score(shift, name, *on_shift)
             )
             scores += [found.shifted, found.reference]
             rows.append(_row(shift, name, found, testbed))
@@ -69,21 +71,44 @@ def run(context: Context, dataset: Dataset) -> Found:
     return Found([mean, *scores], {"rows": rows, "testbed": testbed})
 
 
-def restrict(shift: Dataset, scores: np.ndarray) -> np.ndarray:
-    """Scores of the reference set's classes [n, c] -> of the shift's."""
-    if not shift.base_classes:
-        return scores
-    return robustness.restrict(scores, shift.base_classes)
+class Common(NamedTuple):
+    """The classes that a shift and its reference set have in common, c of them.
 
+    Attributes:
+      groups: for each, its classes in the reference set.
+      of_reference, of_shift: the number of each class of either among them.
+    """
 
-def _within(
-    shift: Dataset, scores: np.ndarray, targets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The reference set's examples of the shift's classes, and their targets among these."""
-    own = shift.base_classes or tuple((label,) for label in range(scores.shape[1]))
-    number = {label: place for place, labels in enumerate(own) for label in labels}
-    rows = np.flatnonzero([label in number for label in targets.tolist()])
-    return restrict(shift, scores[rows]), np.array([number[int(targets[row])] for row in rows])
+    groups: list[Sequence[int]]
+    of_reference: Mapping[int, int]
+    of_shift: Mapping[int, int]
+
+    @classmethod
+    def of(cls, shift: Dataset, reference: Dataset) -> "Common":
+        own = shift.base_classes or tuple((i,) for i in range(len(reference.class_names)))
+        shared = [(label, group) for label, group in enumerate(own) if group]
+        return cls(
+            groups=[group for _, group in shared],
+            of_reference={old: new for new, (_, group) in enumerate(shared) for old in group},
+            of_shift={label: new for new, (label, _) in enumerate(shared)},
+        )
+
+    def judge(
+        self, scores: np.ndarray, targets: np.ndarray, numbers: Mapping[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The examples of these classes, and scores among these classes alone.
+
+        Args:
+          scores: [n, classes of the reference set].
+          targets: int [n], as one of the two sets counts its classes.
+          numbers: `of_reference` or `of_shift`.
+
+        Returns:
+          Scores [m, c], and targets [m] among the c.
+        """
+        rows = np.flatnonzero([label in numbers for label in targets.tolist()])
+        among = np.array([numbers[label] for label in targets[rows].tolist()], np.int64)
+        return robustness.restrict(scores[rows], self.groups), among
 
 
 def _score(shift: Dataset, variant: str, scores: np.ndarray, targets: np.ndarray) -> Score:
