@@ -50,7 +50,7 @@ def evaluated(tmp_path_factory) -> pathlib.Path:
         "--repeats=2",
         f"--testbed={testbed}",
         "--train_data=digits:test",  # each image is its own duplicate
-        "--overlap_threshold=0.5,digits_inverted=0.999",
+        "--overlap_threshold=0.5,digits_inverted=0.955",
     )
     return out
 
@@ -124,12 +124,12 @@ def test_images_overlap_with_themselves(evaluated):
     assert float(same["value"]) == 1
     assert found["overlap", "digits", "clean", "accuracy"]["n"] == "0"
     # The similarity by hand, at the set's own threshold.
-    images, digits = embedded("test_inverted"), embedded("test")[1]
-    cosines = model().encode_image(images[0]) @ model().encode_image(embedded("test")[0]).T
-    near = cosines.max(axis=1) >= 0.999
+    images = [embedded(split)[0] for split in ("test_inverted", "test")]
+    shifted, clean = map(model().encode_image, images)
+    near = (shifted @ clean.T).max(axis=1) >= 0.955
     wanted = found["overlap", "digits_inverted", "overlap", "share of images"]
-    assert float(wanted["value"]) == pytest.approx(near.mean())
-    assert len(digits) == 360
+    assert 0.1 < near.mean() < 0.9
+    assert float(wanted["value"]) == pytest.approx(near.mean(), abs=1.01 / 360)
 
 
 def test_retrieval_agrees_with_the_run_itself(evaluated):
@@ -180,7 +180,7 @@ def test_a_second_time_nothing_is_computed(evaluated, monkeypatch, capsys):
         "--repeats=2",
         f"--testbed={evaluated / 'testbed.csv'}",
         "--train_data=digits:test",
-        "--overlap_threshold=0.5,digits_inverted=0.999",
+        "--overlap_threshold=0.5,digits_inverted=0.955",
     )
     assert (evaluated / "results.csv").read_text() == before
     lines = capsys.readouterr().out.splitlines()

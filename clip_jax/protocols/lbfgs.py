@@ -2,9 +2,9 @@
 
 Two things are made use of that a general optimiser does not know. Logits are linear in the weights,
 so that a step of any length along a direction needs no further product with the features: each
-iteration reads them twice, and its line search is close to exact. And the Hessian is known up to
-the examples' weights: in the features' principal axes it is nearly diagonal, which is where every
-iteration starts its estimate.
+iteration reads them twice, and its line search is close to exact. And if all examples had the same
+probabilities, the Hessian would be known and in the features' principal axes easily inverted: that
+is where every iteration starts its estimate.
 
 Shapes: k strengths, c classes, d axes (the last one is the intercept's), m examples, padded.
 Functions of a regression have shape [k, 1] where its classes are fitted jointly (softmax), [k, c]
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 _HISTORY = 10  # steps remembered, as in scikit-learn
 _SLOPE = 0.3  # a step ends where the slope along it is this share of its slope at the start
 _TRIALS = 20  # of step lengths; rounding is what uses them up
+_EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
 class Problem(NamedTuple):
@@ -81,14 +82,27 @@ class Problem(NamedTuple):
         spread = jnp.where(self.targets < 0, 0, weighed * (1 - probabilities) * change)
         return spread.sum(axis=-1) / self.count
 
-    def inverse(self, probabilities: jax.Array) -> jax.Array:
-        """The Hessian's, as if it were diagonal and examples' weights had no part in it."""
-        real = self.rows[-1] * (self.targets >= 0)
-        spread = (probabilities * (1 - probabilities) * real).sum(axis=-1) / self.count
-        # Moments are only known to this; where no example is in doubt the spread is zero.
-        least = jnp.finfo(jnp.float32).eps
-        moments = jnp.maximum(self.moments, least * self.moments.max())
-        return 1 / (jnp.maximum(spread, least)[..., None] * moments + self.penalty)
+    def spread(self, probabilities: jax.Array) -> jax.Array:
+        """[k, c], means of p (1 - p); where no example is in doubt, the least that is not zero."""
+        counted = self.rows[-1] * (self.targets >= 0)
+        spread = (probabilities * (1 - probabilities) * counted).sum(axis=-1) / self.count
+        return jnp.maximum(spread, _EPSILON)
+
+    def solve(self, spread: jax.Array, gradient: jax.Array) -> jax.Array:
+        """[k, c, d], the Newton step if all examples had the same probabilities.
+
+        The Hessian's part for an axis of moment s is then s (diag(a) - a a' / sum(a)) + penalty for
+        a softmax, and without the second term for sigmoids. The former is solved for steps that sum
+        to zero over the classes, as the optimum's weights do.
+        """
+        # Smaller moments are rounding.
+        moments = jnp.maximum(self.moments, _EPSILON * self.moments.max())
+        scale = 1 / (spread[..., None] * moments + self.penalty)
+        if not self.joint:
+            return scale * gradient
+        step = scale * (gradient - gradient.mean(axis=1, keepdims=True))
+        share = spread[..., None] * scale
+        return step - share * step.sum(axis=1, keepdims=True) / share.sum(axis=1, keepdims=True)
 
 
 class State(NamedTuple):
@@ -118,6 +132,8 @@ class State(NamedTuple):
 
 def minimise(problem: Problem, start: jax.Array, max_iter: jax.Array, tolerance: jax.Array):
     """From weights [k, c, d] until each gradient's norm is at most `tolerance`.
+
+    Weights that are fitted jointly start, and remain, with a sum of zero over the classes.
 
     Returns:
       Weights [k, c, d]; iterations int32 and converged bool, both [k, 1 | c].
@@ -181,7 +197,7 @@ def _iterate(problem: Problem, tolerance: jax.Array, state: State) -> State:
 
 def _direction(problem: Problem, state: State) -> jax.Array:
     """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4): [k, c, d]."""
-    inverse = problem.inverse(state.probabilities)
+    spread = problem.spread(state.probabilities)
 
     def back(i, carry):
         rest, shares = carry
@@ -198,9 +214,11 @@ def _direction(problem: Problem, state: State) -> jax.Array:
         0, _HISTORY, back, (state.gradient, jnp.zeros_like(state.ratios))
     )
     last = (state.step - 1) % _HISTORY
-    size = problem.dot(state.turns[last], inverse * state.turns[last]) * state.ratios[last]
+    turn = state.turns[last]
+    size = problem.dot(turn, problem.solve(spread, turn)) * state.ratios[last]
     scale = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 1)
-    return -jax.lax.fori_loop(0, _HISTORY, forth, scale[..., None] * inverse * rest)
+    ahead = scale[..., None] * problem.solve(spread, rest)
+    return -jax.lax.fori_loop(0, _HISTORY, forth, ahead)
 
 
 def _search(problem: Problem, state: State, direction: jax.Array, change: jax.Array):

@@ -6,7 +6,7 @@ penalised. Targets int [n] are classes, fitted jointly (softmax; two classes as 
 negative, as there). Targets [n, c] are labels of which an example may have several, each a
 regression of its own, as by OneVsRestClassifier.
 
-Many strengths are fitted at once, since reading the features is what takes the time. They are
+Several strengths are fitted at once, since reading the features is what takes the time. They are
 centred and turned into their principal axes first, which leaves the optimum where it is and takes
 few iterations (`lbfgs`). A fit has converged when its gradient, of the mean loss per example, over
 all weights and intercepts, is at most `tolerance` in Euclidean norm; for weights it is measured in
@@ -17,9 +17,8 @@ Every process passes the same arguments and gets the same results.
 """
 
 import functools
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +118,8 @@ def place(features: np.ndarray, mesh: Mesh, rows: int = 0) -> Features:
         )
     count = len(features)
     padded = _put(features.astype(np.float32, copy=False), max(rows, count), mesh)
-    return Features(*_turn_program(mesh)(padded, np.float32(count)), count)
+    turned = _turn_program(mesh)(padded, np.float32(count))
+    return Features(*turned, count=count)
 
 
 def fit_placed(
@@ -131,8 +131,20 @@ def fit_placed(
     max_iter: int = 1000,
     tolerance: float = TOLERANCE,
     start: Start | None = None,
+    at_once: int | None = None,
 ) -> Fitted:
-    """`fit` of features that are on the devices, from `start` instead of zeros if given."""
+    """`fit` of features that are on the devices.
+
+    Args:
+      features: placed on `mesh`.
+      targets, strengths, classes, mesh, max_iter, tolerance: as of `fit`.
+      start: where to begin; None: zeros.
+      at_once: strengths in one product; None: all that memory allows. Those that need about the
+        same number of iterations should be together; calls with the same number share a program.
+
+    Raises:
+      UserError: as of `fit`.
+    """
     check_targets(targets, features.count, classes)
     if min(strengths) <= 0:
         raise UserError(f"L2 strengths must be above 0, but one is {min(strengths)}.")
@@ -143,9 +155,10 @@ def fit_placed(
     k, width = len(penalties), len(features.mean)
     weights, bias = start or (np.zeros((k, width, classes)), np.zeros((k, classes)))
     parts = []
-    for part in _turns(k, classes * features.rows.shape[1] / mesh.size):
+    for part in _turns(k, at_once or k, classes * features.rows.shape[1] / mesh.size):
         result = _fit_program(mesh, classes, joint)(
-            features._replace(count=np.float32(features.count)),
+            features[:-1],
+            np.float32(features.count),
             labels,
             penalties[part],
             weights[part].astype(np.float32),
@@ -202,22 +215,21 @@ def check_targets(targets: np.ndarray, count: int, classes: int) -> None:
         )
 
 
-def _turns(count: int, logits: float) -> list[np.ndarray]:
+def _turns(count: int, at_once: int, logits: float) -> list[np.ndarray]:
     """Which of `count` strengths to fit together, each of so many logits per device.
 
-    All turns are of one length, so that they share a program: the last one is repeated.
+    All turns are of one length, so that they share a program: the last strength is repeated.
     """
-    turns = math.ceil(count / max(1, _LOGITS // logits))
-    length = math.ceil(count / turns)
-    places = np.minimum(np.arange(turns * length), count - 1)
-    return np.split(places.astype(int), turns)
+    length = max(1, min(at_once, int(_LOGITS // logits)))
+    turns = -(-count // length)
+    return np.split(np.minimum(np.arange(turns * length), count - 1), turns)
 
 
 def _put(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     """Rows that every process holds, zero-padded to at least `count` and split over all devices."""
     count = -(-count // mesh.size) * mesh.size
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(count)
         held = rows[first:last]
         return np.pad(held, [(0, last - first - len(held))] + [(0, 0)] * (rows.ndim - 1))
@@ -260,8 +272,8 @@ def _fit_program(mesh: Mesh, classes: int, joint: bool):
     """`Fitted` of placed features, labels [m] or [m, c], penalties [k] and a start."""
     split = NamedSharding(mesh, PartitionSpec(None, None, sharding.AXES))
 
-    def run(features, labels, penalties, weights, bias, max_iter, tolerance):
-        rows, moments, axes, mean, count = features
+    def run(features, count, labels, penalties, weights, bias, max_iter, tolerance):
+        rows, moments, axes, mean = features
         each = jnp.arange(classes, dtype=jnp.int32)[:, None]
         targets = (labels == each).astype(jnp.int8) if joint else labels.T
         unpenalised = jnp.ones(len(moments)).at[-1].set(0)
@@ -278,12 +290,12 @@ def _fit_program(mesh: Mesh, classes: int, joint: bool):
         )
         level = bias + _product("kdc,d->kc", weights, mean)
         start = jnp.concatenate([_product("kdc,dr->kcr", weights, axes), level[..., None]], axis=-1)
+        if joint:  # what all classes share has no effect
+            start -= start.mean(axis=1, keepdims=True)
         found, iterations, converged = lbfgs.minimise(problem, start, max_iter, tolerance)
         weights = _product("kcr,dr->kdc", found[..., :-1], axes)
         bias = found[..., -1] - _product("kdc,d->kc", weights, mean)
-        if joint:  # the same for all classes has no effect
-            bias -= bias.mean(axis=1, keepdims=True)
-        return Fitted(weights, bias, iterations.max(axis=1), converged.all(axis=1))
+        return weights, bias, iterations.max(axis=1), converged.all(axis=1)
 
     return jax.jit(run, out_shardings=sharding.replicated(mesh))
 

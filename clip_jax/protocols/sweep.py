@@ -17,6 +17,7 @@ from clip_jax.protocols import logistic
 STEPS = 8  # per decade
 _EDGE = 6 * STEPS  # strengths are 10 ** (place / STEPS), places from -_EDGE to _EDGE
 _COARSE = 2 * STEPS  # places between the first strengths
+_AT_ONCE = 2  # as many as a round asks for; the first round's neighbours take similar iterations
 
 Metric = Callable[[np.ndarray, np.ndarray], float]  # of decision values [n, c] and targets
 
@@ -53,6 +54,7 @@ class Probe(NamedTuple):
       points: of the sweep, by strength.
       score: on the test set, fitted to training and validation set together.
       test_scores: decision values of that fit, float32 [n, c].
+      fitted: that fit.
     """
 
     strength: float
@@ -90,12 +92,16 @@ def probe(
         train, validation = hold_out(train, seed)
     else:
         both = Split(*(np.concatenate(parts) for parts in zip(train, validation)))
-    choice = choose(train, validation, metric, classes, mesh)
+    # Padded alike, both share a program.
+    choice = choose(train, validation, metric, classes, mesh, rows=len(both.features))
     strength, start = choice.best.strength, choice.fitted[:2]
     placed = logistic.place(both.features, mesh)
-    fitted = logistic.fit_placed(placed, both.targets, [strength], classes, mesh, start=start)
+    fitted = logistic.fit_placed(
+        placed, both.targets, [strength], classes, mesh, start=start, at_once=_AT_ONCE
+    )
     test_scores = logistic.scores(fitted, test.features, mesh)[0]
-    return Probe(strength, choice.points, metric(test_scores, test.targets), test_scores, fitted)
+    score = metric(test_scores, test.targets)
+    return Probe(strength, choice.points, score, test_scores, fitted)
 
 
 def choose(
@@ -120,7 +126,9 @@ def choose(
     def scores_at(places: list[int]) -> list[float]:
         strengths = [10 ** (place / STEPS) for place in places]
         start = _between(fits, places) if fits else None
-        fitted = logistic.fit_placed(placed, train.targets, strengths, classes, mesh, start=start)
+        fitted = logistic.fit_placed(
+            placed, train.targets, strengths, classes, mesh, start=start, at_once=_AT_ONCE
+        )
         found = logistic.scores(fitted, validation.features, mesh)
         for number, place in enumerate(places):
             fits[place] = logistic.Fitted(*(part[number : number + 1] for part in fitted))

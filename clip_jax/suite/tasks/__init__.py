@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from clip_jax.suite.tasks import (
     bias,
+    few_shot,
     linear_probe,
     overlap,
     retrieval,
@@ -18,6 +19,7 @@ TASKS: Mapping[str, Task] = {
     "zeroshot": zeroshot.TASK,
     "retrieval": retrieval.TASK,
     "linear_probe": linear_probe.TASK,
+    "few_shot": few_shot.TASK,
     "robustness": robustness.TASK,
     "overlap": overlap.TASK,
     "bias": bias.TASK,
