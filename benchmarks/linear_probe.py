@@ -20,8 +20,8 @@ import time
 for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
     os.environ.pop(name, None)
 
-import numpy as np
-import turns
+import numpy as np  # noqa: E402
+import turns  # noqa: E402
 
 COMPETITORS = ("scikit-learn", "scikit-learn, fits in parallel", "clip_jax")
 EXAMPLES, WIDTH, CLASSES, CLUSTERS = 10_000, 512, 10, 4

@@ -49,7 +49,7 @@ def evaluated(tmp_path_factory) -> pathlib.Path:
         "--shots=1,2",
         "--repeats=2",
         f"--testbed={testbed}",
-        "--train_data=digits:test",  # each image is its own duplicate
+        "--train_data=digits:test",  # each image has its duplicate, drawn larger
         "--overlap_threshold=0.5,digits_inverted=0.955",
     )
     return out
@@ -124,8 +124,9 @@ def test_images_overlap_with_themselves(evaluated):
     assert float(same["value"]) == 1
     assert found["overlap", "digits", "clean", "accuracy"]["n"] == "0"
     # The similarity by hand, at the set's own threshold.
-    images = [embedded(split)[0] for split in ("test_inverted", "test")]
-    shifted, clean = map(model().encode_image, images)
+    shifted = model().encode_image(embedded("test_inverted")[0])
+    # As other data are read that draw themselves: at 64 pixels.
+    clean = model().encode_image([each.image for each in DigitScenes("test", 64, seed=0)])
     near = (shifted @ clean.T).max(axis=1) >= 0.955
     wanted = found["overlap", "digits_inverted", "overlap", "share of images"]
     assert 0.1 < near.mean() < 0.9
@@ -166,7 +167,7 @@ def test_the_report_shows_every_score(evaluated):
     assert len(page.rows("overlaps")) == 5
     assert len([p for p in page.find("svg") if p["attrs"].get("class") == "plot"]) >= 4
     pairs = html_page.check((evaluated / "overlap-digits.html").read_text())
-    assert len(pairs.find("img")) == 2 * 60
+    assert 2 * 45 < len(pairs.find("img")) <= 2 * 60
 
 
 def test_a_second_time_nothing_is_computed(evaluated, monkeypatch, capsys):
