@@ -92,8 +92,11 @@ class Encoder:
           "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
           with a tokenizer "tokens" int32 [m, s]; m is at most batch_size.
         """
-        yield from self._run(
-            lambda pixels: {"embed": self._image(variables, pixels)}, source, tokenizer, limit
+        yield from self.each(
+            lambda batch: {"embed": self._image(variables, batch["image"])},
+            source,
+            tokenizer,
+            limit,
         )
 
     def scores(
@@ -109,19 +112,28 @@ class Encoder:
         Yields:
           "scores" float32 [m, classes], "label" and "index" as `images` does.
         """
-        yield from self._run(
-            lambda pixels: {"scores": self._score(variables, pixels, prompts, owners, classes)},
-            source,
+        rest = prompts, owners, classes
+        yield from self.each(
+            lambda batch: {"scores": self._score(variables, batch["image"], *rest)}, source
         )
 
-    def _run(
+    def each(
         self,
-        compute: Callable[[jax.Array], Mapping[str, jax.Array]],
+        compute: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]],
         source: Source,
         tokenizer: Tokenizer | None = None,
         limit: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What `compute` makes of the pixels of each batch, and the rest of the batch."""
+        """What `compute` makes of each batch, as `images` yields it.
+
+        Args:
+          compute: of "image" uint8 [b, h, w, 3], "label", "index" and with a tokenizer "tokens",
+            split over the mesh; returns arrays by name that are whole on every device.
+          source, tokenizer, limit: as in `images`.
+
+        Yields:
+          These arrays and the rest of the batch, unusable images left out.
+        """
         part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
             source,
@@ -135,9 +147,10 @@ class Encoder:
             limit=limit,
         )
         for batch in Feed(batches, self._sharding, depth=2):
-            pixels = batch.pop("image")
             with jax.set_mesh(self.mesh):
-                found = {**self._gather(batch), **compute(pixels)}
+                found = compute(batch)
+                batch.pop("image")
+                found = {**self._gather(batch), **found}
             rows = {name: to_host(value) for name, value in found.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}

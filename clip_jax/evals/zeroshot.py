@@ -100,13 +100,13 @@ class Zeroshot:
             per_class=per_class,
             n=len(labels),
             mistakes=self._mistakes(labels, indices, ranked[:, 0], probabilities),
-            by_score=not self._encoder.embeds_texts,
+            by_score=self._encoder.scores_prompts,
         )
 
     def _logits(self, variables: Variables) -> Iterator[tuple[np.ndarray, ...]]:
         """Labels [m], indices [m] and logits [m, classes] of all labelled images."""
         encoder, classes = self._encoder, len(self.class_names)
-        if not encoder.embeds_texts:
+        if encoder.scores_prompts:
             prompts = prepare(self._tokens)
             found = encoder.scores(variables, self._source, prompts, self._owners, classes)
             for batch in map(_labelled, found):

@@ -10,6 +10,7 @@ from clip_jax.models.bag_of_words import BagOfWords
 from clip_jax.models.captioner import Captioner
 from clip_jax.models.clip import CLIP
 from clip_jax.models.image_model import ImageModel
+from clip_jax.models.near_duplicates import NearDuplicates
 from clip_jax.models.packing import Pack
 from clip_jax.models.sizes import Size, get_size
 from clip_jax.models.transformer import Dtype
@@ -21,6 +22,7 @@ MODULES: Mapping[str, type[ImageModel]] = {
     "contrastive": CLIP,
     "captioning": Captioner,
     "bag_of_words": BagOfWords,
+    "near_duplicates": NearDuplicates,
 }
 
 
