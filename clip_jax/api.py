@@ -92,10 +92,8 @@ class Model:
                 "texts. Take one that was trained with --config.objective=contrastive."
             )
         tokens = self._tokens(texts, truncate)
-        embeds = np.zeros((len(tokens), self.net.size.embed_dim), np.float32)
-        for rows, batch in buckets.batches(tokens, self.net.size, self._batch_size):
-            embeds[rows] = np.asarray(self._text(self.variables, batch))[: len(rows)]
-        return embeds
+        encode = partial(self._text, self.variables)
+        return buckets.embed(encode, tokens, self.net.size, self._batch_size)
 
     def zero_shot(
         self,
@@ -188,7 +186,11 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
     Raises:
       UserError: there is no model, or it is damaged or of another tokenizer.
     """
-    found = convert.read(path, step=step)
+    return from_weights(convert.read(path, step=step))
+
+
+def from_weights(found: weights.Weights) -> Model:
+    """A model from what `convert.read` gives; errors as of `load`."""
     tokens = convert.create_tokenizer(found.tokenizer, found.size.context_length)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     variables = weights.to_variables(found, mesh)

@@ -4,7 +4,6 @@ A checkpoint has three items: "model" (parameters and BatchNorm statistics, all 
 reads), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -17,12 +16,30 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from clip_jax import models, weights
+from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState, abstract_variables
 
 DIRECTORY = "checkpoints"  # inside the workdir
+
+_LEAST_SLICE = 2**20  # bytes
+
+
+def _leave_small_arrays_whole() -> None:
+    """Sets how orbax saves.
+
+    By default it cuts every array that several devices hold into a slice for each of them, by a
+    program for each: in a small model these take longer to compile than all the rest.
+    """
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it warns that there was another handler
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    logging.set_verbosity(verbosity)
+
+
+_leave_small_arrays_whole()
 
 
 class Checkpoints:
@@ -190,8 +207,7 @@ def load_model(
     """Reads a trained model, without what only its training needed.
 
     Args:
-      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500"); or a folder
-        that `python -m clip_jax convert` made.
+      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500").
       mesh: where its parameters will live.
       step: which checkpoint of a workdir; None: the most recent.
 
@@ -202,15 +218,10 @@ def load_model(
       UserError: there is no such checkpoint, or it is damaged.
     """
     path = epath.Path(path)
-    if weights.is_folder(path):
-        return _load_folder(path, mesh)
     if path.parent.name == DIRECTORY and path.name.isdecimal():
         path, step = path.parent.parent, int(path.name)
     if not (path / DIRECTORY).is_dir():
-        raise UserError(
-            f"{path} holds no checkpoints: give the workdir of a training run, or a folder that "
-            "`python -m clip_jax convert` made."
-        )
+        raise UserError(f"{path} holds no checkpoints: give the workdir of a training run.")
     with Checkpoints(path, create=False) as store:
         steps = store.steps()
         if not steps or (step is not None and step not in steps):
@@ -222,20 +233,6 @@ def load_model(
         meta = store.read_meta(step)
         net = models.of_size(models.Size.from_json(meta["size"]))
         return net, store.restore_variables(step, abstract_variables(net, mesh)), meta
-
-
-def _load_folder(
-    path: epath.Path, mesh: Mesh
-) -> tuple[models.ImageModel, dict[str, Any], dict[str, Any]]:
-    """Weights that were converted, described as a checkpoint is."""
-    found = weights.read_folder(path)
-    meta = {
-        "step": found.origin.get("step", 0),
-        "size": dataclasses.asdict(found.size),
-        "tokenizer": found.tokenizer.identity,
-        "config": {"tokenizer": str(found.tokenizer.path or found.tokenizer.name)},
-    }
-    return models.of_size(found.size), weights.to_variables(found, mesh), meta
 
 
 def _dtypes(tree: Any) -> dict[str, str]:

@@ -23,6 +23,7 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators
 from clip_jax.program import Program
+from clip_jax.suite.training import Suite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,11 @@ class Run:
     source: Source
     order: Order
     evaluators: Evaluators
+    suite: Suite | None  # None: none is asked for
     total: int  # steps
-    log_every: int  # steps, as the next two
+    log_every: int  # steps, as the next three
     eval_every: int
+    suite_every: int
     checkpoint_every: int
 
     @property
@@ -134,9 +137,7 @@ class Loop:
             self._flush()  # an earlier step's, so that the device has this one to do meanwhile
             if clock.is_due(step, run.log_every, run.total):
                 self._pending = step, values
-            evaluated = {}
-            if clock.is_due(step, run.eval_every, run.total):
-                evaluated = self._evaluate(state, step)
+            evaluated = self._evaluate(state, step)
             if clock.is_due(step, run.checkpoint_every, run.total):
                 self._save(state, step, values, evaluated)
         self._feed.close()
@@ -163,15 +164,24 @@ class Loop:
         self._progress.show(step, values["loss"], rate, waited)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
+        """What is due of the evaluations; empty: nothing."""
+        run = self._run
+        due = [run.evaluators.run] if clock.is_due(step, run.eval_every, run.total) else []
+        if run.suite is not None and clock.is_due(step, run.suite_every, run.total):
+            due.append(run.suite.run)
+        if not due:
+            return {}
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
         paused = self._progress.pause()
-        found = self._run.evaluators.run(state.variables)
+        found: dict[str, float] = {}
+        for evaluate in due:
+            found |= evaluate(state.variables)
         if found:
             # Not step times batch size where the batch size was changed on the way.
             seen = {"eval/images_seen": self._examples_seen(step)}
             self._writer.write(step, {**found, **seen})
-            shown = [f"{k} {v:.1%}" for k, v in found.items() if k.endswith(("top1", "recall@1"))]
+            shown = [f"{name} {value:.1%}" for name, value in found.items() if _is_shown(name)]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
         self._progress.resume(paused)
         return found
@@ -200,6 +210,12 @@ class Loop:
         }
         self._store.save(state, step, meta, found)
         self._progress.resume(paused)
+
+
+def _is_shown(metric: str) -> bool:
+    """Whether the progress line has room for it."""
+    brief = metric.endswith(("/top1", "/recall@1")) and metric.count("/") < 3
+    return brief or metric.startswith("suite/")
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

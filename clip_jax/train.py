@@ -1,6 +1,5 @@
 """The story of a training run: mesh, model, data, state, restore, loop, report."""
 
-import dataclasses
 import os
 import statistics
 import time
@@ -11,14 +10,14 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, clock, metrics, program, sharding, weights, workdir
+from clip_jax import checkpoint, clock, metrics, models, program, sharding, warm_start, workdir
 from clip_jax import state as train_state
 from clip_jax.data import mixture, pipeline, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
 from clip_jax.loop import Loop, Past, Run, hardware, list_counts
-from clip_jax.models.resize import image_positions, resize_positions
+from clip_jax.suite.training import Suite
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
@@ -47,11 +46,14 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         if resumed is not None:
             workdir.check(directory, config)
         _announce(run, config)
+        start = None
+        if config.init_from and resumed is None:
+            start = warm_start.read(config, run.net, run.mesh, run.tokenizer)
+            _say(f"Starting from the model in {config.init_from}.")
         step_fn = _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
             past = Past()
-            start = _warm_start(config.init_from, run) if config.init_from else None
             state = run.program.init(start)
         else:
             past = Past.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
@@ -68,11 +70,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     """Everything that can fail on a wrong setting, before anything slow."""
     mesh, net = program.place(config)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
-    if tokens.vocab_size != net.size.vocab_size:
-        raise UserError(
-            f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
-            f"{net.size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
-        )
+    _check_tokenizer(config, tokens, net.size)
     spare = directory / "index"
     source, order = mixture.create(
         config.data,
@@ -94,11 +92,29 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         source=source,
         order=order,
         evaluators=Evaluators(config, net, mesh, tokens, spare),
+        suite=Suite(config, net, mesh, tokens, spare) if config.eval.suite.datasets else None,
         total=total,
         log_every=clock.to_steps(config.log.every, **steps),
         eval_every=clock.to_steps(config.eval.every, **steps),
+        suite_every=clock.to_steps(config.eval.suite.every, **steps),
         checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
     )
+
+
+def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: models.Size) -> None:
+    """UserError where the model cannot read the ids of the tokenizer."""
+    if isinstance(tokens, tokenizer.SiglipTokenizer) and size.text_pool == "end":
+        raise UserError(
+            f"{size} finds the end of a caption by the largest id, which SigLIP's end token is "
+            f"not: leave {tokenizer.SIGLIP!r} out of --config.tokenizer={config.tokenizer}, or "
+            "train a SigLIP model."
+        )
+    spare = size.text_pool == "last" and config.init_from  # published with entries left over
+    if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not spare):
+        raise UserError(
+            f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
+            f"{size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
+        )
 
 
 def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPipeline:
@@ -115,24 +131,6 @@ def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPip
         part=part,
         parts=parts,
     )
-
-
-def _warm_start(path: str, run: Run) -> dict[str, Any]:
-    """The variables of another run's model, at this run's resolution."""
-    net, variables, meta = checkpoint.load_model(path, run.mesh)
-    _check_meta(meta, run.tokenizer)
-    old, new = net.size, run.net.size
-    if dataclasses.replace(old, image_size=new.image_size) != new:
-        raise UserError(
-            f"init_from {path} holds another model than the config names; only image_size may "
-            f"differ: it has {'; '.join(weights.differences(old, new))}."
-        )
-    if old != new:
-        like = train_state.abstract_variables(run.net, run.mesh)["params"]
-        length = image_positions(like).shape[0]
-        variables = {**variables, "params": resize_positions(variables["params"], length)}
-    _say(f"Starting from the model of {path}, step {meta['step']:,}.")
-    return variables
 
 
 def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from clip_jax import models
+from clip_jax.data.tokenizer import SIGLIP
 from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
 from clip_jax.sharding import path_name
@@ -50,8 +51,7 @@ class TokenizerFile:
     """How captions become ids.
 
     Attributes:
-      name: as `data.tokenizer.create` takes it: "openai"; or the kind of `path`, "sentencepiece" or
-        "siglip"; "": not known.
+      name: "openai"; or the kind of `path`, "sentencepiece" or "siglip"; "": not known.
       identity: names the vocabulary and its checksum; "": not known.
       path: of the vocabulary; None: there is no file.
     """
@@ -59,6 +59,22 @@ class TokenizerFile:
     name: str
     identity: str
     path: epath.Path | None = None
+
+    @classmethod
+    def from_setting(cls, setting: str, identity: str) -> "TokenizerFile":
+        """Of what a config has as `tokenizer`."""
+        if setting.startswith(SIGLIP):
+            return cls("siglip", identity, epath.Path(setting.removeprefix(SIGLIP)).expanduser())
+        if setting.endswith(".model"):
+            return cls("sentencepiece", identity, epath.Path(setting))
+        return cls(setting, identity)
+
+    @property
+    def setting(self) -> str:
+        """What a config has as `tokenizer`; "": not known."""
+        if self.path is None:
+            return self.name
+        return f"{SIGLIP if self.name == 'siglip' else ''}{self.path}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +164,11 @@ def _listed(names: list[str]) -> str:
     return f"{len(names):,} tensor(s) ({', '.join(names[:_SHOWN])}{more})"
 
 
-def differences(found: models.Size, wanted: models.Size) -> list[str]:
-    """The fields in which two sizes differ, with both values."""
-    pairs = [
-        (field.name, getattr(found, field.name), getattr(wanted, field.name))
-        for field in dataclasses.fields(models.Size)
-    ]
-    return [f"{name} {ours!r}, not {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
+def differences(found: models.Size, wanted: models.Size) -> dict[str, str]:
+    """The fields in which two sizes differ, and both values in words."""
+    names = [field.name for field in dataclasses.fields(models.Size)]
+    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in names}
+    return {name: f"{name} {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b}
 
 
 def resized(

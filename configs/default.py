@@ -24,8 +24,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
     config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
     config.accum_steps = 1  # micro-batches that a batch is embedded in; the loss spans them all
-    config.tokenizer = "openai"  # "openai", or the path of a SentencePiece .model file
-    config.init_from = ""  # workdir or checkpoint whose model a new run starts from; "": scratch
+    # "openai"; the path of a SentencePiece .model file; or "siglip:" and the path of the .model or
+    # tokenizer.json file of a SigLIP model, which gives the ids that that model was trained with.
+    config.tokenizer = "openai"
+    # Whose model a new run starts from: workdir, checkpoint, or anything else that clip_jax.load
+    # takes, others' weights too; "": from scratch.
+    config.init_from = ""
     config.compilation_cache = ""  # directory for compiled programs; "": off
     config.model = _model()
     config.mesh = _mesh()
@@ -135,12 +139,16 @@ def source(**overrides) -> ConfigDict:
     # folder: directory; tar, tfrecord: files or patterns, comma-separated; tfds: data_dir
     spec.path = ""
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
-    spec.split = ""  # digits: "train" | "test" | "test_scenes"; tfds: such as "train[:90%]"
+    # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]"
+    spec.split = ""
     spec.image_key = ""  # tfds ("/" for nesting), tfrecord: the feature; "": the usual name
     # Where captions stand: a feature (tfds, tfrecord), a key of the .json (tar) or a column
     # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.
     spec.text_key = ""
-    spec.label_key = ""  # where the class of an example stands, as for text_key; "": no classes
+    # Where the class of an example stands, as for text_key; tar: "cls" and "npy" are files; "": no
+    # classes.
+    spec.label_key = ""
+    spec.group_keys = ""  # where its groups stand ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
     spec.weight = 0.0  # in a mixture; 0: its number of examples
     spec.update(overrides)
@@ -184,6 +192,7 @@ def _model() -> ConfigDict:
     size.vocab_size = placeholder(int)  # for a SentencePiece tokenizer: its pieces plus 2
     size.resnet_activation = placeholder(str)  # "relu" (paper) | "gelu" (its duplicate detector)
     size.resnet_norm = placeholder(str)  # "batch" (paper) | "weight" (its duplicate detector)
+    size.activation = placeholder(str)  # "quick_gelu" (OpenAI) | "gelu" (open_clip) | "gelu_tanh"
     model.size = size
     return model
 
@@ -282,7 +291,25 @@ def _eval() -> ConfigDict:
     retrieval.source = source()
     retrieval.max_examples = 5000  # the first so many
     evals.retrieval = retrieval
+    evals.suite = _suite()
     return evals
+
+
+def _suite() -> ConfigDict:
+    """The paper's protocols, in training and as defaults of python -m clip_jax evaluate."""
+    suite = ConfigDict()
+    suite.datasets = ""  # names, collections and paths, comma-separated; "": none in training
+    suite.data_dir = ""  # directory of the data sets; "": only embedded and TFDS's own
+    suite.tasks = "zeroshot"  # in training: "zeroshot" | "retrieval" | "linear_probe" | ...
+    suite.every = "5 epochs"  # in training, and once at the end of the run
+    suite.prompts = "paper"  # set of prompts: "paper" | "clip_benchmark"
+    suite.retrieval_prompt = "a photo of {}"  # that captions are also tried behind
+    suite.confidence = 0.995  # of intervals
+    suite.shots = (1, 2, 4, 8, 16)  # examples per class, few-shot probes
+    suite.repeats = 3  # draws of them
+    suite.label_thresholds = (0.005, 0.04)  # probabilities from which a label is given, bias
+    suite.overlap_threshold = 0.95  # cosine from which an image counts as a near-duplicate
+    return suite
 
 
 def _checkpoint() -> ConfigDict:

@@ -15,6 +15,12 @@ The captions are in OpenAI's vocabulary, which needs no download. The published 
 SentencePiece entries; to train with such a file (our start and end token come on top of its own):
 
     --config.tokenizer=PATH/sentencepiece.model --config.model.size.vocab_size=32002
+
+To go on from published weights, a folder of transformers or its name on the hub, take the ids that
+they were trained with, which are those of the vocabulary file in that folder:
+
+    --config.init_from=FOLDER --config.tokenizer=siglip:FOLDER/spiece.model
+        --config.model.size.vocab_size=32000
 """
 
 from configs import default

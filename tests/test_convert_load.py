@@ -10,7 +10,7 @@ import tiny_weights
 from test_tokenizer import sentencepiece_model
 
 import clip_jax
-from clip_jax import api, checkpoint, convert, sharding
+from clip_jax import api, convert, sharding
 from clip_jax.convert import cli
 from clip_jax.errors import UserError
 
@@ -30,10 +30,11 @@ def test_a_workdir_there_and_back(tmp_path: pathlib.Path, capsys):
     model = clip_jax.load(back)
     assert_same_variables(model.variables, expected.variables)
     mesh = sharding.make_mesh(fsdp=8)
-    net, variables, meta = checkpoint.load_model(back, mesh)
-    assert net.size == expected.net.size
-    assert_same_variables(variables, expected.variables)
-    assert meta["tokenizer"] == expected.tokenizer.identity
+    for source in (run, hub, back):
+        size, variables, file = convert.read_variables(source, mesh)
+        assert size == expected.net.size
+        assert_same_variables(variables, expected.variables)
+        assert file.identity == expected.tokenizer.identity
     pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(model.encode_image(pictures), expected.encode_image(pictures))
     earlier = convert.read(run, step=8)
@@ -127,6 +128,7 @@ def test_siglip_tokenizer(name: str, tmp_path: pathlib.Path):
     expected[1, :2] = [3, 4]
     np.testing.assert_array_equal(rows, expected)
     assert model.tokenizer.decode(rows[0]) == "a cat cats"
+    assert [model.tokenizer.is_empty(row) for row in rows] == [False, False, True]
     long, cut = model.tokenizer.encode("cat " * 20)
     np.testing.assert_array_equal(long, [4] * 9 + [1])
     assert cut

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from clip_jax.data import tokenizer
-from clip_jax.data.digits import DigitScenes
+from clip_jax.data.digits import SHIFTS, DigitScenes
 from clip_jax.errors import UserError
 from configs import quickstart
 
@@ -77,7 +78,9 @@ def render(scans, glyph, side):
     )
 
 
-@pytest.fixture(scope="module", params=["train", "test", "test_scenes"])
+@pytest.fixture(
+    scope="module", params=["train", "train_scans", "test", "test_scenes", "test_tilted"]
+)
 def source(request):
     return DigitScenes(request.param, 24, seed=0)
 
@@ -105,6 +108,7 @@ def test_training_and_held_out_scans_share_no_picture():
 
     train = pictures("train", 20_000)
     test, test_scenes = pictures("test", 1_000), pictures("test_scenes", 1_000)
+    assert train == pictures("train_scans", 2_000)
     assert len(train) == 1797 - 360
     assert len(test) == 360
     assert test_scenes <= test
@@ -223,6 +227,45 @@ def test_retrieval_has_few_captions_twice():
     assert positives < 5  # chance of recall@1 stays under half a percent
 
 
+def test_training_scans_come_once_each():
+    scans = DigitScenes("train_scans", 24, seed=0)
+    glyphs = [glyph for i in range(len(scans)) for glyph in scans.glyphs(i)]
+    assert len({glyph.scan for glyph in glyphs}) == len(glyphs) == len(scans) == 1437
+    assert min(glyph.size for glyph in glyphs) >= 0.85
+    for index in range(0, 1437, 31):
+        assert scans[index].labels == (SCANS.target[glyphs[index].scan],)
+
+
+@pytest.mark.parametrize("side", [24, 32])
+def test_shifts_of_the_test_images(side):
+    """Each against the plain image, changed here by other means."""
+    plain, *shifts = (
+        [DigitScenes(split, side, seed=0)[i] for i in range(60)] for split in ("test", *SHIFTS)
+    )
+    assert {len(DigitScenes(split, side, seed=0)) for split in SHIFTS} == {360}
+    inverted, blurred, noisy, tilted = (np.stack([e.image for e in each]) for each in shifts)
+    images = np.stack([example.image for example in plain])
+    for each in shifts:
+        assert [(e.labels, e.text) for e in each] == [(e.labels, e.text) for e in plain]
+    np.testing.assert_array_equal(inverted.astype(int), 255 - images.astype(int))
+    sigma = (0, 0.08 * side, 0.08 * side, 0)
+    soft = ndimage.gaussian_filter(images.astype(float), sigma, mode="nearest")
+    assert np.abs(blurred - soft).mean() < 1.5  # Pillow approximates by boxes
+    middle = (images > 100) & (images < 150)  # so that little is clipped
+    grain = (noisy.astype(float) - images)[middle]
+    assert abs(grain.mean()) < 3
+    assert grain.std() == pytest.approx(60, rel=0.05)
+    assert len({image.tobytes() for image in noisy - images}) == 60  # another one each time
+    assert np.ptp(noisy, axis=3).max() == 0
+    turned = DigitScenes("test_tilted", side, seed=0)
+    upright = DigitScenes("test", side, seed=0)
+    for index in range(60):
+        (glyph,), (before,) = turned.glyphs(index), upright.glyphs(index)
+        assert (glyph.scan, glyph.x, glyph.size) == (before.scan, before.x, before.size)
+        assert abs(glyph.angle) == pytest.approx(abs(before.angle) + 25)
+    assert not np.array_equal(tilted, images)
+
+
 def test_prompts_are_captions_seen_in_training():
     scenes = DigitScenes("train", 24, seed=0)
     captions = {scenes[i].text for i in range(10_000)}
@@ -232,7 +275,7 @@ def test_prompts_are_captions_seen_in_training():
 
 
 def test_bad_arguments():
-    with pytest.raises(UserError, match="train, test, test_scenes"):
+    with pytest.raises(UserError, match="train, train_scans, test, test_scenes, test_inverted"):
         DigitScenes("val", 24, seed=0)
     for index in (-1, 360):
         with pytest.raises(IndexError):

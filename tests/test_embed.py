@@ -23,8 +23,10 @@ from tiny_data import encoded, picture, sample
 
 import clip_jax
 from clip_jax import api
+from clip_jax.evals.encoder import Encoder
 from clip_jax.models import buckets
 from clip_jax.retrieval import embed, inputs
+from clip_jax.retrieval.reader import Row
 from clip_jax.retrieval.store import Store, open_store
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,7 +89,7 @@ def test_a_plain_folder(pictures, tmp_path):
     assert [row["key"] for row in rows] == [
         f"inner/{seed}.png" if seed % 2 else f"{seed}.png" for seed in seeds
     ]
-    assert [row["caption"] for row in rows] == ["", "", "the fourth", *7 * [""]]
+    assert [row["captions"] for row in rows] == [[], [], ["the fourth"], *7 * [[]]]
     assert [row["index"] for row in rows] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     found = np.array([row["image_embed"] for row in rows], np.float32)
     np.testing.assert_allclose(found, image_embeds(seeds), atol=2e-6)
@@ -104,8 +106,8 @@ def test_shards_both_towers_as_npy(tmp_path):
     write_tar(tmp_path / "a.tar", [file for files in samples for file in files])
     store = run(tmp_path / "*.tar", tmp_path / "out", "--of=both", "--format=npy")
     rows = table(store)
-    assert [row["caption"] for row in rows] == TEXTS
-    assert set(rows[0]) == {"index", "key", "caption", "label"}
+    assert [row["captions"] for row in rows] == [[text] for text in TEXTS]
+    assert set(rows[0]) == {"index", "key", "captions", "labels", "groups"}
     for column, wanted in (("image_embed", image_embeds(range(5))), ("text_embed", None)):
         wanted = text_embeds(TEXTS) if wanted is None else wanted
         array = np.load(tmp_path / "out" / f"part-00000-of-00001.{column}.npy")
@@ -113,6 +115,18 @@ def test_shards_both_towers_as_npy(tmp_path):
         np.testing.assert_allclose(array, wanted, atol=1e-3)
         np.testing.assert_array_equal(np.concatenate(list(store.blocks(column))), array)
     assert "empty caption" in (tmp_path / "out" / "skipped.jsonl").read_text()
+
+
+def test_features_are_what_the_projection_reads(pictures, tmp_path):
+    rows = table(run(pictures, tmp_path / "out", "--dtype=float32", "--of=features"))
+    embeds, features = (
+        np.array([row[name] for row in rows], np.float32)
+        for name in ("image_embed", "image_features")
+    )
+    projected = features @ np.asarray(model().variables["params"]["image"]["projection"]["kernel"])
+    unit = projected / np.linalg.norm(projected, axis=1, keepdims=True)
+    np.testing.assert_allclose(unit, embeds, atol=2e-6)
+    assert features.shape[1] == 32  # the model's width, twice that of its embeddings
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
@@ -140,10 +154,24 @@ def test_class_folders_have_labels(tmp_path):
         (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name / f"{seed}.png").write_bytes(encoded(picture(seed)))
     rows = table(run(tmp_path / "data", tmp_path / "out"))
-    assert [(row["key"], row["label"]) for row in rows] == [
-        ("cat/0.png", 0),
-        ("cat/2.png", 0),
-        ("dog/1.png", 1),
+    assert [(row["key"], row["labels"]) for row in rows] == [
+        ("cat/0.png", [0]),
+        ("cat/2.png", [0]),
+        ("dog/1.png", [1]),
+    ]
+
+
+def test_everything_known_of_an_example_is_kept(tmp_path):
+    (tmp_path / "data").mkdir()
+    for seed in range(2):
+        (tmp_path / "data" / f"{seed}.png").write_bytes(encoded(picture(seed)))
+    table_ = "image,caption,alt,kind,age,sex\n0.png,one,uno,b;a,20-29,f\n1.png,two,,,70+,\n"
+    (tmp_path / "data" / "captions.csv").write_text(table_)
+    keys = ["--text_key=caption,alt", "--label_key=kind", "--group_keys=sex,age"]
+    store = run(tmp_path / "data", tmp_path / "out", *keys)
+    assert store.rows([1, 0]) == [
+        Row(1, "1.png", ["two"], [], ["", "70+"]),
+        Row(0, "0.png", ["one", "uno"], [1, 0], ["f", "20-29"]),
     ]
 
 
@@ -271,6 +299,11 @@ def test_buckets_change_nothing():
         batch.shape for _, batch in buckets.batches(small.tokenizer(texts), small.net.size, 4)
     ]
     assert shapes == [(4, 8), (4, 16), (4, 16), (4, 24), (4, 24), (4, 24)]
+    encoder = Encoder(small.net, tiny.make_mesh(1), 4, threads=1)  # as the command has it
+    tokens = small.tokenizer(texts)
+    found = encoder.texts(small.variables, tokens, by_length=True)
+    np.testing.assert_allclose(found, encoder.texts(small.variables, tokens), atol=2e-6)
+    assert encoder._text._cache_size() == 3
 
 
 def test_towers_that_read_the_last_token_get_whole_rows():

@@ -75,12 +75,16 @@ class Words:
         self.texts += [text for text in texts if text not in self.texts]
         return np.stack([self.encode(text)[0] for text in texts])
 
+    def is_empty(self, ids) -> bool:
+        return ids[1] == 999
+
     def decode(self, ids) -> str:
         return self.texts[ids[1]]
 
 
 class Cards:
-    """Example i shows the number i; a text of None is an unreadable image."""
+    """Example i shows the number i; a text of None is an unreadable image, a tuple of texts several
+    captions."""
 
     templates = ("a {}", "the {}")
 
@@ -94,10 +98,12 @@ class Cards:
     def __getitem__(self, index: int) -> Example:
         if self.texts[index] is None:
             raise BadExample("unreadable image", f"card {index}")
+        texts = self.texts[index]
+        texts = (texts,) if isinstance(texts, str) else texts
         return Example(
             image=np.full((SIDE, SIDE, 3), [index // 256, index % 256, 0], np.uint8),
-            captions=Captions((self.texts[index],), (1.0,)),
-            label=int(self.labels[index]),
+            captions=Captions(texts, (1.0,) * len(texts)),
+            labels=(int(self.labels[index]),) if self.labels[index] >= 0 else (),
             key=f"card {index}",
         )
 
@@ -330,29 +336,6 @@ def small_integers(rng, *shape: int) -> np.ndarray:
     return rng.integers(-2, 3, shape).astype(np.float32)
 
 
-@pytest.mark.parametrize(("queries", "candidates"), [(37, 50), (1030, 21), (1, 1)])
-def test_ranks_with_ties(queries, candidates, mesh):
-    rng = np.random.default_rng(2)
-    arrays = (
-        small_integers(rng, queries, 3),
-        rng.integers(0, min(9, candidates), queries).astype(np.int32),
-        small_integers(rng, candidates, 3),
-        np.arange(candidates, dtype=np.int32) % 9,
-    )
-    actual = retrieval.match_ranks(*arrays, mesh)
-    np.testing.assert_array_equal(actual, reference_ranks(*arrays))
-    if queries > 1:
-        scores = arrays[0] @ arrays[2].T
-        assert len(np.unique(scores)) < scores.size / 10  # there were ties
-
-
-def test_ranks_of_a_collapsed_or_broken_model_are_the_worst(mesh1):
-    groups = np.arange(6, dtype=np.int32)
-    for value in (1.0, np.nan):
-        same = np.full((6, 4), value, np.float32)
-        assert retrieval.match_ranks(same, groups, same, groups, mesh1).tolist() == [5] * 6
-
-
 CAPTIONS = ["red", "green", "blue", "black", "white", "pink", "grey"]
 
 
@@ -371,6 +354,46 @@ def retrieve(source: Cards, images, texts, mesh, limit=None):
     words = Words(filter(None, source.texts))
     found = Retrieval(encoder(mesh), source, words, limit).run(stub(images, texts))
     return found, words
+
+
+def test_retrieval_with_several_captions_equals_the_definition(mesh):
+    """Five each, as COCO and Flickr30k have; some shared, some repeated, some empty."""
+    rng = np.random.default_rng(4)
+    texts: list = [tuple(f"caption {5 * i + k}" for k in range(5)) for i in range(31)]
+    texts[3] = ("caption 3", "caption 3", " ", "caption 40")
+    texts[7], texts[9], texts[11] = None, (), ("caption 44", " ")
+    images, table = small_integers(rng, 31, 4), small_integers(rng, 155, 4)
+    words = Words(f"caption {i}" for i in range(155))
+    found = Retrieval(encoder(mesh), Cards(texts), words, None).run(stub(images, table))
+    used = [i for i in range(31) if i not in (7, 9)]
+    owned = {i: {text for text in texts[i] if text.strip()} for i in used}
+    captions = sorted(set.union(*owned.values()), key=words.texts.index)
+    assert len(captions) == 27 * 5  # 7 and 9 have none, 3 and 11 those of others
+    embeds = table[[words.texts.index(caption) for caption in captions]]
+    ranks: dict[str, list[int]] = {"image_to_text": [], "text_to_image": []}
+    for i in used:
+        own = np.array([caption in owned[i] for caption in captions])
+        scores = embeds @ images[i]
+        ranks["image_to_text"].append(int(np.sum(~own & (scores >= scores[own].max()))))
+    for caption, embed in zip(captions, embeds):
+        own = np.array([caption in owned[i] for i in used])
+        scores = images[used] @ embed
+        ranks["text_to_image"].append(int(np.sum(~own & (scores >= scores[own].max()))))
+    sizes = {
+        "image_to_text": (len(captions), [len(owned[i]) for i in used]),
+        "text_to_image": (len(used), [sum(c in owned[i] for i in used) for c in captions]),
+    }
+    for way, places in ranks.items():
+        candidates, matches = sizes[way]
+        for k in (1, 5, 10):
+            share = sum(place < k for place in places) / len(places)
+            assert found.metrics[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
+            wanted = np.mean([float(exact_chance(candidates, m, k)) for m in matches])
+            assert found.chance[f"{way}/recall@{k}"] == pytest.approx(wanted)
+    assert 0 < found.metrics["text_to_image/recall@1"] < found.metrics["image_to_text/recall@10"]
+    for row in found.gallery:
+        shown = [int(image[0, 0, 0]) * 256 + int(image[0, 0, 1]) for image in row.images]
+        assert row.hits == [row.query in owned[i] for i in shown]
 
 
 @pytest.mark.parametrize("limit", [None, 30, 1000])

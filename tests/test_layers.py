@@ -18,12 +18,14 @@ FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
 # Each layer may import those below it and, as long as no circle comes of it, its own.
 LAYERS = (
     ("main", "clip_jax.__main__"),
-    ("clip_jax.curation", "clip_jax.export", "clip_jax.retrieval"),
-    ("clip_jax.train", "clip_jax.api"),
+    ("clip_jax.curation", "clip_jax.evaluate", "clip_jax.export", "clip_jax.retrieval"),
+    ("clip_jax.train", "clip_jax.warm_start", "clip_jax.api"),
     ("clip_jax.loop", "clip_jax.plan", "clip_jax.convert"),
     ("clip_jax.program",),
+    ("clip_jax.suite",),
     (
         "clip_jax.data",
+        "clip_jax.datasets",
         "clip_jax.state",
         "clip_jax.step",
         "clip_jax.checkpoint",
@@ -38,11 +40,13 @@ LAYERS = (
         "clip_jax.views",
         "clip_jax.losses",
         "clip_jax.optim",
+        "clip_jax.protocols",
         "clip_jax.rounding",
         "clip_jax.sharding",
         "clip_jax.clock",
         "clip_jax.errors",
         "clip_jax.commands",
+        "clip_jax.pages",
     ),
 )
 # What may be imported of clip_jax from within these, themselves aside.
@@ -55,10 +59,13 @@ LEAVES = {
     "clip_jax.sharding": {"clip_jax.errors"},
     "clip_jax.losses": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.optim": {"clip_jax.errors", "clip_jax.rounding", "clip_jax.sharding"},
+    "clip_jax.protocols": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.rounding": set(),
     "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.data": {"clip_jax.errors"},
+    "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors"},
     "clip_jax.commands": set(),
+    "clip_jax.pages": set(),
 }
 
 

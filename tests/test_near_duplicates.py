@@ -171,7 +171,7 @@ class Pictures:
     def __getitem__(self, index: int) -> Example:
         if index == 3:
             raise BadExample("unreadable image", "3")
-        return Example(picture(index), Captions((), ()), -1, str(index))
+        return Example(picture(index), Captions((), ()), labels=(), key=str(index))
 
 
 def picture(index: int) -> np.ndarray:

@@ -121,7 +121,14 @@ def test_several_captions_and_pixels(tmp_path):
 def test_tfds(tmp_path):
     """Encoded images are copied, and all captions and the class stay."""
     examples = [
-        (i, {"image": np.asarray(picture(i)), "text": [f"one {i}", f"two {i}"], "label": i % 2})
+        (
+            i,
+            {
+                "image": np.asarray(picture(i)),
+                "text": [f"one {i}", f"two {i}"],
+                "label": [0, 1][: i % 3],
+            },
+        )
         for i in range(5)
     ]
     tfds.dataset_builders.store_as_tfds_dataset(
@@ -131,7 +138,7 @@ def test_tfds(tmp_path):
             {
                 "image": tfds.features.Image(encoding_format="png"),
                 "text": tfds.features.Sequence(tfds.features.Text()),
-                "label": tfds.features.ClassLabel(names=["z", "a"]),
+                "label": tfds.features.Sequence(tfds.features.ClassLabel(names=["z", "a"])),
             }
         ),
         split_datasets={"train": examples},
@@ -145,13 +152,15 @@ def test_tfds(tmp_path):
     assert [source[i].captions.texts for i in range(5)] == [
         (f"one {i}", f"two {i}") for i in range(5)
     ]
-    assert [source[i].label for i in range(5)] == [0, 1, 0, 1, 0]
+    assert [source[i].labels for i in range(5)] == [(), (0,), (0, 1), (), (0,)]
+    named = TarShards(str(tmp_path / "out"), label_key="class")
+    assert [named[i].labels for i in range(5)] == [(), (1,), (1, 0), (), (1,)]
     for i in range(5):
         pixels = np.asarray(Image.open(io.BytesIO(source[i].image)))
         np.testing.assert_array_equal(pixels, picture(i))
     with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
         record = json.load(tar.extractfile("000000001.json"))
-    assert record["class"] == "a"
+    assert (record["label"], record["class"]) == (0, "z")
     assert record["key"].endswith("train 1")
 
 

@@ -1,6 +1,7 @@
 """The order, the batches and their faults, against what the definitions say by hand."""
 
 import collections
+import dataclasses
 import io
 import subprocess
 import sys
@@ -47,7 +48,7 @@ class Numbers:
             raise fault
         if fault is not None:
             text = fault
-        return Example(show(index), one(text), label=index % 2, key=f"key {index}")
+        return Example(show(index), one(text), labels=(index % 2,), key=f"key {index}")
 
 
 def one(text: str) -> Captions:
@@ -254,12 +255,12 @@ class Photos:
     def __getitem__(self, index: int) -> Example:
         file = io.BytesIO()
         Image.fromarray(self.pixels(index)).save(file, "PNG")
-        return Example(file.getvalue(), one(f"photo {index}"), label=-1, key=str(index))
+        return Example(file.getvalue(), one(f"photo {index}"), labels=(), key=str(index))
 
 
-def evaluate(source, tokenizer_=TOKENIZER, **options) -> list[dict[str, np.ndarray]]:
+def evaluate(source, **options) -> list[dict[str, np.ndarray]]:
     options = {"batch_size": 4, "part": 0, "parts": 1, "threads": 2, **options}
-    return list(pipeline.eval_batches(source, tokenizer_, image_size=SIZE, **options))
+    return list(pipeline.eval_batches(source, image_size=SIZE, **options))
 
 
 class TestEvalBatches:
@@ -276,25 +277,21 @@ class TestEvalBatches:
         assert joined["index"].tolist() == list(range(12))
         assert joined["label"].tolist() == [0, 1] * 5 + [-1, -1]
         assert read(joined["image"])[:10].tolist() == list(range(10))
-        expected = TOKENIZER([f"number {index}" for index in range(10)])
-        np.testing.assert_array_equal(joined["tokens"][:10], expected)
         types = {name: value.dtype for name, value in joined.items()}
         assert types == {
             "image": np.uint8,
-            "tokens": np.int32,
             "label": np.int32,
             "index": np.int32,
             "mask": bool,
         }
 
     def test_limit_and_no_captions(self):
-        batches = evaluate(Numbers(10, {1: ""}), None, limit=5)
+        batches = evaluate(Numbers(10, {1: ""}), limit=5)
         assert [batch["mask"].sum() for batch in batches] == [4, 1]
-        assert "tokens" not in batches[0]
         assert len(evaluate(Numbers(3), limit=500)) == 1
 
     def test_unusable_examples_are_masked_and_logged(self, caplog):
-        faults = {2: BadExample("unreadable image", "key 2"), 5: " "}
+        faults = {2: BadExample("unreadable image", "key 2"), 5: BadExample("no image", "key 5")}
         batches = evaluate(Numbers(8, faults))
         mask = np.concatenate([batch["mask"] for batch in batches])
         assert np.flatnonzero(~mask).tolist() == [2, 5]
@@ -309,6 +306,32 @@ class TestEvalBatches:
         (batch,) = evaluate(Photos(1))
         resized = Image.fromarray(Photos(1).pixels(0)).resize((13, SIZE), Image.BICUBIC)
         np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[:, 2:10])
+
+
+class Captioned(Numbers):
+    """Example i has i captions, of which the second is empty once it is cleaned."""
+
+    def __getitem__(self, index: int) -> Example:
+        texts = tuple("&nbsp;" if k == 1 else f"{index} has {k}" for k in range(index))
+        example = super().__getitem__(index)
+        return dataclasses.replace(example, captions=Captions(texts, (1.0,) * index))
+
+
+class TestEvalCaptions:
+    def test_all_of_every_example_in_order(self, caplog):
+        source = Captioned(6, {4: BadExample("unreadable file", "key 4")})
+        tokens, index = pipeline.eval_captions(source, TOKENIZER, threads=3)
+        assert index.tolist() == [1, 2, 3, 3, 5, 5, 5, 5]
+        texts = ["1 has 0", "2 has 0", "3 has 0", "3 has 2", *(f"5 has {k}" for k in (0, 2, 3, 4))]
+        np.testing.assert_array_equal(tokens, TOKENIZER(texts))
+        assert (tokens.dtype, index.dtype) == (np.int32, np.int32)
+        assert "key 0 has no caption" in caplog.text
+
+    def test_limit(self):
+        _, index = pipeline.eval_captions(Captioned(6), TOKENIZER, threads=0, limit=3)
+        assert index.tolist() == [1, 2]
+        tokens, index = pipeline.eval_captions(Captioned(6), TOKENIZER, threads=0, limit=1)
+        assert (tokens.shape, index.shape) == ((0, 16), (0,))
 
 
 def test_leaving_a_pipeline_open_does_not_hang_the_exit():

@@ -5,16 +5,16 @@ import io
 import re
 from dataclasses import replace
 from datetime import UTC, datetime
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from html_page import Page
 from PIL import Image
 
-from clip_jax.evals.report import duration, interval, percent, write_report
+from clip_jax.evals.report import write_report
 from clip_jax.evals.results import GalleryRow, Mistake, RetrievalResult, RunSummary, ZeroshotResult
+from clip_jax.pages.page import duration, percent
 
-VOID = {"meta", "img", "br", "hr", "input", "link", "path", "rect", "use"}
 SECTIONS = ["curves", "zeroshot", "retrieval", "data", "run"]
 EVIL = "<script>alert(1)</script>"
 START = datetime(2026, 3, 4, 12, 30, tzinfo=UTC)
@@ -33,61 +33,6 @@ SUMMARY = RunSummary(
     truncated=7,
     config_text="seed: 0\nbatch_size: 128\n",
 )
-
-
-class Page(HTMLParser):
-    """Elements in order, each with tag, attributes and text; tables by id as rows of texts."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.elements: list[dict] = []
-        self.open: list[dict] = []
-        self.unbalanced: list[str] = []
-        self.feed(text)
-        self.close()
-        self.unbalanced += [element["tag"] for element in self.open]
-
-    def handle_starttag(self, tag, attrs):
-        element = {"tag": tag, "attrs": dict(attrs), "text": "", "parents": list(self.open)}
-        self.elements.append(element)
-        if tag not in VOID:
-            self.open.append(element)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if self.open and self.open[-1] is self.elements[-1]:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        if tag in VOID:
-            return
-        if not self.open or self.open.pop()["tag"] != tag:
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data):
-        for element in self.open:
-            element["text"] += data
-
-    def find(self, tag: str, inside: str | None = None) -> list[dict]:
-        """Elements of a tag, of those inside the element with an id."""
-        return [
-            element
-            for element in self.elements
-            if element["tag"] == tag
-            and (inside is None or any(p["attrs"].get("id") == inside for p in element["parents"]))
-        ]
-
-    def rows(self, inside: str) -> list[list[str]]:
-        """Cells of the table body with or within an id."""
-        return [
-            [
-                " ".join(cell["text"].split())
-                for cell in self.elements
-                if cell["tag"] in ("td", "th") and any(parent is row for parent in cell["parents"])
-            ]
-            for row in self.find("tr", inside)
-            if any(parent["tag"] == "tbody" for parent in row["parents"])
-        ]
 
 
 @pytest.fixture
@@ -364,11 +309,3 @@ def test_duration(seconds, text):
 )
 def test_percent(share, text):
     assert percent(share).replace("\xa0", " ") == text
-
-
-def test_interval_is_wilsons():
-    """Against its definition: the ends are where |p - share| is 1.96 standard errors of p."""
-    for share, n in ((0.95, 360), (0.0, 20), (1.0, 7)):
-        for end in interval(share, n):
-            error = 1.959964 * np.sqrt(max(end * (1 - end), 0) / n)
-            np.testing.assert_allclose(abs(end - share), error, atol=1e-9)

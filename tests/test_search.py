@@ -94,8 +94,7 @@ def make_store(directory: pathlib.Path, embeds: np.ndarray, part: int, **fields)
     settings = {
         "data": {"data": "nowhere"},
         "examples": numbers[-1] + 1,
-        "columns": ("image_embed",),
-        "width": embeds.shape[1],
+        "columns": {"image_embed": embeds.shape[1]},
         "dtype": "float32",
         "format": "parquet",
         "part_rows": part,
@@ -107,7 +106,10 @@ def make_store(directory: pathlib.Path, embeds: np.ndarray, part: int, **fields)
     for i in range(store.manifest.parts):
         first, stop = store.range(i)
         inside = [at for at, n in enumerate(numbers) if first <= n < stop]
-        rows = [Row(numbers[at], f"key{numbers[at]}", "", -1) for at in inside]
+        rows = [
+            Row(numbers[at], f"key{numbers[at]}", [f"of {at}", "again"], [at % 3], [])
+            for at in inside
+        ]
         store.write(i, rows, {"image_embed": embeds[inside]}, {})
     return open_store(directory)
 
@@ -118,9 +120,11 @@ def test_a_store_gives_back_what_was_written(format_, tmp_path):
     store = make_store(tmp_path, embeds, 100, format=format_)
     np.testing.assert_array_equal(np.concatenate(list(store.blocks("image_embed"))), embeds)
     assert sum(store.counts()) == 250
-    assert [row.key for row in store.rows([249, 0, 90, 89, 0])] == [
-        *("key276", "key0", "key100", "key98", "key0")
-    ]
+    rows = store.rows([249, 0, 90, 89, 0])
+    assert [row.key for row in rows] == ["key276", "key0", "key100", "key98", "key0"]
+    assert rows[0] == Row(276, "key276", ["of 249", "again"], [0], [])
+    assert rows[0].caption == "of 249"
+    assert Row(0, "", [], [], []).caption == ""
 
 
 def test_the_index_finds_what_exact_search_finds(tmp_path, mesh8):

@@ -211,15 +211,17 @@ class TestTfRecords:
             assert source.stored == [50, 50]
 
     def test_examples(self, tmp_path):
-        first = example(image=picture(1), caption=["one", "uno"], kind="cat", id=3)
+        first = example(image=picture(1), caption=["one", "uno"], kind=["dog", "cat"], id=3)
         second = example(image=picture(2), caption="two", kind="dog")
         write_records(tmp_path / "train.tfrecord", [first, second, b"\xff", example(caption="x")])
         spec = {"type": "tfrecord", "path": str(tmp_path / "*.tfrecord")}
         source = open_source(**spec, label_key="kind", text_key="caption")
         assert [source[i].image for i in range(2)] == [picture(1), picture(2)]
         assert source[0].captions.texts == ("one", "uno")
-        assert [source[0].label, source[1].label] == [0, 1]
+        assert [source[0].labels, source[1].labels] == [(1, 0), (1,)]
         assert source.class_names == ("cat", "dog")
+        grouped = open_source(**spec, group_keys="id,kind")
+        assert [grouped[i].groups for i in range(2)] == [("3", "dog"), ("", "dog")]
         assert open_source(**spec)[1].text == "two"
         for index, reason in ((2, "unreadable record"), (3, "no image")):
             with pytest.raises(BadExample) as caught:

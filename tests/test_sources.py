@@ -68,17 +68,36 @@ class TestFolder:
             ImageFolder(str(tmp_path), "", "")
         with pytest.raises(UserError, match="label_key"):
             ImageFolder(str(tmp_path), "words", "species")
+        with pytest.raises(UserError, match="group_keys"):
+            ImageFolder(str(tmp_path), "words", "kind", "race")
+
+    def test_a_named_table_of_classes_and_groups(self, tmp_path):
+        """As FairFace has it: no captions; several classes in a cell, none in another."""
+        self.images(tmp_path)
+        table = "file,kind,sex,age\nx/a.png,dog; cat,f,20-29\nb.png,,m,\nc.png,cat,f,9\n"
+        (tmp_path / "labels.csv").write_text(table)
+        source = ImageFolder(str(tmp_path / "labels.csv"), "", "kind", "age, sex")
+        assert source.class_names == ("cat", "dog")
+        assert [source[i].labels for i in range(3)] == [(1, 0), (), (0,)]
+        assert [source[i].label for i in range(3)] == [1, -1, 0]
+        assert [source[i].groups for i in range(3)] == [("20-29", "f"), ("", "m"), ("9", "f")]
+        assert source[0].captions.texts == ()
 
     def test_captions_beside_images(self, tmp_path):
         self.images(tmp_path)
         (tmp_path / "x" / "a.txt").write_text("of a")
-        (tmp_path / "b.json").write_text('{"caption": "of b", "alt": "alternative", "kind": 3}')
+        (tmp_path / "b.json").write_text(
+            '{"caption": "of b", "alt": "alternative", "kind": 3, "many": [4, 2, 4], "old": true}'
+        )
         source = ImageFolder(str(tmp_path), "", "")
         assert contents(source) == [("b.png", "of b"), ("x/a.png", "of a")]
         assert source.problems == {"no caption": 1}
         source = ImageFolder(str(tmp_path), "alt", "kind")
         assert contents(source) == [("b.png", "alternative")]
         assert source[0].label == 3
+        source = ImageFolder(str(tmp_path), "alt", "many", "old,kind,new")
+        assert source[0].labels == (4, 2)
+        assert source[0].groups == ("True", "3", "")
 
     def test_folders_as_classes(self, tmp_path):
         for name in ("great_dane", "cat"):
@@ -118,6 +137,9 @@ def store(data_dir, file_format: str) -> None:
             "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
             "nested": {"words": tfds.features.Text()},
             "label": tfds.features.ClassLabel(names=["even", "odd"]),
+            "objects": tfds.features.Sequence(
+                {"label": tfds.features.ClassLabel(names=["a", "b", "c"]), "area": np.float32}
+            ),
             "pixels": tfds.features.Tensor(shape=(2, 2, 1), dtype=np.uint8),
         }
     )
@@ -129,6 +151,7 @@ def store(data_dir, file_format: str) -> None:
                 "captions": [{"text": f"caption {i}", "id": i}, {"text": "second", "id": 0}],
                 "nested": {"words": f"words {i}"},
                 "label": i % 2,
+                "objects": [{"label": n, "area": 0.5} for n in (2, i % 2, 2)[: i % 4]],
                 "pixels": np.full((2, 2, 1), i, np.uint8),
             },
         )
@@ -183,6 +206,22 @@ class TestTfds:
         ]
         np.testing.assert_array_equal(source[0].image, np.full((2, 2, 3), 10))
         assert source[0].label == -1
+        assert source[0].groups == ()
+
+    def test_several_labels_and_groups(self, prepared):
+        source = open_source(
+            type="tfds",
+            path=prepared,
+            name="tiny_pairs",
+            split="test",
+            text_key="captions/text",
+            label_key="objects/label",
+            group_keys="label,nested/words",
+        )
+        assert source.class_names == ("a", "b", "c")
+        assert [source[i].labels for i in range(3)] == [(), (2,), (2, 0)]
+        assert [source[i].groups for i in range(2)] == [("even", "words 0"), ("odd", "words 1")]
+        assert source[0].captions.texts == ("caption 0", "second")
 
     def test_wrong_names(self, prepared):
         spec = {"type": "tfds", "path": prepared, "name": "tiny_pairs", "split": "train"}
@@ -195,6 +234,7 @@ class TestTfds:
             ({"image_key": "img"}, "image_key.*captions/text.*nested/words"),
             ({"text_key": "words"}, "text_key.*nested/words"),
             ({"label_key": "class"}, "label_key.*label"),
+            ({"group_keys": "label,sex"}, "'sex'.*group_keys.*nested/words"),
         ]:
             with pytest.raises(UserError, match=message):
                 open_source(**{**spec, **change})

@@ -1,16 +1,20 @@
-"""Starting from another run's model, at the same or another resolution."""
+"""Starting from another run's model or published weights, at the same or another resolution."""
 
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 import tiny_run
+import tiny_weights
+from test_convert_load import write_tokenizer
 
 import clip_jax
-from clip_jax import train
+from clip_jax import convert, train
 from clip_jax.errors import UserError
 from clip_jax.models.resize import image_positions, resize_positions
+from configs import siglip_b16
 
 
 def cubic_weights(old: int, new: int) -> np.ndarray:
@@ -74,3 +78,64 @@ def test_a_relative_workdir(tmp_path, monkeypatch):
     start_from_finished(pathlib.Path("runs/tiny"), {})
     assert (tmp_path / "runs/tiny/checkpoints/1").is_dir()
     assert clip_jax.load("runs/tiny").encode_text("a seven").shape == (1, 16)
+
+
+# ---- SigLIP, from a folder of transformers -----------------------------------------------------
+
+
+@pytest.fixture
+def siglip(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A tiny one, its tokenizer beside it."""
+    pytest.importorskip("tensorflow_text")
+    folder = tmp_path / "siglip"
+    convert.write(tiny_weights.make("siglip"), folder, "huggingface")
+    write_tokenizer(folder / "spiece.model")
+    return folder
+
+
+def siglip_config(folder: pathlib.Path, *flags: str, **settings):
+    """configs/siglip_b16.py:smoke in the shape of `tiny_weights`; flags as on a command line."""
+    config = siglip_b16.get_config("smoke")
+    shape = {"embed_dim": 64, "text_heads": 1, "context_length": 10}
+    settings |= {f"model.size.{name}": value for name, value in shape.items()}
+    settings |= {"init_from": str(folder), "optim.learning_rate": 0.0, "model.remat": "none"}
+    settings |= {"eval.zeroshot.source.type": "", "checkpoint.best_metric": "", "batch_size": 8}
+    settings |= {"eval.retrieval.source.type": "", "mesh.zero1": False, "log.tensorboard": False}
+    for flag in flags:
+        name, _, value = flag.removeprefix("--config.").partition("=")
+        settings[name] = int(value) if value.isdecimal() else value
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
+    """And with that it trains, resumes and is converted back, tokenizer included."""
+    with pytest.raises(
+        UserError, match=r"vocab_size 60, not 49408; the tokenizer siglip:"
+    ) as error:
+        train.train(siglip_config(siglip, duration="1 steps"), tmp_path / "run")
+    flags = re.findall(r"--config\.\S+[^.\s]", str(error.value))
+    wanted = f"--config.tokenizer=siglip:{siglip}/spiece.model"
+    assert flags == ["--config.model.size.vocab_size=60", wanted]
+
+    longer = {"duration": "2 steps", "checkpoint.allow_config_change": True}
+    with tiny_run.compile_once():
+        train.train(siglip_config(siglip, *flags, duration="1 steps"), tmp_path / "run")
+        (siglip / "model.safetensors").unlink()  # needed to start, not to go on
+        train.train(siglip_config(siglip, *flags, **longer), tmp_path / "run")
+    assert (tmp_path / "run/checkpoints/2").is_dir()
+    convert.write(convert.read(tmp_path / "run"), tmp_path / "back", "huggingface")
+    ours, back = tiny_weights.make("siglip"), convert.read(tmp_path / "back")
+    assert back.size == ours.size
+    for name in ours.tensors.shapes:
+        np.testing.assert_array_equal(back.tensors.read(name), ours.tensors.read(name), name)
+    texts = ["a cat", "cats"]
+    rows = clip_jax.load(tmp_path / "run").tokenizer(texts)
+    np.testing.assert_array_equal(clip_jax.load(tmp_path / "back").tokenizer(texts), rows)
+    np.testing.assert_array_equal(rows[0, :3], [3, 4, 1])
+
+
+def test_a_clip_model_cannot_read_the_ids_of_siglip(siglip, tmp_path):
+    settings = {"tokenizer": f"siglip:{siglip}/spiece.model", "model.size.vocab_size": 9}
+    with pytest.raises(UserError, match=r"largest id, which SigLIP's end token is not"):
+        train.train(tiny_run.config(settings), tmp_path / "run")

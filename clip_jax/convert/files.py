@@ -127,6 +127,7 @@ def check_held(where: str, held: models.Size, wanted: models.Size) -> None:
     """Raises UserError unless the size that a format can express is the model's."""
     if found := differences(wanted, held):
         raise UserError(
-            f"{where} has no such model: ours has {'; '.join(found)}. Convert it with another --to "
-            "(clip_jax holds every model), or, for the activation alone, say --activation."
+            f"{where} has no such model: ours has {'; '.join(found.values())}. Convert it with "
+            "another --to (clip_jax holds every model), or, for the activation alone, say "
+            "--activation."
         )

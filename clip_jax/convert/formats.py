@@ -4,11 +4,13 @@ import dataclasses
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax.convert import big_vision, files, huggingface, open_clip, openai, tokens, torch_files
@@ -22,6 +24,7 @@ from clip_jax.weights import (
     is_folder,
     of_variables,
     read_folder,
+    to_variables,
     variable_shapes,
     write_folder,
 )
@@ -66,10 +69,27 @@ def read(
         weights = dataclasses.replace(weights, size=size)
     if model and (wrong := differences(weights.size, models.get_size(model))):
         raise UserError(
-            f"{source} is not {model}: it has {'; '.join(wrong)}. Leave --model out to take it as "
-            "it is."
+            f"{source} is not {model}: it has {'; '.join(wrong.values())}. Leave --model out to "
+            "take it as it is."
         )
     return weights
+
+
+def read_variables(
+    source: epath.PathLike, mesh: Mesh
+) -> tuple[models.Size, dict[str, Any], TokenizerFile]:
+    """A model in any format, split over a mesh as training splits it; errors as of `read`.
+
+    Args:
+      source: as of `read`; a workdir without a step means its most recent checkpoint.
+      mesh: where the parameters will live; every process of it calls this.
+    """
+    path = locate(source)
+    if _is_workdir(path):
+        net, variables, meta = checkpoint.load_model(path, mesh)
+        return net.size, variables, _tokenizer(meta)
+    found = read(path)
+    return found.size, to_variables(found, mesh), found.tokenizer
 
 
 def _convert(found: files.Found, path: epath.Path) -> Weights:
@@ -136,12 +156,12 @@ def _is_workdir(path: epath.Path) -> bool:
 def _read_workdir(path: epath.Path, step: int | None) -> Weights:
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     net, variables, meta = checkpoint.load_model(path, mesh, step)
-    name = meta["config"]["tokenizer"]
-    kind = TokenizerFile(name, meta["tokenizer"])
-    if name.endswith(".model"):
-        kind = TokenizerFile("sentencepiece", meta["tokenizer"], epath.Path(name))
     origin = {"source": str(path), "format": "clip_jax", "step": meta["step"]}
-    return Weights(net.size, of_variables(variables), kind, origin)
+    return Weights(net.size, of_variables(variables), _tokenizer(meta), origin)
+
+
+def _tokenizer(meta: Mapping[str, Any]) -> TokenizerFile:
+    return TokenizerFile.from_setting(meta["config"]["tokenizer"], meta["tokenizer"])
 
 
 def locate(source: epath.PathLike) -> epath.Path:

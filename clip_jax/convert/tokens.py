@@ -1,13 +1,9 @@
-"""Tokenizers that come with weights: recognised, checked, written, and SigLIP's own."""
+"""Tokenizers that come with weights: recognised, checked, written."""
 
 import functools
-import hashlib
 import json
 import shutil
-import string
-from collections.abc import Iterable, Sequence
 
-import numpy as np
 from etils import epath
 
 from clip_jax.data import bpe
@@ -19,88 +15,6 @@ from clip_jax.weights import TokenizerFile
 OPENAI = TokenizerFile("openai", tokenizers.OpenAITokenizer.identity)
 UNKNOWN = TokenizerFile("", "")
 _SIGLIP_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "tokenizer.json")
-_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-class SiglipTokenizer(tokenizers.Tokenizer):
-    """A SentencePiece vocabulary used as SigLIP does: text, then end tokens up to the context.
-
-    Texts are lower-cased and lose their punctuation first. There is no start token.
-    """
-
-    _END = 1  # also fills the rest of the row
-
-    def __init__(self, path: epath.Path, context_length: int):
-        """Raises UserError if `path` is neither a SentencePiece model nor a tokenizer.json."""
-        self.context_length = context_length
-        self.identity = siglip_identity(path)
-        load = _tokenizer_json if path.name.endswith(".json") else _sentencepiece
-        self._ids, self._text, self.vocab_size = load(path)
-
-    def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
-        if not texts:
-            return []
-        cleaned = [text.replace("_", " ").translate(_NO_PUNCTUATION).lower() for text in texts]
-        rows = self._ids([" ".join(text.split()) for text in cleaned])
-        return [np.asarray(ids, np.int32).tobytes() for ids in rows]
-
-    def _unpack(self, ids: list[int]) -> str:
-        return self._text(ids)
-
-    def _row(self, ids: bytes) -> bytes:
-        row = np.full(self.context_length, self._END, np.int32)
-        kept = np.frombuffer(ids, np.int32)[: self.context_length - 1]
-        row[: len(kept)] = kept
-        return row.tobytes()
-
-    def _length(self, ids: bytes) -> int:
-        return len(ids) // 4 + 1
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of one row of ids, up to the first end token."""
-        row = [int(token) for token in ids]
-        return self._text(row[: row.index(self._END)] if self._END in row else row).strip()
-
-
-def _tokenizer_json(path: epath.Path) -> tuple:
-    from tokenizers import Tokenizer
-
-    try:
-        model = Tokenizer.from_str(path.read_text())
-    except Exception as error:  # the library raises no narrower one
-        raise UserError(
-            f"The tokenizer {path} cannot be read ({error}). Take the tokenizer.json or .model "
-            "file that was published with the weights."
-        ) from error
-    model.no_padding()
-    model.no_truncation()
-
-    def ids(texts: list[str]) -> list[list[int]]:
-        return [row.ids for row in model.encode_batch(texts, add_special_tokens=False)]
-
-    return ids, model.decode, model.get_vocab_size()
-
-
-def _sentencepiece(path: epath.Path) -> tuple:
-    inner = tokenizers.create(str(path), context_length=2)
-    assert isinstance(inner, tokenizers.SentencePieceTokenizer)
-    model = inner._model
-    return (
-        lambda texts: [row.numpy() for row in model.tokenize(texts)],
-        lambda ids: model.detokenize(np.array(ids, np.int32)).numpy().decode("utf-8", "replace"),
-        inner.vocab_size - 2,  # without our start and end token
-    )
-
-
-def siglip_identity(path: epath.Path) -> str:
-    """Of a vocabulary file used as SigLIP does; UserError where there is none."""
-    try:
-        return f"siglip:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    except OSError as error:
-        raise UserError(
-            f"The tokenizer {path} cannot be read ({error}). Give --tokenizer the tokenizer.json "
-            "or .model file that was published with the weights."
-        ) from error
 
 
 def create(file: TokenizerFile, context_length: int) -> tokenizers.Tokenizer | None:
@@ -111,11 +25,7 @@ def create(file: TokenizerFile, context_length: int) -> tokenizers.Tokenizer | N
     """
     if not file.name:
         return None
-    if file.name == "siglip":
-        assert file.path is not None
-        made: tokenizers.Tokenizer = SiglipTokenizer(file.path, context_length)
-    else:
-        made = tokenizers.create(str(file.path or file.name), context_length)
+    made = tokenizers.create(file.setting, context_length)
     if made.identity != file.identity:
         raise UserError(
             f"The model was trained with the tokenizer {file.identity}, but "
@@ -129,7 +39,7 @@ def named(name: str, size: Size) -> TokenizerFile:
     if name == "openai":
         return _checked(OPENAI, bpe.VOCABULARY_SIZE, size, name)
     path = epath.Path(name).expanduser()
-    file = TokenizerFile("siglip", siglip_identity(path), path)
+    file = TokenizerFile("siglip", tokenizers.siglip_identity(path), path)
     made = create(file, size.context_length)
     assert made is not None
     return _checked(file, made.vocab_size, size, name)

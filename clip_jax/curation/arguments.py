@@ -49,7 +49,11 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         help="column, .json field or feature with the caption, several comma-separated; "
         "default: the usual names",
     )
-    made.add_argument("--label_key", default="", help="the same for the class; default: none")
+    made.add_argument(
+        "--label_key",
+        default="",
+        help='the same for the class; of tar shards "cls" and "npy" are files; default: none',
+    )
     made.add_argument(
         "--workers",
         type=at_least(0),

@@ -111,7 +111,7 @@ def try_example(example: "Example", tokenizer: "Tokenizer") -> "Image.Image":
 
     for text in example.captions.texts:
         tokens, _ = tokenizer.encode(text)
-        if tokens[1] == tokenizer.vocab_size - 1:  # the end token at once, as after "&nbsp;"
+        if tokenizer.is_empty(tokens):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
     if isinstance(example.image, bytes):
         return images.decode(example.image, example.key)

@@ -18,6 +18,7 @@ Writes to --out:
 """
 
 import argparse
+import pathlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -164,12 +165,12 @@ def _write_page(
     options: argparse.Namespace,
     table: "pa.Table",
 ) -> None:
-    from clip_jax.curation import page
+    from clip_jax.pages import page
 
     distances = Counter(float(f"{distance:.2f}") for distance in table["distance"].to_pylist())
     page.write(
         path,
-        "dedup.html.jinja",
+        pathlib.Path(__file__).with_name("dedup.html.jinja"),
         title=f"{options.data}: {table.num_rows:,} images like another",
         unit="1 - cosine" if options.checkpoint or options.embeddings else "bits",
         pairs=list(pairs),

@@ -6,8 +6,9 @@
 
 Every example is tried as training would; what cannot be used is left out and counted. Image files
 are copied as they are; stored pixels become PNG. Where an example has several captions or a class,
-KEY.json takes the place of KEY.txt: "caption", one or a list; "label", its number; "class", its
-name. Training reads the captions without further ado, and classes with source.label_key=label.
+KEY.json takes the place of KEY.txt: "caption", one or a list; "label", its number, or a list;
+"class", the same by name. Training reads the captions without further ado, and classes with
+source.label_key=label.
 KEY numbers the examples.
 
 Run the same command again after an interruption: finished shards are kept.
@@ -230,19 +231,23 @@ def _image_file(example: "Example", image: "Image.Image", resize: int | None) ->
 
 def _text_file(example: "Example", class_names: Sequence[str]) -> tuple[str, bytes]:
     texts = example.captions.texts
-    if len(texts) == 1 and example.label < 0:
+    if len(texts) == 1 and not example.labels:
         try:
             return "txt", texts[0].encode()
         except UnicodeEncodeError as error:  # half a character, as JSON can spell
             raise BadExample("invalid UTF-8 caption", example.key, str(error)) from None
     fields: dict[str, Any] = {"key": example.key}
     if texts:
-        fields["caption"] = texts[0] if len(texts) == 1 else texts
-    if example.label >= 0:
-        fields["label"] = example.label
+        fields["caption"] = _one_or_all(texts)
+    if example.labels:
+        fields["label"] = _one_or_all(example.labels)
         if class_names:
-            fields["class"] = class_names[example.label]
+            fields["class"] = _one_or_all([class_names[label] for label in example.labels])
     return "json", json.dumps(fields).encode()
+
+
+def _one_or_all(values: Sequence[Any]) -> Any:
+    return values[0] if len(values) == 1 else values
 
 
 def _kept(path: str, key: str) -> bool:

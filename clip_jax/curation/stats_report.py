@@ -2,15 +2,15 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
-from clip_jax.curation import page
 from clip_jax.curation.stats import POINTS, QUANTITIES
 from clip_jax.curation.tables import aligned
 from clip_jax.curation.tally import Tally
-from clip_jax.evals import plots
+from clip_jax.pages import curves, page, svg
 
 _BINS = 60
 
@@ -43,7 +43,7 @@ def write_page(
     ]
     page.write(
         path,
-        "stats.html.jinja",
+        Path(__file__).with_name("stats.html.jinja"),
         title=summary["data"],
         facts=_facts(summary),
         plots=drawn,
@@ -53,8 +53,8 @@ def write_page(
 
 def _histogram(tally: Tally, title: str):
     middles, shares = tally.histogram(_BINS)
-    label = f"{title}: median {plots.short(tally.percentiles([50])[0])}"
-    return plots.draw([plots.Series(title, middles, shares)], label, share=True)
+    label = f"{title}: median {svg.short(tally.percentiles([50])[0])}"
+    return curves.draw([curves.Series(title, middles, shares)], label, share=True)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
@@ -82,7 +82,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
     columns = [f"p{point}" for point in POINTS] + ["mean"]
     spread = [
-        [QUANTITIES[name], *(plots.short(values[column]) for column in columns)]
+        [QUANTITIES[name], *(svg.short(values[column]) for column in columns)]
         for name, values in summary["percentiles"].items()
     ]
     titles = ["least", *(f"{point} %" for point in POINTS[1:-1]), "most", "mean"]

@@ -83,7 +83,7 @@ def choose(captions: Captions, rng: np.random.Generator) -> str:
 
 
 def read_files(
-    txt: bytes | None,
+    txt: bytes | Sequence[bytes] | None,
     record: bytes | None,
     fields: Sequence[Field],
     key: str,
@@ -92,7 +92,7 @@ def read_files(
     """The captions among the files that stand beside an image.
 
     Args:
-      txt: the .txt file, None: there is none.
+      txt: the .txt file, or its captions one by one; None: there is none.
       record: the .json file, None: there is none.
       fields: of the .json file, "txt" standing for the .txt file; (): the .txt file, or else
         "caption" of the .json file.

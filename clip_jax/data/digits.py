@@ -13,7 +13,7 @@ import random
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from sklearn.datasets import load_digits
 
 from clip_jax.data.captions import Captions
@@ -36,6 +36,11 @@ _SMALL = (0.34, 0.38)  # alone, in some ninth of the canvas
 
 _MAX_ANGLE = 8.0  # degrees
 _PADDING = 2  # pixels of empty paper around a scan, so that its edge is interpolated smoothly
+
+# How far the shifts of "test" go.
+_TILT = 25.0  # degrees further than other scenes, to either side
+_BLUR = 0.08  # standard deviation, in sides of the canvas
+_NOISE = 60.0  # standard deviation, in grey levels
 
 # Frames of the digits of a pair: left, top, width, height.
 _BESIDE = ((0, 0.2, 0.5, 0.6), (0.5, 0.2, 0.5, 0.6))
@@ -88,8 +93,11 @@ class DigitScenes:
 
     Splits:
       "train": scenes of the training scans.
-      "test": every held-out scan once, alone and large, labelled; for zero-shot classification.
+      "train_scans": every training scan once, alone and large, labelled.
+      "test": every held-out scan once in the same way; for zero-shot classification.
       "test_scenes": scenes of the held-out scans composed as in "train"; for retrieval.
+      "test_inverted", "test_blurred", "test_noisy", "test_tilted": the images of "test", dark on
+        light, out of focus, with a grain, turned further; for robustness.
 
     Args:
       split: as above.
@@ -115,24 +123,25 @@ class DigitScenes:
                 f"{', '.join(SPLITS)}."
             )
         self._split = split
+        self._scenes = "test" if split in SHIFTS else split  # what is composed; shifts change it
         self._image_size = image_size
         self._seed = seed
         self._papers, self._digits = _scans()
         train, held_out = _split_scans()
-        self._rows = train if split == "train" else held_out
+        self._rows = train if split in ("train", "train_scans") else held_out
         self._rows_of = [[r for r in self._rows if self._digits[r] == d] for d in range(10)]
-        self._length = {"train": TRAIN_SCENES, "test": len(held_out), "test_scenes": TEST_SCENES}
 
     def __len__(self) -> int:
-        return self._length[self._split]
+        composed = {"train": TRAIN_SCENES, "test_scenes": TEST_SCENES}
+        return composed.get(self._scenes, len(self._rows))
 
     def __getitem__(self, index: int) -> Example:
         rng = self._rng(index)
         glyphs = self._compose(rng, index)
         return Example(
-            image=self._draw(glyphs),
+            image=self._shift(self._draw(glyphs), index),
             captions=Captions((_caption(rng, glyphs),), (1.0,)),
-            label=glyphs[0].digit if len(glyphs) == 1 else -1,
+            labels=(glyphs[0].digit,) if len(glyphs) == 1 else (),
             key=f"digits {self._split} {index}",
         )
 
@@ -144,11 +153,15 @@ class DigitScenes:
         if not 0 <= index < len(self):
             raise IndexError(f"{index} is not in [0, {len(self)})")
         # random.Random rather than NumPy's: a third of the time for a handful of draws.
-        return random.Random(f"{self._seed} {self._split} {index}")
+        return random.Random(f"{self._seed} {self._scenes} {index}")
 
     def _compose(self, rng: random.Random, index: int) -> tuple[Glyph, ...]:
-        if self._split == "test":
-            return (self._glyph(rng, self._rows[index], _LARGE),)
+        if self._scenes in ("train_scans", "test"):
+            glyph = self._glyph(rng, self._rows[index], _LARGE)
+            if self._split == "test_tilted":
+                turned = glyph.angle + math.copysign(_TILT, glyph.angle)
+                glyph = dataclasses.replace(glyph, angle=turned)
+            return (glyph,)
         kind = rng.random()
         if kind < _SINGLE_LARGE:
             return (self._glyph(rng, self._pick(rng), _LARGE),)
@@ -192,8 +205,20 @@ class DigitScenes:
         )
         return np.asarray(paper)
 
+    def _shift(self, image: np.ndarray, index: int) -> np.ndarray:
+        if self._split == "test_inverted":
+            return 255 - image
+        if self._split == "test_blurred":
+            blur = ImageFilter.GaussianBlur(_BLUR * self._image_size)
+            return np.asarray(Image.fromarray(image).filter(blur))
+        if self._split == "test_noisy":
+            grain = np.random.default_rng([self._seed, index]).normal(0, _NOISE, image.shape[:2])
+            return np.clip(np.round(image + grain[:, :, None]), 0, 255).astype(np.uint8)
+        return image
 
-SPLITS = ("train", "test", "test_scenes")
+
+SHIFTS = ("test_inverted", "test_blurred", "test_noisy", "test_tilted")
+SPLITS = ("train", "train_scans", "test", "test_scenes", *SHIFTS)
 
 
 def _caption(rng: random.Random, glyphs: tuple[Glyph, ...]) -> str:

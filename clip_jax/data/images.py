@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_jax.data import crops
 from clip_jax.data.crops import Crop
@@ -104,6 +104,8 @@ def _reading(key: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise BadExample("too many pixels", key, str(error)) from None
+    except UnidentifiedImageError:  # whose text is the address of a buffer
+        raise BadExample("unreadable image", key, "no known image format") from None
     # Damaged files make Pillow raise anything from EOFError to struct.error.
     except Exception as error:
         raise BadExample("unreadable image", key, f"{type(error).__name__}: {error}") from None

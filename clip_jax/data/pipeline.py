@@ -1,9 +1,11 @@
 """Sources to batches: one pipeline per host, entered at any example."""
 
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -179,7 +181,6 @@ class TrainPipeline:
 
 def eval_batches(
     source: Source,
-    tokenizer: Tokenizer | None,
     *,
     batch_size: int,
     image_size: int,
@@ -193,7 +194,6 @@ def eval_batches(
 
     Args:
       source: of the examples.
-      tokenizer: None: the captions are not needed, and "tokens" is left out.
       batch_size: examples per step, over all hosts; the last batch is padded, so every host
         yields the same number of batches of batch_size / parts rows.
       image_size: pixels along a side.
@@ -204,9 +204,8 @@ def eval_batches(
       crop: how an image becomes a square; not a random one.
 
     Yields:
-      dict(image uint8 [b, h, w, 3], tokens int32 [b, l], label int32 [b], index int32 [b] of the
-      example in the source, mask bool [b]). The mask is False at padding and where an example
-      is unusable, which is logged.
+      dict(image uint8 [b, h, w, 3], label int32 [b], index int32 [b] of the example in the source,
+      mask bool [b]). The mask is False at padding and where an image is unusable, which is logged.
     """
     rows = _local_rows(batch_size, part, parts)
     total = len(source) if limit is None else min(limit, len(source))
@@ -218,13 +217,13 @@ def eval_batches(
         index = step * batch_size + rows[row]
         if index < total:
             try:
-                return _eval_row(source, tokenizer, image_size, crop, index)
+                return _eval_row(source, image_size, crop, index)
             except BadExample as bad:
                 skipped[bad.reason] += 1
                 logging.warning("Left out of the evaluation: %s", bad)
-        return _empty_row(tokenizer, image_size, index)
+        return _empty_row(image_size, index)
 
-    like = _empty_row(tokenizer, image_size, 0)
+    like = _empty_row(image_size, 0)
     yield from loading.batches(
         load, like, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
     )
@@ -235,6 +234,41 @@ def eval_batches(
             total,
             dict(skipped),
         )
+
+
+def eval_captions(
+    source: Source, tokenizer: Tokenizer, *, threads: int, limit: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """All captions of every example, in stored order; every host reads them all.
+
+    Args:
+      source: of the examples.
+      tokenizer: of the captions.
+      threads: that read; 0: one per CPU core.
+      limit: the first so many examples; None: all.
+
+    Returns:
+      The captions, int32 [n, l], and the index of each one's example in the source, int32 [n]. Of
+      an unusable example there is none; nor of one without a caption, which is logged.
+    """
+    total = len(source) if limit is None else min(limit, len(source))
+
+    def load(index: int) -> list[np.ndarray]:
+        try:
+            example = source[index]
+        except BadExample:  # as its image is missing too, `eval_batches` says so
+            return []
+        rows = [tokenizer.encode(text)[0] for text in example.captions.texts]
+        full = [row for row in rows if not tokenizer.is_empty(row)]
+        if not full:
+            logging.warning("Left out of the evaluation: %s has no caption", example.key)
+        return full
+
+    with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        found = list(pool.map(load, range(total)))
+    tokens = [row for rows in found for row in rows]
+    index = np.repeat(np.arange(total, dtype=np.int32), [len(rows) for rows in found])
+    return np.array(tokens, np.int32).reshape(-1, tokenizer.context_length), index
 
 
 def _local_rows(batch_size: int, part: int, parts: int) -> range:
@@ -251,31 +285,24 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
 def _tokens(text: str, key: str, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
     """int32 [context_length], and whether the caption was cut; BadExample where it is empty."""
     tokens, truncated = tokenizer.encode(text)
-    if tokens[1] == tokenizer.vocab_size - 1:  # the end token at once, as after "&nbsp;"
+    if tokenizer.is_empty(tokens):  # as after "&nbsp;"
         raise BadExample("empty caption", key)
     return tokens, truncated
 
 
-def _eval_row(
-    source: Source, tokenizer: Tokenizer | None, image_size: int, crop: Crop, index: int
-) -> loading.Row:
+def _eval_row(source: Source, image_size: int, crop: Crop, index: int) -> loading.Row:
     example = source[index]
-    row = _empty_row(tokenizer, image_size, index)
+    row = _empty_row(image_size, index)
     row["image"] = images.pixels(example.image, example.key, image_size, crop, None)
     row["label"] = np.int32(example.label)
     row["mask"] = np.bool_(True)
-    if tokenizer is not None:
-        row["tokens"], _ = _tokens(example.text, example.key, tokenizer)
     return row
 
 
-def _empty_row(tokenizer: Tokenizer | None, image_size: int, index: int) -> loading.Row:
-    row: loading.Row = {
+def _empty_row(image_size: int, index: int) -> loading.Row:
+    return {
         "image": np.zeros((image_size, image_size, 3), np.uint8),
         "label": np.int32(-1),
         "index": np.int32(index),
         "mask": np.bool_(False),
     }
-    if tokenizer is not None:
-        row["tokens"] = np.zeros(tokenizer.context_length, np.int32)
-    return row

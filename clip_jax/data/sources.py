@@ -20,19 +20,26 @@ class Example:
     Attributes:
       image: an encoded file, or uint8 [h, w, 3].
       captions: all of them, and how often training draws each; none where the set has none.
-      label: class index, -1: none.
+      labels: class indices, each once; none where it has no class, or none of those that count.
       key: names the example in messages.
+      groups: what the source's `group_keys` hold, "" where there is nothing; for bias probes.
     """
 
     image: bytes | np.ndarray
     captions: Captions
-    label: int
+    labels: tuple[int, ...]
     key: str
+    groups: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         """The first caption, which evaluation takes; "" where there is none."""
         return self.captions.texts[0] if self.captions.texts else ""
+
+    @property
+    def label(self) -> int:
+        """The first class, for sets with one per example; -1: none."""
+        return self.labels[0] if self.labels else -1
 
 
 class Source(Protocol):
@@ -85,11 +92,11 @@ def create(
     if spec.type == "folder":
         from clip_jax.data.folder import ImageFolder
 
-        return ImageFolder(spec.path, spec.text_key, spec.label_key)
+        return ImageFolder(spec.path, spec.text_key, spec.label_key, spec.group_keys)
     if spec.type == "tar":
         from clip_jax.data.tar import TarShards
 
-        keys = spec.text_key, spec.label_key
+        keys = spec.text_key, spec.label_key, spec.group_keys
         return TarShards(spec.path, *keys, spare=spare, run=run, kept_runs=kept_runs)
     if spec.type == "tfds":
         from clip_jax.data.tfds_source import TfdsSource
@@ -132,4 +139,4 @@ class Synthetic:
         shape = (self._image_size, self._image_size, 3)
         image = np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
         text = " ".join(rng.choice(_WORDS, size=rng.integers(4, 17)))
-        return Example(image, Captions((text,), (1.0,)), label=-1, key=f"synthetic {index}")
+        return Example(image, Captions((text,), (1.0,)), labels=(), key=f"synthetic {index}")

@@ -9,8 +9,8 @@ from typing import IO, Any
 
 from etils import epath
 
-from clip_jax.data import captions, files, shard_index, tar_index
-from clip_jax.data.labels import number_labels
+from clip_jax.data import captions, files, shard_index, tar_index, tar_labels
+from clip_jax.data.labels import Labels, group, number_labels, parse_groups
 from clip_jax.data.runs import RunCache
 from clip_jax.data.sources import Example
 from clip_jax.data.tar_index import BLOCK, Sample, Span
@@ -25,46 +25,50 @@ class TarShards:
     """Random access to the samples of tar shards, through an index that is kept beside them.
 
     The index takes 24 bytes per sample, mapped from its file. A shard is opened for each read, so
-    there may be more shards than a process may have files open.
+    there may be more shards than a process may have files open. What CLIP_benchmark's layout says
+    of the set, in the directory above that of the shards, is heeded.
 
     Attributes:
       problems: number of damaged shards, and of samples left out for lack of a file, by reason.
-      class_names: of the labels, where `label_key` names a field of text.
-      templates: none.
+      labels: of every sample; None: without `label_key`.
+      class_names: of the labels, where `label_key` names a field of text or the layout has them.
+      templates: those of the layout.
     """
-
-    templates: tuple[str, ...] = ()
 
     def __init__(
         self,
         paths: str,
         text_key: str = "",
         label_key: str = "",
+        group_keys: str = "",
         *,
         spare: epath.Path | None = None,
         run: int = 1,
         kept_runs: int = 0,
     ):
-        """Reads the index, or every header of every shard; with `label_key` every .json file too.
+        """Reads the index, or every header of every shard; with `label_key` every label too.
 
         Args:
           paths: files, directories, patterns and brace ranges, comma-separated; local or gs://.
           text_key: fields of the .json file with captions, "txt" standing for the .txt file, as
             `captions.parse_fields` has them; "": the .txt file, or else "caption" of the .json.
-          label_key: field of the .json file with the class; "": no classes. With it, captions may
-            be missing.
+          label_key: field of the .json file with the class, or "cls" or "npy": the file with it;
+            "": no classes. With it, captions may be missing.
+          group_keys: fields of the .json file with the groups of an example, comma-separated.
           spare: directory for the index where that of the shards cannot be written to.
           run: neighbours that are read at once.
           kept_runs: of these, how many are held in memory; 0: every sample is read by itself.
 
         Raises:
-          UserError: no shards, or no usable sample in them.
+          UserError: no shards, no usable sample in them, or a class without a name.
         """
         self._fields = captions.parse_fields(text_key)
         self._captioned = not label_key
+        self._group_keys = parse_groups(group_keys)
         self._shards = find(paths)
         self._missing_until: dict[int, float] = {}
-        found = shard_index.load(self._shards, tar_index.KIND, spare)
+        kind = tar_index.LABELLED if label_key in tar_labels.FILES else tar_index.KIND
+        found = shard_index.load(self._shards, kind, spare)
         self.problems: Counter[str] = shard_index.count_problems(found)
         self._rows = [shard.rows for shard in found]
         # Number of the first sample of each shard, and of all samples.
@@ -75,9 +79,19 @@ class TarShards:
                 f" ({dict(self.problems) or 'they are empty'}). A sample is KEY.jpg, .png or .webp"
                 " beside KEY.txt, or beside KEY.json with the caption under source.text_key."
             )
-        self._labels, self.class_names = None, ()
+        layout = tar_labels.read_layout(self._shards[0].parent.parent)
+        self.templates: tuple[str, ...] = layout.templates
+        self.class_names: tuple[str, ...] = ()
+        self._a_caption_per_line = layout.type == "retrieval"
+        self.labels: Labels | None = None
         if label_key:
-            self._labels, self.class_names = number_labels(self._read_labels(label_key))
+            self.labels, names = number_labels(self._read_labels(label_key))
+            self.class_names = names or layout.class_names
+            if layout.class_names and self.labels.largest >= len(self.class_names):
+                raise UserError(
+                    f"The shards of source.path = {paths!r} have class {self.labels.largest}, but "
+                    f"classnames.txt above them names only {len(self.class_names)}."
+                )
         self._run = run
         self._runs = RunCache(self._read_run, kept_runs) if kept_runs else None
 
@@ -92,13 +106,17 @@ class TarShards:
         if isinstance(contents, BadExample):
             raise contents
         key = f"{self._shards[self._shard(index)].name}/{_stem(contents['header'])}"
+        txt, record = contents.get("txt"), contents.get("json")
+        if txt is not None and self._a_caption_per_line:
+            txt = txt.splitlines()
         return Example(
             image=contents["image"],
-            captions=captions.read_files(
-                contents.get("txt"), contents.get("json"), self._fields, key, self._captioned
-            ),
-            label=-1 if self._labels is None else int(self._labels[index]),
+            captions=captions.read_files(txt, record, self._fields, key, self._captioned),
+            labels=() if self.labels is None else self.labels[index],
             key=key,
+            groups=tuple(
+                group(captions.read_field(record, name, key)) for name in self._group_keys
+            ),
         )
 
     def _shard(self, index: int) -> int:
@@ -112,6 +130,8 @@ class TarShards:
             wanted = {"txt" if name == "txt" else "json" for name, _ in self._fields}
         else:
             wanted = {"txt" if "txt" in found else "json"}
+        if self._group_keys:
+            wanted.add("json")
         return {kind: span for kind, span in found.items() if kind in wanted | {"image"}}
 
     def _read_run(self, number: int) -> "list[_Files | BadExample]":
@@ -150,8 +170,9 @@ class TarShards:
         for path, rows in zip(self._shards, self._rows):
             if len(rows):
                 with path.open("rb") as file:
-                    labels += [_label(file, tar_index.spans(row), label_key) for row in rows]
-        return labels
+                    samples = map(tar_index.spans, rows)
+                    labels += [tar_labels.read_label(file, each, label_key) for each in samples]
+        return tar_labels.decode_arrays(labels) if label_key == "npy" else labels
 
 
 def find(paths: str) -> list[epath.Path]:
@@ -184,13 +205,3 @@ def _read_samples(file: IO[bytes], shard: str, wanted: list[Sample]) -> "list[_F
 def _stem(header: bytes) -> str:
     """Name without suffix, from the header of a file."""
     return header[:100].split(b"\0")[0].decode("utf-8", "replace").rpartition(".")[0]
-
-
-def _label(file: IO[bytes], sample: Sample, label_key: str) -> Any:
-    if "json" not in sample:
-        return None
-    file.seek(sample["json"].offset)
-    try:
-        return captions.read_field(file.read(sample["json"].size), label_key, "")
-    except BadExample:
-        return None

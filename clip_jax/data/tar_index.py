@@ -14,6 +14,7 @@ from clip_jax.data.sources import IMAGE_SUFFIXES
 
 BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of it
 FILES = ("image", "txt", "json")  # those of a sample that matter
+LABELLED_FILES = (*FILES, "cls", "npy")  # the same where classes stand in files of their own
 _LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
 
 
@@ -24,10 +25,16 @@ class Span(NamedTuple):
     size: int
 
 
-Sample = dict[str, Span]  # the `FILES` of one key that it has
+Sample = dict[str, Span]  # the files of one key that it has, by kind
 
-# A row of the index: for each of FILES its first block and its bytes; block 0: it has none.
-ROW = np.dtype([("block", "<u4", len(FILES)), ("size", "<u4", len(FILES))])
+
+def _row_of(kinds: tuple[str, ...]) -> np.dtype:
+    """A row of the index: for each kind of file its first block and its bytes; block 0: none."""
+    return np.dtype([("block", "<u4", len(kinds)), ("size", "<u4", len(kinds))])
+
+
+# Sets to train on may have billions of samples, so theirs have no room for files of classes.
+ROW, LABELLED_ROW = _row_of(FILES), _row_of(LABELLED_FILES)
 
 
 class DamagedShard(Exception):
@@ -36,33 +43,45 @@ class DamagedShard(Exception):
 
 def scan(path: epath.Path) -> Found:
     """The usable samples of a shard, as rows; the last of a cut shard only if it is whole."""
+    return _scan(path, FILES, ROW)
+
+
+def scan_labelled(path: epath.Path) -> Found:
+    """The same with the files of classes, any of which will do in place of a caption."""
+    return _scan(path, LABELLED_FILES, LABELLED_ROW)
+
+
+def _scan(path: epath.Path, kinds: tuple[str, ...], dtype: np.dtype) -> Found:
     problems: Counter[str] = Counter()
     with path.open("rb") as file:
-        found, damage = samples(file, problems)
+        found, damage = samples(file, problems, kinds)
     rows = []
     for position, sample in enumerate(found):
-        problem = _missing(sample)
+        problem = _missing(sample, kinds)
         if not problem:
-            rows.append(_row(sample))
+            rows.append(_row(sample, kinds))
         # The last sample of a cut shard may have lost a file: no fault of its own.
         elif not (damage and position == len(found) - 1):
             problems[problem] += 1
-    return Found(np.array(rows, ROW), dict(problems), damage)
+    return Found(np.array(rows, dtype), dict(problems), damage)
 
 
 KIND = Kind("tar", ROW, scan)
+LABELLED = Kind("labelled_tar", LABELLED_ROW, scan_labelled)
 
 
 def spans(row: np.void) -> Sample:
     """The sample that a row of the index describes."""
     return {
         name: Span(int(block) * BLOCK, int(size))
-        for name, block, size in zip(FILES, row["block"], row["size"])
+        for name, block, size in zip(LABELLED_FILES, row["block"], row["size"])
         if block
     }
 
 
-def samples(file: IO[bytes], problems: Counter[str]) -> tuple[list[Sample], str]:
+def samples(
+    file: IO[bytes], problems: Counter[str], kinds: tuple[str, ...] = FILES
+) -> tuple[list[Sample], str]:
     """Groups the files of a shard by key.
 
     Files of one key need not stand together; a second file of the same key and kind begins
@@ -72,6 +91,7 @@ def samples(file: IO[bytes], problems: Counter[str]) -> tuple[list[Sample], str]
       file: the shard, seekable.
       problems: where repeated keys and names that lead out of a directory are counted. The
         former are samples like others, the latter are left out.
+      kinds: of files that matter.
 
     Returns:
       The samples by first appearance, files missing or not; and what is wrong with the shard,
@@ -80,7 +100,7 @@ def samples(file: IO[bytes], problems: Counter[str]) -> tuple[list[Sample], str]
     found: list[Sample] = []
     latest: dict[str, Sample] = {}
     try:
-        for key, kind, span in _members(file, problems):
+        for key, kind, span in _members(file, problems, kinds):
             if kind in latest.get(key, {kind}):
                 if key in latest:
                     problems["repeated key"] += 1
@@ -92,18 +112,22 @@ def samples(file: IO[bytes], problems: Counter[str]) -> tuple[list[Sample], str]
     return found, ""
 
 
-def _missing(sample: Sample) -> str:
+def _missing(sample: Sample, kinds: tuple[str, ...]) -> str:
     if "image" not in sample:
         return "no image"
-    return "" if "txt" in sample or "json" in sample else "no caption"
+    if any(kind in sample for kind in kinds if kind != "image"):
+        return ""
+    return "no caption" if kinds == FILES else "no label"
 
 
-def _row(sample: Sample) -> tuple[list[int], list[int]]:
-    places = [sample.get(name, Span(0, 0)) for name in FILES]
+def _row(sample: Sample, kinds: tuple[str, ...]) -> tuple[list[int], list[int]]:
+    places = [sample.get(name, Span(0, 0)) for name in kinds]
     return [span.offset // BLOCK for span in places], [span.size for span in places]
 
 
-def _members(file: IO[bytes], problems: Counter[str]) -> Iterator[tuple[str, str, Span]]:
+def _members(
+    file: IO[bytes], problems: Counter[str], kinds: tuple[str, ...]
+) -> Iterator[tuple[str, str, Span]]:
     """Key, kind and place of every file that may belong to a sample."""
     file_size = file.seek(0, 2)
     file.seek(0)
@@ -117,7 +141,7 @@ def _members(file: IO[bytes], problems: Counter[str]) -> Iterator[tuple[str, str
                 key, _, suffix = member.name.rpartition(".")
                 kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
                 usable = member.isfile() and member.size <= _LARGEST
-                if usable and kind in FILES:
+                if usable and kind in kinds:
                     if _leads_out(key):
                         problems["unsafe file name"] += 1
                     else:

@@ -14,6 +14,7 @@ from tensorflow_datasets.core import decode
 
 import clip_jax.data.tensorflow_cpu  # noqa: F401  before TFDS brings TensorFlow, with its GPUs
 from clip_jax.data import captions, tfrecord
+from clip_jax.data.labels import group, parse_groups
 from clip_jax.data.sources import Example
 from clip_jax.errors import BadExample, UserError
 
@@ -39,8 +40,8 @@ class TfdsSource:
         """Opens the split; TFRecord files are passed through once to find their records.
 
         Args:
-          spec: name, path (data_dir; "": that of TFDS), split, image_key, text_key and label_key
-            as in `source()` of configs/default.py.
+          spec: name, path (data_dir; "": that of TFDS), split, image_key, text_key, label_key and
+            group_keys as in `source()` of configs/default.py.
           spare: directory for the index of TFRecord files where theirs cannot be written to.
 
         Raises:
@@ -58,8 +59,11 @@ class TfdsSource:
         for field in self._fields:
             _choose(leaves, field.name, (), "text_key")
         self._label_key = _choose(leaves, spec.label_key, (), "label_key", True)
+        groups = parse_groups(spec.group_keys)
+        self._groups = {_choose(leaves, key, (), "group_keys"): leaves[key] for key in groups}
+        texts = (name for name, _ in self._fields)
         self._features, self._decoders = _partial(
-            features, self._image_key, self._label_key, *(name for name, _ in self._fields)
+            features, self._image_key, self._label_key, *texts, *self._groups
         )
         label = leaves.get(self._label_key)
         self.class_names: tuple[str, ...] = tuple(getattr(label, "names", None) or ())
@@ -81,8 +85,11 @@ class TfdsSource:
         return Example(
             image=_image(_lookup(values, self._image_key)),
             captions=captions.collect(texts, key, required=not self._label_key),
-            label=int(_lookup(values, self._label_key)) if self._label_key else -1,
+            labels=_labels(_lookup(values, self._label_key)) if self._label_key else (),
             key=key,
+            groups=tuple(
+                _group(_lookup(values, name), feature) for name, feature in self._groups.items()
+            ),
         )
 
 
@@ -155,6 +162,17 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _lookup(tree: Any, key: str) -> Any:
     return functools.reduce(lambda node, name: node[name], key.split("/"), tree)
+
+
+def _labels(value: Any) -> tuple[int, ...]:
+    """A number, or a sequence of them with repetitions (an object each), as classes."""
+    numbers = np.asarray(value).reshape(-1).tolist()
+    return tuple(dict.fromkeys(int(number) for number in numbers if number >= 0))
+
+
+def _group(value: Any, feature: Any) -> str:
+    names = getattr(feature, "names", None)
+    return names[int(value)] if names else group(value)
 
 
 def _image(value: Any) -> bytes | np.ndarray:

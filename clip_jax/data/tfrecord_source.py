@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.data import captions, files, tfrecord
-from clip_jax.data.labels import number_labels
+from clip_jax.data.labels import Labels, group, number_labels, parse_groups
 from clip_jax.data.sources import Example
 from clip_jax.data.tensorflow_cpu import tf
 from clip_jax.errors import BadExample, UserError
@@ -21,6 +21,7 @@ class TfRecordSource:
 
     Attributes:
       problems: number of damaged files.
+      labels: of every example; None: without `label_key`.
       class_names: of the labels, where `label_key` names a feature of text.
       templates: none.
     """
@@ -31,8 +32,8 @@ class TfRecordSource:
         """Reads the index, or the headers of all records; with `label_key` all records.
 
         Args:
-          spec: path (as for tar shards), image_key, text_key and label_key, features of the
-            examples, as in `source()` of configs/default.py.
+          spec: path (as for tar shards), image_key, text_key, label_key and group_keys, features
+            of the examples, as in `source()` of configs/default.py.
           spare: directory for the index where that of the files cannot be written to.
 
         Raises:
@@ -52,10 +53,14 @@ class TfRecordSource:
         self._fields = captions.parse_fields(spec.text_key)
         if not self._fields and not spec.label_key:
             self._fields = (captions.Field(_choose(features, "", TEXT_KEYS, "text_key"), 1.0),)
-        self._labels, self.class_names = None, ()
+        self._group_keys = parse_groups(spec.group_keys)
+        for key in self._group_keys:
+            _choose(features, key, (), "group_keys")
+        self.labels: Labels | None = None
+        self.class_names: tuple[str, ...] = ()
         if spec.label_key:
             labels = [self._label(i, spec.label_key) for i in range(len(records))]
-            self._labels, self.class_names = number_labels(labels)
+            self.labels, self.class_names = number_labels(labels)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -69,9 +74,12 @@ class TfRecordSource:
         texts = [(_values(features, name), weight) for name, weight in self._fields]
         return Example(
             image=images[0],
-            captions=captions.collect(texts, key, required=self._labels is None),
-            label=-1 if self._labels is None else int(self._labels[index]),
+            captions=captions.collect(texts, key, required=self.labels is None),
+            labels=() if self.labels is None else self.labels[index],
             key=key,
+            groups=tuple(
+                group(next(iter(_values(features, name)), None)) for name in self._group_keys
+            ),
         )
 
     def _label(self, index: int, label_key: str) -> Any:
@@ -79,8 +87,7 @@ class TfRecordSource:
             values = _values(_parse(self._records[index], ""), label_key)
         except BadExample:
             return None
-        value = values[0] if values else None
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
 
 
 def _parse(record: bytes, key: str) -> Any:

@@ -1,29 +1,35 @@
-"""Captions to token ids: OpenAI's BPE ("openai") or a SentencePiece model (its path).
+"""Captions to token ids: OpenAI's BPE, a SentencePiece model, or one used as SigLIP does.
 
 A row of ids is start token, text, end token, zeros. The end token is the largest id, so the text
 tower finds it as the row's maximum; zero is an ordinary token as well (in OpenAI's code too).
+SigLIP's rows are text and end tokens, without a start.
 """
 
 import abc
 import functools
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from clip_jax.data import bpe
 from clip_jax.errors import UserError
 
+SIGLIP = "siglip:"  # before the path of a vocabulary that is used as SigLIP does
 _ITEMSIZE = 4  # of int32
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Tokenizer(abc.ABC):
     """What all tokenizers share. Safe to use from several threads.
 
     Attributes:
-      vocab_size: number of ids; the start token is vocab_size - 2, the end token vocab_size - 1.
+      vocab_size: number of ids; the start token is vocab_size - 2, the end token vocab_size - 1,
+        but for SigLIP's.
       context_length: ids in a row, start and end token included.
       identity: names the vocabulary and its checksum; equal identities give equal ids.
     """
@@ -58,6 +64,10 @@ class Tokenizer(abc.ABC):
         buffer = bytearray(b"".join(map(self._row, packed)))
         tokens = np.frombuffer(buffer, np.int32).reshape(len(packed), self.context_length)
         return tokens, np.array(list(map(self._length, packed)), np.int64)
+
+    def is_empty(self, row: np.ndarray) -> bool:
+        """Whether a row of ids has no text."""
+        return row[1] == self.vocab_size - 1
 
     def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
         """Encodes n texts (a single one counts as n = 1) to int32 [n, context_length].
@@ -160,8 +170,97 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.detokenize(np.array(ids, np.int32)).numpy().decode("utf-8", "replace")
 
 
+class SiglipTokenizer(Tokenizer):
+    """A SentencePiece vocabulary used as SigLIP does: text, then end tokens up to the context.
+
+    Texts are lower-cased and lose their punctuation first.
+    """
+
+    _END = 1  # also fills the rest of the row
+
+    def __init__(self, path: epath.Path, context_length: int):
+        """Raises UserError if `path` is neither a SentencePiece model nor a tokenizer.json."""
+        self.context_length = context_length
+        self.identity = siglip_identity(path)
+        load = _tokenizer_json if path.name.endswith(".json") else _sentencepiece
+        self._ids, self._text, self.vocab_size = load(path)
+
+    def is_empty(self, row: np.ndarray) -> bool:
+        """Whether a row of ids has no text."""
+        return row[0] == self._END
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of one row of ids, up to the first end token."""
+        row = [int(token) for token in ids]
+        return self._text(row[: row.index(self._END)] if self._END in row else row).strip()
+
+    def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
+        if not texts:
+            return []
+        cleaned = [text.replace("_", " ").translate(_NO_PUNCTUATION).lower() for text in texts]
+        rows = self._ids([" ".join(text.split()) for text in cleaned])
+        return [np.asarray(ids, np.int32).tobytes() for ids in rows]
+
+    def _unpack(self, ids: list[int]) -> str:
+        return self._text(ids)
+
+    def _row(self, ids: bytes) -> bytes:
+        row = np.full(self.context_length, self._END, np.int32)
+        kept = np.frombuffer(ids, np.int32)[: self.context_length - 1]
+        row[: len(kept)] = kept
+        return row.tobytes()
+
+    def _length(self, ids: bytes) -> int:
+        return len(ids) // _ITEMSIZE + 1
+
+
+def siglip_identity(path: epath.Path) -> str:
+    """Of a vocabulary file used as SigLIP does; UserError where there is none."""
+    try:
+        return SIGLIP + hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"The tokenizer {path} cannot be read ({error}). Name the tokenizer.json or .model "
+            "file that was published with the weights."
+        ) from error
+
+
+def _tokenizer_json(path: epath.Path) -> tuple[Callable, Callable, int]:
+    from tokenizers import Tokenizer
+
+    try:
+        model = Tokenizer.from_str(path.read_text())
+    except Exception as error:  # the library raises no narrower one
+        raise UserError(
+            f"The tokenizer {path} cannot be read ({error}). Take the tokenizer.json or .model "
+            "file that was published with the weights."
+        ) from error
+    model.no_padding()
+    model.no_truncation()
+
+    def ids(texts: list[str]) -> list[list[int]]:
+        return [row.ids for row in model.encode_batch(texts, add_special_tokens=False)]
+
+    return ids, model.decode, model.get_vocab_size()
+
+
+def _sentencepiece(path: epath.Path) -> tuple[Callable, Callable, int]:
+    inner = SentencePieceTokenizer(str(path), context_length=2)
+    model = inner._model
+    return (
+        lambda texts: [row.numpy() for row in model.tokenize(texts)],
+        lambda ids: model.detokenize(np.array(ids, np.int32)).numpy().decode("utf-8", "replace"),
+        inner.vocab_size - 2,  # without our start and end token
+    )
+
+
 def create(name: str, context_length: int) -> Tokenizer:
-    """The tokenizer called `name`: "openai", or the path of a SentencePiece .model file.
+    """The tokenizer called `name`.
+
+    Args:
+      name: "openai"; the path of a SentencePiece .model file; or "siglip:" and the path of one, or
+        of a tokenizer.json, that is used as SigLIP does.
+      context_length: ids in a row.
 
     Raises:
       UserError: an unknown name, a missing package or an unreadable file.
@@ -171,11 +270,14 @@ def create(name: str, context_length: int) -> Tokenizer:
         raise ValueError(f"context_length {context_length} has no room for start and end token")
     if name == "openai":
         return OpenAITokenizer(context_length)
+    if name.startswith(SIGLIP):
+        path = epath.Path(name.removeprefix(SIGLIP)).expanduser()
+        return SiglipTokenizer(path, context_length)
     if name.endswith(".model"):
         return SentencePieceTokenizer(name, context_length)
     raise UserError(
-        f"There is no tokenizer {name!r}. Use 'openai', or the path of a SentencePiece model, "
-        "a file whose name ends in .model."
+        f"There is no tokenizer {name!r}. Use 'openai'; the path of a SentencePiece model, a file "
+        f"whose name ends in .model; or {SIGLIP}PATH for one that SigLIP was trained with."
     )
 
 

@@ -16,6 +16,7 @@ from clip_jax.data.feed import Feed
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals import scores
+from clip_jax.models import buckets
 from clip_jax.models.prompts import Prompts
 
 Variables = Mapping[str, Any]
@@ -43,6 +44,7 @@ class Encoder:
         """
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.image_size = net.size.image_size
+        self._size = net.size
         self._crop = Crop(net.size.image_crop)
         self.mesh = mesh
         self.embeds_texts = hasattr(net, "encode_text")
@@ -57,47 +59,71 @@ class Encoder:
         def text(variables, tokens):
             return net.apply(variables, tokens, method="encode_text")
 
+        def features(variables, pixels):
+            both, _ = net.apply(
+                variables, pixels, method="encode_with_features", mutable=["intermediates"]
+            )
+            return both
+
         self._image = jax.jit(image, out_shardings=whole)
+        self._features = jax.jit(features, out_shardings=whole)
         self._text = jax.jit(text, out_shardings=whole)
         score = partial(scores.class_scores, net)
         self._score = jax.jit(score, out_shardings=whole, static_argnums=4)
         self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
 
-    def texts(self, variables: Variables, tokens: np.ndarray) -> np.ndarray:
-        """int32 [n, s] -> float32 [n, embed_dim], L2-normalised."""
-        parts = []
-        for start in range(0, len(tokens), self.batch_size):
-            part = tokens[start : start + self.batch_size]
-            batch = put_rows(part, self.batch_size, self.mesh)
+    def texts(
+        self, variables: Variables, tokens: np.ndarray, *, by_length: bool = False
+    ) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+          variables: of the model.
+          tokens: int32 [n, s].
+          by_length: do not compute their padding (see `buckets.batches`): a program for each of a
+            few lengths, which is worth compiling for many texts.
+
+        Returns:
+          float32 [n, embed_dim], L2-normalised.
+        """
+
+        def encode(batch: np.ndarray) -> np.ndarray:
+            placed = put_rows(batch, self.batch_size, self.mesh)
             with jax.set_mesh(self.mesh):
-                parts.append(to_host(self._text(variables, batch))[: len(part)])
-        return np.concatenate(parts)
+                return to_host(self._text(variables, placed))
+
+        if by_length:
+            return buckets.embed(encode, tokens, self._size, self.batch_size)
+        starts = range(0, len(tokens), self.batch_size)
+        parts = [tokens[start : start + self.batch_size] for start in starts]
+        return np.concatenate([encode(part)[: len(part)] for part in parts])
 
     def images(
         self,
         variables: Variables,
         source: Source,
-        tokenizer: Tokenizer | None = None,
         limit: int | None = None,
+        features: bool = False,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Embeds the images of a source in stored order, unusable ones left out.
 
         Args:
           variables: of the model.
           source: of the images.
-          tokenizer: None: captions are not needed.
           limit: the first so many; None: all.
+          features: what linear probes read is wanted too.
 
         Yields:
           "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
-          with a tokenizer "tokens" int32 [m, s]; m is at most batch_size.
+          "features" float32 [m, f] where wanted; m is at most batch_size.
         """
-        yield from self.each(
-            lambda batch: {"embed": self._image(variables, batch["image"])},
-            source,
-            tokenizer,
-            limit,
-        )
+
+        def embed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+            if not features:
+                return {"embed": self._image(variables, batch["image"])}
+            return dict(zip(("embed", "features"), self._features(variables, batch["image"])))
+
+        yield from self.each(embed, source, limit)
 
     def scores(
         self,
@@ -121,15 +147,14 @@ class Encoder:
         self,
         compute: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]],
         source: Source,
-        tokenizer: Tokenizer | None = None,
         limit: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
         """What `compute` makes of each batch, as `images` yields it.
 
         Args:
-          compute: of "image" uint8 [b, h, w, 3], "label", "index" and with a tokenizer "tokens",
-            split over the mesh; returns arrays by name that are whole on every device.
-          source, tokenizer, limit: as in `images`.
+          compute: of "image" uint8 [b, h, w, 3], "label" and "index" in the source, split over the
+            mesh; returns arrays by name that are whole on every device.
+          source, limit: as in `images`.
 
         Yields:
           These arrays and the rest of the batch, unusable images left out.
@@ -137,7 +162,6 @@ class Encoder:
         part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
             source,
-            tokenizer,
             batch_size=self.batch_size,
             image_size=self.image_size,
             crop=self._crop,
@@ -154,6 +178,12 @@ class Encoder:
             rows = {name: to_host(value) for name, value in found.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}
+
+    def captions(
+        self, source: Source, tokenizer: Tokenizer, limit: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all captions of a source, and their examples, as `pipeline.eval_captions`."""
+        return pipeline.eval_captions(source, tokenizer, threads=self._threads, limit=limit)
 
     def picture(self, source: Source, index: int) -> np.ndarray:
         """One image of a source as the model sees it, uint8 [h, w, 3]."""

@@ -11,7 +11,7 @@ from clip_jax import sharding, views
 from clip_jax.data.sources import Source
 from clip_jax.errors import UserError
 from clip_jax.evals.encoder import Encoder, Variables
-from clip_jax.evals.retrieval import match_ranks
+from clip_jax.protocols.ranks import match_ranks
 
 
 class NearDuplicates:
@@ -63,6 +63,6 @@ class NearDuplicates:
         if not sum(map(len, parts)):
             raise UserError("The evaluation of near-duplicates found no usable image.")
         pairs = np.concatenate(parts)
-        numbers = np.arange(len(pairs), dtype=np.int32)
-        ranks = match_ranks(pairs[:, 0], numbers, pairs[:, 1], numbers, self._encoder.mesh)
+        own = np.stack([np.arange(len(pairs))] * 2, axis=1)
+        ranks = match_ranks(pairs[:, 0], pairs[:, 1], own, self._encoder.mesh).image_to_text
         return float(np.mean(ranks < 1))

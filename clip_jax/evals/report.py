@@ -1,27 +1,20 @@
 """report.html: what a run was and what it reached, in one file that needs no network to read."""
 
-import base64
-import io
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from etils import epath
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 
-from clip_jax.evals import plots
 from clip_jax.evals.results import RetrievalResult, RunSummary, ZeroshotResult
+from clip_jax.pages import curves, page, svg
+from clip_jax.pages.panel import Line, Panel
+from clip_jax.protocols import intervals
 
 HEAT_MAP_CLASSES = 40  # with more, the most confused pairs are listed instead
 LISTED = 20  # worst classes and most confused pairs shown where there are too many for all
 SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first so many
-_CRISP = 64  # pixels: images up to this size are kept exactly and enlarged without smoothing
-_LARGEST = 160  # pixels: larger images are reduced to it, for the size of the file
+_CONFIDENCE = 0.95  # of the interval beside the accuracy
 
 
 def write_report(
@@ -41,119 +34,54 @@ def write_report(
       zeroshot: the last zero-shot evaluation; None: there was none.
       retrieval: the last retrieval evaluation; None: there was none.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "percent": percent,
-        "duration": duration,
-        "short": plots.short,
-        "image": _image,
-        "number": lambda value: f"{value:,}",
-    }
-    template = Path(__file__).with_name("report.html.jinja").read_text("utf-8")
     main_plots, small_plots = _panels(history, _chance(zeroshot, retrieval))
-    page = environment.from_string(template).render(
+    page.write(
+        path,
+        Path(__file__).with_name("report.html.jinja"),
+        title=summary.title,
         run=summary,
         main_plots=main_plots,
         small_plots=small_plots[:SMALL_PLOTS],
         plots_left_out=len(small_plots[SMALL_PLOTS:]),
-        zeroshot=zeroshot and _zeroshot_view(zeroshot),
-        retrieval=retrieval and _retrieval_view(retrieval),
-        dashes=plots.DASHES,
-    )
-    # Captions come from the web: a lone surrogate must not lose the report.
-    epath.Path(path).write_bytes(page.encode("utf-8", "replace"))
-
-
-def percent(share: float) -> str:
-    """A fraction in per cent: "95.8 %"; more digits where it is tiny; a dash for NaN."""
-    if math.isnan(share):
-        return "–"
-    points = 100 * share
-    text = f"{points:.1f}" if points == 0 or points >= 1 else f"{points:.2g}"
-    return f"{text}\N{NO-BREAK SPACE}%"
-
-
-def duration(seconds: float) -> str:
-    """Two units of time at most: "42 s", "3 min 42 s", "2 d 4 h"."""
-    left, parts = round(seconds), []
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count}\N{NO-BREAK SPACE}{unit}")
-    return " ".join(parts[:2])
-
-
-def interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share seen in n independent trials."""
-    if n == 0:
-        return 0.0, 1.0
-    z2 = 1.959964**2
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return centre - half, centre + half
-
-
-def _image(pixels: np.ndarray) -> Markup:
-    """The attributes src, width and height (and class) of <img> for uint8 [h, w, 3]."""
-    image, buffer = Image.fromarray(np.asarray(pixels, np.uint8)), io.BytesIO()
-    crisp = max(image.size) <= _CRISP
-    if crisp:
-        image.save(buffer, "PNG", optimize=True)
-    else:
-        image.thumbnail((_LARGEST, _LARGEST))
-        image.save(buffer, "JPEG", quality=80, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Markup(
-        f'src="data:image/{"png" if crisp else "jpeg"};base64,{data}" '
-        f'width="{image.width}" height="{image.height}"{" class=crisp" if crisp else ""}'
+        zeroshot=zeroshot and zeroshot_view(zeroshot),
+        retrieval=retrieval and retrieval_view(retrieval),
     )
 
 
 # --- learning curves
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One plot and what the page says around it."""
-
-    title: str
-    svg: Markup
-    legend: Sequence[Mapping[str, str]]  # name, last value and chance level ("": none) of each line
-
-
-def _panel(title: str, series: Sequence[plots.Series], share: bool = False) -> Panel:
-    show = percent if share else plots.short
+def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> Panel:
+    show = page.percent if share else svg.short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
     legend = [
-        {
-            "name": _title(leaf if unique else one.label),
-            "last": show(one.last),
-            "chance": "" if one.chance is None else show(one.chance),
-        }
+        Line(
+            name=_title(leaf if unique else one.label),
+            last=show(one.last),
+            chance="" if one.chance is None else show(one.chance),
+        )
         for leaf, one in zip(leaves, series)
     ]
     text = "; ".join(
         f"{one.label} from {show(one.first)} to {show(one.last)} at step {one.steps[-1]}"
         for one in series
     )
-    return Panel(title, plots.draw(series, f"{title}: {text}", share=share), legend)
+    return Panel(title, curves.draw(series, f"{title}: {text}", share=share), legend)
 
 
 def _panels(
     history: Iterable[Mapping[str, float]], chance: Mapping[str, float]
 ) -> tuple[list[Panel], list[Panel]]:
     """Losses, and accuracies by group, in one plot each; then every other metric in its own."""
-    series = plots.collect(history, chance)
-    main: dict[str, list[plots.Series]] = {}
+    series = curves.collect(history, chance)
+    main: dict[str, list[curves.Series]] = {}
     small = []
     for name, one in series.items():
         group, _, leaf = name.rpartition("/")
         if leaf == "loss":
             main.setdefault("loss", []).append(one)
-        elif leaf.startswith(("top", "recall@")):
+        elif leaf.startswith(("top", "recall@")) or group == "suite":
             main.setdefault(group, []).append(one)
         elif leaf != "images_seen":  # a straight line
             small.append(_panel(_title(name.removeprefix("train/")), [one]))
@@ -179,7 +107,7 @@ def _chance(zeroshot: ZeroshotResult | None, retrieval: RetrievalResult | None) 
 # --- tables
 
 
-def _zeroshot_view(result: ZeroshotResult) -> dict:
+def zeroshot_view(result: ZeroshotResult) -> dict:
     """Everything the page shows of zero-shot classification, in the order it shows it."""
     names, confusion = result.class_names, np.asarray(result.confusion)
     wrong = confusion - np.diag(np.diag(confusion))
@@ -200,7 +128,7 @@ def _zeroshot_view(result: ZeroshotResult) -> dict:
     return {
         "result": result,
         "chance": 1 / len(names),
-        "interval": interval(result.top1, result.n),
+        "interval": intervals.wilson(round(result.top1 * result.n), result.n, _CONFIDENCE),
         "rows": rows,
         "worst": [] if few else sorted(tested, key=lambda row: row["share"])[:LISTED],
         "heat_map": _heat_map(confusion) if few else None,
@@ -237,7 +165,7 @@ def _confused_pairs(names: Sequence[str], wrong: np.ndarray, totals: np.ndarray)
     ]
 
 
-def _retrieval_view(result: RetrievalResult) -> dict:
+def retrieval_view(result: RetrievalResult) -> dict:
     rows = []
     for name, value in result.metrics.items():
         group, _, leaf = name.rpartition("/")
@@ -246,7 +174,7 @@ def _retrieval_view(result: RetrievalResult) -> dict:
             {
                 "group": _title(group),
                 "name": leaf.replace("_", " "),
-                "value": percent(value) if share else plots.short(value),
+                "value": page.percent(value) if share else svg.short(value),
                 "chance": chance,
                 "times": value / chance if chance else None,
                 "headline": leaf == "recall@1",

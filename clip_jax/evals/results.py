@@ -9,12 +9,14 @@ from datetime import datetime
 
 import numpy as np
 
+from clip_jax.pages.page import Picture
+
 
 @dataclass(frozen=True)
 class Mistake:
     """One wrongly classified image."""
 
-    image: np.ndarray  # uint8 [h, w, 3]
+    image: Picture
     true: str  # name of its class
     predicted: str  # name of the class chosen
     probability: float  # given to the class chosen
@@ -40,7 +42,7 @@ class GalleryRow:
     """One caption and the images nearest to it, best first."""
 
     query: str
-    images: Sequence[np.ndarray]  # each uint8 [h, w, 3]
+    images: Sequence[Picture]
     hits: Sequence[bool]  # as long as images; True: the image belongs to the caption
 
 

@@ -1,26 +1,25 @@
 """Image-to-text and text-to-image retrieval: recall@1, 5, 10."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh
+import functools
 
-from clip_jax import sharding
+import numpy as np
+
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.evals.encoder import Encoder, Variables, put_rows, to_host
+from clip_jax.evals.encoder import Encoder, Variables
 from clip_jax.evals.results import GalleryRow, RetrievalResult
+from clip_jax.protocols.ranks import match_ranks
 
 CUTOFFS = (1, 5, 10)
 _ROWS, _COLUMNS = 12, 5  # of the gallery
-_CHUNK = 1024  # queries per step, so that the whole similarity matrix is never held
 
 
 class Retrieval:
-    """Finds the caption of each image and the images of each caption.
+    """Finds the captions of each image and the images of each caption.
 
-    Captions that are the same text count as one, and all images that carry it as its matches.
+    An image may have several captions, and is right where any of them comes first. Captions that
+    are the same text count as one, and all images that carry it as its matches.
     """
 
     def __init__(
@@ -32,78 +31,63 @@ class Retrieval:
         self._tokenizer = tokenizer
         self._limit = max_examples
 
+    @functools.cached_property
+    def _captions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all captions, int32 [n, s], and the index of each one's example, int32 [n]."""
+        return self._encoder.captions(self._source, self._tokenizer, self._limit)
+
     def run(self, variables: Variables) -> RetrievalResult:
         """Embeds every image and every distinct caption once. UserError if nothing is usable."""
-        batches = list(self._encoder.images(variables, self._source, self._tokenizer, self._limit))
-        if not sum(len(batch["index"]) for batch in batches):
+        tokens, owners = self._captions
+        batches = list(self._encoder.images(variables, self._source, self._limit))
+        usable = [np.isin(batch["index"], owners) for batch in batches]
+        if not sum(map(np.sum, usable)):
             raise UserError("Retrieval evaluation found no usable image with a caption.")
-        images, tokens, indices = (
-            np.concatenate([batch[name] for batch in batches])
-            for name in ("embed", "tokens", "index")
+        images, indices = (
+            np.concatenate([batch[name][rows] for batch, rows in zip(batches, usable)])
+            for name in ("embed", "index")
         )
-        # Captions of the same ids are the same text.
-        tokens, image_group = np.unique(tokens, axis=0, return_inverse=True)
-        image_group = image_group.reshape(-1).astype(np.int32)
+        there = np.isin(owners, indices)
+        tokens, text = _distinct(tokens[there])
         texts = self._encoder.texts(variables, tokens)
-        text_group = np.arange(len(texts), dtype=np.int32)
-        mesh = self._encoder.mesh
-        to_text = match_ranks(images, image_group, texts, text_group, mesh)
-        to_image = match_ranks(texts, text_group, images, image_group, mesh)
-        matches = np.bincount(image_group)
+        pairs = _pairs(np.searchsorted(indices, owners[there]), text)
+        to_text, to_image = match_ranks(images, texts, pairs, self._encoder.mesh)
+        captions, carriers = (np.bincount(side) for side in pairs.T)
         return RetrievalResult(
             metrics=recalls("image_to_text", to_text) | recalls("text_to_image", to_image),
-            chance=chance("image_to_text", np.ones(1), len(texts))
-            | chance("text_to_image", matches, len(images)),
-            gallery=self._gallery(texts, images, image_group, tokens, indices),
+            chance=chance("image_to_text", captions, len(texts))
+            | chance("text_to_image", carriers, len(images)),
+            gallery=self._gallery(texts, images, pairs, tokens, indices),
         )
 
-    def _gallery(self, texts, images, image_group, tokens, indices) -> list[GalleryRow]:
+    def _gallery(self, texts, images, pairs, tokens, indices) -> list[GalleryRow]:
         rows = []
         for text in np.linspace(0, len(texts) - 1, min(_ROWS, len(texts)), dtype=int):
             nearest = np.argsort(-(images @ texts[text]), kind="stable")[:_COLUMNS]
             pictures = [self._encoder.picture(self._source, int(indices[i])) for i in nearest]
+            right = pairs[pairs[:, 1] == text, 0]
             rows.append(
                 GalleryRow(
                     query=self._tokenizer.decode(tokens[text]),
                     images=pictures,
-                    hits=[bool(image_group[i] == text) for i in nearest],
+                    hits=np.isin(nearest, right).tolist(),
                 )
             )
         return rows
 
 
-def match_ranks(
-    queries: np.ndarray,
-    query_group: np.ndarray,
-    candidates: np.ndarray,
-    candidate_group: np.ndarray,
-    mesh: Mesh,
-) -> np.ndarray:
-    """How many wrong candidates come before the best right one, for each query.
-
-    Args:
-      queries: float32 [q, e]; query_group: int32 [q].
-      candidates: float32 [c, e]; candidate_group: int32 [c]; right where the groups agree.
-      mesh: devices that share the queries.
-
-    Returns:
-      int32 [q], 0: a right one is first. Ties and NaN count against the model.
-    """
-    chunk = -(-_CHUNK // mesh.size) * mesh.size
-    rank = jax.jit(_ranks, out_shardings=sharding.replicated(mesh))
-    ranks = []
-    for start in range(0, len(queries), chunk):
-        part = slice(start, start + chunk)
-        rows = [put_rows(rows[part], chunk, mesh) for rows in (queries, query_group)]
-        ranks.append(to_host(rank(*rows, candidates, candidate_group)))
-    return np.concatenate(ranks)[: len(queries)]
+def _distinct(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows without repetition, in order of first appearance, and the place of each among them."""
+    numbers: dict[bytes, int] = {}
+    places = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in tokens])
+    return tokens[np.unique(places, return_index=True)[1]], places
 
 
-def _ranks(queries, query_group, candidates, candidate_group):
-    scores = jnp.matmul(queries, candidates.T, precision=jax.lax.Precision.HIGHEST)
-    right = query_group[:, None] == candidate_group[None]
-    best = jnp.max(jnp.where(right, scores, -jnp.inf), axis=1, keepdims=True)
-    return jnp.sum(~right & ~(scores < best), axis=1)
+def _pairs(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """(image, text), each once, ascending: int64 [p, 2]."""
+    count = int(texts.max()) + 1
+    keys = np.unique(images.astype(np.int64) * count + texts)
+    return np.stack(np.divmod(keys, count), axis=1)
 
 
 def recalls(direction: str, ranks: np.ndarray) -> dict[str, float]:

@@ -7,11 +7,10 @@ import numpy as np
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
+from clip_jax.evals import confusion
 from clip_jax.evals.encoder import Encoder, Variables
-from clip_jax.evals.results import Mistake, ZeroshotResult
+from clip_jax.evals.results import ZeroshotResult
 from clip_jax.models.prompts import prepare
-
-_MISTAKES = 12  # shown in the report
 
 
 def class_prompts(
@@ -84,22 +83,14 @@ class Zeroshot:
         Raises:
           UserError: no labelled image, or a label without a class name.
         """
-        classes = len(self.class_names)
         labels, indices, ranked, probabilities = self._classify(variables)
-        confusion = np.zeros((classes, classes), np.int64)
-        np.add.at(confusion, (labels, ranked[:, 0]), 1)
-        right = ranked == labels[:, None]
-        with np.errstate(invalid="ignore"):
-            per_class = np.diagonal(confusion) / confusion.sum(axis=1)
-        return ZeroshotResult(
-            class_names=self._names,
-            templates=self.templates,
-            confusion=confusion,
-            top1=float(right[:, 0].mean()),
-            top5=float(right[:, :5].any(axis=1).mean()) if classes > 5 else None,
-            per_class=per_class,
-            n=len(labels),
-            mistakes=self._mistakes(labels, indices, ranked[:, 0], probabilities),
+        return confusion.summarize(
+            labels,
+            ranked,
+            probabilities,
+            self._names,
+            self.templates,
+            lambda row: self._encoder.picture(self._source, int(indices[row])),
             by_score=self._encoder.scores_prompts,
         )
 
@@ -122,35 +113,19 @@ class Zeroshot:
         """Labels [n], indices [n], the 5 best classes [n, 5], probability of the best [n]."""
         parts = []
         for label, index, logits in self._logits(variables):
-            ranked = np.argsort(-logits, axis=1, kind="stable")[:, :5]
-            odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-            best = odds.max(axis=1) / odds.sum(axis=1)
-            parts.append((label, index, ranked, best))
-        labels, indices, ranked, best = (np.concatenate(part) for part in zip(*parts))
-        if not len(labels):
+            if len(label):
+                parts.append((label, index, *confusion.rank(logits)))
+        if not parts:
             raise UserError(
                 "Zero-shot evaluation found no labelled image: set label_key of its source."
             )
+        labels, indices, ranked, best = (np.concatenate(part) for part in zip(*parts))
         if labels.max() >= len(self.class_names):
             raise UserError(
                 f"The data has label {labels.max()}, but only {len(self.class_names)} class names "
                 "are given: set eval.zeroshot.class_names."
             )
         return labels, indices, ranked, best
-
-    def _mistakes(self, labels, indices, predicted, probabilities) -> list[Mistake]:
-        """The most confident ones."""
-        wrong = np.flatnonzero(predicted != labels)
-        worst = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
-        return [
-            Mistake(
-                image=self._encoder.picture(self._source, int(indices[i])),
-                true=self._names[labels[i]],
-                predicted=self._names[predicted[i]],
-                probability=float(probabilities[i]),
-            )
-            for i in worst
-        ]
 
 
 def _labelled(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,12 +1,33 @@
 """Texts in batches of like length: a tower that reads only the past need not compute padding."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from clip_jax.models.sizes import Size
 
 _STEP = 8  # lengths are multiples of it, so that there are few programs to compile
+
+
+def embed(
+    encode: Callable[[np.ndarray], ArrayLike], tokens: np.ndarray, size: Size, batch_size: int
+) -> np.ndarray:
+    """Embeds any number of texts; the arguments of `batches`, and what embeds one of its batches.
+
+    Args:
+      encode: int32 [batch_size, length] -> float32 [batch_size, embed_dim].
+      tokens: int32 [n, s].
+      size: of the model.
+      batch_size: rows in each call.
+
+    Returns:
+      float32 [n, embed_dim].
+    """
+    embeds = np.zeros((len(tokens), size.embed_dim), np.float32)
+    for rows, batch in batches(tokens, size, batch_size):
+        embeds[rows] = np.asarray(encode(batch))[: len(rows)]
+    return embeds
 
 
 def batches(

@@ -58,6 +58,17 @@ class ImageModel(nn.Module):
         """Images as in `image_features` -> float32 [b, embed_dim], L2-normalised."""
         return l2_normalize(self.image_features(images, train, rows))
 
+    def encode_with_features(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same embeddings, and what linear probes read (paper section 3.2), float32 [b, f].
+
+        Of a ViT: the pooled token before the projection. Of a ResNet: the attention pool's output,
+        not yet normalised, since the last matrix is part of the pool. To be applied with
+        mutable=["intermediates"].
+        """
+        embeds = self.encode_image(images)
+        (features,) = self.image.get_variable("intermediates", "features")
+        return embeds, sharding.constrain_batch(features).astype(jnp.float32)
+
 
 def normalize_images(images: jax.Array, size: Size) -> jax.Array:
     """uint8 pixels to float32 with the mean and deviation of `size`; floats pass unchanged."""

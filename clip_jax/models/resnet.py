@@ -169,4 +169,7 @@ class ModifiedResNet(nn.Module):
                 x = Bottleneck(size, width * 2**stage, stride, self.dtype, name=name)(
                     sharding.spread_batch(x), train
                 )
-        return AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")(x)
+        pool = AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")
+        x = pool(x)
+        self.sow("intermediates", "features", x)  # what linear probes read
+        return x

@@ -104,6 +104,11 @@ class Size:
         return self.patch_size is None
 
     @property
+    def feature_width(self) -> int:
+        """Of what linear probes read; see `ImageModel.encode_with_features`."""
+        return self.embed_dim if self.is_resnet else self.image_width
+
+    @property
     def image_projection(self) -> bool:
         """Whether a ViT multiplies what it pools by a matrix."""
         return self.image_pool == "class" or self.embed_dim != self.image_width

@@ -76,6 +76,7 @@ class VisionTransformer(nn.Module):
             x = norm("ln_post")(sharding.constrain_batch(x))  # per token, so only where it is read
         else:
             x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
+        self.sow("intermediates", "features", x)  # what linear probes read
         if not size.image_projection:
             return x
         return nn.Dense(

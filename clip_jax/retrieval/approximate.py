@@ -38,7 +38,7 @@ class Index:
         # Named by what it was made of, so it cannot be taken for that of other embeddings.
         path = store.directory / f"{column}-{store.manifest.fingerprint[:12]}.usearch"
         self._graph = Graph(
-            ndim=store.manifest.width,
+            ndim=store.manifest.columns[column],
             metric="ip",
             dtype="f16",
             connectivity=_CONNECTIVITY,

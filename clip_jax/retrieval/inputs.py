@@ -14,7 +14,7 @@ from clip_jax.data.sources import IMAGE_SUFFIXES, Example, Source
 from clip_jax.errors import BadExample, UserError
 
 # Of the command line; what a store keeps of its data, so that they can be opened again.
-FIELDS = ("data", "split", "data_dir", "image_key", "text_key", "label_key")
+FIELDS = ("data", "split", "data_dir", "image_key", "text_key", "label_key", "group_keys")
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _KEYS = ("key", "id", "image_id", *folder.IMAGE_COLUMNS)
 
@@ -35,6 +35,7 @@ def add_data(made: argparse.ArgumentParser) -> None:
     add("--image_key", default="", help="tfds, TFRecord: feature with the image")
     add("--text_key", default="", help="column or field with the caption; default: the usual names")
     add("--label_key", default="", help="the same for the class; default: none")
+    add("--group_keys", default="", help="the same for groups, comma-separated; default: none")
 
 
 def is_caption_file(data: str) -> bool:
@@ -62,8 +63,10 @@ def open_source(fields: Mapping[str, str]) -> Source:
         return CaptionFile(epath.Path(data).expanduser(), fields["text_key"])
     options = argparse.Namespace(**fields)
     if not (root := picture_root(data)):
-        return arguments.data(data, options).open()
-    keys = fields["text_key"], fields["label_key"]
+        named = arguments.data(data, options)
+        named.spec.group_keys = options.group_keys
+        return named.open()
+    keys = fields["text_key"], fields["label_key"], fields["group_keys"]
     if any(keys) or any((epath.Path(root) / name).exists() for name in folder.TABLES):
         return folder.ImageFolder(root, *keys)
     pictures = Pictures(epath.Path(root))
@@ -113,7 +116,7 @@ class Pictures:
         except OSError as error:
             raise BadExample("unreadable file", key, str(error)) from None
         texts = captions.collect([(text, 1.0)], key, required=False)
-        return Example(image, texts, label=-1, key=key)
+        return Example(image, texts, labels=(), key=key)
 
 
 class CaptionFile:
@@ -154,7 +157,7 @@ class CaptionFile:
 
     def __getitem__(self, index: int) -> Example:
         key, value = self._rows[index]
-        return Example(b"", captions.collect([(value, 1.0)], key), label=-1, key=key)
+        return Example(b"", captions.collect([(value, 1.0)], key), labels=(), key=key)
 
 
 def _table_rows(path: epath.Path, text_key: str) -> list[tuple[str, Any]]:

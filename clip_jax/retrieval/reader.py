@@ -1,5 +1,6 @@
 """Part of a source as the encoder reads it; what cannot be used is noted with its reason."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from concurrent import futures
@@ -16,12 +17,18 @@ from clip_jax.models import Size
 
 
 class Row(NamedTuple):
-    """What a store keeps of an example; `index` is its place in the source."""
+    """What a store keeps of an example; `index` is its place in the source, the rest its own."""
 
     index: int
     key: str
-    caption: str
-    label: int
+    captions: list[str]
+    labels: list[int]
+    groups: list[str]
+
+    @property
+    def caption(self) -> str:
+        """The first one; "": it has none."""
+        return self.captions[0] if self.captions else ""
 
 
 class Reader:
@@ -69,9 +76,15 @@ class Reader:
             pixels = self._check(example)
         except BadExample as bad:
             self.skipped[place] = bad
-            return Example(self._black, Captions((), ()), -1, bad.key)
-        self._rows[place] = Row(place, example.key, example.text, example.label)
-        return Example(pixels, example.captions, example.label, example.key)
+            return Example(self._black, Captions((), ()), (), bad.key)
+        self._rows[place] = Row(
+            index=place,
+            key=example.key,
+            captions=list(example.captions.texts),
+            labels=list(example.labels),
+            groups=list(example.groups),
+        )
+        return dataclasses.replace(example, image=pixels)
 
     def read_all(self, threads: int) -> Iterator[int]:
         """Reads every example; yields their numbers. `threads`: 0: one per CPU core."""
@@ -93,7 +106,7 @@ class Reader:
         """The pixels that the model takes; BadExample where image or caption is unusable."""
         if self._tokenizer is not None:
             tokens, _ = self._tokenizer.encode(example.text)
-            if tokens[1] == self._tokenizer.vocab_size - 1:  # the end token at once
+            if self._tokenizer.is_empty(tokens):  # as after "&nbsp;"
                 raise BadExample("empty caption", example.key)
         if self._size is None:
             return self._black

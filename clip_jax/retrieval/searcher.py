@@ -10,7 +10,7 @@ from etils import epath
 from clip_jax import sharding
 from clip_jax.api import Model, Pictures
 from clip_jax.errors import UserError
-from clip_jax.retrieval import embed, exact, inputs
+from clip_jax.retrieval import exact, inputs, making
 from clip_jax.retrieval.store import BLOCK, Row, Store
 
 
@@ -44,13 +44,13 @@ class Searcher:
           UserError: the embeddings are another model's, or there is no such column.
         """
         manifest = store.manifest
-        if embed.fingerprint(model) != manifest.parameters:
+        if making.fingerprint(model) != manifest.parameters:
             raise UserError(
                 f"The embeddings in {store.directory} were made by another model: "
                 f"{manifest.model} with the checksum {manifest.parameters[:12]}. Name that one by "
                 "--model, or embed the data again by this one, into another directory."
             )
-        self.column = column or manifest.columns[0]
+        self.column = column or next(iter(manifest.columns))
         if self.column not in manifest.columns:
             raise UserError(
                 f"The embeddings in {store.directory} have no column {column}, but "

@@ -2,7 +2,7 @@
 
 A directory holds
     embeddings.json                       what they were made of
-    part-00000-of-00012.parquet           index, key, caption, label; and, by column, embeddings
+    part-00000-of-00012.parquet           the fields of Row; and, by column, embeddings
     part-00000-of-00012.image_embed.npy   the embeddings, where they are kept apart
     skipped.jsonl                         what could not be used, once all parts are there
 """
@@ -22,7 +22,7 @@ from clip_jax.curation.store import replacing
 from clip_jax.errors import BadExample, UserError
 from clip_jax.retrieval.reader import Row
 
-COLUMNS = ("image_embed", "text_embed")
+COLUMNS = ("image_embed", "image_features", "text_embed")
 FORMATS = ("parquet", "npy")
 DTYPES = ("float16", "float32")
 BLOCK = 16_384  # rows of a block; also of a row group
@@ -37,8 +37,7 @@ class Manifest:
     Attributes:
       data: the values of `inputs.FIELDS`.
       examples: of the data, usable or not.
-      columns: of `COLUMNS`.
-      width: of an embedding.
+      columns: of `COLUMNS`, with their widths.
       dtype: of `DTYPES`.
       format: of `FORMATS`.
       part_rows: examples in a part; the last has what remains.
@@ -48,8 +47,7 @@ class Manifest:
 
     data: Mapping[str, str]
     examples: int
-    columns: tuple[str, ...]
-    width: int
+    columns: Mapping[str, int]
     dtype: str
     format: str
     part_rows: int
@@ -116,7 +114,7 @@ class Store:
         Args:
           part: its number.
           rows: of the n usable examples.
-          embeds: by column, [n, width] of any float dtype.
+          embeds: by column, [n, its width] of any float dtype.
           skipped: by index in the source, the others.
         """
         columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
@@ -129,7 +127,7 @@ class Store:
                     np.save(file, values)
             else:
                 flat = pa.array(values.reshape(-1))
-                column = pa.FixedSizeListArray.from_arrays(flat, self.manifest.width)
+                column = pa.FixedSizeListArray.from_arrays(flat, self.manifest.columns[name])
                 table = table.append_column(name, column)
         bad = [
             {"index": index, "key": bad.key, "reason": bad.reason, "detail": bad.detail}
@@ -171,7 +169,15 @@ class Store:
                 with self.path(part).open("rb") as file:
                     for batch in pq.ParquetFile(file).iter_batches(BLOCK, columns=[column]):
                         flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
-                        yield flat.reshape(-1, self.manifest.width)
+                        yield flat.reshape(-1, self.manifest.columns[column])
+
+    def table(self) -> pa.Table:
+        """The fields of `Row` of all rows, in order."""
+        parts = []
+        for part in range(self.manifest.parts):
+            with self.path(part).open("rb") as file:
+                parts.append(pq.read_table(file, columns=list(Row._fields)))
+        return pa.concat_tables(parts)
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """Rows by their numbers, in the order given; reads only the row groups they lie in."""
@@ -192,8 +198,9 @@ _SCHEMA = pa.schema(
     [
         ("index", pa.int64()),
         ("key", pa.string()),
-        ("caption", pa.string()),
-        ("label", pa.int32()),
+        ("captions", pa.list_(pa.string())),
+        ("labels", pa.list_(pa.int32())),
+        ("groups", pa.list_(pa.string())),
     ]
 )
 
@@ -214,7 +221,7 @@ def open_store(directory: epath.PathLike) -> Store:
 def _read_manifest(directory: epath.Path) -> Manifest:
     try:
         fields = json.loads((directory / _MANIFEST).read_text())
-        return Manifest(**fields | {"columns": tuple(fields["columns"])})
+        return Manifest(**fields)
     except FileNotFoundError:
         raise UserError(
             f"There are no embeddings in {directory}. Make them by python -m clip_jax embed "

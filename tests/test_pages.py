@@ -5,14 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from clip_jax.evals import plots
+from clip_jax.pages import curves, svg
 
 
 def test_resumed_and_sparse_history():
     rows = [(10, 3.0), (20, 2.0), (30, 9.0), (20, 2.5), (30, 1.5)]
     history = [{"step": step, "train/loss": loss} for step, loss in rows]
     history.insert(2, {"step": 25, "zeroshot/top1": 0.4})
-    series = plots.collect(history, {"zeroshot/top1": 0.1})
+    series = curves.collect(history, {"zeroshot/top1": 0.1})
     assert series["train/loss"].steps.tolist() == [10, 20, 30]
     assert series["train/loss"].values.tolist() == [3.0, 2.5, 1.5]
     assert series["zeroshot/top1"].steps.tolist() == [25]
@@ -22,7 +22,7 @@ def test_resumed_and_sparse_history():
 def test_plot_is_affine_in_the_data():
     values = np.array([3.0, -1.0, 4.0, 1.5, -5.0, 9.0, 2.0])
     steps = np.array([10, 20, 35, 40, 70, 80, 95])
-    svg = str(plots.draw([plots.Series("train/loss", steps, values)], "loss"))
+    svg = str(curves.draw([curves.Series("train/loss", steps, values)], "loss"))
     assert 'aria-label="loss"' in svg
     line = next(
         d
@@ -41,7 +41,7 @@ def test_long_series_are_averaged_with_their_range():
     rng = np.random.default_rng(0)
     steps, values = np.arange(1, 5001) * 10, rng.normal(size=5000)
     values[100], values[200:240] = 50.0, np.nan
-    at, mean, low, high = plots.thin(steps, values)
+    at, mean, low, high = curves.thin(steps, values)
     assert len(at) < 500
     assert at[-1] == steps[-1]
     assert high[np.isfinite(high)].max() == 50.0
@@ -56,7 +56,7 @@ def test_long_series_are_averaged_with_their_range():
             assert np.isnan(mean[i])
         start = end
     assert start == 5000
-    assert len(plots.draw([plots.Series("a/b", steps, values)], "b")) < 60_000
+    assert len(curves.draw([curves.Series("a/b", steps, values)], "b")) < 60_000
 
 
 @pytest.mark.parametrize(
@@ -64,4 +64,4 @@ def test_long_series_are_averaged_with_their_range():
     [(0, "0"), (2.5e-4, "2.5e-4"), (1191.2, "1191"), (9999.6, "10k"), (1_234_567, "1.235M")],
 )
 def test_short(value, text):
-    assert plots.short(value) == text
+    assert svg.short(value) == text

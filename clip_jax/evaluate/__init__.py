@@ -1,0 +1,1 @@
+"""The paper's evaluation: from a checkpoint to its tables and figures."""

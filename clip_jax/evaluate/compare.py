@@ -1,0 +1,150 @@
+"""Compares models: evaluated ones, runs as they learned, and the paper's published rows.
+
+    python -m clip_jax compare runs/quickstart runs/bag_of_words runs/captioning
+    python -m clip_jax compare runs/a/evaluation-5000 runs/b/evaluation-5000 paper:ViT-B/32
+    python -m clip_jax compare runs/mine paper --out=beside_the_paper
+
+Takes workdirs (their latest evaluation and their learning curves), directories that evaluate wrote,
+"paper:NAME" for a model of the paper, and "paper" for all nine. Another name to show may stand
+before any of them: "ours=runs/a".
+
+Writes to --out:
+    compare.html            one table; scores against compute, error as a power of it, prompts,
+                            zero-shot against probe, accuracy against images processed
+    compare.csv             the scores
+"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from clip_jax import metrics, models
+from clip_jax.datasets import registry
+from clip_jax.errors import UserError
+from clip_jax.evaluate import comparison
+from clip_jax.evaluate.comparison import Compared
+from clip_jax.evaluate.folder import ALL, About, Evaluation, read_evaluation
+from clip_jax.pages import page
+from clip_jax.plan import model_flops
+from clip_jax.retrieval import running as hosts
+from clip_jax.suite.results import Result, Score
+
+_HERE = Path(__file__).parent
+_PAPER = "paper"
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command; ends the process where it must."""
+    parser = hosts.parser("compare", __doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="as above")
+    parser.add_argument("--out", default="comparison", metavar="DIR", help="default: comparison")
+    options = parser.parse_args(arguments)
+    with hosts.plain_errors():
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    found = [each for name in options.models for each in read(name)]
+    twice = [one.name for i, one in enumerate(found) if one.name in [o.name for o in found[:i]]]
+    if twice:
+        raise UserError(
+            f"Two of the models are called {twice[0]!r}: give one another name, as in "
+            f'"other={options.models[-1]}".'
+        )
+    out = epath.Path(options.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    tables = comparison.tables(found)
+    panels = comparison.panels(found)
+    page.write(
+        out / "compare.html",
+        _HERE / "compare.html.jinja",
+        title=f"Comparison of {len(found)} models",
+        models=found,
+        tables=tables,
+        panels=panels,
+        curves=comparison.curve_rows(found),
+        published=_published()["reliability"] if any(o.published for o in found) else "",
+    )
+    _write_table(out / "compare.csv", found)
+    for table in tables:
+        print(comparison.as_text(table), end="\n\n")
+    print(f"Page: {out / 'compare.html'}")
+
+
+def read(name: str) -> list[Compared]:
+    """What an argument names.
+
+    Raises:
+      UserError: it names neither a run, nor an evaluation, nor a model of the paper.
+    """
+    label, equals, rest = name.rpartition("=")
+    if rest == _PAPER:
+        return [_paper(model, model) for model in _published()["zeroshot"]]
+    if rest.startswith(f"{_PAPER}:"):
+        model = rest.removeprefix(f"{_PAPER}:")
+        return [_paper(model, label if equals else f"{model} (paper)")]
+    directory = epath.Path(rest).expanduser()
+    evaluation = directory if (directory / ALL).exists() else _latest(directory)
+    history = metrics.read_history(directory if evaluation != directory else directory.parent)
+    if evaluation is None and not history:
+        raise UserError(
+            f"{rest} is neither a workdir with metrics, nor an evaluation. Evaluate a model by "
+            f"python -m clip_jax evaluate --checkpoint=RUN, or name a model of the paper, as in "
+            f"{_PAPER}:ViT-B/32."
+        )
+    shown = label if equals else rest.rstrip("/").removeprefix("runs/")
+    about = read_evaluation(evaluation) if evaluation is not None else None
+    return [Compared(shown, about, _curve(history))]
+
+
+def _latest(workdir: epath.Path) -> epath.Path | None:
+    """The evaluation of a run at its highest step; None: it has none."""
+    found = [path.parent for path in workdir.glob(f"evaluation*/{ALL}")]
+    return max(found, key=lambda path: int(path.name.partition("-")[2] or 0), default=None)
+
+
+def _curve(history: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
+    """Images processed and zero-shot accuracy, as a run went on."""
+    names = ("eval/images_seen", "zeroshot/top1")
+    return [(row[names[0]], row[names[1]]) for row in history if all(n in row for n in names)]
+
+
+def _published() -> dict[str, Any]:
+    return json.loads((_HERE / "published.json").read_text())
+
+
+def _paper(model: str, shown: str) -> Compared:
+    """A row of the paper's tables, as if it were an evaluation."""
+    published = _published()
+    if model not in published["zeroshot"]:
+        raise UserError(
+            f"The paper has no model {model!r}: it has {', '.join(published['zeroshot'])}."
+        )
+    results = []
+    for task, variant in (("zeroshot", "ensemble"), ("linear_probe", "linear probe")):
+        for dataset, value in zip(published["datasets"], published[task][model]):
+            score = Score(task, dataset, variant, "", value / 100)
+            title = registry.get(dataset).title
+            results.append(Result(task, dataset, title, "", "", (score,), {}, 0.0))
+    size = models.get_size(model)
+    about = About(model, published["source"], 0, model_flops.image_flops(size))
+    evaluation = Evaluation(about, {}, tuple(results), {}, "")
+    return Compared(shown, evaluation, [], published=True)
+
+
+def _write_table(path: epath.Path, found: Sequence[Compared]) -> None:
+    names = ["model", *(field.name for field in dataclasses.fields(Score))]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, names, lineterminator="\n")
+    writer.writeheader()
+    for one in found:
+        for score in one.evaluation.scores() if one.evaluation else ():
+            writer.writerow({"model": one.name, **dataclasses.asdict(score)})
+    path.write_text(file.getvalue())

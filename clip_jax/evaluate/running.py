@@ -1,0 +1,122 @@
+"""All tasks on all data sets: what is there already is kept, what is missing is named."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from clip_jax.datasets import finding
+from clip_jax.datasets.dataset import Dataset
+from clip_jax.errors import UserError
+from clip_jax.evaluate.folder import Folder
+from clip_jax.pages.page import duration, percent
+from clip_jax.suite.material import TEST
+from clip_jax.suite.results import Result, Score, fingerprint
+from clip_jax.suite.tasks import TASKS, Context, Task
+
+Say = Callable[[str], None]
+
+
+def complete(context: Context, say: Say) -> tuple[Context, dict[str, str]]:
+    """The context with the data sets whose test split is there, and why the others are not."""
+    found, missing = [], {}
+    for dataset in context.datasets:
+        try:
+            source = context.material.source(dataset, TEST)
+            found.append(finding.with_classes_of(dataset, source))
+        except UserError as error:
+            missing[dataset.name] = str(error)
+            say(f"{dataset.title}: {error}")
+    return dataclasses.replace(context, datasets=found), missing
+
+
+def prepare(context: Context, names: Sequence[str]) -> None:
+    """Embeds everything that the tasks need, together with the other hosts."""
+    for dataset in context.datasets:
+        tasks = [TASKS[name] for name in names if TASKS[name].applies(context, dataset)]
+        for role in dict.fromkeys(role for task in tasks for role in task.roles):
+            try:
+                context.material.split(dataset, role)
+            except UserError:
+                continue  # whoever needs it says so
+
+
+def run_all(
+    context: Context, names: Sequence[str], folder: Folder, parameters: str, say: Say
+) -> tuple[list[Result], dict[str, str]]:
+    """Every task on every data set that it applies to.
+
+    Args:
+      context: with the data sets that are there.
+      names: of tasks.
+      folder: of results; those that are there and made of the same are not made again.
+      parameters: a checksum of the model.
+      say: tells the user a line.
+
+    Returns:
+      What was found, and by "DATASET, TASK" why something could not be.
+    """
+    results, failed = [], {}
+    width = max(len(dataset.title) for dataset in context.datasets)
+    for dataset in context.datasets:
+        for name in names:
+            task = TASKS[name]
+            if not task.applies(context, dataset):
+                continue
+            made_of = fingerprint(_depends(context, name, dataset, parameters))
+            result = folder.read(name, dataset.name, made_of)
+            try:
+                if result is None:
+                    result = _run(context, name, task, dataset, made_of)
+                    folder.write(result)
+                    say(_line(result, width, duration(result.seconds)))
+                else:
+                    say(_line(result, width, "done before"))
+                results.append(result)
+            except UserError as error:
+                failed[f"{dataset.name}, {name}"] = str(error)
+                say(f"{dataset.title}, {task.title.lower()}: {error}")
+        context.material.release(dataset)
+    return results, failed
+
+
+def _run(context: Context, name: str, task: Task, dataset: Dataset, made_of: str) -> Result:
+    began = time.monotonic()
+    scores, details = task.run(context, dataset)
+    seconds = time.monotonic() - began
+    return Result(
+        task=name,
+        dataset=dataset.name,
+        title=dataset.title,
+        base=dataset.base,
+        made_of=made_of,
+        scores=tuple(scores),
+        details=details,
+        seconds=seconds,
+    )
+
+
+def _depends(context: Context, name: str, dataset: Dataset, parameters: str) -> dict[str, Any]:
+    """All that a result is made of."""
+    return {
+        "task": name,
+        "dataset": dataclasses.asdict(dataset),
+        "others": [each.name for each in context.datasets if each.base == dataset.name],
+        "parameters": parameters,
+        "settings": dataclasses.asdict(context.settings),
+        "detector": context.training.parameters if context.training else "",
+    }
+
+
+def _line(result: Result, width: int, when: str) -> str:
+    task = TASKS[result.task].title.lower()
+    return f"{result.title:<{width}}  {task:<24}  {show(result.headline)}  ({when})"
+
+
+def show(score: Score) -> str:
+    """ "accuracy 98.6 % (97.5 % to 99.3 %)"."""
+    within = ""
+    if score.low is not None and score.high is not None:
+        within = f" ({percent(score.low)} to {percent(score.high)})"
+    name = score.metric.replace("_", " ").replace("/", ", ")
+    return f"{name} {percent(score.value)}{within}".replace("\N{NO-BREAK SPACE}", " ")

@@ -1,0 +1,1 @@
+"""The paper's measures and statistics, as pure functions of arrays."""
