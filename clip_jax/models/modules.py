@@ -42,7 +42,7 @@ def create(
       name: one of `available_models()`.
       dtype: of the compute; parameters are float32.
       scan_layers: run transformer layers in a `lax.scan`, or unroll them.
-      remat: what the backward pass recomputes; see `transformer.remat_layer`.
+      remat: what the backward pass recomputes; see `remat.remat_layer`.
       patch_dropout: share of the patches that a ViT does not see in training.
       pack: {"length": tokens in a row, "rows": rows per caption} of `packing.Pack`; None or length
         0: each caption has a row of its own. Only a `CLIP` packs.

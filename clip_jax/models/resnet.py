@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clip_jax import sharding
+from clip_jax.models.remat import remat_part
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import ACTIVATIONS, Dtype, torch_default_init
 
@@ -148,28 +149,38 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised."""
+    """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised.
+
+    Attributes:
+      remat: what of the stem and of each block the backward pass recomputes; see
+        `remat.remat_layer`.
+    """
 
     size: Size
     dtype: Dtype
+    remat: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        size, width = self.size, self.size.image_width
-        conv = partial(_normed_conv, size, self.dtype, train)
-        activation = _ACTIVATIONS[size.resnet_activation]
-        x = sharding.spread_batch(images)
-        for i, channels in enumerate((width // 2, width // 2, width), start=1):
-            x = activation(conv(x, channels, 3, f"stem_{{}}{i}", stride=2 if i == 1 else 1))
-        x = _average_pool(x, 2)
+        size = self.size
+        stem = remat_part(ModifiedResNet._stem, self.remat)
+        bottleneck = remat_part(Bottleneck, self.remat)
+        x = stem(self, sharding.spread_batch(images), train)
         for stage, blocks in enumerate(size.image_layers):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 name = f"stage{stage + 1}_block{block}"
-                x = Bottleneck(size, width * 2**stage, stride, self.dtype, name=name)(
-                    sharding.spread_batch(x), train
-                )
+                layer = bottleneck(size, size.image_width * 2**stage, stride, self.dtype, name=name)
+                x = layer(sharding.spread_batch(x), train)
         pool = AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")
         x = pool(x)
         self.sow("intermediates", "features", x)  # what linear probes read
         return x
+
+    def _stem(self, x: jax.Array, train: bool) -> jax.Array:
+        """Images -> [b, h / 4, w / 4, image_width]."""
+        conv = partial(_normed_conv, self.size, self.dtype, train)
+        activation, width = _ACTIVATIONS[self.size.resnet_activation], self.size.image_width
+        for i, channels in enumerate((width // 2, width // 2, width), start=1):
+            x = activation(conv(x, channels, 3, f"stem_{{}}{i}", stride=2 if i == 1 else 1))
+        return _average_pool(x, 2)
