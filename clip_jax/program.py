@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,30 +12,42 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import augment, losses, models, optim, sharding
+from clip_jax import augment, losses, models, optim, sharding, views
 from clip_jax import state as train_state
 from clip_jax import step as train_step
 from clip_jax.errors import UserError
 
-# Of what the model returns.
-Loss = Callable[..., jax.Array]
+Loss = Callable[..., jax.Array]  # of what the model returns
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # of images and a key
 
 
-def _contrastive_loss(config: ConfigDict, mesh: Mesh) -> Loss:
-    loss = losses.LOSSES[config.loss.name]
-    return functools.partial(loss, mesh=mesh, method=config.loss.method, tile=config.loss.tile)
+def _contrastive(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+    loss = functools.partial(losses.LOSSES[config.loss.name], **_pairing(config, mesh))
+    return loss, functools.partial(augment.augment, config=config.data.augment)
 
 
-def _prediction_loss(config: ConfigDict, mesh: Mesh) -> Loss:
-    del config, mesh
-    return losses.prediction_loss
+def _predictive(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+    del mesh
+    return losses.prediction_loss, functools.partial(augment.augment, config=config.data.augment)
 
 
-# The loss by config.objective; its model is the one of that name in `models.MODULES`.
-OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], Loss]] = {
-    "contrastive": _contrastive_loss,
-    "captioning": _prediction_loss,
-    "bag_of_words": _prediction_loss,
+def _near_duplicates(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+    scale = jnp.float32(-math.log(config.loss.temperature))
+    loss = functools.partial(losses.softmax_loss, logit_scale=scale, **_pairing(config, mesh))
+    return loss, functools.partial(views.two_views, config=config.data.views)
+
+
+def _pairing(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    return {"mesh": mesh, "method": config.loss.method, "tile": config.loss.tile}
+
+
+# By config.objective: its loss, and what is done to the images of a step first. The model is the
+# one of that name in `models.MODULES`.
+OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], tuple[Loss, Augment]]] = {
+    "contrastive": _contrastive,
+    "captioning": _predictive,
+    "bag_of_words": _predictive,
+    "near_duplicates": _near_duplicates,
 }
 
 
@@ -86,6 +99,7 @@ class Program:
     def lower(self) -> jax.stages.Lowered:
         """The training step, step(state, batch), ready to be compiled; the state is donated."""
         config = self.config
+        loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
         return train_step.lower_step(
             self.state,
             self.batch,
@@ -93,8 +107,8 @@ class Program:
             net=self.net,
             tx=self.tx,
             schedule=self.schedule,
-            loss_fn=OBJECTIVES[config.objective](config, self.mesh),
-            augment=functools.partial(augment.augment, config=config.data.augment),
+            loss_fn=loss_fn,
+            augment=augment_fn,
             accum_steps=config.accum_steps,
             zero1=config.mesh.zero1,
             seed=config.seed,

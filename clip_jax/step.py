@@ -44,7 +44,7 @@ def train_step(
       tx: the optimiser.
       schedule: its learning rate, for the log.
       loss_fn: of what the model returns; see `program.OBJECTIVES`.
-      augment: of the images and a key of this step; see `augment.augment`.
+      augment: of the images and a key of this step; see `augment.augment` and `views.two_views`.
       accum_steps: micro-batches that the towers see one after the other; the loss is that of the
         whole batch either way.
       zero1: the optimiser's state is split over the data axis; see `sharding.tree_shardings`.

@@ -9,13 +9,16 @@ from ml_collections.config_dict import placeholder
 
 from clip_jax.errors import UserError
 
+OBJECTIVES = ("contrastive", "captioning", "bag_of_words", "near_duplicates")
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The paper's common settings (Table 18), for a ViT; names no data."""
     del arg
     config = ConfigDict()
     # What is learned: "contrastive" (the paper's model), or what its figure 2 compares with that:
-    # "captioning" (a transformer writes the caption) | "bag_of_words" (its words are predicted).
+    # "captioning" (a transformer writes the caption) | "bag_of_words" (its words are predicted); or
+    # "near_duplicates" (two views of an image belong together; captions are not looked at).
     config.objective = "contrastive"
     config.seed = 0  # the one PRNG key; all randomness is folded from it by step or example
     config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
@@ -93,7 +96,7 @@ def validate(config: ConfigDict) -> None:
     """
     problems = []
     for name, value, choices in (
-        ("objective", config.objective, ("contrastive", "captioning", "bag_of_words")),
+        ("objective", config.objective, OBJECTIVES),
         ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
         ("data.crop", config.data.crop, ("random", "resized", "center", "none")),
         ("data.order", config.data.order, ("shuffled", "windowed", "stored")),
@@ -107,6 +110,7 @@ def validate(config: ConfigDict) -> None:
         ("batch_size", config.batch_size, 1),
         ("accum_steps", config.accum_steps, 1),
         ("loss.tile", config.loss.tile, 1),
+        ("loss.temperature", config.loss.temperature, 1e-4),
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
@@ -186,9 +190,9 @@ def _model() -> ConfigDict:
     size.text_mlp = placeholder(int)  # hidden units of a block; 0: 4 * text_width
     size.context_length = placeholder(int)  # tokens, start and end tokens included
     size.vocab_size = placeholder(int)  # for a SentencePiece tokenizer: its pieces plus 2
-    size.activation = placeholder(
-        str
-    )  # "quick_gelu" (OpenAI's) | "gelu" (open_clip's) | "gelu_tanh"
+    size.resnet_activation = placeholder(str)  # "relu" (paper) | "gelu" (its duplicate detector)
+    size.resnet_norm = placeholder(str)  # "batch" (paper) | "weight" (its duplicate detector)
+    size.activation = placeholder(str)  # "quick_gelu" (OpenAI) | "gelu" (open_clip) | "gelu_tanh"
     model.size = size
     return model
 
@@ -208,6 +212,7 @@ def _loss() -> ConfigDict:
     loss.name = "softmax"  # contrastive: "softmax" (paper) | "sigmoid" (SigLIP)
     loss.method = "all_gather"  # "all_gather" (fewer operations) | "ring" (memory of one tile)
     loss.tile = 1024  # ring: rows and columns of logits held at once
+    loss.temperature = 0.07  # near_duplicates: divides the similarities; fixed, as in the paper
     return loss
 
 
@@ -248,6 +253,17 @@ def _data() -> ConfigDict:
     data.augment.brightness = 0.4
     data.augment.contrast = 0.4
     data.augment.saturation = 0.4
+    # near_duplicates: the two views of each image, on the device. The paper names these changes,
+    # but not their strengths.
+    data.views = ConfigDict()
+    data.views.scale = (0.4, 1.0)  # least and greatest share of the area that is cut out
+    data.views.ratio = (3 / 4, 4 / 3)  # of its width / height; it is stretched to a square
+    data.views.angle = 10.0  # degrees by which it is turned, at most
+    data.views.shrink = 0.4  # least share of the side that it is resized to, and back
+    data.views.hue = 0.05  # greatest shift, as a share of the circle of colours
+    data.views.saturation = 0.4  # greatest change, as a share: a factor of 0.6 to 1.4
+    data.views.value = 0.4
+    data.views.quality = (30.0, 95.0)  # of JPEG compression
     # Of each epoch: "shuffled" over the whole set | "windowed" (reads neighbours together, where
     # jumping is slow: README, "Slow storage") | "stored".
     data.order = "shuffled"
@@ -270,7 +286,9 @@ def _eval() -> ConfigDict:
     zeroshot.templates = ("a photo of a {}.",)  # prompts whose embeddings are averaged
     evals.zeroshot = zeroshot
     retrieval = ConfigDict()
-    retrieval.source = source()  # captioned images; type "": no retrieval evaluation
+    # Captioned images; type "": no retrieval evaluation. near_duplicates: images that are to find
+    # their own second view.
+    retrieval.source = source()
     retrieval.max_examples = 5000  # the first so many
     evals.retrieval = retrieval
     evals.suite = _suite()

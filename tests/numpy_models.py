@@ -123,31 +123,28 @@ def batch_norm(x, params, running: dict | None):
     return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]
 
 
-def resnet(images, p, running: dict | None):
+def resnet(images, p, running: dict | None, activation=lambda x: np.maximum(x, 0)):
     def norm(x, *path):
         stats, params = running, p
         for key in path:
             stats, params = stats and stats[key], params[key]
         return batch_norm(x, params, stats)
 
-    def relu(x):
-        return np.maximum(x, 0)
-
     x = pixels(images)
     for i in "123":
         x = conv(x, p[f"stem_conv{i}"], stride=2 if i == "1" else 1)
-        x = relu(norm(x, f"stem_bn{i}"))
+        x = activation(norm(x, f"stem_bn{i}"))
     x = pool(x, 2)
     for name in sorted(key for key in p if key.startswith("stage")):
         b = p[name]
         stride = 2 if name.endswith("block0") and not name.startswith("stage1") else 1
-        y = relu(norm(conv(x, b["conv1"]), name, "bn1"))
-        y = relu(norm(conv(y, b["conv2"]), name, "bn2"))
+        y = activation(norm(conv(x, b["conv1"]), name, "bn1"))
+        y = activation(norm(conv(y, b["conv2"]), name, "bn2"))
         y = norm(conv(pool(y, stride), b["conv3"]), name, "bn3")
         if "shortcut_conv" in b:
             x = conv(pool(x, stride), b["shortcut_conv"])
             x = norm(x, name, "shortcut_bn")
-        x = relu(x + y)
+        x = activation(x + y)
     return unit(attention_pool(x, p["attention_pool"]))
 
 

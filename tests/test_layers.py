@@ -37,6 +37,7 @@ LAYERS = (
     (
         "clip_jax.models",
         "clip_jax.augment",
+        "clip_jax.views",
         "clip_jax.losses",
         "clip_jax.optim",
         "clip_jax.protocols",
@@ -54,6 +55,7 @@ LEAVES = {
     "clip_jax.errors": set(),
     "clip_jax.clock": {"clip_jax.errors"},
     "clip_jax.augment": set(),
+    "clip_jax.views": set(),
     "clip_jax.sharding": {"clip_jax.errors"},
     "clip_jax.losses": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.optim": {"clip_jax.errors", "clip_jax.rounding", "clip_jax.sharding"},

@@ -15,7 +15,7 @@ from clip_jax.__main__ import main
 from clip_jax.errors import UserError
 from clip_jax.metrics import read_history
 
-OBJECTIVES = ("captioning", "bag_of_words")
+OBJECTIVES = ("captioning", "bag_of_words")  # the two baselines
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +52,32 @@ def test_a_run(objective: str, capsys):
     assert "the model finds likeliest" in page
     meta = json.loads((workdir / "checkpoints/6/meta/metadata").read_text())
     assert meta["size"]["objective"] == objective
+
+
+def test_a_run_of_the_detector(capsys):
+    workdir = finished("near_duplicates")
+    said = capsys.readouterr().out
+    assert said.count("No zero-shot evaluation: a model trained for near_duplicates") == 1
+    rows = read_history(workdir)
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
+    found = {row["step"]: row for row in rows if "near_duplicates/recall@1" in row}
+    assert list(found) == [6]
+    assert 0.01 < found[6]["near_duplicates/recall@1"] <= 1  # of 100 images
+    assert "near duplicates" in (workdir / "report.html").read_text()
+
+
+def test_the_detector_embeds_images_alone(tmp_path):
+    model = clip_jax.load(finished("near_duplicates"))
+    images = np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8)
+    np.testing.assert_allclose(np.linalg.norm(model.encode_image(images), axis=1), 1, rtol=1e-5)
+    for call in (model.encode_text, lambda text: model.zero_shot(images, [text])):
+        with pytest.raises(UserError, match=r"trained for near_duplicates.*no texts"):
+            call("a seven")
+    out = tmp_path / "embedded"
+    main(["embed", "digits:test", f"--model={finished('near_duplicates')}", f"--out={out}"])
+    assert list(out.glob("part-*.parquet"))
 
 
 def test_what_cannot_be_evaluated_is_said_once(tmp_path, capsys):

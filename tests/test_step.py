@@ -223,7 +223,13 @@ def gradients(
     )
     state = state.replace(opt_state={"mu": state.opt_state[1].mu})
     settings = {"tx": keep, "accum_steps": accum_steps, "method": method, "zero1": zero1}
-    if objective != "contrastive":
+    if objective == "near_duplicates":
+        scale = jnp.float32(math.log(1 / 0.07))
+        settings["loss_fn"] = functools.partial(
+            losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method
+        )
+        settings["augment"] = lambda images, key: jnp.stack([images, images[:, ::-1]], axis=1)
+    elif objective != "contrastive":
         settings["loss_fn"] = losses.prediction_loss
     program = tiny.compile_step(net, mesh, state, batch, **settings)
     after, metrics = program(state, batch)
@@ -256,6 +262,17 @@ def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps
     want = gradients(ONE, objective=objective)
     assert abs(want[0] - math.log(64)) < 1  # a guess among the vocabulary
     assert_gradients(gradients(axes, accum_steps=accum_steps, objective=objective), want)
+
+
+@pytest.mark.parametrize(
+    ("axes", "accum_steps", "method"), [((2, 2, 2), 1, "ring"), (FSDP, 2, "all_gather")]
+)
+def test_views_are_exact_too(axes: tuple, accum_steps: int, method: str):
+    """Two views of each image, of which patch dropout makes different ones once more."""
+    settings = {"objective": "near_duplicates", "patch_dropout": 0.5}
+    want = gradients(ONE, **settings)
+    assert "logit_scale" not in want[1]
+    assert_gradients(gradients(axes, accum_steps=accum_steps, method=method, **settings), want)
 
 
 def test_patch_dropout_changes_the_loss_and_every_step_draws_anew():

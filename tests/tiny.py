@@ -35,7 +35,7 @@ def make_net(name: str, size: dict | None = None, **settings) -> models.ImageMod
     """ "vit" or "resnet"; `size`: overrides of its shapes."""
     if name == "vit":
         return models.create("ViT-B/32", size=_TEXT | _VIT | (size or {}), **settings)
-    return models.create("RN50", size=_TEXT | _RESNET | (size or {}))
+    return models.create("RN50", size=_TEXT | _RESNET | (size or {}), **settings)
 
 
 def make_mesh(*axes: int) -> Mesh:

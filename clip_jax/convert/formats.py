@@ -237,9 +237,7 @@ def write(weights: Weights, target: epath.PathLike, to: str = "clip_jax") -> Non
         raise UserError(
             "transformers has no CLIP with a ResNet: use --to=open_clip, which has them all."
         )
-    if to != "clip_jax" and (
-        weights.size.objective != "contrastive" or weights.size.text_pool == "bag"
-    ):
+    if to != "clip_jax" and not weights.size.is_known_elsewhere:
         raise UserError(
             f"{to} has no such model as {weights.size}: it has CLIP and its like, an image tower "
             "and a text transformer. Use --to=clip_jax, which holds every model."

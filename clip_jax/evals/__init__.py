@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from clip_jax.data import sources
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.evals.encoder import Encoder, Variables
+from clip_jax.evals.near_duplicates import NearDuplicates
 from clip_jax.evals.results import RetrievalResult, ZeroshotResult
 from clip_jax.evals.retrieval import Retrieval
 from clip_jax.evals.zeroshot import Zeroshot
@@ -44,10 +45,15 @@ class Evaluators:
         self.retrieval: RetrievalResult | None = None
         self._zeroshot: Zeroshot | None = None
         self._retrieval: Retrieval | None = None
+        self._near_duplicates: NearDuplicates | None = None
         self.notes: list[str] = []
         spec, size = config.eval, net.size.image_size
         encoder = Encoder(net, mesh, spec.batch_size, config.data.threads)
-        if spec.zeroshot.source.type:
+        if spec.zeroshot.source.type and not (encoder.embeds_texts or encoder.scores_prompts):
+            self.notes.append(
+                f"No zero-shot evaluation: a model trained for {config.objective} knows no texts."
+            )
+        elif spec.zeroshot.source.type:
             self._zeroshot = Zeroshot(
                 encoder,
                 sources.create(spec.zeroshot.source, size, config.seed, spare=spare),
@@ -55,13 +61,21 @@ class Evaluators:
                 spec.zeroshot.class_names,
                 spec.zeroshot.templates,
             )
-        if spec.retrieval.source.type and not encoder.embeds_texts:
+        if not spec.retrieval.source.type:
+            return
+        if not encoder.embeds_texts and config.objective != "near_duplicates":
             self.notes.append(
                 f"No retrieval evaluation: a model trained for {config.objective} embeds no texts."
             )
-        elif spec.retrieval.source.type:
-            source = sources.create(spec.retrieval.source, size, config.seed, spare=spare)
-            self._retrieval = Retrieval(encoder, source, tokenizer, spec.retrieval.max_examples)
+            return
+        source = sources.create(spec.retrieval.source, size, config.seed, spare=spare)
+        most = spec.retrieval.max_examples
+        if encoder.embeds_texts:
+            self._retrieval = Retrieval(encoder, source, tokenizer, most)
+        else:
+            self._near_duplicates = NearDuplicates(
+                net, encoder, source, config.data.views, config.seed, most
+            )
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Runs all of them; fractions by name, such as "zeroshot/top1"."""
@@ -74,4 +88,6 @@ class Evaluators:
         if self._retrieval is not None:
             self.retrieval = self._retrieval.run(variables)
             metrics |= {f"retrieval/{name}": v for name, v in self.retrieval.metrics.items()}
+        if self._near_duplicates is not None:
+            metrics["near_duplicates/recall@1"] = self._near_duplicates.run(variables)
         return metrics

@@ -118,12 +118,12 @@ class Encoder:
           "features" float32 [m, f] where wanted; m is at most batch_size.
         """
 
-        def embed(pixels: jax.Array) -> dict[str, jax.Array]:
+        def embed(batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
             if not features:
-                return {"embed": self._image(variables, pixels)}
-            return dict(zip(("embed", "features"), self._features(variables, pixels)))
+                return {"embed": self._image(variables, batch["image"])}
+            return dict(zip(("embed", "features"), self._features(variables, batch["image"])))
 
-        yield from self._run(embed, source, limit)
+        yield from self.each(embed, source, limit)
 
     def scores(
         self,
@@ -138,18 +138,27 @@ class Encoder:
         Yields:
           "scores" float32 [m, classes], "label" and "index" as `images` does.
         """
-        yield from self._run(
-            lambda pixels: {"scores": self._score(variables, pixels, prompts, owners, classes)},
-            source,
+        rest = prompts, owners, classes
+        yield from self.each(
+            lambda batch: {"scores": self._score(variables, batch["image"], *rest)}, source
         )
 
-    def _run(
+    def each(
         self,
-        compute: Callable[[jax.Array], Mapping[str, jax.Array]],
+        compute: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]],
         source: Source,
         limit: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What `compute` makes of the pixels of each batch, and the rest of the batch."""
+        """What `compute` makes of each batch, as `images` yields it.
+
+        Args:
+          compute: of "image" uint8 [b, h, w, 3], "label" and "index" in the source, split over the
+            mesh; returns arrays by name that are whole on every device.
+          source, limit: as in `images`.
+
+        Yields:
+          These arrays and the rest of the batch, unusable images left out.
+        """
         part, parts = sharding.process_share(self.mesh)
         batches = pipeline.eval_batches(
             source,
@@ -162,9 +171,10 @@ class Encoder:
             limit=limit,
         )
         for batch in Feed(batches, self._sharding, depth=2):
-            pixels = batch.pop("image")
             with jax.set_mesh(self.mesh):
-                found = {**self._gather(batch), **compute(pixels)}
+                found = compute(batch)
+                batch.pop("image")
+                found = {**self._gather(batch), **found}
             rows = {name: to_host(value) for name, value in found.items()}
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}

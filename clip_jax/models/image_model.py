@@ -26,7 +26,7 @@ class ImageModel(nn.Module):
 
     def setup(self):
         if self.size.is_resnet:
-            self.image = ModifiedResNet(self.size, self.dtype)
+            self.image = ModifiedResNet(self.size, self.dtype, self.remat)
         else:
             self.image = VisionTransformer(
                 self.size, self.dtype, self.scan_layers, self.remat, self.patch_dropout

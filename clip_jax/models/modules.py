@@ -10,6 +10,7 @@ from clip_jax.models.bag_of_words import BagOfWords
 from clip_jax.models.captioner import Captioner
 from clip_jax.models.clip import CLIP
 from clip_jax.models.image_model import ImageModel
+from clip_jax.models.near_duplicates import NearDuplicates
 from clip_jax.models.packing import Pack
 from clip_jax.models.sizes import Size, get_size
 from clip_jax.models.transformer import Dtype
@@ -21,6 +22,7 @@ MODULES: Mapping[str, type[ImageModel]] = {
     "contrastive": CLIP,
     "captioning": Captioner,
     "bag_of_words": BagOfWords,
+    "near_duplicates": NearDuplicates,
 }
 
 
@@ -40,7 +42,7 @@ def create(
       name: one of `available_models()`.
       dtype: of the compute; parameters are float32.
       scan_layers: run transformer layers in a `lax.scan`, or unroll them.
-      remat: what the backward pass recomputes; see `transformer.remat_layer`.
+      remat: what the backward pass recomputes; see `remat.remat_layer`.
       patch_dropout: share of the patches that a ViT does not see in training.
       pack: {"length": tokens in a row, "rows": rows per caption} of `packing.Pack`; None or length
         0: each caption has a row of its own. Only a `CLIP` packs.

@@ -1,4 +1,9 @@
-"""ModifiedResNet (paper section 2.4): ResNet-D, anti-aliased strides, attention pooling."""
+"""ModifiedResNet (paper section 2.4): ResNet-D, anti-aliased strides, attention pooling.
+
+And its form for the detector of near-duplicates (appendix C): GELU, and weight normalisation
+(Salimans & Kingma 2016, arXiv:1602.07868) instead of BatchNorm, whose statistics would tell which
+images of a batch are alike.
+"""
 
 from functools import partial
 
@@ -7,8 +12,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clip_jax import sharding
+from clip_jax.models.remat import remat_part
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import Dtype, torch_default_init
+from clip_jax.models.transformer import ACTIVATIONS, Dtype, torch_default_init
+
+_ACTIVATIONS = {"relu": nn.relu, **ACTIVATIONS}
 
 
 def _conv(channels: int, kernel: int, dtype: Dtype, name: str, stride: int = 1) -> nn.Conv:
@@ -40,28 +48,76 @@ def _batch_norm(train: bool, dtype: Dtype):
     )
 
 
+class WeightNormConv(nn.Module):
+    """A convolution whose kernels have learned lengths, at first `gain`; [..., c] to channels."""
+
+    channels: int
+    kernel: int
+    stride: int
+    gain: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        kernel = self.param("kernel", torch_default_init, shape)
+        scale = self.param("scale", nn.initializers.constant(self.gain), (self.channels,))
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,))
+        kernel = kernel * scale * jax.lax.rsqrt(jnp.sum(kernel**2, axis=(0, 1, 2)))
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        padding = ((self.kernel // 2, self.kernel // 2),) * 2
+        layout = ("NHWC", "HWIO", "NHWC")
+        strides = (self.stride, self.stride)
+        y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=layout)
+        return y + bias
+
+
+def _normed_conv(
+    size: Size,
+    dtype: Dtype,
+    train: bool,
+    x: jax.Array,
+    channels: int,
+    kernel: int,
+    name: str,
+    stride: int = 1,
+    silent: bool = False,
+) -> jax.Array:
+    """A convolution and what normalises it, of the kind that the size names.
+
+    Called within a module, whose layers they become: `name` has {} for "conv" or "bn". `silent`:
+    the gains start at zero.
+    """
+    conv, norm = name.format("conv"), name.format("bn")
+    if size.resnet_norm == "weight":
+        gain = 0.0 if silent else 2**0.5  # halved by the activation, the variance is kept
+        return WeightNormConv(channels, kernel, stride, gain, dtype, name=conv)(x)
+    gain = nn.initializers.zeros if silent else nn.initializers.ones
+    x = _conv(channels, kernel, dtype, conv, stride)(x)
+    return _batch_norm(train, dtype)(name=norm, scale_init=gain)(x)
+
+
 class Bottleneck(nn.Module):
     """Residual block [b, h, w, c] -> [b, h / stride, w / stride, 4 * channels]."""
 
+    size: Size
     channels: int
     stride: int
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        norm = _batch_norm(train, self.dtype)
+        conv = partial(_normed_conv, self.size, self.dtype, train)
+        activation = _ACTIVATIONS[self.size.resnet_activation]
         out = 4 * self.channels
-        y = nn.relu(norm(name="bn1")(_conv(self.channels, 1, self.dtype, "conv1")(x)))
-        y = nn.relu(norm(name="bn2")(_conv(self.channels, 3, self.dtype, "conv2")(y)))
+        y = activation(conv(x, self.channels, 1, "{}1"))
+        y = activation(conv(y, self.channels, 3, "{}2"))
         y = _average_pool(y, self.stride)
-        y = _conv(out, 1, self.dtype, "conv3")(y)
         # Zero gain: every block starts as the identity.
-        y = norm(name="bn3", scale_init=nn.initializers.zeros)(y)
+        y = conv(y, out, 1, "{}3", silent=True)
         if self.stride > 1 or x.shape[-1] != out:
-            x = _average_pool(x, self.stride)
-            x = _conv(out, 1, self.dtype, "shortcut_conv")(x)
-            x = norm(name="shortcut_bn")(x)
-        return nn.relu(x + y)
+            x = conv(_average_pool(x, self.stride), out, 1, "shortcut_{}")
+        return activation(x + y)
 
 
 class AttentionPool(nn.Module):
@@ -93,28 +149,38 @@ class AttentionPool(nn.Module):
 
 
 class ModifiedResNet(nn.Module):
-    """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised."""
+    """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised.
+
+    Attributes:
+      remat: what of the stem and of each block the backward pass recomputes; see
+        `remat.remat_layer`.
+    """
 
     size: Size
     dtype: Dtype
+    remat: str
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
-        size, width = self.size, self.size.image_width
-        norm = _batch_norm(train, self.dtype)
-        x = sharding.spread_batch(images)
-        for i, channels in enumerate((width // 2, width // 2, width), start=1):
-            stride = 2 if i == 1 else 1
-            x = _conv(channels, 3, self.dtype, f"stem_conv{i}", stride)(x)
-            x = nn.relu(norm(name=f"stem_bn{i}")(x))
-        x = _average_pool(x, 2)
+        size = self.size
+        stem = remat_part(ModifiedResNet._stem, self.remat)
+        bottleneck = remat_part(Bottleneck, self.remat)
+        x = stem(self, sharding.spread_batch(images), train)
         for stage, blocks in enumerate(size.image_layers):
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = Bottleneck(
-                    width * 2**stage, stride, self.dtype, name=f"stage{stage + 1}_block{block}"
-                )(sharding.spread_batch(x), train)
+                name = f"stage{stage + 1}_block{block}"
+                layer = bottleneck(size, size.image_width * 2**stage, stride, self.dtype, name=name)
+                x = layer(sharding.spread_batch(x), train)
         pool = AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")
         x = pool(x)
         self.sow("intermediates", "features", x)  # what linear probes read
         return x
+
+    def _stem(self, x: jax.Array, train: bool) -> jax.Array:
+        """Images -> [b, h / 4, w / 4, image_width]."""
+        conv = partial(_normed_conv, self.size, self.dtype, train)
+        activation, width = _ACTIVATIONS[self.size.resnet_activation], self.size.image_width
+        for i, channels in enumerate((width // 2, width // 2, width), start=1):
+            x = activation(conv(x, channels, 3, f"stem_{{}}{i}", stride=2 if i == 1 else 1))
+        return _average_pool(x, 2)

@@ -8,11 +8,13 @@ from clip_jax.errors import UserError
 
 # What a field that names one of several forms may hold.
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "objective": ("contrastive", "captioning", "bag_of_words"),
+    "objective": ("contrastive", "captioning", "bag_of_words", "near_duplicates"),
     "activation": ("quick_gelu", "gelu", "gelu_tanh"),
     "image_pool": ("class", "map"),
     "text_pool": ("end", "last", "bag"),
     "image_crop": ("center", "none"),
+    "resnet_activation": ("relu", "gelu"),
+    "resnet_norm": ("batch", "weight"),
 }
 
 # Per RGB channel of pixels in [0, 1]: of OpenAI's models and those of open_clip.
@@ -53,6 +55,9 @@ class Size:
         result is divided by.
       image_crop: how a picture becomes a square where nothing is drawn at random: "center", its
         middle; or "none", squashed whole. See `data.crops.Crop`.
+      resnet_activation: of the convolutions of a ResNet; "gelu" is the exact one.
+      resnet_norm: what keeps those in bounds: "batch", BatchNorm; or "weight", kernels of learned
+        length, which do not see what else is in the batch.
       objective: what it is trained to do, which decides what stands beside the image tower; see
         `models.MODULES`.
     """
@@ -82,6 +87,8 @@ class Size:
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     image_crop: str = "center"
+    resnet_activation: str = "relu"
+    resnet_norm: str = "batch"
     objective: str = "contrastive"
 
     @classmethod
@@ -105,6 +112,12 @@ class Size:
     def image_projection(self) -> bool:
         """Whether a ViT multiplies what it pools by a matrix."""
         return self.image_pool == "class" or self.embed_dim != self.image_width
+
+    @property
+    def is_known_elsewhere(self) -> bool:
+        """Whether other projects have models of this form: CLIP and its like."""
+        forms = (self.objective, self.resnet_activation, self.resnet_norm)
+        return forms == ("contrastive", "relu", "batch") and self.text_pool != "bag"
 
     @property
     def has_text_blocks(self) -> bool:

@@ -1,6 +1,5 @@
 """The residual attention blocks of both transformer towers."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,8 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clip_jax import sharding
-from clip_jax.errors import UserError
 from clip_jax.models.attention import Dtype, QueryKeyValue, Tokens, attend, attend_with_token
+from clip_jax.models.remat import remat_layer
 
 Init = nn.initializers.Initializer
 
@@ -87,7 +86,7 @@ class Transformer(nn.Module):
       activation: of those, a name in `ACTIVATIONS`.
       norm_eps: what LayerNorm adds to the variance.
       scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
-      remat: what the backward pass recomputes; see `remat_policy`.
+      remat: what the backward pass recomputes; see `remat.remat_layer`.
       paper_init: the scaled normal initialisation of the published text tower; else PyTorch's
         default for attention and linear layers, as in the published ViT.
     """
@@ -157,34 +156,3 @@ def _unstack(params: Any, layers: int) -> list[Any]:
     leaves, treedef = jax.tree.flatten(params)
     split = [jax.lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
     return [treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(layers)]
-
-
-def remat_layer(layer: Callable, remat: str, scanned: bool) -> Callable:
-    """Wraps a layer so that the backward pass recomputes what `remat` says.
-
-    Args:
-      layer: function of (carry, params).
-      remat: "none" keeps all activations, "full" only the layer's input; other names are those of
-        `jax.checkpoint_policies` that are policies themselves, such as "dots_saveable".
-      scanned: whether the layer is the body of a scan.
-
-    Raises:
-      UserError: unknown name.
-    """
-    if remat == "none":
-        return layer
-    policies = {
-        name: getattr(jax.checkpoint_policies, name)
-        for name in (
-            "everything_saveable",
-            "nothing_saveable",
-            "dots_saveable",
-            "dots_with_no_batch_dims_saveable",
-        )
-    } | {"full": jax.checkpoint_policies.nothing_saveable}
-    if remat not in policies:
-        known = ", ".join(["none", *sorted(policies)])
-        raise UserError(f"Unknown rematerialisation {remat!r}: model.remat is one of {known}.")
-    # Unrolled, a compiler would find what is computed twice, and keep it. (XLA's for the CPU still
-    # does; the planner's tests see that the one for TPUs does not.)
-    return jax.checkpoint(layer, policy=policies[remat], prevent_cse=not scanned)

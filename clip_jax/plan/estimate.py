@@ -97,16 +97,17 @@ class Task:
 
 def activations(size: Size) -> float:
     """Tokens times channels times layers of both towers, for one pair."""
+    views = 2 if size.objective == "near_duplicates" else 1
     text = size.context_length * size.text_width * size.text_layers * size.has_text_blocks
     if size.patch_size is not None:
         tokens = (size.image_size // size.patch_size) ** 2 + 1
-        return float(tokens * size.image_width * size.image_layers[0] + text)
+        return float(views * tokens * size.image_width * size.image_layers[0] + text)
     total, side = 0.0, size.image_size // 4
     for stage, blocks in enumerate(size.image_layers):
         inner = size.image_width * 2**stage
         total += blocks * side**2 * inner * 0.5  # three convolutions each, a part of a block's
         side //= 2
-    return total + text
+    return views * total + text
 
 
 def temporaries(choice: Choice, task: Task) -> float:
@@ -129,7 +130,7 @@ def temporaries(choice: Choice, task: Task) -> float:
 def _loss(choice: Choice, task: Task) -> float:
     """Bytes of one chip that the logits take."""
     size, share = task.size, task.batch_size / task.topology.size
-    if size.objective != "contrastive":
+    if size.objective in ("captioning", "bag_of_words"):
         words = size.vocab_size * (POSITIONS if size.objective == "captioning" else 1)
         return _LOGITS * 4 * share / choice.accum_steps * words
     if choice.method == "ring":

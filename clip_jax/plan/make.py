@@ -233,7 +233,7 @@ def make_plan(
         batch_size=config.batch_size,
         accum_steps=config.accum_steps,
         remat=config.model.remat,
-        loss=f"{config.loss.name}, {config.loss.method}",
+        loss=_loss(config),
         topology=topology.name,
         slices=topology.slices,
         chips=topology.size,
@@ -247,6 +247,14 @@ def make_plan(
         duration=config.duration,
         compile_seconds=time.monotonic() - began,
     )
+
+
+def _loss(config: ConfigDict) -> str:
+    """What the config minimises, and how."""
+    if config.objective == "contrastive":
+        return f"{config.loss.name}, {config.loss.method}"
+    pairs = f", {config.loss.method}" if config.objective == "near_duplicates" else ""
+    return config.objective + pairs
 
 
 def build(config: ConfigDict, topology: Topology, examples: float) -> tuple[program.Program, int]:

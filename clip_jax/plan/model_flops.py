@@ -15,7 +15,7 @@ def step_flops(size: Size, batch_size: int) -> float:
       batch_size: pairs.
     """
     pairs = 0.0
-    if size.objective == "contrastive":
+    if size.objective in ("contrastive", "near_duplicates"):
         pairs = 2.0 * batch_size * size.embed_dim  # the logits of one example with all others
     return 3.0 * batch_size * (image_flops(size) + text_flops(size) + pairs)
 
@@ -36,7 +36,9 @@ def image_flops(size: Size) -> float:
 
 
 def text_flops(size: Size) -> float:
-    """Of what is done with one caption, forward."""
+    """Of what is done with one caption, or with the second view of an image, forward."""
+    if size.objective == "near_duplicates":
+        return image_flops(size)
     if size.objective == "bag_of_words":
         return 2.0 * size.embed_dim * size.vocab_size
     if size.objective == "captioning":

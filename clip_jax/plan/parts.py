@@ -18,6 +18,7 @@ _FILES = (
     (r"clip_jax/models/(vit|resnet)\.py", "image tower"),
     (r"clip_jax/models/(text|captioner)\.py", "text tower"),
     (r"clip_jax/models/bag_of_words\.py", "loss"),
+    (r"clip_jax/(augment|views)\.py", "augmentation"),
     (r"clip_jax/(optim|rounding)\.py|optax/", "optimiser"),
     (r"clip_jax/step\.py", "optimiser"),  # what is left of the step: norms, clipping, metrics
 )
