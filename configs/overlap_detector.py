@@ -10,6 +10,8 @@ same. About 30 million images, 17,500 steps: one machine of 8 accelerators, a da
 
     python main.py --config=configs/overlap_detector.py:smoke   # a tiny version, seconds
 
+    python -m clip_jax evaluate --checkpoint=MODEL --tasks=overlap --train_data="shards/*.tar"
+        --detector=runs/detector
     python -m clip_jax data dedup "shards/*.tar" --against="test/*.tar" --checkpoint=runs/detector
     python -m clip_jax embed --model=runs/detector pictures --out=embeddings
 

@@ -2,6 +2,9 @@
 
 In the paper: 62.2 % zero-shot top-1 on ImageNet.
 
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 8.7 GiB of 15.75 on
+each, 195 ms per step, 168,000 pairs/s.
+
     python main.py --config=configs/rn101.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn101
 

@@ -2,6 +2,9 @@
 
 In the paper: 65.8 % zero-shot top-1 on ImageNet.
 
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 14.4 GiB of 15.75 on
+each, 399 ms per step, 82,100 pairs/s.
+
     python main.py --config=configs/rn50x4.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/rn50x4
 

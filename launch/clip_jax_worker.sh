@@ -22,12 +22,12 @@ fail() {
 }
 
 # The supervisor's process id, if it is alive. The command is compared because after a reboot the
-# same id can belong to anything.
+# same id can belong to anything; -ww: whole, however long the path is.
 running() {
   [ -f "$BASE/run.pid" ] || return 1
   local pid
   pid=$(cat "$BASE/run.pid")
-  ps -p "$pid" -o command= 2>/dev/null | grep -q "clip_jax_worker.sh supervise" || return 1
+  ps -ww -p "$pid" -o command= 2>/dev/null | grep -q "clip_jax_worker.sh supervise" || return 1
   echo "$pid"
 }
 
@@ -69,7 +69,10 @@ start() {
   setsid nohup bash "$SELF" supervise "$@" >>"$BASE/run.log" 2>&1 </dev/null &
   pid=$!
   echo "$pid" >"$BASE/run.pid"
-  until running >/dev/null || [ -f "$BASE/run.status" ]; do sleep 0.05; done
+  until running >/dev/null || [ -f "$BASE/run.status" ]; do
+    kill -0 "$pid" 2>/dev/null || fail "it could not be started: $(tail -n 1 "$BASE/run.log")"
+    sleep 0.05
+  done
   echo "$HOST: started (process $pid)"
 }
 

@@ -22,8 +22,9 @@ TIMEOUT = 300  # seconds
 
 
 def launch(arguments: list[str], devices: int) -> subprocess.Popen:
-    """Starts Python with this many virtual devices; optimising takes longer than it saves here."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    """Starts Python with this many virtual devices."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} {count}"  # the last one counts
     environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *arguments],

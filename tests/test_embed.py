@@ -264,7 +264,7 @@ def test_hosts_share_the_parts(pictures, tmp_path):
 def embed_environment() -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
     }
 
 

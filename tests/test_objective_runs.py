@@ -1,5 +1,6 @@
 """Whole runs of what figure 2 compares with CLIP: trained, resumed, evaluated, loaded, refused."""
 
+import csv
 import functools
 import json
 import pathlib
@@ -117,6 +118,33 @@ def test_using_the_result(objective: str, tmp_path):
     copied = clip_jax.load(tmp_path / "copied")
     np.testing.assert_array_equal(copied.encode_image(images), embeds)
     assert objective in repr(copied)
+
+
+def test_evaluate_says_what_a_model_cannot_do(tmp_path, capsys):
+    """Tasks of the suite, on models that embed no texts; overlap, by the detector."""
+
+    def evaluate(objective: str, *arguments: str) -> dict:
+        out = tmp_path / objective
+        run = f"--checkpoint={finished(objective)}"
+        main(["evaluate", run, f"--out={out}", "--datasets=digits,digits_scenes", *arguments])
+        with (out / "results.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        return {(row["task"], row["variant"], row["metric"]): float(row["value"]) for row in rows}
+
+    detector = f"--detector={finished('near_duplicates')}"
+    found = evaluate(
+        "bag_of_words", "--tasks=zeroshot,retrieval,overlap", "--train_data=digits:test", detector
+    )
+    assert {task for task, *_ in found} == {"zeroshot", "overlap"}
+    assert "Task retrieval is not done here" in capsys.readouterr().out
+    accuracy = found["zeroshot", "ensemble", "accuracy"]
+    assert found["overlap", "all", "accuracy"] == accuracy
+    assert found["overlap", "overlap", "share of images"] == 1  # each image has itself
+
+    found = evaluate("near_duplicates", "--tasks=zeroshot,linear_probe")
+    assert {task for task, *_ in found} == {"linear_probe"}
+    assert found["linear_probe", "linear probe", "accuracy"] > 0.5
+    assert "Task zeroshot is not done here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("to", ["openai", "open_clip", "huggingface", "big_vision"])

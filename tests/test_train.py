@@ -444,7 +444,8 @@ def test_a_resnet_on_the_command_line(tmp_path):
     command = [sys.executable, "main.py", "--config=configs/rn50.py:smoke"]
     command += ["--config.duration=4 steps", "--config.batch_size=16", f"--workdir={tmp_path}"]
     command += ["--config.eval.retrieval.max_examples=50"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    environment = os.environ | {"XLA_FLAGS": flags}
     ran = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )

@@ -49,7 +49,7 @@ class Evaluators:
         self.notes: list[str] = []
         spec, size = config.eval, net.size.image_size
         encoder = Encoder(net, mesh, spec.batch_size, config.data.threads)
-        if spec.zeroshot.source.type and not (encoder.embeds_texts or encoder.scores_prompts):
+        if spec.zeroshot.source.type and not encoder.knows_texts:
             self.notes.append(
                 f"No zero-shot evaluation: a model trained for {config.objective} knows no texts."
             )

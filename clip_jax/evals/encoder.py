@@ -31,6 +31,7 @@ class Encoder:
       mesh: devices that share each batch.
       embeds_texts: whether the model has a text tower: `texts` can be called.
       scores_prompts: whether the model says how likely a prompt is: `scores` can be called.
+      knows_texts: one of the two.
     """
 
     def __init__(self, net: nn.Module, mesh: Mesh, batch_size: int, threads: int):
@@ -49,6 +50,7 @@ class Encoder:
         self.mesh = mesh
         self.embeds_texts = hasattr(net, "encode_text")
         self.scores_prompts = hasattr(net, "score")
+        self.knows_texts = self.embeds_texts or self.scores_prompts
         self._threads = threads
         self._sharding = sharding.batch_sharding(mesh)
         whole = sharding.replicated(mesh)

@@ -125,6 +125,7 @@ def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
         raise UserError(
             "None of the data sets is there. The embedded one needs no download: --datasets=digits."
         )
+    idle = running.idle(context, names, say) if options.tasks else {}
     running.prepare(context, names)
     if process == 0:
         material.alone()
@@ -134,7 +135,7 @@ def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
             model=_about(found),
             settings=dataclasses.asdict(settings),
             results=tuple(results),
-            missing=({} if available else missing) | failed,
+            missing=({} if available else missing) | idle | failed,
             finished=datetime.datetime.now().isoformat(timespec="seconds"),
         )
         _write(folder, evaluation)
@@ -229,7 +230,7 @@ def _about(found: "Weights") -> "About":
     from clip_jax.plan import model_flops
     from clip_jax.weights import variable_shapes
 
-    trained = record.read(found).training
+    trained = record.read_training(found.origin)
     seen = trained.images_seen if trained else 0
     shapes = variable_shapes(found.size)
     return About(

@@ -30,6 +30,16 @@ def complete(context: Context, say: Say) -> tuple[Context, dict[str, str]]:
     return dataclasses.replace(context, datasets=found), missing
 
 
+def idle(context: Context, names: Sequence[str], say: Say) -> dict[str, str]:
+    """The tasks that none of the data sets, or not this model, can be put to, and why."""
+    found = {}
+    for name in names:
+        if not any(TASKS[name].applies(context, dataset) for dataset in context.datasets):
+            found[name] = f"Task {name} is not done here: it takes {TASKS[name].takes}."
+            say(found[name])
+    return found
+
+
 def prepare(context: Context, names: Sequence[str]) -> None:
     """Embeds everything that the tasks need, together with the other hosts."""
     for dataset in context.datasets:
@@ -104,8 +114,12 @@ def _depends(context: Context, name: str, dataset: Dataset, parameters: str) -> 
         "others": [each.name for each in context.datasets if each.base == dataset.name],
         "parameters": parameters,
         "settings": dataclasses.asdict(context.settings),
-        "detector": context.training.parameters if context.training else "",
+        "training": _training(context) if name == "overlap" else (),
     }
+
+
+def _training(context: Context) -> tuple[str, ...]:
+    return (context.training.name, context.training.parameters) if context.training else ()
 
 
 def _line(result: Result, width: int, when: str) -> str:

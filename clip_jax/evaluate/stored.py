@@ -58,7 +58,8 @@ class Stored:
         self._share = process, processes
         self._held: dict[tuple[str, str], Split] = {}
         encoder, params = self._maker.encoder, model.variables["params"]
-        self.mesh, self.embeds_texts = encoder.mesh, encoder.embeds_texts
+        self.mesh = encoder.mesh
+        self.embeds_texts, self.knows_texts = encoder.embeds_texts, encoder.knows_texts
         self.scale = (
             float(np.exp(to_host(params["logit_scale"]))) if "logit_scale" in params else 1.0
         )

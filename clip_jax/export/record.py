@@ -84,11 +84,12 @@ def read(found: weights.Weights) -> Record:
         parameters=sum(math.prod(s) for name, s in shapes if name.startswith("params/")),
         tokenizer=found.tokenizer.identity,
         origin=found.origin,
-        training=_training(found.origin),
+        training=read_training(found.origin),
     )
 
 
-def _training(origin: Mapping[str, Any]) -> Training | None:
+def read_training(origin: Mapping[str, Any]) -> Training | None:
+    """How the weights of this origin came about, whatever they were trained for."""
     path = epath.Path(origin["source"])
     workdir = path.parent.parent if path.parent.name == checkpoint.DIRECTORY else path
     if "step" not in origin or not (workdir / checkpoint.DIRECTORY).is_dir():

@@ -50,7 +50,8 @@ class Live:
           threads: that read; 0: one per CPU core.
           spare: directory for indices of shards whose own cannot be written to.
         """
-        self.mesh, self.scale, self.embeds_texts = encoder.mesh, 1.0, encoder.embeds_texts
+        self.mesh, self.scale = encoder.mesh, 1.0
+        self.embeds_texts, self.knows_texts = encoder.embeds_texts, encoder.knows_texts
         self._encoder, self._tokenizer, self._threads = encoder, tokenizer, threads
         self._data_dir, self._spare = data_dir, spare
         self._variables: Variables = {}

@@ -100,12 +100,14 @@ class Material(Protocol):
     Attributes:
       mesh: devices that tasks may compute on.
       scale: the multiplier of similarities, exp(logit_scale); 1 where the model has none.
-      embeds_texts: whether the model does; otherwise it scores them for an image.
+      embeds_texts: whether the model does.
+      knows_texts: whether it does, or scores them for an image.
     """
 
     mesh: Mesh
     scale: float
     embeds_texts: bool
+    knows_texts: bool
 
     def source(self, dataset: Dataset, role: str) -> Source:
         """The examples of a split; `finding.NotOnDisk` where they are not there."""

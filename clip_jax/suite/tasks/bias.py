@@ -14,7 +14,7 @@ from clip_jax.protocols import bias
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import zeroshot
-from clip_jax.suite.tasks.context import Context, Task
+from clip_jax.suite.tasks.context import Context, Task, recognizes
 
 _LISTED = 10  # labels that differ most between groups
 
@@ -115,6 +115,7 @@ def _scores(
 TASK = Task(
     title="Bias probes",
     roles=(TEST,),
-    applies=lambda context, dataset: bool(dataset.group_keys) and bool(dataset.prompts),
+    takes="images with groups, classes with prompts, and a model that knows texts",
+    applies=lambda context, dataset: bool(dataset.group_keys) and recognizes(context, dataset),
     run=run,
 )

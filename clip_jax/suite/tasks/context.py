@@ -39,14 +39,22 @@ class Task:
     Attributes:
       title: for people.
       roles: splits that it needs of a data set.
+      takes: what it can be done with, for people.
       applies: whether it can be done on a data set at all.
       run: does it.
     """
 
     title: str
     roles: tuple[str, ...]
+    takes: str
     applies: Callable[[Context, Dataset], bool]
     run: Callable[[Context, Dataset], Found]
+
+
+def recognizes(context: Context, dataset: Dataset) -> bool:
+    """Whether the model can be asked, by prompts, which class an image has."""
+    named = dataset.kind == "classification" and bool(dataset.prompts)
+    return named and context.material.knows_texts
 
 
 def measure(

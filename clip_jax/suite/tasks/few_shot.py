@@ -10,7 +10,7 @@ from clip_jax.protocols.metrics import METRICS
 from clip_jax.suite.material import TEST, TRAIN, VALIDATION, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import linear_probe, zeroshot
-from clip_jax.suite.tasks.context import Context, Task
+from clip_jax.suite.tasks.context import Context, Task, recognizes
 
 
 def run(context: Context, dataset: Dataset) -> Found:
@@ -59,9 +59,10 @@ def run(context: Context, dataset: Dataset) -> Found:
 TASK = Task(
     title="Few-shot probes",
     roles=(TRAIN, VALIDATION, TEST),
+    takes="classes with prompts, one to an image, and examples to train on",
     applies=lambda context, dataset: (
         linear_probe.TASK.applies(context, dataset)
-        and bool(dataset.prompts)
+        and recognizes(context, dataset)
         and not dataset.multi_label
     ),
     run=run,

@@ -53,6 +53,7 @@ def run(context: Context, dataset: Dataset) -> Found:
 TASK = Task(
     title="Linear probe",
     roles=(TRAIN, VALIDATION, TEST),
+    takes="classes, and examples to train on",
     applies=lambda context, dataset: (
         dataset.kind == "classification" and {TRAIN, VALIDATION, TEST} <= set(dataset.roles)
     ),

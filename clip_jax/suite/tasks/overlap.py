@@ -11,7 +11,7 @@ from clip_jax.protocols import metrics, overlap
 from clip_jax.suite.material import TEST, Nearest, Split, Training, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import zeroshot
-from clip_jax.suite.tasks.context import Context, Task
+from clip_jax.suite.tasks.context import Context, Task, recognizes
 
 _PAIRS = 60  # shown on the page of a data set, to find the right threshold by
 _STEPS = 200  # thresholds of the table behind it
@@ -90,11 +90,9 @@ def _pairs(
 TASK = Task(
     title="Overlap with the training data",
     roles=(TEST,),
+    takes="--train_data, classes with prompts, and a model that knows texts",
     applies=lambda context, dataset: (
-        context.training is not None
-        and dataset.kind == "classification"
-        and bool(dataset.prompts)
-        and not dataset.multi_label
+        context.training is not None and recognizes(context, dataset) and not dataset.multi_label
     ),
     run=run,
 )

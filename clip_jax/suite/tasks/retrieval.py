@@ -101,6 +101,7 @@ def _gallery(
 TASK = Task(
     title="Retrieval",
     roles=(TEST,),
-    applies=lambda context, dataset: dataset.kind == "retrieval",
+    takes="images with captions, and a model that embeds texts",
+    applies=lambda context, dataset: dataset.kind == "retrieval" and context.material.embeds_texts,
     run=run,
 )

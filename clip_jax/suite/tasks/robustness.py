@@ -14,7 +14,7 @@ from clip_jax.protocols import intervals, logistic, metrics, robustness
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import linear_probe, zeroshot
-from clip_jax.suite.tasks.context import Context, Task
+from clip_jax.suite.tasks.context import Context, Task, recognizes
 
 
 class Shifted(NamedTuple):
@@ -170,6 +170,9 @@ def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
 TASK = Task(
     title="Robustness",
     roles=(TEST,),
-    applies=lambda context, dataset: bool(shifts(context, dataset)),
+    takes="a reference set with prompts beside shifts of it, and a model that knows texts",
+    applies=lambda context, dataset: (
+        bool(shifts(context, dataset)) and recognizes(context, dataset)
+    ),
     run=run,
 )

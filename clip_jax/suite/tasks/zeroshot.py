@@ -10,7 +10,7 @@ from clip_jax.evals import confusion, zeroshot
 from clip_jax.pages.page import thumbnail
 from clip_jax.suite.material import TEST, Material, Split, labelled
 from clip_jax.suite.results import Found
-from clip_jax.suite.tasks.context import Context, Task, measure
+from clip_jax.suite.tasks.context import Context, Task, measure, recognizes
 
 ENSEMBLE, SINGLE, BARE = "ensemble", "one prompt", "bare names"
 _SINGLE = "a photo of a {}."  # the paper's default prompt
@@ -71,6 +71,7 @@ def run(context: Context, dataset: Dataset) -> Found:
 TASK = Task(
     title="Zero-shot classification",
     roles=(TEST,),
-    applies=lambda context, dataset: dataset.kind == "classification" and bool(dataset.prompts),
+    takes="classes with prompts, and a model that knows texts",
+    applies=recognizes,
     run=run,
 )
