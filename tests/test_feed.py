@@ -70,6 +70,7 @@ def test_waiting_is_measured():
     quick.close()
 
 
+@pytest.mark.slow
 def test_a_hanging_run_ends_with_its_name(tmp_path):
     """A read that never returns must not keep the process, whatever threads it holds."""
     program = """

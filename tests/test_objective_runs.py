@@ -91,6 +91,7 @@ def test_what_cannot_be_evaluated_is_said_once(tmp_path, capsys):
     assert not any(name.startswith("retrieval/") for name in final)
 
 
+@pytest.mark.slow
 def test_resuming_ends_in_the_same_numbers(tmp_path):
     whole = finished("captioning")
     copy = shutil.copytree(whole, tmp_path / "copy")
@@ -120,6 +121,7 @@ def test_using_the_result(objective: str, tmp_path):
     assert objective in repr(copied)
 
 
+@pytest.mark.slow
 def test_evaluate_says_what_a_model_cannot_do(tmp_path, capsys):
     """Tasks of the suite, on models that embed no texts; overlap, by the detector."""
 

@@ -72,7 +72,14 @@ def test_initial_state_is_equal_on_every_mesh(axes: tuple):
         assert np.array_equal(leaf, want[name]), name
 
 
-@pytest.mark.parametrize(("name", "axes"), [("vit", DATA), ("vit", FSDP), ("resnet", FSDP)])
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        pytest.param("vit", DATA, marks=pytest.mark.slow),
+        ("vit", FSDP),
+        ("resnet", FSDP),
+    ],
+)
 def test_metrics_agree_with_one_device(name: str, axes: tuple):
     """Sums in another order: losses within 1e-5 (seen: 1e-6), the rest within 1e-4."""
     (_, one), (_, many) = trained(name, ONE), trained(name, axes)
@@ -248,7 +255,12 @@ def assert_gradients(got, want) -> None:
 
 @pytest.mark.parametrize(
     ("axes", "accum_steps", "patch_dropout"),
-    [(ONE, 2, 0.0), (ONE, 16, 0.5), (FSDP, 2, 0.5), ((2, 2, 2), 4, 0.5)],
+    [
+        (ONE, 16, 0.5),
+        ((2, 2, 2), 4, 0.5),
+        pytest.param(ONE, 2, 0.0, marks=pytest.mark.slow),
+        pytest.param(FSDP, 2, 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: float):
     want = gradients(ONE, patch_dropout=patch_dropout)
@@ -256,8 +268,15 @@ def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: flo
     assert_gradients(got, want)
 
 
-@pytest.mark.parametrize("objective", ["captioning", "bag_of_words"])
-@pytest.mark.parametrize(("axes", "accum_steps"), [((2, 2, 2), 1), (FSDP, 2)])
+@pytest.mark.parametrize(
+    ("objective", "axes", "accum_steps"),
+    [
+        ("captioning", (2, 2, 2), 1),
+        ("bag_of_words", FSDP, 2),
+        pytest.param("captioning", FSDP, 2, marks=pytest.mark.slow),
+        pytest.param("bag_of_words", (2, 2, 2), 1, marks=pytest.mark.slow),
+    ],
+)
 def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps: int):
     want = gradients(ONE, objective=objective)
     assert abs(want[0] - math.log(64)) < 1  # a guess among the vocabulary
@@ -265,7 +284,11 @@ def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps
 
 
 @pytest.mark.parametrize(
-    ("axes", "accum_steps", "method"), [((2, 2, 2), 1, "ring"), (FSDP, 2, "all_gather")]
+    ("axes", "accum_steps", "method"),
+    [
+        ((2, 2, 2), 1, "ring"),
+        pytest.param(FSDP, 2, "all_gather", marks=pytest.mark.slow),
+    ],
 )
 def test_views_are_exact_too(axes: tuple, accum_steps: int, method: str):
     """Two views of each image, of which patch dropout makes different ones once more."""
@@ -286,6 +309,7 @@ def test_patch_dropout_changes_the_loss_and_every_step_draws_anew():
     assert abs(at[0] - gradients(ONE)[0]) > 1e-4
 
 
+@pytest.mark.slow
 def test_accumulated_batch_norm_takes_the_mean_of_the_micro_batches():
     """Computed here by the model alone, micro-batch by micro-batch."""
     net, mesh = tiny.make_net("resnet"), tiny.make_mesh(*ONE)
@@ -302,6 +326,7 @@ def test_accumulated_batch_norm_takes_the_mean_of_the_micro_batches():
         np.testing.assert_allclose(got[name], leaf, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_accumulation_saves_activations():
     """By the compiler's own account: activations of one micro-batch at a time."""
     net, mesh = tiny.make_net("vit"), tiny.make_mesh(*ONE)
@@ -357,6 +382,7 @@ def test_zero1_splits_the_optimiser_over_all_devices():
     assert_gradients(gradients((4, 2), zero1=True), gradients(ONE))
 
 
+@pytest.mark.slow
 def test_16_bit_moments_and_weights():
     """They are what is stored, and a step with them is nearly the step without."""
     want = trained("vit", ONE)[1][0]

@@ -439,6 +439,7 @@ def test_too_many_unusable_examples_end_the_run(stored, tmp_path):
     assert "Repair the data" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_resnet_on_the_command_line(tmp_path):
     """configs/rn50.py:smoke on one device, as a user runs it."""
     command = [sys.executable, "main.py", "--config=configs/rn50.py:smoke"]
