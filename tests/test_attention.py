@@ -34,6 +34,7 @@ def test_a_token_apart_changes_nothing(size: float):
     np.testing.assert_allclose(attend((q, k, v)), want, rtol=2e-4, atol=3e-5 * size)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_token_apart():
     heads = draw((2, 1 + 7, HEADS, D), 1.0)
     weights = draw((2, 1 + 7, HEADS, D), 1.0)[2]
@@ -76,6 +77,7 @@ SIZE = {
     [(32, 2, True), (28, 2, False), (24, 1, False)],
     ids=["256 patches", "196 patches", "576 patches"],
 )
+@pytest.mark.slow
 def test_vit_with_the_class_token_apart_equals_numpy(image_size, patch_size, expected):
     size = {**SIZE, "image_size": image_size, "patch_size": patch_size}
     net = models.create("ViT-B/32", size=size)

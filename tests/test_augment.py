@@ -75,6 +75,7 @@ def by_pillow(image: np.ndarray, flipped: bool, factors: np.ndarray) -> np.ndarr
 
 
 @pytest.mark.parametrize("config", [FLIP, JITTER, GREY, ALL], ids=["flip", "jitter", "grey", "all"])
+@pytest.mark.slow
 def test_matches_numpy_and_pillow(config):
     images = photos(32)
     result = run(images, config)

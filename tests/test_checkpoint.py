@@ -255,6 +255,7 @@ def half_state() -> train_state.TrainState:
     return tiny.init_state(tiny.make_net("vit"), tiny.make_mesh(*SAVED_ON), **HALF)
 
 
+@pytest.mark.slow
 def test_16_bit_state_comes_back_as_it_was(tmp_path):
     state = half_state()
     with checkpoint.Checkpoints(tmp_path) as store:
@@ -275,6 +276,7 @@ def as_shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 @pytest.mark.parametrize("saved_half", [True, False])
+@pytest.mark.slow
 def test_state_of_another_precision(tmp_path, saved_half: bool):
     states = [make_state(), half_state()]
     saved, wanted = states[saved_half], states[not saved_half]

@@ -130,6 +130,7 @@ def test_features_are_what_the_projection_reads(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
+@pytest.mark.slow
 def test_caption_files(suffix, tmp_path):
     path = tmp_path / f"captions.{suffix}"
     texts = [*TEXTS, "seven " * 40]
@@ -229,6 +230,7 @@ def test_another_model_does_not_go_on(pictures, whole, capsys):
     assert "part_rows" not in message
 
 
+@pytest.mark.slow
 def test_hosts_share_the_parts(pictures, tmp_path):
     """Two processes of two devices each, joined by a coordinator."""
     with socket.socket() as probe:
@@ -288,6 +290,7 @@ def test_buckets_cover_every_text_once():
     assert sorted(seen) == list(range(tiny.BATCH))
 
 
+@pytest.mark.slow
 def test_buckets_change_nothing():
     """Texts of 3 to 24 ids, in any order, against whole rows."""
     rng = np.random.default_rng(0)

@@ -94,6 +94,7 @@ def test_a_process_with_jax_and_numpy_alone(folder, model):
         *((kind, "encode_image") for kind in ("vit", "tiles", "resnet", "siglip")),
     ],
 )
+@pytest.mark.slow
 def test_every_kind_of_model(kind, tower):
     weights = tiny_export.weights(kind)
     program = jax.export.deserialize(stablehlo.export_tower(weights.size, tower).serialize())

@@ -59,6 +59,7 @@ def test_value_and_gradients_in_float32(mesh: str, method: str, temperature: str
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.slow
 def test_value_and_gradients_in_bfloat16(mesh: str, method: str):
     """bfloat16 has 8 bits: 2^-8 in the gradients' rounding; value and sums stay float32."""
     images, texts = (jnp.asarray(x, jnp.bfloat16) for x in reference.pairs(BATCH, WIDTH))

@@ -266,6 +266,7 @@ def scanned():
     ("scan", "remat"),
     [(False, "none"), (False, "full"), (True, "full"), (True, "dots_with_no_batch_dims_saveable")],
 )
+@pytest.mark.slow
 def test_same_result_unrolled_and_rematerialised(scanned, scan: bool, remat: str):
     variables, batch, expected = scanned
     net = models.create("ViT-B/32", scan_layers=scan, remat=remat, size=TINY_VIT)

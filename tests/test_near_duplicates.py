@@ -180,6 +180,7 @@ def picture(index: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.slow
 def test_recall_of_the_second_view(devices: int):
     mesh, net = tiny.make_mesh(devices, 1), Colours()
     variables = {"grey": jnp.float32(128)}

@@ -16,6 +16,8 @@ from clip_jax.__main__ import main
 from clip_jax.errors import UserError
 from clip_jax.metrics import read_history
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = ("captioning", "bag_of_words")  # the two baselines
 
 
@@ -91,7 +93,6 @@ def test_what_cannot_be_evaluated_is_said_once(tmp_path, capsys):
     assert not any(name.startswith("retrieval/") for name in final)
 
 
-@pytest.mark.slow
 def test_resuming_ends_in_the_same_numbers(tmp_path):
     whole = finished("captioning")
     copy = shutil.copytree(whole, tmp_path / "copy")
@@ -121,7 +122,6 @@ def test_using_the_result(objective: str, tmp_path):
     assert objective in repr(copied)
 
 
-@pytest.mark.slow
 def test_evaluate_says_what_a_model_cannot_do(tmp_path, capsys):
     """Tasks of the suite, on models that embed no texts; overlap, by the detector."""
 

@@ -68,6 +68,7 @@ def packed_rows(tokens: np.ndarray, length: int) -> packing.Rows:
 
 
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.slow
 def test_every_caption_lies_in_one_place(seed: int):
     rng = np.random.default_rng(seed)
     length = int(rng.integers(CONTEXT, 4 * CONTEXT))
@@ -190,6 +191,7 @@ def test_equals_unpacked(unpacked, name: str, rows: float, taken: int):
 
 
 @pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "full"), (False, "full")])
+@pytest.mark.slow
 def test_equals_unpacked_unrolled_and_rematerialised(unpacked, scan: bool, remat: str):
     pack = (LENGTH, 0.3)
     actual = embeds_and_grads(CAPTIONS["mixed"], pack, scan_layers=scan, remat=remat)
@@ -255,6 +257,7 @@ def test_nothing_but_gradients_crosses_devices():
     assert kinds == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_rows_of_one_turn():
     """Turns that are not taken keep nothing, although the program contains them."""
     size = {"context_length": 32, "text_width": 32, "text_layers": 6}

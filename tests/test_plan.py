@@ -119,6 +119,7 @@ def test_json(plan):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_several_slices():
     config = tiny_config(**{"mesh.slices": 2})
     found = make.make_plan(config, topology.parse_topology("v5e:2x2", slices=2), examples=3200)
@@ -132,6 +133,7 @@ def test_several_slices():
 
 @needs_compiler
 @needs_compiler
+@pytest.mark.slow
 def test_accumulation_and_remat_cost_operations(plan):
     config = tiny_config(**{"accum_steps": 2, "model.remat": "full"})
     found = make.make_plan(config, V5E_8, examples=3200)

@@ -81,6 +81,7 @@ def test_a_program_that_the_compiler_refuses(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_search_with_the_compiler():
     lines: list[str] = []
     config = tiny_config()

@@ -77,7 +77,7 @@ def test_initial_state_is_equal_on_every_mesh(axes: tuple):
     [
         pytest.param("vit", DATA, marks=pytest.mark.slow),
         ("vit", FSDP),
-        ("resnet", FSDP),
+        pytest.param("resnet", FSDP, marks=pytest.mark.slow),
     ],
 )
 def test_metrics_agree_with_one_device(name: str, axes: tuple):
@@ -277,6 +277,7 @@ def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: flo
         pytest.param("bag_of_words", (2, 2, 2), 1, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps: int):
     want = gradients(ONE, objective=objective)
     assert abs(want[0] - math.log(64)) < 1  # a guess among the vocabulary
@@ -290,6 +291,7 @@ def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps
         pytest.param(FSDP, 2, "all_gather", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_views_are_exact_too(axes: tuple, accum_steps: int, method: str):
     """Two views of each image, of which patch dropout makes different ones once more."""
     settings = {"objective": "near_duplicates", "patch_dropout": 0.5}
@@ -298,6 +300,7 @@ def test_views_are_exact_too(axes: tuple, accum_steps: int, method: str):
     assert_gradients(gradients(axes, accum_steps=accum_steps, method=method, **settings), want)
 
 
+@pytest.mark.slow
 def test_patch_dropout_changes_the_loss_and_every_step_draws_anew():
     """Else the test above would compare nothing."""
     net, mesh = tiny.make_net("vit", patch_dropout=0.5), tiny.make_mesh(*ONE)
@@ -359,6 +362,7 @@ def test_every_axis_computes_the_same(axes: tuple, method: str):
     assert_gradients(gradients(axes, method=method), gradients(ONE))
 
 
+@pytest.mark.slow
 def test_a_resnet_uses_the_tensor_axis_for_examples():
     want = trained("resnet", ONE)[1][0]
     mesh = tiny.make_mesh(2, 1, 2)

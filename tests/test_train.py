@@ -248,6 +248,7 @@ def test_a_workdir_of_another_run_is_left_alone(copy):
     assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_going_on_with_other_settings_on_demand(copy, capsys):
     changes = {"duration": "14 steps", "checkpoint.allow_config_change": True}
     train.train(tiny_run.config(changes), copy)
@@ -413,6 +414,7 @@ def stored(request, tmp_path_factory) -> dict:
     }
 
 
+@pytest.mark.slow
 def test_a_run_on_stored_data_counts_what_it_cannot_use(stored, tmp_path):
     final = train.train(tiny_run.config(stored), tmp_path)
     assert 0 <= final["zeroshot/top1"] <= 1
@@ -432,6 +434,7 @@ def test_a_run_on_stored_data_counts_what_it_cannot_use(stored, tmp_path):
     assert int(re.search(r"(\d+) captions were longer", said).group(1)) >= 4
 
 
+@pytest.mark.slow
 def test_too_many_unusable_examples_end_the_run(stored, tmp_path):
     config = tiny_run.config({**stored, "data.max_skipped": 0.01})
     with pytest.raises(UserError, match=r"data\.max_skipped = 0\.01.*10[01]") as caught:

@@ -69,6 +69,7 @@ def test_every_activation_is_there():
         np.testing.assert_allclose(function(x.astype(np.float32)), wanted, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_where_sigmoid_models_start():
     """ln 10 and -10; the paper's temperature without a bias."""
     size = TINY_VIT | {"logit_bias": True}
@@ -160,6 +161,7 @@ def dropped(net, variables, images, tokens, rows, key: int = 0):
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "SigLIP-B/16"])
+@pytest.mark.slow
 def test_patches_depend_on_key_and_row_alone(name: str):
     net = models.create(name, patch_dropout=0.5, size=TINY_VIT)
     variables, (images, tokens) = make_variables(net), make_batch(net.size, 8)
@@ -182,6 +184,7 @@ def test_evaluation_sees_all_patches():
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.slow
 def test_patch_dropout_on_devices(mesh8):
     """The same patches, chosen where the example lies: only gradients cross devices."""
     net = models.create("ViT-B/32", patch_dropout=0.5, size=TINY_VIT)

@@ -16,6 +16,8 @@ from clip_jax.errors import UserError
 from clip_jax.models.resize import image_positions, resize_positions
 from configs import siglip_b16
 
+pytestmark = pytest.mark.slow
+
 
 def cubic_weights(old: int, new: int) -> np.ndarray:
     """Keys' cubic (a = -1/2) from `old` to `new` >= `old` samples, float64 [new, old]."""
@@ -71,7 +73,6 @@ def test_a_model_of_another_shape_is_refused(tmp_path):
         start_from_finished(tmp_path / "run", {"model.size.embed_dim": 8})
 
 
-@pytest.mark.slow
 def test_a_relative_workdir(tmp_path, monkeypatch):
     """The default one, runs/NAME, is relative; it is saved to, resumed from and loaded."""
     monkeypatch.chdir(tmp_path)
@@ -109,7 +110,6 @@ def siglip_config(folder: pathlib.Path, *flags: str, **settings):
     return config
 
 
-@pytest.mark.slow
 def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
     """And with that it trains, resumes and is converted back, tokenizer included."""
     with pytest.raises(
@@ -137,7 +137,6 @@ def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
     np.testing.assert_array_equal(rows[0, :3], [3, 4, 1])
 
 
-@pytest.mark.slow
 def test_a_clip_model_cannot_read_the_ids_of_siglip(siglip, tmp_path):
     settings = {"tokenizer": f"siglip:{siglip}/spiece.model", "model.size.vocab_size": 9}
     with pytest.raises(UserError, match=r"largest id, which SigLIP's end token is not"):
