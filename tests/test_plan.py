@@ -195,6 +195,7 @@ def test_a_mistake_gets_one_paragraph(name, capsys):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """A process of its own, in which nothing has set the environment."""
     target = tmp_path / "plan.json"

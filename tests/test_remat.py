@@ -36,6 +36,7 @@ def loss_and_statistics(net: models.ImageModel, params: dict, statistics: dict):
     return jnp.sum(embeds * weights), updated
 
 
+@pytest.mark.slow
 def test_the_same_numbers():
     rng = np.random.default_rng(1)
     drawn = jax.tree.map(  # no gain is zero, so no block does nothing
