@@ -124,7 +124,7 @@ def _training(context: Context) -> tuple[str, ...]:
 
 def _line(result: Result, width: int, when: str) -> str:
     task = TASKS[result.task].title.lower()
-    return f"{result.title:<{width}}  {task:<24}  {show(result.headline)}  ({when})"
+    return f"{result.title:<{width}}  {task:<30}  {show(result.headline)}  ({when})"
 
 
 def show(score: Score) -> str:

@@ -44,7 +44,8 @@ def run(context: Context, dataset: Dataset) -> Found:
 
 def _scores(dataset: Dataset, row: overlap.Overlap) -> list[Score]:
     n = row.all.trials
-    scores = [Score("overlap", dataset.name, "all minus clean", "accuracy", row.inflation, n=n)]
+    gain = "accuracy gained by overlap"
+    scores = [Score("overlap", dataset.name, "all minus clean", gain, row.inflation, n=n)]
     scores += [
         Score(
             "overlap",
