@@ -2,6 +2,9 @@
 
 In the paper: 68.6 % zero-shot top-1 on ImageNet.
 
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 2.5 GiB of 15.75 on
+each, 311 ms per step, 105,000 pairs/s.
+
     python main.py --config=configs/vit_b16.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b16
 
@@ -14,5 +17,6 @@ from configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "ViT-B/16"
+    config.model.remat = "full"  # else 19.7 GiB at 128 pairs a chip; faster than other policies
     config.optim.learning_rate = 5e-4
     return default.finish(config, arg)
