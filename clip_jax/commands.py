@@ -1,8 +1,12 @@
-"""Commands by name, loaded only when asked for."""
+"""Commands by name, loaded only when asked for, and what all of them do alike."""
 
+import argparse
+import contextlib
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from clip_jax.errors import UserError
 
 # Name: (module whose main(arguments) runs it, what it is for).
 Table = Mapping[str, tuple[str, str]]
@@ -26,6 +30,28 @@ def dispatch(table: Table, arguments: list[str], prefix: str, footer: str = "") 
         sys.exit(
             f"There is no command {name!r}: choose one of {', '.join(table)}, or {prefix} --help."
         )
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Within it, a mistake of the user ends the process with a paragraph and status 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"\n{error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted.")
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser for "python -m clip_jax COMMAND"; the description is shown as it stands."""
+    return argparse.ArgumentParser(
+        prog=f"python -m clip_jax {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def _usage(table: Table, prefix: str, footer: str) -> str:

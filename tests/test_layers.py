@@ -64,7 +64,7 @@ LEAVES = {
     "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.data": {"clip_jax.errors"},
     "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors"},
-    "clip_jax.commands": set(),
+    "clip_jax.commands": {"clip_jax.errors"},
     "clip_jax.pages": set(),
 }
 

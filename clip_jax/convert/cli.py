@@ -24,10 +24,9 @@ resolution, pooling, tokenizer and temperature travel along; what a format canno
 import argparse
 import dataclasses
 import math
-import sys
 from typing import TYPE_CHECKING
 
-from clip_jax.errors import UserError
+from clip_jax import commands
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,22 +37,12 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     """Runs the command; mistakes of the user end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
-    try:
+    with commands.plain_errors():
         _convert(args)
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("convert", __doc__)
     add = parser.add_argument
     add("source", metavar="SRC", help="what to convert")
     add("target", metavar="DST", help="file or folder to make")

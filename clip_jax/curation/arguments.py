@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from clip_jax import commands
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,12 +34,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
       command: behind "python -m clip_jax data".
       description: what it does, with examples; shown as it stands.
     """
-    made = argparse.ArgumentParser(
-        prog=f"python -m clip_jax data {command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    made = commands.parser(f"data {command}", description)
     made.add_argument("data", metavar="DATA", help=_ABOUT_DATA)
     made.add_argument("--split", default="train", help='tfds: such as "test" or "train[:10%%]"')
     made.add_argument("--data_dir", default="", help="tfds: where it is prepared, if not as usual")

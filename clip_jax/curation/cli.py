@@ -1,9 +1,6 @@
 """python -m clip_jax data COMMAND, or --help for the list."""
 
-import sys
-
 from clip_jax import commands
-from clip_jax.errors import UserError
 
 COMMANDS = {
     "index": ("clip_jax.curation.index", "find every sample of shards once, in parallel"),
@@ -17,10 +14,5 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> None:
     """Runs a command; mistakes of the user end the process with a paragraph and status 2."""
-    try:
+    with commands.plain_errors():
         commands.dispatch(COMMANDS, arguments, "python -m clip_jax data")
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")

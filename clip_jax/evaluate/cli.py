@@ -33,9 +33,10 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from clip_jax import commands
 from clip_jax.curation.arguments import at_least, share
 from clip_jax.errors import UserError
-from clip_jax.retrieval import running as hosts
+from clip_jax.retrieval import hosts
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
     suite = default.get_config().eval.suite
     options = _parser(suite).parse_args(arguments)
-    with hosts.plain_errors():
+    with commands.plain_errors():
         if options.list:
             _list()
         elif options.checkpoint:
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser(suite: "ConfigDict") -> argparse.ArgumentParser:
-    parser = hosts.parser("evaluate", __doc__)
+    parser = commands.parser("evaluate", __doc__)
     add = parser.add_argument
     add("--checkpoint", metavar="MODEL", help="what clip_jax.load takes: a workdir, a file, a name")
     add("--step", type=int, help="which checkpoint of a workdir; default: the last")

@@ -25,7 +25,7 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax import metrics, models
+from clip_jax import commands, metrics, models
 from clip_jax.datasets import registry
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
@@ -33,7 +33,6 @@ from clip_jax.evaluate.comparison import Compared
 from clip_jax.evaluate.folder import ALL, About, Evaluation, read_evaluation
 from clip_jax.pages import page
 from clip_jax.plan import model_flops
-from clip_jax.retrieval import running as hosts
 from clip_jax.suite.results import Result, Score
 
 _HERE = Path(__file__).parent
@@ -42,11 +41,11 @@ _PAPER = "paper"
 
 def main(arguments: list[str]) -> None:
     """Runs the command; ends the process where it must."""
-    parser = hosts.parser("compare", __doc__)
+    parser = commands.parser("compare", __doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="as above")
     parser.add_argument("--out", default="comparison", metavar="DIR", help="default: comparison")
     options = parser.parse_args(arguments)
-    with hosts.plain_errors():
+    with commands.plain_errors():
         _run(options)
 
 

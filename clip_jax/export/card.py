@@ -12,8 +12,8 @@ yours to choose; data and weights that you started from may bind you.
 
 import argparse
 import pathlib
-import sys
 
+from clip_jax import commands
 from clip_jax.errors import UserError
 from clip_jax.export import terms
 
@@ -21,20 +21,12 @@ from clip_jax.export import terms
 def main(arguments: list[str]) -> None:
     """Runs the command; mistakes of the user end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
-    try:
+    with commands.plain_errors():
         _write(args)
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax card",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("card", __doc__)
     parser.add_argument("--model", required=True, help="workdir, checkpoint or converted folder")
     parser.add_argument("--out", required=True, metavar="FILE", help="to write; replaced if there")
     terms.add_to(parser)

@@ -20,9 +20,9 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from typing import TYPE_CHECKING
 
+from clip_jax import commands
 from clip_jax.errors import UserError
 from clip_jax.export import layout, terms
 
@@ -35,22 +35,12 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> None:
     """Runs the command; mistakes of the user end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
-    try:
+    with commands.plain_errors():
         _export(args)
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("export", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="whatever clip_jax.load takes")
     add("--out", required=True, metavar="DIR", help="to make")

@@ -10,8 +10,8 @@ once with `hf auth login`, or set HF_TOKEN.
 import argparse
 import pathlib
 import re
-import sys
 
+from clip_jax import commands
 from clip_jax.errors import UserError
 from clip_jax.export.layout import CARD
 
@@ -21,22 +21,12 @@ _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 def main(arguments: list[str]) -> None:
     """Runs the command; mistakes of the user end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
-    try:
+    with commands.plain_errors():
         _push(args)
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("push", __doc__)
     add = parser.add_argument
     add("--dir", required=True, help="to upload, all that is in it")
     add("--repo", required=True, metavar="ORG/NAME", help="on the hub")

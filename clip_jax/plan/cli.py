@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from clip_jax import commands
 from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
 
@@ -56,14 +57,9 @@ def main(arguments: list[str]) -> None:
         return
     topologies.prepare_environment()
     _silence()
-    try:
+    with commands.plain_errors():
         request = _request(_parse(arguments), arguments)
         fits = _search(request) if request.search else _plan(request)
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
     sys.exit(0 if fits else 1)
 
 

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
+from clip_jax import commands
 from clip_jax.curation.arguments import at_least
 from clip_jax.errors import UserError
-from clip_jax.retrieval import running
+from clip_jax.retrieval import hosts
 
 if TYPE_CHECKING:
     from clip_jax.retrieval.store import Store
@@ -41,14 +42,14 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    with running.plain_errors():
+    with commands.plain_errors():
         _run(_options(arguments))
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     from clip_jax.retrieval import inputs
 
-    parser = running.parser("embed", __doc__)
+    parser = commands.parser("embed", __doc__)
     add = parser.add_argument
     add("--model", required=True, help="what clip_jax.load takes: a workdir, a checkpoint, ...")
     inputs.add_data(parser)
@@ -65,7 +66,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--rows", type=at_least(1), default=65_536, metavar="N", help="examples in a part")
     add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
     add("--threads", type=at_least(0), default=0, metavar="N", help="that decode; 0: one per core")
-    running.add_hosts(parser)
+    hosts.add_hosts(parser)
     options = parser.parse_args(arguments)
     if options.of is None:
         options.of = "texts" if inputs.is_caption_file(options.data) else "images"
@@ -75,7 +76,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> None:
-    process, processes = running.join_hosts(options)
+    process, processes = hosts.join_hosts(options)
     from clip_jax import api
     from clip_jax.retrieval import inputs, making
 

@@ -17,8 +17,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from clip_jax import commands
 from clip_jax.curation.arguments import at_least
-from clip_jax.retrieval import running
 
 if TYPE_CHECKING:
     from clip_jax.retrieval.searcher import Hit, Searcher
@@ -29,7 +29,7 @@ _WIDEST = 60  # characters of a caption
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     options = _options(arguments)
-    with running.plain_errors():
+    with commands.plain_errors():
         searcher = _open(options)
         if options.serve:
             from clip_jax.retrieval import page
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = running.parser("search", __doc__)
+    parser = commands.parser("search", __doc__)
     add = parser.add_argument
     add("queries", nargs="*", metavar="TEXT", help="what to look for; several are answered in turn")
     add("--model", required=True, help="that made the embeddings; what clip_jax.load takes")

@@ -33,6 +33,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
+from clip_jax import commands
 from clip_jax.curation.arguments import at_least
 from clip_jax.errors import UserError
 
@@ -62,12 +63,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax data curate pairs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("data curate pairs", __doc__)
     add = parser.add_argument
     add("data", metavar="DATA", help="files, directories or patterns, comma-separated")
     add("--queries", required=True, help="file, a query a line; or JSON as MetaCLIP's metadata")

@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from clip_jax import commands
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,12 +49,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m clip_jax data curate queries",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = commands.parser("data curate queries", __doc__)
     add = parser.add_argument
     add("--text", default="", help="files, directories or patterns, comma-separated")
     add("--text_key", default="", help="column of the text; default: caption, text or title")

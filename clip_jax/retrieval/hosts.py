@@ -1,33 +1,8 @@
-"""What both commands share: how a mistake of the user ends them, and the hosts that take part."""
+"""The hosts of a pod that take part in a command."""
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Iterator
 
 from clip_jax.errors import UserError
-
-
-@contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Within it, a mistake of the user ends the process with a paragraph and status 2."""
-    try:
-        yield
-    except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
-
-
-def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser for "python -m clip_jax COMMAND"; the description is shown as it stands."""
-    return argparse.ArgumentParser(
-        prog=f"python -m clip_jax {command}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def add_hosts(made: argparse.ArgumentParser) -> None:
