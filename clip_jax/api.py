@@ -42,7 +42,12 @@ class Model:
         batch_size: int = 64,
         about: str = "",
     ):
-        """Wraps a module; `batch_size`: pictures or texts per step, padded, so it compiles once."""
+        """Wraps a module.
+
+        Args:
+          batch_size: pictures or texts per step. The last step of many is padded, so that it needs
+            no program of its own; fewer than a step takes are padded to a power of two.
+        """
         self.net = net
         self.variables = variables
         self.tokenizer = tokenizer
@@ -93,7 +98,7 @@ class Model:
             )
         tokens = self._tokens(texts, truncate)
         encode = partial(self._text, self.variables)
-        return buckets.embed(encode, tokens, self.net.size, self._batch_size)
+        return buckets.embed(encode, tokens, self.net.size, self._step_size(len(tokens)))
 
     def zero_shot(
         self,
@@ -157,13 +162,17 @@ class Model:
             raise UserError(f"Cannot read the picture: {error}.") from error
 
     def _batched(self, function: Any, rows: np.ndarray, width: int) -> np.ndarray:
-        parts = [np.zeros((0, width), np.float32)]
-        for start in range(0, len(rows), self._batch_size):
-            part = rows[start : start + self._batch_size]
-            padded = np.zeros((self._batch_size, *rows.shape[1:]), rows.dtype)
+        parts, size = [np.zeros((0, width), np.float32)], self._step_size(len(rows))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
             padded[: len(part)] = part
             parts.append(np.asarray(function(self.variables, padded))[: len(part)])
         return np.concatenate(parts)
+
+    def _step_size(self, rows: int) -> int:
+        """Rows per step, so that one picture need not wait for the work of a whole batch."""
+        return min(self._batch_size, 1 << max(rows - 1, 0).bit_length())
 
 
 def _as_list(images: Pictures) -> list[Picture]:
