@@ -74,7 +74,6 @@ def tables(out: pathlib.Path) -> dict[tuple, dict]:
     return {(t["title"], tuple(t["added"])): t for t in result.details["tables"]}
 
 
-@pytest.mark.slow
 def test_shares_of_each_group(evaluated):
     digits, hands, papers = (np.array(column) for column in list(zip(*examples()))[1:])
     steps = {(): (), ("letters", "animals"): ("letters", "animals")}

@@ -90,7 +90,6 @@ def test_metrics_agree_with_one_device(name: str, axes: tuple):
             assert b[metric] == pytest.approx(value, rel=tolerance), metric
 
 
-@pytest.mark.slow
 def test_batch_norm_is_synchronised():
     """Each of 8 devices sees 2 of 16 images: running statistics of its own would be far off."""
     want = named_leaves(trained("resnet", ONE)[0].batch_stats)
@@ -167,7 +166,6 @@ def plain_gradient(name: str):
     return jax.jit(jax.value_and_grad(loss))(state.params)
 
 
-@pytest.mark.slow
 def test_loss_and_gradient_norm_are_those_of_the_plain_loss():
     loss, grads = plain_gradient("vit")
     squares = [np.sum(leaf.astype(np.float64) ** 2) for leaf in named_leaves(grads).values()]
