@@ -209,7 +209,7 @@ def make_plan(
     built, total = build(config, topology, examples)
     memory = _resident(built, topology)
     if report:
-        report(f"Compiling for {topology}; this takes a minute or two.")
+        report(f"Compiling for {topology}; this takes some minutes.")
     step, missing, failure = None, 0.0, ""
     try:
         compiled = built.lower().compile()
