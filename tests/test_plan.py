@@ -211,9 +211,7 @@ def test_the_command(tmp_path):
     )
     assert answer.returncode == 0, answer.stderr
     assert "FITS" in answer.stdout
-    assert answer.stderr.strip().splitlines() == [
-        "Compiling for v5e:2x2; this takes some minutes."
-    ]
+    assert answer.stderr.strip().splitlines() == ["Compiling for v5e:2x2; this takes some minutes."]
     assert json.loads(target.read_text())["chips"] == 4
 
 
