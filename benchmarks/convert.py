@@ -14,8 +14,10 @@ import os
 import pathlib
 import resource
 import tempfile
+import sys
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 TRIPS = (

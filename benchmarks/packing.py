@@ -3,9 +3,9 @@
     python benchmarks/packing.py
     python benchmarks/packing.py --batch=128 --length=128 --rows=0.16
 
-Needs open_clip_torch. ViT-B/32, float32; all train on the same images and captions, in turns. The
-ids of a caption, start and end token included, are 2 more than a log-normal variable and at most
-77: 17 in the mean, half of them 15 or fewer, one in a hundred 53 or more.
+Needs open_clip_torch. ViT-B/32, float32 (on a GPU bfloat16); all train on the same images and
+captions, in turns. The ids of a caption, start and end token included, are 2 more than a log-normal
+variable and at most 77: 17 in the mean, half of them 15 or fewer, one in a hundred 53 or more.
 
 Medians are printed, and the speed relative to unpacked; also how often random batches of such
 captions need more rows than a first turn has, and so take about twice as long in the text tower.
@@ -71,10 +71,10 @@ def prepare(competitor: str, args: argparse.Namespace) -> tuple[turns.Step, dict
     size = models.get_size("ViT-B/32")
     batch = make_batch(size, args.batch)
     if competitor == "open_clip":
-        take_step, _ = step.open_clip_step(size, batch)
+        take_step, _ = step.open_clip_step(size, batch, args.device)
     else:
         pack = Pack(args.length, args.rows) if competitor == "clip_jax packed" else None
-        take_step, _ = step.clip_jax_step(size, batch, args.scan, pack)
+        take_step, _ = step.clip_jax_step(size, batch, args.scan, pack, args.device)
     return take_step, {}
 
 
@@ -84,8 +84,8 @@ def report(workers: list[turns.Worker], args: argparse.Namespace):
     print("|---|---|---|---|---|---|---|---|")
     for worker in workers:
         print(
-            f"| {worker.competitor} | {base / worker.seconds:.2f} | {worker.seconds:.2f} "
-            f"| {worker.spread} | {args.batch / worker.seconds:.1f} "
+            f"| {worker.competitor} | {base / worker.seconds:.2f} | {worker.seconds:.3g} "
+            f"| {worker.spread} | {args.batch / worker.seconds:,.1f} "
             f"| {worker.steps[-1]['peak']:.1f} | {worker.ready['start']:.0f} | {worker.losses} |"
         )
 
@@ -107,6 +107,7 @@ def report_fill(args: argparse.Namespace):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch", type=int, default=32, help="pairs per step")
+    parser.add_argument("--device", choices=turns.PLATFORMS, default="cpu")
     parser.add_argument("--length", type=int, default=80, help="tokens in a packed row")
     parser.add_argument("--rows", type=float, default=0.28, help="packed rows per caption")
     parser.add_argument("--scan", action="store_true", help="layers in a scan, not unrolled")
@@ -116,15 +117,18 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return turns.work(lambda: prepare(args.worker, args))
+        return turns.work(
+            lambda: prepare(args.worker, args), lambda: step.peak(args.worker, args.device)
+        )
 
     chosen = args.only.split(",")
     if unknown := set(chosen) - set(COMPETITORS):
         parser.error(f"no {', '.join(unknown)}; choose of: {', '.join(COMPETITORS)}")
-    workers = turns.take_turns(__file__, chosen, args.rounds)
+    workers = turns.take_turns(__file__, chosen, args.rounds, args.device)
     packages = turns.versions("jax", "flax", "optax", "torch", "open_clip_torch")
     layers = "scanned" if args.scan else "unrolled"
-    print(f"ViT-B/32, batch {args.batch}, float32, layers {layers}, {args.rounds} rounds")
+    dtype = "bfloat16" if args.device == "gpu" else "float32"
+    print(f"ViT-B/32, batch {args.batch}, {dtype}, layers {layers}, {args.rounds} rounds")
     print(f"{packages}\n")
     report_fill(args)
     report(workers, args)

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py
     python benchmarks/step.py --model=small --big_vision=DIR
+    python benchmarks/step.py --device=gpu --batch=1024
 
 Needs open_clip_torch; DIR is a checkout of google-research/big_vision, left out without it. See
 benchmarks/README.md for what is compared.
@@ -18,7 +19,13 @@ import numpy as np
 import turns
 from turns import Step
 
-COMPETITORS = ("open_clip", "big_vision", "clip_jax scanned", "clip_jax unrolled")
+COMPETITORS = (
+    "open_clip",
+    "open_clip compiled",
+    "big_vision",
+    "clip_jax scanned",
+    "clip_jax unrolled",
+)
 SMALL = {
     "embed_dim": 192,
     "image_size": 32,
@@ -52,13 +59,17 @@ def make_batch(size, count: int) -> Batch:
 # ---- Competitors: each makes its Step and says how many parameters it trains -------------------
 
 
-def clip_jax_step(size, batch: Batch, scan_layers: bool, pack=None) -> tuple[Step, int]:
+def clip_jax_step(
+    size, batch: Batch, scan_layers: bool, pack=None, device: str = "cpu"
+) -> tuple[Step, int]:
     """The step of the training loop: pixels arrive as uint8, norms are measured."""
     import jax
+    import jax.numpy as jnp
 
     from clip_jax import losses, models, optim, sharding, state, step
 
-    net = models.CLIP(size, scan_layers=scan_layers, pack=pack)
+    dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # what model.dtype="auto" gives
+    net = models.CLIP(size, scan_layers=scan_layers, pack=pack, dtype=dtype)
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)
     schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
@@ -93,12 +104,18 @@ def clip_jax_step(size, batch: Batch, scan_layers: bool, pack=None) -> tuple[Ste
     return take_step, parameters
 
 
-def open_clip_step(size, batch: Batch) -> tuple[Step, int]:
-    """Eager mode; AdamW fused, no decay on gains, biases and logit_scale; images normalised."""
+def open_clip_step(
+    size, batch: Batch, device: str = "cpu", compiled: bool = False
+) -> tuple[Step, int]:
+    """AdamW fused, no decay on gains, biases and logit_scale; images normalised.
+
+    On a GPU as by its --precision=amp_bf16, on a CPU in float32.
+    """
     import open_clip
     import torch
 
     torch.manual_seed(0)
+    place = "cuda" if device == "gpu" else "cpu"
     model = open_clip.model.CLIP(
         embed_dim=size.embed_dim,
         quick_gelu=True,
@@ -117,7 +134,7 @@ def open_clip_step(size, batch: Batch) -> tuple[Step, int]:
             "layers": size.text_layers,
         },
         output_dict=True,
-    )
+    ).to(place)
     named = dict(model.named_parameters())
     plain = [n for n, p in named.items() if p.ndim < 2 or "ln" in n or "bias" in n]
     optimizer = torch.optim.AdamW(
@@ -133,12 +150,14 @@ def open_clip_step(size, batch: Batch) -> tuple[Step, int]:
     )
     loss_fn = open_clip.ClipLoss()
     images, tokens = batch
-    pixels = torch.from_numpy(normalised(images)).permute(0, 3, 1, 2).contiguous()
-    ids = torch.from_numpy(tokens).long()
+    pixels = torch.from_numpy(normalised(images)).permute(0, 3, 1, 2).contiguous().to(place)
+    ids = torch.from_numpy(tokens).long().to(place)
+    forward = torch.compile(model) if compiled else model
 
     def take_step() -> float:
-        out = model(pixels, ids)
-        loss = loss_fn(out["image_features"], out["text_features"], out["logit_scale"])
+        with torch.autocast(place, torch.bfloat16, enabled=device == "gpu"):
+            out = forward(pixels, ids)
+            loss = loss_fn(out["image_features"], out["text_features"], out["logit_scale"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -219,13 +238,28 @@ def prepare(competitor: str, args: argparse.Namespace) -> tuple[Step, dict]:
     shapes, batch = MODELS[args.model]
     size = models.get_size("ViT-B/32", shapes)
     batch = make_batch(size, args.batch or batch)
-    if competitor == "open_clip":
-        take_step, parameters = open_clip_step(size, batch)
+    if competitor.startswith("open_clip"):
+        compiled = competitor == "open_clip compiled"
+        take_step, parameters = open_clip_step(size, batch, args.device, compiled)
     elif competitor == "big_vision":
         take_step, parameters = big_vision_step(size, batch, args.big_vision)
     else:
-        take_step, parameters = clip_jax_step(size, batch, competitor == "clip_jax scanned")
+        scan_layers = competitor == "clip_jax scanned"
+        take_step, parameters = clip_jax_step(size, batch, scan_layers, device=args.device)
     return take_step, {"parameters": parameters}
+
+
+def peak(competitor: str, device: str) -> float:
+    """GiB held at most: of the GPU, where the work is done there."""
+    if device == "cpu":
+        return turns.host_peak()
+    if competitor.startswith("open_clip"):
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    import jax
+
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
 
 
 def report(workers: list[turns.Worker], batch: int):
@@ -236,8 +270,8 @@ def report(workers: list[turns.Worker], batch: int):
     )
     for worker in workers:
         print(
-            f"| {worker.competitor} | {base.seconds / worker.seconds:.2f} | {worker.seconds:.2f} "
-            f"| {worker.spread} | {batch / worker.seconds:.1f} "
+            f"| {worker.competitor} | {base.seconds / worker.seconds:.2f} | {worker.seconds:.3g} "
+            f"| {worker.spread} | {batch / worker.seconds:,.1f} "
             f"| {worker.steps[-1]['peak']:.1f} | {worker.ready['start']:.0f} "
             f"| {worker.ready['parameters'] / 1e6:.1f} | {worker.losses} |"
         )
@@ -247,6 +281,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="ViT-B/32")
     parser.add_argument("--batch", type=int, help="pairs per step; default 32, small: 256")
+    parser.add_argument("--device", choices=turns.PLATFORMS, default="cpu")
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each competitor")
     parser.add_argument("--big_vision", help="checkout of google-research/big_vision")
     parser.add_argument("--only", help=f"comma-separated, of: {', '.join(COMPETITORS)}")
@@ -254,17 +289,22 @@ def main():
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return turns.work(lambda: prepare(args.worker, args))
+        return turns.work(
+            lambda: prepare(args.worker, args), lambda: peak(args.worker, args.device)
+        )
 
     chosen = args.only.split(",") if args.only else list(COMPETITORS)
     if unknown := set(chosen) - set(COMPETITORS):
         parser.error(f"no {', '.join(unknown)}; choose of: {', '.join(COMPETITORS)}")
     if not args.big_vision:
         chosen = [name for name in chosen if name != "big_vision"]
-    workers = turns.take_turns(__file__, chosen, args.steps)
+    if args.device == "cpu" and not args.only:  # would take minutes to compile there
+        chosen.remove("open_clip compiled")
+    workers = turns.take_turns(__file__, chosen, args.steps, args.device)
     batch = args.batch or MODELS[args.model][1]
     packages = turns.versions("jax", "flax", "optax", "torch", "open_clip_torch")
-    print(f"{args.model}, batch {batch}, float32; medians of {args.steps} steps\n{packages}\n")
+    dtype = "bfloat16" if args.device == "gpu" else "float32"
+    print(f"{args.model}, batch {batch}, {dtype}; medians of {args.steps} steps\n{packages}\n")
     report(workers, batch)
     return None
 

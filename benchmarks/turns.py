@@ -18,27 +18,34 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # Freed memory stays with the process: page faults are a large part of a CPU step otherwise.
-ENVIRONMENT = {
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "JAX_PLATFORMS": "cpu",
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+# Nobody may take most of a GPU's memory before the others have theirs.
+PLATFORMS = {
+    "cpu": {"JAX_PLATFORMS": "cpu"},
+    "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
 }
 
 Step = Callable[[], float]  # does the timed work once, returns its loss
 
 
-def work(prepare: Callable[[], tuple[Step, dict]]) -> None:
+def host_peak() -> float:
+    """GiB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def work(prepare: Callable[[], tuple[Step, dict]], peak: Callable[[], float] = host_peak) -> None:
     """A competitor's process: one line of JSON when ready, and one for every line it reads.
 
     Args:
       prepare: makes the step, and what else there is to say of it.
+      peak: GiB held at most until now.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     sys.path.insert(0, str(ROOT))
     start = time.perf_counter()
     take_step, facts = prepare()
-    before = _peak()
+    before = peak()
     first_loss = take_step()
     ready = {**facts, "start": time.perf_counter() - start, "loss": first_loss, "before": before}
     print(json.dumps(ready), file=answers)
@@ -46,12 +53,7 @@ def work(prepare: Callable[[], tuple[Step, dict]]) -> None:
         start = time.perf_counter()
         loss = take_step()
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": _peak()}), file=answers)
-
-
-def _peak() -> float:
-    """GiB that this process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak()}), file=answers)
 
 
 class Worker:
@@ -63,7 +65,7 @@ class Worker:
       steps: of each turn "seconds", "loss" and "peak" (GiB).
     """
 
-    def __init__(self, script: str, competitor: str, arguments: list[str]):
+    def __init__(self, script: str, competitor: str, arguments: list[str], device: str):
         self.competitor = competitor
         self.process = subprocess.Popen(
             [sys.executable, script, *arguments, f"--worker={competitor}"],
@@ -71,7 +73,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=None if "--verbose" in arguments else subprocess.DEVNULL,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **PLATFORMS[device]},
         )
         self.ready = self._read()
         self.steps: list[dict] = []
@@ -103,7 +105,7 @@ class Worker:
     def spread(self) -> str:
         """Fastest and slowest turn."""
         seconds = [step["seconds"] for step in self.steps]
-        return f"{min(seconds):.2f} - {max(seconds):.2f}"
+        return f"{min(seconds):.3g} - {max(seconds):.3g}"
 
     @property
     def losses(self) -> str:
@@ -111,11 +113,13 @@ class Worker:
         return f"{self.ready['loss']:.3f} -> {self.steps[-1]['loss']:.3f}"
 
 
-def take_turns(script: str, competitors: list[str], rounds: int) -> list[Worker]:
+def take_turns(
+    script: str, competitors: list[str], rounds: int, device: str = "cpu"
+) -> list[Worker]:
     """Starts a script's workers with this process's own arguments; each takes a step a round."""
     workers = []
     for name in competitors:  # one after the other: compilation would disturb
-        workers.append(Worker(script, name, sys.argv[1:]))
+        workers.append(Worker(script, name, sys.argv[1:], device))
         print(f"{name} is ready", file=sys.stderr)
     for number in range(rounds):
         turn = number % len(workers)

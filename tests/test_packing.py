@@ -47,11 +47,11 @@ def make_tokens(lengths, context: int = CONTEXT, vocab: int = VOCAB) -> np.ndarr
 
 
 def first_fit(lengths, length: int) -> list[list[int]]:
-    """Numbers of the captions in each row, written as one would on paper."""
+    """Numbers of the captions in each row, the longest first, written as one would on paper."""
     rows: list[list[int]] = []
-    for number, needed in enumerate(lengths):
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         for row in rows:
-            if sum(lengths[i] for i in row) + needed <= length:
+            if sum(lengths[i] for i in row) + lengths[number] <= length:
                 row.append(number)
                 break
         else:

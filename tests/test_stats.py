@@ -136,7 +136,7 @@ def test_no_usable_example(tmp_path, capsys):
 
 def first_fit(lengths: list[int], row: int) -> int:
     rows: list[int] = []
-    for length in lengths:
+    for length in sorted(lengths, reverse=True):
         for i, used in enumerate(rows):
             if used + length <= row:
                 rows[i] += length

@@ -1,6 +1,7 @@
 """Sources: random access to stored examples, whatever they are stored in."""
 
 import dataclasses
+import math
 from typing import Protocol
 
 import numpy as np
@@ -117,6 +118,8 @@ def create(
 
 _WORDS = ("a", "the", "red", "small", "old", "dog", "cat", "house", "tree", "on", "under", "near")
 
+_SHIFTS = 2**20  # images that synthetic noise is cut into
+
 
 class Synthetic:
     """Noise with random captions, for benchmarks: nothing to read or decode."""
@@ -128,15 +131,18 @@ class Synthetic:
         if size < 1:
             raise UserError(f"A synthetic source needs source.size of at least 1, not {size}.")
         self._size = size
-        self._image_size = image_size
+        self._shape = (image_size, image_size, 3)
         self._seed = seed
+        # Drawing a million bytes for each image would hold up the other threads.
+        noise = np.random.default_rng(seed).bytes(math.prod(self._shape) + _SHIFTS)
+        self._noise = np.frombuffer(noise, np.uint8)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng([self._seed, index])
-        shape = (self._image_size, self._image_size, 3)
-        image = np.frombuffer(rng.bytes(int(np.prod(shape))), np.uint8).reshape(shape)
+        start = rng.integers(_SHIFTS)
+        image = self._noise[start : start + math.prod(self._shape)].reshape(self._shape)
         text = " ".join(rng.choice(_WORDS, size=rng.integers(4, 17)))
         return Example(image, Captions((text,), (1.0,)), labels=(), key=f"synthetic {index}")

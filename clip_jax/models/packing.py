@@ -52,7 +52,10 @@ class Rows(NamedTuple):
 
 
 def place(tokens: jax.Array, length: int) -> Places:
-    """First fit: each caption in its turn goes to the first row that still has room for it.
+    """First fit, the longest captions first: each goes to the first row that has room for it.
+
+    All captions of a length are placed at once, so that the steps that wait for each other are as
+    many as there are lengths, however many captions: each costs several launches on a GPU.
 
     Args:
       tokens: int32 [n, s], s <= length; a caption ends with its largest id.
@@ -63,17 +66,26 @@ def place(tokens: jax.Array, length: int) -> Places:
       did not fit, each row would hold more than length - s tokens, and so length // s captions.
     """
     captions, longest = tokens.shape
-    rows = jnp.arange(rows_needed(captions, longest, length))
-
-    def put(free: jax.Array, tokens_needed: jax.Array):
-        row = jnp.argmax(free >= tokens_needed)
-        chosen = rows == row
-        offset = length - jnp.sum(jnp.where(chosen, free, 0))
-        return free - jnp.where(chosen, tokens_needed, 0), (row, offset)
-
+    count = rows_needed(captions, longest, length)
     lengths = jnp.argmax(tokens, axis=1).astype(jnp.int32) + 1
-    _, (row, offset) = jax.lax.scan(put, jnp.full(rows.shape, length, jnp.int32), lengths)
-    return Places(row.astype(jnp.int32), offset.astype(jnp.int32), lengths)
+    sizes = jnp.arange(longest, 0, -1, dtype=jnp.int32)
+
+    def put(free: jax.Array, group: tuple[jax.Array, jax.Array]):
+        size, number = group
+        room = free // size
+        taken = jnp.clip(number - (jnp.cumsum(room) - room), 0, room)
+        return free - taken * size, (taken, length - free)
+
+    numbers = jnp.sum(lengths == sizes[:, None], axis=1, dtype=jnp.int32)
+    free = jnp.full(count, length, jnp.int32)
+    _, (taken, offset) = jax.lax.scan(put, free, (sizes, numbers))
+    # The sorted captions are dealt out in this order: by size, then by row.
+    taken, offset = taken.reshape(-1), offset.reshape(-1)
+    ends, dealt = jnp.cumsum(taken), jnp.arange(captions, dtype=jnp.int32)
+    part = jnp.searchsorted(ends, dealt, side="right").astype(jnp.int32)
+    offset = offset[part] + (dealt - (ends - taken)[part]) * sizes[part // count]
+    rank = jnp.argsort(jnp.argsort(-lengths))
+    return Places((part % count)[rank], offset[rank], lengths)
 
 
 def rows_needed(captions: int, longest: int, length: int) -> int:
@@ -98,10 +110,13 @@ def fill(
     start = jnp.where(inside, row * length + places.offset, count * length)
     marks = jnp.zeros(count * length, jnp.int32)
     marks = marks.at[start].set(1 + jnp.arange(len(tokens), dtype=jnp.int32), mode="drop")
-    # First fit fills a row from the left, so numbers rise within it.
-    captions = jax.lax.cummax(marks.reshape(count, length), axis=1)
+    marks = marks.reshape(count, length)
+    # A token is of the caption that begins last before it: rows are filled from the left.
+    here = jnp.arange(length, dtype=jnp.int32)
+    begin = jax.lax.cummax(jnp.where(marks > 0, here, 0), axis=1)
+    captions = jnp.take_along_axis(marks, begin, axis=1)
     caption = jnp.maximum(captions - 1, 0)
-    positions = jnp.arange(length, dtype=jnp.int32) - places.offset[caption]
+    positions = here - begin
     valid = (captions > 0) & (positions < places.length[caption])
     positions = jnp.where(valid, positions, 0)
     ids = jnp.where(valid, tokens[caption, positions], 0)
