@@ -13,8 +13,8 @@ import multiprocessing
 import os
 import pathlib
 import resource
-import tempfile
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))

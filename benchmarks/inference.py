@@ -3,10 +3,10 @@
     python benchmarks/inference.py
     python benchmarks/inference.py --images=1000 --captions=1000
 
-Needs open_clip_torch. ViT-B/32 with random weights, float32, 64 images or captions per batch. Each
-round, every competitor embeds its share of the images and of the captions; with the defaults,
-1,000 images and 10,000 captions in 2 rounds. The last batch of a share is a smaller one, which
-clip_jax pads: many small shares would measure the padding.
+Needs open_clip_torch. ViT-B/32 with random weights, float32, so many images or captions at a time
+as --batch says. Each round, every competitor embeds its share of the images and of the captions;
+with the defaults, 1,000 images and 10,000 captions in 2 rounds. The last batch of a share is a
+smaller one, which clip_jax pads: many small shares would measure the padding.
 
 open_clip runs eagerly in inference mode and is spared what is not its model's work: it gets
 normalised pixels and token ids. clip_jax is called as users call it, with uint8 pixels and with
@@ -27,7 +27,6 @@ import packing
 import turns
 
 COMPETITORS = ("open_clip", "clip_jax")
-BATCH = 64
 SIDE = 224
 WORDS = ("a", "the", "red", "small", "old", "dog", "cat", "house", "tree", "on", "under", "near")
 
@@ -48,7 +47,7 @@ def make_captions(count: int) -> list[str]:
 # ---- Competitors: each makes what embeds all images, and what embeds all captions --------------
 
 
-def clip_jax_encoders(images: np.ndarray, captions: list[str]) -> tuple[Encode, Encode]:
+def clip_jax_encoders(images: np.ndarray, captions: list[str], batch: int) -> tuple[Encode, Encode]:
     import jax
 
     from clip_jax import api, models
@@ -58,11 +57,13 @@ def clip_jax_encoders(images: np.ndarray, captions: list[str]) -> tuple[Encode, 
     pixels, ids = images[:1], np.zeros((1, net.size.context_length), np.int32)
     variables = jax.jit(lambda key: net.init(key, pixels, ids))(jax.random.key(0))
     tokens = tokenizer.create("openai", net.size.context_length)
-    model = api.Model(net, variables, tokens, batch_size=BATCH)
+    model = api.Model(net, variables, tokens, batch_size=batch)
     return lambda: _check(model.encode_image(images)), lambda: _check(model.encode_text(captions))
 
 
-def open_clip_encoders(images: np.ndarray, captions: list[str]) -> tuple[Encode, Encode]:
+def open_clip_encoders(
+    images: np.ndarray, captions: list[str], batch: int
+) -> tuple[Encode, Encode]:
     import open_clip
     import torch
 
@@ -77,7 +78,7 @@ def open_clip_encoders(images: np.ndarray, captions: list[str]) -> tuple[Encode,
 
     def embed(encode, inputs) -> None:
         with torch.inference_mode():
-            parts = [encode(part, normalize=True) for part in inputs.split(BATCH)]
+            parts = [encode(part, normalize=True) for part in inputs.split(batch)]
             _check(torch.cat(parts).numpy())
 
     return lambda: embed(model.encode_image, pixels), lambda: embed(model.encode_text, ids)
@@ -104,13 +105,13 @@ def count_compilations() -> list[str]:
 # ---- The run -----------------------------------------------------------------------------------
 
 
-def work(competitor: str, images: int, captions: int) -> None:
+def work(competitor: str, images: int, captions: int, batch: int) -> None:
     """A competitor's process: what `turns.work` calls a step takes both shares once."""
     spent: list[dict] = []
 
     def prepare() -> tuple[turns.Step, dict]:
         make = clip_jax_encoders if competitor == "clip_jax" else open_clip_encoders
-        encode_image, encode_text = make(make_images(images), make_captions(captions))
+        encode_image, encode_text = make(make_images(images), make_captions(captions), batch)
         compiled = count_compilations() if competitor == "clip_jax" else []
 
         def take_step() -> float:
@@ -155,12 +156,13 @@ def main():
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=2, help="that these are spread over")
+    parser.add_argument("--batch", type=int, default=32, help="images or captions at a time")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     images, captions = args.images // args.rounds, args.captions // args.rounds
     if args.worker:
-        return work(args.worker, images, captions)
+        return work(args.worker, images, captions, args.batch)
     workers = turns.take_turns(__file__, list(COMPETITORS), args.rounds)
     print(turns.versions("jax", "flax", "torch", "open_clip_torch"), end="\n\n")
     return report(workers, images, captions)

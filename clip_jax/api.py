@@ -39,7 +39,7 @@ class Model:
         net: nn.Module,
         variables: Any,
         tokenizer: tokenizers.Tokenizer | None,
-        batch_size: int = 64,
+        batch_size: int = 32,
         about: str = "",
     ):
         """Wraps a module.
