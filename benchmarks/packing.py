@@ -53,9 +53,9 @@ def make_batch(size, count: int) -> step.Batch:
 
 
 def rows_taken(lengths: np.ndarray, row_length: int) -> int:
-    """Rows that first fit fills."""
+    """Rows that first fit fills, the longest captions first."""
     free: list[int] = []
-    for length in lengths:
+    for length in sorted(lengths, reverse=True):
         fitting = (number for number, room in enumerate(free) if room >= length)
         if (row := next(fitting, None)) is None:
             free.append(row_length - length)

@@ -165,9 +165,9 @@ def several(request, tmp_path_factory) -> pathlib.Path:
     first, *others = outputs([launch(arguments, 8 // count) for arguments in commands])
     assert f"8 x cpu (mesh {request.param})" in first
     for printed in others:
-        # The first process speaks for all. Gloo's threads print too, not always by whole lines.
-        gloo = r"\[Gloo\].*|(\d+ )?is connected to \d+ peer ranks.*"
-        assert not re.sub(gloo, "", printed).strip()
+        # The first process speaks for all. Gloo's threads print too, in pieces that mix.
+        gloo = "Gloo Rank is connected to peer ranks Expected number of"
+        assert set(re.findall("[A-Za-z]+", printed)) <= set(gloo.split())
     return folder
 
 

@@ -335,6 +335,7 @@ def sharded(mesh8, variables: dict, batch: tuple) -> tuple[dict, tuple]:
     return variables, jax.device_put(batch, sharding.batch_sharding(mesh8))
 
 
+@pytest.mark.slow
 def test_vit_sharded_equals_one_device(mesh8):
     net = models.create("ViT-B/32", size=TINY_VIT)
     variables, batch = make_variables(net), make_batch(net.size, 16)

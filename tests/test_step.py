@@ -166,6 +166,7 @@ def plain_gradient(name: str):
     return jax.jit(jax.value_and_grad(loss))(state.params)
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_norm_are_those_of_the_plain_loss():
     loss, grads = plain_gradient("vit")
     squares = [np.sum(leaf.astype(np.float64) ** 2) for leaf in named_leaves(grads).values()]

@@ -285,6 +285,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
     assert steps_kept(tmp_path) == [4]
 
 
+@pytest.mark.slow
 def test_a_step_beyond_the_memory_is_refused_before_it_is_tried(tmp_path):
     with pytest.raises(UserError, match=r"batch_size 33,554,432 needs [\d,.]+ GiB") as caught:
         train.train(tiny_run.config({"batch_size": 2**25}), tmp_path)
