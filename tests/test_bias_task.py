@@ -16,6 +16,7 @@ import clip_jax
 from clip_jax.evaluate import cli
 from clip_jax.evaluate.folder import read_evaluation
 
+pytestmark = pytest.mark.slow  # test_bias.py holds the statistics
 CLASSES = ("zero|0", "one|1", "two|2", "three|3")
 ADDED = {"letters": ["the letter o", "the letter x"], "animals": ["cat"]}
 FURTHER = {"child": ["child"]}
