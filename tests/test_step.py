@@ -90,7 +90,6 @@ def test_metrics_agree_with_one_device(name: str, axes: tuple):
             assert b[metric] == pytest.approx(value, rel=tolerance), metric
 
 
-@pytest.mark.slow
 def test_batch_norm_is_synchronised():
     """Each of 8 devices sees 2 of 16 images: running statistics of its own would be far off."""
     want = named_leaves(trained("resnet", ONE)[0].batch_stats)

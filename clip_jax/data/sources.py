@@ -133,7 +133,7 @@ class Synthetic:
         self._size = size
         self._shape = (image_size, image_size, 3)
         self._seed = seed
-        # Drawing a million bytes for each image would hold up the other threads.
+        # To draw the bytes of each image anew would hold up the other threads.
         noise = np.random.default_rng(seed).bytes(math.prod(self._shape) + _SHIFTS)
         self._noise = np.frombuffer(noise, np.uint8)
 
