@@ -2,15 +2,18 @@
 
 import os
 
+from xla_flags import DEVICES, QUICK
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8 {QUICK}"
 
 import jax
 import pytest
 
 from clip_jax import sharding
+
+jax.jit(lambda x: x + 1)(0.0)  # XLA reads its flags
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK)  # unknown to libtpu
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -14,6 +13,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH, WIDTH = 48, 40
@@ -23,13 +23,10 @@ TIMEOUT = 300  # seconds
 
 def launch(arguments: list[str], devices: int) -> subprocess.Popen:
     """Starts Python with this many virtual devices."""
-    count = f"--xla_force_host_platform_device_count={devices}"
-    flags = f"{os.environ['XLA_FLAGS']} {count}"  # the last one counts
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=xla_flags.environment(devices) | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

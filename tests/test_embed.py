@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import tiny_run
+import xla_flags
 from shards import write_tar
 from tiny_data import encoded, picture, sample
 
@@ -244,7 +245,7 @@ def test_hosts_share_the_parts(pictures, tmp_path):
                 *(f"--coordinator={address}", "--processes=2", f"--process={process}"),
             ],
             cwd=ROOT,
-            env=embed_environment(),
+            env=xla_flags.environment(2),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -261,13 +262,6 @@ def test_hosts_share_the_parts(pictures, tmp_path):
     for row, wanted in zip(table(open_store(tmp_path / "out")), alone, strict=True):
         assert row["key"] == wanted["key"]
         np.testing.assert_allclose(row["image_embed"], wanted["image_embed"], atol=1e-3)
-
-
-def embed_environment() -> dict[str, str]:
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
-    }
 
 
 def test_picture_root():

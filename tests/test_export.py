@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_export
 import tiny_run
+import xla_flags
 from PIL import Image
 
 import clip_jax
@@ -75,7 +76,13 @@ def test_a_process_with_jax_and_numpy_alone(folder, model):
     np.savez(file, **batches(model))
     command = [sys.executable, "-c", ALONE, str(folder)]
     done = subprocess.run(
-        command, cwd=ROOT, input=file.getvalue(), capture_output=True, timeout=300, check=False
+        command,
+        cwd=ROOT,
+        env=xla_flags.environment(1),
+        input=file.getvalue(),
+        capture_output=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
     found = np.load(io.BytesIO(done.stdout))

@@ -51,8 +51,6 @@ TINY_RESNET = TINY_TEXT | {
     "image_width": 4,
     "image_heads": 4,
 }
-# Compiling is what takes time here; LLVM's optimisation is not what is tested.
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 EXACT = {"rtol": 1e-5, "atol": 1e-5}  # float32 against float64, of unit vectors
 
 
@@ -84,7 +82,7 @@ def make_variables(net: models.CLIP) -> dict:
 
 
 def apply(net: models.CLIP, variables: dict, *inputs, **options):
-    return fast_jit(partial(net.apply, **options))(variables, *inputs)
+    return jax.jit(partial(net.apply, **options))(variables, *inputs)
 
 
 def float64(tree):
@@ -153,7 +151,7 @@ def test_initialisation(name: str, table: dict):
         size |= {"image_size": 32, "image_layers": (LAYERS,), "image_width": WIDTH}
         size |= {"image_heads": 2, "patch_size": 4}
     net = models.create(name, size=size)
-    params = fast_jit(net.init)(jax.random.key(0), *make_batch(net.size, 1))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), *make_batch(net.size, 1))["params"]
     flat = {sharding.path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     for path, (distribution, deviation) in (INIT | table).items():
         values = np.asarray(flat.pop(path), np.float64)
@@ -215,7 +213,7 @@ def test_resnet_equals_numpy(train: bool):
 def test_text_is_causal_and_read_at_the_end_token():
     net = models.create("ViT-B/32", size=TINY_VIT)
     variables, (_, tokens) = make_variables(net), make_batch(net.size)
-    encode = partial(fast_jit(partial(net.apply, method="encode_text")), variables)
+    encode = partial(jax.jit(partial(net.apply, method="encode_text")), variables)
     before = encode(tokens)
     end = tokens.argmax(axis=1)
     for position in range(tokens.shape[1]):
@@ -239,7 +237,7 @@ def value_and_grads(net: models.CLIP, variables: dict, images, tokens):
         )
         return losses.softmax_loss(*embeds), (embeds, updated)
 
-    (loss, (embeds, updated)), grads = fast_jit(jax.value_and_grad(loss_fn, has_aux=True))(
+    (loss, (embeds, updated)), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
         variables["params"]
     )
     return {"loss": loss, "embeds": embeds, "updated": updated, "grads": grads}

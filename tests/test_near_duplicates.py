@@ -24,10 +24,6 @@ DETECTOR = {
 }
 
 
-# Compiling is what takes time here; LLVM's optimisation is not what is tested.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def detector():
     """A small one, its forward pass, variables of size 1 or so, and images for it."""
@@ -44,7 +40,7 @@ def detector():
 
     return (
         net,
-        fast_jit(net.apply),
+        jax.jit(net.apply),
         jax.tree_util.tree_map_with_path(values, shapes),
         images,
         tokens,
@@ -98,7 +94,7 @@ def test_options_leave_the_resnet_of_the_paper_alone():
 
 def test_it_starts_with_blocks_that_do_nothing_and_tells_images_apart():
     net, apply, _, images, tokens = detector()
-    variables = fast_jit(net.init)(jax.random.key(0), images, tokens)
+    variables = jax.jit(net.init)(jax.random.key(0), images, tokens)
     image = variables["params"]["image"]
     assert not np.any(image["stage2_block1"]["conv3"]["scale"])
     assert np.all(image["stage2_block1"]["conv2"]["scale"] == np.float32(2**0.5))
@@ -190,7 +186,7 @@ def test_recall_of_the_second_view(devices: int):
     assert found == evaluator.run(variables)
     used = [i for i in range(19) if i != 3]
     images = np.stack([picture(i) for i in used])
-    make = fast_jit(lambda *of: views.two_views(of[0], jax.random.key(7), STRENGTHS, of[1]))
+    make = jax.jit(lambda *of: views.two_views(of[0], jax.random.key(7), STRENGTHS, of[1]))
     pairs = np.asarray(make(images, jnp.array(used)), np.float64).reshape(len(used), 2, -1) - 128
     pairs /= np.linalg.norm(pairs, axis=2, keepdims=True)
     right = (pairs[:, 0] @ pairs[:, 1].T).argmax(axis=1) == np.arange(len(used))

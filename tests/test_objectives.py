@@ -21,8 +21,6 @@ from configs import default, figure2
 
 BAG = {"text_pool": "bag", "text_layers": 0}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
-# Compiling is what takes time here; LLVM's optimisation is not what is tested.
-fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -33,7 +31,7 @@ def model(objective: str = "contrastive", **size):
     shapes = jax.eval_shape(net.init, jax.random.key(0), batch["image"], batch["tokens"])
     rng = np.random.default_rng(1)
     variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
-    features = fast_jit(functools.partial(net.apply, method="image_features"))
+    features = jax.jit(functools.partial(net.apply, method="image_features"))
     return net, variables, batch, np.asarray(features(variables, batch["image"]), np.float64)
 
 
@@ -71,7 +69,7 @@ def test_captioning_equals_numpy():
     net, variables, batch, features = model("captioning")
     p = parameters(variables)
     logs = [token_logs(f, row, p) for f, row in zip(features, batch["tokens"])]
-    nats, predictions = fast_jit(net.apply)(variables, batch["image"], batch["tokens"])
+    nats, predictions = jax.jit(net.apply)(variables, batch["image"], batch["tokens"])
     np.testing.assert_allclose(nats, [-sum(each) for each in logs], **EXACT)
     np.testing.assert_array_equal(predictions, [len(each) for each in logs])
     assert len(set(map(len, logs))) > 3
@@ -82,7 +80,7 @@ def test_captioning_equals_numpy():
 
 def test_a_caption_is_likely_by_its_past_alone_and_padding_changes_nothing():
     net, variables, batch, _ = model("captioning")
-    call, ends = fast_jit(net.apply), batch["tokens"].argmax(axis=1)
+    call, ends = jax.jit(net.apply), batch["tokens"].argmax(axis=1)
     before, _ = call(variables, batch["image"], batch["tokens"])
     padded = batch["tokens"].copy()
     padded[np.arange(padded.shape[1]) > ends[:, None]] = 5
@@ -97,7 +95,7 @@ def test_probabilities_of_all_captions_of_one_word_sum_to_that_of_a_word():
     start, end = net.size.vocab_size - 2, net.size.vocab_size - 1
     prompts = np.zeros((net.size.vocab_size - 1, 4), np.int32)
     prompts[:, 0], prompts[:, 1], prompts[:, 2] = start, np.arange(len(prompts)), end
-    score = fast_jit(functools.partial(net.apply, method="score"))
+    score = jax.jit(functools.partial(net.apply, method="score"))
     prepared = prompts_module.prepare(prompts)
     found = np.exp(np.asarray(score(variables, batch["image"][:3], prepared), np.float64))
     p = parameters(variables)
@@ -140,7 +138,7 @@ def test_logits_of_a_whole_batch_never_exist():
     assert made[plain] >= b * length * vocabulary
     assert made[bounded] <= b * captioner.POSITIONS * vocabulary
     (value, grads), (want, wants) = (
-        fast_jit(jax.value_and_grad(f, (0, 1)))(states, embedding) for f in (bounded, plain)
+        jax.jit(jax.value_and_grad(f, (0, 1)))(states, embedding) for f in (bounded, plain)
     )
     assert float(value) == pytest.approx(float(want), rel=1e-5)
     for got, expected in zip(grads, wants):
@@ -169,7 +167,7 @@ def test_bag_of_words_equals_numpy():
     net, variables, batch, features = model("bag_of_words")
     tokens, p = repeated(batch["tokens"]), parameters(variables)
     assert any(len(set(words_of(row))) < len(words_of(row)) for row in tokens)
-    nats, predictions = fast_jit(net.apply)(variables, batch["image"], tokens)
+    nats, predictions = jax.jit(net.apply)(variables, batch["image"], tokens)
     wanted = [-bag_log(f, row, p) for f, row in zip(features, tokens)]
     np.testing.assert_allclose(nats, wanted, **EXACT)
     loss = losses.prediction_loss(nats, predictions)
@@ -178,7 +176,7 @@ def test_bag_of_words_equals_numpy():
 
 def test_a_text_tower_of_no_layers_is_the_mean_of_the_words():
     net, variables, batch, _ = model(**BAG)
-    p, encode = parameters(variables)["text"], fast_jit(net.apply, static_argnames="method")
+    p, encode = parameters(variables)["text"], jax.jit(net.apply, static_argnames="method")
     tokens = batch["tokens"]
     means = [p["token_embed"]["embedding"][words_of(row)].mean(axis=0) for row in tokens]
     wanted = numpy_models.layer_norm(np.stack(means), p["ln_final"]) @ p["projection"]["kernel"]
@@ -202,7 +200,7 @@ def test_class_scores_by_enumeration(objective: str):
     prompts[8] = prompts[7]
     prompts[7, 2:] = [net.size.vocab_size - 1, *np.zeros(prompts.shape[1] - 3, int)]
     owners = np.array([0, 0, 1, 2, 2, 2, 1, 0, 3])
-    score = fast_jit(functools.partial(scores.class_scores, net), static_argnums=4)
+    score = jax.jit(functools.partial(scores.class_scores, net), static_argnums=4)
     found = score(variables, batch["image"][:5], prompts_module.prepare(prompts), owners, 4)
     p = parameters(variables)
     for i in range(5):

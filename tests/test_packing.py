@@ -30,7 +30,6 @@ SIZE = {
 }
 # Relative, by norm; seen: 5e-7. Only the order of sums differs.
 TOLERANCE = 2e-6
-fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def make_tokens(lengths, context: int = CONTEXT, vocab: int = VOCAB) -> np.ndarray:
@@ -142,7 +141,7 @@ def make_step(pack: tuple | None, **options):
         embeds = net.apply({"params": params}, tokens, train=True, method="encode_text")
         return jnp.sum(embeds * weights), embeds
 
-    return fast_jit(jax.grad(loss_fn, has_aux=True))
+    return jax.jit(jax.grad(loss_fn, has_aux=True))
 
 
 def embeds_and_grads(lengths, pack: tuple | None, mesh=None, **options):

@@ -17,14 +17,6 @@ ONE, DATA, FSDP = (1, 1), (8, 1), (2, 4)  # mesh.data, mesh.fsdp
 STEPS = 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """XLA without its optimisations: compiling takes nearly all of the time here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def compiled(name: str, axes: tuple[int, int]):
     net, mesh = tiny.make_net(name), tiny.make_mesh(*axes)
@@ -90,6 +82,7 @@ def test_metrics_agree_with_one_device(name: str, axes: tuple):
             assert b[metric] == pytest.approx(value, rel=tolerance), metric
 
 
+@pytest.mark.slow
 def test_batch_norm_is_synchronised():
     """Each of 8 devices sees 2 of 16 images: running statistics of its own would be far off."""
     want = named_leaves(trained("resnet", ONE)[0].batch_stats)

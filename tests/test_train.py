@@ -4,7 +4,6 @@ import collections
 import html
 import io
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_run
+import xla_flags
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
@@ -180,14 +180,10 @@ def flags() -> list[str]:
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
     command = [sys.executable, "-c", KILLED, "--config=configs/vit_b32.py:smoke", *flags()]
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tiny_run.folder() / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
     killed = subprocess.run(
         [*command, f"--workdir={tmp_path}"],
         cwd=ROOT,
-        env=environment,
+        env=xla_flags.environment(8),
         capture_output=True,
         text=True,
         timeout=300,
@@ -449,10 +445,13 @@ def test_a_resnet_on_the_command_line(tmp_path):
     command = [sys.executable, "main.py", "--config=configs/rn50.py:smoke"]
     command += ["--config.duration=4 steps", "--config.batch_size=16", f"--workdir={tmp_path}"]
     command += ["--config.eval.retrieval.max_examples=50"]
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    environment = os.environ | {"XLA_FLAGS": flags}
     ran = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=ROOT,
+        env=xla_flags.environment(1),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stderr == ""

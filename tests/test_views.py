@@ -121,11 +121,7 @@ def test_compression_is_that_of_jpeg(quality: int):
     assert np.abs(found - PHOTO).mean() == pytest.approx(lost, rel=0.1)
 
 
-COMPILED = jax.jit(
-    views.two_views,
-    static_argnames="config",
-    compiler_options={"xla_backend_optimization_level": 0},
-)
+COMPILED = jax.jit(views.two_views, static_argnames="config")
 
 
 def test_nothing_drawn_leaves_the_image():
