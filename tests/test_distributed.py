@@ -21,12 +21,12 @@ TOLERANCE = 1e-5  # relative, of losses: sums in another order; seen: 1e-6
 TIMEOUT = 300  # seconds
 
 
-def launch(arguments: list[str], devices: int) -> subprocess.Popen:
+def launch(arguments: list[str], devices: int, quick: str = xla_flags.QUICK) -> subprocess.Popen:
     """Starts Python with this many virtual devices."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=xla_flags.environment(devices) | {"PYTHONPATH": str(ROOT)},
+        env=xla_flags.environment(devices, quick) | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -143,9 +143,9 @@ SLOW = pytest.param("slice 2 x tensor 4", marks=pytest.mark.slow)
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> pathlib.Path:
-    """Workdir of a run by one process on one device."""
+    """Workdir of a run by one process on one device, compiled as a user's is."""
     folder = tmp_path_factory.mktemp("one")
-    outputs([launch(command(folder, **HEADS, **SUITE), devices=1)])
+    outputs([launch(command(folder, **HEADS, **SUITE), devices=1, quick="")])
     return folder
 
 

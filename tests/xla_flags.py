@@ -4,15 +4,15 @@ import os
 
 DEVICES = "--xla_force_host_platform_device_count"
 
-# Programs that run slower and take a fifth of the time to compile, which is most of the suite's. In
-# the order of one thread: the other scheduler lets collectives of such programs wait forever.
+# Programs that run slower and take a fifth of the time to compile, which is most of the suite's.
+# Without the last of these, collectives of such programs may wait for each other forever.
 QUICK = (
     "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "
     "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 
 
-def environment(devices: int) -> dict[str, str]:
+def environment(devices: int, quick: str = QUICK) -> dict[str, str]:
     """For a process of its own, on this many virtual devices."""
-    flags = f"{os.environ['XLA_FLAGS']} {QUICK} {DEVICES}={devices}"  # the last one counts
+    flags = f"{os.environ['XLA_FLAGS']} {quick} {DEVICES}={devices}"  # the last one counts
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
