@@ -4,7 +4,7 @@ import os
 
 DEVICES = "--xla_force_host_platform_device_count"
 
-# Programs that run slower and take a fifth of the time to compile, which is most of the suite's.
+# Programs that run slower and take a quarter of the time to compile, which is most of the suite's.
 # Without the last of these, collectives of such programs may wait for each other forever.
 QUICK = (
     "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 "

@@ -28,8 +28,9 @@ CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _BICUBIC = 3  # Pillow's number
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # What a config.json may leave out, by model_type.
-_DEFAULTS = {
+_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {
+        "projection_dim": 512,
         "text": {
             "vocab_size": 49_408,
             "hidden_size": 512,
@@ -156,9 +157,10 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
             f"{source} has the activation hidden_act={text['hidden_act']!r}; our models have "
             f"{', '.join(_ACTIVATIONS)}."
         )
-    embed_dim = config.get("projection_dim", 512)
     if kind == "siglip":
         embed_dim = text.get("projection_size") or text["hidden_size"]
+    else:
+        embed_dim = {**_DEFAULTS[kind], **config}["projection_dim"]
     return models.Size(
         embed_dim=embed_dim,
         image_layers=(vision["num_hidden_layers"],),
