@@ -75,7 +75,7 @@ class Model:
         Raises:
           UserError: a file cannot be read, or is no picture.
         """
-        return self._batched(self._image, self._pixels_of(images), self.net.size.embed_dim)
+        return self._batched(self._image, images, self.net.size.embed_dim)
 
     def encode_text(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
         """Embeds texts.
@@ -125,7 +125,7 @@ class Model:
             prepared = prepare(self._tokens(prompts, truncate=False))
             count = len(class_names)
             score = partial(self._scores, prompts=prepared, owners=owners, classes=count)
-            logits = self._batched(score, self._pixels_of(images), count)
+            logits = self._batched(score, images, count)
             return np.asarray(jax.nn.softmax(logits, axis=-1))
         classes = zeroshot.average_classes(self.encode_text(prompts), owners, len(class_names))
         scale = np.exp(np.asarray(self.variables["params"]["logit_scale"]))
@@ -138,11 +138,6 @@ class Model:
                 "the vocabulary file that was published with them."
             )
         return self.tokenizer(texts, truncate=truncate)
-
-    def _pixels_of(self, images: Pictures) -> np.ndarray:
-        """uint8 [n, size, size, 3]."""
-        pixels, size = [self._pixels(image) for image in _as_list(images)], self.net.size.image_size
-        return np.array(pixels, np.uint8).reshape(-1, size, size, 3)
 
     def _pixels(self, image: Picture) -> np.ndarray:
         key, size = "the picture", self.net.size.image_size
@@ -161,14 +156,18 @@ class Model:
         except (OSError, BadExample) as error:
             raise UserError(f"Cannot read the picture: {error}.") from error
 
-    def _batched(self, function: Any, rows: np.ndarray, width: int) -> np.ndarray:
-        parts, size = [np.zeros((0, width), np.float32)], self._step_size(len(rows))
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
-            padded[: len(part)] = part
-            parts.append(np.asarray(function(self.variables, padded))[: len(part)])
-        return np.concatenate(parts)
+    def _batched(self, function: Any, images: Pictures, width: int) -> np.ndarray:
+        """float32 [n, width]; the pictures of a step are read while the one before is computed."""
+        pictures, side = _as_list(images), self.net.size.image_size
+        size = self._step_size(len(pictures))
+        parts: list[Any] = [np.zeros((0, width), np.float32)]
+        for start in range(0, len(pictures), size):
+            pixels = np.zeros((size, side, side, 3), np.uint8)
+            for row, picture in zip(pixels, pictures[start : start + size]):
+                row[:] = self._pixels(picture)
+            parts[-1] = np.asarray(parts[-1])  # so that no more than one step is waiting
+            parts.append(function(self.variables, pixels))
+        return np.concatenate(parts)[: len(pictures)]
 
     def _step_size(self, rows: int) -> int:
         """Rows per step, so that one picture need not wait for the work of a whole batch."""

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 from ml_collections import ConfigDict
 
+from clip_jax.models.sizes import Size
 from clip_jax.plan import topology
 from configs import vit_b32
 
@@ -43,3 +44,18 @@ def check_paragraph(text: str) -> None:
     assert 30 < len(text) < 700
     assert text.strip().endswith((".", "..."))
     assert "Traceback" not in text
+
+
+def unread_flops(size: Size) -> float:
+    """That `model_flops` counts for one pair, but no program executes: of the last layers' tokens
+    that are not read, what follows on attention, and, where all see all, their queries too."""
+    total = 0.0
+    if not size.is_resnet and size.image_pool == "class":
+        others, width = (size.image_size // size.patch_size) ** 2, size.image_width
+        unread = 2.0 * others * width * (2 * width + 2 * size.image_mlp)
+        unread += 4.0 * others * (others + 1) * width
+        total += unread * (2 if size.objective == "near_duplicates" else 1)
+    if size.objective == "contrastive" and size.text_layers:
+        others, width = size.context_length - 1, size.text_width
+        total += 2.0 * others * width * (width + 2 * size.text_mlp)
+    return total

@@ -25,7 +25,8 @@ class QueryKeyValue(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> Heads:
+    def __call__(self, x: jax.Array, asking: jax.Array | None = None) -> Heads:
+        """`asking`: of which the queries are; None: of `x`."""
         width = x.shape[-1]
         outputs = (3, self.heads, width // self.heads)
 
@@ -34,9 +35,11 @@ class QueryKeyValue(nn.Module):
 
         kernel = self.param("kernel", kernel_init, (width, *outputs))
         bias = self.param("bias", nn.initializers.zeros, outputs)
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        asking = x if asking is None else asking
+        x, asking, kernel, bias = nn.dtypes.promote_dtype(x, asking, kernel, bias, dtype=self.dtype)
         query, key, value = (
-            jnp.einsum("...w,whd->...hd", x, kernel[:, i]) + bias[i] for i in range(3)
+            jnp.einsum("...w,whd->...hd", part, kernel[:, i]) + bias[i]
+            for i, part in enumerate((asking, x, x))
         )
         return query, key, value
 
@@ -45,12 +48,12 @@ def attend(heads: Heads, mask: jax.Array | None = None, causal: bool = False) ->
     """Softmax attention of a sequence to itself, float32 logits and statistics.
 
     Args:
-      heads: [b, s, heads, d] each.
+      heads: [b, s, heads, d] each; queries may be fewer, [b, n, heads, d], where all see all.
       mask: bool [b, 1, s, s], which keys (last) each query sees; None: see `causal`.
       causal: without a mask, whether a query sees no later key.
 
     Returns:
-      [b, s, heads, d].
+      [b, s, heads, d], or as many as there are queries.
     """
     return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal and mask is None)
 

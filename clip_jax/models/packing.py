@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from clip_jax import sharding
+from clip_jax.models.transformer import Read
 
-# (params, ids, positions, mask) -> states of the last layer; the arrays are int32 [r, l] twice and
-# bool [r, 1, l, l] -> [r, l, w].
-Tower = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+# (params, ids, positions, mask, read) -> states of the last layer at the tokens that `read` picks;
+# the arrays are int32 [r, l] twice and bool [r, 1, l, l].
+Tower = Callable[[Any, jax.Array, jax.Array, jax.Array, Read], jax.Array]
 # (params, tokens, places, first row) -> features of the captions in some of the rows.
 Turn = Callable[[Any, jax.Array, "Places", jax.Array | int], jax.Array]
 
@@ -183,13 +184,21 @@ def _turn(
     ids, positions, captions = (
         sharding.constrain_batch(leaf.reshape(shards * count, length)) for leaf in rows
     )
-    x = tower(params, ids, positions, attention_mask(captions))
-    x = sharding.constrain_batch(x.reshape(shards, count * length, -1))
     row = places.row - first
-    end = row * length + places.offset + places.length - 1
     inside = (row >= 0) & (row < count)
-    x = jnp.take_along_axis(x, jnp.where(inside, end, 0)[:, :, None], axis=1)
+    end = jnp.where(inside, row * length + places.offset + places.length - 1, 0)
+
+    def read(x: jax.Array) -> jax.Array:
+        x = sharding.constrain_batch(x.reshape(shards, count * length, *x.shape[2:]))
+        return sharding.constrain_batch(pick(x, end))
+
+    x = tower(params, ids, positions, attention_mask(captions), read)
     return sharding.constrain_batch(jnp.where(inside[:, :, None], x, 0))
+
+
+def pick(x: jax.Array, places: jax.Array) -> jax.Array:
+    """[b, s, ...] and int32 [b, n] -> [b, n, ...] of the tokens at these places."""
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 4))

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 from clip_jax import sharding
 from clip_jax.models import packing
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import Dtype, Transformer, layer_norm
+from clip_jax.models.transformer import Dtype, Read, Transformer, layer_norm
 
 
 class TextTransformer(nn.Module):
@@ -72,8 +72,9 @@ class TextTransformer(nn.Module):
         tokens: jax.Array,
         positions: jax.Array | None = None,
         mask: jax.Array | None = None,
+        read: Read | None = None,
     ) -> jax.Array:
-        """Of the last layer, [b, s, w].
+        """Of the last layer, [b, s, w], or of the tokens that `read` picks from such.
 
         Args:
           tokens: int32 [b, s].
@@ -85,7 +86,7 @@ class TextTransformer(nn.Module):
             learned = learned[: tokens.shape[1]]
         else:  # from a whole table, or the partitioner looks up parts of every activation
             learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
-        return self.transformer(self.token_embed(tokens) + learned, mask)
+        return self.transformer(self.token_embed(tokens) + learned, mask, read)
 
     def _read(self, tokens: jax.Array) -> jax.Array:
         """int32 [b, s] -> [b, w] of the tokens that stand for the captions."""
@@ -93,11 +94,10 @@ class TextTransformer(nn.Module):
             own = own_tokens(tokens)[:, :, None]
             words = jnp.sum(jnp.where(own, self.token_embed(tokens), 0), axis=1, dtype=jnp.float32)
             return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
-        x = self.states(tokens)
         if self.size.text_pool == "last":
-            return x[:, -1]
+            return self.states(tokens, read=lambda x: x[:, -1:])[:, 0]
         end = jnp.argmax(tokens, axis=1)
-        return jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        return self.states(tokens, read=lambda x: packing.pick(x, end[:, None]))[:, 0]
 
     def _read_packed(self, tokens: jax.Array) -> jax.Array:
         """The same from packed rows."""
@@ -112,9 +112,8 @@ class TextTransformer(nn.Module):
         """`states` as a pure function, as Flax modules cannot be called in a loop of JAX."""
         module = self.clone(parent=None, scan_layers=scan_layers)
 
-        def tower(params: Any, ids: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
-            variables = {"params": params}
-            x = module.apply(variables, ids, positions, mask, method=TextTransformer.states)
+        def tower(params: Any, *rows: Any) -> jax.Array:
+            x = module.apply({"params": params}, *rows, method=TextTransformer.states)
             return cast(jax.Array, x)
 
         return tower

@@ -1,5 +1,6 @@
 """The residual attention blocks of both transformer towers."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,8 @@ from clip_jax.models.attention import Dtype, QueryKeyValue, Tokens, attend, atte
 from clip_jax.models.remat import remat_layer
 
 Init = nn.initializers.Initializer
+# Picks the tokens that are read, [b, s, ...] -> [b, n, ...].
+Read = Callable[[Tokens], jax.Array]
 
 # What PyTorch gives a Linear or Conv2d weight; the published model leaves ViT blocks at it.
 torch_default_init: Init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -45,7 +48,10 @@ def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each with a residual connection; tokens to tokens."""
+    """Pre-norm attention and MLP, each with a residual connection; tokens to tokens.
+
+    All tokens are attended to, but nothing further is computed of those that are not read.
+    """
 
     heads: int
     mlp: int  # hidden units
@@ -58,14 +64,15 @@ class Block(nn.Module):
     out_init: Init  # of both projections that end in the residual stream
 
     @nn.compact
-    def __call__(self, x: Tokens, mask: jax.Array | None = None) -> Tokens:
+    def __call__(
+        self, x: Tokens, mask: jax.Array | None = None, read: Read | None = None
+    ) -> Tokens:
         each = jax.tree.map  # over the sequence and, if it stands apart, the class token
         width = jax.tree.leaves(x)[0].shape[-1]
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
         qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")
-        y = each(qkv, each(layer_norm(self.norm_eps, self.dtype, "ln_1"), x))
-        apart = isinstance(x, tuple)
-        y = attend_with_token(*y) if apart else attend(y, mask, self.causal)
+        y = self._attend(qkv, each(layer_norm(self.norm_eps, self.dtype, "ln_1"), x), mask, read)
+        x = x if read is None else read(x)
         out = dense(width, axis=(-2, -1), kernel_init=self.out_init, name="attn_out")
         x = each(jnp.add, x, each(out, y))
         y = each(layer_norm(self.norm_eps, self.dtype, "ln_2"), x)
@@ -74,9 +81,23 @@ class Block(nn.Module):
         y = each(dense(width, kernel_init=self.out_init, name="mlp_out"), y)
         return each(jnp.add, x, y)
 
+    def _attend(
+        self, qkv: QueryKeyValue, x: Tokens, mask: jax.Array | None, read: Read | None
+    ) -> Tokens:
+        """Attention of the tokens that are read, [b, n, heads, d], or of all."""
+        if isinstance(x, tuple):
+            y = attend_with_token(*jax.tree.map(qkv, x))
+        elif read is not None and mask is None and not self.causal:
+            return attend(qkv(x, read(x)))  # each sees all, so that no other need ask
+        else:
+            y = attend(qkv(x), mask, self.causal)
+        return y if read is None else read(y)
+
 
 class Transformer(nn.Module):
     """A stack of blocks: tokens [b, s, w], or with a token apart ([b, s, w], [b, w]), to the same.
+
+    Where only some tokens are read in the end, the last block computes no others.
 
     Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
     unrolled, so that one checkpoint and one sharding rule serve both.
@@ -103,9 +124,16 @@ class Transformer(nn.Module):
     paper_init: bool
 
     @nn.compact
-    def __call__(self, x: Tokens, mask: jax.Array | None = None) -> Tokens:
-        """`mask`: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the
-        past where the transformer is causal."""
+    def __call__(
+        self, x: Tokens, mask: jax.Array | None = None, read: Read | None = None
+    ) -> Tokens:
+        """See the class.
+
+        Args:
+          mask: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past where
+            the transformer is causal.
+          read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
+        """
         block = self._block(jax.tree.leaves(x)[0].shape[-1])
         sample = jax.tree.map(lambda part: jnp.zeros((1, *part.shape[1:]), self.dtype), x)
 
@@ -115,16 +143,19 @@ class Transformer(nn.Module):
 
         params = self.param("blocks", init_stack)
 
-        def layer(x, layer_params):
+        def layer(x, layer_params, read=None):
             # Without the constraint the partitioner may replicate activations under FSDP.
             x = jax.tree.map(sharding.constrain_batch, x)
-            return block.apply({"params": layer_params}, x, mask), None
+            return block.apply({"params": layer_params}, x, mask, read), None
 
-        layer = remat_layer(layer, self.remat, self.scan_layers)
-        if self.scan_layers:
-            return jax.lax.scan(layer, x, params)[0]
-        for layer_params in _unstack(params, self.layers):
-            x, _ = layer(x, layer_params)
+        in_scan = self.layers - (read is not None) if self.scan_layers else 0
+        scanned, others = _split(params, in_scan, self.layers)
+        if in_scan:
+            x, _ = jax.lax.scan(remat_layer(layer, self.remat, scanned=True), x, scanned)
+        reads = [None] * (len(others) - 1) + [read]
+        for layer_params, picked in zip(others, reads):
+            one = partial(layer, read=picked)
+            x, _ = remat_layer(one, self.remat, scanned=False)(x, layer_params)
         return x
 
     def _block(self, width: int) -> Block:
@@ -151,8 +182,15 @@ class Transformer(nn.Module):
         )
 
 
-def _unstack(params: Any, layers: int) -> list[Any]:
-    """Splits stacked parameters; `lax.split` so that gradients come back in one concatenation."""
+def _split(params: Any, stacked: int, layers: int) -> tuple[Any, list[Any]]:
+    """Parameters of the first layers, still stacked, and of each other layer.
+
+    By one `lax.split`, so that gradients come back in one concatenation.
+    """
     leaves, treedef = jax.tree.flatten(params)
-    split = [jax.lax.split(leaf, [1] * layers, axis=0) for leaf in leaves]
-    return [treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(layers)]
+    sizes = [stacked] + [1] * (layers - stacked)
+    split = [jax.lax.split(leaf, sizes, axis=0) for leaf in leaves]
+    others = [
+        treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(1, len(sizes))
+    ]
+    return treedef.unflatten([parts[0] for parts in split]), others

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from clip_jax import sharding
+from clip_jax.models.attention import Tokens
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import (
     ACTIVATIONS,
@@ -70,10 +71,10 @@ class VisionTransformer(nn.Module):
             causal=False,
             paper_init=False,
             name="transformer",
-        )(x)
+        )(x, read=class_token if size.image_pool == "class" else None)
         if size.image_pool == "class":
-            x = x[1] if isinstance(x, tuple) else x[:, 0]
-            x = norm("ln_post")(sharding.constrain_batch(x))  # per token, so only where it is read
+            # Per token, so only where it is read.
+            x = norm("ln_post")(sharding.constrain_batch(x[:, 0]))
         else:
             x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
         self.sow("intermediates", "features", x)  # what linear probes read
@@ -100,6 +101,11 @@ class VisionTransformer(nn.Module):
             name="patch_embed",
         )(images.reshape(b, h // side, side, w // side, side, channels))
         return x.reshape(b, -1, self.size.image_width)
+
+
+def class_token(x: Tokens) -> jax.Array:
+    """Of all tokens, or where it stands apart: [b, 1, ...]."""
+    return x[1][:, None] if isinstance(x, tuple) else x[:, :1]
 
 
 class MapHead(nn.Module):

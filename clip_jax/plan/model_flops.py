@@ -8,7 +8,8 @@ def step_flops(size: Size, batch_size: int) -> float:
     """Multiplications and additions of one training step.
 
     Matrix products and convolutions only; forward, and twice as many backward. Nothing recomputed,
-    every caption at its full context, attention over all pairs of tokens, every logit once.
+    every caption at its full context, every token in every layer (what is not read in the end too,
+    as others count), attention over all pairs of tokens, every logit once.
 
     Args:
       size: of the model.
