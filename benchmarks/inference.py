@@ -5,7 +5,7 @@
 
 Needs open_clip_torch. ViT-B/32 with random weights, float32, so many images or captions at a time
 as --batch says. Each round, every competitor embeds its share of the images and of the captions;
-with the defaults, 1,000 images and 10,000 captions in 2 rounds. The last batch of a share is a
+with the defaults, 1,000 images and 10,000 captions in 4 rounds. The last batch of a share is a
 smaller one, which clip_jax pads: many small shares would measure the padding.
 
 open_clip runs eagerly in inference mode and is spared what is not its model's work: it gets
@@ -155,7 +155,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=2, help="that these are spread over")
+    parser.add_argument("--rounds", type=int, default=4, help="that these are spread over")
     parser.add_argument("--batch", type=int, default=32, help="images or captions at a time")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
