@@ -3,7 +3,7 @@
 In the paper: 68.6 % zero-shot top-1 on ImageNet.
 
 By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 2.5 GiB of 15.75 on
-each, 311 ms per step, 105,000 pairs/s.
+each, 293 ms per step, 112,000 pairs/s.
 
     python main.py --config=configs/vit_b16.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_b16
