@@ -8,14 +8,7 @@ import sys
 
 import jax
 import pytest
-from tiny_plan import (
-    TINY,
-    V5E_8,
-    check_paragraph,
-    needs_compiler,
-    tiny_config,
-    unread_flops,
-)
+from tiny_plan import TINY, V5E_8, check_paragraph, needs_compiler, tiny_config, unread_flops
 
 from clip_jax import __main__ as commands
 from clip_jax import program

@@ -4,14 +4,7 @@ import jax
 import jax.extend
 import numpy as np
 import pytest
-from tiny_plan import (
-    TINY,
-    V5E_8,
-    check_paragraph,
-    needs_compiler,
-    tiny_config,
-    unread_flops,
-)
+from tiny_plan import TINY, V5E_8, check_paragraph, needs_compiler, tiny_config, unread_flops
 
 from clip_jax import models
 from clip_jax.errors import UserError
