@@ -20,3 +20,14 @@ os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK)  # unknown
 def mesh8() -> jax.sharding.Mesh:
     """Mesh of 8 devices with both axes in use: data 4 x fsdp 2."""
     return sharding.make_mesh(data=4, fsdp=2)
+
+
+@pytest.fixture(scope="session")
+def mesh1() -> jax.sharding.Mesh:
+    return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(params=["one", "eight"])
+def mesh(request, mesh1, mesh8) -> jax.sharding.Mesh:
+    """A test that asks for it runs on one device and on eight."""
+    return mesh1 if request.param == "one" else mesh8

@@ -3,22 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from clip_jax import sharding
 from clip_jax.protocols import ranks
 
 TILE = (128, 128)  # the smallest: a few hundred rows make several
-
-
-@pytest.fixture(scope="module")
-def mesh1() -> Mesh:
-    return sharding.make_mesh(1, 1, devices=jax.devices()[:1])
-
-
-@pytest.fixture(params=["one", "eight"])
-def mesh(request, mesh1, mesh8) -> Mesh:
-    return mesh1 if request.param == "one" else mesh8
 
 
 def small_integers(rng: np.random.Generator, *shape: int) -> np.ndarray:
