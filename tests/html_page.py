@@ -1,5 +1,6 @@
 """Pages read back with the standard library's HTML parser."""
 
+import html
 import re
 from html.parser import HTMLParser
 
@@ -81,3 +82,8 @@ def check(text: str) -> Page:
     targets = {a["attrs"]["href"][1:] for a in page.find("a") if a["attrs"]["href"][0] == "#"}
     assert targets <= set(ids)
     return page
+
+
+def text_of(page: str) -> str:
+    """What a page says, without its tags."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())

@@ -1,8 +1,6 @@
 """Whole runs: what they leave behind, how they resume, and how they refuse."""
 
 import collections
-import html
-import io
 import json
 import pathlib
 import re
@@ -10,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 
+import html_page
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,6 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_run
 import xla_flags
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util import tensor_util
 
@@ -41,26 +38,11 @@ def copy(tmp_path) -> pathlib.Path:
     return shutil.copytree(tiny_run.finished(), tmp_path / "copy")
 
 
-def read_rows(workdir: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_metrics(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    """Values by step and name; no such pair may stand there twice."""
-    found: dict[tuple[int, str], float] = {}
-    for row in read_rows(workdir):
-        step = row.pop("step")
-        for name, value in row.items():
-            assert (step, name) not in found
-            found[step, name] = value
-    return found
-
-
 def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     """What does not depend on the machine's mood."""
     return {
         key: value
-        for key, value in read_metrics(workdir).items()
+        for key, value in tiny_run.read_metrics(workdir).items()
         if key[1] != "train/images_per_second" and not key[1].startswith("data/")
     }
 
@@ -88,16 +70,11 @@ def steps_kept(workdir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-def text_of(page: str) -> str:
-    """What a page says, without its tags."""
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
-
-
 # What a run leaves behind
 
 
 def test_metrics_of_a_run():
-    found = read_metrics(tiny_run.finished())
+    found = tiny_run.read_metrics(tiny_run.finished())
     by_name = collections.defaultdict(list)
     for step, name in found:
         by_name[name].append(step)
@@ -126,7 +103,7 @@ def test_tensorboard_holds_the_same_numbers():
         for name in events.Tags()["tensors"]
         for event in events.Tensors(name)
     }
-    found = read_metrics(workdir)
+    found = tiny_run.read_metrics(workdir)
     assert {key: np.float32(value) for key, value in found.items()} == shown
 
 
@@ -145,10 +122,10 @@ def test_config_and_checkpoints_of_a_run():
 
 def test_report_of_a_run():
     page = (tiny_run.finished() / "report.html").read_text()
-    said = text_of(page)
+    said = html_page.text_of(page)
     assert "python main.py --config=tiny" in said
     assert "8 x cpu" in said
-    assert f"{read_metrics(tiny_run.finished())[12, 'zeroshot/top1']:.1%}" in said.replace(
+    assert f"{tiny_run.read_metrics(tiny_run.finished())[12, 'zeroshot/top1']:.1%}" in said.replace(
         " %", "%"
     )
     assert "data:image/png;base64," in page
@@ -190,7 +167,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with pytest.raises(json.JSONDecodeError):
-        read_rows(tmp_path)  # the last line was cut short
+        tiny_run.read_rows(tmp_path)  # the last line was cut short
     assert max(row["step"] for row in metrics.read_history(tmp_path)) == 8
     assert not (tmp_path / "report.html").exists()
     train.train(tiny_run.config(), tmp_path)
@@ -213,7 +190,7 @@ def test_resuming_from_an_earlier_checkpoint(copy, capsys):
     assert learned(copy) == learned(whole)
     assert_same_checkpoint(copy, whole, step=12)
     for name, value in final.items():
-        assert value == read_metrics(whole)[12, name]
+        assert value == tiny_run.read_metrics(whole)[12, name]
     assert steps_kept(copy) == [12]  # the latest, and the only one that was evaluated
 
 
@@ -224,9 +201,9 @@ def test_a_complete_run_only_gets_its_report_again(copy, capsys):
     final = train.train(tiny_run.config(), copy)
     assert (copy / "metrics.jsonl").read_bytes() == before
     assert {p: p.stat().st_mtime_ns for p in (copy / "checkpoints").rglob("*")} == saved
-    assert final["zeroshot/top1"] == read_metrics(copy)[12, "zeroshot/top1"]
-    old = text_of((tiny_run.finished() / "report.html").read_text())
-    new = text_of((copy / "report.html").read_text())
+    assert final["zeroshot/top1"] == tiny_run.read_metrics(copy)[12, "zeroshot/top1"]
+    old = html_page.text_of((tiny_run.finished() / "report.html").read_text())
+    new = html_page.text_of((copy / "report.html").read_text())
     assert re.findall(r"[\d.]+ ?%", new) == re.findall(r"[\d.]+ ?%", old)
     assert "ETA" not in capsys.readouterr().out
 
@@ -249,7 +226,7 @@ def test_going_on_with_other_settings_on_demand(copy, capsys):
     changes = {"duration": "14 steps", "checkpoint.allow_config_change": True}
     train.train(tiny_run.config(changes), copy)
     assert "from step 12." in capsys.readouterr().out
-    found = read_metrics(copy)
+    found = tiny_run.read_metrics(copy)
     assert [step for step, name in found if name == "train/loss"] == list(range(1, 15))
     assert json.loads((copy / "config.json").read_text())["duration"] == "14 steps"
     assert steps_kept(copy)[-1] == 14
@@ -277,7 +254,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"loss is nan at step 6.*learning_rate") as caught:
         train.train(tiny_run.config(), tmp_path)
     assert "--workdir" in str(caught.value)
-    assert max(row["step"] for row in read_rows(tmp_path)) == 5
+    assert max(row["step"] for row in tiny_run.read_rows(tmp_path)) == 5
     assert steps_kept(tmp_path) == [4]
 
 
@@ -293,15 +270,6 @@ def test_a_step_beyond_the_memory_is_refused_before_it_is_tried(tmp_path):
     assert "smaller --config.batch_size" in str(caught.value)
     # Or the remedy would be refused as another run's config.
     assert not (tmp_path / "config.json").exists()
-
-
-def empty(folder: pathlib.Path) -> None:
-    pass
-
-
-def without_captions(folder: pathlib.Path) -> None:
-    for i in range(3):
-        Image.new("RGB", (8, 8)).save(folder / f"{i}.png")
 
 
 @pytest.mark.parametrize(
@@ -341,104 +309,6 @@ def test_an_unknown_form_of_the_loss(tmp_path):
         train.train(tiny_run.config({"loss.method": "guess"}), tmp_path)
 
 
-@pytest.mark.parametrize("fill", [empty, without_captions])
-def test_folders_without_pairs(fill, tmp_path):
-    fill(tmp_path)
-    changes = {"data.source.type": "folder", "data.source.path": str(tmp_path)}
-    with pytest.raises(UserError, match=re.escape(str(tmp_path)) + r".*no captions.*KEY\.txt"):
-        train.train(tiny_run.config(changes), tmp_path / "run")
-
-
-# Stored data
-
-COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200)}
-
-
-def encoded(colour: str, suffix: str, seed: int) -> bytes:
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 50, (20, 24, 3)) + np.array(COLOURS[colour])
-    file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, {"jpg": "JPEG"}.get(suffix, suffix))
-    return file.getvalue()
-
-
-def pairs() -> dict[str, bytes]:
-    """Files of 24 good pairs, of one broken image, one empty caption and one too long."""
-    files = {}
-    for i in range(24):
-        colour, suffix = list(COLOURS)[i % 3], ("png", "jpg")[i % 2]
-        files[f"{i:03}.{suffix}"] = encoded(colour, suffix, i)
-        files[f"{i:03}.txt"] = f"a {colour} picture, number {i}".encode()
-    good = encoded("red", "png", 99)
-    files |= {"100.png": good[:60], "100.txt": b"a broken picture"}
-    files |= {"101.png": good, "101.txt": b" \n"}
-    files |= {"102.png": good, "102.txt": b"red " * 40}
-    return files
-
-
-@pytest.fixture(scope="module", params=["tar", "folder"])
-def stored(request, tmp_path_factory) -> dict:
-    """The settings of a run on stored data, in either form."""
-    root = tmp_path_factory.mktemp(request.param)
-    for name, content in pairs().items():
-        (root / name).write_bytes(content)
-    path = str(root)
-    if request.param == "tar":
-        names = sorted(pairs())
-        for shard, part in enumerate((names[:20], names[20:])):
-            with tarfile.open(root / f"{shard:05}.tar", "w") as tar:
-                for name in part:
-                    tar.add(root / name, name)
-        path = f"{root}/{{00000..00001}}.tar"
-    classes = root.parent / f"{root.name} classes"
-    for seed, colour in enumerate(3 * list(COLOURS)):
-        (classes / colour).mkdir(parents=True, exist_ok=True)
-        (classes / colour / f"{seed}.png").write_bytes(encoded(colour, "png", 200 + seed))
-    return {
-        "duration": "8 steps",
-        "data.max_skipped": 0.2,
-        "data.source.type": request.param,
-        "data.source.path": path,
-        "data.source.split": "",
-        "eval.retrieval.source.type": request.param,
-        "eval.retrieval.source.path": path,
-        "eval.retrieval.source.split": "",
-        "eval.zeroshot.source.type": "folder",
-        "eval.zeroshot.source.path": str(classes),
-        "eval.zeroshot.source.split": "",
-        "eval.zeroshot.templates": ("a {} picture",),
-        "checkpoint.every": "8 steps",
-    }
-
-
-@pytest.mark.slow
-def test_a_run_on_stored_data_counts_what_it_cannot_use(stored, tmp_path):
-    final = train.train(tiny_run.config(stored), tmp_path)
-    assert 0 <= final["zeroshot/top1"] <= 1
-    assert "zeroshot/top5" not in final  # of 3 classes
-    found = read_metrics(tmp_path)
-    skipped, truncated = (
-        [found[step, f"data/{name}"] for step in range(1, 9)] for name in ("skipped", "truncated")
-    )
-    assert skipped == sorted(skipped)
-    assert truncated == sorted(truncated)
-    # 128 places are 4 whole epochs of 27 and 20 places more; the pipeline runs a few epochs ahead.
-    assert 4 * 2 <= skipped[-1] <= 10 * 2
-    assert 4 <= truncated[-1] <= 12
-    said = text_of((tmp_path / "report.html").read_text())
-    for reason in ("unreadable image", "empty caption"):
-        assert int(re.search(reason + r" (\d+)", said).group(1)) >= 4
-    assert int(re.search(r"(\d+) captions were longer", said).group(1)) >= 4
-
-
-@pytest.mark.slow
-def test_too_many_unusable_examples_end_the_run(stored, tmp_path):
-    config = tiny_run.config({**stored, "data.max_skipped": 0.01})
-    with pytest.raises(UserError, match=r"data\.max_skipped = 0\.01.*10[01]") as caught:
-        train.train(config, tmp_path)
-    assert "Repair the data" in str(caught.value)
-
-
 @pytest.mark.slow
 def test_a_resnet_on_the_command_line(tmp_path):
     """configs/rn50.py:smoke on one device, as a user runs it."""
@@ -457,9 +327,11 @@ def test_a_resnet_on_the_command_line(tmp_path):
     assert ran.stderr == ""
     assert "ResNet of 1-1-1-1" in ran.stdout
     assert "on 1 x cpu" in ran.stdout
-    found = read_metrics(tmp_path)
+    found = tiny_run.read_metrics(tmp_path)
     assert np.isfinite(found[4, "train/loss"])
     assert 0 <= found[4, "zeroshot/top1"] <= 1
     statistics = [path for path in read_checkpoint(tmp_path, 4) if "batch_stats" in path]
     assert len(statistics) > 10
-    assert "--config=configs/rn50.py:smoke" in text_of((tmp_path / "report.html").read_text())
+    assert "--config=configs/rn50.py:smoke" in html_page.text_of(
+        (tmp_path / "report.html").read_text()
+    )

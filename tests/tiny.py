@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -92,6 +93,15 @@ def init_state(
     _, tx = make_optimizer(moment_dtype=moment_dtype)
     like = train_state.abstract_state(net, tx, mesh, zero1=zero1, half_weights=half_weights)
     return train_state.init_state(like, net, tx, 0, half_weights=half_weights)
+
+
+def copy(state: train_state.TrainState) -> train_state.TrainState:
+    """For a step to donate."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def named_leaves(tree) -> dict[str, np.ndarray]:
+    return {sharding.path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def put_batch(net: models.ImageModel, mesh: Mesh) -> dict[str, jax.Array]:

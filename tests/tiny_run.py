@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +49,21 @@ def finished() -> pathlib.Path:
     with compile_once():
         train.train(config(), workdir, command="python main.py --config=tiny")
     return workdir
+
+
+def read_rows(workdir: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_metrics(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
+    """Values by step and name; no such pair may stand there twice."""
+    found: dict[tuple[int, str], float] = {}
+    for row in read_rows(workdir):
+        step = row.pop("step")
+        for name, value in row.items():
+            assert (step, name) not in found
+            found[step, name] = value
+    return found
 
 
 @functools.cache

@@ -1,0 +1,149 @@
+"""The training step's gradients: one batch's, however it is cut over devices and time."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from clip_jax import losses, sharding
+
+ONE, FSDP = (1, 1), (2, 4)  # mesh.data, mesh.fsdp
+
+
+@functools.cache
+def gradients(
+    axes: tuple,
+    *,
+    accum_steps=1,
+    patch_dropout=0.0,
+    method="all_gather",
+    zero1=False,
+    objective="contrastive",
+):
+    """Loss and gradients at the initial state, no optimiser to blur them."""
+    net = tiny.make_net("vit", {"objective": objective}, patch_dropout=patch_dropout)
+    mesh = tiny.make_mesh(*axes)
+    state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh)
+    # The gradient is all it keeps: where Adam keeps its first moment.
+    keep = optax.GradientTransformation(
+        lambda params: {"mu": params},
+        lambda updates, _, params=None: (jax.tree.map(jnp.zeros_like, updates), {"mu": updates}),
+    )
+    state = state.replace(opt_state={"mu": state.opt_state[1].mu})
+    settings = {"tx": keep, "accum_steps": accum_steps, "method": method, "zero1": zero1}
+    if objective == "near_duplicates":
+        scale = jnp.float32(math.log(1 / 0.07))
+        settings["loss_fn"] = functools.partial(
+            losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method
+        )
+        settings["augment"] = lambda images, key: jnp.stack([images, images[:, ::-1]], axis=1)
+    elif objective != "contrastive":
+        settings["loss_fn"] = losses.prediction_loss
+    program = tiny.compile_step(net, mesh, state, batch, **settings)
+    after, metrics = program(state, batch)
+    return float(metrics["loss"]), tiny.named_leaves(after.opt_state["mu"])
+
+
+def assert_gradients(got, want) -> None:
+    """Sums in another order; seen: 1e-6 of the loss and 5e-6 of a gradient's norm."""
+    assert got[0] == pytest.approx(want[0], rel=1e-5)
+    whole = math.sqrt(sum(np.sum(np.square(leaf, dtype=np.float64)) for leaf in want[1].values()))
+    for name, leaf in want[1].items():
+        # Keys have biases that change nothing, so that their gradients are rounding alone.
+        error = np.linalg.norm(got[1][name] - leaf)
+        assert error < 3e-5 * np.linalg.norm(leaf) + 1e-7 * whole, name
+
+
+# ---- Accumulation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("axes", "accum_steps", "patch_dropout"),
+    [
+        (ONE, 16, 0.5),
+        ((2, 2, 2), 4, 0.5),
+        pytest.param(ONE, 2, 0.0, marks=pytest.mark.slow),
+        pytest.param(FSDP, 2, 0.5, marks=pytest.mark.slow),
+    ],
+)
+def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: float):
+    want = gradients(ONE, patch_dropout=patch_dropout)
+    got = gradients(axes, accum_steps=accum_steps, patch_dropout=patch_dropout)
+    assert_gradients(got, want)
+
+
+@pytest.mark.parametrize(
+    ("objective", "axes", "accum_steps"),
+    [
+        ("captioning", (2, 2, 2), 1),
+        ("bag_of_words", FSDP, 2),
+        pytest.param("captioning", FSDP, 2, marks=pytest.mark.slow),
+        pytest.param("bag_of_words", (2, 2, 2), 1, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.slow
+def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps: int):
+    want = gradients(ONE, objective=objective)
+    assert abs(want[0] - math.log(64)) < 1  # a guess among the vocabulary
+    assert_gradients(gradients(axes, accum_steps=accum_steps, objective=objective), want)
+
+
+@pytest.mark.parametrize(
+    ("axes", "accum_steps", "method"),
+    [
+        ((2, 2, 2), 1, "ring"),
+        pytest.param(FSDP, 2, "all_gather", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.slow
+def test_views_are_exact_too(axes: tuple, accum_steps: int, method: str):
+    """Two views of each image, of which patch dropout makes different ones once more."""
+    settings = {"objective": "near_duplicates", "patch_dropout": 0.5}
+    want = gradients(ONE, **settings)
+    assert "logit_scale" not in want[1]
+    assert_gradients(gradients(axes, accum_steps=accum_steps, method=method, **settings), want)
+
+
+@pytest.mark.slow
+def test_patch_dropout_changes_the_loss_and_every_step_draws_anew():
+    """Else the test above would compare nothing."""
+    net, mesh = tiny.make_net("vit", patch_dropout=0.5), tiny.make_mesh(*ONE)
+    state, batch = tiny.init_state(net, mesh), tiny.put_batch(net, mesh)
+    step = tiny.compile_step(net, mesh, state, batch)
+    starts = [tiny.copy(state).replace(step=jnp.int32(i)) for i in (0, 1, 0)]
+    at = [float(step(start, batch)[1]["loss"]) for start in starts]
+    assert at[0] == at[2]
+    assert abs(at[0] - at[1]) > 1e-4
+    assert abs(at[0] - gradients(ONE)[0]) > 1e-4
+
+
+# ---- More axes ---------------------------------------------------------------------------------
+
+
+# mesh.data, mesh.fsdp, mesh.tensor, mesh.slices
+@pytest.mark.parametrize(
+    ("axes", "method"),
+    [
+        ((4, 1, 2), "all_gather"),
+        ((1, 2, 4), "ring"),
+        ((2, 2, 1, 2), "ring"),
+        ((1, 2, 2, 2), "all_gather"),
+    ],
+)
+def test_every_axis_computes_the_same(axes: tuple, method: str):
+    assert_gradients(gradients(axes, method=method), gradients(ONE))
+
+
+def test_zero1_splits_the_optimiser_over_all_devices():
+    state = tiny.init_state(tiny.make_net("vit"), tiny.make_mesh(4, 2), zero1=True)
+    for path, leaf in jax.tree.leaves_with_path(state):
+        name = sharding.path_name(path)
+        if name.endswith("/kernel"):
+            share = 8 if name.startswith("opt_state/") else 2
+            assert leaf.addressable_shards[0].data.size == leaf.size // share, name
+    assert_gradients(gradients((4, 2), zero1=True), gradients(ONE))
