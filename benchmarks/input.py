@@ -12,6 +12,7 @@ batches from a pipeline newly entered, threads and first batch included.
 """
 
 import argparse
+import functools
 import io
 import itertools
 import statistics
@@ -27,7 +28,14 @@ from tokenizer import Captions
 from turns import Step
 
 # clip_jax by its setting data.crop; open_clip's transform is "resized". Synthetic: no files at all.
-COMPETITORS = ("open_clip", "clip_jax resized", "clip_jax random", "clip_jax synthetic")
+# In processes: of one thread each, as many as open_clip has.
+COMPETITORS = (
+    "open_clip",
+    "clip_jax resized",
+    "clip_jax resized in processes",
+    "clip_jax random",
+    "clip_jax synthetic",
+)
 SIZE, CONTEXT = 224, 77
 SHARD = 256  # made-up examples in a shard
 
@@ -79,36 +87,47 @@ def _noise(rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, in
 # ---- Competitors: each makes a Step that takes `batches` batches ---------------------------------
 
 
-def clip_jax_pass(shards: str, crop: str, batch_size: int, batches: int, threads: int) -> Step:
+def clip_jax_pass(
+    shards: str, crop: str, batch_size: int, batches: int, threads: int, processes: int = 0
+) -> Step:
     """What training runs: uint8 pixels and ids on the device, from shards or, "", made up."""
     import jax
 
     from clip_jax import sharding
-    from clip_jax.data import order, sources, tokenizer
+    from clip_jax.data import mixture, rows, tokenizer
     from clip_jax.data.feed import Feed
     from clip_jax.data.pipeline import TrainPipeline
     from configs import default
 
     config = default.get_config().data
-    config.crop, config.threads = crop, threads
-    spec = default.source(type="tar" if shards else "synthetic", path=shards, size=2048)
-    source = sources.create(spec, SIZE, seed=0)
+    config.crop, config.threads, config.processes = crop, threads, processes
+    config.source = default.source(type="tar" if shards else "synthetic", path=shards, size=2048)
+    source, order = mixture.create(config, SIZE, seed=0, batch_size=batch_size, parts=1)
     tokens = tokenizer.create("openai", CONTEXT)
+    shape = {"image_size": SIZE, "seed": 0, "batch_size": batch_size}
+    reopen = functools.partial(
+        rows.reopen,
+        config,
+        tokenizer_name="openai",
+        context_length=CONTEXT,
+        parts=max(processes, 1),
+        spare=None,
+        **shape,
+    )
     place = sharding.batch_sharding(sharding.make_mesh())
     passes = itertools.count()
 
     def take_pass() -> float:
         pipeline = TrainPipeline(
             source,
-            order.Shuffled(len(source), seed=0),
+            order,
             tokens,
             config,
-            batch_size=batch_size,
-            image_size=SIZE,
-            seed=0,
             start=next(passes) * batches * batch_size,
             part=0,
             parts=1,
+            reopen=reopen,
+            **shape,
         )
         feed = Feed(pipeline, place, depth=config.prefetch)
         for batch in itertools.islice(feed, batches):
@@ -154,10 +173,10 @@ def prepare(competitor: str, args: argparse.Namespace) -> Step:
     common = args.batch_size, args.batches, args.workers
     if competitor == "open_clip":
         return open_clip_pass(args.shards, *common)
-    kind = competitor.removeprefix("clip_jax ")
+    kind, _, processes = competitor.removeprefix("clip_jax ").partition(" in ")
     if kind == "synthetic":
         return clip_jax_pass("", "random", *common)
-    return clip_jax_pass(args.shards, kind, *common)
+    return clip_jax_pass(args.shards, kind, *common, args.workers if processes else 0)
 
 
 def report(workers: list[turns.Worker], images: int) -> None:

@@ -106,7 +106,7 @@ class Loop:
             sharding.batch_sharding(run.mesh),
             config.data.prefetch,
             patience=config.data.patience,
-            describe=data.stages.describe,
+            describe=data.describe,
         )
 
     def position(self, step: int) -> Past:

@@ -1,5 +1,6 @@
 """The story of a training run: mesh, model, data, state, restore, loop, report."""
 
+import functools
 import os
 import statistics
 import time
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, clock, metrics, models, program, sharding, warm_start, workdir
 from clip_jax import state as train_state
-from clip_jax.data import mixture, pipeline, tokenizer
+from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
@@ -59,7 +60,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
             past = Past.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
             state = store.restore(resumed, run.program.state)
             _say(f"Resuming {directory} from step {resumed:,}.")
-        data = _data(run, config, past.examples_seen)
+        data = _data(run, config, directory, past.examples_seen)
         loop = Loop(run, config, directory, store, data, past, began)
         final = loop.run(state, step_fn)
     _report(directory, config, run, loop.position(run.total), command, started)
@@ -71,7 +72,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     mesh, net = program.place(config)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
-    spare = directory / "index"
+    spare = _spare(directory)
     source, order = mixture.create(
         config.data,
         net.size.image_size,
@@ -101,6 +102,11 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     )
 
 
+def _spare(directory: epath.PathLike) -> epath.Path:
+    """For indices of shards whose own cannot be written to."""
+    return epath.Path(directory) / "index"
+
+
 def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: models.Size) -> None:
     """UserError where the model cannot read the ids of the tokenizer."""
     if isinstance(tokens, tokenizer.SiglipTokenizer) and size.text_pool == "end":
@@ -117,19 +123,31 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
         )
 
 
-def _data(run: Run, config: ConfigDict, examples_seen: int) -> pipeline.TrainPipeline:
+def _data(
+    run: Run, config: ConfigDict, directory: epath.PathLike, examples_seen: int
+) -> pipeline.TrainPipeline:
     part, parts = sharding.process_share(run.mesh)
+    size = run.net.size
+    shape = {"image_size": size.image_size, "seed": config.seed, "batch_size": config.batch_size}
+    reopen = functools.partial(
+        rows.reopen,
+        config.data,
+        tokenizer_name=config.tokenizer,
+        context_length=size.context_length,
+        parts=parts * max(config.data.processes, 1),
+        spare=_spare(directory),
+        **shape,
+    )
     return pipeline.TrainPipeline(
         run.source,
         run.order,
         run.tokenizer,
         config.data,
-        batch_size=config.batch_size,
-        image_size=run.net.size.image_size,
-        seed=config.seed,
         start=examples_seen,
         part=part,
         parts=parts,
+        reopen=reopen,
+        **shape,
     )
 
 

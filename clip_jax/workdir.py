@@ -16,7 +16,7 @@ FILE = "config.json"  # inside the workdir
 # or what is reported, not what is learned.
 FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
 FREE += ("model.remat", "model.pack", "accum_steps", "loss.method", "loss.tile")
-FREE += ("data.threads", "data.prefetch", "data.max_skipped", "data.patience")
+FREE += ("data.threads", "data.processes", "data.prefetch", "data.max_skipped", "data.patience")
 FREE += ("data.source.path", "data.mixture.*.path")
 
 

@@ -117,6 +117,8 @@ def validate(config: ConfigDict) -> None:
         ("eval.batch_size", config.eval.batch_size, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("data.prefetch", config.data.prefetch, 1),
+        ("data.processes", config.data.processes, 0),
+        ("data.threads", config.data.threads, 0),
         ("data.window", config.data.window, 1),
         ("data.run", config.data.run, 1),
     ):
@@ -271,6 +273,9 @@ def _data() -> ConfigDict:
     data.run = 32  # windowed: neighbours read at once
     data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
+    # Processes on each host that these threads are spread over, past what Python's lock allows one
+    # process; 0: none but the trainer's own.
+    data.processes = 0
     data.prefetch = 2  # batches held ready on the host, and as many on the device
     data.patience = 600.0  # seconds without a batch until the run stops and says what hangs
     return data

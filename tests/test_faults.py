@@ -93,7 +93,7 @@ def captions(batches, steps: int) -> list[str]:
 @pytest.mark.parametrize("order", ["shuffled", "windowed"])
 def test_each_is_counted_and_nothing_else_is_lost(shards, order):
     run = start(shards, order=order)
-    assert run._source.problems == {
+    assert run._rows._source.problems == {
         "damaged shard": 3,  # one cut, one no tar file, one not there
         "no caption": 1,
         "no image": 1,

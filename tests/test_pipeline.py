@@ -136,7 +136,7 @@ class TestTrainPipeline:
         start = 4 * 7
         resumed = make(source, config=settings(crop="random"), start=start, **options)
         batch = take(resumed, 3)
-        if resumed._rows == range(2):  # half of the rows
+        if resumed._local == range(2):  # half of the rows
             rows = [start + 4 * step + row for step in range(3) for row in range(2)]
         else:
             rows = range(start, start + len(batch["image"]))

@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import tqdm
 
+from clip_jax import worker
 from clip_jax.curation import arguments
 from clip_jax.errors import UserError
 
@@ -86,7 +86,7 @@ def _map(
 
 def _start(data: arguments.Data) -> None:
     global _source
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    worker.begin()
     logging.disable(logging.WARNING)  # the parent has opened the source too, and said so
     _source = data.open()
 

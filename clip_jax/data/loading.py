@@ -1,4 +1,4 @@
-"""Rows loaded by many threads, in order, as batches."""
+"""Rows loaded by many at once, in order, as batches."""
 
 import atexit
 import collections
@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -49,11 +49,18 @@ def batches(
     Yields:
       Arrays [batch_size, ...] by the names of `like`, new ones each time.
     """
+    pool = _Threads(load, threads or os.cpu_count() or 1)
+    return collect(pool, like, count=count, batch_size=batch_size, prefetch=prefetch)
+
+
+def collect(
+    pool: "Pool", like: Row, *, count: int | None, batch_size: int, prefetch: int
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Batches of the rows that a pool loads; other arguments and yields as of `batches`."""
     starts = itertools.count(0, batch_size)
     if count is not None:
         starts = range(0, count - batch_size + 1, batch_size)
-    pool = _Pool(load, threads or os.cpu_count() or 1)
-    return closed_at_exit(_batches(pool, (_Batch(like, batch_size, i) for i in starts), prefetch))
+    return closed_at_exit(_collect(pool, (Batch(like, batch_size, i) for i in starts), prefetch))
 
 
 def closed_at_exit(generator: Generator) -> Generator:
@@ -70,12 +77,17 @@ def _close_all() -> None:
             generator.close()
 
 
-class _Batch:
-    """Arrays that threads fill row by row, from row `first` of all on."""
+class Batch:
+    """Arrays that are filled row by row.
+
+    Attributes:
+      numbers: of its rows among all.
+      arrays: [size, ...] by name.
+    """
 
     def __init__(self, like: Row, size: int, first: int):
         self.numbers = range(first, first + size)
-        self._arrays = {name: np.empty((size, *row.shape), row.dtype) for name, row in like.items()}
+        self.arrays = {name: np.empty((size, *row.shape), row.dtype) for name, row in like.items()}
         self._missing = size
         self._lock = threading.Lock()
         self._settled = threading.Event()
@@ -85,26 +97,47 @@ class _Batch:
         """Loads one row of all to its place in this batch."""
         try:
             row = load(number)
-            for name, array in self._arrays.items():
+            for name, array in self.arrays.items():
                 array[number - self.numbers.start] = row[name]
         except BaseException as error:
-            self._error = error
-            self._settled.set()
+            self.fail(error)
+        else:
+            self.settle(1)
+
+    def settle(self, rows: int) -> None:
+        """So many more rows are in their place."""
         with self._lock:
-            self._missing -= 1
+            self._missing -= rows
             if not self._missing:
                 self._settled.set()
+
+    def fail(self, error: BaseException) -> None:
+        """It will not be complete."""
+        self._error = error
+        self._settled.set()
 
     def wait(self) -> dict[str, np.ndarray]:
         """The arrays once they are full; raises the error of a row as soon as there is one."""
         self._settled.wait()
         if self._error is not None:
             raise self._error
-        return self._arrays
+        return self.arrays
 
 
-class _Pool:
-    """Threads that load the rows of batches in the order in which they are given."""
+class Pool(Protocol):
+    """Loads the rows of batches in the order in which they are given."""
+
+    def start(self) -> None: ...
+
+    def give(self, batch: Batch) -> None: ...
+
+    def close(self) -> None:
+        """Drops what is not begun."""
+        ...
+
+
+class _Threads:
+    """Threads that load the rows of batches."""
 
     def __init__(self, load: Callable[[int], Row], threads: int):
         self._load = load
@@ -113,21 +146,19 @@ class _Pool:
             threading.Thread(target=self._work, name=f"loading {i}", daemon=True)
             for i in range(threads)
         ]
-        self._jobs: queue.SimpleQueue[tuple[_Batch, int] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Batch, int] | None] = queue.SimpleQueue()
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
-    def give(self, batch: _Batch) -> None:
+    def give(self, batch: Batch) -> None:
         for number in batch.numbers:
             self._jobs.put((batch, number))
 
     def close(self) -> None:
         """Drops what is not begun, and waits for what is."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._jobs.get_nowait()
+        drain(self._jobs)
         for _ in self._threads:
             self._jobs.put(None)
         deadline = time.monotonic() + _FAREWELL
@@ -140,11 +171,18 @@ class _Pool:
             batch.fill(self._load, number)
 
 
-def _batches(
-    pool: _Pool, empty: Generator[_Batch, None, None], prefetch: int
+def drain(jobs: queue.SimpleQueue) -> None:
+    """Drops all that is waiting."""
+    with contextlib.suppress(queue.Empty):
+        while True:
+            jobs.get_nowait()
+
+
+def _collect(
+    pool: Pool, empty: Generator[Batch, None, None], prefetch: int
 ) -> Generator[dict[str, np.ndarray], None, None]:
     pool.start()
-    ahead: collections.deque[_Batch] = collections.deque()
+    ahead: collections.deque[Batch] = collections.deque()
     try:
         for batch in empty:
             pool.give(batch)

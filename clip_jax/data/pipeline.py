@@ -4,17 +4,16 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from clip_jax.data import captions, images, loading, order
+from clip_jax.data import images, loading, order, processes, rows
 from clip_jax.data.crops import CENTER, Crop
 from clip_jax.data.sources import Source
-from clip_jax.data.stages import Stages
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample, UserError
 
@@ -22,9 +21,6 @@ Batch = dict[str, Any]
 
 # The skipped share is not judged before so many examples (or one epoch) could have been seen.
 _JUDGED_AFTER = 1000
-# Tries at filling the place of an unusable example; with half of them unusable, all fail once
-# in 10^15.
-_REPLACEMENT_TRIES = 50
 
 
 class TrainPipeline:
@@ -42,7 +38,6 @@ class TrainPipeline:
       examples_per_epoch: the length of the source.
       skipped: number of unusable examples met by this host, by reason.
       truncated: number of captions this host cut to the context length.
-      stages: what each thread is doing.
     """
 
     def __init__(
@@ -58,6 +53,7 @@ class TrainPipeline:
         start: int = 0,
         part: int,
         parts: int,
+        reopen: Callable[[], rows.Rows] | None = None,
     ):
         """Reads nothing yet.
 
@@ -72,6 +68,7 @@ class TrainPipeline:
           start: position of the first example.
           part: which part of each batch this host loads.
           parts: into how many the batch is split.
+          reopen: `rows.reopen` of the same data, for `config.processes`.
 
         Raises:
           UserError: the batch does not divide by the hosts or lanes, or the source is empty.
@@ -81,78 +78,65 @@ class TrainPipeline:
         if batch_size % order_.lanes:
             raise UserError(f"The order has {order_.lanes} lanes, no divisor of {batch_size}.")
         self.examples_per_epoch = len(source)
-        self.stages = Stages()
         self.skipped: Counter[str] = Counter()
         self.truncated = 0
-        self._source = source
-        self._order = order_
-        self._tokenizer = tokenizer
+        self._rows = rows.Rows(source, order_, tokenizer, config, image_size=image_size, seed=seed)
+        self._lanes = order_.lanes
         self._config = config
-        self._crop = Crop(config.crop, config.crop_scale, config.crop_ratio)
         self._batch_size = batch_size
-        self._image_size = image_size
-        self._seed = seed
         self._start = start
-        self._rows = _local_rows(batch_size, part, parts)
+        self._local = _local_rows(batch_size, part, parts)
+        self._reopen = reopen
+        self._pool: processes.Pool | None = None
         self._seen = 0
         self._bad_keys: list[str] = []
         self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host."""
-        return loading.batches(
-            self._load,
-            {
-                "image": np.zeros((self._image_size, self._image_size, 3), np.uint8),
-                "tokens": np.zeros(self._tokenizer.context_length, np.int32),
-            },
-            count=None,
-            batch_size=len(self._rows),
-            threads=self._config.threads,
-            prefetch=self._config.prefetch,
+        config, like = self._config, self._rows.empty()
+        options = {"count": None, "batch_size": len(self._local), "prefetch": config.prefetch}
+        if not config.processes:
+            return loading.batches(self._load, like, threads=config.threads, **options)
+        assert self._reopen is not None, "other processes have to open the data"
+        self._pool = processes.Pool(
+            self._reopen,
+            like,
+            self._position,
+            self._settle,
+            processes=min(config.processes, len(self._local)),
+            threads=config.threads or os.cpu_count() or 1,
         )
+        return loading.collect(self._pool, like, **options)
+
+    def describe(self) -> str:
+        """What the threads that load are at, wherever they are."""
+        return self._rows.stages.describe() if self._pool is None else self._pool.describe()
 
     def _load(self, count: int) -> loading.Row:
         """The `count`-th example of this host since `start`."""
-        position = self._position(count)
-        rng = np.random.default_rng([self._seed, order.CROP, position])
-        try:
-            example = self._prepare(self._order[position], rng)
-        except BadExample as bad:
-            self._count(bad)
-            example = self._replacement(position)
-        else:
-            self._count(None)
-        self.stages.leave()
-        return example
+        row, note = self._rows[self._position(count)]
+        self._settle(row is not None, note)
+        assert row is not None
+        return row
 
     def _position(self, count: int) -> int:
-        step, row = divmod(count, len(self._rows))
+        step, row = divmod(count, len(self._local))
         # Row by row where there is one lane; else each lane's rows together, so that they are one
         # host's.
-        lane, turn = divmod(self._rows[row], self._batch_size // self._order.lanes)
-        return self._start + step * self._batch_size + turn * self._order.lanes + lane
+        lane, turn = divmod(self._local[row], self._batch_size // self._lanes)
+        return self._start + step * self._batch_size + turn * self._lanes + lane
 
-    def _prepare(self, index: int, rng: np.random.Generator) -> loading.Row:
-        self.stages.enter("reading", f"example {index}")
-        example = self._source[index]
-        self.stages.enter("decoding", example.key)
-        text = captions.choose(example.captions, rng)
-        tokens, truncated = _tokens(text, example.key, self._tokenizer)
-        image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
-        if truncated:
+    def _settle(self, usable: bool, note: rows.Note) -> None:
+        """Counts a row; UserError where it is none, or too many have been replaced."""
+        self._count(note.bad)
+        if not usable:
+            raise UserError(
+                f"Hardly any example of the training data is usable. {self._complaint()}"
+            )
+        if note.truncated:
             with self._lock:
                 self.truncated += 1
-        return {"image": image, "tokens": tokens}
-
-    def _replacement(self, position: int) -> loading.Row:
-        rng = np.random.default_rng([self._seed, order.REPLACEMENT, position])
-        for _ in range(_REPLACEMENT_TRIES):
-            try:
-                return self._prepare(self._order[int(rng.integers(2**40))], rng)
-            except BadExample:  # is counted when its own turn comes
-                continue
-        raise UserError(f"Hardly any example of the training data is usable. {self._complaint()}")
 
     def _count(self, bad: BadExample | None) -> None:
         """Counts one example, usable or not; UserError where too many are not."""
@@ -280,14 +264,6 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
         )
     local = batch_size // parts
     return range(part * local, (part + 1) * local)
-
-
-def _tokens(text: str, key: str, tokenizer: Tokenizer) -> tuple[np.ndarray, bool]:
-    """int32 [context_length], and whether the caption was cut; BadExample where it is empty."""
-    tokens, truncated = tokenizer.encode(text)
-    if tokenizer.is_empty(tokens):  # as after "&nbsp;"
-        raise BadExample("empty caption", key)
-    return tokens, truncated
 
 
 def _eval_row(source: Source, image_size: int, crop: Crop, index: int) -> loading.Row:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+IDLE = "no thread is at work"
+
 
 class _Work(NamedTuple):
     stage: str
@@ -36,7 +38,7 @@ class Stages:
         now = self._clock()
         work = sorted(self._now.copy().values(), key=lambda each: each.since)
         if not work:
-            return "no thread is at work"
+            return IDLE
         shown = [f"{each.stage} {each.what} for {now - each.since:,.0f} s" for each in work[:5]]
         more = f", and {len(work) - 5} more threads" if len(work) > 5 else ""
         return "; ".join(shown) + more

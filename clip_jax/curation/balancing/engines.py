@@ -5,11 +5,8 @@ What the work leaves behind are files, so an engine hands back nothing but the n
 
 import importlib
 import multiprocessing
-import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,6 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from tqdm import tqdm
 
+from clip_jax import worker
 from clip_jax.errors import UserError
 
 Work = Callable[[str], int]  # shard -> pairs in it
@@ -66,17 +64,8 @@ def _follow(done: Iterable[int], total: int, title: str) -> None:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    worker.begin()
     pa.set_cpu_count(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 class Beam:

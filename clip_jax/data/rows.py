@@ -1,0 +1,130 @@
+"""The row of every position of a run, from sources, order, tokenizer and crop."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from clip_jax.data import captions, images, mixture, order, tokenizer
+from clip_jax.data.crops import Crop
+from clip_jax.data.sources import Source
+from clip_jax.data.stages import Stages
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import BadExample
+
+Row = dict[str, Any]  # image uint8 [h, w, 3] and tokens int32 [l]
+
+# Tries at filling the place of an unusable example; with half of them unusable, all fail once
+# in 10^15.
+_REPLACEMENT_TRIES = 50
+
+
+class Note(NamedTuple):
+    """What there is to say of a row.
+
+    Attributes:
+      bad: the example whose place it has, if that one cannot be used.
+      truncated: its caption was cut to the context length.
+    """
+
+    bad: BadExample | None
+    truncated: bool
+
+
+class Rows:
+    """The row at position p (0, 1, 2, ... over the whole run): a pure function of (seed, p).
+
+    So any process that opens the same data gives the same rows.
+
+    Attributes:
+      stages: what each thread is doing.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order_: order.Order,
+        tokenizer_: Tokenizer,
+        config: ConfigDict,
+        *,
+        image_size: int,
+        seed: int,
+    ):
+        """Reads nothing yet; arguments as of `pipeline.TrainPipeline`."""
+        self.stages = Stages()
+        self._source = source
+        self._order = order_
+        self._tokenizer = tokenizer_
+        self._crop = Crop(config.crop, config.crop_scale, config.crop_ratio)
+        self._image_size = image_size
+        self._seed = seed
+
+    def empty(self) -> Row:
+        """A row of zeros, for its shapes and dtypes."""
+        return {
+            "image": np.zeros((self._image_size, self._image_size, 3), np.uint8),
+            "tokens": np.zeros(self._tokenizer.context_length, np.int32),
+        }
+
+    def __getitem__(self, position: int) -> tuple[Row | None, Note]:
+        """Another example's row where the one at `position` cannot be used; None: nor can any."""
+        rng = np.random.default_rng([self._seed, order.CROP, position])
+        try:
+            row, truncated = self._prepare(self._order[position], rng)
+            return row, Note(None, truncated)
+        except BadExample as bad:
+            row, truncated = self._replacement(position)
+            return row, Note(bad, truncated)
+        finally:
+            self.stages.leave()
+
+    def _replacement(self, position: int) -> tuple[Row | None, bool]:
+        rng = np.random.default_rng([self._seed, order.REPLACEMENT, position])
+        for _ in range(_REPLACEMENT_TRIES):
+            try:
+                return self._prepare(self._order[int(rng.integers(2**40))], rng)
+            except BadExample:  # is counted when its own turn comes
+                continue
+        return None, False
+
+    def _prepare(self, index: int, rng: np.random.Generator) -> tuple[Row, bool]:
+        """The row of an example, and whether its caption was cut."""
+        self.stages.enter("reading", f"example {index}")
+        example = self._source[index]
+        self.stages.enter("decoding", example.key)
+        text = captions.choose(example.captions, rng)
+        tokens, truncated = self._tokenizer.encode(text)
+        if self._tokenizer.is_empty(tokens):  # as after "&nbsp;"
+            raise BadExample("empty caption", example.key)
+        image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
+        return {"image": image, "tokens": tokens}, truncated
+
+
+def reopen(
+    config: ConfigDict,
+    *,
+    tokenizer_name: str,
+    context_length: int,
+    image_size: int,
+    seed: int,
+    batch_size: int,
+    parts: int,
+    spare: epath.Path | None,
+) -> Rows:
+    """The rows of a run in another process, which shares nothing with the one that began it.
+
+    Args:
+      config: the fields of `data` in configs/default.py.
+      tokenizer_name: as `tokenizer.create` takes it.
+      context_length: ids in a row.
+      image_size, seed, batch_size, spare: as `mixture.create` takes them.
+      parts: processes, of all hosts, that share a batch.
+
+    Raises:
+      UserError: the data is not there any more.
+    """
+    options = {"batch_size": batch_size, "parts": parts, "spare": spare}
+    source, order_ = mixture.create(config, image_size, seed, **options)
+    tokens = tokenizer.create(tokenizer_name, context_length)
+    return Rows(source, order_, tokens, config, image_size=image_size, seed=seed)
