@@ -183,7 +183,8 @@ def test_resuming_from_an_earlier_checkpoint(copy, capsys):
     for step in (8, 12):
         shutil.rmtree(copy / "checkpoints" / str(step))
     # Fields that do not change what is learned may differ.
-    config = tiny_run.config({"checkpoint.keep": 1, "data.threads": 1, "log.tensorboard": False})
+    changes = {"checkpoint.keep": 1, "data.threads": 3, "data.processes": 2}
+    config = tiny_run.config({**changes, "log.tensorboard": False})
     final = train.train(config, copy)
     assert "from step 4." in capsys.readouterr().out
     whole = tiny_run.finished()

@@ -206,6 +206,7 @@ def _work(
 ) -> None:
     """Loads what it is told to, until nobody tells it any more."""
     worker.begin()
+    doing.value = b"opening the data"
     try:
         logging.disable(logging.WARNING)  # the parent has opened the data too, and said so
         rows = reopen()
