@@ -1,5 +1,6 @@
 """The training loop: steps, and what is due between them."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -132,15 +133,15 @@ class Loop:
         """Trains to the last step; returns the last evaluation's metrics."""
         run = self._run
         evaluated: dict[str, float] = {}
-        for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
-            state, values = step_fn(state, batch)
-            self._flush()  # an earlier step's, so that the device has this one to do meanwhile
-            if clock.is_due(step, run.log_every, run.total):
-                self._pending = step, values
-            evaluated = self._evaluate(state, step)
-            if clock.is_due(step, run.checkpoint_every, run.total):
-                self._save(state, step, values, evaluated)
-        self._feed.close()
+        with contextlib.closing(self._feed):
+            for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
+                state, values = step_fn(state, batch)
+                self._flush()  # an earlier step's, so that the device has this one to do meanwhile
+                if clock.is_due(step, run.log_every, run.total):
+                    self._pending = step, values
+                evaluated = self._evaluate(state, step)
+                if clock.is_due(step, run.checkpoint_every, run.total):
+                    self._save(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluators.run(state.variables)
         return evaluated
