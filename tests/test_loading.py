@@ -151,7 +151,7 @@ def test_closing_drops_what_is_not_begun():
 
 
 def test_a_call_that_hangs_does_not_hang_the_close(monkeypatch):
-    monkeypatch.setattr(loading, "_FAREWELL", 0.1)
+    monkeypatch.setattr(loading, "FAREWELL", 0.1)
     hang = threading.Event()
 
     def load(number):

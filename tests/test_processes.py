@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from shards import sample, write_tar
 
-from clip_jax.data import mixture, order, pipeline, rows, sources, tokenizer
+from clip_jax.data import mixture, order, pipeline, rows, runs, sources, tokenizer
 from clip_jax.data.feed import Feed
 from clip_jax.errors import DataStalled, UserError
 from configs import default
@@ -76,6 +76,30 @@ def test_batches_are_those_of_threads(shards, order_name, processes):
     # Each reason holds for 4 of 100, and under 100 have been read ahead.
     assert all(8 <= count <= 12 for count in run.skipped.values())
     assert 8 <= run.truncated <= 12 + run.skipped.total()  # a replacement may be cut too
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_process_reads_a_run_once_an_epoch(shards, processes, monkeypatch):
+    """In a windowed order, also where processes share a lane; here one after the other."""
+    run = start(shards, processes, order="windowed")
+    read: list[int] = []
+    fill = runs.RunCache._fill
+
+    def counted(cache, number, future):
+        read.append(number)
+        fill(cache, number, future)
+
+    monkeypatch.setattr(runs.RunCache, "_fill", counted)
+    for process in range(processes):
+        read.clear()
+        opened = run._reopen()
+        own = range(BATCH * process // processes, BATCH * (process + 1) // processes)
+        for step in range(4 * EACH * 3 // BATCH):  # three epochs
+            for row in own:
+                opened[run._position(step * BATCH + row)]
+        counts = collections.Counter(read)
+        assert len(counts) > 10
+        assert max(counts.values()) <= 3
 
 
 def test_too_many_bad_examples_end_the_run(shards):

@@ -20,7 +20,7 @@ _open: weakref.WeakSet[Generator] = weakref.WeakSet()
 
 # Seconds that threads have to end when their generator is closed: a read that hangs must not keep
 # the program from ending.
-_FAREWELL = 10.0
+FAREWELL = 10.0
 
 
 def batches(
@@ -161,7 +161,7 @@ class _Threads:
         drain(self._jobs)
         for _ in self._threads:
             self._jobs.put(None)
-        deadline = time.monotonic() + _FAREWELL
+        deadline = time.monotonic() + FAREWELL
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 

@@ -72,7 +72,8 @@ def create(
     if config.order == "windowed":
         lanes, run = math.gcd(batch_size, _LANES), config.run
         window = max(config.window // lanes, 1)
-        kept_runs = max(lanes // parts, 1) * (window // run + 2)
+        own = min(-(-lanes // parts) + 1, lanes)  # two parts may share a lane
+        kept_runs = own * (window // run + 2)
     options = {"spare": spare, "run": run, "kept_runs": kept_runs}
     found = [sources.create(spec, image_size, seed, **options) for spec in specs]
 

@@ -39,8 +39,8 @@ _spawn = multiprocessing.get_context("spawn")
 class Pool:
     """Processes that load the rows of batches, each the same part of every batch.
 
-    In a windowed order, neighbours in a batch are neighbours in storage: so no process reads what
-    another one has read.
+    In a windowed order, neighbours in a batch are neighbours in storage: so hardly anything is read
+    by two of them.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class _Worker:
         loading.drain(self.jobs)
         self.jobs.put(None)
         self._process.kill()  # it only reads
-        self._process.join()
-        self._thread.join()
+        self._process.join(loading.FAREWELL)
+        self._thread.join(loading.FAREWELL)
 
     def doing(self) -> str:
         return self._doing.value.decode(errors="replace") or IDLE
@@ -185,7 +185,7 @@ class _Worker:
         return answer
 
     def _gone(self) -> UserError:
-        self._process.join()
+        self._process.join(loading.FAREWELL)
         return UserError(
             f"A process that loads data ended without a word (exit status {self._process.exitcode})"
             ", most likely for lack of memory. Try fewer with --config.data.processes; the same "
