@@ -114,6 +114,12 @@ def test_without_any_usable_example(tmp_path):
         next(iter(start(tmp_path, 2, max_skipped=1.0)))
 
 
+def test_a_process_does_without_jax():
+    """It would claim the accelerator, or half a second."""
+    program = "import sys, clip_jax.data.processes; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
 def test_closing_ends_the_processes(shards):
     run = start(shards, 2)
     batches = iter(run)
