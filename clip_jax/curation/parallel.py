@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import tqdm
 
-from clip_jax import worker
 from clip_jax.curation import arguments
+from clip_jax.data import worker
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
