@@ -5,7 +5,16 @@ model.zero_shot(["picture.png"], ["a seven", "a three"])
 """
 
 import importlib
+import os
 from typing import Any
+
+# Before anything reads a path: etils, and with it orbax and TFDS, would take TensorFlow's file
+# system for gs://, which reads 64 MiB ahead; and gcsfs would ask for rights on the bucket itself.
+os.environ.setdefault("EPATH_USE_TF", "0")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+# Seconds after which a connection of TensorStore's that carries nothing is broken off.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 
 # Loaded on first use: training must not wait for what only inference needs, and the reverse.
 _HOMES = {

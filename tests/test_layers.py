@@ -47,6 +47,7 @@ LAYERS = (
         "clip_jax.errors",
         "clip_jax.commands",
         "clip_jax.pages",
+        "clip_jax.storage",
     ),
 )
 # What may be imported of clip_jax from within these, themselves aside.
@@ -62,10 +63,11 @@ LEAVES = {
     "clip_jax.protocols": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.rounding": set(),
     "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
-    "clip_jax.data": {"clip_jax.errors"},
-    "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors"},
+    "clip_jax.storage": {"clip_jax.errors"},
+    "clip_jax.data": {"clip_jax.errors", "clip_jax.storage"},
+    "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors", "clip_jax.storage"},
     "clip_jax.commands": {"clip_jax.errors"},
-    "clip_jax.pages": set(),
+    "clip_jax.pages": {"clip_jax.storage"},
 }
 
 

@@ -1,0 +1,226 @@
+"""Failures of a bucket: which are waited out, how often they came, and what to tell the user.
+
+A burst of 503, a throttled request, a connection that breaks or falls silent: storage of this kind
+does that, and the answer is to ask again, a little later each time and not all at once. Each such
+failure is counted by its reason and logged now and then. What does not pass, such as a bucket that
+does not exist, becomes one sentence.
+"""
+
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from etils import epath
+
+from clip_jax.errors import UserError
+from clip_jax.storage import remote
+
+# Seconds for which a failing request is repeated before its error is final. A variable of the
+# environment, not of a config: it holds for every command and for the processes that they start.
+RETRY_FOR = float(os.environ.get("CLIP_JAX_STORAGE_RETRY_FOR", "600"))
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 30.0  # seconds
+_LOG_EVERY = 30.0  # seconds between two log lines of the same reason
+
+_CODE = re.compile(r"http_response_code='(\d+)'|\((\d{3})\)|status[ =:]+'?(\d{3})|code: (\d{3})")
+_DENIED = ("401", "403")
+_TRANSIENT_CODES = ("408", "429", "500", "502", "503", "504")
+
+_counts: Counter[str] = Counter()
+_logged: dict[str, tuple[float, int]] = {}  # by reason: when, and the count then
+_proven: set[str] = set()  # buckets that have answered: what they refuse now, they may grant again
+_lock = threading.Lock()
+
+Result = TypeVar("Result")
+
+
+class StorageError(UserError):
+    """A failure of storage that repeating did not cure, as a sentence."""
+
+
+def counts() -> Counter[str]:
+    """The failures of this process so far, by reason; those that passed too."""
+    with _lock:
+        return Counter(_counts)
+
+
+def note(reason: str, path: epath.PathLike, detail: str = "") -> None:
+    """Counts a failure, and logs it unless its like was logged just before."""
+    with _lock:
+        _counts[reason] += 1
+        now, total = time.monotonic(), _counts[reason]
+        last, before = _logged.get(reason, (-_LOG_EVERY, 0))
+        if now - last < _LOG_EVERY:
+            return
+        _logged[reason] = now, total
+    more = f", {total - before:,} times since the last such line" if total - before > 1 else ""
+    logging.warning(
+        "Storage: %s at %s%s; trying again%s", reason, path, more, f" ({detail})" if detail else ""
+    )
+
+
+def proven(path: epath.PathLike) -> None:
+    """Notes that the bucket of a path has answered."""
+    _proven.add(remote.split(path)[1])
+
+
+def reason(error: BaseException) -> str:
+    """A short name of a failure, the same for every client; "": it is none of storage."""
+    code = _status(error)
+    if code:
+        return f"HTTP {code}"
+    text, names = str(error), {kind.__name__ for kind in type(error).__mro__}
+    if isinstance(error, FileNotFoundError):
+        return "HTTP 404"
+    if isinstance(error, PermissionError) or "Forbidden" in text:
+        return "HTTP 403"
+    if isinstance(error, TimeoutError) or "Timeout" in "".join(names) or "timed out" in text:
+        return "no answer"
+    if names & {"DefaultCredentialsError", "RefreshError", "NoCredentialsError"}:
+        return "no credentials"
+    if "CURL error" in text or names & {"ClientError", "ClientConnectionError", "ConnectionError"}:
+        return "connection broken"
+    if names & {"ChecksumError", "IncompleteRead", "ResponseParserError", "ClientPayloadError"}:
+        return "body cut short"
+    return ""
+
+
+def _status(error: BaseException) -> str:
+    """The HTTP status that an error carries, "": none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return str(found) if found else ""
+    code: Any = getattr(error, "code", None) or getattr(error, "status", None)
+    if isinstance(code, int | str) and re.fullmatch(r"[1-5]\d\d", str(code)):
+        return str(code)
+    match = _CODE.search(str(error)) if isinstance(error, OSError | ValueError) else None
+    return next(filter(None, match.groups()), "") if match else ""
+
+
+def passes(error: BaseException, path: epath.PathLike) -> bool:
+    """Whether a failure may be gone a little later."""
+    name = reason(error)
+    if name in ("no answer", "connection broken", "body cut short"):
+        return True
+    code = name.removeprefix("HTTP ")
+    # Expired credentials, in a run that has read the bucket before.
+    return code in _TRANSIENT_CODES or (code in _DENIED and remote.split(path)[1] in _proven)
+
+
+class Patience:
+    """Waits between the attempts at one request, for `RETRY_FOR` seconds in all."""
+
+    def __init__(self, path: epath.PathLike):
+        self._path = path
+        self._wait = _FIRST_WAIT
+        self._began = time.monotonic()
+
+    def wait(self, error: BaseException) -> None:
+        """Sleeps before the next attempt; raises `error`, or its sentence, where there is none."""
+        if not passes(error, self._path):
+            raise error
+        note(reason(error), self._path)
+        if time.monotonic() - self._began + self._wait > RETRY_FOR:
+            raise StorageError(
+                f"{self._path} could not be reached for {RETRY_FOR:,.0f} s: {explain(error)} The "
+                "same command can be run again; a training run resumes at its last checkpoint."
+            ) from error
+        time.sleep(self._wait * random.uniform(0.5, 1.0))
+        self._wait = min(self._wait * 2, _LONGEST_WAIT)
+
+
+def repeat(attempt: Callable[[], Result], path: epath.PathLike) -> Result:
+    """The result of `attempt`, called again while it fails as storage does.
+
+    Raises:
+      StorageError: it failed for `RETRY_FOR` seconds.
+      Exception: whatever else it raises, at once.
+    """
+    patience = Patience(path)
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            if not remote.is_remote(path):
+                raise
+            patience.wait(error)
+
+
+_MEANINGS = {
+    "HTTP 401": "the credentials are refused, or have expired",
+    "HTTP 403": "the credentials lack the right to do this",
+    "HTTP 404": "there is no such bucket or object",
+    "HTTP 429": "the bucket throttles its requests",
+    "HTTP 503": "the storage service says that it is unavailable",
+    "no answer": "requests are not answered",
+    "no credentials": "no credentials were found",
+    "connection broken": "connections break",
+    "body cut short": "answers are cut short",
+}
+_REMEDIES = {
+    "HTTP 401": "Log in again",
+    "HTTP 403": "Grant them, or use another account",
+    "HTTP 404": "Check the name",
+    "no credentials": "Log in",
+}
+_LOGIN = {
+    "gs": " (gcloud auth application-default login, or the service account of the machine; reading"
+    " needs the role Storage Object Viewer, writing Storage Object User).",
+    "s3": " (aws configure, or the role of the machine; reading needs s3:ListBucket and"
+    " s3:GetObject, writing s3:PutObject and s3:DeleteObject too).",
+}
+
+
+def explain(error: BaseException, path: epath.PathLike = "") -> str:
+    """What a failure means and what to do about it, in a sentence or two."""
+    name = reason(error)
+    scheme, bucket, _ = remote.split(path) if remote.is_remote(path) else ("", "", "")
+    what = _MEANINGS.get(name, f"{type(error).__name__}: {_first_line(error)}")
+    where = f"{path}: " if path else ""
+    if name == "HTTP 404" and bucket:
+        return f"{where}{what}. Check the name of the bucket, {bucket!r}, and the path in it."
+    remedy = _REMEDIES.get(name, "")
+    if remedy:
+        remedy = f" {remedy}{_LOGIN.get(scheme, '.')}" if name != "HTTP 404" else f" {remedy}."
+    return f"{where}{what} ({name or 'unknown'}).{remedy}"
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether an error is one of a bucket's clients, whose traceback helps nobody."""
+    return bool(reason(error)) or type(error).__module__.split(".")[0] in (
+        "gcsfs",
+        "botocore",
+        "aiobotocore",
+        "aiohttp",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def _count_those_of_gcsfs() -> None:
+    """Has gcsfs, which repeats its requests by itself, tell of each failure."""
+    try:
+        from gcsfs import retry
+    except ImportError:
+        return
+    is_retriable = retry.is_retriable
+
+    def noted(error: BaseException) -> bool:
+        if found := is_retriable(error):
+            note(reason(error) or type(error).__name__, "gs://")
+        return found
+
+    retry.is_retriable = noted
+
+
+_count_those_of_gcsfs()

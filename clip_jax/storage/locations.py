@@ -1,0 +1,189 @@
+"""Paths as users type them: local, gs:// or s3://, patterns, brace ranges, lists."""
+
+import fnmatch
+import os
+import re
+from collections.abc import Sequence
+from concurrent import futures
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from clip_jax.errors import UserError
+from clip_jax.storage import faults, remote
+
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAGIC = re.compile(r"[*?\[]")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://?")
+
+_STAT_THREADS = 32
+# Up to so many objects of one prefix are asked for one by one, more by listing it.
+_FEW = 8
+
+
+class Stat(NamedTuple):
+    """What a file is known by.
+
+    Attributes:
+      size: bytes.
+      version: changes whenever the contents do: modification time (ns) of a local file, generation
+        (gs://) or ETag (s3://) of an object.
+    """
+
+    size: int
+    version: int | str
+
+
+def parse(text: epath.PathLike) -> epath.Path:
+    """The path that a user typed; ~ is the home directory.
+
+    Raises:
+      UserError: it is of a kind that is not read, such as https://.
+    """
+    name = os.fspath(text)
+    if (problem := _problem(name)) and not os.path.lexists(name):
+        raise UserError(
+            f"{name!r} cannot be used: {problem}. Paths are local, gs://BUCKET/... or "
+            "s3://BUCKET/...; several are separated by commas, and may have patterns and ranges "
+            "such as {00000..00099}."
+        )
+    return epath.Path(name).expanduser()
+
+
+def _problem(name: str) -> str:
+    if name.startswith("pipe:"):
+        return "output of a command (pipe:) is not read"
+    if "::" in name:
+        return "a list is written with commas, not with ::"
+    match = _URL.match(name)
+    if match is None:
+        return ""
+    scheme = match[1]
+    if scheme not in remote.SCHEMES:
+        return f"{scheme}:// is not read; download the files first"
+    if not name.startswith(f"{scheme}://"):
+        return f"after {scheme}: there must be two slashes"
+    return "" if remote.split(name)[1] else "it names no bucket"
+
+
+def expand(paths: str, suffix: str) -> list[epath.Path]:
+    """The files that a comma-separated list names.
+
+    Args:
+      paths: files, directories (their files ending in `suffix`), patterns with * ? [ ], and
+        brace ranges such as "{00000..00012}"; local, gs:// or s3://.
+      suffix: such as ".tar".
+
+    Returns:
+      Existing files for directories and patterns, sorted within each; files named outright and
+      by brace ranges whether they exist or not.
+    """
+    found = []
+    for item in filter(None, (item.strip() for item in paths.split(","))):
+        for name in _expand_range(item):
+            found += _expand_pattern(name, suffix)
+    return found
+
+
+def _expand_range(name: str) -> list[str]:
+    match = _RANGE.search(name)
+    if match is None:
+        return [name]
+    first, last = match.groups()
+    return [
+        expanded
+        for number in range(int(first), int(last) + 1)
+        for expanded in _expand_range(_RANGE.sub(f"{number:0{len(first)}}", name, count=1))
+    ]
+
+
+def _expand_pattern(name: str, suffix: str) -> list[epath.Path]:
+    path = parse(name)
+    if _MAGIC.search(name):
+        parts = path.parts
+        first = next(i for i, part in enumerate(parts) if _MAGIC.search(part))
+        root, pattern = epath.Path(*parts[:first]), "/".join(parts[first:])
+        if remote.is_remote(path) and "/" not in pattern:
+            return [root / name for name in sorted(listing(root)) if fnmatch.fnmatch(name, pattern)]
+        return sorted(faults.repeat(lambda: list(root.glob(pattern)), root))
+    if path.suffix == suffix:  # else a file outright would be looked up by two requests
+        return [path] if remote.is_remote(path) or not path.is_dir() else _inside(path, suffix)
+    return _inside(path, suffix) if faults.repeat(path.is_dir, path) else [path]
+
+
+def _inside(folder: epath.Path, suffix: str) -> list[epath.Path]:
+    return [folder / name for name in sorted(listing(folder)) if name.endswith(suffix)]
+
+
+def listing(folder: epath.Path) -> dict[str, Stat]:
+    """The files of a directory, or right below a prefix, by name; none where there is nothing."""
+    if not remote.is_remote(folder):
+        with os.scandir(folder) as entries:
+            return {entry.name: _local_stat(entry.path) for entry in entries if entry.is_file()}
+
+    def ask() -> list[dict[str, Any]]:
+        try:
+            found = remote.filesystem(folder).ls(os.fspath(folder), detail=True)
+        except FileNotFoundError:
+            check_bucket(folder)
+            return []
+        faults.proven(folder)
+        return found
+
+    return {
+        info["name"].rpartition("/")[2]: _remote_stat(info)
+        for info in faults.repeat(ask, folder)
+        if info["type"] == "file"
+    }
+
+
+def stats(paths: Sequence[epath.Path]) -> list[Stat | None]:
+    """Size and version of each file, None: it is not there; in few requests."""
+    by_folder: dict[epath.Path, list[epath.Path]] = {}
+    for path in paths:
+        by_folder.setdefault(path.parent, []).append(path)
+    found: dict[epath.Path, Stat | None] = {}
+    for folder, members in by_folder.items():
+        if remote.is_remote(folder) and len(members) > _FEW:
+            there = listing(folder)
+            found |= {path: there.get(path.name) for path in members}
+        else:
+            with futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
+                found |= zip(members, pool.map(stat, members))
+    return [found[path] for path in paths]
+
+
+def stat(path: epath.Path) -> Stat | None:
+    """Size and version of one file, None: it is not there."""
+    try:
+        if not remote.is_remote(path):
+            return _local_stat(path)
+        info = faults.repeat(lambda: remote.filesystem(path).info(os.fspath(path)), path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    faults.proven(path)
+    return _remote_stat(info) if info["type"] == "file" else None
+
+
+def _local_stat(path: epath.PathLike) -> Stat:
+    found = os.stat(path)
+    return Stat(found.st_size, found.st_mtime_ns)
+
+
+def _remote_stat(info: dict[str, Any]) -> Stat:
+    version = info.get("generation") or info.get("ETag") or info.get("mtime")
+    return Stat(info["size"], str(version).strip('"'))
+
+
+def check_bucket(path: epath.Path) -> None:
+    """UserError where the bucket of a path does not exist, or may not be read; else nothing.
+
+    It asks for a list of one object: the bucket itself is more than object rights let one see.
+    """
+    scheme, bucket, _ = remote.split(path)
+    try:
+        remote.filesystem(path).ls(f"{scheme}://{bucket}", detail=True, max_results=1)
+    except Exception as error:
+        if faults.is_failure(error):
+            raise UserError(faults.explain(error, path)) from error
+        raise

@@ -1,0 +1,278 @@
+"""Parts of files, read many at a time.
+
+A request to a bucket takes 20 to 100 ms however small it is, so that reading one example after the
+other makes some twenty a second. Here reads begin at once and are waited for when they are needed;
+TensorStore has them under way beside each other, outside of Python's lock.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import IO, Any
+
+from etils import epath
+
+from clip_jax.storage import faults, locations, remote
+from clip_jax.storage.locations import Stat
+
+# Bytes between two spans up to which reading on is cheaper than jumping: what a request costs in
+# CPU time (0.3 ms) is what it costs to receive some 200 kB.
+_GAP = 2**16
+# Bytes of one request at most, so that what is merged still arrives in parallel.
+_MOST = 2**23
+
+# Seconds without an answer until a read is given up and begun anew.
+_STALL = 30.0
+
+# A scan reads so many bytes at a time at first and after a jump, and up to so many where it meets
+# everything in turn.
+_LEAST_CHUNK, _MOST_CHUNK = 2**16, 2**22
+# Bytes that a scan would rather read than jump over, by the same reckoning as `_GAP`.
+_JUMP = 2**18
+
+Spans = Sequence[tuple[int, int]]
+
+
+class Replaced(Exception):
+    """The file is not the one that the index describes."""
+
+
+def start(
+    path: epath.Path, spans: Spans, version: int | str | None = None
+) -> Callable[[], list[bytes]]:
+    """Begins to read parts of a file; of a local one, no earlier than they are asked for.
+
+    Args:
+      path: of the file.
+      spans: (offset, size) of each part.
+      version: as `locations.Stat` has it, of an object that must still be the same; None: any.
+
+    Returns:
+      A function that waits for the parts, and may raise FileNotFoundError, Replaced, OSError or
+      StorageError. A part that the file ends in is cut short.
+    """
+    if not remote.is_remote(path):
+        return lambda: _read_local(path, spans)
+    groups = list(_merged(spans, _MOST))
+    reads = [_Read(path, first, end, version) for first, end, _ in groups]
+
+    def wait() -> list[bytes]:
+        found = [b""] * len(spans)
+        for (first, _, members), read in zip(groups, reads):
+            data = read.wait()
+            for i in members:
+                offset, size = spans[i]
+                found[i] = data[offset - first : offset - first + size]
+        return found
+
+    return wait
+
+
+def _merged(spans: Spans, most: int) -> Iterator[tuple[int, int, list[int]]]:
+    """First byte, last and members of groups of spans that are better read at once."""
+    first, end, members = 0, 0, []
+    for i in sorted(range(len(spans)), key=lambda i: spans[i]):
+        offset, size = spans[i]
+        if members and (offset > end + _GAP or offset + size - first > most):
+            yield first, end, members
+            members = []
+        if not members:
+            first, end = offset, offset + size
+        members.append(i)
+        end = max(end, offset + size)
+    if members:
+        yield first, end, members
+
+
+def _read_local(path: epath.Path, spans: Spans) -> list[bytes]:
+    found = [b""] * len(spans)
+    with open(path, "rb") as file:
+        for first, end, members in _merged(spans, _MOST):
+            file.seek(first)
+            data = file.read(end - first)
+            for i in members:
+                offset, size = spans[i]
+                found[i] = data[offset - first : offset - first + size]
+    return found
+
+
+class _Read:
+    """One request for the bytes [first, end) of an object, repeated while it fails."""
+
+    def __init__(self, path: epath.Path, first: int, end: int, version: int | str | None = None):
+        self._path, self._span, self._version = path, (first, end), version
+        self._future = self._begin()
+
+    def _begin(self) -> Any:
+        scheme, bucket, key = remote.split(self._path)
+        return remote.kvstore(scheme, bucket).read(key, byte_range=slice(*self._span))
+
+    def wait(self) -> bytes:
+        patience = faults.Patience(self._path)
+        while True:
+            try:
+                found = self._future.result(timeout=_STALL)
+                break
+            except (ValueError, TimeoutError) as error:
+                if "OUT_OF_RANGE" in str(error):
+                    return self._rest()
+                self._future.cancel()
+                patience.wait(error)
+                self._future = self._begin()
+        if found.state == "missing":
+            raise FileNotFoundError(f"There is no {self._path}")
+        faults.proven(self._path)
+        if self._version is not None and _version(found.stamp) != self._version:
+            raise Replaced(f"{self._path} was replaced since its index was made")
+        return found.value
+
+    def _rest(self) -> bytes:
+        """The bytes up to the end of an object that ends within the span."""
+        stat = locations.stat(self._path)
+        first, end = self._span
+        if stat is None or stat.size <= first:
+            return b""
+        if stat.size >= end:
+            raise Replaced(f"{self._path} changes while it is read")
+        return _Read(self._path, first, stat.size, self._version).wait()
+
+
+def _version(stamp: Any) -> str:
+    """Generation or ETag, as a listing has it, of what TensorStore calls a generation."""
+    encoded = stamp.generation
+    if len(encoded) == 9 and encoded[0] == 0:  # 64 bits: Google's
+        return str(int.from_bytes(encoded[1:], "little"))
+    return encoded[1:].decode("ascii", "replace").strip('"')
+
+
+def read(path: epath.Path) -> bytes:
+    """The whole of a file that is not large."""
+    if not remote.is_remote(path):
+        return path.read_bytes()
+    return faults.repeat(lambda: remote.filesystem(path).cat_file(os.fspath(path)), path)
+
+
+# ---- Passing through a file ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
+    """A file to read headers from, first to last, with what lies between them jumped over."""
+    if not remote.is_remote(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    stat = locations.stat(path)
+    if stat is None:
+        raise FileNotFoundError(f"There is no {path}")
+    yield _Scan(path, stat.size)
+
+
+class _Scan(io.RawIOBase):
+    """A remote file whose parts are read mostly forwards.
+
+    It reads in chunks that grow as long as they follow each other closely, with the next on its
+    way by then; large jumps leave out what lies between.
+    """
+
+    def __init__(self, path: epath.Path, size: int):
+        self._path, self._size = path, size
+        self._place = 0
+        self._first, self._data = 0, b""  # of the chunk at hand
+        self._chunk = _LEAST_CHUNK
+        self._next: tuple[int, int, _Read] | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._place + size, self._size)
+        pieces = []
+        while self._place < end:
+            at = self._place - self._first
+            if not 0 <= at < len(self._data):
+                self._load()
+                continue
+            piece = self._data[at : at + end - self._place]
+            pieces.append(piece)
+            self._place += len(piece)
+        return b"".join(pieces)
+
+    def _load(self) -> None:
+        """Has the chunk at hand begin at, or reach over, the place."""
+        jump = self._place - (self._first + len(self._data))
+        near = 0 <= jump <= _JUMP
+        self._chunk = min(self._chunk * 2, _MOST_CHUNK) if near else _LEAST_CHUNK
+        if self._next is not None and self._next[0] <= self._place < self._next[1]:
+            self._first, _, begun = self._next
+        else:
+            self._first = self._place
+            begun = self._begin(self._place)[2]
+        self._next = None
+        self._data = begun.wait()
+        if not self._data:
+            raise EOFError(f"{self._path} became shorter while it was read")
+        end = self._first + len(self._data)
+        if self._chunk == _MOST_CHUNK and end < self._size:
+            self._next = self._begin(end)
+
+    def _begin(self, first: int) -> tuple[int, int, _Read]:
+        end = min(first + self._chunk, self._size)
+        return first, end, _Read(self._path, first, end)
+
+
+# ---- Files that are mapped into memory -----------------------------------------------------------
+
+_COPY_CHUNK = 2**24
+_COPY_THREADS = 8
+
+
+def local_copy(path: epath.Path, stat: Stat) -> pathlib.Path:
+    """A file that can be mapped: itself, or its copy in the user's cache, made once per version."""
+    if not remote.is_remote(path):
+        return pathlib.Path(path)
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "clip_jax" / "copies" / hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    copy = folder / hashlib.sha256(str(stat).encode()).hexdigest()[:16]
+    if copy.exists() and copy.stat().st_size == stat.size:
+        return copy
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{uuid.uuid4().hex[:8]}"
+    try:
+        with partial.open("wb") as file, futures.ThreadPoolExecutor(_COPY_THREADS) as pool:
+            file.truncate(stat.size)
+
+            def fetch(first: int) -> None:
+                end = min(first + _COPY_CHUNK, stat.size)
+                data = _Read(path, first, end, stat.version).wait()
+                os.pwrite(file.fileno(), data, first)
+
+            list(pool.map(fetch, range(0, stat.size, _COPY_CHUNK)))
+        partial.replace(copy)
+    finally:
+        partial.unlink(missing_ok=True)
+    for old in folder.iterdir():  # whoever has mapped one keeps it
+        if old != copy and not old.name.startswith("."):
+            old.unlink(missing_ok=True)
+    return copy

@@ -1,0 +1,147 @@
+"""Files that are whole or not there, and files that grow; several hosts may write at once."""
+
+import contextlib
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+
+from etils import epath
+
+from clip_jax.storage import faults, remote
+
+TEMPORARY = ".tmp"  # ending of what a killed process leaves half-written
+
+
+@contextlib.contextmanager
+def replacing(path: epath.Path) -> Iterator[pathlib.Path]:
+    """A local path to write a file to; its contents appear under `path` if all goes well.
+
+    What goes to a bucket is written to a temporary file first and then uploaded: an upload that
+    is broken off leaves nothing, while a file object of a bucket closed half-way leaves half.
+    """
+    if remote.is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="clip_jax-") as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            upload(temporary, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(path.parent) / f"{path.name}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: epath.Path) -> Iterator[pathlib.Path]:
+    """A local path to make a folder, or a file, at; it appears as `path` if all goes well."""
+    near = remote.is_remote(path)
+    parent = None if near else path.parent
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as scratch:
+        temporary = pathlib.Path(scratch) / path.name
+        yield temporary
+        if not near:
+            os.replace(temporary, path)
+        elif temporary.is_dir():
+            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
+                upload(file, path / file.relative_to(temporary).as_posix())
+        else:
+            upload(temporary, path)
+
+
+def write(path: epath.Path, contents: bytes | str) -> None:
+    """Writes a small file, whole or not at all."""
+    data = contents.encode() if isinstance(contents, str) else contents
+    if remote.is_remote(path):
+        client = remote.filesystem(path)
+        faults.repeat(lambda: client.pipe_file(os.fspath(path), data), path)
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def upload(file: pathlib.Path, path: epath.Path) -> None:
+    """Copies a local file to a bucket."""
+    client = remote.filesystem(path)
+    faults.repeat(lambda: client.put_file(os.fspath(file), os.fspath(path)), path)
+
+
+def remove(path: epath.Path) -> None:
+    """Deletes a file, if it is there."""
+    faults.repeat(lambda: path.unlink(missing_ok=True), path)
+
+
+# ---- Files that grow -----------------------------------------------------------------------------
+
+_UPLOAD_EVERY = 60.0  # seconds
+
+
+class Growing:
+    """A directory whose files grow, such as logs.
+
+    Nothing can be added to an object, so for a bucket they are kept in a local directory, and
+    those that have changed are uploaded whole, once a minute and at every `flush`.
+
+    Attributes:
+      local: the directory to write to.
+    """
+
+    def __init__(self, directory: epath.Path):
+        """Uploads nothing yet.
+
+        Args:
+          directory: where the files shall be; local, gs:// or s3://.
+        """
+        self._directory = directory
+        self._remote = remote.is_remote(directory)
+        self._uploaded: dict[pathlib.Path, int] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        if not self._remote:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.local = pathlib.Path(directory)
+            return
+        self.local = pathlib.Path(tempfile.mkdtemp(prefix="clip_jax-"))
+        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+        self._thread.start()
+
+    def flush(self) -> None:
+        """Has all that was written under its final name."""
+        if not self._remote:
+            return
+        with self._lock:
+            for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
+                size = file.stat().st_size
+                if self._uploaded.get(file) != size:
+                    upload(file, self._directory / file.relative_to(self.local).as_posix())
+                    self._uploaded[file] = size
+
+    def close(self) -> None:
+        """Flushes, and removes what was only for that."""
+        self._closed.set()
+        if self._remote and self.local.exists():
+            self.flush()
+            shutil.rmtree(self.local, ignore_errors=True)
+
+    def _work(self) -> None:
+        while not self._closed.wait(_UPLOAD_EVERY):
+            began = time.monotonic()
+            try:
+                self.flush()
+            except Exception as error:  # the next time may go better; the last one has to
+                logging.warning(
+                    "Logs are not in %s yet, after %.0f s: %s",
+                    self._directory,
+                    time.monotonic() - began,
+                    faults.explain(error),
+                )
