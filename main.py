@@ -14,12 +14,15 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from clip_jax.errors import DataStalled, UserError
+from clip_jax.storage import faults
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/, such as configs/quickstart.py or configs/vit_b32.py:smoke."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run is kept, local or gs://; default: runs/ and the config's name."
+    "workdir",
+    None,
+    "Where the run is kept: local, gs:// or s3://; default: runs/ and the config's name.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -43,6 +46,10 @@ def main(argv: list[str]) -> None:
         os._exit(1)  # an ordinary exit would wait for threads that hang
     except UserError as error:
         sys.exit(f"\n{error}")
+    except Exception as error:
+        if explained := faults.explained(error):
+            sys.exit(f"\n{explained}")
+        raise
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. Run the same command again to resume at the last checkpoint.")
 

@@ -1,7 +1,7 @@
 """Using a trained model: load it, embed pictures and texts, classify."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from clip_jax.errors import BadExample, UserError
 from clip_jax.evals import scores, zeroshot
 from clip_jax.models import buckets
 from clip_jax.models.prompts import prepare
+from clip_jax.storage import faults, locations, ranges
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
 Pictures = Picture | Sequence[Picture]
@@ -65,9 +66,9 @@ class Model:
         """Embeds pictures.
 
         Args:
-          images: PIL images, paths, or uint8 arrays [h, w, 3] of any size, one or many; or uint8
-            [n, h, w, 3]. Each is resized on its shorter side and cropped to its middle square; or,
-            for SigLIP, squashed to a square.
+          images: PIL images, paths (local, gs:// or s3://), or uint8 arrays [h, w, 3] of any size,
+            one or many; or uint8 [n, h, w, 3]. Each is resized on its shorter side and cropped to
+            its middle square; or, for SigLIP, squashed to a square.
 
         Returns:
           float32 [n, embed_dim], L2-normalised.
@@ -139,12 +140,11 @@ class Model:
             )
         return self.tokenizer(texts, truncate=truncate)
 
-    def _pixels(self, image: Picture) -> np.ndarray:
+    def _pixels(self, image: Picture, wait: Callable[[], bytes] | None) -> np.ndarray:
         key, size = "the picture", self.net.size.image_size
         try:
-            if isinstance(image, (str, os.PathLike)):
-                data = epath.Path(image).read_bytes()
-                return image_files.pixels(data, str(image), size, self._crop, None)
+            if wait is not None:
+                return image_files.pixels(wait(), str(image), size, self._crop, None)
             if isinstance(image, Image.Image):
                 return image_files.pixels(image, key, size, self._crop, None)
             array = np.asarray(image)
@@ -153,8 +153,12 @@ class Model:
                     f"A picture as an array is uint8 [h, w, 3], not {array.dtype} {array.shape}."
                 )
             return image_files.pixels(array, key, size, self._crop, None)
-        except (OSError, BadExample) as error:
-            raise UserError(f"Cannot read the picture: {error}.") from error
+        except UserError:
+            raise
+        except Exception as error:
+            if isinstance(error, (OSError, BadExample)) or faults.is_failure(error):
+                raise UserError(f"Cannot read the picture: {error}.") from error
+            raise
 
     def _batched(self, function: Any, images: Pictures, width: int) -> np.ndarray:
         """float32 [n, width]; the pictures of a step are read while the one before is computed."""
@@ -163,8 +167,9 @@ class Model:
         parts: list[Any] = [np.zeros((0, width), np.float32)]
         for start in range(0, len(pictures), size):
             pixels = np.zeros((size, side, side, 3), np.uint8)
-            for row, picture in zip(pixels, pictures[start : start + size]):
-                row[:] = self._pixels(picture)
+            step = pictures[start : start + size]
+            for row, picture, wait in zip(pixels, step, list(map(_begin, step))):
+                row[:] = self._pixels(picture, wait)
             parts[-1] = np.asarray(parts[-1])  # so that no more than one step is waiting
             parts.append(function(self.variables, pixels))
         return np.concatenate(parts)[: len(pictures)]
@@ -172,6 +177,13 @@ class Model:
     def _step_size(self, rows: int) -> int:
         """Rows per step, so that one picture need not wait for the work of a whole batch."""
         return min(self._batch_size, 1 << max(rows - 1, 0).bit_length())
+
+
+def _begin(picture: Picture) -> Callable[[], bytes] | None:
+    """Begins to read the file that a path names; returns what waits for it, None: it is no path."""
+    if not isinstance(picture, (str, os.PathLike)):
+        return None
+    return ranges.start_whole(locations.parse(picture))
 
 
 def _as_list(images: Pictures) -> list[Picture]:
@@ -187,8 +199,8 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
 
     Args:
       path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500"); weights in
-        any format that `python -m clip_jax convert` reads and that says what they are; or a name
-        on the Hugging Face hub ("org/name"), fetched once.
+        any format that `python -m clip_jax convert` reads and that says what they are; each local,
+        gs:// or s3://; or a name on the Hugging Face hub ("org/name"), fetched once.
       step: which checkpoint of a workdir; None: the most recent.
 
     Raises:

@@ -6,7 +6,9 @@ reads), "optimizer", and "meta" (JSON: step, position in the data, config, token
 
 import math
 import os
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState, abstract_variables
+from clip_jax.storage import faults, for_orbax, locations, remote
 
 DIRECTORY = "checkpoints"  # inside the workdir
 
@@ -60,15 +63,16 @@ class Checkpoints:
         """Opens the workdir.
 
         Args:
-          workdir: local path or gs://.
+          workdir: local, gs:// or s3://.
           keep: most recent checkpoints kept.
           best_metric: the checkpoint with the highest value of this metric is kept as well.
           create: make the directory if there is none.
         """
-        path = os.fspath(workdir)
-        if "://" not in path:  # a local one: orbax refuses relative paths
-            path = os.path.abspath(path)
-        self.directory = epath.Path(path) / DIRECTORY
+        for_orbax.prepare()
+        path = locations.parse(workdir)
+        if not remote.is_remote(path):  # orbax refuses relative paths
+            path = epath.Path(os.path.abspath(path))
+        self.directory = path / DIRECTORY
         policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
 
         def score(metrics: Mapping[str, float]) -> float:
@@ -88,8 +92,13 @@ class Checkpoints:
             enable_async_checkpointing=True,
             create=create,
         )
+        self._writes = _Writes(self.directory)
         try:
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = faults.repeat(
+                lambda: ocp.CheckpointManager(self.directory, options=options), self.directory
+            )
+        except UserError:
+            raise
         except ValueError as error:  # it reads the metrics of all checkpoints
             raise UserError(
                 f"A checkpoint in {self.directory} is damaged: its metrics cannot be read "
@@ -115,15 +124,38 @@ class Checkpoints:
           metrics: of this step; ranks the checkpoint if the best metric is among them.
         """
         rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(state.variables),
-                optimizer=ocp.args.StandardSave(_progress(state)),
-                meta=ocp.args.JsonSave({"step": step, **meta}),
-            ),
-            metrics=rank,
+        args = ocp.args.Composite(
+            model=ocp.args.StandardSave(state.variables),
+            optimizer=ocp.args.StandardSave(_progress(state)),
+            meta=ocp.args.JsonSave({"step": step, **meta}),
         )
+        while True:
+            try:
+                self._manager.save(step, args=args, metrics=rank)
+                return self._writes.begin(step, self._manager.is_saving_in_progress)
+            except Exception as error:  # of this save, or of the one before
+                self._writes.failed(error)
+
+    def finish(self) -> bool:
+        """Waits for what is being written; False: it failed and has to be saved again.
+
+        Raises:
+          StorageError: it has failed for `faults.RETRY_FOR` seconds.
+        """
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:
+            self._writes.failed(error)
+            return False
+        self._writes.succeeded()
+        return True
+
+    def lost(self) -> bool:
+        """Whether the last save has failed, so that the state should be saved again soon."""
+        if self._manager.is_saving_in_progress():
+            return False
+        return not self.finish()
 
     def latest_step(self) -> int | None:
         """Step of the most recent complete checkpoint; None if there is none."""
@@ -179,12 +211,9 @@ class Checkpoints:
         """Reads only what inference needs; `like` as `TrainState.variables`."""
         return self._read(step, model=ocp.args.StandardRestore(like))["model"]
 
-    def wait(self) -> None:
-        """Blocks until what was saved is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
         """Waits for pending writes."""
+        self._writes.close()
         self._manager.close()
 
     def _read(self, step: int, **args: Any) -> Any:
@@ -199,6 +228,59 @@ class Checkpoints:
                 f"damaged, or of another model ({_first_line(error)}). To {instead}, delete that "
                 "folder and run the same command again."
             ) from error
+
+
+class _Writes:
+    """Keeps an eye on what is being written: says when it takes long, and gives up in the end."""
+
+    _SAY_EVERY = 60.0  # seconds
+
+    def __init__(self, directory: epath.Path):
+        self._directory = directory
+        self._failing_since: float | None = None
+        self._done = threading.Event()
+
+    def begin(self, step: int, busy: Callable[[], bool]) -> None:
+        """Watches a save until it is no longer `busy`."""
+        self._done.set()  # the one before is through
+        self._done = done = threading.Event()
+
+        def watch() -> None:
+            waited = 0.0
+            while not done.wait(self._SAY_EVERY) and busy():
+                waited += self._SAY_EVERY
+                failures = ", ".join(f"{n} x {name}" for name, n in faults.counts().items())
+                logging.warning(
+                    "The checkpoint of step %d is not in %s yet, after %.0f s; failures of storage "
+                    "so far: %s",
+                    step,
+                    self._directory,
+                    waited,
+                    failures or "none seen",
+                )
+
+        threading.Thread(target=watch, name="checkpoint watch", daemon=True).start()
+
+    def failed(self, error: Exception) -> None:
+        """Notes a failure; raises it if it is not of storage, or has lasted too long."""
+        self._done.set()
+        if not (remote.is_remote(self._directory) and faults.is_failure(error)):
+            raise error
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        faults.note(f"{faults.reason(error)} while saving", self._directory, _first_line(error))
+        if now - self._failing_since > faults.RETRY_FOR:
+            raise faults.StorageError(
+                f"No checkpoint could be written to {self._directory} for "
+                f"{now - self._failing_since:,.0f} s: {faults.explain(error)} The same command "
+                "resumes at the last complete one."
+            ) from error
+
+    def succeeded(self) -> None:
+        self._failing_since = None
+
+    def close(self) -> None:
+        self._done.set()
 
 
 def load_model(
@@ -217,7 +299,7 @@ def load_model(
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
-    path = epath.Path(path)
+    path = locations.parse(path)
     if path.parent.name == DIRECTORY and path.name.isdecimal():
         path, step = path.parent.parent, int(path.name)
     if not (path / DIRECTORY).is_dir():

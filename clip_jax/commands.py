@@ -42,6 +42,13 @@ def plain_errors() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted.")
+    except Exception as error:
+        from clip_jax.storage import faults
+
+        if not (explained := faults.explained(error)):
+            raise
+        print(f"\n{explained}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -24,6 +24,7 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators
 from clip_jax.program import Program
+from clip_jax.storage import faults
 from clip_jax.suite.training import Suite
 
 
@@ -133,18 +134,28 @@ class Loop:
         """Trains to the last step; returns the last evaluation's metrics."""
         run = self._run
         evaluated: dict[str, float] = {}
-        with contextlib.closing(self._feed):
+        with contextlib.closing(self._writer), contextlib.closing(self._feed):
             for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
                 state, values = step_fn(state, batch)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total):
                     self._pending = step, values
                 evaluated = self._evaluate(state, step)
-                if clock.is_due(step, run.checkpoint_every, run.total):
+                if clock.is_due(step, run.checkpoint_every, run.total) or self._lost(step):
                     self._save(state, step, values, evaluated)
+                    while step == run.total and not self._store.finish():
+                        self._save(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluators.run(state.variables)
         return evaluated
+
+    def _lost(self, step: int) -> bool:
+        """Whether the last checkpoint could not be written, and is to be tried again now.
+
+        Hosts save together, so where there are several the next one that is due has to do.
+        """
+        alone = jax.process_count() == 1
+        return alone and clock.is_due(step, self._run.log_every, 0) and self._store.lost()
 
     def _flush(self) -> None:
         """Writes the metrics that wait, once the device has them."""
@@ -161,6 +172,7 @@ class Loop:
         row["data/waiting"] = waited
         row["data/skipped"] = sum(self._data.skipped.values())
         row["data/truncated"] = self._data.truncated
+        row["storage/failures"] = faults.counts().total()
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
 
@@ -209,6 +221,7 @@ class Loop:
             "pairs": len(self._run.source),
             "config": workdir.to_plain(self._config),
         }
+        self._writer.flush()  # so that a resumed run finds the rows up to here
         self._store.save(state, step, meta, found)
         self._progress.resume(paused)
 

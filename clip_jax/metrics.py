@@ -13,6 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from clip_jax import clock
+from clip_jax.storage import locations, ranges, writing
 
 FILE = "metrics.jsonl"  # inside the workdir
 _STARVED = 0.05  # share of the time spent waiting for data from which the progress line says so
@@ -26,26 +27,28 @@ class MetricWriter:
         """Opens the workdir.
 
         Args:
-          workdir: local path or gs://.
+          workdir: local, gs:// or s3://.
           tensorboard: write TensorBoard events as well.
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
         """
-        self._path = epath.Path(workdir) / FILE
         self._events: Any = None
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        rows = [row for row in read_history(workdir) if row["step"] <= start_step]
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        directory = locations.parse(workdir)
+        self._files = writing.Growing(directory)
+        self._path = self._files.local / FILE
+        rows = [row for row in read_history(directory) if row["step"] <= start_step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
             from clip_jax.data.tensorflow_cpu import tf
 
-            events = self._path.parent / "tensorboard"
+            events = directory / "tensorboard"
             if start_step == 0 and events.exists():
                 events.rmtree()  # of a run that ended before its first checkpoint
-            self._events = tf.summary.create_file_writer(str(events))
+            local = self._files.local / "tensorboard"
+            self._events = tf.summary.create_file_writer(str(local))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one row; values are scalars."""
@@ -62,12 +65,27 @@ class MetricWriter:
                     tf.summary.scalar(name, float(value))
             self._events.flush()
 
+    def flush(self) -> None:
+        """Has the rows in the workdir, which may be a bucket, if it can be reached."""
+        if self._writes:
+            self._files.flush()
+
+    def close(self) -> None:
+        """The same; raises an error if it cannot be reached."""
+        if self._writes:
+            if self._events is not None:
+                self._events.close()
+            self._files.close()
+
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
     """Rows of metrics.jsonl, oldest first; a last line cut short is left out."""
-    path = epath.Path(workdir) / FILE
+    try:
+        lines = ranges.read(locations.parse(workdir) / FILE).decode().splitlines()
+    except FileNotFoundError:
+        return []
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

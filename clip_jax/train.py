@@ -11,13 +11,24 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, clock, metrics, models, program, sharding, warm_start, workdir
+from clip_jax import (
+    checkpoint,
+    clock,
+    hosts,
+    metrics,
+    models,
+    program,
+    sharding,
+    warm_start,
+    workdir,
+)
 from clip_jax import state as train_state
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
 from clip_jax.loop import Loop, Past, Run, hardware, list_counts
+from clip_jax.storage import faults, locations
 from clip_jax.suite.training import Suite
 
 
@@ -26,7 +37,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
 
     Args:
       config: as in configs/default.py, validated.
-      directory: the workdir; local path or gs://.
+      directory: the workdir; local, gs:// or s3://.
       command: what the user typed, for the report.
 
     Returns:
@@ -38,7 +49,8 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     started, began = datetime.now(), time.monotonic()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    run = _prepare(config, epath.Path(directory))
+    directory = locations.parse(directory)
+    run = _prepare(config, directory)
     store = checkpoint.Checkpoints(
         directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
     )
@@ -73,14 +85,15 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
     spare = _spare(directory)
-    source, order = mixture.create(
-        config.data,
-        net.size.image_size,
-        config.seed,
-        batch_size=config.batch_size,
-        parts=sharding.process_share(mesh)[1],
-        spare=spare,
-    )
+    with hosts.first_host_first("index of the training data"):
+        source, order = mixture.create(
+            config.data,
+            net.size.image_size,
+            config.seed,
+            batch_size=config.batch_size,
+            parts=sharding.process_share(mesh)[1],
+            spare=spare,
+        )
     steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
     total = clock.to_steps(config.duration, **steps)
     if not total:
@@ -238,6 +251,8 @@ def _report(
         truncated=done.truncated,
         config_text=str(config),
     )
+    if failures := faults.counts():
+        _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
     path = epath.Path(directory) / "report.html"
     found = run.evaluators
     report.write_report(path, summary, history, found.zeroshot, found.retrieval)

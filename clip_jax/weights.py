@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +25,7 @@ from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
 from clip_jax.sharding import path_name
 from clip_jax.state import abstract_variables, init_variables
+from clip_jax.storage import locations, ranges, remote
 
 TENSORS, DESCRIPTION = "model.safetensors", "clip_jax.json"
 _FORMAT = 1  # of the description
@@ -64,9 +65,9 @@ class TokenizerFile:
     def from_setting(cls, setting: str, identity: str) -> "TokenizerFile":
         """Of what a config has as `tokenizer`."""
         if setting.startswith(SIGLIP):
-            return cls("siglip", identity, epath.Path(setting.removeprefix(SIGLIP)).expanduser())
+            return cls("siglip", identity, locations.parse(setting.removeprefix(SIGLIP)))
         if setting.endswith(".model"):
-            return cls("sentencepiece", identity, epath.Path(setting))
+            return cls("sentencepiece", identity, locations.parse(setting))
         return cls(setting, identity)
 
     @property
@@ -230,16 +231,16 @@ def describe(weights: Weights) -> str:
 
 def is_folder(path: epath.Path) -> bool:
     """Whether a model lies there as `write_folder` writes it."""
-    return (path / DESCRIPTION).is_file()
+    return locations.stat(path / DESCRIPTION) is not None
 
 
-def write_folder(weights: Weights, folder: epath.Path) -> None:
-    """Writes a model; needs its size in memory once."""
+def write_folder(weights: Weights, folder: pathlib.Path) -> None:
+    """Writes a model to a local folder; needs its size in memory once."""
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(weights.tensors, folder / TENSORS)
     file = weights.tokenizer.path
     if file is not None:
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.name).write_bytes(ranges.read(file))
     description = {
         "format": _FORMAT,
         "size": dataclasses.asdict(weights.size),
@@ -260,7 +261,7 @@ def read_folder(folder: epath.Path) -> Weights:
       UserError: a file is missing or damaged.
     """
     try:
-        about = json.loads((folder / DESCRIPTION).read_text())
+        about = json.loads(ranges.read(folder / DESCRIPTION))
         size, tokenizer = models.Size.from_json(about["size"]), about["tokenizer"]
         file = folder / tokenizer["file"] if tokenizer["file"] else None
         kind = TokenizerFile(tokenizer["name"], tokenizer["identity"], file)
@@ -276,9 +277,9 @@ def read_folder(folder: epath.Path) -> Weights:
 
 
 def save_safetensors(
-    tensors: Tensors, path: epath.Path, metadata: Mapping[str, str] | None = None
+    tensors: Tensors, path: pathlib.Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes all arrays to one file."""
+    """Writes all arrays to one local file."""
     arrays = {name: np.ascontiguousarray(read_finite(tensors, name)) for name in tensors.shapes}
     # ascontiguousarray makes a vector of a scalar.
     arrays = {name: value.reshape(tensors.shapes[name]) for name, value in arrays.items()}
@@ -286,19 +287,30 @@ def save_safetensors(
 
 
 def open_safetensors(path: epath.Path) -> Tensors:
-    """The arrays of a file, float32; a remote file is read whole at once.
+    """The arrays of a file, float32.
 
     Raises:
       UserError: it is missing or damaged.
     """
     try:
-        if "://" in str(path):
-            arrays = safetensors.numpy.load(path.read_bytes())
-            return of_variables(arrays)
-        file = safe_open(path, "numpy")
+        file = safe_open(local_file(path), "numpy")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ranges.Replaced) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}). Copy or convert it again."
         ) from error
     return Tensors(shapes, lambda name: file.get_tensor(name).astype(np.float32, copy=False))
+
+
+def local_file(path: epath.Path) -> pathlib.Path:
+    """A file that can be mapped into memory: itself, or the copy of one in a bucket.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+    """
+    if not remote.is_remote(path):
+        return pathlib.Path(path)
+    stat = locations.stat(path)
+    if stat is None:
+        raise FileNotFoundError(f"There is no {path}")
+    return ranges.local_copy(path, stat)

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, ranges, writing
 
 FILE = "config.json"  # inside the workdir
 
@@ -23,9 +24,9 @@ FREE += ("data.source.path", "data.mixture.*.path")
 def write(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes the resolved config; only the first process does."""
     if jax.process_index() == 0:
-        path = epath.Path(workdir) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(to_plain(config), indent=2) + "\n")
+        writing.write(
+            locations.parse(workdir) / FILE, json.dumps(to_plain(config), indent=2) + "\n"
+        )
 
 
 def check(workdir: epath.PathLike, config: ConfigDict) -> None:
@@ -34,11 +35,13 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
     Raises:
       UserError: settings that change what is learned differ.
     """
-    path = epath.Path(workdir) / FILE
-    if config.checkpoint.allow_config_change or not path.exists():
+    if config.checkpoint.allow_config_change:
         return
+    path = locations.parse(workdir) / FILE
     try:
-        stored = json.loads(path.read_text())
+        stored = json.loads(ranges.read(path))
+    except FileNotFoundError:
+        return
     except ValueError:
         raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
     if changed := differences(stored, to_plain(config)):

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clip_jax.data import files
 from clip_jax.errors import UserError
+from clip_jax.storage import faults
 from tests import shards
 from tests.curated import run, selection
 
@@ -113,7 +113,7 @@ def test_text_and_files_without_header(tmp_path: Path):
 def test_damaged_and_missing_shards_lose_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(files, "RETRY_DELAYS", ())
+    monkeypatch.setattr(faults, "BRIEF", ())
     (tmp_path / "queries.txt").write_text(QUERIES)
     tar(tmp_path / "whole.tar")
     cut = (tmp_path / "whole.tar").read_bytes()[: 512 * 9]  # a, and the header of b.jpg

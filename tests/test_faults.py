@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from shards import picture, sample, write_tar
 
-from clip_jax.data import files, mixture, pipeline, tokenizer
+from clip_jax.data import mixture, pipeline, tokenizer
 from clip_jax.errors import UserError
+from clip_jax.storage import faults
 from configs import default
 
 TOKENIZER = tokenizer.create("openai", 16)
@@ -111,7 +112,7 @@ def test_each_is_counted_and_nothing_else_is_lost(shards, order):
 
 
 def test_a_shard_that_is_deleted_during_the_run(shards, monkeypatch):
-    monkeypatch.setattr(files, "RETRY_DELAYS", (0.01,))
+    monkeypatch.setattr(faults, "BRIEF", (0.01,))
     run = start(shards, order="stored", prefetch=1)
     batches = iter(run)
     captions(batches, 1)

@@ -45,6 +45,7 @@ LAYERS = (
         "clip_jax.sharding",
         "clip_jax.clock",
         "clip_jax.errors",
+        "clip_jax.hosts",
         "clip_jax.commands",
         "clip_jax.pages",
         "clip_jax.storage",
@@ -55,6 +56,7 @@ LEAVES = {
     "clip_jax": set(),  # loads on first use
     "clip_jax.errors": set(),
     "clip_jax.clock": {"clip_jax.errors"},
+    "clip_jax.hosts": set(),
     "clip_jax.augment": set(),
     "clip_jax.views": set(),
     "clip_jax.sharding": {"clip_jax.errors"},

@@ -1,5 +1,6 @@
 """clip_jax.data.loading: order, read-ahead, errors, and threads that end."""
 
+import functools
 import gc
 import threading
 import time
@@ -18,7 +19,11 @@ def row(number: int) -> loading.Row:
 
 def batches(load=row, **options):
     options = {"count": None, "batch_size": 4, "threads": 3, "prefetch": 2, **options}
-    return loading.batches(load, LIKE, **options)
+
+    def start(numbers):
+        return [functools.partial(load, number) for number in numbers]
+
+    return loading.batches(start, LIKE, **options)
 
 
 def loading_threads() -> int:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from shards import sample, write_tar
 
-from clip_jax.data import mixture, order, pipeline, rows, runs, sources, tokenizer
+from clip_jax.data import mixture, order, pipeline, rows, sources, tar, tokenizer
 from clip_jax.data.feed import Feed
 from clip_jax.errors import DataStalled, UserError
 from configs import default
@@ -83,13 +83,13 @@ def test_a_process_reads_a_run_once_an_epoch(shards, processes, monkeypatch):
     """In a windowed order, also where processes share a lane; here one after the other."""
     run = start(shards, processes, order="windowed")
     read: list[int] = []
-    fill = runs.RunCache._fill
+    start_run = tar.TarShards._start_run
 
-    def counted(cache, number, future):
+    def counted(source, number):
         read.append(number)
-        fill(cache, number, future)
+        return start_run(source, number)
 
-    monkeypatch.setattr(runs.RunCache, "_fill", counted)
+    monkeypatch.setattr(tar.TarShards, "_start_run", counted)
     for process in range(processes):
         read.clear()
         opened = run._reopen()

@@ -14,6 +14,7 @@ from clip_jax.data import shard_index, tar_index, tfrecord
 from clip_jax.data.runs import RunCache
 from clip_jax.data.tar import TarShards
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import writing
 
 
 @pytest.fixture
@@ -86,14 +87,14 @@ class TestIndex:
 
     def test_place_that_cannot_be_written_to(self, tmp_path, scans, monkeypatch, caplog):
         write_shards(tmp_path)
-        replace = shard_index._replace
+        write = writing.write
 
-        def refuse(path: epath.Path, data) -> None:
+        def refuse(path: epath.Path, contents: bytes) -> None:
             if path.parent == tmp_path:
                 raise PermissionError(f"{path} is read-only")
-            replace(path, data)
+            write(path, contents)
 
-        monkeypatch.setattr(shard_index, "_replace", refuse)
+        monkeypatch.setattr(writing, "write", refuse)
         spare = epath.Path(tmp_path / "run" / "index")
         for _ in range(2):
             assert len(TarShards(str(tmp_path), spare=spare)) == 12
@@ -125,9 +126,11 @@ class TestRuns:
         write_shards(tmp_path)
         expected = contents(TarShards(str(tmp_path)))
         opened = []
-        read = TarShards._read
+        start = TarShards._start_neighbours
         monkeypatch.setattr(
-            TarShards, "_read", lambda self, *span: opened.append(span) or read(self, *span)
+            TarShards,
+            "_start_neighbours",
+            lambda self, *span: opened.append(span) or start(self, *span),
         )
         source = TarShards(str(tmp_path), run=3, kept_runs=2)
         assert contents(source) == expected
@@ -139,7 +142,9 @@ class TestRuns:
         write_shards(tmp_path, 1)
         source = TarShards(str(tmp_path), run=4, kept_runs=1)
         path = tmp_path / "00.tar"
+        stat = path.stat()
         path.write_bytes(path.read_bytes()[:7000])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a damaged disk would
         texts = []
         for index in range(4):
             try:
@@ -151,35 +156,49 @@ class TestRuns:
     def test_each_run_is_read_once_by_many_threads(self):
         reads = []
 
-        def read(number: int) -> int:
-            reads.append(number)
-            time.sleep(0.02)
-            return number * 10
+        def start(number: int):
+            def wait() -> int:
+                reads.append(number)
+                time.sleep(0.02)
+                return number * 10
 
-        cache, got = RunCache(read, capacity=3), []
-        threads = [threading.Thread(target=lambda: got.append(cache[7])) for _ in range(8)]
+            return wait
+
+        cache, got = RunCache(start, capacity=3), []
+        threads = [threading.Thread(target=lambda: got.append(cache.start(7)())) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert got == [70] * 8
         assert reads == [7]
-        assert [cache[number] for number in (1, 2, 3, 7)] == [10, 20, 30, 70]
+        assert [cache.start(number)() for number in (1, 2, 3, 7)] == [10, 20, 30, 70]
         assert reads == [7, 1, 2, 3, 7]  # 7 had been longest unused
 
     def test_a_failed_read_is_tried_again(self):
         outcomes = iter([OSError("gone"), "back"])
 
-        def read(_: int) -> str:
+        def wait() -> str:
             outcome = next(outcomes)
             if isinstance(outcome, OSError):
                 raise outcome
             return outcome
 
-        cache = RunCache(read, capacity=2)
+        cache = RunCache(lambda _: wait, capacity=2)
         with pytest.raises(OSError, match="gone"):
-            cache[0]
-        assert cache[0] == "back"
+            cache.start(0)()
+        assert cache.start(0)() == "back"
+
+    def test_replaced_shard(self, tmp_path):
+        """Its bytes are no longer those that the index describes."""
+        write_shards(tmp_path, 2)
+        source = TarShards(str(tmp_path))
+        path = tmp_path / "00.tar"
+        path.write_bytes((tmp_path / "01.tar").read_bytes())
+        with pytest.raises(BadExample, match=r"00\.tar.*replaced shard.*since its index was made"):
+            source[0]
+        assert source[4].text == "1 0"
+        assert TarShards(str(tmp_path))[0].text == "1 0"
 
 
 def write_records(path, records: list[bytes]) -> None:

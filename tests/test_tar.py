@@ -6,9 +6,9 @@ import tarfile
 import pytest
 from shards import contents, open_source, picture, sample, write_tar
 
-from clip_jax.data import files
 from clip_jax.data.tar import TarShards
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import faults
 
 
 class TestTar:
@@ -141,7 +141,7 @@ class TestTar:
             if len(waits) == 2:
                 os.rename(tmp_path / "away.tar", tmp_path / "0.tar")
 
-        monkeypatch.setattr(files.time, "sleep", sleep)
+        monkeypatch.setattr(faults.time, "sleep", sleep)
         os.rename(tmp_path / "0.tar", tmp_path / "away.tar")
         assert source[0].text == "one"  # is back at the third try
         assert len(waits) == 2
@@ -158,7 +158,9 @@ class TestTar:
         path = tmp_path / "0.tar"
         write_tar(path, [*sample("a", "one"), *sample("b", "two")])
         source = TarShards(str(path))
+        stat = path.stat()
         path.write_bytes(path.read_bytes()[:3000])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a damaged disk would
         assert source[0].text == "one"
         with pytest.raises(BadExample) as caught:
             source[1]

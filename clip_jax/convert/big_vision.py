@@ -1,5 +1,6 @@
 """big_vision's two-tower checkpoints (.npz), in which SigLIP was published."""
 
+import pathlib
 from collections.abc import Iterator, Mapping
 
 from etils import epath
@@ -34,7 +35,7 @@ def read(path: epath.Path, tokenizer: str = "") -> files.Found:
     )
 
 
-def write(weights: Weights, path: epath.Path) -> None:
+def write(weights: Weights, path: pathlib.Path) -> None:
     """Writes a checkpoint with numbered layers, as those that were published.
 
     Raises:

@@ -14,7 +14,15 @@ from clip_jax import models
 from clip_jax.convert import torch_files
 from clip_jax.convert.mapping import Entry, export_tensors
 from clip_jax.errors import UserError
-from clip_jax.weights import Tensors, TokenizerFile, Weights, differences, open_safetensors
+from clip_jax.storage import locations, ranges
+from clip_jax.weights import (
+    Tensors,
+    TokenizerFile,
+    Weights,
+    differences,
+    local_file,
+    open_safetensors,
+)
 
 # Names under which weights are published in a folder, the best first.
 HUGGINGFACE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -47,13 +55,16 @@ class Found:
 
 def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
     """The first of these files that is there."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    there = locations.listing(folder)
+    return next((folder / name for name in names if name in there), None)
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON object; UserError where it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(ranges.read(path))
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): copy it again.") from error
 
@@ -65,7 +76,7 @@ def open_tensors(path: epath.Path) -> Tensors:
       UserError: it is missing, damaged, or holds more than weights.
     """
     if path.suffix in TORCH:
-        return torch_files.read(Path(path)).tensors
+        return torch_files.read(path).tensors
     if path.suffix != ".json":
         return open_safetensors(path)
     parts = sorted(set(read_json(path)["weight_map"].values()))
@@ -97,8 +108,9 @@ def open_npz(path: epath.Path) -> Tensors:
     Raises:
       UserError: it is damaged, or holds Python objects.
     """
+    file = local_file(path)
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = np.load(file, allow_pickle=False)
         shapes = {name: _npy_shape(archive, name) for name in archive.files}
     except Exception as error:  # zipfile, NumPy and its parser each have their own
         raise UserError(f"{path} is no archive of NumPy ({error}): copy it again.") from error
@@ -113,8 +125,8 @@ def _npy_shape(archive: Any, name: str) -> tuple[int, ...]:
         return getattr(np.lib.format, headers[version])(file)[0]
 
 
-def save_npz(tensors: Tensors, path: epath.Path) -> None:
-    """Writes a NumPy archive, an array at a time."""
+def save_npz(tensors: Tensors, path: Path) -> None:
+    """Writes a local NumPy archive, an array at a time."""
     import zipfile
 
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:

@@ -1,9 +1,7 @@
 """Which format a file or folder has, and how it is read and written."""
 
 import dataclasses
-import os
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from clip_jax.convert import big_vision, files, huggingface, open_clip, openai, 
 from clip_jax.convert.mapping import import_tensors
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import CHOICES
+from clip_jax.storage import faults, locations, remote, writing
 from clip_jax.weights import (
     TokenizerFile,
     Weights,
@@ -47,7 +46,8 @@ def read(
     """Opens a model in any format; its numbers are read later.
 
     Args:
-      source: file, folder, or a name on the Hugging Face hub, such as "org/name".
+      source: file or folder, local or in a bucket; or a name on the Hugging Face hub, such as
+        "org/name".
       model: what it must be, one of `available_models()`; needed for a bare state dict. "": as
         found.
       activation: what it runs with, whatever the source says. "": as found.
@@ -103,7 +103,7 @@ def _convert(found: files.Found, path: epath.Path) -> Weights:
 
 
 def _find(path: epath.Path, model: str, activation: str, tokenizer: str) -> files.Found:
-    if path.is_dir():
+    if faults.repeat(path.is_dir, path):
         if huggingface.holds(path):
             return huggingface.read(path, tokenizer)
         if open_clip.holds(path):
@@ -117,8 +117,11 @@ def _find(path: epath.Path, model: str, activation: str, tokenizer: str) -> file
 
 def _find_in_file(path: epath.Path, model: str, activation: str, tokenizer: str) -> files.Found:
     """A bare state dict, or OpenAI's archive."""
-    code = torch_files.read(Path(path)).code if path.suffix in files.TORCH else ""
-    theirs = files.without(files.open_tensors(path), openai.NO_WEIGHTS)
+    if path.suffix in files.TORCH:
+        opened = torch_files.read(path)
+    else:
+        opened = torch_files.TorchFile(files.open_tensors(path), code="")
+    code, theirs = opened.code, files.without(opened.tensors, openai.NO_WEIGHTS)
     if code:
         size = openai.size_of(theirs.shapes, path)
         if ("sigmoid(" not in code or "gelu(" in code) and not activation:
@@ -150,7 +153,7 @@ def _find_in_file(path: epath.Path, model: str, activation: str, tokenizer: str)
 
 def _is_workdir(path: epath.Path) -> bool:
     inside = path.parent.name == checkpoint.DIRECTORY and path.name.isdecimal()
-    return inside or (path / checkpoint.DIRECTORY).is_dir()
+    return inside or faults.repeat((path / checkpoint.DIRECTORY).is_dir, path)
 
 
 def _read_workdir(path: epath.Path, step: int | None) -> Weights:
@@ -170,9 +173,11 @@ def locate(source: epath.PathLike) -> epath.Path:
     Raises:
       UserError: there is none.
     """
-    path = epath.Path(source).expanduser()
-    if path.exists():
+    path = locations.parse(source)
+    if faults.repeat(path.exists, path):
         return path
+    if remote.is_remote(path):
+        locations.check_bucket(path)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source):
         return _from_hub(source)
     raise UserError(f"There is no {path}: give the workdir of a training run, or {_TAKES}.")
@@ -201,13 +206,13 @@ def _from_hub(name: str) -> epath.Path:
 # ---- Writing -----------------------------------------------------------------------------------
 
 
-def _write_openai(weights: Weights, path: epath.Path) -> None:
+def _write_openai(weights: Weights, path: Path) -> None:
     files.check_held("OpenAI's format", openai.nearest(weights.size), weights.size)
-    torch_files.write(files.export(openai.table(weights.size), weights), Path(path))
+    torch_files.write(files.export(openai.table(weights.size), weights), path)
 
 
-# How a model is written, and the ending of the file; "": it is a folder.
-FORMATS: dict[str, tuple[Callable[[Weights, epath.Path], None], str]] = {
+# How a model is written locally, and the ending of the file; "": it is a folder.
+FORMATS: dict[str, tuple[Callable[[Weights, Path], None], str]] = {
     "clip_jax": (write_folder, ""),
     "huggingface": (huggingface.write, ""),
     "open_clip": (open_clip.write, ""),
@@ -221,15 +226,15 @@ def write(weights: Weights, target: epath.PathLike, to: str = "clip_jax") -> Non
 
     Args:
       weights: to write.
-      target: file or folder that is not there yet.
+      target: file or folder that is not there yet, local or in a bucket.
       to: a name in `FORMATS`.
 
     Raises:
       UserError: the target is there, or the format has no such model.
     """
     function, ending = FORMATS[to]
-    path = epath.Path(target).expanduser()
-    if path.exists():
+    path = locations.parse(target)
+    if faults.repeat(path.exists, path):
         raise UserError(f"{path} is there already: name another target, or delete it first.")
     if ending and path.suffix != ending:
         raise UserError(f"{to} has files that end in {ending}: call the target {path}{ending}.")
@@ -242,13 +247,5 @@ def write(weights: Weights, target: epath.PathLike, to: str = "clip_jax") -> Non
             f"{to} has no such model as {weights.size}: it has CLIP and its like, an image tower "
             "and a text transformer. Use --to=clip_jax, which holds every model."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{os.getpid()}{ending}"
-    try:
-        function(weights, partial)
-        os.replace(partial, path)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        elif partial.exists():
-            partial.unlink()
+    with writing.replacing_folder(path) as local:
+        function(weights, local)

@@ -1,6 +1,7 @@
 """Folders of transformers' CLIPModel and SiglipModel, as on the Hugging Face hub."""
 
 import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from clip_jax.convert.mapping import (
 )
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
+from clip_jax.storage import ranges
 from clip_jax.weights import Weights, save_safetensors
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -93,11 +95,13 @@ _NO_WEIGHTS = r"\.position_ids$"
 
 def holds(folder: epath.Path) -> bool:
     """Whether a folder is one of CLIP or SigLIP."""
-    try:
-        kind = json.loads((folder / CONFIG).read_text()).get("model_type")
-    except (OSError, ValueError):
+    if not all(files.find(folder, names) for names in ((CONFIG,), files.HUGGINGFACE)):
         return False
-    return kind in _FORMS and files.find(folder, files.HUGGINGFACE) is not None
+    config = ranges.read(folder / CONFIG)
+    try:
+        return json.loads(config).get("model_type") in _FORMS
+    except ValueError:
+        return False
 
 
 def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
@@ -119,7 +123,7 @@ def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
     )
 
 
-def write(weights: Weights, folder: epath.Path) -> None:
+def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes a folder that transformers loads.
 
     Raises:
@@ -216,11 +220,11 @@ def _preprocessing(
 
 def _processor(folder: epath.Path) -> Mapping[str, Any]:
     """The settings of the preprocessing, {} where the folder has none."""
-    if (folder / PROCESSOR).is_file():
-        return files.read_json(folder / PROCESSOR)
-    if (folder / "processor_config.json").is_file():  # since transformers 5
-        return files.read_json(folder / "processor_config.json").get("image_processor", {})
-    return {}
+    path = files.find(folder, (PROCESSOR, "processor_config.json"))  # the latter: transformers 5
+    if path is None:
+        return {}
+    found = files.read_json(path)
+    return found if path.name == PROCESSOR else found.get("image_processor", {})
 
 
 def config_of(size: models.Size) -> dict[str, Any]:

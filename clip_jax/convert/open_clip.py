@@ -1,8 +1,8 @@
 """Folders and files of open_clip; its SigLIP models have an image tower of timm's."""
 
 import json
+import pathlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +23,7 @@ from clip_jax.convert.mapping import (
 )
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
+from clip_jax.storage import ranges
 from clip_jax.weights import Weights, save_safetensors
 
 CONFIG = "open_clip_config.json"
@@ -60,7 +61,7 @@ _FIXED = {
 
 def holds(folder: epath.Path) -> bool:
     """Whether a folder has weights and settings of open_clip."""
-    return (folder / CONFIG).is_file() and files.find(folder, files.OPEN_CLIP) is not None
+    return all(files.find(folder, names) for names in ((CONFIG,), files.OPEN_CLIP))
 
 
 def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
@@ -82,7 +83,7 @@ def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
     )
 
 
-def write(weights: Weights, folder: epath.Path) -> None:
+def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes a folder that open_clip.create_model_and_transforms("local-dir:FOLDER") loads.
 
     Raises:
@@ -92,8 +93,9 @@ def write(weights: Weights, folder: epath.Path) -> None:
     files.check_held("open_clip", size_of(config, folder), weights.size)
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if weights.tokenizer.path is not None:
-        shutil.copyfile(weights.tokenizer.path, folder / weights.tokenizer.path.name)
+    file = weights.tokenizer.path
+    if file is not None:
+        (folder / file.name).write_bytes(ranges.read(file))
     theirs = files.export(table(weights.size, weights.size.image_pool == "map"), weights)
     save_safetensors(theirs, folder / files.OPEN_CLIP[0], {"format": "pt"})
 

@@ -2,14 +2,16 @@
 
 import functools
 import json
-import shutil
+import pathlib
 
 from etils import epath
 
+from clip_jax.convert import files
 from clip_jax.data import bpe
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import UserError
 from clip_jax.models import Size
+from clip_jax.storage import locations, ranges
 from clip_jax.weights import TokenizerFile
 
 OPENAI = TokenizerFile("openai", tokenizers.OpenAITokenizer.identity)
@@ -38,7 +40,7 @@ def named(name: str, size: Size) -> TokenizerFile:
     """What --tokenizer=NAME means for weights of another project."""
     if name == "openai":
         return _checked(OPENAI, bpe.VOCABULARY_SIZE, size, name)
-    path = epath.Path(name).expanduser()
+    path = locations.parse(name)
     file = TokenizerFile("siglip", tokenizers.siglip_identity(path), path)
     made = create(file, size.context_length)
     assert made is not None
@@ -64,7 +66,7 @@ def find(folder: epath.Path, size: Size) -> TokenizerFile:
       UserError: it splits words as OpenAI's does, but in another vocabulary.
     """
     if size.vocab_size != bpe.VOCABULARY_SIZE:
-        path = next((folder / f for f in _SIGLIP_FILES if (folder / f).is_file()), None)
+        path = files.find(folder, _SIGLIP_FILES)
         return UNKNOWN if path is None else named(str(path), size)
     vocabulary = _published_vocabulary(folder)
     if vocabulary is not None and vocabulary != openai_vocabulary():
@@ -80,16 +82,17 @@ def find(folder: epath.Path, size: Size) -> TokenizerFile:
 
 def _published_vocabulary(folder: epath.Path) -> dict[str, int] | None:
     """Words to ids, or None where the folder has no such file."""
+    path = files.find(folder, ("vocab.json", "tokenizer.json"))
+    if path is None:
+        return None
+    content = ranges.read(path)
     try:
-        if (folder / "vocab.json").is_file():
-            return json.loads((folder / "vocab.json").read_text())
-        if (folder / "tokenizer.json").is_file():
-            return json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+        found = json.loads(content)
+        return found if path.name == "vocab.json" else found["model"]["vocab"]
     except (ValueError, KeyError) as error:
         raise UserError(
             f"The tokenizer in {folder} is damaged ({error}): copy it again."
         ) from error
-    return None
 
 
 @functools.cache
@@ -109,7 +112,7 @@ def openai_merges() -> list[str]:
     return bpe.read_vocabulary().split("\n")[1 : 1 + count]
 
 
-def write_huggingface(file: TokenizerFile, size: Size, folder: epath.Path) -> None:
+def write_huggingface(file: TokenizerFile, size: Size, folder: pathlib.Path) -> None:
     """Writes what transformers needs to make the tokenizer, as far as it is known.
 
     Raises:
@@ -130,7 +133,8 @@ def write_huggingface(file: TokenizerFile, size: Size, folder: epath.Path) -> No
         settings |= {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
     elif file.path is not None:
         is_json = file.path.name.endswith(".json")
-        shutil.copyfile(file.path, folder / ("tokenizer.json" if is_json else "spiece.model"))
+        copy = folder / ("tokenizer.json" if is_json else "spiece.model")
+        copy.write_bytes(ranges.read(file.path))
         special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
         kind = "PreTrainedTokenizerFast" if is_json else "SiglipTokenizer"
         settings |= {"tokenizer_class": kind, "do_lower_case": True}

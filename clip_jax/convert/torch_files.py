@@ -19,9 +19,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
 from clip_jax.errors import UserError
-from clip_jax.weights import Tensors
+from clip_jax.weights import Tensors, local_file
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -106,14 +107,15 @@ class TorchFile:
     code: str
 
 
-def read(path: Path) -> TorchFile:
+def read(path: epath.Path) -> TorchFile:
     """Opens a state dict, a training checkpoint that holds one, or a TorchScript archive.
 
     Raises:
       UserError: it is damaged, in PyTorch's format before 1.6, or its pickle names other types.
     """
+    local = local_file(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(local) as archive:
             pickled = next(n for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"])
             root = pickled.removesuffix("data.pkl")
             tree = _Unpickler(io.BytesIO(archive.read(pickled))).load()
@@ -121,7 +123,7 @@ def read(path: Path) -> TorchFile:
             names = [n for n in archive.namelist() if n.endswith(".py")]
             code = "\n".join(archive.read(name).decode("utf-8", "replace") for name in names)
         stored = dict(_flat(_state_dict(tree)))
-        return TorchFile(_open(path, stored, starts), code)
+        return TorchFile(_open(path, local, stored, starts), code)
     except UserError as error:
         raise UserError(f"{path} is refused. {error}") from error
     except zipfile.BadZipFile as error:
@@ -152,9 +154,11 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, _Stored]]:
             yield from _flat(value, f"{full}.")
 
 
-def _open(path: Path, stored: dict[str, _Stored], entries: dict[str, zipfile.ZipInfo]) -> Tensors:
-    """Maps the file into memory, and its tensors into the map."""
-    with open(path, "rb") as file:
+def _open(
+    path: epath.Path, local: Path, stored: dict[str, _Stored], entries: dict[str, zipfile.ZipInfo]
+) -> Tensors:
+    """Maps the file into memory, and its tensors into the map; `path` is for messages."""
+    with local.open("rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(name: str) -> np.ndarray:

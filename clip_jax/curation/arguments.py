@@ -8,6 +8,7 @@ from etils import epath
 
 from clip_jax import commands
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, remote
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -125,6 +126,14 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
     return Data(spec, in_order)
 
 
+def output(name: str) -> epath.Path:
+    """Where results shall go; UserError where they cannot, before the work and not behind it."""
+    path = locations.parse(name)
+    if remote.is_remote(path):
+        locations.check_bucket(path)
+    return path
+
+
 def _kind(data: str) -> tuple[str, str]:
     """source.type, and what remains of DATA for name, split or path."""
     prefix, colon, rest = data.partition(":")
@@ -139,12 +148,19 @@ def _kind(data: str) -> tuple[str, str]:
 
 
 def _kind_of_directory(data: str) -> str:
-    path = epath.Path(data).expanduser()
+    path = locations.parse(data)
     if not path.is_dir():
+        if remote.is_remote(path):
+            locations.check_bucket(path)
         raise UserError(
             f"{data!r} is neither a directory nor the name of shards. It takes {_ABOUT_DATA}."
         )
-    for kind, pattern in (("tar", "*.tar"), ("tfrecord", "*.tfrecord*")):
-        if next(iter(path.glob(pattern)), None):
-            return kind
-    return "folder"
+    return kind_of_shards(path) or "folder"
+
+
+def kind_of_shards(directory: epath.Path) -> str:
+    """What the shards of a directory are, "tar" or "tfrecord"; "": it has none."""
+    names = [path.name for path in directory.iterdir()]
+    if any(name.endswith(".tar") for name in names):
+        return "tar"
+    return "tfrecord" if any(".tfrecord" in name for name in names) else ""

@@ -21,10 +21,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from etils import epath
-
 from clip_jax.curation import arguments
 from clip_jax.errors import BadExample
+from clip_jax.storage import writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,17 +82,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
     options = parser.parse_args(argv)
     data = arguments.data(options.data, options)
-    output = epath.Path(options.out)
-    output.mkdir(parents=True, exist_ok=True)
+    output = arguments.output(options.out)
     summary = Summary(options.data)
     start = time.perf_counter()
-    with (output / "bad.jsonl").open("w") as file:
+    with writing.replacing(output / "bad.jsonl") as temporary, temporary.open("w") as file:
         for bad in _examine(data, options, summary):
             summary.add(bad)
             file.write(json.dumps(bad) + "\n")
     summary.seconds = time.perf_counter() - start
     figures = vars(summary) | {"share": summary.share}
-    (output / "summary.json").write_text(json.dumps(figures, indent=2) + "\n")
+    writing.write(output / "summary.json", json.dumps(figures, indent=2) + "\n")
     print(_table(summary))
     if summary.reasons:
         print(f"\nAll of them: {output / 'bad.jsonl'}")

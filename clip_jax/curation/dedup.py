@@ -28,6 +28,7 @@ from etils import epath
 
 from clip_jax.curation import arguments
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _options(argv)
+    output = arguments.output(options.out)
     from clip_jax.curation import dedup_search
 
     source, features = _read(options.data, options.embeddings, options)
@@ -53,8 +55,6 @@ def main(argv: list[str]) -> None:
         matches = dedup_search.match_signatures(
             features.values, options.threshold, options.colours, reference
         )
-    output = epath.Path(options.out)
-    output.mkdir(parents=True, exist_ok=True)
     kept_features = features if others is None else others
     table = _write(output, features, kept_features, matches)
     pairs = _show(options.show, (source, features), (other_source, kept_features), matches)
@@ -128,9 +128,9 @@ def _write(
         "group": np.unique(kept, return_inverse=True)[1],
     }
     table = pa.table(columns)
-    with (output / "duplicates.parquet").open("wb") as file:
-        pq.write_table(table, file)
-    with (output / "keep.txt").open("wb") as file:
+    with writing.replacing(output / "duplicates.parquet") as temporary:
+        pq.write_table(table, temporary)
+    with writing.replacing(output / "keep.txt") as temporary, temporary.open("wb") as file:
         for chunk in features.keys.filter(pa.array(matches.kept < 0)).chunks:
             file.write("".join(f"{key}\n" for key in chunk.to_pylist()).encode())
     return table

@@ -15,6 +15,7 @@ from clip_jax.curation.dedup_search import SIGNATURE
 from clip_jax.data import images
 from clip_jax.data.crops import CENTER
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import locations, ranges
 
 if TYPE_CHECKING:
     from clip_jax.data.sources import Example, Source
@@ -68,8 +69,12 @@ def from_file(source: "Source", data: arguments.Data, workers: int, path: str) -
     Raises:
       UserError: the file is not such an array.
     """
+    place = locations.parse(path)
+    stat = locations.stat(place)
+    if stat is None:
+        raise UserError(f"There is no file {path} of embeddings.")
     try:
-        rows = np.load(path, mmap_mode="r")
+        rows = np.load(ranges.local_copy(place, stat), mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"The embeddings {path} cannot be read: {error}.") from error
     if rows.ndim != 2 or len(rows) != len(source):

@@ -19,12 +19,13 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     options = arguments.parser("index", _ABOUT).parse_args(argv)
     spec = arguments.data(options.data, options).spec
-    from clip_jax.data import files, shard_index, tar, tar_index, tfrecord
+    from clip_jax.data import shard_index, tar, tar_index, tfrecord
+    from clip_jax.storage import locations
 
     if spec.type == "tar":
         paths, kind = tar.find(spec.path), tar_index.KIND
     elif spec.type == "tfrecord":
-        paths, kind = files.expand(spec.path, ".tfrecord"), tfrecord.KIND
+        paths, kind = locations.expand(spec.path, ".tfrecord"), tfrecord.KIND
     else:
         raise UserError(
             f"{options.data!r} needs no index: only tar shards and TFRecord files do. `python -m "

@@ -30,6 +30,7 @@ from etils import epath
 
 from clip_jax.curation import arguments
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import locations, ranges, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     _refuse_weights(options.text_key)
     data = arguments.data(options.data, options, in_order=not options.shuffle)
-    source, output = data.open(), epath.Path(options.out)
+    source, output = data.open(), arguments.output(options.out)
     plan = Plan(
         data=options.data,
         examples=len(source),
@@ -93,7 +94,6 @@ def main(argv: list[str]) -> None:
         label_key=options.label_key,
     )
     try:
-        output.mkdir(parents=True, exist_ok=True)
         _note(plan, output / MANIFEST)
         counts = write(plan, source, data, output, options.workers)
     except OSError as error:
@@ -135,16 +135,20 @@ def _refuse_weights(text_key: str) -> None:
 def _note(plan: Plan, path: epath.Path) -> None:
     """Writes what the shards are made of; UserError where those that are there differ."""
     fields = dataclasses.asdict(plan)
-    if path.exists():
-        found = json.loads(path.read_text())
+    try:
+        found = json.loads(ranges.read(path))
+    except FileNotFoundError:
+        if next(iter(path.parent.glob("*.tar")), None):
+            raise UserError(
+                f"{path.parent} holds other shards already. Choose another directory."
+            ) from None
+        writing.write(path, json.dumps(fields, indent=2) + "\n")
+    else:
         if changed := [name for name in fields if fields[name] != found.get(name)]:
             raise UserError(
                 f"{path.parent} holds shards made otherwise: {', '.join(changed)} differ from "
                 f"{path}. Choose another directory, or remove that one."
             )
-    elif next(iter(path.parent.glob("*.tar")), None):
-        raise UserError(f"{path.parent} holds other shards already. Choose another directory.")
-    path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def write(
@@ -167,16 +171,13 @@ def write(
 
 def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int]) -> Counter[str]:
     """Writes the examples at some places of the order as a shard."""
-    from clip_jax.curation.store import replacing
-
     path = epath.Path(output) / f"{places[0] // plan.shard_size:05}.tar"
-    if path.exists():
+    if locations.stat(path) is not None:
         return Counter({"there already": 1})
     counts: Counter[str] = Counter()
     with (
-        replacing(path) as temporary,
-        temporary.open("wb") as file,
-        tarfile.open(fileobj=file, mode="w|") as tar,  # a stream, as remote storage wants it
+        writing.replacing(path) as temporary,
+        tarfile.open(temporary, mode="w") as tar,
     ):
         for place in places:
             try:
@@ -259,8 +260,9 @@ def _kept(path: str, key: str) -> bool:
 def _keep_list(path: str) -> np.ndarray:
     """Hashes of the keys in a file, sorted: 8 bytes each, where the keys would take a hundred."""
     try:
-        with epath.Path(path).open("rb") as file:
-            return np.sort(np.fromiter((_hash(line.rstrip(b"\r\n")) for line in file), np.uint64))
+        with ranges.scanning(locations.parse(path)) as file, io.BufferedReader(file) as lines:
+            hashes = (_hash(line.rstrip(b"\r\n")) for line in lines)
+            return np.sort(np.fromiter(hashes, np.uint64))
     except OSError as error:
         raise UserError(f"--keep={path} cannot be read: {error}.") from error
 

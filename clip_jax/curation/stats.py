@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from etils import epath
 
 from clip_jax.curation import arguments
 from clip_jax.curation.tally import Tally
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import writing
 
 if TYPE_CHECKING:
     from clip_jax.data.sources import Example, Source
@@ -107,6 +107,7 @@ class Found:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _parser().parse_args(argv)
+    figures, html = (name and arguments.output(name) for name in (options.json, options.html))
     data = arguments.data(options.data, options, in_order=options.sample is None)
     source = data.open()
     indices = choose(len(source), options.sample, options.seed)
@@ -119,10 +120,10 @@ def main(argv: list[str]) -> None:
 
     summary = summarise(source, indices, found, options)
     print(stats_report.table(summary))
-    if options.json:
-        epath.Path(options.json).write_text(json.dumps(summary, indent=2) + "\n")
-    if options.html:
-        stats_report.write_page(options.html, summary, found.tallies)
+    if figures:
+        writing.write(figures, json.dumps(summary, indent=2) + "\n")
+    if html:
+        stats_report.write_page(html, summary, found.tallies)
 
 
 def _parser() -> argparse.ArgumentParser:

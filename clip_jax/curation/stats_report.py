@@ -33,7 +33,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def write_page(
-    path: epath.PathLike, summary: Mapping[str, Any], tallies: Mapping[str, Tally]
+    path: epath.Path, summary: Mapping[str, Any], tallies: Mapping[str, Tally]
 ) -> None:
     """Writes everything as a page; the tallies become its histograms."""
     drawn = [

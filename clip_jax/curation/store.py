@@ -1,11 +1,11 @@
 """Results per shard that are either whole or not there, and know what they were made of."""
 
-import contextlib
 import hashlib
+import io
 import itertools
 import json
-import uuid
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-_TEMPORARY = ".tmp"
-
-
-@contextlib.contextmanager
-def replacing(path: epath.Path) -> Iterator[epath.Path]:
-    """A path to write to instead; takes the name `path` if all goes well, or else disappears."""
-    temporary = path.parent / f"{path.name}.{uuid.uuid4().hex[:8]}{_TEMPORARY}"
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from clip_jax.storage import locations, ranges, writing
 
 
 def write(path: epath.Path, table: pa.Table) -> None:
     """Writes a parquet file at once."""
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        pq.write_table(table, file, compression="zstd")
+    with writing.replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def write_batches(path: epath.Path, tables: Iterator[pa.Table]) -> None:
@@ -38,12 +27,11 @@ def write_batches(path: epath.Path, tables: Iterator[pa.Table]) -> None:
     tables = filter(len, tables)
     first = next(tables, None)
     if first is None:
-        path.unlink(missing_ok=True)
+        writing.remove(path)
         return
     with (
-        replacing(path) as temporary,
-        temporary.open("wb") as file,
-        pq.ParquetWriter(file, first.schema, compression="zstd") as writer,
+        writing.replacing(path) as temporary,
+        pq.ParquetWriter(temporary, first.schema, compression="zstd") as writer,
     ):
         for table in itertools.chain([first], tables):
             writer.write_table(table)
@@ -51,9 +39,9 @@ def write_batches(path: epath.Path, tables: Iterator[pa.Table]) -> None:
 
 def read_batches(path: epath.Path, rows: int) -> Iterator[pa.Table]:
     """What `write_batches` wrote, if anything, in tables of at most so many rows."""
-    if not path.exists():
+    if locations.stat(path) is None:
         return
-    with path.open("rb") as file:
+    with ranges.scanning(path) as file:
         for batch in pq.ParquetFile(file).iter_batches(rows, use_threads=False):
             yield pa.Table.from_batches([batch])
 
@@ -88,7 +76,7 @@ class Marks:
 
     def clear(self, shard: epath.Path) -> None:
         """To be called before the results of a shard change."""
-        self.path(shard).unlink(missing_ok=True)
+        writing.remove(self.path(shard))
 
     def write(
         self, shard: epath.Path, mark: str, counts: np.ndarray, tally: Mapping[str, int]
@@ -108,15 +96,17 @@ class Marks:
 
     def read(self, shard: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """What was counted of a shard: queries met, int32 [n], how often, int64 [n], the rest."""
-        with self.path(shard).open("rb") as file:
-            table = pq.ParquetFile(file).read(use_threads=False)
+        file = io.BytesIO(ranges.read(self.path(shard)))
+        table = pq.ParquetFile(file).read(use_threads=False)
         tally = json.loads(table.schema.metadata[b"tally"])
         return table["query"].to_numpy(), table["count"].to_numpy(), tally
 
 
 def keep_only(directory: epath.Path, shards: list[epath.Path]) -> None:
     """Removes what belongs to other shards, and what a killed process left half written."""
+    if not directory.is_dir():
+        return
     wanted = {shard_name(shard) for shard in shards}
-    for path in directory.glob("*"):
-        if path.name.endswith(_TEMPORARY) or path.stem not in wanted:
-            path.unlink()
+    for name in locations.listing(directory):
+        if name.endswith(writing.TEMPORARY) or PurePath(name).stem not in wanted:
+            writing.remove(directory / name)

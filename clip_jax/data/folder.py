@@ -1,21 +1,23 @@
 """Folders of images: captions in a table or in files beside the images, or classes by folder."""
 
 import csv
+import functools
 import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from etils import epath
 
-from clip_jax.data import captions, files
+from clip_jax.data import captions
 from clip_jax.data.captions import Captions
 from clip_jax.data.labels import Labels, group, number_labels, number_names, parse_groups
 from clip_jax.data.sources import IMAGE_SUFFIXES, Example
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import faults, locations, ranges
 
 _TABLE_SUFFIXES = ("csv", "tsv", "jsonl", "parquet")
 TABLES = tuple(
@@ -69,7 +71,7 @@ class ImageFolder:
         Raises:
           UserError: nothing of what is looked for is found.
         """
-        self._root = epath.Path(path).expanduser()
+        self._root = locations.parse(path)
         self._fields = captions.parse_fields(text_key)
         self._group_keys = parse_groups(group_keys)
         self.problems: Counter[str] = Counter()
@@ -96,8 +98,16 @@ class ImageFolder:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read images, as `sources.start` does; what lies beside them comes later."""
+        reads = [ranges.start_whole(self._root / self._images[index]) for index in indices]
+        return [functools.partial(self._example, *each) for each in zip(indices, reads)]
+
+    def _example(self, index: int, begun: Callable[[], bytes]) -> Example:
         key = self._images[index]
-        image = self._read(key)
+        image = self._read(key, begun)
         if image is None:
             raise BadExample("missing image", key)
         return Example(
@@ -206,17 +216,18 @@ class ImageFolder:
         except BadExample:
             return None
 
-    def _read(self, name: str) -> bytes | None:
-        """Contents of a file, None: there is none."""
+    def _read(self, name: str, begun: Callable[[], bytes] | None = None) -> bytes | None:
+        """Contents of a file, None: there is none; `begun` is a first try."""
+        first = [begun] if begun else []
 
         def read() -> bytes | None:
             try:
-                return (self._root / name).read_bytes()
+                return (first.pop() if first else ranges.start_whole(self._root / name))()
             except (FileNotFoundError, IsADirectoryError):
                 return None
 
         try:
-            return files.with_retries(read, files.RETRY_DELAYS)
+            return faults.briefly(read)
         except OSError as error:
             raise BadExample("unreadable file", name, str(error)) from None
 
@@ -227,8 +238,8 @@ def read_table(path: epath.Path) -> list[dict[str, Any]]:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(io.BytesIO(path.read_bytes())).to_pylist()
-        text = path.read_bytes().decode("utf-8-sig")
+            return pyarrow.parquet.read_table(io.BytesIO(ranges.read(path))).to_pylist()
+        text = ranges.read(path).decode("utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         delimiter = "\t" if path.suffix == ".tsv" else ","
@@ -256,11 +267,8 @@ def _cell(value: Any) -> Any:
 
 def _list(root: epath.Path) -> list[str]:
     """All files under the root, relative to it, sorted; without hidden ones."""
-    found = []
-    for folder, _, names in root.walk():
-        prefix = folder.relative_to(root).as_posix()
-        found += [name if prefix == "." else f"{prefix}/{name}" for name in names]
-    return sorted(name for name in found if not any(p.startswith(".") for p in name.split("/")))
+    found = locations.tree(root)
+    return [name for name in found if not any(p.startswith(".") for p in name.split("/"))]
 
 
 def _suffix(name: str) -> str:

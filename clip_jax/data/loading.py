@@ -9,7 +9,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +23,15 @@ _open: weakref.WeakSet[Generator] = weakref.WeakSet()
 FAREWELL = 10.0
 
 
+# Begins to load some rows, by their numbers; returns a function for each that waits for it.
+Start = Callable[[Sequence[int]], Sequence[Callable[[], Row]]]
+
+# Rows that are begun together: neighbours among them may be read in one piece.
+_TOGETHER = 64
+
+
 def batches(
-    load: Callable[[int], Row],
+    start: Start,
     like: Row,
     *,
     count: int | None,
@@ -32,14 +39,15 @@ def batches(
     threads: int,
     prefetch: int,
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Batches of load(0), load(1), ... in this order.
+    """Batches of the rows 0, 1, ... in this order.
 
-    The threads write their rows straight into the batches. Nothing tunes itself, so the rate is
-    the same from pass to pass.
+    Rows are begun as soon as room for their batch is made, so that what is read from far is on its
+    way by the time a thread asks for it. The threads write their rows straight into the batches.
+    Nothing tunes itself, so the rate is the same from pass to pass.
 
     Args:
-      load: called from `threads` threads at once; what it raises is raised here, in place of the
-        batch that the row belongs to.
+      start: begins rows; its functions are called from `threads` threads at once, and what they
+        raise is raised here, in place of the batch that the row belongs to.
       like: a row of zeros, for its shapes and dtypes.
       count: number of rows, None: without end; an incomplete last batch is dropped.
       batch_size: rows in a batch.
@@ -49,7 +57,7 @@ def batches(
     Yields:
       Arrays [batch_size, ...] by the names of `like`, new ones each time.
     """
-    pool = _Threads(load, threads or os.cpu_count() or 1)
+    pool = _Threads(start, threads or os.cpu_count() or 1)
     return collect(pool, like, count=count, batch_size=batch_size, prefetch=prefetch)
 
 
@@ -93,10 +101,10 @@ class Batch:
         self._settled = threading.Event()
         self._error: BaseException | None = None
 
-    def fill(self, load: Callable[[int], Row], number: int) -> None:
+    def fill(self, load: Callable[[], Row], number: int) -> None:
         """Loads one row of all to its place in this batch."""
         try:
-            row = load(number)
+            row = load()
             for name, array in self.arrays.items():
                 array[number - self.numbers.start] = row[name]
         except BaseException as error:
@@ -139,22 +147,28 @@ class Pool(Protocol):
 class _Threads:
     """Threads that load the rows of batches."""
 
-    def __init__(self, load: Callable[[int], Row], threads: int):
-        self._load = load
+    def __init__(self, start: Start, threads: int):
+        self._start = start
         # Daemons, for those that hang; the others are ended by `close`.
         self._threads = [
             threading.Thread(target=self._work, name=f"loading {i}", daemon=True)
             for i in range(threads)
         ]
-        self._jobs: queue.SimpleQueue[tuple[Batch, int] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Batch, int, Callable[[], Row]] | None]
+        self._jobs = queue.SimpleQueue()
 
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
 
     def give(self, batch: Batch) -> None:
-        for number in batch.numbers:
-            self._jobs.put((batch, number))
+        for first in range(0, len(batch.numbers), _TOGETHER):
+            numbers = batch.numbers[first : first + _TOGETHER]
+            try:
+                for number, load in zip(numbers, self._start(numbers)):
+                    self._jobs.put((batch, number, load))
+            except Exception as error:
+                batch.fail(error)
 
     def close(self) -> None:
         """Drops what is not begun, and waits for what is."""
@@ -167,8 +181,8 @@ class _Threads:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            batch, number = job
-            batch.fill(self._load, number)
+            batch, number, load = job
+            batch.fill(load, number)
 
 
 def drain(jobs: queue.SimpleQueue) -> None:

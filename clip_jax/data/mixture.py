@@ -4,7 +4,7 @@ import bisect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 from ml_collections import ConfigDict
@@ -40,8 +40,18 @@ class Mixture:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> Example:
-        part = bisect.bisect_right(self._first, index) - 1
-        return self._parts[part][index - self._first[part]]
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read examples, as `sources.start` does."""
+        places: dict[int, list[int]] = {}  # in `indices`, by part
+        for place, index in enumerate(indices):
+            places.setdefault(bisect.bisect_right(self._first, index) - 1, []).append(place)
+        begun: dict[int, Callable[[], Example]] = {}
+        for part, own in places.items():
+            within = [indices[place] - self._first[part] for place in own]
+            begun |= zip(own, sources.start(self._parts[part], within))
+        return [begun[place] for place in range(len(indices))]
 
 
 def create(
@@ -73,7 +83,9 @@ def create(
         lanes, run = math.gcd(batch_size, _LANES), config.run
         window = max(config.window // lanes, 1)
         own = min(-(-lanes // parts) + 1, lanes)  # two parts may share a lane
-        kept_runs = own * (window // run + 2)
+        # Reads begin when a batch is given out, which may be in the next window.
+        ahead = -(-batch_size * (config.prefetch + 1) // lanes)
+        kept_runs = own * (window // run + 2 + min(-(-ahead // run), window // run + 1))
     options = {"spare": spare, "run": run, "kept_runs": kept_runs}
     found = [sources.create(spec, image_size, seed, **options) for spec in specs]
 

@@ -1,17 +1,18 @@
 """Sources to batches: one pipeline per host, entered at any example."""
 
+import functools
 import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from clip_jax.data import images, loading, order, processes, rows
+from clip_jax.data import images, loading, order, processes, rows, sources
 from clip_jax.data.crops import CENTER, Crop
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
@@ -21,6 +22,8 @@ Batch = dict[str, Any]
 
 # The skipped share is not judged before so many examples (or one epoch) could have been seen.
 _JUDGED_AFTER = 1000
+
+_TOGETHER = 256  # examples whose captions are read at once
 
 
 class TrainPipeline:
@@ -97,7 +100,7 @@ class TrainPipeline:
         config, like = self._config, self._rows.empty()
         options = {"count": None, "batch_size": len(self._local), "prefetch": config.prefetch}
         if not config.processes:
-            return loading.batches(self._load, like, threads=config.threads, **options)
+            return loading.batches(self._begin, like, threads=config.threads, **options)
         assert self._reopen is not None, "other processes have to open the data"
         self._pool = processes.Pool(
             self._reopen,
@@ -113,9 +116,13 @@ class TrainPipeline:
         """What the threads that load are at, wherever they are."""
         return self._rows.stages.describe() if self._pool is None else self._pool.describe()
 
-    def _load(self, count: int) -> loading.Row:
-        """The `count`-th example of this host since `start`."""
-        row, note = self._rows[self._position(count)]
+    def _begin(self, counts: Sequence[int]) -> list[Callable[[], loading.Row]]:
+        """Begins the `count`-th examples of this host since `start`."""
+        begun = self._rows.start([self._position(count) for count in counts])
+        return [functools.partial(self._finish, each) for each in begun]
+
+    def _finish(self, begun: Callable[[], tuple[loading.Row | None, rows.Note]]) -> loading.Row:
+        row, note = begun()
         self._settle(row is not None, note)
         assert row is not None
         return row
@@ -196,20 +203,26 @@ def eval_batches(
     steps = -(-total // batch_size)
     skipped: Counter[str] = Counter()
 
-    def load(count: int) -> loading.Row:
-        step, row = divmod(count, len(rows))
-        index = step * batch_size + rows[row]
-        if index < total:
+    def begin(counts: Sequence[int]) -> list[Callable[[], loading.Row]]:
+        steps_and_rows = (divmod(count, len(rows)) for count in counts)
+        indices = [step * batch_size + rows[row] for step, row in steps_and_rows]
+        there = [index for index in indices if index < total]  # the others are padding
+        reads = dict(zip(there, sources.start(source, there)))
+        return [functools.partial(load, index, reads.get(index)) for index in indices]
+
+    def load(index: int, read: Callable[[], sources.Example] | None) -> loading.Row:
+        row = _empty_row(image_size, index)
+        if read is not None:
             try:
-                return _eval_row(source, image_size, crop, index)
+                _fill_eval_row(row, read(), crop)
             except BadExample as bad:
                 skipped[bad.reason] += 1
                 logging.warning("Left out of the evaluation: %s", bad)
-        return _empty_row(image_size, index)
+        return row
 
     like = _empty_row(image_size, 0)
     yield from loading.batches(
-        load, like, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
+        begin, like, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
     )
     if skipped:
         logging.warning(
@@ -237,9 +250,9 @@ def eval_captions(
     """
     total = len(source) if limit is None else min(limit, len(source))
 
-    def load(index: int) -> list[np.ndarray]:
+    def load(read: Callable[[], sources.Example]) -> list[np.ndarray]:
         try:
-            example = source[index]
+            example = read()
         except BadExample:  # as its image is missing too, `eval_batches` says so
             return []
         rows = [tokenizer.encode(text)[0] for text in example.captions.texts]
@@ -249,7 +262,10 @@ def eval_captions(
         return full
 
     with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        found = list(pool.map(load, range(total)))
+        found: list[list[np.ndarray]] = []
+        for first in range(0, total, _TOGETHER):
+            some = range(first, min(first + _TOGETHER, total))
+            found += pool.map(load, sources.start(source, some))
     tokens = [row for rows in found for row in rows]
     index = np.repeat(np.arange(total, dtype=np.int32), [len(rows) for rows in found])
     return np.array(tokens, np.int32).reshape(-1, tokenizer.context_length), index
@@ -266,13 +282,11 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
     return range(part * local, (part + 1) * local)
 
 
-def _eval_row(source: Source, image_size: int, crop: Crop, index: int) -> loading.Row:
-    example = source[index]
-    row = _empty_row(image_size, index)
-    row["image"] = images.pixels(example.image, example.key, image_size, crop, None)
+def _fill_eval_row(row: loading.Row, example: sources.Example, crop: Crop) -> None:
+    size = row["image"].shape[0]
+    row["image"] = images.pixels(example.image, example.key, size, crop, None)
     row["label"] = np.int32(example.label)
     row["mask"] = np.bool_(True)
-    return row
 
 
 def _empty_row(image_size: int, index: int) -> loading.Row:

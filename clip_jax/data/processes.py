@@ -217,25 +217,45 @@ def _work(
     arrays = _as_arrays(shared, like, _AHEAD * _ROWS)
     threading.Thread(target=_publish, args=(rows.stages, doing), daemon=True).start()
 
-    def load(place: int, position: int) -> tuple[bool, Note]:
-        row, note = rows[position]
+    def load(place: int, begun: Callable[[], tuple[Row | None, Note]]) -> tuple[bool, Note]:
+        row, note = begun()
         if row is not None:
             for name, array in arrays.items():
                 array[place] = row[name]
         return row is not None, note
 
+    jobs: queue.SimpleQueue[tuple[range, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_begin, args=(link, rows, jobs), daemon=True).start()
     with futures.ThreadPoolExecutor(threads) as pool:
-        while True:
+        while (job := jobs.get()) is not None:
+            places, begun = job
+            if isinstance(begun, Exception):
+                link.send(_portable(begun))
+                continue
             try:
-                first, positions = link.recv()
-            except (EOFError, OSError):
-                return
-            places = range(first, first + len(positions))
-            try:
-                answer = list(pool.map(load, places, positions))
+                answer = list(pool.map(load, places, begun))
             except Exception as error:
                 answer = _portable(error)
             link.send(answer)
+
+
+def _begin(
+    link: multiprocessing.connection.Connection,
+    rows: Rows,
+    jobs: "queue.SimpleQueue[tuple[range, Any] | None]",
+) -> None:
+    """Begins what is asked for as soon as it is, ahead of the threads that load it."""
+    while True:
+        try:
+            first, positions = link.recv()
+        except (EOFError, OSError):
+            jobs.put(None)
+            return
+        try:
+            begun: Any = rows.start(positions)
+        except Exception as error:
+            begun = error
+        jobs.put((range(first, first + len(positions)), begun))
 
 
 def _publish(stages: Stages, doing: Any) -> None:

@@ -1,14 +1,16 @@
 """The row of every position of a run, from sources, order, tokenizer and crop."""
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.data import captions, images, mixture, order, tokenizer
+from clip_jax.data import captions, images, mixture, order, sources, tokenizer
 from clip_jax.data.crops import Crop
-from clip_jax.data.sources import Source
+from clip_jax.data.sources import Example, Source
 from clip_jax.data.stages import Stages
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample
@@ -67,11 +69,27 @@ class Rows:
             "tokens": np.zeros(self._tokenizer.context_length, np.int32),
         }
 
+    def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, Note]]]:
+        """Begins to read the examples at some positions, as `sources.start` does.
+
+        Returns:
+          For each, a function that waits for the example and makes its row: another example's
+          where that one cannot be used; None: nor can any.
+        """
+        indices = [self._order[position] for position in positions]
+        reads = sources.start(self._source, indices)
+        return [functools.partial(self._finish, *each) for each in zip(positions, indices, reads)]
+
     def __getitem__(self, position: int) -> tuple[Row | None, Note]:
-        """Another example's row where the one at `position` cannot be used; None: nor can any."""
+        """The row at one position, as by `start`."""
+        return self.start([position])[0]()
+
+    def _finish(
+        self, position: int, index: int, read: Callable[[], Example]
+    ) -> tuple[Row | None, Note]:
         rng = np.random.default_rng([self._seed, order.CROP, position])
         try:
-            row, truncated = self._prepare(self._order[position], rng)
+            row, truncated = self._prepare(index, read, rng)
             return row, Note(None, truncated)
         except BadExample as bad:
             row, truncated = self._replacement(position)
@@ -83,15 +101,18 @@ class Rows:
         rng = np.random.default_rng([self._seed, order.REPLACEMENT, position])
         for _ in range(_REPLACEMENT_TRIES):
             try:
-                return self._prepare(self._order[int(rng.integers(2**40))], rng)
+                index = self._order[int(rng.integers(2**40))]
+                return self._prepare(index, functools.partial(self._source.__getitem__, index), rng)
             except BadExample:  # is counted when its own turn comes
                 continue
         return None, False
 
-    def _prepare(self, index: int, rng: np.random.Generator) -> tuple[Row, bool]:
+    def _prepare(
+        self, index: int, read: Callable[[], Example], rng: np.random.Generator
+    ) -> tuple[Row, bool]:
         """The row of an example, and whether its caption was cut."""
         self.stages.enter("reading", f"example {index}")
-        example = self._source[index]
+        example = read()
         self.stages.enter("decoding", example.key)
         text = captions.choose(example.captions, rng)
         tokens, truncated = self._tokenizer.encode(text)

@@ -12,7 +12,6 @@ import logging
 import multiprocessing
 import os
 import sys
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -23,10 +22,13 @@ import pyarrow as pa
 import tqdm
 from etils import epath
 
+from clip_jax.storage import locations, ranges, remote, writing
+from clip_jax.storage.locations import Stat
+
 _FORMAT = "1"  # of the file; another one is made anew
-_STAT_THREADS = 32
 # Fewer shards than this are scanned in turn, since processes take a second to start.
 _WORTH_PROCESSES = 16
+_THREADS = 16  # of a process that scans shards in a bucket: mostly they wait
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Found:
       rows: one per example, of the dtype of the kind of shard.
       problems: number of what was left out or looks wrong, by reason.
       damage: why the shard could not be read to its end; "": it could.
+      stat: of the file that was scanned; None: it was not there.
     """
 
     rows: np.ndarray
     problems: Mapping[str, int]
     damage: str = ""
+    stat: Stat | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +62,6 @@ class Kind:
     name: str
     dtype: np.dtype
     scan: Callable[[epath.Path], Found]
-
-
-# Size in bytes and modification time (in ns, or s from remote storage).
-_Stamp = tuple[int, int]
 
 
 def load(
@@ -109,30 +109,29 @@ def _load_folder(
     spare: epath.Path | None,
     workers: int,
 ) -> dict[str, Found]:
-    with futures.ThreadPoolExecutor(_STAT_THREADS) as pool:
-        stamps = dict(zip(names, pool.map(lambda name: _stamp(folder / name), names)))
     places = _places(folder, kind, spare)
-    stored = next((index for index in map(_Stored.read, places, [kind] * 2) if index), _Stored())
-    fresh = {name: stored.shards[name] for name in names if stored.holds(name, stamps[name])}
+    *found, index = locations.stats([*(folder / name for name in names), places[0]])
+    stats = dict(zip(names, found))
+    stored = _Stored.read(places[0], index, kind)
+    if stored is None and spare is not None:
+        stored = _Stored.read(places[1], locations.stat(places[1]), kind)
+    stored = stored or _Stored()
+    fresh = {name: stored.shards[name] for name in names if stored.holds(name, stats[name])}
     todo = [name for name in names if name not in fresh]
+    if stored.shards and todo:
+        logging.warning(
+            "The index of %s lacks %d of %d shards, or they have changed since: reading them anew",
+            folder,
+            len(todo),
+            len(names),
+        )
     scanned = dict(zip(todo, _scan_all([folder / name for name in todo], kind, workers)))
-    changed = {name: stamp for name in todo if (stamp := stamps[name]) is not None}
-    if changed:
-        shards = {**stored.shards, **{name: scanned[name] for name in changed}}
-        _Stored(shards, {**stored.stamps, **changed}).write(places, kind)
+    scanned = {
+        name: dataclasses.replace(shard, stat=stats[name]) for name, shard in scanned.items()
+    }
+    if changed := {name: shard for name, shard in scanned.items() if shard.stat is not None}:
+        _Stored({**stored.shards, **changed}).write(places, kind)
     return {**fresh, **scanned}
-
-
-def _stamp(path: epath.Path) -> _Stamp | None:
-    """Size and time of a file, None: it is not there."""
-    try:
-        if "://" in str(path):
-            remote = path.stat()
-            return remote.length, remote.mtime
-        local = os.stat(path)
-        return local.st_size, local.st_mtime_ns
-    except Exception:  # each kind of storage has its own
-        return None
 
 
 def _places(folder: epath.Path, kind: Kind, spare: epath.Path | None) -> list[epath.Path]:
@@ -147,15 +146,29 @@ def _places(folder: epath.Path, kind: Kind, spare: epath.Path | None) -> list[ep
 def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator[Found]:
     workers = workers or os.cpu_count() or 1
     if len(paths) < _WORTH_PROCESSES or workers == 1:
-        yield from (_scan(path, kind) for path in paths)
+        yield from _scan_some(paths, kind)
         return
     # Processes, since headers are parsed under Python's lock; spawned, since JAX has threads.
     context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        results = pool.map(_scan, paths, [kind] * len(paths), chunksize=4)
-        every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log wants few lines
-        about = {"total": len(paths), "unit": " shards", "leave": False, "mininterval": every}
-        yield from tqdm.tqdm(results, "Indexing", **about)
+    each = _THREADS if remote.is_remote(paths[0]) else 4
+    tasks = [paths[i : i + each] for i in range(0, len(paths), each)]
+    every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log wants few lines
+    with (
+        futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
+        tqdm.tqdm(
+            desc="Indexing", total=len(paths), unit=" shards", leave=False, mininterval=every
+        ) as bar,
+    ):
+        for found in pool.map(_scan_some, tasks, [kind] * len(tasks)):
+            bar.update(len(found))
+            yield from found
+
+
+def _scan_some(paths: Sequence[epath.Path], kind: Kind) -> list[Found]:
+    if not paths or not remote.is_remote(paths[0]):
+        return [_scan(path, kind) for path in paths]
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(_scan, paths, [kind] * len(paths)))
 
 
 def _scan(path: epath.Path, kind: Kind) -> Found:
@@ -173,36 +186,37 @@ class _Stored:
     """The contents of an index file."""
 
     shards: Mapping[str, Found] = dataclasses.field(default_factory=dict)
-    stamps: Mapping[str, _Stamp] = dataclasses.field(default_factory=dict)
 
-    def holds(self, name: str, stamp: _Stamp | None) -> bool:
-        return stamp is not None and self.stamps.get(name) == stamp
+    def holds(self, name: str, stat: Stat | None) -> bool:
+        return stat is not None and name in self.shards and self.shards[name].stat == stat
 
     @classmethod
-    def read(cls, path: epath.Path, kind: Kind) -> "_Stored | None":
+    def read(cls, path: epath.Path, stat: Stat | None, kind: Kind) -> "_Stored | None":
         """None where there is no index, or none of this form."""
+        if stat is None:
+            return None
         try:
-            remote = "://" in str(path)
-            source = pa.BufferReader(path.read_bytes()) if remote else pa.memory_map(str(path))
-            table = pa.ipc.open_file(source).read_all()
+            mapped = pa.memory_map(str(ranges.local_copy(path, stat)))
+            table = pa.ipc.open_file(mapped).read_all()
             about = json.loads(table.schema.metadata[b"clip_jax"])
             if about["format"] != _FORMAT:
                 return None
             rows = _view(table.column("row"), kind.dtype)
         except (OSError, KeyError, ValueError, TypeError, pa.ArrowException):
             return None
-        shards, stamps, first = {}, {}, 0
-        for name, *stamp, count, problems, damage in about["shards"]:
-            shards[name] = Found(rows[first : first + count], problems, damage)
-            stamps[name] = tuple(stamp)
+        shards, first = {}, 0
+        for name, size, version, count, problems, damage in about["shards"]:
+            own = rows[first : first + count]
+            shards[name] = Found(own, problems, damage, Stat(size, version))
             first += count
-        return cls(shards, stamps) if first == len(rows) else None
+        return cls(shards) if first == len(rows) else None
 
     def write(self, places: Sequence[epath.Path], kind: Kind) -> None:
         """Writes to the first place that can be written to."""
         listed = [
-            (name, *self.stamps[name], len(shard.rows), dict(shard.problems), shard.damage)
+            (name, *shard.stat, len(shard.rows), dict(shard.problems), shard.damage)
             for name, shard in self.shards.items()
+            if shard.stat is not None
         ]
         about = {"clip_jax": json.dumps({"format": _FORMAT, "shards": listed})}
         schema = pa.schema([("row", pa.binary(kind.dtype.itemsize))], metadata=about)
@@ -213,11 +227,11 @@ class _Stored:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, schema) as writer:
             writer.write(pa.record_batch([column], schema=schema))
-        contents = sink.getvalue()
+        contents = sink.getvalue().to_pybytes()
         errors = []
         for place in places:
             try:
-                _replace(place, contents)
+                writing.write(place, contents)
                 return
             except Exception as error:  # each kind of storage has its own
                 errors.append(str(error))
@@ -230,16 +244,3 @@ def _view(column: Any, dtype: np.dtype) -> np.ndarray:
         return np.empty(0, dtype)
     (chunk,) = column.chunks
     return np.frombuffer(chunk.buffers()[1], dtype)[chunk.offset : chunk.offset + len(chunk)]
-
-
-def _replace(path: epath.Path, contents: Any) -> None:
-    """Writes a file whole or not at all; several hosts may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
-        with partial.open("wb") as file:
-            file.write(contents)
-        partial.replace(path)
-    except Exception:
-        partial.unlink(missing_ok=True)
-        raise

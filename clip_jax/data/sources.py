@@ -1,8 +1,12 @@
 """Sources: random access to stored examples, whatever they are stored in."""
 
+import collections
 import dataclasses
+import functools
+import itertools
 import math
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -46,6 +50,9 @@ class Example:
 class Source(Protocol):
     """Random access to examples; called from many threads at once.
 
+    One that reads from where many reads at once are worth it has a method `start` too, as `start`
+    below.
+
     Attributes:
       class_names: by label; empty where the set has no classes, or only their numbers.
       templates: prompt templates natural to the set, such as "a photo of a {}."; may be empty.
@@ -62,6 +69,40 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example:
         """The example stored at `index`, the same at every call; may raise BadExample."""
         ...
+
+
+def start(source: Any, indices: Sequence[int]) -> list[Callable[[], Any]]:
+    """Begins to read examples that are wanted soon.
+
+    From a bucket they come beside each other, neighbours in one piece; others are read when their
+    function is called.
+
+    Args:
+      source: a source, or another collection of what is read, such as records.
+      indices: of the examples.
+
+    Returns:
+      For each, a function that waits for it; it returns and raises what `source[index]` would.
+    """
+    own = getattr(source, "start", None)
+    return own(indices) if own else [functools.partial(source.__getitem__, i) for i in indices]
+
+
+_AHEAD = 128  # examples that `in_turn` has under way
+
+
+def in_turn(source: Any, indices: Iterable[int]) -> Iterator[Callable[[], Any]]:
+    """Functions as of `start` for many examples, of which those of the next few are begun.
+
+    Arguments as of `start`.
+    """
+    upcoming, remaining = collections.deque[Callable[[], Any]](), iter(indices)
+    while True:
+        if len(upcoming) <= _AHEAD // 2:
+            upcoming += start(source, list(itertools.islice(remaining, _AHEAD // 2)))
+        if not upcoming:
+            return
+        yield upcoming.popleft()
 
 
 def create(

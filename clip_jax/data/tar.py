@@ -1,20 +1,22 @@
 """Tar shards as img2dataset and webdataset write them: KEY.jpg beside KEY.txt or KEY.json."""
 
 import bisect
+import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import IO, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
-from clip_jax.data import captions, files, shard_index, tar_index, tar_labels
+from clip_jax.data import captions, shard_index, tar_index, tar_labels
 from clip_jax.data.labels import Labels, group, number_labels, parse_groups
-from clip_jax.data.runs import RunCache
+from clip_jax.data.runs import Once, RunCache
 from clip_jax.data.sources import Example
 from clip_jax.data.tar_index import BLOCK, Sample, Span
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import faults, locations, ranges, remote
 
 MISSING_FOR = 60.0  # seconds until a missing shard is tried again
 
@@ -71,6 +73,8 @@ class TarShards:
         found = shard_index.load(self._shards, kind, spare)
         self.problems: Counter[str] = shard_index.count_problems(found)
         self._rows = [shard.rows for shard in found]
+        self._versions = [shard.stat and shard.stat.version for shard in found]
+        self._is_remote = remote.is_remote(self._shards[0])
         # Number of the first sample of each shard, and of all samples.
         self._first = list(itertools.accumulate(map(len, self._rows), initial=0))
         if not len(self):
@@ -93,16 +97,31 @@ class TarShards:
                     f"classnames.txt above them names only {len(self.class_names)}."
                 )
         self._run = run
-        self._runs = RunCache(self._read_run, kept_runs) if kept_runs else None
+        self._runs = RunCache(self._start_run, kept_runs) if kept_runs else None
 
     def __len__(self) -> int:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> Example:
-        if self._runs is None:
-            contents = self._read(index, index + 1)[0]
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read samples, as `sources.start` does."""
+        if self._runs is not None:
+            runs = [(self._runs.start(i // self._run), i % self._run) for i in indices]
         else:
-            contents = self._runs[index // self._run][index % self._run]
+            # Only from a bucket is one piece for neighbours worth it that wait for each other.
+            groups = (
+                _neighbours(indices, self._shard) if self._is_remote else [[i] for i in indices]
+            )
+            runs = []
+            for group in groups:
+                read = Once(self._start_neighbours(group[0], group[-1] + 1))
+                runs += [(read, place) for place in range(len(group))]
+        return [functools.partial(self._example, index, *run) for index, run in zip(indices, runs)]
+
+    def _example(self, index: int, read: "Once[list[_Files | BadExample]]", place: int) -> Example:
+        contents = read()[place]
         if isinstance(contents, BadExample):
             raise contents
         key = f"{self._shards[self._shard(index)].name}/{_stem(contents['header'])}"
@@ -134,50 +153,66 @@ class TarShards:
             wanted.add("json")
         return {kind: span for kind, span in found.items() if kind in wanted | {"image"}}
 
-    def _read_run(self, number: int) -> "list[_Files | BadExample]":
-        """Reads a run; where it spans shards, each has its part."""
+    def _start_run(self, number: int) -> "Callable[[], list[_Files | BadExample]]":
+        """Begins to read a run; where it spans shards, each has its part."""
         index, end = number * self._run, min((number + 1) * self._run, len(self))
-        contents: list[_Files | BadExample] = []
+        parts: list[Callable[[], list[_Files | BadExample]]] = []
         while index < end:
             stop = min(end, self._first[self._shard(index) + 1])
-            contents += self._read(index, stop)
+            parts.append(self._start_neighbours(index, stop))
             index = stop
-        return contents
+        return lambda: [contents for part in parts for contents in part()]
 
-    def _read(self, index: int, stop: int) -> "list[_Files | BadExample]":
-        """Files of neighbours in one shard, by one read from first to last; retries."""
+    def _start_neighbours(self, index: int, stop: int) -> "Callable[[], list[_Files | BadExample]]":
+        """Begins to read the files of neighbours in one shard."""
         shard = self._shard(index)
         path = self._shards[shard]
-        wanted = [self._sample(i) for i in range(index, stop)]
+        wanted = [_with_header(self._sample(i)) for i in range(index, stop)]
+        spans = [span for sample in wanted for span in sample.values()]
 
-        def read() -> "list[_Files | BadExample]":
-            with path.open("rb") as file:
-                return _read_samples(file, path.name, wanted)
+        def start() -> Callable[[], list[bytes]]:
+            return ranges.start(path, spans, self._versions[shard])
 
-        known_missing = time.monotonic() < self._missing_until.get(shard, 0)
-        try:
-            return files.with_retries(read, () if known_missing else files.RETRY_DELAYS)
-        except Exception as error:
-            self._missing_until[shard] = time.monotonic() + MISSING_FOR
-            return [
-                BadExample("missing shard", f"{path} at byte {where['image'].offset}", str(error))
-                for where in wanted
-            ]
+        begun = [start()]  # further tries begin anew
+
+        def read() -> list[bytes]:
+            return (begun.pop() if begun else start())()
+
+        def finish() -> list[_Files | BadExample]:
+            known_missing = time.monotonic() < self._missing_until.get(shard, 0)
+            try:
+                pieces = faults.briefly(read, () if known_missing else None)
+            except ranges.Replaced as error:
+                return [
+                    BadExample("replaced shard", _place(path, each), str(error)) for each in wanted
+                ]
+            except OSError as error:
+                self._missing_until[shard] = time.monotonic() + MISSING_FOR
+                return [
+                    BadExample("missing shard", _place(path, each), str(error)) for each in wanted
+                ]
+            return _share_out(pieces, path.name, wanted)
+
+        return finish
 
     def _read_labels(self, label_key: str) -> list[Any]:
         """The class of every sample; None where it has no readable one."""
+        kind = tar_labels.label_kind(label_key)
         labels: list[Any] = []
         for path, rows in zip(self._shards, self._rows):
-            if len(rows):
-                with path.open("rb") as file:
-                    samples = map(tar_index.spans, rows)
-                    labels += [tar_labels.read_label(file, each, label_key) for each in samples]
+            samples = list(map(tar_index.spans, rows))
+            found = [each[kind] for each in samples if kind in each]
+            pieces = iter(ranges.start(path, found)()) if found else iter(())
+            labels += [
+                tar_labels.decode_label(next(pieces), label_key) if kind in each else None
+                for each in samples
+            ]
         return tar_labels.decode_arrays(labels) if label_key == "npy" else labels
 
 
 def find(paths: str) -> list[epath.Path]:
     """The shards that `paths` names; UserError where there are none."""
-    shards = files.expand(paths, ".tar")
+    shards = locations.expand(paths, ".tar")
     if not shards:
         raise UserError(
             f"No tar shards match source.path = {paths!r}. It takes files, directories and "
@@ -187,19 +222,37 @@ def find(paths: str) -> list[epath.Path]:
     return shards
 
 
-def _read_samples(file: IO[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
-    # The name is not worth memory in the index: it stands in the header before the contents.
-    headers = [Span(sample["image"].offset - BLOCK, BLOCK) for sample in wanted]
-    wanted = [{**sample, "header": header} for sample, header in zip(wanted, headers)]
-    pieces = iter(files.read_spans(file, [span for sample in wanted for span in sample.values()]))
-    found: list[_Files | BadExample] = []
+def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[list[int]]:
+    """Indices that follow each other, and lie in one shard, together."""
+    groups: list[list[int]] = []
+    for index in indices:
+        if groups and index == groups[-1][-1] + 1 and shard_of(index) == shard_of(index - 1):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _with_header(sample: Sample) -> Sample:
+    """The name is not worth memory in the index: it stands in the header before the contents."""
+    return {**sample, "header": Span(sample["image"].offset - BLOCK, BLOCK)}
+
+
+def _place(path: epath.Path, sample: Sample) -> str:
+    return f"{path} at byte {sample['image'].offset}"
+
+
+def _share_out(found: list[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
+    """The pieces that were read, by sample and kind of file."""
+    pieces = iter(found)
+    shared: list[_Files | BadExample] = []
     for sample in wanted:
         contents = {kind: next(pieces) for kind in sample}
         if any(len(contents[kind]) < span.size for kind, span in sample.items()):
-            found.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
+            shared.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
         else:
-            found.append(contents)
-    return found
+            shared.append(contents)
+    return shared
 
 
 def _stem(header: bytes) -> str:

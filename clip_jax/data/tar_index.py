@@ -11,6 +11,7 @@ from etils import epath
 
 from clip_jax.data.shard_index import Found, Kind
 from clip_jax.data.sources import IMAGE_SUFFIXES
+from clip_jax.storage import ranges
 
 BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of it
 FILES = ("image", "txt", "json")  # those of a sample that matter
@@ -53,7 +54,7 @@ def scan_labelled(path: epath.Path) -> Found:
 
 def _scan(path: epath.Path, kinds: tuple[str, ...], dtype: np.dtype) -> Found:
     problems: Counter[str] = Counter()
-    with path.open("rb") as file:
+    with ranges.scanning(path) as file:
         found, damage = samples(file, problems, kinds)
     rows = []
     for position, sample in enumerate(found):

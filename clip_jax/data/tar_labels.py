@@ -9,14 +9,14 @@ dataset_type.txt ("retrieval" or "multilabel"; else one class each).
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
 from clip_jax.data import captions
-from clip_jax.data.tar_index import Sample
 from clip_jax.errors import BadExample
+from clip_jax.storage import ranges
 
 FILES = ("cls", "npy")  # kinds of file with classes
 
@@ -46,18 +46,23 @@ def read_layout(root: epath.Path) -> Layout:
     )
 
 
-def read_label(file: IO[bytes], sample: Sample, label_key: str) -> Any:
-    """What a sample has as its class: in a file of `FILES`, or in a field of its .json file.
+def label_kind(label_key: str) -> str:
+    """The kind of file that holds the class of a sample."""
+    return label_key if label_key in FILES else "json"
+
+
+def decode_label(data: bytes, label_key: str) -> Any:
+    """What a sample has as its class.
+
+    Args:
+      data: the file of kind `label_kind(label_key)`.
+      label_key: of `FILES`, or a field of the .json file.
 
     Returns:
       A number or name, a list of them, an array of a .npy file; None where there is none that
       can be read.
     """
-    kind = label_key if label_key in FILES else "json"
-    if kind not in sample:
-        return None
-    file.seek(sample[kind].offset)
-    data = file.read(sample[kind].size)
+    kind = label_kind(label_key)
     try:
         if kind == "json":
             return captions.read_field(data, label_key, "")
@@ -87,7 +92,8 @@ def _is_indicator(array: np.ndarray) -> bool:
 
 def _lines(path: epath.Path) -> tuple[str, ...]:
     """Of a file, stripped, since their number is the label; none where there is no file."""
-    if not path.exists():
+    try:
+        text = ranges.read(path).decode("utf-8", "replace")
+    except FileNotFoundError:
         return ()
-    text = path.read_bytes().decode("utf-8", "replace")
     return tuple(line.strip() for line in text.splitlines())

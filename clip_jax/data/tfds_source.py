@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tensorflow_datasets.core import decode
 
 import clip_jax.data.tensorflow_cpu  # noqa: F401  before TFDS brings TensorFlow, with its GPUs
-from clip_jax.data import captions, tfrecord
+from clip_jax.data import captions, sources, tfrecord
 from clip_jax.data.labels import group, parse_groups
 from clip_jax.data.sources import Example
 from clip_jax.errors import BadExample, UserError
@@ -75,10 +75,17 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read records, as `sources.start` does."""
+        begun = zip(indices, sources.start(self._records, indices))
+        return [functools.partial(self._example, index, read) for index, read in begun]
+
+    def _example(self, index: int, read: Callable[[], bytes]) -> Example:
         key = f"{self._key} {index}"
         try:
-            record = self._records[index]
-            values = self._features.deserialize_example_np(record, decoders=self._decoders)
+            values = self._features.deserialize_example_np(read(), decoders=self._decoders)
         except OSError as error:
             raise BadExample("unreadable record", key, str(error)) from None
         texts = [(_lookup(values, name), weight) for name, weight in self._fields]

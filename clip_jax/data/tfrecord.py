@@ -4,14 +4,15 @@ import bisect
 import itertools
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from etils import epath
 
-from clip_jax.data import files, shard_index
+from clip_jax.data import shard_index
 from clip_jax.data.shard_index import Found, Kind
 from clip_jax.errors import BadExample
+from clip_jax.storage import faults, ranges
 
 # A record: length (uint64), its checksum (uint32), contents, their checksum (uint32).
 _HEADER = struct.Struct("<QI")
@@ -21,8 +22,8 @@ _FOOTER_BYTES = 4
 def scan(path: epath.Path) -> Found:
     """Offsets of the whole records of a file."""
     offsets = array("Q")
-    with path.open("rb") as file:
-        size = file.seek(0, 2) or file.tell()
+    with ranges.scanning(path) as file:
+        size = file.seek(0, 2)
         offset = 0
         while offset + _HEADER.size <= size:
             file.seek(offset)
@@ -64,6 +65,7 @@ class TfRecords:
         self.problems = shard_index.count_problems(found)
         self.stored = [len(file.rows) for file in found]
         self._paths = paths
+        self._stats = [file.stat for file in found]
         self._offsets = [file.rows[wanted] for file, wanted in zip(found, slices)]
         # Number of the first record of each file, and of all records.
         self._first = list(itertools.accumulate(map(len, self._offsets), initial=0))
@@ -73,20 +75,44 @@ class TfRecords:
 
     def __getitem__(self, index: int) -> bytes:
         """Raises BadExample("unreadable record") where the file cannot be read, after retries."""
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], bytes]]:
+        """Begins to read records; for each, a function that waits for it."""
+        return [self._start(index) for index in indices]
+
+    def _start(self, index: int) -> Callable[[], bytes]:
         file = bisect.bisect_right(self._first, index) - 1
-        path, offset = self._paths[file], int(self._offsets[file][index - self._first[file]])
-        try:
-            return files.with_retries(lambda: _read(path, offset), files.RETRY_DELAYS)
-        except Exception as error:
-            key = f"{path.name} at byte {offset}"
-            raise BadExample("unreadable record", key, str(error)) from None
+        path, stat, place = self._paths[file], self._stats[file], index - self._first[file]
+        offset, end = int(self._offsets[file][place]), self._end(file, place)
+
+        def start() -> Callable[[], list[bytes]]:
+            return ranges.start(path, [(offset, end - offset)], stat and stat.version)
+
+        begun = [start()]  # further tries begin anew
+
+        def finish() -> bytes:
+            try:
+                (data,) = faults.briefly(lambda: (begun.pop() if begun else start())())
+                return _contents(data, path)
+            except (OSError, ranges.Replaced) as error:
+                key = f"{path.name} at byte {offset}"
+                raise BadExample("unreadable record", key, str(error)) from None
+
+        return finish
+
+    def _end(self, file: int, place: int) -> int:
+        """The byte behind a record, or a later one where no record follows that is wanted."""
+        offsets, stat = self._offsets[file], self._stats[file]
+        if place + 1 < len(offsets):
+            return int(offsets[place + 1])
+        return stat.size if stat is not None else int(offsets[place])
 
 
-def _read(path: epath.Path, offset: int) -> bytes:
-    with path.open("rb") as file:
-        file.seek(offset)
-        length, _ = _HEADER.unpack(file.read(_HEADER.size))
-        record = file.read(length)
-    if len(record) < length:
-        raise EOFError(f"{path} ends within a record")
-    return record
+def _contents(data: bytes, path: epath.Path) -> bytes:
+    """Of the record that some bytes begin with."""
+    start = _HEADER.size
+    length = _HEADER.unpack_from(data)[0] if len(data) >= start else 0
+    if len(data) < start + length or not data:
+        raise OSError(f"{path} ends within a record")
+    return data[start : start + length]

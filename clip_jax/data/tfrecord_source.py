@@ -1,16 +1,19 @@
 """TFRecord files of tf.train.Example, as many pipelines write them, TFDS not among them."""
 
+import functools
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.data import captions, files, tfrecord
+from clip_jax.data import captions, sources, tfrecord
 from clip_jax.data.labels import Labels, group, number_labels, parse_groups
 from clip_jax.data.sources import Example
 from clip_jax.data.tensorflow_cpu import tf
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import locations
 
 IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "image_raw")
 TEXT_KEYS = ("caption", "text", "txt", "captions", "image/caption", "TEXT", "title")
@@ -39,7 +42,7 @@ class TfRecordSource:
         Raises:
           UserError: no files, no records, or none of the features.
         """
-        paths = files.expand(spec.path, ".tfrecord")
+        paths = locations.expand(spec.path, ".tfrecord")
         records = tfrecord.TfRecords(paths, [slice(None)] * len(paths), spare)
         if not len(records):
             raise UserError(
@@ -59,15 +62,24 @@ class TfRecordSource:
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         if spec.label_key:
-            labels = [self._label(i, spec.label_key) for i in range(len(records))]
+            reads = sources.in_turn(records, range(len(records)))
+            labels = [_label(read, spec.label_key) for read in reads]
             self.labels, self.class_names = number_labels(labels)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read records, as `sources.start` does."""
+        begun = zip(indices, self._records.start(indices))
+        return [functools.partial(self._example, index, read) for index, read in begun]
+
+    def _example(self, index: int, read: Callable[[], bytes]) -> Example:
         key = f"record {index}"
-        features = _parse(self._records[index], key)
+        features = _parse(read(), key)
         images = _values(features, self._image_key)
         if not images or not isinstance(images[0], bytes):
             raise BadExample("no image", key)
@@ -82,12 +94,13 @@ class TfRecordSource:
             ),
         )
 
-    def _label(self, index: int, label_key: str) -> Any:
-        try:
-            values = _values(_parse(self._records[index], ""), label_key)
-        except BadExample:
-            return None
-        return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
+
+def _label(read: Callable[[], bytes], label_key: str) -> Any:
+    try:
+        values = _values(_parse(read(), ""), label_key)
+    except BadExample:
+        return None
+    return [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
 
 
 def _parse(record: bytes, key: str) -> Any:

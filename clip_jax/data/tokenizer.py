@@ -18,6 +18,7 @@ from etils import epath
 
 from clip_jax.data import bpe
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, ranges
 
 SIGLIP = "siglip:"  # before the path of a vocabulary that is used as SigLIP does
 _ITEMSIZE = 4  # of int32
@@ -147,7 +148,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "Run `pip install tensorflow-text`, or use tokenizer 'openai'."
             ) from error
         try:
-            model = tf.io.gfile.GFile(path, "rb").read()
+            model = ranges.read(locations.parse(path))
             self._model: Any = tensorflow_text.SentencepieceTokenizer(model, out_type=tf.int32)
             self.vocab_size = int(self._model.vocab_size()) + 2
         except (OSError, tf.errors.OpError) as error:
@@ -217,7 +218,7 @@ class SiglipTokenizer(Tokenizer):
 def siglip_identity(path: epath.Path) -> str:
     """Of a vocabulary file used as SigLIP does; UserError where there is none."""
     try:
-        return SIGLIP + hashlib.sha256(path.read_bytes()).hexdigest()
+        return SIGLIP + hashlib.sha256(ranges.read(path)).hexdigest()
     except OSError as error:
         raise UserError(
             f"The tokenizer {path} cannot be read ({error}). Name the tokenizer.json or .model "
@@ -229,7 +230,7 @@ def _tokenizer_json(path: epath.Path) -> tuple[Callable, Callable, int]:
     from tokenizers import Tokenizer
 
     try:
-        model = Tokenizer.from_str(path.read_text())
+        model = Tokenizer.from_str(ranges.read(path).decode())
     except Exception as error:  # the library raises no narrower one
         raise UserError(
             f"The tokenizer {path} cannot be read ({error}). Take the tokenizer.json or .model "
@@ -271,7 +272,7 @@ def create(name: str, context_length: int) -> Tokenizer:
     if name == "openai":
         return OpenAITokenizer(context_length)
     if name.startswith(SIGLIP):
-        path = epath.Path(name.removeprefix(SIGLIP)).expanduser()
+        path = locations.parse(name.removeprefix(SIGLIP))
         return SiglipTokenizer(path, context_length)
     if name.endswith(".model"):
         return SentencePieceTokenizer(name, context_length)

@@ -11,7 +11,6 @@ yours to choose; data and weights that you started from may bind you.
 """
 
 import argparse
-import pathlib
 
 from clip_jax import commands
 from clip_jax.errors import UserError
@@ -34,13 +33,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(args: argparse.Namespace) -> None:
-    given, out = terms.parse(args), pathlib.Path(args.out)
-    if not out.parent.is_dir():
-        raise UserError(f"--out={out} cannot be written: there is no folder {out.parent}.")
+    given = terms.parse(args)
     # Imported late: --help and mistakes are answered at once.
+    from clip_jax.storage import locations, remote, writing
+
+    out = locations.parse(args.out)
+    if not remote.is_remote(out) and not out.parent.is_dir():
+        raise UserError(f"--out={out} cannot be written: there is no folder {out.parent}.")
     from clip_jax import convert
     from clip_jax.export import card_text, record
 
     found = record.read(convert.read(args.model))
-    out.write_text(card_text.render(found, given, out.parent), "utf-8")
+    writing.write(out, card_text.render(found, given, out.parent))
     print(f"Wrote {out}.")

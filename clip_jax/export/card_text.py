@@ -1,11 +1,11 @@
 """The text of a card: the hub's YAML header, and a template filled in."""
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
@@ -13,6 +13,7 @@ from clip_jax.clock import format_seconds
 from clip_jax.export.layout import ONNX, STABLEHLO, TOWERS
 from clip_jax.export.record import Record, Training
 from clip_jax.export.terms import Terms
+from clip_jax.storage import locations
 
 _TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
 _TASK = "zero-shot-image-classification"
@@ -25,7 +26,7 @@ _LIBRARIES = {
 }
 
 
-def render(found: Record, given: Terms, directory: str | os.PathLike[str]) -> str:
+def render(found: Record, given: Terms, directory: epath.PathLike) -> str:
     """The text of a card.
 
     Args:
@@ -33,8 +34,8 @@ def render(found: Record, given: Terms, directory: str | os.PathLike[str]) -> st
       given: what its owner adds.
       directory: it will lie in; its files decide how the card says the model is loaded.
     """
-    folder = pathlib.Path(directory)
-    kinds = [kind for kind, file in _LIBRARIES.items() if (folder / file).is_file()]
+    there = locations.listing(epath.Path(directory))
+    kinds = [kind for kind, file in _LIBRARIES.items() if file in there]
     name = given.name or _title(found)
     scores = found.training.scores if found.training else {}
     environment = Environment(

@@ -18,8 +18,6 @@ For transformers and open_clip there is python -m clip_jax convert --to=huggingf
 
 import argparse
 import json
-import os
-import shutil
 from typing import TYPE_CHECKING
 
 from clip_jax import commands
@@ -27,6 +25,8 @@ from clip_jax.errors import UserError
 from clip_jax.export import layout, terms
 
 if TYPE_CHECKING:
+    import pathlib
+
     from etils import epath
 
     from clip_jax.weights import Weights
@@ -52,40 +52,36 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(args: argparse.Namespace) -> None:
     given = terms.parse(args)  # a mistake is answered before anything slow
-    from etils import epath
-
     from clip_jax import convert
     from clip_jax.export import card_text, record
+    from clip_jax.storage import faults, locations, writing
 
-    out = epath.Path(args.out).expanduser()
-    if out.exists():
+    out = locations.parse(args.out)
+    if faults.repeat(out.exists, out):
         raise UserError(f"{out} is there already: name another --out, or delete it first.")
     found = convert.read(args.model, step=args.step)
     about = record.read(found)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{os.getpid()}"
-    try:
-        _write(found, partial, args.format)
-        (partial / layout.CARD).write_text(card_text.render(about, given, partial))
-        os.replace(partial, out)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
+    with writing.replacing_folder(out) as local:
+        _write(found, local, args.format)
+        (local / layout.CARD).write_text(card_text.render(about, given, local), "utf-8")
     _list(out)
 
 
-def _write(found: "Weights", folder: "epath.Path", form: str) -> None:
+def _write(found: "Weights", folder: "pathlib.Path", form: str) -> None:
     from clip_jax.export import onnx, preprocess, stablehlo
+    from clip_jax.storage import ranges
 
     described = preprocess.describe(found)
     (stablehlo if form == "stablehlo" else onnx).write(found, folder)
     (folder / layout.PREPROCESS).write_text(json.dumps(described, indent=2) + "\n")
     file = found.tokenizer.path
     if file is not None and not (folder / file.name).exists():
-        shutil.copyfile(file, folder / file.name)
+        (folder / file.name).write_bytes(ranges.read(file))
 
 
 def _list(folder: "epath.Path") -> None:
+    from clip_jax.storage import locations
+
     print(f"{folder}:")
-    for path in sorted(folder.iterdir()):
-        print(f"  {path.name:<24} {path.stat().length / 2**20:10.2f} MiB")
+    for name, stat in sorted(locations.listing(folder).items()):
+        print(f"  {name:<24} {stat.size / 2**20:10.2f} MiB")

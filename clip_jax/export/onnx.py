@@ -6,12 +6,12 @@ select between booleans to make a causal mask, which onnxruntime cannot.
 """
 
 import logging
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core
-from etils import epath
 from flax import traverse_util
 
 from clip_jax import models
@@ -24,7 +24,7 @@ from clip_jax.weights import Weights, read_finite
 _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr"}
 
 
-def write(weights: Weights, folder: epath.Path) -> None:
+def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes a file for each tower; computes in float32.
 
     Raises:

@@ -36,7 +36,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _push(args: argparse.Namespace) -> None:
-    folder = pathlib.Path(args.dir).expanduser()
+    # Imported late: --help is answered at once.
+    from clip_jax.storage import locations, remote
+
+    directory = locations.parse(args.dir)
+    if remote.is_remote(directory):
+        raise UserError(f"{directory} is in a bucket: copy it to a local folder, and push that.")
+    folder = pathlib.Path(directory)
     files = _files(folder)
     if not _REPO.fullmatch(args.repo):
         raise UserError(f"--repo={args.repo} is no repository: it is ORG/NAME, or your NAME/NAME.")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,17 +24,19 @@ class Exported:
 
     def __init__(self, directory: str | os.PathLike[str]):
         """As `clip_jax.export.load`."""
-        folder = pathlib.Path(directory)
+        find = _finder(directory)
         try:
-            self.preprocess: dict[str, Any] = json.loads((folder / PREPROCESS).read_text("utf-8"))
-            self._weights = jax.device_put(_read_tensors(folder / TENSORS))
+            self.preprocess: dict[str, Any] = json.loads(find(PREPROCESS).read_text("utf-8"))
+            self._weights = jax.device_put(_read_tensors(find(TENSORS)))
             self._image, self._text = (
                 jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
-                for path in (folder / f"{tower}{STABLEHLO}" for tower in TOWERS)
+                for path in (find(f"{tower}{STABLEHLO}") for tower in TOWERS)
             )
+        except UserError:
+            raise
         except Exception as error:  # whatever a damaged file makes of the libraries below
             raise UserError(
-                f"{folder} is no complete StableHLO export ({type(error).__name__}: {error}): "
+                f"{directory} is no complete StableHLO export ({type(error).__name__}: {error}): "
                 "write it anew with python -m clip_jax export --format=stablehlo."
             ) from error
 
@@ -78,6 +81,17 @@ class Exported:
         if not len(rows):
             return np.zeros((0, self.preprocess["embed_dim"]), np.float32)
         return np.asarray(tower(self._weights, rows))
+
+
+def _finder(directory: str | os.PathLike[str]) -> Callable[[str], pathlib.Path]:
+    """Gives the local path of a file; one in a bucket is copied, which needs all of clip_jax."""
+    if "://" not in os.fspath(directory):
+        return pathlib.Path(directory).joinpath
+    from clip_jax.storage import locations
+    from clip_jax.weights import local_file
+
+    folder = locations.parse(directory)
+    return lambda name: local_file(folder / name)
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:

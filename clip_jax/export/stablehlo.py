@@ -4,13 +4,13 @@ The weights are arguments of the programs and lie beside them in model.safetenso
 program cannot hold more than 2 GiB, and in one file they serve both programs and `clip_jax.load`.
 """
 
+import pathlib
 from collections.abc import Mapping
 from typing import cast
 
 import jax
 import jax.export
 import jax.numpy as jnp
-from etils import epath
 from flax import traverse_util
 
 from clip_jax import models
@@ -20,7 +20,7 @@ from clip_jax.weights import Weights, variable_shapes, write_folder
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def write(weights: Weights, folder: epath.Path) -> None:
+def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes the weights, and one program for each tower; computes in float32."""
     write_folder(weights, folder)
     for tower in TOWERS:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from clip_jax.pages import svg
+from clip_jax.storage import writing
 
 _CRISP = 64  # pixels: images up to this size are kept exactly and enlarged without smoothing
 _LARGEST = 160  # pixels: larger images are reduced to it, for the size of the file
@@ -45,7 +46,7 @@ def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) ->
     }
     text = environment.get_template(template.name).render(dashes=svg.DASHES, **values)
     # Captions come from the web: a lone surrogate must not lose the page.
-    epath.Path(path).write_bytes(text.encode("utf-8", "replace"))
+    writing.write(epath.Path(path), text.encode("utf-8", "replace"))
 
 
 def percent(share: float) -> str:

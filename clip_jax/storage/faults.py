@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from etils import epath
@@ -125,7 +125,9 @@ class Patience:
     def wait(self, error: BaseException) -> None:
         """Sleeps before the next attempt; raises `error`, or its sentence, where there is none."""
         if not passes(error, self._path):
-            raise error
+            if isinstance(error, FileNotFoundError) or not reason(error):
+                raise error
+            raise StorageError(explain(error, self._path)) from error
         note(reason(error), self._path)
         if time.monotonic() - self._began + self._wait > RETRY_FOR:
             raise StorageError(
@@ -151,6 +153,24 @@ def repeat(attempt: Callable[[], Result], path: epath.PathLike) -> Result:
             if not remote.is_remote(path):
                 raise
             patience.wait(error)
+
+
+# Seconds before each further try at a local read, or at an object that is not there: such failures
+# rarely pass, and the caller can do without.
+BRIEF = (0.1, 0.5, 2.0)
+
+
+def briefly(attempt: Callable[[], Result], delays: Sequence[float] | None = None) -> Result:
+    """The result of `attempt`, tried again after each of `delays` (seconds) where an OSError comes.
+
+    StorageError, which comes after longer attempts, is final.
+    """
+    for delay in BRIEF if delays is None else delays:
+        try:
+            return attempt()
+        except OSError:
+            time.sleep(delay)
+    return attempt()
 
 
 _MEANINGS = {
@@ -192,14 +212,30 @@ def explain(error: BaseException, path: epath.PathLike = "") -> str:
     return f"{where}{what} ({name or 'unknown'}).{remedy}"
 
 
+# Where the errors of a bucket's clients come from.
+_CLIENTS = ("gcsfs", "google", "botocore", "aiobotocore", "aiohttp", "requests")
+
+
 def is_failure(error: BaseException) -> bool:
-    """Whether an error is one of a bucket's clients, whose traceback helps nobody."""
-    return bool(reason(error)) or type(error).__module__.split(".")[0] in (
-        "gcsfs",
-        "botocore",
-        "aiobotocore",
-        "aiohttp",
+    """Whether an error is a bucket's, rather than one of ours or of the local disk."""
+    if isinstance(error, StorageError) or type(error).__module__.split(".")[0] in _CLIENTS:
+        return True
+    text = str(error)
+    by_tensorstore = isinstance(error, ValueError) and (
+        "http_response_code=" in text or "CURL error" in text
     )
+    # gcsfs and s3fs turn some of their answers into errors of Python's own.
+    by_fsspec = isinstance(error, OSError) and error.errno is None and bool(reason(error))
+    return by_tensorstore or by_fsspec
+
+
+def explained(error: BaseException) -> str:
+    """The sentence for an error of a bucket's, "" for others: their traceback is needed."""
+    if isinstance(error, StorageError):
+        return str(error)
+    found = re.search(r"(?:gs|s3)://[^\s'\"]+|/b/[^\s'\"]+", str(error))
+    where = f" ({found[0]})" if found else ""
+    return f"The storage failed{where}: {explain(error)}" if is_failure(error) else ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -137,6 +137,19 @@ def listing(folder: epath.Path) -> dict[str, Stat]:
     }
 
 
+def tree(root: epath.Path) -> list[str]:
+    """All files under a directory or prefix, relative to it, sorted."""
+    if not remote.is_remote(root):
+        return sorted(
+            f"{folder.relative_to(root).as_posix()}/{name}".removeprefix("./")
+            for folder, _, names in root.walk()
+            for name in names
+        )
+    prefix = os.fspath(root).partition("://")[2].rstrip("/") + "/"
+    found = faults.repeat(lambda: remote.filesystem(root).find(os.fspath(root)), root)
+    return sorted(name.removeprefix(prefix) for name in found)
+
+
 def stats(paths: Sequence[epath.Path]) -> list[Stat | None]:
     """Size and version of each file, None: it is not there; in few requests."""
     by_folder: dict[epath.Path, list[epath.Path]] = {}

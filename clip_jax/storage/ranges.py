@@ -50,14 +50,14 @@ def start(
     Args:
       path: of the file.
       spans: (offset, size) of each part.
-      version: as `locations.Stat` has it, of an object that must still be the same; None: any.
+      version: as `locations.Stat` has it, if the file must still be the same; None: any will do.
 
     Returns:
       A function that waits for the parts, and may raise FileNotFoundError, Replaced, OSError or
       StorageError. A part that the file ends in is cut short.
     """
     if not remote.is_remote(path):
-        return lambda: _read_local(path, spans)
+        return lambda: _read_local(path, spans, version)
     groups = list(_merged(spans, _MOST))
     reads = [_Read(path, first, end, version) for first, end, _ in groups]
 
@@ -89,9 +89,18 @@ def _merged(spans: Spans, most: int) -> Iterator[tuple[int, int, list[int]]]:
         yield first, end, members
 
 
-def _read_local(path: epath.Path, spans: Spans) -> list[bytes]:
+def start_whole(path: epath.Path) -> Callable[[], bytes]:
+    """Begins to read all of a file, as `start` does parts."""
+    if not remote.is_remote(path):
+        return path.read_bytes
+    return _Read(path, 0, None).wait
+
+
+def _read_local(path: epath.Path, spans: Spans, version: int | str | None) -> list[bytes]:
     found = [b""] * len(spans)
     with open(path, "rb") as file:
+        if version not in (None, os.fstat(file.fileno()).st_mtime_ns):
+            raise Replaced(f"{path} was replaced since its index was made")
         for first, end, members in _merged(spans, _MOST):
             file.seek(first)
             data = file.read(end - first)
@@ -102,9 +111,15 @@ def _read_local(path: epath.Path, spans: Spans) -> list[bytes]:
 
 
 class _Read:
-    """One request for the bytes [first, end) of an object, repeated while it fails."""
+    """One request for the bytes [first, end) of an object, repeated while it fails.
 
-    def __init__(self, path: epath.Path, first: int, end: int, version: int | str | None = None):
+    Args:
+      end: None: that of the object.
+    """
+
+    def __init__(
+        self, path: epath.Path, first: int, end: int | None, version: int | str | None = None
+    ):
         self._path, self._span, self._version = path, (first, end), version
         self._future = self._begin()
 
@@ -137,7 +152,7 @@ class _Read:
         first, end = self._span
         if stat is None or stat.size <= first:
             return b""
-        if stat.size >= end:
+        if end is None or stat.size >= end:
             raise Replaced(f"{self._path} changes while it is read")
         return _Read(self._path, first, stat.size, self._version).wait()
 

@@ -116,7 +116,19 @@ class Growing:
         self._thread.start()
 
     def flush(self) -> None:
-        """Has all that was written under its final name."""
+        """Has all that was written under its final name, or says why it is not, and goes on."""
+        began = time.monotonic()
+        try:
+            self._upload()
+        except Exception as error:  # the next time may go better; the last one has to
+            logging.warning(
+                "The logs of %s are not there yet, after %.0f s: %s",
+                self._directory,
+                time.monotonic() - began,
+                faults.explain(error),
+            )
+
+    def _upload(self) -> None:
         if not self._remote:
             return
         with self._lock:
@@ -130,18 +142,9 @@ class Growing:
         """Flushes, and removes what was only for that."""
         self._closed.set()
         if self._remote and self.local.exists():
-            self.flush()
+            self._upload()
             shutil.rmtree(self.local, ignore_errors=True)
 
     def _work(self) -> None:
         while not self._closed.wait(_UPLOAD_EVERY):
-            began = time.monotonic()
-            try:
-                self.flush()
-            except Exception as error:  # the next time may go better; the last one has to
-                logging.warning(
-                    "Logs are not in %s yet, after %.0f s: %s",
-                    self._directory,
-                    time.monotonic() - began,
-                    faults.explain(error),
-                )
+            self.flush()

@@ -21,6 +21,7 @@ from clip_jax.curation.balancing import balance_report, passes, queries
 from clip_jax.curation.balancing.engines import Engine
 from clip_jax.curation.balancing.readers import Columns
 from clip_jax.errors import UserError
+from clip_jax.storage import writing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def run(plan: Plan, engine: Engine) -> str:
     shards = [epath.Path(shard) for shard in plan.shards]
     job, terms, dropped = _job(plan)
     choice = passes.Choice(job, "", plan.per_query, plan.seed, plan.write_tars)
-    _make_directories(choice, shards)
+    _clear_directories(choice, shards)
     engine(functools.partial(passes.match, job), plan.shards, "match")
     counts, tally = _sum(store.Marks(job.matches), shards, len(terms))
     if not tally["matched"]:
@@ -72,21 +73,20 @@ def run(plan: Plan, engine: Engine) -> str:
     kept, chosen = _sum(store.Marks(choice.selection), shards, len(terms))
     _write_counts(job, terms, counts, kept)
     report = balance_report.make(choice, terms, dropped, counts, kept, tally + chosen)
-    (job.root / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    writing.write(job.root / "report.json", json.dumps(report, indent=2) + "\n")
     return balance_report.format_report(report)
 
 
 def _job(plan: Plan) -> tuple[passes.Job, pa.Array, int]:
     """The job, its queries, now stored for all workers, and how many entries were left out."""
     terms, dropped = queries.load(plan.queries)
-    plan.output.mkdir(parents=True, exist_ok=True)
     store.write(plan.output / "queries.parquet", pa.table({"query": terms}))
     mark = store.fingerprint({"queries": terms.to_pylist()})
     return passes.Job(str(plan.output), plan.columns, mark), terms, dropped
 
 
-def _make_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
-    """Makes the directories of the results; removes from them what is not of these shards."""
+def _clear_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
+    """Removes from the directories of the results what is not of these shards."""
     if choice.write_tars and any(shard.suffix != ".tar" for shard in shards):
         raise UserError("--write_tars needs tar shards as DATA, and nothing else.")
     if choice.tars.exists() and not choice.write_tars:
@@ -96,7 +96,6 @@ def _make_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
         )
     directories = [choice.job.matches, choice.selection]
     for directory in [*directories, choice.tars] if choice.write_tars else directories:
-        directory.mkdir(parents=True, exist_ok=True)
         store.keep_only(directory, shards)
 
 

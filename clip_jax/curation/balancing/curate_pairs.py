@@ -46,15 +46,14 @@ def main(arguments: list[str]) -> None:
     """Runs the command."""
     args = _parser().parse_args(arguments)
     # Imported late: --help and mistakes are answered at once.
-    from etils import epath
-
     from clip_jax.curation.balancing import balance, pairs
+    from clip_jax.storage import locations
 
     plan = balance.Plan(
         shards=[str(path) for path in pairs.find(args.data)],
         columns=_columns(args),
-        queries=epath.Path(args.queries),
-        output=epath.Path(args.out),
+        queries=locations.parse(args.queries),
+        output=locations.parse(args.out),
         per_query=args.per_query,
         seed=args.seed,
         write_tars=args.write_tars,

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from clip_jax import commands
+from clip_jax.curation.arguments import output
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +31,11 @@ def main(arguments: list[str]) -> None:
     if not (args.text or args.titles or args.wordnet or args.also):
         raise UserError("No queries without --text, --titles, --wordnet or --also; see --help.")
     # Imported late: --help and mistakes are answered at once.
-    from etils import epath
-
-    from clip_jax.curation import store
     from clip_jax.curation.balancing import queries
+    from clip_jax.storage import remote, writing
 
-    if not epath.Path(args.out).parent.is_dir():
+    out = output(args.out)
+    if not remote.is_remote(out) and not out.parent.is_dir():
         raise UserError(f"--out={args.out} cannot be written: there is no such directory.")
     entries: list[str] = []
     for name, found in _sources(args):
@@ -43,8 +43,7 @@ def main(arguments: list[str]) -> None:
         print(f"{name:<10}{len(found):>12,} found {len(entries):>12,} queries so far")
     if not entries:
         raise UserError("No query was found: is the text long enough for --min_count?")
-    with store.replacing(epath.Path(args.out)) as temporary:
-        temporary.write_text("\n".join([*entries[: args.limit], ""]))
+    writing.write(out, "\n".join([*entries[: args.limit], ""]))
     print(f"Wrote {min(len(entries), args.limit):,} queries to {args.out}.")
 
 
@@ -71,18 +70,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sources(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    from etils import epath
-
     from clip_jax.curation.balancing import queries
+    from clip_jax.storage import locations
 
     if args.also:
-        yield "also", queries.load(epath.Path(args.also))[0].to_pylist()
+        yield "also", queries.load(locations.parse(args.also))[0].to_pylist()
     if args.wordnet:
-        yield "WordNet", list(queries.wordnet(epath.Path(args.wordnet)))
+        yield "WordNet", list(queries.wordnet(locations.parse(args.wordnet)))
     if args.text:
         yield from _phrases(args)
     if args.titles:
-        yield "titles", queries.titles(epath.Path(args.titles), args.min_views)
+        yield "titles", queries.titles(locations.parse(args.titles), args.min_views)
 
 
 def _phrases(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
@@ -118,11 +116,13 @@ def _texts(args: argparse.Namespace, title: str) -> Iterator["pa.Array"]:
 
     from clip_jax.curation.balancing import pairs
     from clip_jax.curation.balancing.readers import Columns
+    from clip_jax.storage import locations
 
-    paths = pairs.find(args.text)
-    if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"There is no file {missing[0]} of text.")
-    sizes = [path.stat().length for path in paths]
+    paths, sizes = pairs.find(args.text), []
+    for path, stat in zip(paths, locations.stats(paths)):
+        if stat is None:
+            raise UserError(f"There is no file {path} of text.")
+        sizes.append(stat.size)
     tally: Counter[str] = Counter()
     with tqdm(desc=title, total=sum(sizes), unit="B", unit_scale=True) as bar:
         for path, size in zip(paths, sizes):

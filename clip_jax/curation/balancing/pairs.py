@@ -10,8 +10,8 @@ from etils import epath
 
 from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing.readers import READERS, Columns, Damage
-from clip_jax.data import files
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, ranges
 
 KINDS = tuple(READERS)
 DAMAGED, MISSING = "damaged shard", "missing shard"
@@ -25,8 +25,8 @@ def find(paths: str) -> list[epath.Path]:
     """
     found: list[epath.Path] = []
     for item in filter(None, (item.strip() for item in paths.split(","))):
-        shards = files.expand(item, "")
-        if epath.Path(item).expanduser().is_dir():
+        shards = locations.expand(item, "")
+        if locations.parse(item).is_dir():
             shards = _of_one_kind(item, shards)
         for path in shards:
             if path.suffix not in KINDS:
@@ -70,13 +70,13 @@ def read(path: epath.Path, columns: Columns, rows: int, tally: Counter[str]) -> 
     """
     start = 0
     try:
-        with files.with_retries(lambda: path.open("rb"), files.RETRY_DELAYS) as file:
+        with ranges.scanning(path) as file:
             for table in READERS[path.suffix](file, path, columns, rows):
                 yield _usable(table, start, tally)
                 start += len(table)
     except FileNotFoundError:
         _lose(path, MISSING, "there is no such file", tally)
-    except (OSError, Damage, pa.ArrowException) as error:
+    except (OSError, EOFError, Damage, pa.ArrowException) as error:
         _lose(path, DAMAGED, str(error), tally)
     tally["read"] += start
 

@@ -18,6 +18,7 @@ from clip_jax.curation import store
 from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing import matching, pairs, sampling, tars
 from clip_jax.curation.balancing.readers import Columns
+from clip_jax.storage import locations
 
 _TRY_AGAIN = ""  # the fingerprint of nothing
 ROWS = 65_536  # of a batch: some 100 MB of work
@@ -48,11 +49,7 @@ class Job:
 
     def fingerprint(self, shard: epath.Path) -> str:
         """Of what the matches of a shard depend on."""
-        try:
-            stat = shard.stat()
-            version = [stat.length, stat.mtime]
-        except FileNotFoundError:
-            version = []
+        version = locations.stat(shard)
         columns = dataclasses.asdict(self.columns)
         return store.fingerprint(
             {"path": str(shard), "version": version, "columns": columns, "queries": self.queries}

@@ -1,5 +1,6 @@
 """Lists of queries: read, and built as the paper says, from words, bigrams, titles and WordNet."""
 
+import io
 import json
 from collections.abc import Iterable, Iterator
 
@@ -9,6 +10,7 @@ from etils import epath
 from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing import matching
 from clip_jax.errors import UserError
+from clip_jax.storage import ranges
 
 WORDNET_FILES = ("data.noun", "data.verb", "data.adj", "data.adv")
 
@@ -27,7 +29,7 @@ def load(path: epath.Path) -> tuple[pa.Array, int]:
       UserError: there is no such file, or nothing usable in it.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig", "replace")
+        text = ranges.read(path).decode("utf-8-sig", "replace")
         listed = json.loads(text) if path.suffix == ".json" else text.splitlines()
         entries = [str(entry) for entry in listed]
     except FileNotFoundError:
@@ -62,13 +64,15 @@ def wordnet(directory: epath.Path) -> Iterator[str]:
     """
     for name in WORDNET_FILES:
         path = directory / name
-        if not path.exists():
+        try:
+            text = ranges.read(path).decode("utf-8")
+        except FileNotFoundError:
             raise UserError(
                 f"There is no {path}: --wordnet takes the directory of WordNet's "
                 f"{', '.join(WORDNET_FILES)}, such as nltk_data/corpora/wordnet after "
                 "python -m nltk.downloader wordnet."
-            )
-        for line in path.read_text(encoding="utf-8").splitlines():
+            ) from None
+        for line in text.splitlines():
             if not line.startswith(" "):  # the licence
                 # offset, file, type, number of lemmas, then a lemma such as ice_cream or afloat(p)
                 yield line.split(" ", 5)[4].partition("(")[0]
@@ -84,17 +88,18 @@ def titles(path: epath.Path, min_views: int) -> list[str]:
     Raises:
       UserError: there is no such file, or a line lacks the views.
     """
-    if not path.exists():
-        raise UserError(f"There is no file {path} of titles.")
+    try:
+        lines = io.BytesIO(ranges.read(path))
+    except FileNotFoundError:
+        raise UserError(f"There is no file {path} of titles.") from None
     views: dict[str, int] = {}
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            title, _, count = line.decode("utf-8", "replace").rstrip("\r\n").partition("\t")
-            if min_views and not count.isdecimal():
-                raise UserError(
-                    f"Line {number} of {path} has no number of views behind a tab: add them, or "
-                    "drop --min-views to take all titles."
-                )
-            views[title] = views.get(title, 0) + (int(count) if count.isdecimal() else 0)
+    for number, line in enumerate(lines, 1):
+        title, _, count = line.decode("utf-8", "replace").rstrip("\r\n").partition("\t")
+        if min_views and not count.isdecimal():
+            raise UserError(
+                f"Line {number} of {path} has no number of views behind a tab: add them, or drop "
+                "--min-views to take all titles."
+            )
+        views[title] = views.get(title, 0) + (int(count) if count.isdecimal() else 0)
     found = [title for title, count in views.items() if count >= min_views]
     return sorted(found, key=views.__getitem__, reverse=True)

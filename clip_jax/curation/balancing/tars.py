@@ -1,14 +1,19 @@
 """Tar shards with fewer samples."""
 
+import contextlib
+import shutil
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import IO
 
 from etils import epath
 
-from clip_jax.curation import store
 from clip_jax.data.tar_index import samples
+from clip_jax.storage import ranges, remote, writing
+
+_CHUNK = 2**24  # bytes copied at a time
 
 
 def copy(source: epath.Path, target: epath.Path, rows: Sequence[int]) -> None:
@@ -20,17 +25,29 @@ def copy(source: epath.Path, target: epath.Path, rows: Sequence[int]) -> None:
       rows: numbers of the samples, by their first appearance in `source`.
     """
     if not rows:
-        target.unlink(missing_ok=True)
+        writing.remove(target)
         return
-    with source.open("rb") as file, store.replacing(target) as temporary:
+    with _at_hand(source) as file, writing.replacing(target) as temporary:
         found, _ = samples(file, Counter())
         contents = {span.offset for row in rows for span in found[row].values()}
         keys = {_key(member) for _, member in _members(file) if member.offset_data in contents}
-        with temporary.open("wb") as sink, tarfile.open(fileobj=sink, mode="w") as out:
+        with tarfile.open(temporary, mode="w") as out:
             for tar, member in _members(file):
                 if _key(member) in keys:
                     out.addfile(member, tar.extractfile(member))
                     out.members = []  # type: ignore[misc]  # would grow by 1 KB each
+
+
+@contextlib.contextmanager
+def _at_hand(path: epath.Path) -> Iterator[IO[bytes]]:
+    """A shard to pass through several times; of one in a bucket, a temporary copy."""
+    with ranges.scanning(path) as file:
+        if not remote.is_remote(path):
+            yield file
+            return
+        with tempfile.TemporaryFile() as copy:
+            shutil.copyfileobj(file, copy, _CHUNK)
+            yield copy
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
