@@ -4,11 +4,12 @@ A checkpoint has three items: "model" (parameters and BatchNorm statistics, all 
 reads), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
 """
 
+import contextlib
 import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,10 +37,18 @@ def _leave_small_arrays_whole() -> None:
     program for each: in a small model these take longer to compile than all the rest.
     """
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
+    with _without_warnings():  # that there was another handler
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it warns that there was another handler
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    logging.set_verbosity(verbosity)
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 _leave_small_arrays_whole()
@@ -109,8 +118,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind: type | None, *_):
+        # The error of a save that is under way must not hide the one that ends the run.
+        with contextlib.suppress(*([Exception] if kind else [])):
+            self.close()
 
     def save(
         self, state: TrainState, step: int, meta: Mapping[str, Any], metrics: Mapping[str, float]
@@ -191,7 +202,8 @@ class Checkpoints:
     def _check_precision(self, step: int, like: TrainState) -> None:
         """UserError where arrays would be cast, which loses what they hold or feigns more."""
         try:
-            stored = self._manager.item_metadata(step)
+            with _without_warnings():  # that this reads no arrays
+                stored = self._manager.item_metadata(step)
             saved = {**_dtypes(stored["model"]), **_dtypes(stored["optimizer"])}
         except Exception:  # damaged: reading it will tell
             return

@@ -7,10 +7,8 @@ It speaks as much of the JSON API as gcsfs and TensorStore use. In tests, Server
 
 import argparse
 import asyncio
-import base64
 import collections
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -22,145 +20,223 @@ import subprocess
 import sys
 import threading
 import time
-from http.client import HTTPConnection, responses
+from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote
+from typing import Any
 
-OBJECTS = {"get", "list", "create", "delete"}
-RIGHTS = {"all": {*OBJECTS, "bucket"}, "objects": OBJECTS, "read": {"get", "list"}}
-RIGHTS |= {"none": set(), "expired": set()}
+from bucket_api import RIGHTS, Json, Reply, Request, Storage, as_json, problem
+
 FAULTS = {401, 403, 404, 429, 500, 503, "reset", "truncate", "stall", "delay"}
-REASONS = {401: "authError", 403: "forbidden", 404: "notFound", 412: "conditionNotMet"}
-REASONS |= {429: "rateLimitExceeded", 500: "internalError", 503: "backendError"}
-MESSAGES = {401: "Invalid Credentials", 416: "Request range not satisfiable"}
-PHRASES = {**responses, 308: "Resume Incomplete", 499: "Client Closed Request"}
-HASHED = 1 << 20  # a larger object has no hash, like one composed at Google
-PAGE = 1000  # names in one listing
 CONTROL = "/_control/"  # begins the path of what Server asks: neither counted nor delayed
 ENV = {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "NO_GCE_CHECK": "true", "EPATH_USE_TF": "0"}
 ENV |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "no_proxy": "127.0.0.1,localhost"}
-Json = dict[str, Any]
-Objects = dict[str, tuple[Json, bytes]]  # metadata and content by name
+ENV |= {"FSSPEC_GCS_TOKEN": "anon"}
 
 
-class Refused(Exception):
-    """Status of an answer other than success and, if the usual one does not do, its message."""
+async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Request:
+    first, *rest = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    fields = (line.partition(":") for line in rest)
+    headers = {name.lower(): value.strip() for name, _, value in fields}
+    if "expect" in headers:
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    body = await reader.readexactly(int(headers.get("content-length", 0)))
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        parts = []
+        while size := int((await reader.readline()).partition(b";")[0], 16):
+            parts.append((await reader.readexactly(size + 2))[:-2])
+        body = b"".join(parts)
+        await reader.readline()
+    method, target, _ = first.split()
+    return Request(method, target, headers, body)
 
 
-class Reply(NamedTuple):
-    status: int
-    body: bytes = b""
-    headers: dict[str, str] = {}  # noqa: RUF012 (nobody changes it)
+class Service:
+    """HTTP around a storage, with faults, a log and latency."""
 
-    def text(self, sent: int | None = None) -> bytes:
-        """All that goes over the line, or that with only the first bytes of the body."""
-        lines = [f"HTTP/1.1 {self.status} {PHRASES[self.status]}"]
-        lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        lines += [f"Content-Length: {len(self.body)}", "", ""]
-        return "\r\n".join(lines).encode() + self.body[:sent]
+    def __init__(self, storage: Storage, seed: int):
+        self.storage, self.stats, self.chance = storage, storage.stats, random.Random(seed)
+        self.latency, self.faults = 0.0, []
+        self.log: collections.deque[Json] = collections.deque(maxlen=50_000)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of a connection."""
+        known, stays = False, True
+        with contextlib.suppress(OSError, EOFError):  # the client has gone, or a stall is over
+            while stays:
+                r = await receive(reader, writer)
+                stays = r.headers.get("connection", "").lower() != "close"
+                if r.path.startswith(CONTROL):
+                    writer.write(self.control(r).text())
+                    continue
+                self.stats.update(requests=1, bytes_in=len(r.body), connections=not known)
+                known, fault = True, self.fault(r.line)
+                kind, seconds = fault.get("kind"), fault.get("seconds")
+                path, _, query = r.line.partition(" ")[2].partition("?")
+                entry = {"method": r.method, "path": path, "query": query, "status": kind}
+                entry |= {"range": r.headers.get("range", ""), "sent": 0}
+                self.log.append(entry)
+                if wait := self.latency + (seconds if kind == "delay" else 0):
+                    await asyncio.sleep(wait)
+                if kind == "stall":
+                    await asyncio.wait_for(reader.read(1), seconds)
+                    break
+                if kind == "reset":
+                    linger = (1).to_bytes(8, "little")  # on, for no time at all
+                    sock = writer.get_extra_info("socket")
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    writer.transport.abort()
+                    break
+                reply = problem(kind) if isinstance(kind, int) else self.storage.answer(r)
+                sent = len(reply.body) // (2 if kind == "truncate" else 1)
+                stays = stays and kind != "truncate"
+                entry |= {"status": reply.status, "sent": sent}
+                self.stats["bytes_out"] += sent
+                writer.write(reply.text(sent))  # in one piece, so that no packet waits for another
+                await writer.drain()
+        writer.close()
+
+    def fault(self, line: str) -> Json:
+        """The first fault that meets a request, if any does."""
+        for fault in self.faults:
+            due = fault["count"] > 0 and time.monotonic() < fault["until"]
+            if due and re.search(fault["match"], line) and self.chance.random() < fault["p"]:
+                fault["count"] -= 1
+                self.stats[f"fault_{fault['kind']}"] += 1
+                return fault
+        return {}
+
+    def control(self, r: Request) -> Reply:
+        """Do what a method of Server asks with a line of JSON and, maybe, content after it."""
+        line, _, data = r.body.partition(b"\n")
+        given, value, storage = json.loads(line), None, self.storage
+        objects = storage.buckets.get(given.get("bucket"), {})
+        match r.path.removeprefix(CONTROL):
+            case "faults" if {fault["kind"] for fault in given["faults"]} <= FAULTS:
+                rest = {"match": "", "p": 1, "count": math.inf}
+                self.faults = [{**rest, **fault} for fault in given["faults"]]
+                for fault in self.faults:
+                    fault["until"] = time.monotonic() + fault.get("for", math.inf)
+            case "latency":
+                self.latency = given["seconds"]
+            case "rights" if given["rights"] in RIGHTS:
+                storage.rights[given["bucket"]] = given["rights"]
+            case "put" if given["bucket"] in storage.buckets:
+                storage.put(given["bucket"], given["name"], data, {})
+            case "get" if given["name"] in objects:
+                return Reply(200, objects[given["name"]][1])
+            case "names":
+                value = sorted(name for name in objects if name.startswith(given["prefix"]))
+            case "stats" | "log" as what:
+                value = dict(self.stats) if what == "stats" else list(self.log)
+                if given["reset"]:
+                    (self.stats if what == "stats" else self.log).clear()
+            case what:
+                return problem(400, f"{what} {given}")
+        return as_json(value)
 
 
-class Request:
-    def __init__(self, method: str, target: str, headers: dict[str, str], body: bytes = b""):
-        self.method, self.headers, self.body = method, headers, body
-        self.path, _, query = target.partition("?")
-        self.query = dict(parse_qsl(query, keep_blank_values=True))
-        self.line = f"{method} {unquote(target)}"
-
-
-class Storage:
-    """Buckets, and an HTTP service of them with faults, a log and counts.
+class Server:
+    """The program in a process of its own, for as long as a with statement lasts.
 
     Attributes:
-      stats: bytes, connections, and requests by kind. A read is one for content, and a read_whole
-        such a one without a range; stat and stat_missing ask for metadata; a write is to make an
-        object, a write_part is any other step of an upload; denied is what rights forbid.
+      url: its address.
+      env: the environment variables that lead clients to it.
     """
 
-    def __init__(self, seed: int):
-        self.buckets: dict[str, Objects] = {}
-        self.rights: dict[str, str] = {}
-        self.uploads: dict[str, tuple] = {}  # of one that is complete, the reply
-        self.stats: collections.Counter[str] = collections.Counter()
-        self.log: collections.deque[Json] = collections.deque(maxlen=50_000)
-        self.generation, self.latency, self.faults = 0, 0.0, []
-        self.chance = random.Random(seed)
+    def __init__(self, *buckets: str, load: dict[str, Path] | None = None, seed: int = 0):
+        self.command = [sys.executable, __file__, "--watch_stdin", f"--seed={seed}"]
+        self.command += [f"--bucket={bucket}" for bucket in buckets]
+        self.command += [f"--load={bucket}={folder}" for bucket, folder in (load or {}).items()]
 
-    def answer(self, r: Request) -> Reply:
-        try:
-            return self.route(r)
-        except Refused as error:
-            return problem(*error.args)
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
-            return problem(400, f"Bad request: {r.line[:200]}: {error!r}")
+    def __enter__(self) -> "Server":
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True)
+        self.url = self.process.stdout.readline().strip()
+        if not self.url:
+            raise RuntimeError("the bucket server did not start")
+        hosts = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL")
+        self.env = {**ENV, **dict.fromkeys(hosts, self.url)}
+        return self
 
-    def route(self, r: Request) -> Reply:
-        way, _, path = r.path.partition("/storage/v1")
-        match r.method + way, [unquote(part) for part in path.split("/")[1:]]:
-            case "GET" | "GET/download", ["b", bucket, "o", name]:
-                return self.get(r, bucket, name, bool(way) or r.query.get("alt") == "media")
-            case "GET", ["b", bucket, "o"]:
-                return self.page(r.query, self.open(bucket, "list"))
-            case "DELETE", ["b", bucket, "o", name]:
-                objects = self.open(bucket, "delete")
-                self.stats["delete"] += 1
-                find(objects, name, r.query)
-                del objects[name]
-                return Reply(204)
-            case "PATCH", ["b", bucket, "o", name]:
-                return self.patch(r, find(self.open(bucket, "create"), name, r.query)[0])
-            case "POST", ["b", bucket, "o", name, "compose"]:
-                return self.compose(r, bucket, name)
-            case "POST", ["b", bucket, "o", name, "moveTo", "o", new]:
-                self.open(bucket, "delete")
-                return self.copy(r, "move", bucket, name, bucket, new)
-            case "POST", ["b", bucket, "o", name, how, "b", to, "o", new]:
-                return self.copy(r, how, bucket, name, to, new)
-            case "POST/upload" | "PUT/upload" | "DELETE/upload", ["b", bucket, "o"]:
-                return self.proceed(r) if "upload_id" in r.query else self.upload(r, bucket)
-            case "POST/batch", []:
-                return self.batch(r)
-            case "GET", ["b"]:
-                self.stats["bucket"] += 1
-                items = [{"kind": "storage#bucket", "name": name} for name in self.buckets]
-                return as_json({"kind": "storage#buckets", "items": items})
-            case "GET", ["b", bucket, *_]:
-                self.open(bucket, "bucket")
-                self.stats["bucket"] += 1
-                return as_json({"kind": "storage#bucket", "name": bucket, "location": "US"})
-        raise Refused(404, f"Not Found: {r.line[:200]}")
+    def __exit__(self, *_: object) -> None:
+        with self.process as process:
+            process.kill()
 
-    def open(self, bucket: str, *operations: str) -> Objects:
-        """The objects of a bucket, if its rights allow the operations."""
-        if bucket not in self.buckets:
-            raise Refused(404, "The specified bucket does not exist.")
-        rights = self.rights.get(bucket, "all")
-        for operation in set(operations) - RIGHTS[rights]:
-            self.stats["denied"] += 1
-            if rights == "expired":
-                raise Refused(401)
-            right = "buckets.get" if operation == "bucket" else f"objects.{operation}"
-            denied = f"Permission 'storage.{right}' denied on resource (or it may not exist)."
-            raise Refused(403, f"Caller does not have storage.{right} access. {denied}")
-        return self.buckets[bucket]
+    def faults(self, faults: list[Json]) -> None:
+        """Replace the faults. Of each request the first that applies is taken:
 
-    def put(self, bucket: str, name: str, data: bytes, sent: Json) -> Json:
-        """Make an object; its metadata."""
-        self.generation = max(self.generation + 1, time.time_ns() // 1000)
-        about = {"contentType": "application/octet-stream", "storageClass": "STANDARD"}
-        about |= {key: value for key, value in sent.items() if value is not None}
-        about |= {"kind": "storage#object", "id": f"{bucket}/{name}/{self.generation}"}
-        about |= {"bucket": bucket, "name": name, "size": str(len(data)), "metageneration": "1"}
-        about |= {"generation": str(self.generation), "etag": f"CL{self.generation}EAE="}
-        about |= {"timeCreated": now(), "updated": now(), "md5Hash": md5(data)}
-        self.buckets[bucket][name] = {k: v for k, v in about.items() if v is not None}, data
-        return self.buckets[bucket][name][0]
+        {"kind": of FAULTS, "match": regular expression, searched in "METHOD /path?query", decoded,
+        "p": probability, "count": how often, "for": seconds from now, "seconds": how long a delay
+        or a stall takes}. All but kind, and seconds of a delay, may be left out.
+        """
+        self.ask("faults", faults=faults)
 
-    def write(self, kind: str, bucket: str, name: str, data: bytes, sent: Json, query: Json) -> Json:
-        """Make an object, if rights and conditions allow it."""
-        objects = self.open(bucket, "create")
-        self.stats[kind] += 1
-        check(objects, name, query)
-        self.open(bucket, *["delete"] * (name in objects))
-        return self.put(bucket, name, data, sent)
+    def latency(self, seconds: float) -> None:
+        """Let every answer wait; those of several connections wait at the same time."""
+        self.ask("latency", seconds=seconds)
+
+    def rights(self, bucket: str, rights: str) -> None:
+        """Allow only some operations: one of RIGHTS."""
+        self.ask("rights", bucket=bucket, rights=rights)
+
+    def stats(self, reset: bool = False) -> collections.Counter[str]:
+        return collections.Counter(json.loads(self.ask("stats", reset=reset)))
+
+    def requests(self, reset: bool = False) -> list[Json]:
+        """The latest requests: method, path, query, range, status and bytes of the body sent."""
+        return json.loads(self.ask("log", reset=reset))
+
+    def put(self, bucket: str, name: str, data: bytes) -> None:
+        self.ask("put", data, bucket=bucket, name=name)
+
+    def get(self, bucket: str, name: str) -> bytes:
+        return self.ask("get", bucket=bucket, name=name)
+
+    def names(self, bucket: str, prefix: str = "") -> list[str]:
+        return json.loads(self.ask("names", bucket=bucket, prefix=prefix))
+
+    def ask(self, what: str, data: bytes = b"", **given: Any) -> bytes:
+        with contextlib.closing(HTTPConnection(self.url.removeprefix("http://"))) as connection:
+            connection.request("POST", CONTROL + what, json.dumps(given).encode() + b"\n" + data)
+            reply = connection.getresponse()
+            body = reply.read()
+        if reply.status != 200:
+            raise ValueError(body.decode())
+        return body
+
+
+def end_with_parent() -> None:
+    """End the program once its parent has ended or has closed its standard input."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        if select.select([0], [], [], 1)[0] and not os.read(0, 1 << 16):
+            break
+    os._exit(0)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, default=0, help="0: any that is free")
+    parser.add_argument("--bucket", action="append", default=[], help="an empty one; repeatable")
+    parser.add_argument("--load", action="append", default=[], help="NAME=DIR: one of a folder")
+    parser.add_argument("--seed", type=int, default=0, help="of faults with a probability")
+    parser.add_argument("--watch_stdin", action="store_true", help=end_with_parent.__doc__)
+    args = parser.parse_args()
+    if args.watch_stdin:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    storage = Storage()
+    storage.buckets |= {bucket: {} for bucket in args.bucket}
+    for bucket, folder in (pair.split("=", 1) for pair in args.load):
+        storage.buckets.setdefault(bucket, {})
+        for path in filter(Path.is_file, sorted(Path(folder).rglob("*"))):
+            name = path.relative_to(folder).as_posix()
+            storage.put(bucket, name, path.read_bytes(), {})
+    listen = {"host": "127.0.0.1", "port": args.port, "limit": 1 << 20, "backlog": 1024}
+    server = await asyncio.start_server(Service(storage, args.seed).serve, **listen)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main())

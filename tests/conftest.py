@@ -7,10 +7,14 @@ from xla_flags import DEVICES, QUICK
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8 {QUICK}"
 
+from collections.abc import Iterator
+
 import jax
 import pytest
+from bucket_server import Server
 
 from clip_jax import sharding
+from clip_jax.storage import faults
 
 jax.jit(lambda x: x + 1)(0.0)  # XLA reads its flags
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK)  # unknown to libtpu
@@ -31,3 +35,30 @@ def mesh1() -> jax.sharding.Mesh:
 def mesh(request, mesh1, mesh8) -> jax.sharding.Mesh:
     """A test that asks for it runs on one device and on eight."""
     return mesh1 if request.param == "one" else mesh8
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[Server]:
+    """A Google Cloud Storage that this process, and those it starts, take for the real one."""
+    with Server("bucket") as server:
+        os.environ.update(server.env)  # for good: its clients read it once
+        yield server
+
+
+@pytest.fixture
+def bucket(bucket_server: Server, monkeypatch) -> Iterator[Server]:
+    """The same in good order: without faults, latency or restrictions, and with counts at 0."""
+
+    def reset() -> None:
+        bucket_server.faults([])
+        bucket_server.latency(0)
+        bucket_server.rights("bucket", "all")
+        bucket_server.stats(reset=True)
+        bucket_server.requests(reset=True)
+        faults._counts.clear()
+        faults._logged.clear()
+        faults._proven.clear()
+
+    reset()
+    yield bucket_server
+    reset()

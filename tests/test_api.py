@@ -223,12 +223,13 @@ def test_many_inputs_use_one_program_and_few_a_smaller_one(model):
     [
         ("nowhere.png", "nowhere.png"),
         ("broken.png", "broken.png.*unreadable image"),
+        ("https://example.org/a.png", "https:// is not read"),
         (np.zeros((16, 16, 4), np.uint8), "uint8 .h, w, 3.*4"),
         (np.zeros((16, 16, 3)), "uint8 .h, w, 3.*float64"),
         ([np.zeros((16, 16), np.uint8)], "uint8 .h, w, 3"),
         ([None], "uint8 .h, w, 3"),
     ],
-    ids=["missing", "broken", "channels", "dtype", "dimensions", "nothing"],
+    ids=["missing", "broken", "URL", "channels", "dtype", "dimensions", "nothing"],
 )
 def test_unusable_pictures(model, picture, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

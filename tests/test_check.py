@@ -130,6 +130,11 @@ def test_mistakes(tmp_path, capsys):
     assert run(str(tmp_path), "--max_skipped=2") == 2
     assert "not between 0 and 1" in capsys.readouterr().err
     assert run(str(tmp_path), "--workers=-1") == 2
+    assert run("https://host/0.tar") == 2
+    assert "https:// is not read" in capsys.readouterr().err
+    assert run("pipe:cat 0.tar") == 2
+    assert run("digits:test", "--out=hf://host/check") == 2
+    assert "hf:// is not read" in capsys.readouterr().err
     assert run("--help") == 0
     assert "python -m clip_jax data check" in capsys.readouterr().out
     with pytest.raises(argparse.ArgumentTypeError):

@@ -91,7 +91,7 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
         store.save(state, 1, META, {})
         overwrite(state)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-        store.wait()
+        store.finish()
         assert_same(store.restore(1, abstract(SAVED_ON)), want)
 
 
@@ -240,7 +240,7 @@ def test_checkpoint_being_written_at_a_kill_is_ignored(tmp_path, two_checkpoints
         assert store.latest_step() == 2
         assert_same(store.restore(2, abstract(SAVED_ON)), make_state())
         store.save(make_state(), 3, META, {})
-        store.wait()
+        store.finish()
         assert store.latest_step() == 3
         assert_same(store.restore(3, abstract(SAVED_ON)), make_state())
     assert kept(tmp_path) == [2, 3]
@@ -260,7 +260,7 @@ def test_16_bit_state_comes_back_as_it_was(tmp_path):
     state = half_state()
     with checkpoint.Checkpoints(tmp_path) as store:
         store.save(state, 7, META, {})
-        store.wait()
+        store.finish()
         assert_same(store.restore(7, jax.tree.map(as_shape, state)), state)
         # Inference wants float32, which holds every bfloat16.
         variables = store.restore_variables(7, abstract(SAVED_ON).variables)
@@ -282,6 +282,6 @@ def test_state_of_another_precision(tmp_path, saved_half: bool):
     saved, wanted = states[saved_half], states[not saved_half]
     with checkpoint.Checkpoints(tmp_path) as store:
         store.save(saved, 7, META, {})
-        store.wait()
+        store.finish()
         with pytest.raises(UserError, match=r"another precision.* params/text/.*moment_dtype"):
             store.restore(7, jax.tree.map(as_shape, wanted))

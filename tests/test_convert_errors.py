@@ -225,12 +225,32 @@ def test_targets(tmp_path: pathlib.Path):
         convert.write(tiny_weights.make("vit"), tmp_path / "x")
     with pytest.raises(UserError, match=r"end in .pt: call the target .*y.pt"):
         convert.write(tiny_weights.make("vit"), tmp_path / "y", "openai")
+    with pytest.raises(UserError, match=r"https:// is not read.*gs://BUCKET"):
+        convert.write(tiny_weights.make("vit"), "https://example.org/x")
+
+
+@pytest.mark.parametrize("to", convert.FORMATS)
+def test_what_breaks_off_leaves_nothing(to: str, tmp_path: pathlib.Path):
+    ours = tiny_weights.make("siglip" if to == "big_vision" else "vit")
+    last = list(ours.tensors.shapes)[-1]
+
+    def read(name: str) -> np.ndarray:
+        value = ours.tensors.read(name)
+        return np.full_like(value, np.nan) if name == last else value
+
+    broken = dataclasses.replace(ours, tensors=weights.Tensors(ours.tensors.shapes, read))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        convert.write(broken, tmp_path / f"x{convert.FORMATS[to][1]}", to)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sources(tmp_path: pathlib.Path):
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(UserError, match=r"no model that can be read.*workdir.*big_vision"):
+            convert.read(path)
+    for path in ("https://example.org/model.pt", "hf://someone/tiny-clip", "gs:/bucket/model"):
+        with pytest.raises(UserError, match=r"cannot be used: .*Paths are local, gs://BUCKET"):
             convert.read(path)
 
 

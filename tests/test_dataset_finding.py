@@ -130,6 +130,8 @@ def test_folders_and_a_part_of_them_for_validation(tmp_path):
     assert labels(splits["test"]) == [(1,)] * 3
     keys = {role: {source[i].key for i in range(len(source))} for role, source in splits.items()}
     assert len(keys["train"] | keys["validation"]) == 40
+    begun = [read() for read in splits["train"].start([30, 2])]
+    assert begun == [splits["train"][30], splits["train"][2]]
     again = open_split("rendered_sst2", "validation", tmp_path)
     assert {again[i].key for i in range(4)} == keys["validation"]
     write_folders(root / "valid", ["negative"])

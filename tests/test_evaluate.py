@@ -20,7 +20,8 @@ from clip_jax.data.digits import DigitScenes
 from clip_jax.datasets import registry
 from clip_jax.evals.encoder import Encoder
 from clip_jax.evaluate import cli
-from clip_jax.evaluate.folder import read_evaluation
+from clip_jax.evaluate.folder import Folder, read_evaluation
+from clip_jax.storage.faults import StorageError
 from clip_jax.suite.tasks import TASKS
 
 SIDE = 16
@@ -207,6 +208,17 @@ def test_a_killed_evaluation_goes_on(evaluated, tmp_path, monkeypatch):
     name = "results/zeroshot-digits_noisy.json"
     again, first = (json.loads((folder / name).read_text()) for folder in (out, evaluated))
     assert again["scores"] == first["scores"]
+
+
+def test_a_result_that_cannot_be_written_is_no_missing_set(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise StorageError("The bucket is gone.")
+
+    monkeypatch.setattr(Folder, "write", fail)
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path / "out", "--datasets=digits", "--tasks=zeroshot")
+    assert "The bucket is gone." in capsys.readouterr().err
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 def test_own_sets_and_those_that_are_missing(tmp_path, capsys):

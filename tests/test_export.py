@@ -188,15 +188,21 @@ def test_a_file_is_missing_or_cut_short(folder, tmp_path, name):
         exports.load(spoilt)
 
 
+def test_an_address_is_refused():
+    with pytest.raises(UserError, match="https:// is not read"):
+        exports.load("https://example.org/exported")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--out=new"], "names the licence.*--license=apache-2.0"),
         (["--out=new", "--license=other"], "--license_name"),
         (["--out=here", LICENSE], "there already"),
+        (["--out=https://example.org/new", LICENSE], "https:// is not read"),
         (["--out=new", LICENSE, "--model=nowhere"], "nowhere"),
     ],
-    ids=["no licence", "another licence", "out is there", "no model"],
+    ids=["no licence", "another licence", "out is there", "out is a URL", "no model"],
 )
 def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -136,6 +136,7 @@ def test_how_to_load_it_depends_on_the_files(tmp_path, file, library, says):
         (["--license=Apache License 2"], "identifier"),
         (["--license=other", "--license_name=mine"], "--license_link"),
         (["--license=mit", "--out=no/README.md"], "no folder"),
+        (["--license=mit", "--out=https://example.org/README.md"], "https:// is not read"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):

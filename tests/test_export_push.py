@@ -118,6 +118,16 @@ def test_mistakes(folder, change, message, capsys):
     assert re.search(message, found), found
 
 
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [("gs://bucket/exported", "in a bucket: copy it"), ("https://x/y", "https:// is not read")],
+)
+def test_only_local_folders(directory, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        push.main([f"--dir={directory}", "--repo=org/name", "--dry_run"])
+    assert message in capsys.readouterr().err
+
+
 def test_a_name_that_is_none(folder, capsys):
     with pytest.raises(SystemExit, match="2"):
         push.main([f"--dir={folder}", "--repo=name", "--dry_run"])

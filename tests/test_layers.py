@@ -68,7 +68,7 @@ LEAVES = {
     "clip_jax.storage": {"clip_jax.errors"},
     "clip_jax.data": {"clip_jax.errors", "clip_jax.storage"},
     "clip_jax.datasets": {"clip_jax.data", "clip_jax.errors", "clip_jax.storage"},
-    "clip_jax.commands": {"clip_jax.errors"},
+    "clip_jax.commands": {"clip_jax.errors", "clip_jax.storage"},
     "clip_jax.pages": {"clip_jax.storage"},
 }
 

@@ -5,6 +5,8 @@
   python -m clip_jax convert webli_en_b16_224.npz converted/siglip --tokenizer=sentencepiece.model
   python -m clip_jax convert runs/quickstart exported --to=huggingface        # for transformers
 
+Both SRC and DST are local, gs:// or s3://.
+
 SRC: a workdir or checkpoint; a folder that was converted before; a folder of transformers (CLIP,
 SigLIP) or open_clip; OpenAI's archive or a state dict (.pt, .bin, .safetensors); a checkpoint of
 big_vision (.npz); or a name on the Hugging Face hub. Nothing in these files is executed, and

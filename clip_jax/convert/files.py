@@ -14,7 +14,7 @@ from clip_jax import models
 from clip_jax.convert import torch_files
 from clip_jax.convert.mapping import Entry, export_tensors
 from clip_jax.errors import UserError
-from clip_jax.storage import locations, ranges
+from clip_jax.storage import faults, locations, ranges, remote
 from clip_jax.weights import (
     Tensors,
     TokenizerFile,
@@ -55,8 +55,25 @@ class Found:
 
 def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
     """The first of these files that is there."""
-    there = locations.listing(folder)
-    return next((folder / name for name in names if name in there), None)
+    paths = [folder / name for name in names]
+    return next((path for path, stat in zip(paths, locations.stats(paths)) if stat), None)
+
+
+def exists(path: epath.Path) -> bool:
+    """Whether a file or folder is there.
+
+    Raises:
+      UserError: its bucket is not there, or may not be read.
+    """
+    try:
+        found = faults.repeat(path.exists, path)
+    except Exception as error:
+        if remote.is_remote(path) and faults.is_failure(error):
+            raise UserError(faults.explain(error, path)) from error
+        raise
+    if not found and remote.is_remote(path):
+        locations.check_bucket(path)
+    return found
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:

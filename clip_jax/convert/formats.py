@@ -15,7 +15,7 @@ from clip_jax.convert import big_vision, files, huggingface, open_clip, openai, 
 from clip_jax.convert.mapping import import_tensors
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import CHOICES
-from clip_jax.storage import faults, locations, remote, writing
+from clip_jax.storage import faults, locations, writing
 from clip_jax.weights import (
     TokenizerFile,
     Weights,
@@ -174,10 +174,8 @@ def locate(source: epath.PathLike) -> epath.Path:
       UserError: there is none.
     """
     path = locations.parse(source)
-    if faults.repeat(path.exists, path):
+    if files.exists(path):
         return path
-    if remote.is_remote(path):
-        locations.check_bucket(path)
     if isinstance(source, str) and _HUB_NAME.fullmatch(source):
         return _from_hub(source)
     raise UserError(f"There is no {path}: give the workdir of a training run, or {_TAKES}.")
@@ -230,11 +228,11 @@ def write(weights: Weights, target: epath.PathLike, to: str = "clip_jax") -> Non
       to: a name in `FORMATS`.
 
     Raises:
-      UserError: the target is there, or the format has no such model.
+      UserError: the target is there, its bucket is not, or the format has no such model.
     """
     function, ending = FORMATS[to]
     path = locations.parse(target)
-    if faults.repeat(path.exists, path):
+    if files.exists(path):
         raise UserError(f"{path} is there already: name another target, or delete it first.")
     if ending and path.suffix != ending:
         raise UserError(f"{to} has files that end in {ending}: call the target {path}{ending}.")

@@ -126,8 +126,13 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
     return Data(spec, in_order)
 
 
-def output(name: str) -> epath.Path:
-    """Where results shall go; UserError where they cannot, before the work and not behind it."""
+def reachable(name: str) -> epath.Path:
+    """The path that a user typed.
+
+    Raises:
+      UserError: it is of a kind that is not used, or its bucket is not there. To be called before
+        the work whose results shall go there.
+    """
     path = locations.parse(name)
     if remote.is_remote(path):
         locations.check_bucket(path)

@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
     options = parser.parse_args(argv)
     data = arguments.data(options.data, options)
-    output = arguments.output(options.out)
+    output = arguments.reachable(options.out)
     summary = Summary(options.data)
     start = time.perf_counter()
     with writing.replacing(output / "bad.jsonl") as temporary, temporary.open("w") as file:

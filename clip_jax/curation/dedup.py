@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _options(argv)
-    output = arguments.output(options.out)
+    output = arguments.reachable(options.out)
     from clip_jax.curation import dedup_search
 
     source, features = _read(options.data, options.embeddings, options)

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     _refuse_weights(options.text_key)
     data = arguments.data(options.data, options, in_order=not options.shuffle)
-    source, output = data.open(), arguments.output(options.out)
+    output, source = arguments.reachable(options.out), data.open()
     plan = Plan(
         data=options.data,
         examples=len(source),
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser("pack", __doc__)
     add, at_least = parser.add_argument, arguments.at_least
-    add("out", metavar="OUT", help="directory of the shards, local or gs://")
+    add("out", metavar="OUT", help="directory of the shards, local, gs:// or s3://")
     add("--shard_size", type=at_least(1), default=10_000, help="examples; default: 10000")
     add("--shuffle", action="store_true", help="in random order; default: as stored")
     add("--seed", type=at_least(0), default=0, help="of --shuffle; default: 0")
@@ -259,9 +259,11 @@ def _kept(path: str, key: str) -> bool:
 @functools.lru_cache(maxsize=1)
 def _keep_list(path: str) -> np.ndarray:
     """Hashes of the keys in a file, sorted: 8 bytes each, where the keys would take a hundred."""
+    from clip_jax.curation import store
+
     try:
-        with ranges.scanning(locations.parse(path)) as file, io.BufferedReader(file) as lines:
-            hashes = (_hash(line.rstrip(b"\r\n")) for line in lines)
+        with ranges.scanning(locations.parse(path)) as file:
+            hashes = (_hash(line.rstrip(b"\r\n")) for line in store.buffered(file))
             return np.sort(np.fromiter(hashes, np.uint64))
     except OSError as error:
         raise UserError(f"--keep={path} cannot be read: {error}.") from error

@@ -107,7 +107,7 @@ class Found:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _parser().parse_args(argv)
-    figures, html = (name and arguments.output(name) for name in (options.json, options.html))
+    figures, html = (name and arguments.reachable(name) for name in (options.json, options.html))
     data = arguments.data(options.data, options, in_order=options.sample is None)
     source = data.open()
     indices = choose(len(source), options.sample, options.seed)

@@ -32,9 +32,7 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def write_page(
-    path: epath.Path, summary: Mapping[str, Any], tallies: Mapping[str, Tally]
-) -> None:
+def write_page(path: epath.Path, summary: Mapping[str, Any], tallies: Mapping[str, Tally]) -> None:
     """Writes everything as a page; the tallies become its histograms."""
     drawn = [
         {"title": title, "svg": _histogram(tallies[name], title)}

@@ -12,6 +12,7 @@ from clip_jax.datasets import classes
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.datasets.views import Part
 from clip_jax.errors import UserError
+from clip_jax.storage import locations
 
 
 def open_role(
@@ -49,8 +50,8 @@ def open_role(
 def class_folders(root: epath.Path, splits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Names of the class folders of all splits, or of the root if it has none; sorted."""
     places = [root / name for names in splits.values() for name in names]
-    found = {name for place in filter(is_dir, places) for name in _image_folders(place)}
-    return tuple(sorted(found or set(_image_folders(root))))
+    found = {name for place in places for name in _image_folders(place)}
+    return tuple(sorted(found or _image_folders(root)))
 
 
 def _path(dataset: Dataset, role: str, root: epath.Path) -> epath.Path | None:
@@ -64,8 +65,8 @@ def _path(dataset: Dataset, role: str, root: epath.Path) -> epath.Path | None:
             return root / name
     everywhere = [root / name for names in where.splits.values() for name in names]
     # A set without splits, such as a shift as it is distributed, is for testing.
-    if role == "test" and role in where.splits and not any(map(is_dir, everywhere)):
-        return root if next(iter(_image_folders(root)), "") else None
+    if role == "test" and role in where.splits and not any(each.is_dir() for each in everywhere):
+        return root if _image_folders(root) else None
     return None
 
 
@@ -85,7 +86,7 @@ def _open(dataset: Dataset, root: epath.Path, path: epath.Path, spare: epath.Pat
 def _source(
     dataset: Dataset, root: epath.Path, path: epath.Path, spare: epath.Path | None
 ) -> TarShards | ImageFolder:
-    if path.is_dir() and next(iter(path.glob("*.tar")), None):
+    if path.is_dir() and any(each.suffix == ".tar" for each in path.iterdir()):
         type_ = tar_labels.read_layout(root).type
         label_key = {"retrieval": "", "multilabel": "npy"}.get(type_, "cls")
         return TarShards(str(path), "", label_key, spare=spare)
@@ -97,21 +98,8 @@ def _source(
     return ImageFolder(str(path), "", "", by_image=by_image)
 
 
-def _image_folders(root: epath.Path) -> list[str]:
+def _image_folders(root: epath.Path) -> set[str]:
     """Folders below the root that have images, relative to it."""
-    found = []
-    for folder, _, names in root.walk():
-        name = folder.relative_to(root).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/") if name != ".")
-        if name != "." and not hidden and any(map(_is_image, names)):
-            found.append(name)
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_SUFFIXES and not name.startswith(".")
-
-
-def is_dir(path: epath.Path) -> bool:
-    """For filters."""
-    return path.is_dir()
+    visible = (name for name in locations.tree(root) if "/." not in f"/{name}")
+    images = (name for name in visible if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES)
+    return {name.rpartition("/")[0] for name in images} - {""}

@@ -1,7 +1,9 @@
 """A split of a data set as a source, wherever it lies; or how to get it."""
 
 import dataclasses
+import itertools
 import os
+from concurrent import futures
 
 from etils import epath
 
@@ -11,8 +13,10 @@ from clip_jax.datasets import classes, directories, registry
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.datasets.views import Part, Relabelled
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, remote
 
 _TFDS_DIR = "~/tensorflow_datasets"  # TFDS's own, unless TFDS_DATA_DIR says otherwise
+_THREADS = 16  # that look for directories
 
 
 class NotOnDisk(UserError):
@@ -35,7 +39,7 @@ def open_split(
     Args:
       dataset: the set.
       role: "train", "validation" or "test".
-      data_dir: where data sets lie, local or gs://; "": only TFDS's own directory.
+      data_dir: where data sets lie, local, gs:// or s3://; "": only TFDS's own directory.
       image_size: pixels along a side, of embedded sets, which are drawn.
       spare: directory for indices of shards whose own cannot be written to.
 
@@ -52,13 +56,14 @@ def open_split(
     if dataset.where.digits:
         return _digits(dataset, role, image_size)
     roots = _roots(dataset, data_dir)
-    for root in filter(directories.is_dir, roots):
+    for root in roots:
         if (found := directories.open_role(dataset, role, root, spare)) is not None:
             return _relabel(dataset, *found)
     if (place := _prepared(dataset, role, data_dir)) is not None:
         return _relabel(dataset, *_tfds(dataset, role, place, spare))
-    there = next(filter(directories.is_dir, roots), None)
-    raise NotOnDisk(_not_on_disk(dataset, role, data_dir, there))
+    if remote.is_remote(data_dir):
+        locations.check_bucket(locations.parse(data_dir))
+    raise NotOnDisk(_not_on_disk(dataset, role, data_dir, next(iter(roots), None)))
 
 
 def with_classes_of(dataset: Dataset, source: Source) -> Dataset:
@@ -90,15 +95,17 @@ def _digits(dataset: Dataset, role: str, image_size: int) -> Source:
 
 
 def _roots(dataset: Dataset, data_dir: str) -> list[epath.Path]:
-    """Directories that the set may have."""
-    where = dataset.where
+    """Directories of the set, of those that it may have."""
+    where, roots = dataset.where, []
     if where.path:
-        return [epath.Path(where.path).expanduser()]
-    if not data_dir:
-        return []
-    names = dict.fromkeys((dataset.name, *where.directories))
-    names |= dict.fromkeys(f"wds_{name.replace('/', '-')}" for name in names)
-    return [epath.Path(data_dir).expanduser() / name for name in names]
+        roots = [locations.parse(where.path)]
+    elif data_dir:
+        names = dict.fromkeys((dataset.name, *where.directories))
+        names |= dict.fromkeys(f"wds_{name.replace('/', '-')}" for name in names)
+        roots = [locations.parse(data_dir) / name for name in names]
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+        there = pool.map(lambda root: root.is_dir(), roots)
+        return list(itertools.compress(roots, there))
 
 
 def _prepared(dataset: Dataset, role: str, data_dir: str) -> str | None:
@@ -107,9 +114,9 @@ def _prepared(dataset: Dataset, role: str, data_dir: str) -> str | None:
     if tfds is None or role not in tfds.splits:
         return None
     for place in filter(None, (data_dir, os.environ.get("TFDS_DATA_DIR", _TFDS_DIR))):
-        root = epath.Path(place).expanduser() / tfds.name
+        root = locations.parse(place) / tfds.name
         if root.is_dir() and next(iter(root.glob("*/features.json")), None):
-            return str(epath.Path(place).expanduser())
+            return str(locations.parse(place))
     return None
 
 

@@ -9,6 +9,7 @@ from clip_jax.data import tar_labels
 from clip_jax.datasets import dataset, directories, reading
 from clip_jax.datasets.dataset import Dataset, Where
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, ranges
 
 _TEMPLATES = ("a photo of a {}.",)
 
@@ -29,10 +30,10 @@ def read(path: epath.Path, get: Callable[[str], Dataset]) -> Dataset:
         raise UserError(
             f"{path} is no data set: give a directory of class-named folders, or a .json file."
         )
-    found = reading.read(path.read_bytes(), path.stem, str(path))
+    found = reading.read(ranges.read(path), path.stem, str(path))
     where = found.where
     if where.tfds is None and not (where.directories or where.digits):
-        where = dataclasses.replace(where, path=str(path.parent / where.path))
+        where = dataclasses.replace(where, path=str(path.parent / locations.parse(where.path)))
     found = dataclasses.replace(found, where=where)
     if found.base and found.class_names:
         dataset.check_base(found, get(found.base))
@@ -63,7 +64,8 @@ def _directory(root: epath.Path) -> Dataset:
 
 def _splits(root: epath.Path) -> dict[str, tuple[str, ...]]:
     """The splits that a directory has; where there are other folders too, those are classes."""
-    folders = {path.name for path in root.iterdir() if path.is_dir() and path.name[0] != "."}
+    folders = {name.partition("/")[0] for name in locations.tree(root) if "/" in name}
+    folders = {name for name in folders if name[0] != "."}
     names = {name for names in reading.SPLITS.values() for name in names}
     if folders and folders <= names:
         return {role: names for role, names in reading.SPLITS.items() if folders & set(names)}

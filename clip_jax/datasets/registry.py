@@ -7,11 +7,10 @@ import importlib.resources
 import json
 from collections.abc import Mapping
 
-from etils import epath
-
 from clip_jax.datasets import dataset, own, reading
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
+from clip_jax.storage import locations
 
 _SETS = importlib.resources.files("clip_jax.datasets") / "sets"
 _COLLECTIONS = "collections.json"
@@ -39,7 +38,7 @@ def get(name: str) -> Dataset:
     """
     if name in names():
         return _load(name)
-    path = epath.Path(name).expanduser()
+    path = locations.parse(name)
     if path.exists():
         return own.read(path, get)
     near = difflib.get_close_matches(name, [*names(), *collections()], n=3, cutoff=0.5)

@@ -1,10 +1,13 @@
 """Sources cut and relabelled: what stands between a split on disk and a data set."""
 
 import dataclasses
+import functools
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from clip_jax.data import sources
 from clip_jax.data.sources import Example, Source
 from clip_jax.errors import UserError
 
@@ -38,6 +41,10 @@ class Part:
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._places[index])]
 
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read examples, as `sources.start` does."""
+        return sources.start(self._source, self._places[indices].tolist())
+
 
 class Relabelled:
     """A source with the labels of a data set.
@@ -68,7 +75,15 @@ class Relabelled:
 
     def __getitem__(self, index: int) -> Example:
         """May raise UserError too: the example has a label beyond those known."""
-        example = self._source[index]
+        return self._relabel(lambda: self._source[index])
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read examples, as `sources.start` does."""
+        begun = sources.start(self._source, indices)
+        return [functools.partial(self._relabel, read) for read in begun]
+
+    def _relabel(self, read: Callable[[], Example]) -> Example:
+        example = read()
         labels = [self._number(label, example.key) for label in example.labels]
         known = tuple(dict.fromkeys(label for label in labels if label >= 0))
         return dataclasses.replace(example, labels=known)

@@ -27,7 +27,7 @@ def write_report(
     """Writes the report of a run.
 
     Args:
-      path: the file to write, local or remote (gs://).
+      path: the file to write; local, gs:// or s3://.
       summary: what ran.
       history: rows of metrics.jsonl: "step", and metrics named "group/name"; not every row needs
         every metric.

@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from clip_jax import commands
-from clip_jax.curation.arguments import at_least, share
+from clip_jax.curation.arguments import at_least, reachable, share
 from clip_jax.errors import UserError
 from clip_jax.retrieval import hosts
+from clip_jax.storage import locations
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -101,6 +102,8 @@ def _parser(suite: "ConfigDict") -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
     settings, names = _settings(options, suite), _tasks(options.tasks)
+    if options.data_dir:
+        reachable(options.data_dir)
     process, _ = hosts.join_hosts(options)
     from clip_jax import convert
     from clip_jax.datasets import registry
@@ -174,8 +177,8 @@ def _tasks(wanted: str) -> list[str]:
 def _out(options: argparse.Namespace, found: "Weights") -> epath.Path:
     """Where it is written: the directory named, or one beside the checkpoint it belongs to."""
     if options.out:
-        return epath.Path(options.out).expanduser()
-    workdir = epath.Path(options.checkpoint).expanduser()
+        return reachable(options.out)
+    workdir = locations.parse(options.checkpoint)
     if workdir.parent.name == "checkpoints":
         workdir = workdir.parent.parent
     if not workdir.is_dir():

@@ -26,6 +26,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax import commands, metrics, models
+from clip_jax.curation.arguments import reachable
 from clip_jax.datasets import registry
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
@@ -33,6 +34,7 @@ from clip_jax.evaluate.comparison import Compared
 from clip_jax.evaluate.folder import ALL, About, Evaluation, read_evaluation
 from clip_jax.pages import page
 from clip_jax.plan import model_flops
+from clip_jax.storage import locations, writing
 from clip_jax.suite.results import Result, Score
 
 _HERE = Path(__file__).parent
@@ -50,6 +52,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    out = reachable(options.out)
     found = [each for name in options.models for each in read(name)]
     twice = [one.name for i, one in enumerate(found) if one.name in [o.name for o in found[:i]]]
     if twice:
@@ -57,8 +60,6 @@ def _run(options: argparse.Namespace) -> None:
             f"Two of the models are called {twice[0]!r}: give one another name, as in "
             f'"other={options.models[-1]}".'
         )
-    out = epath.Path(options.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
     tables = comparison.tables(found)
     panels = comparison.panels(found)
     page.write(
@@ -89,8 +90,9 @@ def read(name: str) -> list[Compared]:
     if rest.startswith(f"{_PAPER}:"):
         model = rest.removeprefix(f"{_PAPER}:")
         return [_paper(model, label if equals else f"{model} (paper)")]
-    directory = epath.Path(rest).expanduser()
-    evaluation = directory if (directory / ALL).exists() else _latest(directory)
+    directory = locations.parse(rest)
+    there = locations.stat(directory / ALL) is not None
+    evaluation = directory if there else _latest(directory)
     history = metrics.read_history(directory if evaluation != directory else directory.parent)
     if evaluation is None and not history:
         raise UserError(
@@ -146,4 +148,4 @@ def _write_table(path: epath.Path, found: Sequence[Compared]) -> None:
     for one in found:
         for score in one.evaluation.scores() if one.evaluation else ():
             writer.writerow({"model": one.name, **dataclasses.asdict(score)})
-    path.write_text(file.getvalue())
+    writing.write(path, file.getvalue())

@@ -15,8 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.curation.store import replacing
 from clip_jax.errors import UserError
+from clip_jax.storage import locations, ranges, writing
 from clip_jax.suite.results import Result, Score, to_json
 
 ALL, TABLE, _FOLDER = "results.json", "results.csv", "results"
@@ -76,9 +76,9 @@ def read_evaluation(directory: epath.PathLike) -> Evaluation:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    path = epath.Path(directory).expanduser() / ALL
+    path = locations.parse(directory) / ALL
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(ranges.read(path))
         return Evaluation(
             **fields
             | {
@@ -101,35 +101,30 @@ class Folder:
     """A directory of results."""
 
     def __init__(self, directory: epath.PathLike):
-        self.directory = epath.Path(directory).expanduser()
+        self.directory = locations.parse(directory)
 
     def read(self, task: str, dataset: str, made_of: str) -> Result | None:
         """What is there already; None: nothing, or something made of something else."""
-        path = self._path(task, dataset)
-        if not path.exists():
+        try:
+            found = Result.from_json(json.loads(ranges.read(self._path(task, dataset))))
+        except FileNotFoundError:
             return None
-        found = Result.from_json(json.loads(path.read_text()))
         return found if found.made_of == made_of else None
 
     def write(self, result: Result) -> None:
         """Keeps a result, whole or not at all."""
         path = self._path(result.task, result.dataset)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(to_json(dataclasses.asdict(result)))
+        writing.write(path, to_json(dataclasses.asdict(result)))
 
     def write_all(self, evaluation: Evaluation) -> None:
         """Writes results.json and results.csv."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with replacing(self.directory / ALL) as temporary:
-            temporary.write_text(to_json(dataclasses.asdict(evaluation)))
+        writing.write(self.directory / ALL, to_json(dataclasses.asdict(evaluation)))
         names = [field.name for field in dataclasses.fields(Score)]
         file = io.StringIO()
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(dataclasses.asdict(score) for score in evaluation.scores())
-        with replacing(self.directory / TABLE) as temporary:
-            temporary.write_text(file.getvalue())
+        writing.write(self.directory / TABLE, file.getvalue())
 
     def _path(self, task: str, dataset: str) -> epath.Path:
         return self.directory / _FOLDER / f"{task}-{dataset}.json"

@@ -10,6 +10,7 @@ from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
 from clip_jax.evaluate.folder import Folder
 from clip_jax.pages.page import duration, percent
+from clip_jax.storage.faults import StorageError
 from clip_jax.suite.material import TEST
 from clip_jax.suite.results import Result, Score, fingerprint
 from clip_jax.suite.tasks import TASKS, Context, Task
@@ -24,6 +25,8 @@ def complete(context: Context, say: Say) -> tuple[Context, dict[str, str]]:
         try:
             source = context.material.source(dataset, TEST)
             found.append(finding.with_classes_of(dataset, source))
+        except StorageError:
+            raise
         except UserError as error:
             missing[dataset.name] = str(error)
             say(f"{dataset.title}: {error}")
@@ -47,6 +50,8 @@ def prepare(context: Context, names: Sequence[str]) -> None:
         for role in dict.fromkeys(role for task in tasks for role in task.roles):
             try:
                 context.material.split(dataset, role)
+            except StorageError:
+                raise
             except UserError:
                 continue  # whoever needs it says so
 
@@ -83,6 +88,8 @@ def run_all(
                 else:
                     say(_line(result, width, "done before"))
                 results.append(result)
+            except StorageError:  # nothing else is there to be read either, nor to be written to
+                raise
             except UserError as error:
                 failed[f"{dataset.name}, {name}"] = str(error)
                 say(f"{dataset.title}, {task.title.lower()}: {error}")

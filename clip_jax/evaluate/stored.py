@@ -1,6 +1,8 @@
 """Embeddings kept on disk: made once, shared by all tasks, resumed where a killed run ended."""
 
+import contextlib
 import hashlib
+import io
 import json
 import time
 from collections import Counter
@@ -11,7 +13,6 @@ import numpy as np
 from etils import epath
 
 from clip_jax.api import Model
-from clip_jax.curation.store import replacing
 from clip_jax.data.captions import Captions
 from clip_jax.data.sources import Example, Source
 from clip_jax.datasets import finding
@@ -21,6 +22,7 @@ from clip_jax.evals.encoder import to_host
 from clip_jax.models.prompts import prepare
 from clip_jax.retrieval import making
 from clip_jax.retrieval.store import Store
+from clip_jax.storage import locations, ranges, writing
 from clip_jax.suite.material import Split
 
 _ROWS = 16_384  # examples in a part: what a killed evaluation loses at most
@@ -54,8 +56,9 @@ class Stored:
         """
         self.model, self.parameters = model, making.fingerprint(model)
         self._maker = making.Maker(model, batch_size, threads)
-        self._directory, self._data_dir = epath.Path(directory).expanduser(), data_dir
+        self._directory, self._data_dir = locations.parse(directory), data_dir
         self._share = process, processes
+        self._sources: dict[tuple[str, str], Source] = {}
         self._held: dict[tuple[str, str], Split] = {}
         encoder, params = self._maker.encoder, model.variables["params"]
         self.mesh = encoder.mesh
@@ -66,13 +69,16 @@ class Stored:
 
     def source(self, dataset: Dataset, role: str) -> Source:
         """The examples of a split; `finding.NotOnDisk` where they are not there."""
-        return finding.open_split(
-            dataset,
-            role,
-            self._data_dir,
-            image_size=self.model.net.size.image_size,
-            spare=self._directory / "index",
-        )
+        key = dataset.name, role
+        if key not in self._sources:
+            self._sources[key] = finding.open_split(
+                dataset,
+                role,
+                self._data_dir,
+                image_size=self.model.net.size.image_size,
+                spare=self._directory / "index",
+            )
+        return self._sources[key]
 
     def split(self, dataset: Dataset, role: str) -> Split:
         """A split, embedded; waits for what other hosts make of it."""
@@ -95,8 +101,9 @@ class Stored:
 
     def release(self, dataset: Dataset) -> None:
         """Forgets what is held in memory of a data set; it stays on disk."""
-        for key in [key for key in self._held if key[0] == dataset.name]:
-            del self._held[key]
+        for held in (self._sources, self._held):
+            for key in [key for key in held if key[0] == dataset.name]:
+                del held[key]
 
     def alone(self) -> None:
         """From here on, this host makes what is missing by itself."""
@@ -135,9 +142,8 @@ class Stored:
         """float32 [n, e], L2-normalised; kept on disk, texts longer than the context are cut."""
         digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:24]
         path = self._directory / "texts" / f"{self.parameters[:12]}-{digest}.npy"
-        if path.exists():
-            with path.open("rb") as file:
-                return np.load(file)
+        with contextlib.suppress(FileNotFoundError):
+            return np.load(io.BytesIO(ranges.read(path)))
         if len(texts) > _ROWS:  # so many are worth being kept in parts
             made = self.fill(f"texts/{digest}", {"texts": digest}, Texts(texts), ("text_embed",))
             embeds = np.zeros((len(texts), made.manifest.columns["text_embed"]), np.float32)
@@ -146,8 +152,7 @@ class Stored:
         assert self.model.tokenizer is not None
         tokens = self.model.tokenizer(list(texts), truncate=True)
         embeds = self._maker.encoder.texts(self.model.variables, tokens, by_length=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        with writing.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, embeds)
         return embeds
 

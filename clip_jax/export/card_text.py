@@ -34,8 +34,9 @@ def render(found: Record, given: Terms, directory: epath.PathLike) -> str:
       given: what its owner adds.
       directory: it will lie in; its files decide how the card says the model is loaded.
     """
-    there = locations.listing(epath.Path(directory))
-    kinds = [kind for kind, file in _LIBRARIES.items() if file in there]
+    folder = epath.Path(directory)
+    there = locations.stats([folder / file for file in _LIBRARIES.values()])
+    kinds = [kind for kind, stat in zip(_LIBRARIES, there) if stat]
     name = given.name or _title(found)
     scores = found.training.scores if found.training else {}
     environment = Environment(

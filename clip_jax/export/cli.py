@@ -4,7 +4,7 @@
   python -m clip_jax export --model=runs/mine --out=onnx --format=onnx --license=apache-2.0
   python -m clip_jax push --dir=exported --repo=org/name
 
-Writes to --out:
+Writes to --out, which is local, gs:// or s3://:
   encode_image.*   pixels, uint8 [batch, size, size, 3], to embeddings, float32 [batch, dimensions]
   encode_text.*    tokens, int32 [batch, context length], to the same
   preprocess.json  how pictures become pixels and captions tokens; mean and deviation are inside
@@ -54,10 +54,10 @@ def _export(args: argparse.Namespace) -> None:
     given = terms.parse(args)  # a mistake is answered before anything slow
     from clip_jax import convert
     from clip_jax.export import card_text, record
-    from clip_jax.storage import faults, locations, writing
+    from clip_jax.storage import locations, writing
 
     out = locations.parse(args.out)
-    if faults.repeat(out.exists, out):
+    if convert.files.exists(out):
         raise UserError(f"{out} is there already: name another --out, or delete it first.")
     found = convert.read(args.model, step=args.step)
     about = record.read(found)

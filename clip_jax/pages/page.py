@@ -24,7 +24,7 @@ def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) ->
     """Writes a page.
 
     Args:
-      path: local or remote (gs://).
+      path: local, gs:// or s3://.
       template: the file.
       *others: directories of templates that it imports, besides its own and this one.
       **values: for its variables.

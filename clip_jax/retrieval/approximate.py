@@ -5,23 +5,23 @@ import os
 import numpy as np
 import tqdm
 
-from clip_jax.curation.store import replacing
 from clip_jax.errors import UserError
 from clip_jax.retrieval.exact import Best
 from clip_jax.retrieval.store import Store
+from clip_jax.storage import locations, ranges, writing
 
 # Links of a row; rows looked at when one is added and when one is searched for.
 _CONNECTIVITY, _ADDING, _SEARCHING = 16, 128, 256
 
 
 class Index:
-    """An index of one column of a store, mapped from its file."""
+    """An index of one column of a store, mapped from its file, or a local copy of that."""
 
     def __init__(self, store: Store, column: str):
         """Opens the index; builds it where there is none.
 
         Raises:
-          UserError: usearch is missing, or the store is not on a local disk.
+          UserError: usearch is missing.
         """
         try:
             from usearch.index import Index as Graph
@@ -30,11 +30,6 @@ class Index:
                 f"An approximate index needs usearch ({error}): run `pip install usearch`, or "
                 "search exactly, without --index."
             ) from error
-        if "://" in os.fspath(store.directory):
-            raise UserError(
-                f"An index is mapped from a local disk: copy {store.directory} to one, or search "
-                "exactly, without --index."
-            )
         # Named by what it was made of, so it cannot be taken for that of other embeddings.
         path = store.directory / f"{column}-{store.manifest.fingerprint[:12]}.usearch"
         self._graph = Graph(
@@ -45,11 +40,13 @@ class Index:
             expansion_add=_ADDING,
             expansion_search=_SEARCHING,
         )
-        if not path.exists():
+        if (stat := locations.stat(path)) is None:
             self._build(store, column)
-            with replacing(path) as temporary:
+            with writing.replacing(path) as temporary:
                 self._graph.save(os.fspath(temporary))
-        self._graph.view(os.fspath(path))
+            stat = locations.stat(path)
+        assert stat is not None
+        self._graph.view(os.fspath(ranges.local_copy(path, stat)))
 
     def search(self, queries: np.ndarray, k: int) -> Best:
         """As `exact.search`, now and then without one of the best."""

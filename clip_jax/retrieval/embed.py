@@ -21,10 +21,8 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from etils import epath
-
 from clip_jax import commands
-from clip_jax.curation.arguments import at_least
+from clip_jax.curation.arguments import at_least, reachable
 from clip_jax.errors import UserError
 from clip_jax.retrieval import hosts
 
@@ -53,7 +51,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="what clip_jax.load takes: a workdir, a checkpoint, ...")
     inputs.add_data(parser)
-    add("--out", required=True, metavar="DIR", help="local or gs://")
+    add("--out", required=True, metavar="DIR", help="local, gs:// or s3://")
     add(
         "--of",
         choices=_COLUMNS,
@@ -80,6 +78,7 @@ def _run(options: argparse.Namespace) -> None:
     from clip_jax import api
     from clip_jax.retrieval import inputs, making
 
+    out = reachable(options.out)
     fields = {name: getattr(options, name) for name in inputs.FIELDS}
     source = inputs.open_source(fields)
     model = api.load(options.model)
@@ -94,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
             "embed images alone, by --of=images."
         )
     store = making.begin(
-        epath.Path(options.out),
+        out,
         fields,
         len(source),
         model,

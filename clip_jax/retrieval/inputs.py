@@ -1,8 +1,8 @@
 """What can be embedded: every data set that can be trained on, plain folders, caption files."""
 
 import argparse
-import itertools
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -12,6 +12,7 @@ from clip_jax.curation import arguments
 from clip_jax.data import captions, folder
 from clip_jax.data.sources import IMAGE_SUFFIXES, Example, Source
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import locations, ranges
 
 # Of the command line; what a store keeps of its data, so that they can be opened again.
 FIELDS = ("data", "split", "data_dir", "image_key", "text_key", "label_key", "group_keys")
@@ -45,11 +46,8 @@ def is_caption_file(data: str) -> bool:
 
 def picture_root(data: str) -> str:
     """The directory that keys are relative to; "" where the images are no files of their own."""
-    path = epath.Path(data).expanduser()
-    shards = ("*.tar", "*.tfrecord*")
-    if not path.is_dir() or any(next(iter(path.glob(pattern)), None) for pattern in shards):
-        return ""
-    return str(path)
+    path = locations.parse(data)
+    return "" if not path.is_dir() or arguments.kind_of_shards(path) else str(path)
 
 
 def open_source(fields: Mapping[str, str]) -> Source:
@@ -60,14 +58,14 @@ def open_source(fields: Mapping[str, str]) -> Source:
     """
     data = fields["data"]
     if is_caption_file(data):
-        return CaptionFile(epath.Path(data).expanduser(), fields["text_key"])
+        return CaptionFile(locations.parse(data), fields["text_key"])
     options = argparse.Namespace(**fields)
     if not (root := picture_root(data)):
         named = arguments.data(data, options)
         named.spec.group_keys = options.group_keys
         return named.open()
     keys = fields["text_key"], fields["label_key"], fields["group_keys"]
-    if any(keys) or any((epath.Path(root) / name).exists() for name in folder.TABLES):
+    if any(keys) or any(path.name in folder.TABLES for path in epath.Path(root).iterdir()):
         return folder.ImageFolder(root, *keys)
     pictures = Pictures(epath.Path(root))
     return folder.ImageFolder(root, *keys) if pictures.are_pairs else pictures
@@ -87,11 +85,7 @@ class Pictures:
     def __init__(self, root: epath.Path):
         """Lists the directory; UserError where it has no image."""
         self._root = root
-        names = itertools.chain.from_iterable(
-            [(place / name).relative_to(root).as_posix() for name in names]
-            for place, _, names in root.walk()
-        )
-        visible = sorted(name for name in names if "/." not in f"/{name}")
+        visible = [name for name in locations.tree(root) if "/." not in f"/{name}"]
         self._texts = {name for name in visible if name.endswith(".txt")}
         self._names = [name for name in visible if _suffix(name) in IMAGE_SUFFIXES]
         captioned = {_stem(name) for name in visible if _suffix(name) in ("txt", "json")}
@@ -108,15 +102,25 @@ class Pictures:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
-        key = self._names[index]
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read pictures and texts, as `sources.start` does."""
+        return [self._start(self._names[index]) for index in indices]
+
+    def _start(self, key: str) -> Callable[[], Example]:
         beside = f"{_stem(key)}.txt"
+        names = [key, beside] if beside in self._texts else [key]
+        reads = [ranges.start_whole(self._root / name) for name in names]
+        return functools.partial(self._example, key, reads)
+
+    def _example(self, key: str, reads: Sequence[Callable[[], bytes]]) -> Example:
         try:
-            image = (self._root / key).read_bytes()
-            text = (self._root / beside).read_bytes() if beside in self._texts else None
+            image, *texts = (read() for read in reads)
         except OSError as error:
             raise BadExample("unreadable file", key, str(error)) from None
-        texts = captions.collect([(text, 1.0)], key, required=False)
-        return Example(image, texts, labels=(), key=key)
+        fields = [(text, 1.0) for text in texts or [None]]
+        return Example(image, captions.collect(fields, key, required=False), labels=(), key=key)
 
 
 class CaptionFile:
@@ -139,16 +143,17 @@ class CaptionFile:
         Raises:
           UserError: it is not there, cannot be read, has no texts, or no column of them.
         """
-        if not path.exists():
-            raise UserError(f"There is no file {path}.")
-        if path.suffix == ".txt":
-            self._rows: list[tuple[str, Any]] = [
-                (str(number), line)
-                for number, line in enumerate(path.read_bytes().splitlines())
-                if line.strip()
-            ]
-        else:
-            self._rows = _table_rows(path, text_key)
+        try:
+            if path.suffix == ".txt":
+                self._rows: list[tuple[str, Any]] = [
+                    (str(number), line)
+                    for number, line in enumerate(ranges.read(path).splitlines())
+                    if line.strip()
+                ]
+            else:
+                self._rows = _table_rows(path, text_key)
+        except FileNotFoundError:
+            raise UserError(f"There is no file {path}.") from None
         if not self._rows:
             raise UserError(f"There is no text in {path}.")
 

@@ -1,14 +1,15 @@
 """Part of a source as the encoder reads it; what cannot be used is noted with its reason."""
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 
-from clip_jax.data import crops, images
+from clip_jax.data import crops, images, sources
 from clip_jax.data.captions import Captions
 from clip_jax.data.sources import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
@@ -70,9 +71,17 @@ class Reader:
 
     def __getitem__(self, index: int) -> Example:
         """The example at `index` of the range, its image decoded and cropped."""
-        place = self._range[index]
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read examples, as `sources.start` does."""
+        places = [self._range[index] for index in indices]
+        begun = zip(places, sources.start(self._source, places))
+        return [functools.partial(self._example, place, read) for place, read in begun]
+
+    def _example(self, place: int, read: Callable[[], Example]) -> Example:
         try:
-            example = self._source[place]
+            example = read()
             pixels = self._check(example)
         except BadExample as bad:
             self.skipped[place] = bad

@@ -8,19 +8,22 @@ A directory holds
 """
 
 import dataclasses
+import functools
 import hashlib
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from clip_jax.curation.store import replacing
 from clip_jax.errors import BadExample, UserError
 from clip_jax.retrieval.reader import Row
+from clip_jax.storage import locations, ranges, writing
 
 COLUMNS = ("image_embed", "image_features", "text_embed")
 FORMATS = ("parquet", "npy")
@@ -28,6 +31,9 @@ DTYPES = ("float16", "float32")
 BLOCK = 16_384  # rows of a block; also of a row group
 _MANIFEST = "embeddings.json"
 _SKIPPED = b"skipped"  # metadata of a part: JSON
+_THREADS = 32  # that read of parts beside each other, since a bucket takes its time to answer
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Store:
     """A directory of embeddings. Rows are numbered through all parts, from 0."""
 
     def __init__(self, directory: epath.PathLike, manifest: Manifest):
-        self.directory = epath.Path(directory).expanduser()
+        self.directory = locations.parse(directory)
         self.manifest = manifest
 
     # ---- Writing --------------------------------------------------------------------------------
@@ -80,13 +86,11 @@ class Store:
         Raises:
           UserError: the directory has embeddings made of something else.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
         path = self.directory / _MANIFEST
-        if path.exists():
+        if locations.stat(path) is not None:
             _check_same(_read_manifest(self.directory), self.manifest, self.directory)
             return
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
+        writing.write(path, json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
 
     def path(self, part: int) -> epath.Path:
         """Of a part's table."""
@@ -94,7 +98,7 @@ class Store:
 
     def missing(self) -> list[int]:
         """The parts that are not there yet."""
-        there = {path.name for path in self.directory.glob("part-*.parquet")}
+        there = locations.listing(self.directory)
         return [part for part in range(self.manifest.parts) if self.path(part).name not in there]
 
     def range(self, part: int) -> tuple[int, int]:
@@ -123,7 +127,7 @@ class Store:
             values = values.astype(self.manifest.dtype)
             if self.manifest.format == "npy":
                 path = self._array_path(part, name)
-                with replacing(path) as temporary, temporary.open("wb") as file:
+                with writing.replacing(path) as temporary, temporary.open("wb") as file:
                     np.save(file, values)
             else:
                 flat = pa.array(values.reshape(-1))
@@ -134,61 +138,71 @@ class Store:
             for index, bad in sorted(skipped.items())
         ]
         table = table.replace_schema_metadata({_SKIPPED: json.dumps(bad)})
-        with replacing(self.path(part)) as temporary, temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd", row_group_size=BLOCK)
+        with writing.replacing(self.path(part)) as temporary:
+            pq.write_table(table, temporary, compression="zstd", row_group_size=BLOCK)
 
     def finish(self) -> list[dict[str, Any]]:
         """Writes and returns the list of what was skipped; all parts must be there."""
-        skipped: list[dict[str, Any]] = []
-        for part in range(self.manifest.parts):
-            with self.path(part).open("rb") as file:
-                skipped += json.loads(pq.read_schema(file).metadata[_SKIPPED])
-        with replacing(self.directory / "skipped.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(bad) + "\n" for bad in skipped))
+        parts = range(self.manifest.parts)
+        lists = self._look(parts, lambda _, file: json.loads(file.metadata.metadata[_SKIPPED]))
+        skipped = [bad for each in lists for bad in each]
+        lines = "".join(json.dumps(bad) + "\n" for bad in skipped)
+        writing.write(self.directory / "skipped.jsonl", lines)
         return skipped
 
     # ---- Reading --------------------------------------------------------------------------------
 
     def counts(self) -> list[int]:
         """Rows of each part."""
-        found = []
-        for part in range(self.manifest.parts):
-            with self.path(part).open("rb") as file:
-                found.append(pq.read_metadata(file).num_rows)
-        return found
+        return self._look(range(self.manifest.parts), lambda _, file: file.metadata.num_rows)
 
     def blocks(self, column: str) -> Iterator[np.ndarray]:
         """The embeddings of a column in order, [n, width] as stored, n at most `BLOCK`."""
         for part in range(self.manifest.parts):
             if self.manifest.format == "npy":
-                with self._array_path(part, column).open("rb") as file:
-                    values = np.load(file)
+                values = np.load(io.BytesIO(ranges.read(self._array_path(part, column))))
                 for first in range(0, len(values), BLOCK):
                     yield values[first : first + BLOCK]
             else:
-                with self.path(part).open("rb") as file:
+                with ranges.scanning(self.path(part)) as file:
                     for batch in pq.ParquetFile(file).iter_batches(BLOCK, columns=[column]):
                         flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
                         yield flat.reshape(-1, self.manifest.columns[column])
 
     def table(self) -> pa.Table:
         """The fields of `Row` of all rows, in order."""
-        parts = []
-        for part in range(self.manifest.parts):
-            with self.path(part).open("rb") as file:
-                parts.append(pq.read_table(file, columns=list(Row._fields)))
-        return pa.concat_tables(parts)
+        parts, columns = range(self.manifest.parts), list(Row._fields)
+        return pa.concat_tables(self._look(parts, lambda _, file: file.read(columns)))
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
         """Rows by their numbers, in the order given; reads only the row groups they lie in."""
-        firsts = np.cumsum([0, *self.counts()])
-        parts = np.searchsorted(firsts, numbers, side="right") - 1
-        found: dict[int, Row] = {}
-        for part in sorted(set(parts.tolist())):
-            wanted = {n - int(firsts[part]): n for n, p in zip(numbers, parts) if p == part}
-            with self.path(part).open("rb") as file:
-                found |= {wanted[at]: row for at, row in _read_rows(pq.ParquetFile(file), wanted)}
+        parts = np.searchsorted(self._firsts, numbers, side="right") - 1
+        wanted: dict[int, dict[int, int]] = {}  # numbers, by part and place in it
+        for part, number in zip(parts.tolist(), numbers):
+            wanted.setdefault(part, {})[number - int(self._firsts[part])] = number
+
+        def read(part: int, file: pq.ParquetFile) -> list[tuple[int, Row]]:
+            return [(wanted[part][at], row) for at, row in _read_rows(file, wanted[part])]
+
+        found = dict(pair for pairs in self._look(wanted, read) for pair in pairs)
         return [found[number] for number in numbers]
+
+    @functools.cached_property
+    def _firsts(self) -> np.ndarray:
+        """Number of the first row of each part, and of all rows."""
+        return np.cumsum([0, *self.counts()])
+
+    def _look(
+        self, parts: Iterable[int], read: Callable[[int, pq.ParquetFile], Result]
+    ) -> list[Result]:
+        """What `read` finds in the tables of some parts, given their number too."""
+
+        def look(part: int) -> Result:
+            with self.path(part).open("rb") as file:
+                return read(part, pq.ParquetFile(file))
+
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(look, parts))
 
     def _array_path(self, part: int, column: str) -> epath.Path:
         return self.path(part).with_suffix(f".{column}.npy")
@@ -207,7 +221,7 @@ _SCHEMA = pa.schema(
 
 def open_store(directory: epath.PathLike) -> Store:
     """Embeddings that are complete; UserError where there are none, or parts are missing."""
-    path = epath.Path(directory).expanduser()
+    path = locations.parse(directory)
     store = Store(path, _read_manifest(path))
     if missing := store.missing():
         raise UserError(
@@ -220,7 +234,7 @@ def open_store(directory: epath.PathLike) -> Store:
 
 def _read_manifest(directory: epath.Path) -> Manifest:
     try:
-        fields = json.loads((directory / _MANIFEST).read_text())
+        fields = json.loads(ranges.read(directory / _MANIFEST))
         return Manifest(**fields)
     except FileNotFoundError:
         raise UserError(
@@ -247,7 +261,7 @@ def _check_same(there: Manifest, wanted: Manifest, directory: epath.Path) -> Non
         )
 
 
-def _read_rows(file: pq.ParquetFile, wanted: Mapping[int, int]) -> Iterator[tuple[int, Row]]:
+def _read_rows(file: pq.ParquetFile, wanted: Iterable[int]) -> Iterator[tuple[int, Row]]:
     """The rows of one part at some places, with these."""
     first = 0
     for group in range(file.num_row_groups):

@@ -12,6 +12,7 @@ import random
 import re
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -29,12 +30,14 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.2, 30.0  # seconds
 _LOG_EVERY = 30.0  # seconds between two log lines of the same reason
 
 _CODE = re.compile(r"http_response_code='(\d+)'|\((\d{3})\)|status[ =:]+'?(\d{3})|code: (\d{3})")
+_BY_TENSORSTORE = re.compile(r"http_response_code=|CURL error")
 _DENIED = ("401", "403")
 _TRANSIENT_CODES = ("408", "429", "500", "502", "503", "504")
 
 _counts: Counter[str] = Counter()
 _logged: dict[str, tuple[float, int]] = {}  # by reason: when, and the count then
-_proven: set[str] = set()  # buckets that have answered: what they refuse now, they may grant again
+# Buckets that have been read, or written (True): what they refuse now, they may grant again.
+_proven: set[tuple[str, bool]] = set()
 _lock = threading.Lock()
 
 Result = TypeVar("Result")
@@ -65,9 +68,9 @@ def note(reason: str, path: epath.PathLike, detail: str = "") -> None:
     )
 
 
-def proven(path: epath.PathLike) -> None:
-    """Notes that the bucket of a path has answered."""
-    _proven.add(remote.split(path)[1])
+def proven(path: epath.PathLike, writing: bool = False) -> None:
+    """Notes that the bucket of a path could be read, or written."""
+    _proven.add((remote.split(path)[1], writing))
 
 
 def reason(error: BaseException) -> str:
@@ -104,27 +107,28 @@ def _status(error: BaseException) -> str:
     return next(filter(None, match.groups()), "") if match else ""
 
 
-def passes(error: BaseException, path: epath.PathLike) -> bool:
-    """Whether a failure may be gone a little later."""
+def passes(error: BaseException, path: epath.PathLike, writing: bool = False) -> bool:
+    """Whether a failure to read, or to write, may be gone a little later."""
     name = reason(error)
     if name in ("no answer", "connection broken", "body cut short"):
         return True
     code = name.removeprefix("HTTP ")
-    # Expired credentials, in a run that has read the bucket before.
-    return code in _TRANSIENT_CODES or (code in _DENIED and remote.split(path)[1] in _proven)
+    # Credentials that have expired, in a run that could do this before.
+    renewed = code in _DENIED and (remote.split(path)[1], writing) in _proven
+    return code in _TRANSIENT_CODES or renewed
 
 
 class Patience:
     """Waits between the attempts at one request, for `RETRY_FOR` seconds in all."""
 
-    def __init__(self, path: epath.PathLike):
-        self._path = path
+    def __init__(self, path: epath.PathLike, writing: bool = False):
+        self._path, self._writing = path, writing
         self._wait = _FIRST_WAIT
         self._began = time.monotonic()
 
     def wait(self, error: BaseException) -> None:
         """Sleeps before the next attempt; raises `error`, or its sentence, where there is none."""
-        if not passes(error, self._path):
+        if not passes(error, self._path, self._writing):
             if isinstance(error, FileNotFoundError) or not reason(error):
                 raise error
             raise StorageError(explain(error, self._path)) from error
@@ -138,21 +142,31 @@ class Patience:
         self._wait = min(self._wait * 2, _LONGEST_WAIT)
 
 
-def repeat(attempt: Callable[[], Result], path: epath.PathLike) -> Result:
+def repeat(
+    attempt: Callable[[], Result], path: epath.PathLike, writing: bool = False
+) -> Result:
     """The result of `attempt`, called again while it fails as storage does.
+
+    Args:
+      attempt: reads or writes a path.
+      path: that it does so to.
+      writing: whether it writes.
 
     Raises:
       StorageError: it failed for `RETRY_FOR` seconds.
       Exception: whatever else it raises, at once.
     """
-    patience = Patience(path)
+    if not remote.is_remote(path):
+        return attempt()
+    patience = Patience(path, writing)
     while True:
         try:
-            return attempt()
+            result = attempt()
         except Exception as error:
-            if not remote.is_remote(path):
-                raise
             patience.wait(error)
+        else:
+            proven(path, writing)
+            return result
 
 
 # Seconds before each further try at a local read, or at an object that is not there: such failures
@@ -212,21 +226,20 @@ def explain(error: BaseException, path: epath.PathLike = "") -> str:
     return f"{where}{what} ({name or 'unknown'}).{remedy}"
 
 
-# Where the errors of a bucket's clients come from.
-_CLIENTS = ("gcsfs", "google", "botocore", "aiobotocore", "aiohttp", "requests")
+# The modules from which errors of a bucket come.
+_CLIENTS = ("gcsfs", "s3fs", "google", "botocore", "aiobotocore", "aiohttp", "clip_jax.storage")
 
 
 def is_failure(error: BaseException) -> bool:
     """Whether an error is a bucket's, rather than one of ours or of the local disk."""
-    if isinstance(error, StorageError) or type(error).__module__.split(".")[0] in _CLIENTS:
+    if isinstance(error, StorageError):
         return True
-    text = str(error)
-    by_tensorstore = isinstance(error, ValueError) and (
-        "http_response_code=" in text or "CURL error" in text
-    )
-    # gcsfs and s3fs turn some of their answers into errors of Python's own.
-    by_fsspec = isinstance(error, OSError) and error.errno is None and bool(reason(error))
-    return by_tensorstore or by_fsspec
+    if isinstance(error, ValueError) and _BY_TENSORSTORE.search(str(error)):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return False
+    raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(reason(error)) and any(name.startswith(_CLIENTS) for name in raised_in)
 
 
 def explained(error: BaseException) -> str:

@@ -4,7 +4,9 @@ Its releases are pinned to a range in requirements.txt; the tests of whole runs 
 """
 
 import functools
+import logging
 import os
+import sys
 from typing import Any
 
 from clip_jax.storage import faults, remote
@@ -38,6 +40,29 @@ def prepare() -> None:
         tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
     ):
         context |= {"gcs_request_retries": retries, "s3_request_retries": retries}
+    _say_failures_once()
+
+
+def _say_failures_once() -> None:
+    """Leaves out the tracebacks that a failed save makes in every thread that takes part.
+
+    What failed comes out of the manager too, and is told in a line where that is called.
+    """
+
+    def wanted(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return error is None or not faults.is_failure(error)
+
+    for name in ("absl", "asyncio", "gcsfs"):
+        logging.getLogger(name).addFilter(wanted)
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        # TensorStore's, when a request ends that orbax no longer waits for.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _repaired(path: str) -> str:

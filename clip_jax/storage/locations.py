@@ -123,12 +123,10 @@ def listing(folder: epath.Path) -> dict[str, Stat]:
 
     def ask() -> list[dict[str, Any]]:
         try:
-            found = remote.filesystem(folder).ls(os.fspath(folder), detail=True)
+            return remote.filesystem(folder).ls(os.fspath(folder), detail=True)
         except FileNotFoundError:
             check_bucket(folder)
             return []
-        faults.proven(folder)
-        return found
 
     return {
         info["name"].rpartition("/")[2]: _remote_stat(info)
@@ -174,7 +172,6 @@ def stat(path: epath.Path) -> Stat | None:
         info = faults.repeat(lambda: remote.filesystem(path).info(os.fspath(path)), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    faults.proven(path)
     return _remote_stat(info) if info["type"] == "file" else None
 
 
@@ -189,13 +186,17 @@ def _remote_stat(info: dict[str, Any]) -> Stat:
 
 
 def check_bucket(path: epath.Path) -> None:
-    """UserError where the bucket of a path does not exist, or may not be read; else nothing.
+    """UserError where a bucket does not exist, or the path in it may not be listed; else nothing.
 
     It asks for a list of one object: the bucket itself is more than object rights let one see.
     """
-    scheme, bucket, _ = remote.split(path)
+    scheme, bucket, key = remote.split(path)
+    client = remote.filesystem(path)
     try:
-        remote.filesystem(path).ls(f"{scheme}://{bucket}", detail=True, max_results=1)
+        if scheme == "gs":
+            client.call("GET", "b/{}/o", bucket, prefix=key, maxResults=1, json_out=True)
+        else:
+            client.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
     except Exception as error:
         if faults.is_failure(error):
             raise UserError(faults.explain(error, path)) from error

@@ -53,10 +53,24 @@ def replacing_folder(path: epath.Path) -> Iterator[pathlib.Path]:
         if not near:
             os.replace(temporary, path)
         elif temporary.is_dir():
-            for file in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                upload(file, path / file.relative_to(temporary).as_posix())
+            _upload_folder(temporary, path)
         else:
             upload(temporary, path)
+
+
+def _upload_folder(folder: pathlib.Path, path: epath.Path) -> None:
+    """Copies a folder to a bucket, the descriptions of what is in it last; all or nothing."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    done: list[epath.Path] = []
+    try:
+        for file in sorted(files, key=lambda file: (file.suffix == ".json", file)):
+            done.append(path / file.relative_to(folder).as_posix())
+            upload(file, done[-1])
+    except BaseException:
+        for each in done:
+            with contextlib.suppress(Exception):
+                each.unlink(missing_ok=True)
+        raise
 
 
 def write(path: epath.Path, contents: bytes | str) -> None:
@@ -64,7 +78,7 @@ def write(path: epath.Path, contents: bytes | str) -> None:
     data = contents.encode() if isinstance(contents, str) else contents
     if remote.is_remote(path):
         client = remote.filesystem(path)
-        faults.repeat(lambda: client.pipe_file(os.fspath(path), data), path)
+        faults.repeat(lambda: client.pipe_file(os.fspath(path), data), path, writing=True)
         return
     with replacing(path) as temporary:
         temporary.write_bytes(data)
@@ -73,12 +87,12 @@ def write(path: epath.Path, contents: bytes | str) -> None:
 def upload(file: pathlib.Path, path: epath.Path) -> None:
     """Copies a local file to a bucket."""
     client = remote.filesystem(path)
-    faults.repeat(lambda: client.put_file(os.fspath(file), os.fspath(path)), path)
+    faults.repeat(lambda: client.put_file(os.fspath(file), os.fspath(path)), path, writing=True)
 
 
 def remove(path: epath.Path) -> None:
     """Deletes a file, if it is there."""
-    faults.repeat(lambda: path.unlink(missing_ok=True), path)
+    faults.repeat(lambda: path.unlink(missing_ok=True), path, writing=True)
 
 
 # ---- Files that grow -----------------------------------------------------------------------------

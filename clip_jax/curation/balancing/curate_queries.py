@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from clip_jax import commands
-from clip_jax.curation.arguments import output
+from clip_jax.curation.arguments import reachable
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     from clip_jax.curation.balancing import queries
     from clip_jax.storage import remote, writing
 
-    out = output(args.out)
+    out = reachable(args.out)
     if not remote.is_remote(out) and not out.parent.is_dir():
         raise UserError(f"--out={args.out} cannot be written: there is no such directory.")
     entries: list[str] = []

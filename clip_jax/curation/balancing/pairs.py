@@ -25,9 +25,12 @@ def find(paths: str) -> list[epath.Path]:
     """
     found: list[epath.Path] = []
     for item in filter(None, (item.strip() for item in paths.split(","))):
-        shards = locations.expand(item, "")
-        if locations.parse(item).is_dir():
-            shards = _of_one_kind(item, shards)
+        path = locations.parse(item)
+        if path.is_dir():
+            inside = [path / name for name in sorted(locations.listing(path))]
+            shards = _of_one_kind(item, inside)
+        else:
+            shards = locations.expand(item, path.suffix)
         for path in shards:
             if path.suffix not in KINDS:
                 raise UserError(f"{path} cannot be read: it must be one of {', '.join(KINDS)}.")

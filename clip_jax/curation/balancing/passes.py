@@ -5,6 +5,7 @@ Each is done once: the mark it leaves holds a fingerprint of all that the result
 
 import dataclasses
 import functools
+import io
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from clip_jax.curation import store
 from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing import matching, pairs, sampling, tars
 from clip_jax.curation.balancing.readers import Columns
-from clip_jax.storage import locations
+from clip_jax.storage import locations, ranges
 
 _TRY_AGAIN = ""  # the fingerprint of nothing
 ROWS = 65_536  # of a batch: some 100 MB of work
@@ -132,8 +133,8 @@ def _match(
 @functools.lru_cache(maxsize=1)
 def _matcher(job: Job) -> matching.Matcher:
     """One per process."""
-    with (job.root / "queries.parquet").open("rb") as file:
-        return matching.Matcher(pq.read_table(file)["query"].combine_chunks())
+    table = pq.read_table(io.BytesIO(ranges.read(job.root / "queries.parquet")))
+    return matching.Matcher(table["query"].combine_chunks())
 
 
 # ---- Second pass ---------------------------------------------------------------------------------

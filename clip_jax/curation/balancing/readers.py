@@ -12,7 +12,6 @@ or too many fields come at its end. What was yielded before `Damage` is raised c
 
 import csv
 import dataclasses
-import io
 import itertools
 import json
 from collections import Counter
@@ -22,6 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 from etils import epath
 
+from clip_jax.curation import store
 from clip_jax.data import captions
 from clip_jax.data.folder import TEXT_COLUMNS
 from clip_jax.data.tar_index import BLOCK, Sample, samples
@@ -84,7 +84,7 @@ def _delimited(
         malformed.append(row.number)
         return "skip"
 
-    delimiter, file = _DELIMITERS[path.suffix], _buffered(file)
+    delimiter, file = _DELIMITERS[path.suffix], store.buffered(file)
     names = list(columns.names) or _header(file, delimiter)
     if not names:
         raise Damage("the file is empty")
@@ -115,11 +115,6 @@ def _delimited(
     yield _unusable("malformed row", len(malformed))
 
 
-def _buffered(file: IO[bytes]) -> IO[bytes]:
-    """The same file; lines of one in a bucket would be looked for byte by byte."""
-    return io.BufferedReader(file, _BLOCK_BYTES) if isinstance(file, io.RawIOBase) else file
-
-
 def _header(file: IO[bytes], delimiter: str) -> list[str]:
     """Reads the first line."""
     line = file.readline().decode("utf-8-sig", "replace")
@@ -138,7 +133,7 @@ def _unusable(reason: str, count: int) -> pa.Table:
 
 def _jsonl(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iterator[pa.Table]:
     caption = ""
-    for lines in _batches(filter(bytes.strip, _buffered(file)), rows):
+    for lines in _batches(filter(bytes.strip, store.buffered(file)), rows):
         records, problems = zip(*map(_record, lines))
         if not caption and any(records):
             names = list(next(filter(None, records)))
@@ -159,7 +154,7 @@ def _record(line: bytes) -> tuple[dict[str, Any], str | None]:
 def _txt(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iterator[pa.Table]:
     if columns.keep:
         raise UserError(f"{path} has one caption a line and no columns to keep.")
-    for lines in _batches(_buffered(file), rows):
+    for lines in _batches(store.buffered(file), rows):
         yield pa.table({"caption": pa.array([line.rstrip(b"\r\n") for line in lines])})
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
 from clip_jax.protocols import intervals, logistic, metrics, robustness
+from clip_jax.storage import locations, ranges
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import linear_probe, zeroshot
@@ -152,8 +152,9 @@ def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
     if not path:
         return {}
     found: dict[str, list[tuple[float, float]]] = {}
+    place = locations.parse(path)
     try:
-        text = epath.Path(path).expanduser().read_text()
+        text = ranges.read(place).decode()
         for row in csv.DictReader(io.StringIO(text)):
             pair = float(row["reference"]), float(row["shifted"])
             if not all(0 <= value <= 1 for value in pair):
