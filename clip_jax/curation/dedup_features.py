@@ -73,8 +73,9 @@ def from_file(source: "Source", data: arguments.Data, workers: int, path: str) -
     stat = locations.stat(place)
     if stat is None:
         raise UserError(f"There is no file {path} of embeddings.")
+    copy = ranges.local_copy(place, stat)
     try:
-        rows = np.load(ranges.local_copy(place, stat), mmap_mode="r")
+        rows = np.load(copy, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise UserError(f"The embeddings {path} cannot be read: {error}.") from error
     if rows.ndim != 2 or len(rows) != len(source):

@@ -78,7 +78,14 @@ def read_evaluation(directory: epath.PathLike) -> Evaluation:
     """
     path = locations.parse(directory) / ALL
     try:
-        fields = json.loads(ranges.read(path))
+        text = ranges.read(path)
+    except FileNotFoundError:
+        raise UserError(
+            f"There is no evaluation in {directory}: make one by python -m clip_jax evaluate "
+            f"--checkpoint=RUN --out={directory}"
+        ) from None
+    try:
+        fields = json.loads(text)
         return Evaluation(
             **fields
             | {
@@ -86,11 +93,6 @@ def read_evaluation(directory: epath.PathLike) -> Evaluation:
                 "results": tuple(map(Result.from_json, fields["results"])),
             }
         )
-    except FileNotFoundError:
-        raise UserError(
-            f"There is no evaluation in {directory}: make one by python -m clip_jax evaluate "
-            f"--checkpoint=RUN --out={directory}"
-        ) from None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as an evaluation ({error}): evaluate the model again."

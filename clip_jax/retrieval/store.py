@@ -234,13 +234,14 @@ def open_store(directory: epath.PathLike) -> Store:
 
 def _read_manifest(directory: epath.Path) -> Manifest:
     try:
-        fields = json.loads(ranges.read(directory / _MANIFEST))
-        return Manifest(**fields)
+        text = ranges.read(directory / _MANIFEST)
     except FileNotFoundError:
         raise UserError(
             f"There are no embeddings in {directory}. Make them by python -m clip_jax embed "
             f"--model=RUN DATA --out={directory}"
         ) from None
+    try:
+        return Manifest(**json.loads(text))
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{directory / _MANIFEST} cannot be read ({error}): delete the directory, and make "

@@ -169,10 +169,21 @@ def stat(path: epath.Path) -> Stat | None:
     try:
         if not remote.is_remote(path):
             return _local_stat(path)
-        info = faults.repeat(lambda: remote.filesystem(path).info(os.fspath(path)), path)
+        return faults.repeat(lambda: _remote_stat(_describe(path)), path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _remote_stat(info) if info["type"] == "file" else None
+
+
+def _describe(path: epath.Path) -> dict[str, Any]:
+    """What the bucket says of an object, by one request: gcsfs would ask for a prefix too."""
+    scheme, bucket, key = remote.split(path)
+    client = remote.filesystem(path)
+    if scheme == "gs":
+        return client.call("GET", "b/{}/o/{}", bucket, key, json_out=True)
+    info = client.info(os.fspath(path))
+    if info["type"] != "file":
+        raise FileNotFoundError(f"{path} is no object")
+    return info
 
 
 def _local_stat(path: epath.PathLike) -> Stat:
@@ -182,7 +193,7 @@ def _local_stat(path: epath.PathLike) -> Stat:
 
 def _remote_stat(info: dict[str, Any]) -> Stat:
     version = info.get("generation") or info.get("ETag") or info.get("mtime")
-    return Stat(info["size"], str(version).strip('"'))
+    return Stat(int(info["size"]), str(version).strip('"'))
 
 
 def check_bucket(path: epath.Path) -> None:

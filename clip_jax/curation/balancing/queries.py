@@ -30,13 +30,14 @@ def load(path: epath.Path) -> tuple[pa.Array, int]:
     """
     try:
         text = ranges.read(path).decode("utf-8-sig", "replace")
-        listed = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        entries = [str(entry) for entry in listed]
     except FileNotFoundError:
         raise UserError(
             f"There is no list of queries {path}. python -m clip_jax data curate queries builds "
             "one; any file with one query a line will do."
         ) from None
+    try:
+        listed = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        entries = [str(entry) for entry in listed]
     except (ValueError, TypeError) as error:
         raise UserError(f"The list of queries {path} is not a JSON list: {error}.") from None
     queries = distinct(entries)

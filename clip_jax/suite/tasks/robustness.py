@@ -11,6 +11,7 @@ from clip_jax.datasets.dataset import Dataset
 from clip_jax.errors import UserError
 from clip_jax.protocols import intervals, logistic, metrics, robustness
 from clip_jax.storage import locations, ranges
+from clip_jax.storage.faults import StorageError
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import linear_probe, zeroshot
@@ -160,6 +161,8 @@ def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
             if not all(0 <= value <= 1 for value in pair):
                 raise ValueError(f"{pair} are no fractions between 0 and 1")
             found.setdefault(row["dataset"], []).append(pair)
+    except StorageError:
+        raise
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"The testbed {path} cannot be read ({error}): it is a .csv file with the columns "
