@@ -49,7 +49,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     started, began = datetime.now(), time.monotonic()
     if config.compilation_cache:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
-    directory = locations.parse(directory)
+    directory = locations.reachable(directory)
     run = _prepare(config, directory)
     store = checkpoint.Checkpoints(
         directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
@@ -63,8 +63,8 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         if config.init_from and resumed is None:
             start = warm_start.read(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
+        workdir.write(directory, config)  # before anything slow: it may not be allowed
         step_fn = _compile(run, config)
-        workdir.write(directory, config)
         if resumed is None:
             past = Past()
             state = run.program.init(start)

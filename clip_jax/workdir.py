@@ -39,9 +39,11 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
         return
     path = locations.parse(workdir) / FILE
     try:
-        stored = json.loads(ranges.read(path))
+        data = ranges.read(path)
     except FileNotFoundError:
         return
+    try:
+        stored = json.loads(data)
     except ValueError:
         raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
     if changed := differences(stored, to_plain(config)):

@@ -122,6 +122,8 @@ class Service:
                 storage.rights[given["bucket"]] = given["rights"]
             case "put" if given["bucket"] in storage.buckets:
                 storage.put(given["bucket"], given["name"], data, {})
+            case "delete" if given["name"] in objects:
+                del objects[given["name"]]
             case "get" if given["name"] in objects:
                 return Reply(200, objects[given["name"]][1])
             case "names":
@@ -191,6 +193,9 @@ class Server:
 
     def get(self, bucket: str, name: str) -> bytes:
         return self.ask("get", bucket=bucket, name=name)
+
+    def delete(self, bucket: str, name: str) -> None:
+        self.ask("delete", bucket=bucket, name=name)
 
     def names(self, bucket: str, prefix: str = "") -> list[str]:
         return json.loads(self.ask("names", bucket=bucket, prefix=prefix))

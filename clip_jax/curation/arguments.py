@@ -126,19 +126,6 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
     return Data(spec, in_order)
 
 
-def reachable(name: str) -> epath.Path:
-    """The path that a user typed.
-
-    Raises:
-      UserError: it is of a kind that is not used, or its bucket is not there. To be called before
-        the work whose results shall go there.
-    """
-    path = locations.parse(name)
-    if remote.is_remote(path):
-        locations.check_bucket(path)
-    return path
-
-
 def _kind(data: str) -> tuple[str, str]:
     """source.type, and what remains of DATA for name, split or path."""
     prefix, colon, rest = data.partition(":")

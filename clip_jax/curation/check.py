@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from clip_jax.curation import arguments
 from clip_jax.errors import BadExample
-from clip_jax.storage import writing
+from clip_jax.storage import locations, writing
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
     options = parser.parse_args(argv)
     data = arguments.data(options.data, options)
-    output = arguments.reachable(options.out)
+    output = locations.reachable(options.out)
     summary = Summary(options.data)
     start = time.perf_counter()
     with writing.replacing(output / "bad.jsonl") as temporary, temporary.open("w") as file:
@@ -139,10 +139,12 @@ def _examine(
 
 
 def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[dict[str, Any]]:
+    from clip_jax.data import sources
+
     found = []
-    for index in part:
+    for index, read in zip(part, sources.in_turn(source, part)):
         try:
-            try_example(source[index], make_tokenizer(tokenizer, 77))
+            try_example(read(), make_tokenizer(tokenizer, 77))
         except BadExample as bad:
             fields = {"key": bad.key, "reason": bad.reason, "detail": bad.detail}
             found.append({"index": int(index)} | fields)

@@ -28,7 +28,7 @@ from etils import epath
 
 from clip_jax.curation import arguments
 from clip_jax.errors import BadExample, UserError
-from clip_jax.storage import writing
+from clip_jax.storage import locations, writing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _options(argv)
-    output = arguments.reachable(options.out)
+    output = locations.reachable(options.out)
     from clip_jax.curation import dedup_search
 
     source, features = _read(options.data, options.embeddings, options)

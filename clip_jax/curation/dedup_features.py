@@ -12,7 +12,7 @@ from PIL import Image
 
 from clip_jax.curation import arguments, parallel
 from clip_jax.curation.dedup_search import SIGNATURE
-from clip_jax.data import images
+from clip_jax.data import images, sources
 from clip_jax.data.crops import CENTER
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges
@@ -119,9 +119,9 @@ def _nothing(example: "Example") -> np.ndarray:
 
 def _examine(look, source: "Source", part: Sequence[int]) -> _Part:
     found = _Part([], [], [], Counter())
-    for index in part:
+    for index, read in zip(part, sources.in_turn(source, part)):
         try:
-            example = source[index]
+            example = read()
             found.values.append(look(example))
         except BadExample as bad:
             found.unusable[bad.reason] += 1

@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
             f"clip_jax data check {options.data}` tries its examples."
         )
     began = time.monotonic()
-    found = shard_index.load(paths, kind, workers=options.workers)
+    found = shard_index.load(paths, kind, workers=options.workers, must_keep=True)
     count, seconds = sum(len(shard.rows) for shard in found), time.monotonic() - began
     print(f"{count:,} examples in {len(paths):,} shards, {seconds:,.1f} s.")
     for problem, times in shard_index.count_problems(found).most_common():

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
     options = _parser().parse_args(argv)
     _refuse_weights(options.text_key)
     data = arguments.data(options.data, options, in_order=not options.shuffle)
-    output, source = arguments.reachable(options.out), data.open()
+    output, source = locations.reachable(options.out), data.open()
     plan = Plan(
         data=options.data,
         examples=len(source),
@@ -171,6 +171,8 @@ def write(
 
 def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int]) -> Counter[str]:
     """Writes the examples at some places of the order as a shard."""
+    from clip_jax.data import sources
+
     path = epath.Path(output) / f"{places[0] // plan.shard_size:05}.tar"
     if locations.stat(path) is not None:
         return Counter({"there already": 1})
@@ -179,9 +181,10 @@ def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int
         writing.replacing(path) as temporary,
         tarfile.open(temporary, mode="w") as tar,
     ):
-        for place in places:
+        reads = sources.in_turn(source, (_index(plan, place) for place in places))
+        for place, read in zip(places, reads):
             try:
-                members = _members(plan, source[_index(plan, place)], source.class_names)
+                members = _members(plan, read(), source.class_names)
             except BadExample as bad:
                 counts[bad.reason] += 1
                 continue
@@ -259,11 +262,9 @@ def _kept(path: str, key: str) -> bool:
 @functools.lru_cache(maxsize=1)
 def _keep_list(path: str) -> np.ndarray:
     """Hashes of the keys in a file, sorted: 8 bytes each, where the keys would take a hundred."""
-    from clip_jax.curation import store
-
     try:
         with ranges.scanning(locations.parse(path)) as file:
-            hashes = (_hash(line.rstrip(b"\r\n")) for line in store.buffered(file))
+            hashes = (_hash(line.rstrip(b"\r\n")) for line in file)
             return np.sort(np.fromiter(hashes, np.uint64))
     except OSError as error:
         raise UserError(f"--keep={path} cannot be read: {error}.") from error

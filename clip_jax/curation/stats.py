@@ -24,7 +24,7 @@ import numpy as np
 from clip_jax.curation import arguments
 from clip_jax.curation.tally import Tally
 from clip_jax.errors import BadExample, UserError
-from clip_jax.storage import writing
+from clip_jax.storage import locations, writing
 
 if TYPE_CHECKING:
     from clip_jax.data.sources import Example, Source
@@ -107,7 +107,7 @@ class Found:
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _parser().parse_args(argv)
-    figures, html = (name and arguments.reachable(name) for name in (options.json, options.html))
+    figures, html = (name and locations.reachable(name) for name in (options.json, options.html))
     data = arguments.data(options.data, options, in_order=options.sample is None)
     source = data.open()
     indices = choose(len(source), options.sample, options.seed)
@@ -168,11 +168,12 @@ def gather(
 
 def _examine(tokenizer: str, context_length: int, source: "Source", part: Sequence[int]) -> Found:
     from clip_jax.curation.check import make_tokenizer
+    from clip_jax.data import sources
 
     found = Found()
-    for index in part:
+    for read in sources.in_turn(source, part):
         try:
-            found.add(source[index], make_tokenizer(tokenizer, context_length))
+            found.add(read(), make_tokenizer(tokenizer, context_length))
         except BadExample as bad:
             found.skip(bad.reason)
     return found

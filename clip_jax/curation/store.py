@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -44,11 +44,6 @@ def read_batches(path: epath.Path, rows: int) -> Iterator[pa.Table]:
     with ranges.scanning(path) as file:
         for batch in pq.ParquetFile(file).iter_batches(rows, use_threads=False):
             yield pa.Table.from_batches([batch])
-
-
-def buffered(file: IO[bytes]) -> IO[bytes]:
-    """The same file; the lines of one in a bucket would else be looked for byte by byte."""
-    return io.BufferedReader(file) if isinstance(file, io.RawIOBase) else file
 
 
 def shard_name(path: epath.Path) -> str:

@@ -234,12 +234,13 @@ class ImageFolder:
 
 def read_table(path: epath.Path) -> list[dict[str, Any]]:
     """Rows of a .csv, .tsv, .jsonl or .parquet file; UserError where it cannot be read."""
+    data = ranges.read(path)
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(io.BytesIO(ranges.read(path))).to_pylist()
-        text = ranges.read(path).decode("utf-8-sig")
+            return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
+        text = data.decode("utf-8-sig")
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.splitlines() if line.strip()]
         delimiter = "\t" if path.suffix == ".tsv" else ","

@@ -6,7 +6,6 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,6 @@ Batch = dict[str, Any]
 
 # The skipped share is not judged before so many examples (or one epoch) could have been seen.
 _JUDGED_AFTER = 1000
-
-_TOGETHER = 256  # examples whose captions are read at once
 
 
 class TrainPipeline:
@@ -261,11 +258,7 @@ def eval_captions(
             logging.warning("Left out of the evaluation: %s has no caption", example.key)
         return full
 
-    with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-        found: list[list[np.ndarray]] = []
-        for first in range(0, total, _TOGETHER):
-            some = range(first, min(first + _TOGETHER, total))
-            found += pool.map(load, sources.start(source, some))
+    found = list(sources.by_threads(load, source, range(total), threads))
     tokens = [row for rows in found for row in rows]
     index = np.repeat(np.arange(total, dtype=np.int32), [len(rows) for rows in found])
     return np.array(tokens, np.int32).reshape(-1, tokenizer.context_length), index

@@ -22,6 +22,7 @@ import pyarrow as pa
 import tqdm
 from etils import epath
 
+from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges, remote, writing
 from clip_jax.storage.locations import Stat
 
@@ -69,6 +70,7 @@ def load(
     kind: Kind,
     spare: epath.Path | None = None,
     workers: int = 0,
+    must_keep: bool = False,
 ) -> list[Found]:
     """The rows of each shard, from the stored index as far as it holds.
 
@@ -78,6 +80,10 @@ def load(
       spare: directory for indices where that of the shards cannot be written to; None: they are
         not kept then.
       workers: processes that scan; 0: one per CPU core.
+      must_keep: whether an index that cannot be written is an error.
+
+    Raises:
+      UserError: the index cannot be written, and must be.
     """
     folders: dict[epath.Path, list[epath.Path]] = {}
     for path in paths:
@@ -85,7 +91,7 @@ def load(
     found: dict[epath.Path, Found] = {}
     for folder, members in folders.items():
         names = list(dict.fromkeys(path.name for path in members))
-        index = _load_folder(folder, names, kind, spare, workers)
+        index = _load_folder(folder, names, kind, spare, workers, must_keep)
         found |= {folder / name: index[name] for name in names}
     for path in dict.fromkeys(paths):
         if damage := found[path].damage:
@@ -108,6 +114,7 @@ def _load_folder(
     kind: Kind,
     spare: epath.Path | None,
     workers: int,
+    must_keep: bool,
 ) -> dict[str, Found]:
     places = _places(folder, kind, spare)
     *found, index = locations.stats([*(folder / name for name in names), places[0]])
@@ -130,7 +137,11 @@ def _load_folder(
         name: dataclasses.replace(shard, stat=stats[name]) for name, shard in scanned.items()
     }
     if changed := {name: shard for name, shard in scanned.items() if shard.stat is not None}:
-        _Stored({**stored.shards, **changed}).write(places, kind)
+        problem = _Stored({**stored.shards, **changed}).write(places, kind)
+        if problem and must_keep:
+            raise UserError(f"The index cannot be written: {problem}")
+        if problem:
+            logging.warning("The index of shards is not kept: %s", problem)
     return {**fresh, **scanned}
 
 
@@ -195,9 +206,9 @@ class _Stored:
         """None where there is no index, or none of this form."""
         if stat is None:
             return None
+        copy = ranges.local_copy(path, stat)
         try:
-            mapped = pa.memory_map(str(ranges.local_copy(path, stat)))
-            table = pa.ipc.open_file(mapped).read_all()
+            table = pa.ipc.open_file(pa.memory_map(str(copy))).read_all()
             about = json.loads(table.schema.metadata[b"clip_jax"])
             if about["format"] != _FORMAT:
                 return None
@@ -211,8 +222,8 @@ class _Stored:
             first += count
         return cls(shards) if first == len(rows) else None
 
-    def write(self, places: Sequence[epath.Path], kind: Kind) -> None:
-        """Writes to the first place that can be written to."""
+    def write(self, places: Sequence[epath.Path], kind: Kind) -> str:
+        """Writes to the first place that can be written to; returns why there is none, or ""."""
         listed = [
             (name, *shard.stat, len(shard.rows), dict(shard.problems), shard.damage)
             for name, shard in self.shards.items()
@@ -232,10 +243,10 @@ class _Stored:
         for place in places:
             try:
                 writing.write(place, contents)
-                return
+                return ""
             except Exception as error:  # each kind of storage has its own
                 errors.append(str(error))
-        logging.warning("The index of shards is not kept: %s", "; ".join(errors))
+        return "; ".join(errors)
 
 
 def _view(column: Any, dtype: np.dtype) -> np.ndarray:

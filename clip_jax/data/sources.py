@@ -5,8 +5,10 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from concurrent import futures
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from etils import epath
@@ -89,6 +91,28 @@ def start(source: Any, indices: Sequence[int]) -> list[Callable[[], Any]]:
 
 
 _AHEAD = 128  # examples that `in_turn` has under way
+_TOGETHER = 256  # that `by_threads` has
+
+Result = TypeVar("Result")
+
+
+def by_threads(
+    work: Callable[[Callable[[], Any]], Result],
+    source: Any,
+    indices: Sequence[int],
+    threads: int,
+) -> Iterator[Result]:
+    """The results of `work` for many examples, in order.
+
+    Args:
+      work: called with each function that `start` returns.
+      source: as of `start`.
+      indices: of the examples.
+      threads: that work; 0: one per CPU core.
+    """
+    with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+        for first in range(0, len(indices), _TOGETHER):
+            yield from pool.map(work, start(source, indices[first : first + _TOGETHER]))
 
 
 def in_turn(source: Any, indices: Iterable[int]) -> Iterator[Callable[[], Any]]:

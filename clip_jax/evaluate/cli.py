@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 from etils import epath
 
 from clip_jax import commands
-from clip_jax.curation.arguments import at_least, reachable, share
+from clip_jax.curation.arguments import at_least, share
 from clip_jax.errors import UserError
 from clip_jax.retrieval import hosts
 from clip_jax.storage import locations
@@ -103,7 +103,7 @@ def _parser(suite: "ConfigDict") -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
     settings, names = _settings(options, suite), _tasks(options.tasks)
     if options.data_dir:
-        reachable(options.data_dir)
+        locations.reachable(options.data_dir)
     process, _ = hosts.join_hosts(options)
     from clip_jax import convert
     from clip_jax.datasets import registry
@@ -177,7 +177,7 @@ def _tasks(wanted: str) -> list[str]:
 def _out(options: argparse.Namespace, found: "Weights") -> epath.Path:
     """Where it is written: the directory named, or one beside the checkpoint it belongs to."""
     if options.out:
-        return reachable(options.out)
+        return locations.reachable(options.out)
     workdir = locations.parse(options.checkpoint)
     if workdir.parent.name == "checkpoints":
         workdir = workdir.parent.parent

@@ -26,7 +26,6 @@ from typing import Any
 from etils import epath
 
 from clip_jax import commands, metrics, models
-from clip_jax.curation.arguments import reachable
 from clip_jax.datasets import registry
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
@@ -52,7 +51,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
-    out = reachable(options.out)
+    out = locations.reachable(options.out)
     found = [each for name in options.models for each in read(name)]
     twice = [one.name for i, one in enumerate(found) if one.name in [o.name for o in found[:i]]]
     if twice:

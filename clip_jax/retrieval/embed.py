@@ -22,9 +22,10 @@ import time
 from typing import TYPE_CHECKING
 
 from clip_jax import commands
-from clip_jax.curation.arguments import at_least, reachable
+from clip_jax.curation.arguments import at_least
 from clip_jax.errors import UserError
 from clip_jax.retrieval import hosts
+from clip_jax.storage import locations
 
 if TYPE_CHECKING:
     from clip_jax.retrieval.store import Store
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
     from clip_jax import api
     from clip_jax.retrieval import inputs, making
 
-    out = reachable(options.out)
+    out = locations.reachable(options.out)
     fields = {name: getattr(options, name) for name in inputs.FIELDS}
     source = inputs.open_source(fields)
     model = api.load(options.model)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
@@ -97,9 +95,9 @@ class Reader:
 
     def read_all(self, threads: int) -> Iterator[int]:
         """Reads every example; yields their numbers. `threads`: 0: one per CPU core."""
-        with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
-            for number, _ in enumerate(pool.map(self.__getitem__, range(len(self)))):
-                yield number
+        done = sources.by_threads(lambda read: read(), self, range(len(self)), threads)
+        for number, _ in enumerate(done):
+            yield number
 
     @property
     def rows(self) -> list[Row]:

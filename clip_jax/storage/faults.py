@@ -142,9 +142,7 @@ class Patience:
         self._wait = min(self._wait * 2, _LONGEST_WAIT)
 
 
-def repeat(
-    attempt: Callable[[], Result], path: epath.PathLike, writing: bool = False
-) -> Result:
+def repeat(attempt: Callable[[], Result], path: epath.PathLike, writing: bool = False) -> Result:
     """The result of `attempt`, called again while it fails as storage does.
 
     Args:

@@ -50,6 +50,18 @@ def parse(text: epath.PathLike) -> epath.Path:
     return epath.Path(name).expanduser()
 
 
+def reachable(text: epath.PathLike) -> epath.Path:
+    """The path that a user typed, for results that will be written there later.
+
+    Raises:
+      UserError: it is of a kind that is not used, or its bucket is not there.
+    """
+    path = parse(text)
+    if remote.is_remote(path):
+        check_bucket(path)
+    return path
+
+
 def _problem(name: str) -> str:
     if name.startswith("pipe:"):
         return "output of a command (pipe:) is not read"

@@ -185,7 +185,7 @@ def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
     stat = locations.stat(path)
     if stat is None:
         raise FileNotFoundError(f"There is no {path}")
-    yield _Scan(path, stat.size)
+    yield io.BufferedReader(_Scan(path, stat.size))  # lines would be sought byte by byte
 
 
 class _Scan(io.RawIOBase):

@@ -1,16 +1,15 @@
 """Embeddings of a model in training: in memory, the same on every host."""
 
-import os
 from collections import Counter
-from collections.abc import Sequence
-from concurrent import futures
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.data.sources import Source
+from clip_jax.data import sources
+from clip_jax.data.sources import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.datasets import finding
 from clip_jax.datasets.dataset import Dataset
@@ -120,19 +119,18 @@ class Live:
     def _table(self, key: tuple[str, str], source: Source) -> pa.Table:
         """What is known of each example; every host reads them all, once."""
         if key not in self._tables:
-            with futures.ThreadPoolExecutor(self._threads or os.cpu_count() or 1) as pool:
-                rows = list(pool.map(lambda index: _row(source, index), range(len(source))))
-            self._tables[key] = pa.Table.from_pylist([r for r in rows if r], schema=_SCHEMA)
+            found = sources.by_threads(_row, source, range(len(source)), self._threads)
+            rows = [{"index": index, **row} for index, row in enumerate(found) if row]
+            self._tables[key] = pa.Table.from_pylist(rows, schema=_SCHEMA)
         return self._tables[key]
 
 
-def _row(source: Source, index: int) -> dict[str, Any] | None:
+def _row(read: Callable[[], Example]) -> dict[str, Any] | None:
     try:
-        example = source[index]
+        example = read()
     except BadExample:
         return None
     return {
-        "index": index,
         "key": example.key,
         "captions": list(example.captions.texts),
         "labels": list(example.labels),

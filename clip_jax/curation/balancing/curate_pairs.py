@@ -34,7 +34,7 @@ import os
 from typing import TYPE_CHECKING
 
 from clip_jax import commands
-from clip_jax.curation.arguments import at_least, reachable
+from clip_jax.curation.arguments import at_least
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
         shards=[str(path) for path in pairs.find(args.data)],
         columns=_columns(args),
         queries=locations.parse(args.queries),
-        output=reachable(args.out),
+        output=locations.reachable(args.out),
         per_query=args.per_query,
         seed=args.seed,
         write_tars=args.write_tars,

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from clip_jax import commands
-from clip_jax.curation.arguments import reachable
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,9 +31,9 @@ def main(arguments: list[str]) -> None:
         raise UserError("No queries without --text, --titles, --wordnet or --also; see --help.")
     # Imported late: --help and mistakes are answered at once.
     from clip_jax.curation.balancing import queries
-    from clip_jax.storage import remote, writing
+    from clip_jax.storage import locations, remote, writing
 
-    out = reachable(args.out)
+    out = locations.reachable(args.out)
     if not remote.is_remote(out) and not out.parent.is_dir():
         raise UserError(f"--out={args.out} cannot be written: there is no such directory.")
     entries: list[str] = []

@@ -21,7 +21,6 @@ from typing import IO, Any
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.curation import store
 from clip_jax.data import captions
 from clip_jax.data.folder import TEXT_COLUMNS
 from clip_jax.data.tar_index import BLOCK, Sample, samples
@@ -84,7 +83,7 @@ def _delimited(
         malformed.append(row.number)
         return "skip"
 
-    delimiter, file = _DELIMITERS[path.suffix], store.buffered(file)
+    delimiter = _DELIMITERS[path.suffix]
     names = list(columns.names) or _header(file, delimiter)
     if not names:
         raise Damage("the file is empty")
@@ -133,7 +132,7 @@ def _unusable(reason: str, count: int) -> pa.Table:
 
 def _jsonl(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iterator[pa.Table]:
     caption = ""
-    for lines in _batches(filter(bytes.strip, store.buffered(file)), rows):
+    for lines in _batches(filter(bytes.strip, file), rows):
         records, problems = zip(*map(_record, lines))
         if not caption and any(records):
             names = list(next(filter(None, records)))
@@ -154,7 +153,7 @@ def _record(line: bytes) -> tuple[dict[str, Any], str | None]:
 def _txt(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iterator[pa.Table]:
     if columns.keep:
         raise UserError(f"{path} has one caption a line and no columns to keep.")
-    for lines in _batches(store.buffered(file), rows):
+    for lines in _batches(file, rows):
         yield pa.table({"caption": pa.array([line.rstrip(b"\r\n") for line in lines])})
 
 

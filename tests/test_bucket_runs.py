@@ -1,0 +1,258 @@
+"""Whole runs with shards and workdir in a bucket: killed, resumed, on several hosts, at fault."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_data
+import tiny_run
+import xla_flags
+from shards import write_tar
+from test_distributed import TOLERANCE, free_port, launch, outputs
+
+import clip_jax
+from clip_jax import train
+from clip_jax.storage import faults
+from configs import default, vit_b32
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARDS, EACH = 4, 20
+SETTINGS = {
+    **tiny_run.SETTINGS,
+    "checkpoint.every": "3 steps",
+    "data.source.type": "tar",
+    "log.tensorboard": True,
+}
+KEPT = [6, 9, 12]  # the checkpoints that remain of such a run: the best and the last two
+# Whatever is measured in seconds differs between two runs.
+TIMED = ("images_per_second", "data/waiting", "storage/failures")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(SHARDS):
+        members = []
+        for i in range(shard * EACH, (shard + 1) * EACH):
+            image = tiny_data.encoded(tiny_data.picture(i))
+            members += tiny_data.sample(f"{i:03}", image, f"caption number {i}")
+        write_tar(folder / f"{shard}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(shards, tmp_path_factory) -> dict:
+    """The metrics of an uninterrupted run on disk."""
+    workdir = tmp_path_factory.mktemp("local")
+    with tiny_run.compile_once():
+        train.train(config(shards), workdir)
+    return metrics((workdir / "metrics.jsonl").read_bytes())
+
+
+@pytest.fixture
+def place(bucket, shards) -> str:
+    """A prefix of the bucket with the shards in it, not indexed."""
+    prefix = f"runs-{time.monotonic_ns()}"
+    for path in sorted(shards.iterdir()):
+        if path.suffix == ".tar":
+            bucket.put("bucket", f"{prefix}/shards/{path.name}", path.read_bytes())
+    return prefix
+
+
+def config(folder, **changes):
+    made = vit_b32.get_config("smoke")
+    made.update_from_flattened_dict({**SETTINGS, "data.source.path": f"{folder}/*.tar", **changes})
+    return made
+
+
+def command(place: str, **flags) -> list[str]:
+    settings = {**SETTINGS, "data.source.path": f"gs://bucket/{place}/shards/*.tar"}
+    flags = {**{f"config.{k}": v for k, v in settings.items()}, **flags}
+    return [
+        "main.py",
+        "--config=configs/vit_b32.py:smoke",
+        f"--workdir=gs://bucket/{place}/run",
+        *(f"--{name}={value}" for name, value in flags.items()),
+    ]
+
+
+def metrics(data: bytes) -> dict[int, dict[str, float]]:
+    """All that does not depend on time, by step."""
+    found: dict[int, dict[str, float]] = {}
+    for row in map(json.loads, data.splitlines()):
+        kept = {name: value for name, value in row.items() if not name.endswith(TIMED)}
+        found.setdefault(int(row["step"]), {}).update(kept)
+    return found
+
+
+def steps(bucket, place: str) -> list[int]:
+    """Of the checkpoints that are complete."""
+    names = bucket.names("bucket", f"{place}/run/checkpoints/")
+    return sorted(int(m[1]) for n in names if (m := re.search(r"/(\d+)/commit_success.txt$", n)))
+
+
+def test_from_bucket_to_bucket(bucket, place, local, capsys):
+    workdir = f"gs://bucket/{place}/run"
+    with tiny_run.compile_once():
+        final = train.train(config(f"gs://bucket/{place}/shards"), workdir)
+    assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == local
+    assert steps(bucket, place) == KEPT
+    assert f"Report: {workdir}/report.html" in capsys.readouterr().out
+    names = bucket.names("bucket", f"{place}/run/")
+    for name in ("config.json", "report.html", "tensorboard/events"):
+        assert any(f"/run/{name}" in each for each in names), name
+    uploads = [r for r in bucket.requests() if r["method"] == "POST" and "metrics.jsonl" in str(r)]
+    assert len(uploads) <= 6  # at each checkpoint and at the end, not for each row
+    model = clip_jax.load(workdir)
+    assert model.encode_text(["a caption"]).shape == (1, 16)
+    assert (
+        final["retrieval/image_to_text/recall@1"] == local[12]["retrieval/image_to_text/recall@1"]
+    )
+
+
+def test_killed_and_resumed(bucket, place, local, capsys):
+    """Bit-identical, as locally."""
+    process = launch(command(place, **{"config.duration": "100000 steps"}), devices=8)
+    try:
+        deadline = time.monotonic() + 200
+        while not steps(bucket, place):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.communicate()
+    saved = steps(bucket, place)[-1]
+    changes = {"duration": "12 steps", "checkpoint.allow_config_change": True}
+    if saved >= 12:
+        pytest.skip("it was killed too late")  # a machine that stood still
+    with tiny_run.compile_once():
+        train.train(config(f"gs://bucket/{place}/shards", **changes), f"gs://bucket/{place}/run")
+    assert re.search(rf"Resuming gs://bucket/{place}/run from step \d+", capsys.readouterr().out)
+    found = metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl"))
+    assert list(found) == list(range(1, 13))
+    # The learning rate of the killed run was that of a longer one until then.
+    assert [found[step]["train/loss"] for step in (1, 2)] == [
+        local[step]["train/loss"] for step in (1, 2)
+    ]
+
+
+def test_two_processes_with_one_workdir(bucket, place, local, capsys):
+    """Then one goes on with what they began."""
+    shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
+    half = {"config.duration": "12 steps"}
+    commands = [command(place, process=i, **shared, **half) for i in range(2)]
+    first, _ = outputs([launch(arguments, devices=4) for arguments in commands])
+    assert "on 8 x cpu (mesh data 8)" in first
+    found = metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl"))
+    for step, row in local.items():
+        want = row["train/loss"]
+        assert found[step]["train/loss"] == pytest.approx(want, rel=TOLERANCE), step
+    # One host has indexed, the other has read what it found.
+    log = bucket.requests()
+    whole = len(bucket.get("bucket", f"{place}/shards/0.tar"))
+    assert len([r for r in log if "/0.tar" in r["path"] and r["sent"] == whole]) == 1
+    assert steps(bucket, place) == KEPT
+    for name in bucket.names("bucket", f"{place}/run/checkpoints/12/"):
+        bucket.delete("bucket", name)
+    with tiny_run.compile_once():
+        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
+    assert "from step 9." in capsys.readouterr().out
+    found = metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl"))
+    for step, row in local.items():
+        want = row["train/loss"]
+        assert found[step]["train/loss"] == pytest.approx(want, rel=TOLERANCE), step
+
+
+def test_a_run_in_a_storm(bucket, place, local, capsys):
+    """Every kind of failure, and checkpoints that cannot be written for a while."""
+    read, write = "GET .*tar", "(POST|PUT) .*upload"
+    bucket.faults(
+        [
+            {"match": f"{write}.*checkpoints/3", "kind": 503, "count": 3},
+            *({"match": read, "kind": kind, "p": 0.05} for kind in (503, 429, "reset", "truncate")),
+            *({"match": write, "kind": kind, "p": 0.05} for kind in (503, 429, "reset")),
+        ]
+    )
+    with tiny_run.compile_once():
+        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
+    bucket.faults([])
+    assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == local
+    assert steps(bucket, place) == KEPT
+    assert "Storage failed now and then, and was asked again: " in capsys.readouterr().out
+    assert faults.counts()["HTTP 503"] >= 3
+
+
+def test_a_checkpoint_that_failed_is_tried_again(bucket, place, local, caplog):
+    """What is left of it is never taken for whole."""
+    bucket.faults([{"match": "POST .*upload.*checkpoints/3/", "kind": 403, "count": 1}])
+    with tiny_run.compile_once():
+        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
+    assert "HTTP 403 while saving" in caplog.text
+    assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == local
+    assert steps(bucket, place)[-1] == 12
+
+
+def test_with_rights_on_objects_alone(bucket, place, local):
+    bucket.rights("bucket", "objects")
+    with tiny_run.compile_once():
+        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
+    assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == local
+    assert "denied" not in bucket.stats()
+
+
+# ---- Mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "rights", "message"),
+    [
+        ({"workdir": "gs://buckett/run"}, "all", r"no such bucket.*'buckett'"),
+        (
+            {"config.data.source.path": "gs://bucket/typo/*.tar"},
+            "all",
+            r"No tar shards match.*typo",
+        ),
+        ({}, "read", r"lack the right"),
+        ({"config.data.source.path": "https://host/0.tar"}, "all", r"https:// is not read"),
+    ],
+    ids=["bucket", "path", "read-only", "scheme"],
+)
+def test_mistakes_are_sentences(bucket, place, flags, rights, message):
+    bucket.rights("bucket", rights)
+    found = subprocess.run(
+        [sys.executable, *command(place, **flags)],
+        cwd=ROOT,
+        env=xla_flags.environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 1
+    assert "Traceback" not in found.stderr, found.stderr
+    assert re.search(message, found.stderr.replace("\n", " ")), found.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        path.stem for path in (ROOT / "configs").glob("*.py") if "gs://BUCKET" in path.read_text()
+    ),
+)
+def test_the_commands_of_the_configs(bucket, place, name):
+    """Each opens its data in the bucket as it stands there, shrunk by :smoke."""
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    paths = set(re.findall(r"--config\.data\.source\.path='gs://BUCKET/(\S+)'", text))
+    assert paths == {"shards/*.tar"}
+    module = __import__(f"configs.{name}", fromlist=["get_config"])
+    made = module.get_config("smoke")
+    made.data.source = default.source(type="tar", path=f"gs://bucket/{place}/shards/*.tar")
+    from clip_jax.data import mixture
+
+    source, order = mixture.create(made.data, 16, 0, batch_size=made.batch_size, parts=1)
+    assert len(source) == SHARDS * EACH
+    assert source[order[0]].text.startswith("caption number ")
