@@ -13,6 +13,7 @@ import tiny_data
 from etils import epath
 from PIL import Image
 from shards import open_source, write_tar
+from test_sources import store
 
 from clip_jax.data import mixture, pipeline, rows, shard_index, tar, tar_index, tokenizer
 from clip_jax.errors import BadExample, UserError
@@ -232,6 +233,23 @@ def test_other_kinds_of_data(bucket, tmp_path):
         assert time.monotonic() - began < 1.5 or kind == "beside"  # one by one: 1.5 s and more
         bucket.latency(0)
         assert images == [pictures[i] for i in order]
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_tfds(bucket, tmp_path, file_format):
+    store(tmp_path, file_format)
+    folder = f"tfds-{time.monotonic_ns()}"
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(tmp_path).as_posix()
+            bucket.put("bucket", f"{folder}/{name}", path.read_bytes())
+    spec = {"type": "tfds", "path": f"gs://bucket/{folder}", "name": "tiny_pairs"}
+    if file_format == "array_record":
+        with pytest.raises(UserError, match=r"ArrayRecord.*--file_format=tfrecord"):
+            open_source(**spec, split="train")
+        return
+    source = open_source(**spec, split="train")
+    assert [read().text for read in source.start(range(20))] == [f"caption {i}" for i in range(20)]
 
 
 def test_table_of_captions_with_one_read(bucket, tmp_path):

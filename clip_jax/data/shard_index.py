@@ -48,6 +48,11 @@ class Found:
     damage: str = ""
     stat: Stat | None = None
 
+    @property
+    def version(self) -> int | str | None:
+        """Of the file that was scanned; None: it was not there."""
+        return self.stat.version if self.stat else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:

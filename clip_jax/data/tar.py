@@ -73,7 +73,7 @@ class TarShards:
         found = shard_index.load(self._shards, kind, spare)
         self.problems: Counter[str] = shard_index.count_problems(found)
         self._rows = [shard.rows for shard in found]
-        self._versions = [shard.stat and shard.stat.version for shard in found]
+        self._versions = [shard.version for shard in found]
         self._is_remote = remote.is_remote(self._shards[0])
         # Number of the first sample of each shard, and of all samples.
         self._first = list(itertools.accumulate(map(len, self._rows), initial=0))

@@ -17,6 +17,7 @@ from clip_jax.data import captions, sources, tfrecord
 from clip_jax.data.labels import group, parse_groups
 from clip_jax.data.sources import Example
 from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import remote
 
 _IMAGE_KEYS = ("image",)
 _TEXT_KEYS = ("caption", "captions/text", "captions", "text", "title")
@@ -207,6 +208,11 @@ def _records(
     file_format = builder.info.file_format.value
     if file_format == "tfrecord":
         return _tfrecords(info.file_instructions, problems, spare)
+    if file_format == "array_record" and remote.is_remote(builder.data_dir):
+        raise UserError(
+            f"The ArrayRecord files of {builder.info.full_name} cannot be read from a bucket: copy "
+            f"{builder.data_dir} to a disk, or prepare the set with --file_format=tfrecord."
+        )
     if file_format == "array_record":
         raw = decode.DeserializeMethod.RAW_BYTES
         return builder.as_data_source(split=split, deserialize_method=raw)

@@ -65,7 +65,7 @@ class TfRecords:
         self.problems = shard_index.count_problems(found)
         self.stored = [len(file.rows) for file in found]
         self._paths = paths
-        self._stats = [file.stat for file in found]
+        self._files = found
         self._offsets = [file.rows[wanted] for file, wanted in zip(found, slices)]
         # Number of the first record of each file, and of all records.
         self._first = list(itertools.accumulate(map(len, self._offsets), initial=0))
@@ -83,11 +83,11 @@ class TfRecords:
 
     def _start(self, index: int) -> Callable[[], bytes]:
         file = bisect.bisect_right(self._first, index) - 1
-        path, stat, place = self._paths[file], self._stats[file], index - self._first[file]
+        path, place = self._paths[file], index - self._first[file]
         offset, end = int(self._offsets[file][place]), self._end(file, place)
 
         def start() -> Callable[[], list[bytes]]:
-            return ranges.start(path, [(offset, end - offset)], stat and stat.version)
+            return ranges.start(path, [(offset, end - offset)], self._files[file].version)
 
         begun = [start()]  # further tries begin anew
 
@@ -103,7 +103,7 @@ class TfRecords:
 
     def _end(self, file: int, place: int) -> int:
         """The byte behind a record, or a later one where no record follows that is wanted."""
-        offsets, stat = self._offsets[file], self._stats[file]
+        offsets, stat = self._offsets[file], self._files[file].stat
         if place + 1 < len(offsets):
             return int(offsets[place + 1])
         return stat.size if stat is not None else int(offsets[place])

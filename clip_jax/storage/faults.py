@@ -262,9 +262,9 @@ def _count_those_of_gcsfs() -> None:
         return
     is_retriable = retry.is_retriable
 
-    def noted(error: BaseException) -> bool:
-        if found := is_retriable(error):
-            note(reason(error) or type(error).__name__, "gs://")
+    def noted(exception: BaseException) -> bool:
+        if found := is_retriable(exception):
+            note(reason(exception) or type(exception).__name__, "gs://")
         return found
 
     retry.is_retriable = noted

@@ -27,8 +27,8 @@ def prepare() -> None:
     # The rest of what it does for gs:// is right for s3:// too: mark a checkpoint as complete by a
     # file, since there are no renames, and have TensorStore write the arrays.
     gcs_utils.is_gcs_path = lambda path: remote.is_remote(_repaired(path.as_posix()))
-    gcs_utils.get_kvstore_for_gcs = lambda path: _kvstore(_repaired(path))
-    tensorstore_utils._use_gcs_driver = remote.is_remote
+    gcs_utils.get_kvstore_for_gcs = lambda ckpt_path: _kvstore(_repaired(ckpt_path))
+    tensorstore_utils._use_gcs_driver = lambda directory: remote.is_remote(directory)
     tensorstore_utils._normalize_path = lambda path: _repaired(os.path.normpath(path))
     retries = {
         "max_retries": 6 + int(faults.RETRY_FOR / _LONGEST_WAIT),

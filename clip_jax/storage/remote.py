@@ -4,7 +4,7 @@ import functools
 import os
 from typing import Any
 
-import fsspec
+import fsspec.config
 from etils import epath
 from etils.epath import backend
 
