@@ -60,7 +60,8 @@ def main() -> None:
         missing = [name for name in LEFT if name not in names]
         assert not missing, f"{missing} are not among {names}"
         assert not list(ROOT.glob("gs:*")), "something was written to a local folder"
-        print(f"{len(found)} commands, {len(names)} objects, {server.stats()['requests']} requests.")
+        requests = server.stats()["requests"]
+        print(f"{len(found)} commands, {len(names)} objects, {requests} requests.")
 
 
 if __name__ == "__main__":
