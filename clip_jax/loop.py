@@ -108,7 +108,7 @@ class Loop:
             sharding.batch_sharding(run.mesh),
             config.data.prefetch,
             patience=config.data.patience,
-            describe=data.describe,
+            describe=self._describe,
         )
 
     def position(self, step: int) -> Past:
@@ -126,6 +126,12 @@ class Loop:
             skipped=dict(Counter(past.skipped) + Counter(seen)),
             truncated=past.truncated + truncated,
         )
+
+    def _describe(self) -> str:
+        """What the data are at, for when they hang."""
+        failures = faults.counts()
+        said = f"; storage failed before: {list_counts(failures)}" if failures else ""
+        return self._data.describe() + said
 
     def _examples_seen(self, step: int) -> int:
         return self._past.examples_seen + (step - self._past.step) * self._config.batch_size

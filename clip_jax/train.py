@@ -85,7 +85,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
     spare = _spare(directory)
-    with hosts.first_host_first("index of the training data"):
+    with hosts.first_host_first("indices of the data"):
         source, order = mixture.create(
             config.data,
             net.size.image_size,
@@ -94,6 +94,8 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             parts=sharding.process_share(mesh)[1],
             spare=spare,
         )
+        evaluators = Evaluators(config, net, mesh, tokens, spare)
+        suite = Suite(config, net, mesh, tokens, spare) if config.eval.suite.datasets else None
     steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
     total = clock.to_steps(config.duration, **steps)
     if not total:
@@ -105,8 +107,8 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         tokenizer=tokens,
         source=source,
         order=order,
-        evaluators=Evaluators(config, net, mesh, tokens, spare),
-        suite=Suite(config, net, mesh, tokens, spare) if config.eval.suite.datasets else None,
+        evaluators=evaluators,
+        suite=suite,
         total=total,
         log_every=clock.to_steps(config.log.every, **steps),
         eval_every=clock.to_steps(config.eval.every, **steps),

@@ -114,31 +114,30 @@ def test_from_bucket_to_bucket(bucket, place, local, capsys):
     )
 
 
-def test_killed_and_resumed(bucket, place, local, capsys):
+def test_killed_and_resumed(bucket, place, shards, tmp_path, capsys):
     """Bit-identical, as locally."""
-    process = launch(command(place, **{"config.duration": "100000 steps"}), devices=8)
+    longer = {"duration": "60 steps", "eval.every": "30 steps"}
+    with tiny_run.compile_once():
+        train.train(config(shards, **longer), tmp_path)
+    wanted = metrics((tmp_path / "metrics.jsonl").read_bytes())
+    flags = {f"config.{name}": value for name, value in longer.items()}
+    process = launch(command(place, **flags), devices=8)
     try:
         deadline = time.monotonic() + 200
         while not steps(bucket, place):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
-            time.sleep(0.05)
+            time.sleep(0.02)
     finally:
         process.kill()
         process.communicate()
-    saved = steps(bucket, place)[-1]
-    changes = {"duration": "12 steps", "checkpoint.allow_config_change": True}
-    if saved >= 12:
-        pytest.skip("it was killed too late")  # a machine that stood still
+    assert steps(bucket, place)[-1] < 60
+    capsys.readouterr()
     with tiny_run.compile_once():
-        train.train(config(f"gs://bucket/{place}/shards", **changes), f"gs://bucket/{place}/run")
-    assert re.search(rf"Resuming gs://bucket/{place}/run from step \d+", capsys.readouterr().out)
-    found = metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl"))
-    assert list(found) == list(range(1, 13))
-    # The learning rate of the killed run was that of a longer one until then.
-    assert [found[step]["train/loss"] for step in (1, 2)] == [
-        local[step]["train/loss"] for step in (1, 2)
-    ]
+        workdir = f"gs://bucket/{place}/run"
+        train.train(config(f"gs://bucket/{place}/shards", **longer), workdir)
+    assert re.search(rf"Resuming {workdir} from step \d+", capsys.readouterr().out)
+    assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == wanted
 
 
 def test_two_processes_with_one_workdir(bucket, place, local, capsys):

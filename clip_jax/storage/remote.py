@@ -11,7 +11,7 @@ from etils.epath import backend
 SCHEMES = ("gs", "s3")
 
 # Requests for parts of objects that are under way at once, per process; more wait their turn.
-CONCURRENCY = 128
+CONCURRENCY = 256
 # Seconds that one request through fsspec may take.
 _REQUEST_TIMEOUT = 120.0
 
