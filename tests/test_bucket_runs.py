@@ -28,6 +28,8 @@ SETTINGS = {
     "log.tensorboard": True,
 }
 KEPT = [6, 9, 12]  # the checkpoints that remain of such a run: the best and the last two
+# Processes of their own compile what they run.
+UNEVALUATED = {"config.eval.zeroshot.source.type": "", "config.eval.retrieval.source.type": ""}
 # Whatever is measured in seconds differs between two runs.
 TIMED = ("images_per_second", "data/waiting", "storage/failures")
 
@@ -116,12 +118,12 @@ def test_from_bucket_to_bucket(bucket, place, local, capsys):
 
 def test_killed_and_resumed(bucket, place, shards, tmp_path, capsys):
     """Bit-identical, as locally."""
-    longer = {"duration": "60 steps", "eval.every": "30 steps"}
+    longer = {"duration": "40 steps", "eval.every": "40 steps", "checkpoint.every": "10 steps"}
     with tiny_run.compile_once():
         train.train(config(shards, **longer), tmp_path)
     wanted = metrics((tmp_path / "metrics.jsonl").read_bytes())
     flags = {f"config.{name}": value for name, value in longer.items()}
-    process = launch(command(place, **flags), devices=8)
+    process = launch(command(place, **flags, **UNEVALUATED), devices=8)
     try:
         deadline = time.monotonic() + 200
         while not steps(bucket, place):
@@ -131,7 +133,7 @@ def test_killed_and_resumed(bucket, place, shards, tmp_path, capsys):
     finally:
         process.kill()
         process.communicate()
-    assert steps(bucket, place)[-1] < 60
+    assert steps(bucket, place)[-1] < 40
     capsys.readouterr()
     with tiny_run.compile_once():
         workdir = f"gs://bucket/{place}/run"
@@ -140,31 +142,38 @@ def test_killed_and_resumed(bucket, place, shards, tmp_path, capsys):
     assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == wanted
 
 
-def test_two_processes_with_one_workdir(bucket, place, local, capsys):
+def test_two_processes_with_one_workdir(bucket, place, shards, tmp_path, capsys):
     """Then one goes on with what they began."""
-    shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2}
-    half = {"config.duration": "12 steps"}
-    commands = [command(place, process=i, **shared, **half) for i in range(2)]
+    short = {"duration": "6 steps", "eval.every": "6 steps"}
+    with tiny_run.compile_once():
+        train.train(config(shards, **short), tmp_path)
+    wanted = metrics((tmp_path / "metrics.jsonl").read_bytes())
+    shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2, **UNEVALUATED}
+    shared |= {f"config.{name}": value for name, value in short.items()}
+    commands = [command(place, process=i, **shared) for i in range(2)]
     first, _ = outputs([launch(arguments, devices=4) for arguments in commands])
     assert "on 8 x cpu (mesh data 8)" in first
-    found = metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl"))
-    for step, row in local.items():
-        want = row["train/loss"]
-        assert found[step]["train/loss"] == pytest.approx(want, rel=TOLERANCE), step
+    assert_same_losses(bucket, place, wanted)
     # One host has indexed, the other has read what it found.
-    log = bucket.requests()
     whole = len(bucket.get("bucket", f"{place}/shards/0.tar"))
-    assert len([r for r in log if "/0.tar" in r["path"] and r["sent"] == whole]) == 1
-    assert steps(bucket, place) == KEPT
-    for name in bucket.names("bucket", f"{place}/run/checkpoints/12/"):
+    reads = [r for r in bucket.requests() if "/0.tar" in r["path"] and r["sent"] == whole]
+    assert len(reads) == 1
+    assert steps(bucket, place) == [3, 6]
+    for name in bucket.names("bucket", f"{place}/run/checkpoints/6/"):
         bucket.delete("bucket", name)
+    capsys.readouterr()
     with tiny_run.compile_once():
-        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
-    assert "from step 9." in capsys.readouterr().out
+        train.train(config(f"gs://bucket/{place}/shards", **short), f"gs://bucket/{place}/run")
+    assert "from step 3." in capsys.readouterr().out
+    assert_same_losses(bucket, place, wanted)
+
+
+def assert_same_losses(bucket, place: str, wanted: dict) -> None:
     found = metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl"))
-    for step, row in local.items():
-        want = row["train/loss"]
-        assert found[step]["train/loss"] == pytest.approx(want, rel=TOLERANCE), step
+    assert list(found) == list(wanted)
+    for step, row in wanted.items():
+        loss = found[step]["train/loss"]
+        assert loss == pytest.approx(row["train/loss"], rel=TOLERANCE), step
 
 
 def test_a_run_in_a_storm(bucket, place, local, capsys):
@@ -172,9 +181,9 @@ def test_a_run_in_a_storm(bucket, place, local, capsys):
     read, write = "GET .*tar", "(POST|PUT) .*upload"
     bucket.faults(
         [
-            {"match": f"{write}.*checkpoints/3", "kind": 503, "count": 3},
+            {"match": f"{write}.*checkpoints/3", "kind": 503, "count": 2},
             *({"match": read, "kind": kind, "p": 0.05} for kind in (503, 429, "reset", "truncate")),
-            *({"match": write, "kind": kind, "p": 0.05} for kind in (503, 429, "reset")),
+            *({"match": write, "kind": kind, "p": 0.02} for kind in (503, 429, "reset")),
         ]
     )
     with tiny_run.compile_once():
@@ -183,7 +192,7 @@ def test_a_run_in_a_storm(bucket, place, local, capsys):
     assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == local
     assert steps(bucket, place) == KEPT
     assert "Storage failed now and then, and was asked again: " in capsys.readouterr().out
-    assert faults.counts()["HTTP 503"] >= 3
+    assert faults.counts()["HTTP 503"] >= 2
 
 
 def test_a_checkpoint_that_failed_is_tried_again(bucket, place, local, caplog):
