@@ -128,6 +128,8 @@ class Patience:
 
     def wait(self, error: BaseException) -> None:
         """Sleeps before the next attempt; raises `error`, or its sentence, where there is none."""
+        if isinstance(error, UserError):  # of an attempt that has been patient itself
+            raise error
         if not passes(error, self._path, self._writing):
             if isinstance(error, FileNotFoundError) or not reason(error):
                 raise error
