@@ -62,6 +62,11 @@ def _run() -> None:
 
     config = _CONFIG.value
     default.validate(config)
+    if not _COORDINATOR.value and (_PROCESSES.value or _PROCESS.value):
+        raise UserError(
+            "The flags --processes and --process need --coordinator, HOST:PORT of the first host: "
+            "without it each would train alone, all into one workdir."
+        )
     if _COORDINATOR.value == "auto":
         jax.distributed.initialize()
     elif _COORDINATOR.value:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -25,7 +25,9 @@ from clip_jax.errors import UserError
 from clip_jax.evals import Evaluators
 from clip_jax.program import Program
 from clip_jax.storage import faults
-from clip_jax.suite.training import Suite
+
+if TYPE_CHECKING:
+    from clip_jax.suite.training import Suite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Run:
     source: Source
     order: Order
     evaluators: Evaluators
-    suite: Suite | None  # None: none is asked for
+    suite: "Suite | None"  # None: none is asked for
     total: int  # steps
     log_every: int  # steps, as the next three
     eval_every: int

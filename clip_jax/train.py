@@ -19,7 +19,6 @@ from clip_jax import (
     models,
     program,
     sharding,
-    warm_start,
     workdir,
 )
 from clip_jax import state as train_state
@@ -29,7 +28,6 @@ from clip_jax.evals import Evaluators, report
 from clip_jax.evals.results import RunSummary
 from clip_jax.loop import Loop, Past, Run, hardware, list_counts
 from clip_jax.storage import faults, locations
-from clip_jax.suite.training import Suite
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
@@ -51,6 +49,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     directory = locations.reachable(directory)
     run = _prepare(config, directory)
+    workdir.make(directory)
     store = checkpoint.Checkpoints(
         directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
     )
@@ -61,10 +60,12 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         _announce(run, config)
         start = None
         if config.init_from and resumed is None:
+            from clip_jax import warm_start  # with readers of all formats of weights
+
             start = warm_start.read(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
-        workdir.write(directory, config)  # before anything slow: it may not be allowed
         step_fn = _compile(run, config)
+        workdir.write(directory, config)
         if resumed is None:
             past = Past()
             state = run.program.init(start)
@@ -95,7 +96,11 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             spare=spare,
         )
         evaluators = Evaluators(config, net, mesh, tokens, spare)
-        suite = Suite(config, net, mesh, tokens, spare) if config.eval.suite.datasets else None
+        suite = None
+        if config.eval.suite.datasets:
+            from clip_jax.suite.training import Suite  # with solvers, and the registry of data sets
+
+            suite = Suite(config, net, mesh, tokens, spare)
     steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
     total = clock.to_steps(config.duration, **steps)
     if not total:

@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
-from clip_jax.storage import locations, ranges, writing
+from clip_jax.storage import locations, ranges, remote, writing
 
 FILE = "config.json"  # inside the workdir
 
@@ -19,6 +19,26 @@ FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_la
 FREE += ("model.remat", "model.pack", "accum_steps", "loss.method", "loss.tile")
 FREE += ("data.threads", "data.processes", "data.prefetch", "data.max_skipped", "data.patience")
 FREE += ("data.source.path", "data.mixture.*.path")
+
+
+def make(workdir: epath.Path) -> None:
+    """Makes a workdir, or tries whether its bucket can be written to, before anything slow.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    if remote.is_remote(workdir):
+        if jax.process_index() == 0:
+            probe = workdir / "writable"
+            writing.write(probe, b"")
+            writing.remove(probe)
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The workdir {workdir} cannot be written to ({error}): choose another --workdir."
+        ) from None
 
 
 def write(workdir: epath.PathLike, config: ConfigDict) -> None:

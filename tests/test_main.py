@@ -32,6 +32,8 @@ MISTAKES = {
     "no data": (["--config=configs/vit_b32.py"], r"no training data.*vit_b32\.py:smoke"),
     "bad size": ([SMOKE, "--config.model.size.text_heads=0"], r"text_heads.*0"),
     "no room": ([SMOKE, "--config.model.size.context_length=1"], r"context_length.*1"),
+    "unwritable": ([SMOKE, "--workdir=/proc/run"], r"workdir /proc/run cannot be written"),
+    "no coordinator": ([SMOKE, "--processes=2"], r"--processes.*need --coordinator"),
     "no such model": ([SMOKE, "--config.model.name=ViT-B/33"], r"'ViT-B/33'.*ViT-B/32"),
 }
 
