@@ -14,7 +14,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from clip_jax.errors import DataStalled, UserError
-from clip_jax.storage import faults
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/, such as configs/quickstart.py or configs/vit_b32.py:smoke."
@@ -47,6 +46,8 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         sys.exit(f"\n{error}")
     except Exception as error:
+        from clip_jax.storage import faults
+
         if explained := faults.explained(error):
             sys.exit(f"\n{explained}")
         raise

@@ -46,7 +46,8 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     """
     started, began = datetime.now(), time.monotonic()
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+        cache = locations.parse(config.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     directory = locations.reachable(directory)
     run = _prepare(config, directory)
     workdir.make(directory)

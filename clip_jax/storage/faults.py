@@ -6,6 +6,7 @@ failure is counted by its reason and logged now and then. What does not pass, su
 does not exist, becomes one sentence.
 """
 
+import functools
 import logging
 import os
 import random
@@ -256,12 +257,11 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def _count_those_of_gcsfs() -> None:
+@functools.cache
+def count_those_of_gcsfs() -> None:
     """Has gcsfs, which repeats its requests by itself, tell of each failure."""
-    try:
-        from gcsfs import retry
-    except ImportError:
-        return
+    from gcsfs import retry
+
     is_retriable = retry.is_retriable
 
     def noted(exception: BaseException) -> bool:
@@ -270,6 +270,3 @@ def _count_those_of_gcsfs() -> None:
         return found
 
     retry.is_retriable = noted
-
-
-_count_those_of_gcsfs()

@@ -47,6 +47,8 @@ def parse(text: epath.PathLike) -> epath.Path:
             "s3://BUCKET/...; several are separated by commas, and may have patterns and ranges "
             "such as {00000..00099}."
         )
+    if name.startswith("gs://"):
+        faults.count_those_of_gcsfs()
     return epath.Path(name).expanduser()
 
 
