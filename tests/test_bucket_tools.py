@@ -27,10 +27,8 @@ def places(bucket, tmp_path) -> tuple[str, str]:
             members += tiny_data.sample(f"{i:03}", image, f"{WORDS[i % 4]} {i}")
         path = tmp_path / f"{shard}.tar"
         write_tar(path, members)
-        bucket.put(
-            "bucket", f"{remote.removeprefix('gs://bucket/')}/{path.name}", path.read_bytes()
-        )
-    return str(tmp_path), remote
+        bucket.put("bucket", f"{prefix}/{path.name}", path.read_bytes())
+    return str(tmp_path), f"gs://bucket/{prefix}"
 
 
 def run(*arguments: str) -> None:
