@@ -71,7 +71,7 @@ class ImageFolder:
         Raises:
           UserError: nothing of what is looked for is found.
         """
-        self._root = locations.parse(path)
+        self._root = locations.reachable(path)
         self._fields = captions.parse_fields(text_key)
         self._group_keys = parse_groups(group_keys)
         self.problems: Counter[str] = Counter()

@@ -215,6 +215,8 @@ _LOGIN = {
 
 def explain(error: BaseException, path: epath.PathLike = "") -> str:
     """What a failure means and what to do about it, in a sentence or two."""
+    if isinstance(error, StorageError):
+        return str(error)
     name = reason(error)
     scheme, bucket, _ = remote.split(path) if remote.is_remote(path) else ("", "", "")
     what = _MEANINGS.get(name, f"{type(error).__name__}: {_first_line(error)}")
@@ -224,7 +226,8 @@ def explain(error: BaseException, path: epath.PathLike = "") -> str:
     remedy = _REMEDIES.get(name, "")
     if remedy:
         remedy = f" {remedy}{_LOGIN.get(scheme, '.')}" if name != "HTTP 404" else f" {remedy}."
-    return f"{where}{what} ({name or 'unknown'}).{remedy}"
+    code = f" ({name})" if name.startswith("HTTP") else ""
+    return f"{where}{what}{code}.{remedy}"
 
 
 # The modules from which errors of a bucket come.

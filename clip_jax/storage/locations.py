@@ -73,6 +73,8 @@ def _problem(name: str) -> str:
     if match is None:
         return ""
     scheme = match[1]
+    if scheme == "file":
+        return "a local path is written without file:"
     if scheme not in remote.SCHEMES:
         return f"{scheme}:// is not read; download the files first"
     if not name.startswith(f"{scheme}://"):
