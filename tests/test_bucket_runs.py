@@ -195,9 +195,11 @@ def test_a_run_in_a_storm(bucket, place, local, capsys):
     assert faults.counts()["HTTP 503"] >= 2
 
 
-def test_a_checkpoint_that_failed_is_tried_again(bucket, place, local, caplog):
-    """What is left of it is never taken for whole."""
-    bucket.faults([{"match": "POST .*upload.*checkpoints/3/", "kind": 403, "count": 1}])
+@pytest.mark.parametrize("step", [3, 12])
+def test_a_checkpoint_that_failed_is_tried_again(bucket, place, local, caplog, step):
+    """The last one too, and what is left of it is never taken for whole."""
+    fault = {"match": f"POST .*upload.*checkpoints/{step}/", "kind": 403, "count": 1}
+    bucket.faults([fault])
     with tiny_run.compile_once():
         train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
     assert "HTTP 403 while saving" in caplog.text
