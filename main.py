@@ -13,7 +13,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from clip_jax.errors import DataStalled, UserError
+from clip_jax.errors import DataStalled, StorageError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file in configs/, such as configs/quickstart.py or configs/vit_b32.py:smoke."
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         _run()
-    except DataStalled as error:
+    except (DataStalled, StorageError) as error:
         print(f"\n{error}", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary exit would wait for threads that hang
+        os._exit(1)  # an ordinary exit would wait for threads, or hosts, that hang
     except UserError as error:
         sys.exit(f"\n{error}")
     except Exception as error:

@@ -44,9 +44,10 @@ def write_index(folder: str) -> float:
     """Writes the index of all shards, after a scan of the one they are; its time in seconds."""
     from etils import epath
 
-    from clip_jax.data import files, shard_index, tar_index
+    from clip_jax.data import shard_index, tar_index
+    from clip_jax.storage import locations
 
-    paths = files.expand(folder, ".tar")
+    paths = locations.expand(folder, ".tar")
     began = time.monotonic()
     found = tar_index.scan(epath.Path(paths[0]))
     seconds = time.monotonic() - began

@@ -7,6 +7,7 @@ reads), "optimizer", and "meta" (JSON: step, position in the data, config, token
 import contextlib
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import models
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState, abstract_variables
 from clip_jax.storage import faults, for_orbax, locations, remote
@@ -120,6 +121,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_):
         # The error of a save that is under way must not hide the one that ends the run.
+        if kind and jax.process_count() > 1:
+            return  # it would wait for hosts that wait for this one
         with contextlib.suppress(*([Exception] if kind else [])):
             self.close()
 
@@ -258,16 +261,24 @@ class _Writes:
         self._done = done = threading.Event()
 
         def watch() -> None:
-            waited = 0.0
-            while not done.wait(self._SAY_EVERY) and busy():
-                waited += self._SAY_EVERY
+            began = said = time.monotonic()
+            while not done.wait(1.0) and busy():
+                if jax.process_count() > 1 and for_orbax.failures:
+                    # The main thread and the other hosts wait for this part of the checkpoint.
+                    print(
+                        f"\n{self._sentence(for_orbax.failures[-1])}", file=sys.stderr, flush=True
+                    )
+                    os._exit(1)
+                if (now := time.monotonic()) - said < self._SAY_EVERY:
+                    continue
+                said = now
                 failures = ", ".join(f"{n} x {name}" for name, n in faults.counts().items())
                 logging.warning(
                     "The checkpoint of step %d is not in %s yet, after %.0f s; failures of storage "
                     "so far: %s",
                     step,
                     self._directory,
-                    waited,
+                    now - began,
                     failures or "none seen",
                 )
 
@@ -281,12 +292,14 @@ class _Writes:
         now = time.monotonic()
         self._failing_since = self._failing_since or now
         faults.note(f"{faults.reason(error)} while saving", self._directory, _first_line(error))
-        if now - self._failing_since > faults.RETRY_FOR:
-            raise faults.StorageError(
-                f"No checkpoint could be written to {self._directory} for "
-                f"{now - self._failing_since:,.0f} s: {faults.explain(error)} The same command "
-                "resumes at the last complete one."
-            ) from error
+        if jax.process_count() > 1 or now - self._failing_since > faults.RETRY_FOR:
+            raise StorageError(self._sentence(error)) from error
+
+    def _sentence(self, error: BaseException) -> str:
+        return (
+            f"A checkpoint could not be written to {self._directory}: {faults.explain(error)} The "
+            "same command resumes at the last complete one."
+        )
 
     def succeeded(self) -> None:
         self._failing_since = None

@@ -9,6 +9,10 @@ class DataStalled(UserError):
     """No batch came in time. Threads that hang may keep the process from ending by itself."""
 
 
+class StorageError(UserError):
+    """A failure of storage that repeating did not cure. Threads may still wait for it."""
+
+
 class BadExample(Exception):
     """One example cannot be used; the pipeline counts it under `reason` and goes on.
 

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,7 +21,7 @@ from clip_jax.data.feed import Feed
 from clip_jax.data.order import Order
 from clip_jax.data.sources import Source
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.evals import Evaluators
 from clip_jax.program import Program
 from clip_jax.storage import faults
@@ -142,7 +142,7 @@ class Loop:
         """Trains to the last step; returns the last evaluation's metrics."""
         run = self._run
         evaluated: dict[str, float] = {}
-        with contextlib.closing(self._writer), contextlib.closing(self._feed):
+        with self._logging(), contextlib.closing(self._feed):
             for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
                 state, values = step_fn(state, batch)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
@@ -157,13 +157,21 @@ class Loop:
             evaluated = run.evaluators.run(state.variables)
         return evaluated
 
-    def _lost(self, step: int) -> bool:
-        """Whether the last checkpoint could not be written, and is to be tried again now.
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Has all rows in the workdir at the end, however it comes."""
+        try:
+            yield
+        except StorageError:
+            raise  # to ask the same storage again would take as long again
+        except BaseException:
+            self._writer.flush()
+            raise
+        self._writer.close()
 
-        Hosts save together, so where there are several the next one that is due has to do.
-        """
-        alone = jax.process_count() == 1
-        return alone and clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+    def _lost(self, step: int) -> bool:
+        """Whether the last checkpoint could not be written, and is to be tried again now."""
+        return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
 
     def _flush(self) -> None:
         """Writes the metrics that wait, once the device has them."""

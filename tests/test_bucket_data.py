@@ -16,7 +16,7 @@ from shards import open_source, write_tar
 from test_sources import store
 
 from clip_jax.data import mixture, pipeline, rows, shard_index, tar, tar_index, tokenizer
-from clip_jax.errors import BadExample, UserError
+from clip_jax.errors import BadExample, StorageError, UserError
 from clip_jax.storage import faults, locations, ranges
 from configs import default
 
@@ -189,7 +189,7 @@ def test_rights_that_are_withdrawn_end_in_a_sentence(remote, bucket, monkeypatch
     run = start(remote)
     take(run, 1)
     bucket.rights("bucket", "expired")
-    with pytest.raises(faults.StorageError, match=r"refused, or have expired.*resumes"):
+    with pytest.raises(StorageError, match=r"refused, or have expired.*resumes"):
         take(start_again(run), 2)
 
 

@@ -18,10 +18,10 @@ from sklearn.metrics import accuracy_score
 import clip_jax
 from clip_jax.data.digits import DigitScenes
 from clip_jax.datasets import registry
+from clip_jax.errors import StorageError
 from clip_jax.evals.encoder import Encoder
 from clip_jax.evaluate import cli
 from clip_jax.evaluate.folder import Folder, read_evaluation
-from clip_jax.storage.faults import StorageError
 from clip_jax.suite.tasks import TASKS
 
 SIDE = 16

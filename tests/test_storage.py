@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.storage import faults, locations, ranges, writing
 
 DATA = np.random.default_rng(0).bytes(300_000)
@@ -264,7 +264,7 @@ def test_silence_is_ended(bucket, remote, monkeypatch):
 def test_in_the_end_it_is_a_sentence(bucket, remote, hurry):
     bucket.put("bucket", f"{remote.name}/file", DATA)
     bucket.faults([{"match": "GET", "kind": 503}])
-    with pytest.raises(faults.StorageError, match=r"file could not be reached for 1 s.*unavailabl"):
+    with pytest.raises(StorageError, match=r"file could not be reached for 1 s.*unavailabl"):
         ranges.start(remote / "file", [(0, 5)])()
 
 

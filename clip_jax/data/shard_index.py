@@ -29,7 +29,7 @@ from clip_jax.storage.locations import Stat
 _FORMAT = "1"  # of the file; another one is made anew
 # Fewer shards than this are scanned in turn, since processes take a second to start.
 _WORTH_PROCESSES = 16
-_THREADS = 16  # of a process that scans shards in a bucket: mostly they wait
+_THREADS = 32  # of a process that scans shards in a bucket: mostly they wait
 
 
 @dataclasses.dataclass(frozen=True)

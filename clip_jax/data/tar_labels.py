@@ -16,7 +16,7 @@ from etils import epath
 
 from clip_jax.data import captions
 from clip_jax.errors import BadExample
-from clip_jax.storage import ranges
+from clip_jax.storage import ranges, remote
 
 FILES = ("cls", "npy")  # kinds of file with classes
 
@@ -38,6 +38,8 @@ class Layout:
 
 def read_layout(root: epath.Path) -> Layout:
     """The description of a set in CLIP_benchmark's layout, empty where there is none."""
+    if remote.is_remote(root) and not remote.split(root)[1]:
+        return Layout((), (), "")  # above the root of a bucket
     templates = _lines(root / "zeroshot_classification_templates.txt")
     return Layout(
         class_names=_lines(root / "classnames.txt"),

@@ -7,10 +7,9 @@ from typing import Any
 
 from clip_jax.datasets import finding
 from clip_jax.datasets.dataset import Dataset
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.folder import Folder
 from clip_jax.pages.page import duration, percent
-from clip_jax.storage.faults import StorageError
 from clip_jax.suite.material import TEST
 from clip_jax.suite.results import Result, Score, fingerprint
 from clip_jax.suite.tasks import TASKS, Context, Task

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.storage import remote
 
 # Seconds for which a failing request is repeated before its error is final. A variable of the
@@ -28,6 +28,7 @@ from clip_jax.storage import remote
 RETRY_FOR = float(os.environ.get("CLIP_JAX_STORAGE_RETRY_FOR", "600"))
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 30.0  # seconds
+_LONGEST_GCSFS_WAIT = 32.0  # seconds; its own constant
 _LOG_EVERY = 30.0  # seconds between two log lines of the same reason
 
 _CODE = re.compile(r"http_response_code='(\d+)'|\((\d{3})\)|status[ =:]+'?(\d{3})|code: (\d{3})")
@@ -42,10 +43,6 @@ _proven: set[tuple[str, bool]] = set()
 _lock = threading.Lock()
 
 Result = TypeVar("Result")
-
-
-class StorageError(UserError):
-    """A failure of storage that repeating did not cure, as a sentence."""
 
 
 def counts() -> Counter[str]:
@@ -261,10 +258,16 @@ def _first_line(error: BaseException) -> str:
 
 
 @functools.cache
-def count_those_of_gcsfs() -> None:
-    """Has gcsfs, which repeats its requests by itself, tell of each failure."""
-    from gcsfs import retry
+def teach_gcsfs() -> None:
+    """Has gcsfs repeat its requests for as long as we do, and tell of each failure.
 
+    By itself it gives up after half a minute. Orbax writes its descriptions by it.
+    """
+    from gcsfs import core, retry
+
+    repeated: Any = retry.retry_request  # made by a decorator that hides its signature
+    once = core.GCSFileSystem._request.__wrapped__
+    core.GCSFileSystem._request = repeated(retries=requests_in(_LONGEST_GCSFS_WAIT))(once)
     is_retriable = retry.is_retriable
 
     def noted(exception: BaseException) -> bool:
@@ -273,3 +276,8 @@ def count_those_of_gcsfs() -> None:
         return found
 
     retry.is_retriable = noted
+
+
+def requests_in(longest_wait: float) -> int:
+    """How often a client asks in `RETRY_FOR` seconds, which waits 1 s, 2 s, ... `longest_wait`."""
+    return 6 + int(RETRY_FOR / longest_wait)

@@ -31,7 +31,7 @@ def prepare() -> None:
     tensorstore_utils._use_gcs_driver = lambda directory: remote.is_remote(directory)
     tensorstore_utils._normalize_path = lambda path: _repaired(os.path.normpath(path))
     retries = {
-        "max_retries": 6 + int(faults.RETRY_FOR / _LONGEST_WAIT),
+        "max_retries": faults.requests_in(_LONGEST_WAIT),
         "initial_delay": f"{_FIRST_WAIT}s",
         "max_delay": f"{_LONGEST_WAIT}s",
     }
@@ -43,6 +43,11 @@ def prepare() -> None:
     _say_failures_once()
 
 
+# Why saves failed on this host. The manager raises it only once all hosts have met, which they do
+# not where one has failed.
+failures: list[BaseException] = []
+
+
 def _say_failures_once() -> None:
     """Leaves out the tracebacks that a failed save makes in every thread that takes part.
 
@@ -51,7 +56,11 @@ def _say_failures_once() -> None:
 
     def wanted(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return error is None or not faults.is_failure(error)
+        if error is None or not faults.is_failure(error):
+            return True
+        if "background save thread" in record.getMessage():
+            failures.append(error)
+        return False
 
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).addFilter(wanted)

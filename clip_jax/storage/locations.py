@@ -48,7 +48,7 @@ def parse(text: epath.PathLike) -> epath.Path:
             "such as {00000..00099}."
         )
     if name.startswith("gs://"):
-        faults.count_those_of_gcsfs()
+        faults.teach_gcsfs()
     return epath.Path(name).expanduser()
 
 

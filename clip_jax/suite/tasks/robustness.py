@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clip_jax.datasets.dataset import Dataset
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.protocols import intervals, logistic, metrics, robustness
 from clip_jax.storage import locations, ranges
-from clip_jax.storage.faults import StorageError
 from clip_jax.suite.material import TEST, labelled
 from clip_jax.suite.results import Found, Score
 from clip_jax.suite.tasks import linear_probe, zeroshot
