@@ -69,7 +69,7 @@ def write_shards(folder: Path, shards: int, each: int, pictures: list[bytes]) ->
 
 
 def photographs(count: int, scale: int, quality: int) -> list[bytes]:
-    """Of some 400 x 300 pixels times `scale`."""
+    """Photographs of some 400 x 300 pixels times `scale`."""
     rng, found = np.random.default_rng(0), []
     for _ in range(count):
         image = Image.open(io.BytesIO(photograph(rng)))
@@ -166,7 +166,7 @@ def start_worker(**given: str | int) -> turns.Worker:
 
 
 def open_set(path: str = "gs://set") -> dict[str, float]:
-    """What `opening` says in a process of its own."""
+    """Runs `opening` in a process of its own."""
     worker = start_worker(kind="opening", path=path)
     worker.close()
     return worker.ready
@@ -188,7 +188,7 @@ def measure(server: Server, args: argparse.Namespace, given: dict) -> tuple[floa
 
 
 def cpu_seconds(root: int) -> float:
-    """What a process and its descendants have used, those that have ended included."""
+    """CPU seconds that a process and its descendants have used, those that have ended included."""
     parents, used = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -202,7 +202,7 @@ def cpu_seconds(root: int) -> float:
 
 
 def competitors(args: argparse.Namespace, folder: Path, url: str) -> dict[str, list[dict]]:
-    """What each is told, for the disk and for the bucket."""
+    """The settings of each competitor, for the disk and for the bucket."""
     sets = str(folder), "gs://set"
     found: dict[str, list[dict]] = {}
     for run in (1, *map(int, args.runs.split(","))):

@@ -166,7 +166,7 @@ class Checkpoints:
         return True
 
     def lost(self) -> bool:
-        """Whether the last save has failed, so that the state should be saved again soon."""
+        """Returns whether the last save failed and the state should be saved again."""
         if self._manager.is_saving_in_progress():
             return False
         return not self.finish()

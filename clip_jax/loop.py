@@ -130,7 +130,7 @@ class Loop:
         )
 
     def _describe(self) -> str:
-        """What the data are at, for when they hang."""
+        """Returns the state of the data pipeline, for when it hangs."""
         failures = faults.counts()
         said = f"; storage failed before: {list_counts(failures)}" if failures else ""
         return self._data.describe() + said
@@ -170,7 +170,7 @@ class Loop:
         self._writer.close()
 
     def _lost(self, step: int) -> bool:
-        """Whether the last checkpoint could not be written, and is to be tried again now."""
+        """Returns whether the last checkpoint failed and is to be saved again now."""
         return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
 
     def _flush(self) -> None:

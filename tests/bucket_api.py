@@ -1,4 +1,4 @@
-"""What a Google Cloud Storage holds in memory, and its answers: the JSON API of bucket_server."""
+"""The contents of a Google Cloud Storage in memory, and its answers by the JSON API."""
 
 import base64
 import collections

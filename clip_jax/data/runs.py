@@ -35,7 +35,7 @@ class Once(Generic[Run]):
 
     @property
     def failed(self) -> bool:
-        """Whether all who ask get an error."""
+        """True if all who ask get an error."""
         return self._error is not None
 
 

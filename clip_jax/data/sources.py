@@ -80,8 +80,8 @@ def start(source: Any, indices: Sequence[int]) -> list[Callable[[], Any]]:
     function is called.
 
     Args:
-      source: a source, or another collection of what is read, such as records.
-      indices: of the examples.
+      source: a source, or another collection with such a method, as records have.
+      indices: positions in the source.
 
     Returns:
       For each, a function that waits for it; it returns and raises what `source[index]` would.
@@ -102,13 +102,13 @@ def by_threads(
     indices: Sequence[int],
     threads: int,
 ) -> Iterator[Result]:
-    """The results of `work` for many examples, in order.
+    """Yields the results of `work` for many examples, in order.
 
     Args:
       work: called with each function that `start` returns.
-      source: as of `start`.
-      indices: of the examples.
-      threads: that work; 0: one per CPU core.
+      source: see `start`.
+      indices: positions in the source.
+      threads: number of threads; 0: one per CPU core.
     """
     with futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for first in range(0, len(indices), _TOGETHER):
@@ -116,7 +116,7 @@ def by_threads(
 
 
 def in_turn(source: Any, indices: Iterable[int]) -> Iterator[Callable[[], Any]]:
-    """Functions as of `start` for many examples, of which those of the next few are begun.
+    """Yields the functions of `start` for many examples, those of the next few begun.
 
     Arguments as of `start`.
     """

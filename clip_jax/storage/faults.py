@@ -106,7 +106,7 @@ def _status(error: BaseException) -> str:
 
 
 def passes(error: BaseException, path: epath.PathLike, writing: bool = False) -> bool:
-    """Whether a failure to read, or to write, may be gone a little later."""
+    """Returns whether a failure to read, or to write, is transient."""
     name = reason(error)
     if name in ("no answer", "connection broken", "body cut short"):
         return True
@@ -143,12 +143,12 @@ class Patience:
 
 
 def repeat(attempt: Callable[[], Result], path: epath.PathLike, writing: bool = False) -> Result:
-    """The result of `attempt`, called again while it fails as storage does.
+    """Returns the result of `attempt`, which is called again after transient failures.
 
     Args:
-      attempt: reads or writes a path.
-      path: that it does so to.
-      writing: whether it writes.
+      attempt: reads or writes `path`.
+      path: local or remote; a local one is tried once.
+      writing: whether `attempt` writes.
 
     Raises:
       StorageError: it failed for `RETRY_FOR` seconds.
@@ -173,7 +173,7 @@ BRIEF = (0.1, 0.5, 2.0)
 
 
 def briefly(attempt: Callable[[], Result], delays: Sequence[float] | None = None) -> Result:
-    """The result of `attempt`, tried again after each of `delays` (seconds) where an OSError comes.
+    """Returns the result of `attempt`, tried again after each of `delays` (seconds) on an OSError.
 
     StorageError, which comes after longer attempts, is final.
     """
@@ -211,7 +211,7 @@ _LOGIN = {
 
 
 def explain(error: BaseException, path: epath.PathLike = "") -> str:
-    """What a failure means and what to do about it, in a sentence or two."""
+    """Returns a sentence or two: the meaning of a failure, and its remedy."""
     if isinstance(error, StorageError):
         return str(error)
     name = reason(error)
@@ -232,7 +232,7 @@ _CLIENTS = ("gcsfs", "s3fs", "google", "botocore", "aiobotocore", "aiohttp", "cl
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an error is a bucket's, rather than one of ours or of the local disk."""
+    """Returns whether an error comes from a bucket, not from our code or the local disk."""
     if isinstance(error, StorageError):
         return True
     if isinstance(error, ValueError) and _BY_TENSORSTORE.search(str(error)):
@@ -279,5 +279,5 @@ def teach_gcsfs() -> None:
 
 
 def requests_in(longest_wait: float) -> int:
-    """How often a client asks in `RETRY_FOR` seconds, which waits 1 s, 2 s, ... `longest_wait`."""
+    """Number of attempts in `RETRY_FOR` seconds, with waits of 1 s, 2 s, ... `longest_wait`."""
     return 6 + int(RETRY_FOR / longest_wait)

@@ -1,4 +1,4 @@
-"""What orbax has to be told so that checkpoints go to buckets.
+"""Changes to orbax by which checkpoints go to buckets.
 
 Its releases are pinned to a range in requirements.txt; the tests of whole runs notice changes.
 """

@@ -22,7 +22,7 @@ _FEW = 8
 
 
 class Stat(NamedTuple):
-    """What a file is known by.
+    """The identity of a file's contents.
 
     Attributes:
       size: bytes.
@@ -191,7 +191,7 @@ def stat(path: epath.Path) -> Stat | None:
 
 
 def _describe(path: epath.Path) -> dict[str, Any]:
-    """What the bucket says of an object, by one request: gcsfs would ask for a prefix too."""
+    """The description of an object, by one request; gcsfs would ask for a prefix too."""
     scheme, bucket, key = remote.split(path)
     client = remote.filesystem(path)
     if scheme == "gs":

@@ -45,11 +45,11 @@ class Replaced(Exception):
 def start(
     path: epath.Path, spans: Spans, version: int | str | None = None
 ) -> Callable[[], list[bytes]]:
-    """Begins to read parts of a file; of a local one, no earlier than they are asked for.
+    """Begins to read parts of a file; a local file is read when the result is asked for.
 
     Args:
-      path: of the file.
-      spans: (offset, size) of each part.
+      path: local or remote.
+      spans: offset and size of each part, bytes.
       version: as `locations.Stat` has it, if the file must still be the same; None: any will do.
 
     Returns:

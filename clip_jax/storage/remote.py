@@ -17,7 +17,7 @@ _REQUEST_TIMEOUT = 120.0
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path names an object, or a prefix, of a bucket."""
+    """Returns whether a path names an object, or a prefix, of a bucket."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
 
 
