@@ -149,6 +149,7 @@ class Checkpoints:
                 return self._writes.begin(step, self._manager.is_saving_in_progress)
             except Exception as error:  # of this save, or of the one before
                 self._writes.failed(error)
+                self._writes.pause()
 
     def finish(self) -> bool:
         """Waits for what is being written; False: it failed and has to be saved again.
@@ -161,6 +162,7 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as error:
             self._writes.failed(error)
+            self._writes.pause()
             return False
         self._writes.succeeded()
         return True
@@ -169,7 +171,13 @@ class Checkpoints:
         """Returns whether the last save failed and the state should be saved again."""
         if self._manager.is_saving_in_progress():
             return False
-        return not self.finish()
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            self._writes.succeeded()
+        except Exception as error:
+            self._writes.failed(error)
+        return self._writes.retry_due()
 
     def latest_step(self) -> int | None:
         """Step of the most recent complete checkpoint; None if there is none."""
@@ -249,15 +257,20 @@ class _Writes:
     """Keeps an eye on what is being written: says when it takes long, and gives up in the end."""
 
     _SAY_EVERY = 60.0  # seconds
+    _LONGEST_WAIT = 30.0  # seconds between two tries
 
     def __init__(self, directory: epath.Path):
         self._directory = directory
         self._failing_since: float | None = None
+        self._wait = 0.0  # seconds between two tries
+        self._retry_at: float | None = None  # None: nothing is lost
         self._done = threading.Event()
 
     def begin(self, step: int, busy: Callable[[], bool]) -> None:
         """Watches a save until it is no longer `busy`."""
-        self._done.set()  # the one before is through
+        self.succeeded()  # the one before, or this one would not have begun
+        self._retry_at = None
+        self._done.set()
         self._done = done = threading.Event()
 
         def watch() -> None:
@@ -291,6 +304,8 @@ class _Writes:
             raise error
         now = time.monotonic()
         self._failing_since = self._failing_since or now
+        self._wait = min(max(2 * self._wait, 1.0), self._LONGEST_WAIT)
+        self._retry_at = now + self._wait
         faults.note(f"{faults.reason(error)} while saving", self._directory, _first_line(error))
         if jax.process_count() > 1 or now - self._failing_since > faults.RETRY_FOR:
             raise StorageError(self._sentence(error)) from error
@@ -302,7 +317,18 @@ class _Writes:
         )
 
     def succeeded(self) -> None:
-        self._failing_since = None
+        """Notes that what was begun is written, unless it has failed and was not begun again."""
+        if self._retry_at is None:
+            self._failing_since, self._wait = None, 0.0
+
+    def retry_due(self) -> bool:
+        """Returns whether a save failed, long enough ago to try again."""
+        return self._retry_at is not None and time.monotonic() >= self._retry_at
+
+    def pause(self) -> None:
+        """Sleeps until the next try."""
+        if self._retry_at is not None:
+            time.sleep(max(0.0, self._retry_at - time.monotonic()))
 
     def close(self) -> None:
         self._done.set()

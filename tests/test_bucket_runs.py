@@ -11,11 +11,13 @@ import pytest
 import tiny_data
 import tiny_run
 import xla_flags
+from etils import epath
 from shards import write_tar
 from test_distributed import TOLERANCE, free_port, launch, outputs
 
 import clip_jax
-from clip_jax import train
+from clip_jax import checkpoint, train
+from clip_jax.errors import StorageError
 from clip_jax.storage import faults
 from configs import default, vit_b32
 
@@ -218,6 +220,41 @@ def test_a_checkpoint_that_failed_is_tried_again(bucket, place, local, caplog, s
     assert "HTTP 403 while saving" in caplog.text
     assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == local
     assert steps(bucket, place)[-1] == 12
+
+
+def test_the_limit_counts_from_the_first_failure_since_a_success(bucket, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
+    writes = checkpoint._Writes(epath.Path("gs://bucket/run"))
+    error = ValueError("[http_response_code='503']")
+    for start in (1.0, 1e4):
+        now[0] = start
+        writes.failed(error)
+        assert not writes.retry_due()
+        now[0] = start + 500
+        assert writes.retry_due()
+        writes.begin(1, lambda: False)  # is tried again, and fails again
+        writes.failed(error)
+        writes.begin(2, lambda: False)
+        writes.succeeded()
+    now[0] = 2e4
+    writes.failed(error)
+    now[0] += faults.RETRY_FOR + 1
+    writes.begin(3, lambda: False)
+    with pytest.raises(StorageError, match="could not be written"):
+        writes.failed(error)
+
+
+def test_checkpoints_that_never_succeed(bucket, place, monkeypatch):
+    """They are not tried again at once, and end the run in a sentence."""
+    monkeypatch.setattr(faults, "RETRY_FOR", 4.0)
+    fault = {"match": "POST .*upload.*checkpoints/", "kind": 403}
+    bucket.faults([fault])
+    with tiny_run.compile_once(), pytest.raises(StorageError, match=r"could not be written.*right"):
+        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
+    # Tries after 1, 2 and 4 seconds, of a few requests each, until a later one is past the limit.
+    tries = [r for r in bucket.requests() if r["status"] == 403]
+    assert len(tries) < 200
 
 
 def test_with_rights_on_objects_alone(bucket, place, local):

@@ -60,7 +60,7 @@ def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
 
 
 def exists(path: epath.Path) -> bool:
-    """Whether a file or folder is there.
+    """Returns whether a file or folder is there.
 
     Raises:
       UserError: its bucket is not there, or may not be read.

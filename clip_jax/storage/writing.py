@@ -43,14 +43,14 @@ def replacing(path: epath.Path) -> Iterator[pathlib.Path]:
 @contextlib.contextmanager
 def replacing_folder(path: epath.Path) -> Iterator[pathlib.Path]:
     """A local path to make a folder, or a file, at; it appears as `path` if all goes well."""
-    near = remote.is_remote(path)
-    parent = None if near else path.parent
+    far = remote.is_remote(path)
+    parent = None if far else path.parent
     if parent is not None:
         parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=parent) as scratch:
         temporary = pathlib.Path(scratch) / path.name
         yield temporary
-        if not near:
+        if not far:
             os.replace(temporary, path)
         elif temporary.is_dir():
             _upload_folder(temporary, path)
