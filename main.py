@@ -72,7 +72,7 @@ def _run() -> None:
         jax.distributed.initialize()
     elif _COORDINATOR.value:
         jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    from clip_jax import train
+    from clip_jax.training import train
 
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     workdir = _WORKDIR.value or default_workdir(name)

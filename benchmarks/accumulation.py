@@ -18,7 +18,7 @@ PROGRAMS = ((128, 1), (4096, 32), (256, 1))
 
 def build(batch: int, accum_steps: int):
     """The training step that main.py would run, before any array exists."""
-    from clip_jax import program
+    from clip_jax.training import program
     from configs import vit_b32
 
     config = vit_b32.get_config()
@@ -28,7 +28,7 @@ def build(batch: int, accum_steps: int):
             "accum_steps": accum_steps,
             "loss.method": "ring",
             "model.scan_layers": True,
-            "model.pack.length": 0,  # captions here are noise, all of full length
+            "model.packing.length": 0,  # captions here are noise, all of full length
         }
     )
     return program.build(config, warmup=0, total=1_000_000)

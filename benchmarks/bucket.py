@@ -3,8 +3,8 @@
     python benchmarks/bucket.py
     python benchmarks/bucket.py --only=start,index
 
-The bucket is the Google Cloud Storage of tests/bucket_server.py, on this machine: what it takes of
-the cores is printed, since the readers go without it. Three parts:
+The bucket is the Google Cloud Storage of tests/support/bucket_server.py, on this machine: what it
+takes of the cores is printed, since the readers go without it. Three parts:
 
 stream  JPEGs of some 400 x 300 pixels and 22 kB to batches of 224 x 224 pixels and token ids, in
         each data.order; next to webdataset, which reads whole shards, where it is installed
@@ -38,7 +38,7 @@ from PIL import Image
 from tokenizer import Captions
 from turns import Step
 
-sys.path.insert(0, str(turns.ROOT / "tests"))
+sys.path.insert(0, str(turns.ROOT / "tests" / "support"))
 
 from bucket_server import Server
 
@@ -106,7 +106,9 @@ def clip_jax(args: argparse.Namespace, path: str, order: str, run: int) -> Itera
     from configs import default
 
     config = default.get_config().data
-    config.update(crop="resized", order=order, run=run, window=args.window, threads=args.workers)
+    config.update(
+        crop="resized", order=order, chunk=run, shuffle_window=args.window, threads=args.workers
+    )
     config.source = default.source(type="tar", path=path)
     shape = {"image_size": SIZE, "seed": 0, "batch_size": BATCH}
     source, order_ = mixture.create(config, parts=1, **shape)
@@ -290,8 +292,10 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by commas")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
     parser.add_argument("--latencies", default="20,50,100", help="ms, by commas; none is 0")
-    parser.add_argument("--runs", default="8,32,128", help="each data.run, by commas")
-    parser.add_argument("--window", type=int, default=4096, help="data.window, and images counted")
+    parser.add_argument("--runs", default="8,32,128", help="each data.chunk, by commas")
+    parser.add_argument(
+        "--window", type=int, default=4096, help="data.shuffle_window, and images counted"
+    )
     parser.add_argument("--workers", type=int, default=2, help="threads or, webdataset, processes")
     parser.add_argument("--verbose", action="store_true", help="show what the processes print")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)

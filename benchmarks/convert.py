@@ -34,7 +34,9 @@ def write_random(model: str, path: str) -> int:
     """A model with random weights; returns its number of values."""
     import numpy as np
 
-    from clip_jax import convert, models, weights
+    from clip_jax import models
+    from clip_jax.weights import base as weights
+    from clip_jax.weights import convert
 
     size = models.get_size(model)
     shapes = weights.variable_shapes(size)
@@ -49,7 +51,7 @@ def write_random(model: str, path: str) -> int:
 def run(source: str, target: str, to: str, model: str, results) -> None:
     """Converts; sends back seconds and peak bytes, start of Python and JAX included."""
     began = time.monotonic()
-    from clip_jax import convert
+    from clip_jax.weights import convert
 
     convert.write(convert.read(source, model=model), target, to)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

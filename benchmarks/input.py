@@ -111,7 +111,7 @@ def clip_jax_pass(
         tokenizer_name="openai",
         context_length=CONTEXT,
         parts=max(processes, 1),
-        spare=None,
+        fallback_dir=None,
         **shape,
     )
     place = sharding.batch_sharding(sharding.make_mesh())

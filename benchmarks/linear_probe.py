@@ -5,7 +5,8 @@
 
 10,000 training and 10,000 validation examples of 512 float32 features in 10 classes: four Gaussian
 clusters to a class, with variances that fall as 1/i along hidden axes. All search alike, from
-coarse to fine (`clip_jax.protocols.sweep`): 15 strengths, L-BFGS, at most 1,000 iterations each.
+coarse to fine (`clip_jax.evaluate.measures.sweep`): 15 strengths, L-BFGS, at most 1,000 iterations
+each.
 
 scikit-learn fits them one by one with BLAS on all cores, or as many at once as there are cores, in
 processes of their own. It stops at a gradient of 1e-4 in the maximum norm, or as --tolerance says;
@@ -52,7 +53,7 @@ def scikit_learn_sweep(parallel: bool, tolerance: float):
     import joblib
     from sklearn.linear_model import LogisticRegression
 
-    from clip_jax.protocols import sweep
+    from clip_jax.evaluate.measures import sweep
 
     features, classes = make_examples()
     train, validation = slice(EXAMPLES), slice(EXAMPLES, None)
@@ -81,7 +82,7 @@ def scikit_learn_sweep(parallel: bool, tolerance: float):
 
 def clip_jax_sweep():
     from clip_jax import sharding
-    from clip_jax.protocols import sweep
+    from clip_jax.evaluate.measures import sweep
 
     features, classes = make_examples()
     train = sweep.Split(features[:EXAMPLES], classes[:EXAMPLES])

@@ -44,7 +44,7 @@ def write_index(folder: str) -> float:
     """Writes the index of all shards, after a scan of the one they are; its time in seconds."""
     from etils import epath
 
-    from clip_jax.data import shard_index, tar_index
+    from clip_jax.data.sources import shard_index, tar_index
     from clip_jax.storage import locations
 
     paths = locations.expand(folder, ".tar")

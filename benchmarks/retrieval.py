@@ -50,7 +50,7 @@ def ranked_by_clip_jax(images, texts, pairs) -> tuple[list[np.ndarray], dict]:
     """The ranks, seconds per tile and what is left of memory."""
     sys.path.insert(0, str(turns.ROOT))
     from clip_jax import sharding
-    from clip_jax.protocols import ranks
+    from clip_jax.evaluate.measures import ranks
 
     ticks, own = [time.perf_counter()], [allocated()]
 

@@ -20,8 +20,8 @@ SAVERS = {
     "plain": [],
     "remat": ["model.remat=full"],
     "moments": ["optim.moment_dtype=bfloat16"],
-    "half text": ["optim.half_weights=^text/"],
-    "all": ["model.remat=full", "optim.moment_dtype=bfloat16", "optim.half_weights=^text/"],
+    "half text": ["optim.bf16_params=^text/"],
+    "all": ["model.remat=full", "optim.moment_dtype=bfloat16", "optim.bf16_params=^text/"],
 }
 METRICS = ("zeroshot/top1", "retrieval/text_to_image/recall@1")
 LAST = 10  # of the logged losses

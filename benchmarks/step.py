@@ -66,7 +66,8 @@ def clip_jax_step(
     import jax
     import jax.numpy as jnp
 
-    from clip_jax import losses, models, optim, sharding, state, step
+    from clip_jax import losses, models, optim, sharding, state
+    from clip_jax.training import step
 
     dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # what model.dtype="auto" gives
     net = models.CLIP(size, scan_layers=scan_layers, pack=pack, dtype=dtype)

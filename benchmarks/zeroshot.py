@@ -63,8 +63,10 @@ def write_model(folder: Path, name: str) -> None:
     import jax
     from etils import epath
 
-    from clip_jax import convert, models, weights
+    from clip_jax import models
     from clip_jax.state import init_variables
+    from clip_jax.weights import base as weights
+    from clip_jax.weights import convert
 
     net = models.create("ViT-B/32", size=SIZES[name])
     variables = jax.jit(lambda: init_variables(net, 0))()
@@ -114,9 +116,9 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(turns.ROOT))
     began = time.perf_counter()
-    from clip_jax import convert
-    from clip_jax.evals.encoder import Encoder
+    from clip_jax.embed.encoder import Encoder
     from clip_jax.evaluate import cli
+    from clip_jax.weights import convert
 
     imported = time.perf_counter() - began
     clock, loading = Clock(), Clock()

@@ -11,15 +11,16 @@ from etils import epath
 from flax import linen as nn
 from PIL import Image
 
-from clip_jax import convert, models, sharding, weights
+from clip_jax import models, sharding
 from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample, UserError
-from clip_jax.evals import scores, zeroshot
-from clip_jax.models import buckets
-from clip_jax.models.prompts import prepare
+from clip_jax.models import buckets, scores
+from clip_jax.models.prompts import average_classes, class_prompts, prepare
 from clip_jax.storage import faults, locations, ranges
+from clip_jax.weights import base as weights
+from clip_jax.weights import convert
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
 Pictures = Picture | Sequence[Picture]
@@ -121,14 +122,14 @@ class Model:
         Raises:
           UserError: the model knows no texts.
         """
-        prompts, owners = zeroshot.class_prompts(class_names, templates)
+        prompts, owners = class_prompts(class_names, templates)
         if hasattr(self.net, "score"):
             prepared = prepare(self._tokens(prompts, truncate=False))
             count = len(class_names)
             score = partial(self._scores, prompts=prepared, owners=owners, classes=count)
             logits = self._batched(score, images, count)
             return np.asarray(jax.nn.softmax(logits, axis=-1))
-        classes = zeroshot.average_classes(self.encode_text(prompts), owners, len(class_names))
+        classes = average_classes(self.encode_text(prompts), owners, len(class_names))
         scale = np.exp(np.asarray(self.variables["params"]["logit_scale"]))
         return np.asarray(jax.nn.softmax(scale * self.encode_image(images) @ classes.T, axis=-1))
 

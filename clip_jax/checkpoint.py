@@ -225,7 +225,7 @@ class Checkpoints:
             raise UserError(
                 f"The checkpoint {self.directory / str(step)} keeps {len(other)} arrays in another "
                 f"precision than the config, such as {name} in {saved[name]} instead of "
-                f"{wanted[name]}: set --config.optim.moment_dtype and --config.optim.half_weights "
+                f"{wanted[name]}: set --config.optim.moment_dtype and --config.optim.bf16_params "
                 "to what the run began with, or start from its model alone, with "
                 "--config.init_from, in another --workdir."
             )

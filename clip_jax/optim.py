@@ -12,7 +12,7 @@ import optax
 
 from clip_jax import sharding
 from clip_jax.errors import UserError
-from clip_jax.rounding import round_tree, widen
+from clip_jax.stochastic_rounding import round_tree, to_float32
 
 # Gains, biases and the temperature do not decay (paper section 2.5); by name, not by rank, because
 # the gains of stacked layers are matrices.
@@ -50,7 +50,7 @@ def make_optimizer(
     adam = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     return optax.chain(
         clip,
-        _half_moments(adam, seed) if moment_dtype == "bfloat16" else adam,
+        _bf16_moments(adam, seed) if moment_dtype == "bfloat16" else adam,
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
@@ -63,7 +63,7 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def _half_moments(adam: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+def _bf16_moments(adam: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
     """Keeps both moments in bfloat16 between steps; the arithmetic stays float32."""
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -72,7 +72,7 @@ def _half_moments(adam: optax.GradientTransformation, seed: int) -> optax.Gradie
         return optax.ScaleByAdamState(state.count, mu, nu)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        updates, moved = adam.update(updates, widen(state), params)
+        updates, moved = adam.update(updates, to_float32(state), params)
         new: Any = moved
         # The second moment changes by 1 - b2 of itself a step: to nearest, it would stand still.
         key = jax.random.fold_in(jax.random.key(seed), new.count)
@@ -82,7 +82,7 @@ def _half_moments(adam: optax.GradientTransformation, seed: int) -> optax.Gradie
     return optax.GradientTransformation(init, update)
 
 
-def halve(params: Any, pattern: str) -> Any:
+def to_bf16(params: Any, pattern: str) -> Any:
     """Parameters whose path the regular expression finds, to the nearest bfloat16; "": none.
 
     Raises:
@@ -94,7 +94,7 @@ def halve(params: Any, pattern: str) -> Any:
         found = re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"optim.half_weights {pattern!r} is no regular expression: {error}."
+            f"optim.bf16_params {pattern!r} is no regular expression: {error}."
         ) from None
     names = []
 
@@ -108,7 +108,7 @@ def halve(params: Any, pattern: str) -> Any:
     halved = jax.tree_util.tree_map_with_path(convert, params)
     if not names:
         raise UserError(
-            f"optim.half_weights {pattern!r} finds no parameter: their paths begin with "
+            f"optim.bf16_params {pattern!r} finds no parameter: their paths begin with "
             f"{', '.join(sorted(params))}."
         )
     return halved
@@ -116,4 +116,4 @@ def halve(params: Any, pattern: str) -> Any:
 
 def apply_updates(params: Any, updates: Any, key: jax.Array) -> Any:
     """params + updates in float32; bfloat16 parameters are rounded randomly."""
-    return round_tree(optax.apply_updates(widen(params), updates), params, key)
+    return round_tree(optax.apply_updates(to_float32(params), updates), params, key)

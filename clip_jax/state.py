@@ -17,7 +17,7 @@ class TrainState(struct.PyTreeNode):
 
     Attributes:
       step: int32 [], steps taken.
-      params: float32 pytree; bfloat16 where optim.half_weights says so.
+      params: float32 pytree; bfloat16 where optim.bf16_params says so.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
       opt_state: of the optimiser.
     """
@@ -41,10 +41,10 @@ def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
     return {"batch_stats": {}, **net.init(jax.random.key(seed), images, tokens)}
 
 
-def _start(variables: Any, tx: optax.GradientTransformation, half_weights: str) -> TrainState:
+def _start(variables: Any, tx: optax.GradientTransformation, bf16_params: str) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=optim.halve(variables["params"], half_weights),
+        params=optim.to_bf16(variables["params"], bf16_params),
         batch_stats=variables["batch_stats"],
         opt_state=tx.init(variables["params"]),
     )
@@ -56,7 +56,7 @@ def abstract_state(
     mesh: Mesh,
     *,
     zero1: bool = False,
-    half_weights: str = "",
+    bf16_params: str = "",
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated.
 
@@ -65,9 +65,9 @@ def abstract_state(
       tx: the optimiser.
       mesh: where the state will live.
       zero1: the optimiser's part is split over the data axis too.
-      half_weights: see `optim.halve`.
+      bf16_params: see `optim.to_bf16`.
     """
-    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, half_weights))
+    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, bf16_params))
     return _placed(shapes, mesh, zero1)
 
 
@@ -90,7 +90,7 @@ def init_state(
     tx: optax.GradientTransformation,
     seed: int,
     *,
-    half_weights: str = "",
+    bf16_params: str = "",
     variables: Any = None,
 ) -> TrainState:
     """The initial state, each device computing only its share; equal on every mesh.
@@ -100,13 +100,13 @@ def init_state(
       net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       seed: of the random initialisation.
-      half_weights: see `optim.halve`.
+      bf16_params: see `optim.to_bf16`.
       variables: of a model to start from; None: random.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def start(variables):
-        return _start(variables or init_variables(net, seed), tx, half_weights)
+        return _start(variables or init_variables(net, seed), tx, bf16_params)
 
     return jax.jit(start, out_shardings=shardings)(variables)
 

@@ -64,8 +64,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         text_heads=4,
         context_length=24,
     )
-    if config.model.pack.length:
-        config.model.pack.length = 48
+    if config.model.packing.length:
+        config.model.packing.length = 48
     config.batch_size = 32
     config.duration = "20 steps"
     config.optim.learning_rate = 1e-3
@@ -119,8 +119,8 @@ def validate(config: ConfigDict) -> None:
         ("data.prefetch", config.data.prefetch, 1),
         ("data.processes", config.data.processes, 0),
         ("data.threads", config.data.threads, 0),
-        ("data.window", config.data.window, 1),
-        ("data.run", config.data.run, 1),
+        ("data.shuffle_window", config.data.shuffle_window, 1),
+        ("data.chunk", config.data.chunk, 1),
     ):
         if value < least:
             problems.append(f"{name} is {value}, and must be at least {least}")
@@ -172,9 +172,11 @@ def _model() -> ConfigDict:
     # Several captions in a row of the contrastive text tower, so that it does not compute padding.
     # The result is the same; how many rows it takes depends on the captions (README, "Captions
     # packed").
-    model.pack = ConfigDict()
-    model.pack.length = 80  # tokens in a row, at least context_length; 0: one caption a row
-    model.pack.rows = 0.3  # rows per caption; more are computed, in turns, when they do not suffice
+    model.packing = ConfigDict()
+    model.packing.length = 80  # tokens in a row, at least context_length; 0: one caption a row
+    model.packing.rows = (
+        0.3  # rows per caption; more are computed, in turns, when they do not suffice
+    )
     # Overrides of the named size, for models the paper does not have; None: as named.
     size = ConfigDict()
     size.embed_dim = placeholder(int)  # of the joint space
@@ -232,7 +234,7 @@ def _optim() -> ConfigDict:
         "float32"  # of both Adam moments: "float32" | "bfloat16" (rounded randomly)
     )
     # Regular expression: parameters kept in bfloat16, rounded randomly; "": none. Paper: "^text/".
-    optim.half_weights = ""
+    optim.bf16_params = ""
     return optim
 
 
@@ -269,15 +271,17 @@ def _data() -> ConfigDict:
     # Of each epoch: "shuffled" over the whole set | "windowed" (reads neighbours together, where
     # jumping is slow: README, "Slow storage") | "stored".
     data.order = "shuffled"
-    data.window = 32_768  # windowed: examples shuffled together, which all hosts hold in memory
-    data.run = 32  # windowed: neighbours read at once
+    data.shuffle_window = (
+        32_768  # windowed: examples shuffled together, which all hosts hold in memory
+    )
+    data.chunk = 32  # windowed: neighbours read at once
     data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
     # Processes on each host that these threads are spread over, past what Python's lock allows one
     # process; 0: none but the trainer's own.
     data.processes = 0
     data.prefetch = 2  # batches held ready on the host, and as many on the device
-    data.patience = 600.0  # seconds without a batch until the run stops and says what hangs
+    data.stall_timeout = 600.0  # seconds without a batch until the run stops and says what hangs
     return data
 
 

@@ -27,7 +27,7 @@ LINES = {
     "bag_contrastive": {
         "model.size.text_pool": "bag",
         "model.size.text_layers": 0,
-        "model.pack.length": 0,
+        "model.packing.length": 0,
     },
     "bag_of_words": {"objective": "bag_of_words"},
     "captioning": {"objective": "captioning"},

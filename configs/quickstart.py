@@ -17,7 +17,7 @@ def get_config(arg: str = ""):
     config.batch_size = 64
     config.model.name = "ViT-B/32"
     config.model.scan_layers = False  # 4 layers compile soon enough
-    config.model.pack.length = 0  # captions fill most of the 16 tokens
+    config.model.packing.length = 0  # captions fill most of the 16 tokens
     config.model.size.update(
         embed_dim=64,
         image_size=24,

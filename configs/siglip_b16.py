@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
 def set_recipe(config):
     """What all SigLIP models share."""
     config.model.size.vocab_size = 49_408  # of the "openai" tokenizer
-    config.model.pack.length = 0  # every token sees all others, padding too
+    config.model.packing.length = 0  # every token sees all others, padding too
     config.loss.name = "sigmoid"
     config.optim.learning_rate = 1e-3
     config.optim.b2 = 0.95  # steadier than 0.999 in large batches

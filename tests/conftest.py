@@ -1,6 +1,7 @@
 """The whole suite runs on 8 virtual CPU devices, whatever the machine has."""
 
 import os
+import pathlib
 
 from xla_flags import DEVICES, QUICK
 
@@ -18,6 +19,9 @@ from clip_jax.storage import faults
 
 jax.jit(lambda x: x + 1)(0.0)  # XLA reads its flags
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK)  # unknown to libtpu
+# Processes that tests start find the package and the tests' helpers too.
+_HERE = pathlib.Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE.parent), str(_HERE / "support")])
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ import numpy as np
 import readme
 
 import clip_jax
-from clip_jax import convert, sharding
+from clip_jax import sharding
+from clip_jax.weights import convert
 
 
 def test_use_the_result(tmp_path: pathlib.Path, monkeypatch, capsys):

@@ -21,14 +21,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clip_jax.curation import arguments
+from clip_jax.data import arguments
 from clip_jax.errors import BadExample
 from clip_jax.storage import locations, writing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clip_jax.data.sources import Example, Source
+    from clip_jax.data.sources.base import Example, Source
     from clip_jax.data.tokenizer import Tokenizer
 
 _NAMED = 3  # keys listed of each reason
@@ -139,10 +139,10 @@ def _examine(
 
 
 def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[dict[str, Any]]:
-    from clip_jax.data import sources
+    from clip_jax.data.sources import reading
 
     found = []
-    for index, read in zip(part, sources.in_turn(source, part)):
+    for index, read in zip(part, reading.in_turn(source, part)):
         try:
             try_example(read(), make_tokenizer(tokenizer, 77))
         except BadExample as bad:
@@ -152,7 +152,7 @@ def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[d
 
 
 def _table(summary: Summary) -> str:
-    from clip_jax.curation.tables import aligned
+    from clip_jax.common.tables import aligned
 
     rate = summary.examples / max(summary.seconds, 1e-9)
     unusable = summary.reasons.total()

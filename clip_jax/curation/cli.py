@@ -1,6 +1,6 @@
 """python -m clip_jax data COMMAND, or --help for the list."""
 
-from clip_jax import commands
+from clip_jax.common import commands
 
 COMMANDS = {
     "index": ("clip_jax.curation.index", "find every sample of shards once, in parallel"),

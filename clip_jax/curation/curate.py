@@ -5,7 +5,7 @@ each query keeps at most about 20,000 of the pairs it finds, so that the frequen
 out the rest. Details as published later by Xu et al., "Demystifying CLIP Data" (arXiv 2309.16671).
 """
 
-from clip_jax import commands
+from clip_jax.common import commands
 
 COMMANDS = {
     "queries": (

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from clip_jax.curation import arguments
+from clip_jax.data import arguments
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, writing
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from clip_jax.curation.dedup_features import Features
     from clip_jax.curation.dedup_search import Matches
-    from clip_jax.data.sources import Source
+    from clip_jax.data.sources.base import Source
 
 
 def main(argv: list[str]) -> None:
@@ -165,7 +165,7 @@ def _write_page(
     options: argparse.Namespace,
     table: "pa.Table",
 ) -> None:
-    from clip_jax.pages import page
+    from clip_jax.common.pages import page
 
     distances = Counter(float(f"{distance:.2f}") for distance in table["distance"].to_pylist())
     page.write(

@@ -10,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from clip_jax.curation import arguments, parallel
+from clip_jax.curation import parallel
 from clip_jax.curation.dedup_search import SIGNATURE
-from clip_jax.data import images, sources
+from clip_jax.data import arguments, images
 from clip_jax.data.crops import CENTER
+from clip_jax.data.sources import reading
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges
 
 if TYPE_CHECKING:
-    from clip_jax.data.sources import Example, Source
+    from clip_jax.data.sources.base import Example, Source
 
 _FIELDS = 3  # along a side, of each of which the mean colour is kept
 
@@ -119,7 +120,7 @@ def _nothing(example: "Example") -> np.ndarray:
 
 def _examine(look, source: "Source", part: Sequence[int]) -> _Part:
     found = _Part([], [], [], Counter())
-    for index, read in zip(part, sources.in_turn(source, part)):
+    for index, read in zip(part, reading.in_turn(source, part)):
         try:
             example = read()
             found.values.append(look(example))

@@ -2,7 +2,7 @@
 
 import time
 
-from clip_jax.curation import arguments
+from clip_jax.data import arguments
 from clip_jax.errors import UserError
 
 _ABOUT = """\
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     options = arguments.parser("index", _ABOUT).parse_args(argv)
     spec = arguments.data(options.data, options).spec
-    from clip_jax.data import shard_index, tar, tar_index, tfrecord
+    from clip_jax.data.sources import shard_index, tar, tar_index, tfrecord
     from clip_jax.storage import locations
 
     if spec.type == "tar":

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from clip_jax.curation import arguments
+from clip_jax.data import arguments
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges, writing
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from clip_jax.data.sources import Example, Source
+    from clip_jax.data.sources.base import Example, Source
 
 MANIFEST = "pack.json"  # what the shards beside it were made of
 NOT_KEPT = "not in --keep"
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_weights(text_key: str) -> None:
-    from clip_jax.data import captions
+    from clip_jax.data.sources import captions
 
     if any(field.weight != 1 for field in captions.parse_fields(text_key)):
         raise UserError(
@@ -171,7 +171,7 @@ def write(
 
 def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int]) -> Counter[str]:
     """Writes the examples at some places of the order as a shard."""
-    from clip_jax.data import sources
+    from clip_jax.data.sources import reading
 
     path = epath.Path(output) / f"{places[0] // plan.shard_size:05}.tar"
     if locations.stat(path) is not None:
@@ -181,7 +181,7 @@ def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int
         writing.replacing(path) as temporary,
         tarfile.open(temporary, mode="w") as tar,
     ):
-        reads = sources.in_turn(source, (_index(plan, place) for place in places))
+        reads = reading.in_turn(source, (_index(plan, place) for place in places))
         for place, read in zip(places, reads):
             try:
                 members = _members(plan, read(), source.class_names)

@@ -1,4 +1,4 @@
-"""How many rows of the text tower captions need when several share a row (model.pack)."""
+"""How many rows of the text tower captions need when several share a row (model.packing)."""
 
 import os
 from typing import Any
@@ -14,7 +14,7 @@ _ENOUGH_FOR = 0.99  # of the batches
 
 
 def suggest(ids: Tally, context_length: int) -> list[dict[str, Any]]:
-    """Values for model.pack.rows that 99 of 100 batches get by with, by simulation.
+    """Values for model.packing.rows that 99 of 100 batches get by with, by simulation.
 
     Args:
       ids: of each caption, start and end token included.

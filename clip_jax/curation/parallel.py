@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import tqdm
 
-from clip_jax.curation import arguments
-from clip_jax.data import worker
+from clip_jax.common import worker
+from clip_jax.data import arguments
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from clip_jax.data.sources import Source
+    from clip_jax.data.sources.base import Source
 
 Result = TypeVar("Result")
 Work = Callable[["Source", Sequence[int]], Result]

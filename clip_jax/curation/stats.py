@@ -21,28 +21,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_jax.curation import arguments
-from clip_jax.curation.tally import Tally
+from clip_jax.curation.tally import POINTS, QUANTITIES, Tally
+from clip_jax.data import arguments
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, writing
 
 if TYPE_CHECKING:
-    from clip_jax.data.sources import Example, Source
+    from clip_jax.data.sources.base import Example, Source
     from clip_jax.data.tokenizer import Tokenizer
 
 # What is tallied, and its name for people.
-QUANTITIES = {
-    "width": "width, pixels",
-    "height": "height, pixels",
-    "aspect": "width, % of height",
-    "pixels": "width x height",
-    "bytes": "bytes of image file",
-    "captions": "captions of image",
-    "characters": "characters of caption",
-    "words": "words of caption",
-    "ids": "token ids of caption",
-}
-POINTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # per cent
 _FREQUENT = 10  # captions listed
 
 
@@ -168,10 +156,10 @@ def gather(
 
 def _examine(tokenizer: str, context_length: int, source: "Source", part: Sequence[int]) -> Found:
     from clip_jax.curation.check import make_tokenizer
-    from clip_jax.data import sources
+    from clip_jax.data.sources import reading
 
     found = Found()
-    for read in sources.in_turn(source, part):
+    for read in reading.in_turn(source, part):
         try:
             found.add(read(), make_tokenizer(tokenizer, context_length))
         except BadExample as bad:

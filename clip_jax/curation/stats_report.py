@@ -7,10 +7,9 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.curation.stats import POINTS, QUANTITIES
-from clip_jax.curation.tables import aligned
-from clip_jax.curation.tally import Tally
-from clip_jax.pages import curves, page, svg
+from clip_jax.common.pages import curves, page, svg
+from clip_jax.common.tables import aligned
+from clip_jax.curation.tally import POINTS, QUANTITIES, Tally
 
 _BINS = 60
 
@@ -97,7 +96,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
             [f"{row['captions']}", *(f"{row[name]:.2f}" for name in lengths)]
             for row in summary["pack_rows"]
         ]
-        title = "model.pack.rows by model.pack.length: suffices for 99 of 100 batches"
+        title = "model.packing.rows by model.packing.length: suffices for 99 of 100 batches"
         tables.append(Table(title, [header, *rows]))
     return tables
 

@@ -5,6 +5,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
+QUANTITIES = {
+    "width": "width, pixels",
+    "height": "height, pixels",
+    "aspect": "width, % of height",
+    "pixels": "width x height",
+    "bytes": "bytes of image file",
+    "captions": "captions of image",
+    "characters": "characters of caption",
+    "words": "words of caption",
+    "ids": "token ids of caption",
+}
+POINTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # per cent
+
 
 class Tally:
     """Counts numbers, those from 10,000 on rounded to four digits, so that keys stay few."""

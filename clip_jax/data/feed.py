@@ -28,7 +28,7 @@ class Feed:
         sharding: jax.sharding.Sharding,
         depth: int,
         *,
-        patience: float = float("inf"),
+        stall_timeout: float = float("inf"),
         describe: Callable[[], str] = lambda: "",
     ):
         """Starts at the first `next`.
@@ -37,12 +37,12 @@ class Feed:
           batches: trees of NumPy arrays, the rows of this host.
           sharding: of the global arrays, along their first axis.
           depth: batches held ready on the device.
-          patience: seconds without a batch until DataStalled is raised.
+          stall_timeout: seconds without a batch until DataStalled is raised.
           describe: says what the pipeline is at, for that error.
         """
         self.waited = 0.0
         self._batches, self._sharding = batches, sharding
-        self._patience, self._describe = patience, describe
+        self._stall_timeout, self._describe = stall_timeout, describe
         self._ready: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         self._generator = loading.closed_at_exit(self._generate())
@@ -74,15 +74,15 @@ class Feed:
 
     def _wait(self) -> tuple[Any, BaseException | None]:
         began = time.monotonic()
-        patience = None if self._patience == float("inf") else self._patience
+        stall_timeout = None if self._stall_timeout == float("inf") else self._stall_timeout
         try:
-            return self._ready.get(timeout=patience)
+            return self._ready.get(timeout=stall_timeout)
         except queue.Empty:
             raise DataStalled(
-                f"No batch of training data has come for {self._patience:,.0f} s "
-                f"(data.patience). The pipeline: {self._describe()}. If the storage is only slow, "
-                "raise --config.data.patience; else see to what is named, and run the same command "
-                "again to resume at the last checkpoint."
+                f"No batch of training data has come for {self._stall_timeout:,.0f} s "
+                f"(data.stall_timeout). The pipeline: {self._describe()}. If the storage is only "
+                "slow, raise --config.data.stall_timeout; else see to what is named, and run the "
+                "same command again to resume at the last checkpoint."
             ) from None
         finally:
             self.waited += time.monotonic() - began

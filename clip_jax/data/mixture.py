@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.data import order, sources
-from clip_jax.data.sources import Example, Source
+from clip_jax.data import order
+from clip_jax.data.sources import opening, reading
+from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import UserError
 
 # Readers that take turns in a windowed order. Every host has some of its own if their number
@@ -43,14 +44,14 @@ class Mixture:
         return self.start([index])[0]()
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
-        """Begins to read examples, as `sources.start` does."""
+        """Begins to read examples, as `reading.start` does."""
         places: dict[int, list[int]] = {}  # in `indices`, by part
         for place, index in enumerate(indices):
             places.setdefault(bisect.bisect_right(self._first, index) - 1, []).append(place)
         begun: dict[int, Callable[[], Example]] = {}
         for part, own in places.items():
             within = [indices[place] - self._first[part] for place in own]
-            begun |= zip(own, sources.start(self._parts[part], within))
+            begun |= zip(own, reading.start(self._parts[part], within))
         return [begun[place] for place in range(len(indices))]
 
 
@@ -61,7 +62,7 @@ def create(
     *,
     batch_size: int,
     parts: int,
-    spare: epath.Path | None = None,
+    fallback_dir: epath.Path | None = None,
 ) -> tuple[Source, order.Order]:
     """The training data and their order.
 
@@ -71,23 +72,23 @@ def create(
       seed: of the order, and of sources that draw their images.
       batch_size: examples per step, over all hosts.
       parts: hosts that share a batch.
-      spare: directory for indices of shards whose own cannot be written to.
+      fallback_dir: directory for indices of shards whose own cannot be written to.
 
     Raises:
       UserError: the data is not there or not in the expected form.
     """
     specs = list(config.mixture.values()) or [config.source]
-    lanes, run, kept_runs = 1, 1, 0
-    window = config.window
+    lanes, run, cached_chunks = 1, 1, 0
+    window = config.shuffle_window
     if config.order == "windowed":
-        lanes, run = math.gcd(batch_size, _LANES), config.run
-        window = max(config.window // lanes, 1)
+        lanes, run = math.gcd(batch_size, _LANES), config.chunk
+        window = max(config.shuffle_window // lanes, 1)
         own = min(-(-lanes // parts) + 1, lanes)  # two parts may share a lane
         # Reads begin when a batch is given out, which may be in the next window.
         ahead = -(-batch_size * (config.prefetch + 1) // lanes)
-        kept_runs = own * (window // run + 2 + min(-(-ahead // run), window // run + 1))
-    options = {"spare": spare, "run": run, "kept_runs": kept_runs}
-    found = [sources.create(spec, image_size, seed, **options) for spec in specs]
+        cached_chunks = own * (window // run + 2 + min(-(-ahead // run), window // run + 1))
+    options = {"fallback_dir": fallback_dir, "run": run, "cached_chunks": cached_chunks}
+    found = [opening.create(spec, image_size, seed, **options) for spec in specs]
 
     def order_of(size: int, part: int) -> order.Order:
         if config.order == "windowed":

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from clip_jax.data import images, loading, order, processes, rows, sources
+from clip_jax.data import images, loading, order, processes, rows
 from clip_jax.data.crops import CENTER, Crop
-from clip_jax.data.sources import Source
+from clip_jax.data.sources import base, reading
+from clip_jax.data.sources.base import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample, UserError
 
@@ -204,10 +205,10 @@ def eval_batches(
         steps_and_rows = (divmod(count, len(rows)) for count in counts)
         indices = [step * batch_size + rows[row] for step, row in steps_and_rows]
         there = [index for index in indices if index < total]  # the others are padding
-        reads = dict(zip(there, sources.start(source, there)))
+        reads = dict(zip(there, reading.start(source, there)))
         return [functools.partial(load, index, reads.get(index)) for index in indices]
 
-    def load(index: int, read: Callable[[], sources.Example] | None) -> loading.Row:
+    def load(index: int, read: Callable[[], base.Example] | None) -> loading.Row:
         row = _empty_row(image_size, index)
         if read is not None:
             try:
@@ -247,7 +248,7 @@ def eval_captions(
     """
     total = len(source) if limit is None else min(limit, len(source))
 
-    def load(read: Callable[[], sources.Example]) -> list[np.ndarray]:
+    def load(read: Callable[[], base.Example]) -> list[np.ndarray]:
         try:
             example = read()
         except BadExample:  # as its image is missing too, `eval_batches` says so
@@ -258,7 +259,7 @@ def eval_captions(
             logging.warning("Left out of the evaluation: %s has no caption", example.key)
         return full
 
-    found = list(sources.by_threads(load, source, range(total), threads))
+    found = list(reading.by_threads(load, source, range(total), threads))
     tokens = [row for rows in found for row in rows]
     index = np.repeat(np.arange(total, dtype=np.int32), [len(rows) for rows in found])
     return np.array(tokens, np.int32).reshape(-1, tokenizer.context_length), index
@@ -275,7 +276,7 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
     return range(part * local, (part + 1) * local)
 
 
-def _fill_eval_row(row: loading.Row, example: sources.Example, crop: Crop) -> None:
+def _fill_eval_row(row: loading.Row, example: base.Example, crop: Crop) -> None:
     size = row["image"].shape[0]
     row["image"] = images.pixels(example.image, example.key, size, crop, None)
     row["label"] = np.int32(example.label)

@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data import loading, worker
+from clip_jax.common import worker
+from clip_jax.data import loading
 from clip_jax.data.rows import Note, Row, Rows
 from clip_jax.data.stages import IDLE, Stages
 from clip_jax.errors import UserError

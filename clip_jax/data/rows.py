@@ -8,9 +8,10 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.data import captions, images, mixture, order, sources, tokenizer
+from clip_jax.data import images, mixture, order, tokenizer
 from clip_jax.data.crops import Crop
-from clip_jax.data.sources import Example, Source
+from clip_jax.data.sources import captions, reading
+from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.stages import Stages
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample
@@ -70,14 +71,14 @@ class Rows:
         }
 
     def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, Note]]]:
-        """Begins to read the examples at some positions, as `sources.start` does.
+        """Begins to read the examples at some positions, as `reading.start` does.
 
         Returns:
           For each, a function that waits for the example and makes its row: another example's
           where that one cannot be used; None: nor can any.
         """
         indices = [self._order[position] for position in positions]
-        reads = sources.start(self._source, indices)
+        reads = reading.start(self._source, indices)
         return [functools.partial(self._finish, *each) for each in zip(positions, indices, reads)]
 
     def __getitem__(self, position: int) -> tuple[Row | None, Note]:
@@ -131,7 +132,7 @@ def reopen(
     seed: int,
     batch_size: int,
     parts: int,
-    spare: epath.Path | None,
+    fallback_dir: epath.Path | None,
 ) -> Rows:
     """The rows of a run in another process, which shares nothing with the one that began it.
 
@@ -139,13 +140,13 @@ def reopen(
       config: the fields of `data` in configs/default.py.
       tokenizer_name: as `tokenizer.create` takes it.
       context_length: ids in a row.
-      image_size, seed, batch_size, spare: as `mixture.create` takes them.
+      image_size, seed, batch_size, fallback_dir: as `mixture.create` takes them.
       parts: processes, of all hosts, that share a batch.
 
     Raises:
       UserError: the data is not there any more.
     """
-    options = {"batch_size": batch_size, "parts": parts, "spare": spare}
+    options = {"batch_size": batch_size, "parts": parts, "fallback_dir": fallback_dir}
     source, order_ = mixture.create(config, image_size, seed, **options)
     tokens = tokenizer.create(tokenizer_name, context_length)
     return Rows(source, order_, tokens, config, image_size=image_size, seed=seed)

@@ -138,7 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, path: str, context_length: int):
         """Raises UserError if tensorflow_text is missing or `path` is no SentencePiece model."""
-        from clip_jax.data.tensorflow_cpu import tf
+        from clip_jax.common.tensorflow_cpu import tf
 
         try:
             import tensorflow_text

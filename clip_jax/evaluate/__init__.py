@@ -1,1 +1,1 @@
-"""The paper's evaluation: from a checkpoint to its tables and figures."""
+"""The paper's protocols on data sets, while a model trains and afterwards."""

@@ -33,20 +33,20 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from clip_jax import commands
-from clip_jax.curation.arguments import at_least, share
+from clip_jax.common import commands
+from clip_jax.common import host_flags as hosts
+from clip_jax.data.arguments import at_least, share
 from clip_jax.errors import UserError
-from clip_jax.retrieval import hosts
 from clip_jax.storage import locations
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
     from clip_jax.evaluate.folder import About, Evaluation, Folder
+    from clip_jax.evaluate.on_disk import Stored
     from clip_jax.evaluate.overlapping import Training
-    from clip_jax.evaluate.stored import Stored
-    from clip_jax.suite.settings import Settings
-    from clip_jax.weights import Weights
+    from clip_jax.evaluate.settings import Settings
+    from clip_jax.weights.base import Weights
 
 AVAILABLE = "available"
 
@@ -105,11 +105,11 @@ def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
     if options.data_dir:
         locations.reachable(options.data_dir)
     process, _ = hosts.join_hosts(options)
-    from clip_jax import convert
-    from clip_jax.datasets import registry
     from clip_jax.evaluate import running
     from clip_jax.evaluate.folder import Evaluation, Folder
-    from clip_jax.suite.tasks import Context
+    from clip_jax.evaluate.sets import registry
+    from clip_jax.evaluate.tasks import Context
+    from clip_jax.weights import convert
 
     available = options.datasets == AVAILABLE
     datasets = registry.resolve(",".join(registry.names()) if available else options.datasets)
@@ -147,7 +147,7 @@ def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
 
 
 def _settings(options: argparse.Namespace, suite: "ConfigDict") -> "Settings":
-    from clip_jax.suite.settings import Settings
+    from clip_jax.evaluate.settings import Settings
 
     suite.prompts, suite.repeats = options.prompts, options.repeats
     try:
@@ -164,7 +164,7 @@ def _settings(options: argparse.Namespace, suite: "ConfigDict") -> "Settings":
 
 
 def _tasks(wanted: str) -> list[str]:
-    from clip_jax.suite.tasks import TASKS
+    from clip_jax.evaluate.tasks import TASKS
 
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     if unknown := [name for name in names if name not in TASKS]:
@@ -192,7 +192,7 @@ def _out(options: argparse.Namespace, found: "Weights") -> epath.Path:
 
 def _material(options: argparse.Namespace, found: "Weights", directory: epath.Path) -> "Stored":
     from clip_jax import api
-    from clip_jax.evaluate.stored import Stored
+    from clip_jax.evaluate.on_disk import Stored
 
     model = api.from_weights(found)
     if model.tokenizer is None:
@@ -217,9 +217,9 @@ def _training(
     """The training data, embedded; None: no analysis of overlap is asked for."""
     if not options.train_data:
         return None
-    from clip_jax import convert
+    from clip_jax.embed import inputs
     from clip_jax.evaluate.overlapping import Training
-    from clip_jax.retrieval import inputs
+    from clip_jax.weights import convert
 
     detector = material
     if options.detector:
@@ -231,8 +231,8 @@ def _training(
 def _about(found: "Weights") -> "About":
     from clip_jax.evaluate.folder import About
     from clip_jax.export import record
-    from clip_jax.plan import model_flops
-    from clip_jax.weights import variable_shapes
+    from clip_jax.models import flops as model_flops
+    from clip_jax.weights.base import variable_shapes
 
     trained = record.read_training(found.origin)
     seen = trained.images_seen if trained else 0
@@ -270,8 +270,8 @@ def _wait(options: argparse.Namespace) -> None:
 
 
 def _list() -> None:
-    from clip_jax.curation.tables import aligned
-    from clip_jax.datasets import registry
+    from clip_jax.common.tables import aligned
+    from clip_jax.evaluate.sets import registry
 
     rows = [("name", "data set", "metric or kind", "in")]
     for name in registry.names():

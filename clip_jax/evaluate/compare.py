@@ -25,16 +25,17 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax import commands, metrics, models
-from clip_jax.datasets import registry
+from clip_jax import models
+from clip_jax.common import commands, metrics
+from clip_jax.common.pages import page
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
 from clip_jax.evaluate.comparison import Compared
 from clip_jax.evaluate.folder import ALL, About, Evaluation, read_evaluation
-from clip_jax.pages import page
-from clip_jax.plan import model_flops
+from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.sets import registry
+from clip_jax.models import flops as model_flops
 from clip_jax.storage import locations, writing
-from clip_jax.suite.results import Result, Score
 
 _HERE = Path(__file__).parent
 _PAPER = "paper"

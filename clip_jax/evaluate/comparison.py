@@ -6,19 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.curation.tables import aligned
+from clip_jax.common.pages import charts
+from clip_jax.common.pages.charts import Axis, Points
+from clip_jax.common.pages.page import percent
+from clip_jax.common.pages.panel import Panel
+from clip_jax.common.pages.svg import short
+from clip_jax.common.tables import aligned
 from clip_jax.errors import UserError
 from clip_jax.evaluate.figures import legend
 from clip_jax.evaluate.folder import Evaluation
-from clip_jax.pages import charts
-from clip_jax.pages.charts import Axis, Points
-from clip_jax.pages.page import percent
-from clip_jax.pages.panel import Panel
-from clip_jax.pages.svg import short
-from clip_jax.protocols import robustness, scaling
-from clip_jax.suite.results import Result, Score
-from clip_jax.suite.tasks import TASKS
-from clip_jax.suite.tasks.zeroshot import BARE, ENSEMBLE
+from clip_jax.evaluate.measures import robustness, scaling
+from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.tasks import TASKS
+from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE
 
 _NBSP = "\N{NO-BREAK SPACE}"
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.pages import charts
-from clip_jax.pages.charts import Axis, Points
-from clip_jax.pages.page import percent
-from clip_jax.pages.panel import Line, Panel
-from clip_jax.pages.svg import short
-from clip_jax.protocols import robustness as robust
-from clip_jax.protocols.overlap import Overlap
-from clip_jax.suite.results import Result
-from clip_jax.suite.tasks.zeroshot import BARE, ENSEMBLE, SINGLE
+from clip_jax.common.pages import charts
+from clip_jax.common.pages.charts import Axis, Points
+from clip_jax.common.pages.page import percent
+from clip_jax.common.pages.panel import Line, Panel
+from clip_jax.common.pages.svg import short
+from clip_jax.evaluate.measures import robustness as robust
+from clip_jax.evaluate.measures.overlap import Overlap
+from clip_jax.evaluate.results import Result
+from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE, SINGLE
 
 
 def legend(points: Sequence[Points]) -> list[Line]:

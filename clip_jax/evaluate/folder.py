@@ -16,8 +16,8 @@ from typing import Any
 from etils import epath
 
 from clip_jax.errors import UserError
+from clip_jax.evaluate.results import Result, Score, to_json
 from clip_jax.storage import locations, ranges, writing
-from clip_jax.suite.results import Result, Score, to_json
 
 ALL, TABLE, _FOLDER = "results.json", "results.csv", "results"
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from clip_jax.data.sources import Source
-from clip_jax.datasets.dataset import Dataset
-from clip_jax.evaluate.stored import Stored
-from clip_jax.retrieval import exact
-from clip_jax.retrieval.store import BLOCK
-from clip_jax.suite.material import TEST, Nearest, Split
+from clip_jax.data.sources.base import Source
+from clip_jax.embed.store import BLOCK
+from clip_jax.evaluate.embedding_source import TEST, Nearest, Split
+from clip_jax.evaluate.on_disk import Stored
+from clip_jax.evaluate.sets.dataset import Dataset
+from clip_jax.search import exact
 
 
 class Training:

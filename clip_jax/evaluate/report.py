@@ -7,16 +7,15 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.evals import confusion
-from clip_jax.evals.report import zeroshot_view
-from clip_jax.evaluate import figures
+from clip_jax.common.pages import page
+from clip_jax.common.pages.page import Thumbnail
+from clip_jax.evaluate import confusion, figures
 from clip_jax.evaluate.folder import Evaluation
-from clip_jax.pages import page
-from clip_jax.pages.page import Thumbnail
-from clip_jax.protocols import overlap
-from clip_jax.protocols.intervals import Share
-from clip_jax.suite.results import Result, Score
-from clip_jax.suite.tasks import TASKS
+from clip_jax.evaluate.measures import overlap
+from clip_jax.evaluate.measures.intervals import Share
+from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.run_report import zeroshot_view
+from clip_jax.evaluate.tasks import TASKS
 
 _HERE = Path(__file__).parent
 _TEMPLATES = _HERE.parent / "evals"  # of confusions and galleries

@@ -5,14 +5,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from clip_jax.datasets import finding
-from clip_jax.datasets.dataset import Dataset
+from clip_jax.common.pages.page import duration, percent
 from clip_jax.errors import StorageError, UserError
+from clip_jax.evaluate.embedding_source import TEST
 from clip_jax.evaluate.folder import Folder
-from clip_jax.pages.page import duration, percent
-from clip_jax.suite.material import TEST
-from clip_jax.suite.results import Result, Score, fingerprint
-from clip_jax.suite.tasks import TASKS, Context, Task
+from clip_jax.evaluate.results import Result, Score, fingerprint
+from clip_jax.evaluate.sets import finding
+from clip_jax.evaluate.sets.dataset import Dataset
+from clip_jax.evaluate.tasks import TASKS, Context, Task
 
 Say = Callable[[str], None]
 

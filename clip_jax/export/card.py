@@ -12,7 +12,7 @@ yours to choose; data and weights that you started from may bind you.
 
 import argparse
 
-from clip_jax import commands
+from clip_jax.common import commands
 from clip_jax.errors import UserError
 from clip_jax.export import terms
 
@@ -40,8 +40,8 @@ def _write(args: argparse.Namespace) -> None:
     out = locations.parse(args.out)
     if not remote.is_remote(out) and not out.parent.is_dir():
         raise UserError(f"--out={out} cannot be written: there is no folder {out.parent}.")
-    from clip_jax import convert
     from clip_jax.export import card_text, record
+    from clip_jax.weights import convert
 
     found = record.read(convert.read(args.model))
     writing.write(out, card_text.render(found, given, out.parent))

@@ -20,7 +20,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from clip_jax import commands
+from clip_jax.common import commands
 from clip_jax.errors import UserError
 from clip_jax.export import layout, terms
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from etils import epath
 
-    from clip_jax.weights import Weights
+    from clip_jax.weights.base import Weights
 
 
 def main(arguments: list[str]) -> None:
@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(args: argparse.Namespace) -> None:
     given = terms.parse(args)  # a mistake is answered before anything slow
-    from clip_jax import convert
     from clip_jax.export import card_text, record
     from clip_jax.storage import locations, writing
+    from clip_jax.weights import convert
 
     out = locations.parse(args.out)
     if convert.files.exists(out):

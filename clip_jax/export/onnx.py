@@ -18,7 +18,7 @@ from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.export.layout import ONNX, TOWERS
 from clip_jax.export.stablehlo import batch
-from clip_jax.weights import Weights, read_finite
+from clip_jax.weights.base import Weights, read_finite
 
 # Operations that only call a function, and the parameter that holds it.
 _CALLS = {"jit": "jaxpr", "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr"}

@@ -5,7 +5,7 @@ from typing import Any
 
 from clip_jax.errors import UserError
 from clip_jax.models import Size
-from clip_jax.weights import Tensors, TokenizerFile, Weights
+from clip_jax.weights.base import Tensors, TokenizerFile, Weights
 
 _CROPS = {
     "center": "the shorter side is resized to size, then the middle square is cut out",

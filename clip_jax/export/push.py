@@ -11,7 +11,7 @@ import argparse
 import pathlib
 import re
 
-from clip_jax import commands
+from clip_jax.common import commands
 from clip_jax.errors import UserError
 from clip_jax.export.layout import CARD
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax import checkpoint, metrics, weights
+from clip_jax import checkpoint
+from clip_jax.common import metrics
 from clip_jax.errors import UserError
 from clip_jax.models import Size
+from clip_jax.weights import base as weights
 
 _ROWS = 8  # of the training curve
 _FEW = 4  # evaluations that make a curve by themselves

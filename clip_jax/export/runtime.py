@@ -88,7 +88,7 @@ def _finder(directory: str | os.PathLike[str]) -> Callable[[str], pathlib.Path]:
     if "://" not in os.fspath(directory):
         return pathlib.Path(directory).joinpath
     from clip_jax.storage import locations
-    from clip_jax.weights import local_file
+    from clip_jax.weights.base import local_file
 
     folder = locations.parse(directory)
     return lambda name: local_file(folder / name)

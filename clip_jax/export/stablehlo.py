@@ -15,7 +15,7 @@ from flax import traverse_util
 
 from clip_jax import models
 from clip_jax.export.layout import STABLEHLO, TOWERS
-from clip_jax.weights import Weights, variable_shapes, write_folder
+from clip_jax.weights.base import Weights, variable_shapes, write_folder
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -79,14 +79,18 @@ def _make_pack(pack: Mapping[str, Any] | None, size: Size) -> Pack | None:
         return None
     if not size.text_causal or size.text_pool != "end":
         raise UserError(
-            "model.pack needs a causal text tower that reads the end token, so that what follows "
-            f"it changes nothing; that of {size} is not: leave --config.model.pack.length=0."
+            "model.packing needs a causal text tower that reads the end token, so that what "
+            f"follows it changes nothing; that of {size} is not: leave "
+            "--config.model.packing.length=0."
         )
     if pack["length"] < size.context_length:
         raise UserError(
-            f"model.pack.length is {pack['length']}, and a caption may have {size.context_length} "
-            f"tokens: take at least --config.model.pack.length={size.context_length}, or 0."
+            f"model.packing.length is {pack['length']}, and a caption may have "
+            f"{size.context_length} tokens: take at least "
+            f"--config.model.packing.length={size.context_length}, or 0."
         )
     if not 0 < pack["rows"] <= 1:
-        raise UserError(f"model.pack.rows is {pack['rows']}: it takes a number above 0, up to 1.")
+        raise UserError(
+            f"model.packing.rows is {pack['rows']}: it takes a number above 0, up to 1."
+        )
     return Pack(int(pack["length"]), float(pack["rows"]))

@@ -1,9 +1,12 @@
-"""Prompts to be scored: what they have in common need not be computed for each."""
+"""Prompts of classes: made from templates, averaged, and prepared to be scored together."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from clip_jax.errors import UserError
 
 Array = np.ndarray | jax.Array
 
@@ -45,3 +48,40 @@ def prepare(tokens: np.ndarray) -> Prompts:
                 ends.append(end)
             beginnings[prompt, end] = known[key]
     return Prompts(tokens, np.array(rows, np.int32), np.array(ends, np.int32), beginnings)
+
+
+def class_prompts(
+    class_names: Sequence[str], templates: Sequence[str]
+) -> tuple[list[str], np.ndarray]:
+    """Every name of every class in every template.
+
+    Args:
+      class_names: alternatives of one class joined by "|".
+      templates: each with one {} for the name.
+
+    Returns:
+      The prompts, and the class of each, int [prompts].
+
+    Raises:
+      UserError: no class, no template, or a template without its {}.
+    """
+    if not class_names or not templates:
+        raise UserError(
+            "Zero-shot classification needs class names and templates: the data names none, so "
+            "set eval.zeroshot.class_names and eval.zeroshot.templates in the config."
+        )
+    if bad := [template for template in templates if template.count("{}") != 1]:
+        raise UserError(f"The template {bad[0]!r} must have exactly one {{}} for the class name.")
+    prompts, owners = [], []
+    for owner, names in enumerate(class_names):
+        for name in names.split("|"):
+            prompts += [template.replace("{}", name) for template in templates]
+            owners += [owner] * len(templates)
+    return prompts, np.array(owners)
+
+
+def average_classes(embeds: np.ndarray, owners: np.ndarray, classes: int) -> np.ndarray:
+    """Means of the prompts' unit vectors [prompts, e], normalised again: float32 [classes, e]."""
+    sums = np.zeros((classes, embeds.shape[1]))
+    np.add.at(sums, owners, embeds)
+    return (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)

@@ -23,7 +23,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from clip_jax import commands
+from clip_jax.common import commands
 from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from clip_jax.models import flops as model_flops
 from clip_jax.models.captioner import POSITIONS
 from clip_jax.models.sizes import Size
-from clip_jax.plan import model_flops
 from clip_jax.plan.topology import Topology
 
 # By model.remat: numbers kept per token, channel and layer, in the compute dtype; and how much of

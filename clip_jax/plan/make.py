@@ -11,12 +11,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from clip_jax import clock, program
+from clip_jax.common import clock
 from clip_jax.errors import UserError
-from clip_jax.plan import chips, cost, hlo, model_flops, parts
+from clip_jax.models import flops as model_flops
+from clip_jax.plan import chips, cost, hlo, parts
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.network import Network
 from clip_jax.plan.topology import Topology
+from clip_jax.training import program
 
 
 @dataclasses.dataclass

@@ -14,13 +14,14 @@ _OWNERS = (
 # The same on file and function of the calls that made an instruction, for what names no tower.
 _FILES = (
     (r"clip_jax/losses", "loss"),
-    (r"clip_jax/step\.py:(_split|_join|_accumulated)", "micro-batches"),
+    (r"clip_jax/training/step\.py:(_split|_join|_accumulated)", "micro-batches"),
     (r"clip_jax/models/(vit|resnet)\.py", "image tower"),
     (r"clip_jax/models/(text|captioner)\.py", "text tower"),
     (r"clip_jax/models/bag_of_words\.py", "loss"),
-    (r"clip_jax/(augment|views)\.py", "augmentation"),
-    (r"clip_jax/(optim|rounding)\.py|optax/", "optimiser"),
-    (r"clip_jax/step\.py", "optimiser"),  # what is left of the step: norms, clipping, metrics
+    (r"clip_jax/(training/augment|models/views)\.py", "augmentation"),
+    (r"clip_jax/training/(optim|stochastic_rounding)\.py|optax/", "optimiser"),
+    # What is left of the step: norms, clipping, metrics.
+    (r"clip_jax/training/step\.py", "optimiser"),
 )
 # Inside a tower.
 _PIECES = (

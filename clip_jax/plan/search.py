@@ -8,13 +8,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from clip_jax.clock import format_seconds
+from clip_jax.common.clock import format_seconds
 from clip_jax.errors import UserError
 from clip_jax.plan import make
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.estimate import REMAT, Choice, Correction, Task
 from clip_jax.plan.topology import Topology
-from clip_jax.program import split_by_tensor
+from clip_jax.training.program import split_by_tensor
 
 # What is estimated to need this much more than there is, is not tried: estimates err.
 _HOPE = 1.15

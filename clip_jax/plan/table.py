@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from clip_jax.clock import format_seconds
+from clip_jax.common.clock import format_seconds
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.make import Memory, Plan, Step
 

@@ -33,8 +33,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING
 
-from clip_jax import commands
-from clip_jax.curation.arguments import at_least
+from clip_jax.common import commands
+from clip_jax.data.arguments import at_least
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from clip_jax import commands
+from clip_jax.common import commands
 from clip_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 from tqdm import tqdm
 
-from clip_jax.data import worker
+from clip_jax.common import worker
 from clip_jax.errors import UserError
 
 Work = Callable[[str], int]  # shard -> pairs in it

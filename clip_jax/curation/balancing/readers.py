@@ -21,9 +21,9 @@ from typing import IO, Any
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.data import captions
-from clip_jax.data.folder import TEXT_COLUMNS
-from clip_jax.data.tar_index import BLOCK, Sample, samples
+from clip_jax.data.sources import captions
+from clip_jax.data.sources.folder import TEXT_COLUMNS
+from clip_jax.data.sources.tar_index import BLOCK, Sample, samples
 from clip_jax.errors import BadExample, UserError
 
 RESERVED = ("row", "caption", "key", "problem", "queries")  # columns with a meaning of their own

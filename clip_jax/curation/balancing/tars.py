@@ -10,7 +10,7 @@ from typing import IO
 
 from etils import epath
 
-from clip_jax.data.tar_index import samples
+from clip_jax.data.sources.tar_index import samples
 from clip_jax.storage import ranges, remote, writing
 
 _CHUNK = 2**24  # bytes copied at a time

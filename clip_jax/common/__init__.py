@@ -1,0 +1,1 @@
+"""Helpers that every part may use: commands, hosts, time, metrics, tables, pages."""

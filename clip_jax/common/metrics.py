@@ -1,0 +1,166 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress line."""
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from clip_jax.common import clock
+from clip_jax.storage import locations, ranges, writing
+
+FILE = "metrics.jsonl"  # inside the workdir
+_STARVED = 0.05  # share of the time spent waiting for data from which the progress line says so
+_TEXT_BYTES = 2**14  # room for the counts of a host
+
+
+class MetricWriter:
+    """Appends rows of scalars to the workdir; only the first process writes."""
+
+    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, start_step: int):
+        """Opens the workdir.
+
+        Args:
+          workdir: local, gs:// or s3://.
+          tensorboard: write TensorBoard events as well.
+          start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
+            will write them again.
+        """
+        self._events: Any = None
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        directory = locations.parse(workdir)
+        self._files = writing.Growing(directory)
+        self._path = self._files.local / FILE
+        rows = [row for row in read_history(directory) if row["step"] <= start_step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if tensorboard:
+            from clip_jax.common.tensorflow_cpu import tf
+
+            events = directory / "tensorboard"
+            if start_step == 0 and events.exists():
+                events.rmtree()  # of a run that ended before its first checkpoint
+            local = self._files.local / "tensorboard"
+            self._events = tf.summary.create_file_writer(str(local))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Adds one row; values are scalars."""
+        if not self._writes:
+            return
+        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._events is not None:
+            from clip_jax.common.tensorflow_cpu import tf
+
+            with self._events.as_default(step=step):
+                for name, value in metrics.items():
+                    tf.summary.scalar(name, float(value))
+            self._events.flush()
+
+    def flush(self) -> None:
+        """Has the rows in the workdir, which may be a bucket, if it can be reached."""
+        if self._writes:
+            self._files.flush()
+
+    def close(self) -> None:
+        """The same; raises an error if it cannot be reached."""
+        if self._writes:
+            if self._events is not None:
+                self._events.close()
+            self._files.close()
+
+
+def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """Rows of metrics.jsonl, oldest first; a last line cut short is left out."""
+    try:
+        lines = ranges.read(locations.parse(workdir) / FILE).decode().splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Progress:
+    """The progress line: redrawn in place on a terminal, else one line at each update."""
+
+    def __init__(self, start_step: int, total_steps: int, batch_size: int):
+        self._step = start_step
+        self._total = total_steps
+        self._batch_size = batch_size
+        self._time = time.monotonic()
+        self._waited = 0.0
+        self._live = sys.stdout.isatty()
+        self._enabled = jax.process_index() == 0
+
+    def pause(self) -> float:
+        """Marks the start of something that is not training; returns the time for `resume`."""
+        return time.monotonic()
+
+    def resume(self, paused_at: float) -> None:
+        """Takes the time since `pause` out of the rate."""
+        self._time += time.monotonic() - paused_at
+
+    def measure(self, step: int, waited: float) -> tuple[float, float]:
+        """Since the last call, pauses left out.
+
+        Args:
+          step: now.
+          waited: seconds of the whole run that were spent waiting for data.
+
+        Returns:
+          Images per second, and the share of the time spent waiting.
+        """
+        now = time.monotonic()
+        seconds, steps = max(now - self._time, 1e-9), step - self._step
+        share = min((waited - self._waited) / seconds, 1.0)
+        self._time, self._step, self._waited = now, step, waited
+        return steps * self._batch_size / seconds, share
+
+    def show(self, step: int, loss: float, rate: float, waited: float) -> None:
+        """Shows step, loss, images/s, the time left, and the share waiting where it matters."""
+        left = (self._total - step) * self._batch_size / max(rate, 1e-9)
+        starved = f"  {waited:.0%} waiting for data" if waited >= _STARVED else ""
+        self._print(
+            f"step {step:,}/{self._total:,} {step / self._total:4.0%}  loss {loss:.3f}  "
+            f"{rate:,.0f} images/s{starved}  ETA {clock.format_seconds(left)}",
+            end="\r" if self._live and step < self._total else "\n",
+        )
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._print(text, end="\n")
+
+    def _print(self, text: str, end: str) -> None:
+        if self._enabled:
+            clear = "\x1b[2K" if self._live else ""
+            print(clear + text, end=end, flush=True)
+
+
+def sum_over_hosts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Counts by name, summed over all hosts; every host must call it."""
+    if jax.process_count() == 1:
+        return dict(counts)
+    text = json.dumps(counts).encode().ljust(_TEXT_BYTES)
+    gathered = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
+    total: Counter[str] = Counter()
+    for row in gathered:
+        total.update(json.loads(row.tobytes()))
+    return dict(total)
+
+
+def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Waits for replicated device scalars and brings them to the host."""
+    return {name: np.asarray(value.addressable_data(0)).item() for name, value in metrics.items()}

@@ -1,0 +1,1 @@
+"""Random access to stored examples, one file a format: tar, TFRecord, TFDS, folders, digits."""

@@ -1,0 +1,260 @@
+"""Tar shards as img2dataset and webdataset write them: KEY.jpg beside KEY.txt or KEY.json."""
+
+import bisect
+import functools
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from clip_jax.data.sources import captions, shard_index, tar_index, tar_labels
+from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.chunk_cache import ChunkCache, Once
+from clip_jax.data.sources.labels import Labels, group, number_labels, parse_groups
+from clip_jax.data.sources.tar_index import BLOCK, Sample, Span
+from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import faults, locations, ranges, remote
+
+MISSING_FOR = 60.0  # seconds until a missing shard is tried again
+
+_Files = Mapping[str, bytes]  # the files of a sample by kind, and "header" of its image
+
+
+class TarShards:
+    """Random access to the samples of tar shards, through an index that is kept beside them.
+
+    The index takes 24 bytes per sample, mapped from its file. A shard is opened for each read, so
+    there may be more shards than a process may have files open. What CLIP_benchmark's layout says
+    of the set, in the directory above that of the shards, is heeded.
+
+    Attributes:
+      problems: number of damaged shards, and of samples left out for lack of a file, by reason.
+      labels: of every sample; None: without `label_key`.
+      class_names: of the labels, where `label_key` names a field of text or the layout has them.
+      templates: those of the layout.
+    """
+
+    def __init__(
+        self,
+        paths: str,
+        text_key: str = "",
+        label_key: str = "",
+        group_keys: str = "",
+        *,
+        fallback_dir: epath.Path | None = None,
+        run: int = 1,
+        cached_chunks: int = 0,
+    ):
+        """Reads the index, or every header of every shard; with `label_key` every label too.
+
+        Args:
+          paths: files, directories, patterns and brace ranges, comma-separated; local or gs://.
+          text_key: fields of the .json file with captions, "txt" standing for the .txt file, as
+            `captions.parse_fields` has them; "": the .txt file, or else "caption" of the .json.
+          label_key: field of the .json file with the class, or "cls" or "npy": the file with it;
+            "": no classes. With it, captions may be missing.
+          group_keys: fields of the .json file with the groups of an example, comma-separated.
+          fallback_dir: directory for the index where that of the shards cannot be written to.
+          run: neighbours that are read at once.
+          cached_chunks: of these, how many are held in memory; 0: every sample is read by itself.
+
+        Raises:
+          UserError: no shards, no usable sample in them, or a class without a name.
+        """
+        self._fields = captions.parse_fields(text_key)
+        self._captioned = not label_key
+        self._group_keys = parse_groups(group_keys)
+        self._shards = find(paths)
+        self._missing_until: dict[int, float] = {}
+        kind = tar_index.LABELLED if label_key in tar_labels.FILES else tar_index.KIND
+        found = shard_index.load(self._shards, kind, fallback_dir)
+        self.problems: Counter[str] = shard_index.count_problems(found)
+        self._rows = [shard.rows for shard in found]
+        self._versions = [shard.version for shard in found]
+        self._is_remote = remote.is_remote(self._shards[0])
+        # Number of the first sample of each shard, and of all samples.
+        self._first = list(itertools.accumulate(map(len, self._rows), initial=0))
+        if not len(self):
+            raise UserError(
+                f"No usable sample in the {len(self._shards)} shard(s) of source.path = {paths!r}"
+                f" ({dict(self.problems) or 'they are empty'}). A sample is KEY.jpg, .png or .webp"
+                " beside KEY.txt, or beside KEY.json with the caption under source.text_key."
+            )
+        layout = tar_labels.read_layout(self._shards[0].parent.parent)
+        self.templates: tuple[str, ...] = layout.templates
+        self.class_names: tuple[str, ...] = ()
+        self._a_caption_per_line = layout.type == "retrieval"
+        self.labels: Labels | None = None
+        if label_key:
+            self.labels, names = number_labels(self._read_labels(label_key))
+            self.class_names = names or layout.class_names
+            if layout.class_names and self.labels.largest >= len(self.class_names):
+                raise UserError(
+                    f"The shards of source.path = {paths!r} have class {self.labels.largest}, but "
+                    f"classnames.txt above them names only {len(self.class_names)}."
+                )
+        self._run = run
+        self._runs = ChunkCache(self._start_run, cached_chunks) if cached_chunks else None
+
+    def __len__(self) -> int:
+        return self._first[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read samples, as `reading.start` does."""
+        if self._runs is not None:
+            runs = [(self._runs.start(i // self._run), i % self._run) for i in indices]
+        else:
+            # Only from a bucket is one piece for neighbours worth it that wait for each other.
+            groups = (
+                _neighbours(indices, self._shard) if self._is_remote else [[i] for i in indices]
+            )
+            runs = []
+            for group in groups:
+                read = Once(self._start_neighbours(group[0], group[-1] + 1))
+                runs += [(read, place) for place in range(len(group))]
+        return [functools.partial(self._example, index, *run) for index, run in zip(indices, runs)]
+
+    def _example(self, index: int, read: "Once[list[_Files | BadExample]]", place: int) -> Example:
+        contents = read()[place]
+        if isinstance(contents, BadExample):
+            raise contents
+        key = f"{self._shards[self._shard(index)].name}/{_stem(contents['header'])}"
+        txt, record = contents.get("txt"), contents.get("json")
+        if txt is not None and self._a_caption_per_line:
+            txt = txt.splitlines()
+        return Example(
+            image=contents["image"],
+            captions=captions.read_files(txt, record, self._fields, key, self._captioned),
+            labels=() if self.labels is None else self.labels[index],
+            key=key,
+            groups=tuple(
+                group(captions.read_field(record, name, key)) for name in self._group_keys
+            ),
+        )
+
+    def _shard(self, index: int) -> int:
+        return bisect.bisect_right(self._first, index) - 1
+
+    def _sample(self, index: int) -> Sample:
+        """Where the files stand that are needed of a sample."""
+        shard = self._shard(index)
+        found = tar_index.spans(self._rows[shard][index - self._first[shard]])
+        if self._fields:
+            wanted = {"txt" if name == "txt" else "json" for name, _ in self._fields}
+        else:
+            wanted = {"txt" if "txt" in found else "json"}
+        if self._group_keys:
+            wanted.add("json")
+        return {kind: span for kind, span in found.items() if kind in wanted | {"image"}}
+
+    def _start_run(self, number: int) -> "Callable[[], list[_Files | BadExample]]":
+        """Begins to read a run; where it spans shards, each has its part."""
+        index, end = number * self._run, min((number + 1) * self._run, len(self))
+        parts: list[Callable[[], list[_Files | BadExample]]] = []
+        while index < end:
+            stop = min(end, self._first[self._shard(index) + 1])
+            parts.append(self._start_neighbours(index, stop))
+            index = stop
+        return lambda: [contents for part in parts for contents in part()]
+
+    def _start_neighbours(self, index: int, stop: int) -> "Callable[[], list[_Files | BadExample]]":
+        """Begins to read the files of neighbours in one shard."""
+        shard = self._shard(index)
+        path = self._shards[shard]
+        wanted = [_with_header(self._sample(i)) for i in range(index, stop)]
+        spans = [span for sample in wanted for span in sample.values()]
+
+        def start() -> Callable[[], list[bytes]]:
+            return ranges.start(path, spans, self._versions[shard])
+
+        begun = [start()]  # further tries begin anew
+
+        def read() -> list[bytes]:
+            return (begun.pop() if begun else start())()
+
+        def finish() -> list[_Files | BadExample]:
+            known_missing = time.monotonic() < self._missing_until.get(shard, 0)
+            try:
+                pieces = faults.briefly(read, () if known_missing else None)
+            except ranges.Replaced as error:
+                return [
+                    BadExample("replaced shard", _place(path, each), str(error)) for each in wanted
+                ]
+            except OSError as error:
+                self._missing_until[shard] = time.monotonic() + MISSING_FOR
+                return [
+                    BadExample("missing shard", _place(path, each), str(error)) for each in wanted
+                ]
+            return _share_out(pieces, path.name, wanted)
+
+        return finish
+
+    def _read_labels(self, label_key: str) -> list[Any]:
+        """The class of every sample; None where it has no readable one."""
+        kind = tar_labels.label_kind(label_key)
+        labels: list[Any] = []
+        for path, rows in zip(self._shards, self._rows):
+            samples = list(map(tar_index.spans, rows))
+            found = [each[kind] for each in samples if kind in each]
+            pieces = iter(ranges.start(path, found)()) if found else iter(())
+            labels += [
+                tar_labels.decode_label(next(pieces), label_key) if kind in each else None
+                for each in samples
+            ]
+        return tar_labels.decode_arrays(labels) if label_key == "npy" else labels
+
+
+def find(paths: str) -> list[epath.Path]:
+    """The shards that `paths` names; UserError where there are none."""
+    shards = locations.expand(paths, ".tar")
+    if not shards:
+        raise UserError(
+            f"No tar shards match source.path = {paths!r}. It takes files, directories and "
+            'patterns, comma-separated, such as --config.data.source.path="DIR/*.tar" or '
+            '"gs://BUCKET/{00000..00099}.tar".'
+        )
+    return shards
+
+
+def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[list[int]]:
+    """Indices that follow each other, and lie in one shard, together."""
+    groups: list[list[int]] = []
+    for index in indices:
+        if groups and index == groups[-1][-1] + 1 and shard_of(index) == shard_of(index - 1):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _with_header(sample: Sample) -> Sample:
+    """The name is not worth memory in the index: it stands in the header before the contents."""
+    return {**sample, "header": Span(sample["image"].offset - BLOCK, BLOCK)}
+
+
+def _place(path: epath.Path, sample: Sample) -> str:
+    return f"{path} at byte {sample['image'].offset}"
+
+
+def _share_out(found: list[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
+    """The pieces that were read, by sample and kind of file."""
+    pieces = iter(found)
+    shared: list[_Files | BadExample] = []
+    for sample in wanted:
+        contents = {kind: next(pieces) for kind in sample}
+        if any(len(contents[kind]) < span.size for kind, span in sample.items()):
+            shared.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
+        else:
+            shared.append(contents)
+    return shared
+
+
+def _stem(header: bytes) -> str:
+    """Name without suffix, from the header of a file."""
+    return header[:100].split(b"\0")[0].decode("utf-8", "replace").rpartition(".")[0]

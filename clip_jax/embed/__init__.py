@@ -1,0 +1,1 @@
+"""Embeddings of whole data sets: made by all hosts together, kept on disk."""

@@ -1,0 +1,122 @@
+"""Embeds a whole data set with a trained model, as a job that can be interrupted and shared.
+
+    python -m clip_jax embed --model=runs/quickstart pictures --out=embeddings
+    python -m clip_jax embed --model=runs/vit_b32 "shards/*.tar" --out=embeddings --of=both
+    python -m clip_jax embed --model=runs/vit_b32 captions.csv --out=captions_embedded
+    python -m clip_jax embed --model=gs://BUCKET/run "gs://BUCKET/{00000..00099}.tar" \\
+        --out=gs://BUCKET/embeddings --coordinator=auto         # on every host of a pod
+
+Every device of a host takes its share of each batch, every host its share of the parts. Run the
+same command again to go on: parts that are there are not made again.
+
+Writes to --out:
+    part-*.parquet   index, key, captions, labels and groups of each example, and image_embed,
+                     text_embed: unit vectors; with --format=npy these lie in
+                     part-*.image_embed.npy, ...
+    skipped.jsonl    index, key, reason and detail of every example that cannot be used
+    embeddings.json  what they were made of
+"""
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from clip_jax.common import commands
+from clip_jax.common import host_flags as hosts
+from clip_jax.data.arguments import at_least
+from clip_jax.errors import UserError
+from clip_jax.storage import locations
+
+if TYPE_CHECKING:
+    from clip_jax.embed.store import Store
+
+_POLL = 5.0  # seconds between looks at what other hosts have made
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "images": ("image_embed",),
+    "features": ("image_embed", "image_features"),
+    "texts": ("text_embed",),
+    "both": ("image_embed", "text_embed"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the command."""
+    with commands.plain_errors():
+        _run(_options(arguments))
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    from clip_jax.embed import inputs
+
+    parser = commands.parser("embed", __doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="what clip_jax.load takes: a workdir, a checkpoint, ...")
+    inputs.add_data(parser)
+    add("--out", required=True, metavar="DIR", help="local, gs:// or s3://")
+    add(
+        "--of",
+        choices=_COLUMNS,
+        help="what to embed; features: images, and what linear probes read of them; texts: the "
+        "first caption of each example, cut to the context. "
+        "Default: images, or texts where there are no others",
+    )
+    add("--format", choices=("parquet", "npy"), default="parquet", help="of the embeddings")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="of the embeddings")
+    add("--rows", type=at_least(1), default=65_536, metavar="N", help="examples in a part")
+    add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
+    add("--threads", type=at_least(0), default=0, metavar="N", help="that decode; 0: one per core")
+    hosts.add_hosts(parser)
+    options = parser.parse_args(arguments)
+    if options.of is None:
+        options.of = "texts" if inputs.is_caption_file(options.data) else "images"
+    elif options.of != "texts" and inputs.is_caption_file(options.data):
+        parser.error(f"{options.data} holds texts alone: --of=texts")
+    return options
+
+
+def _run(options: argparse.Namespace) -> None:
+    process, processes = hosts.join_hosts(options)
+    from clip_jax import api
+    from clip_jax.embed import inputs, making
+
+    out = locations.reachable(options.out)
+    fields = {name: getattr(options, name) for name in inputs.FIELDS}
+    source = inputs.open_source(fields)
+    model = api.load(options.model)
+    if model.tokenizer is None and "text_embed" in _COLUMNS[options.of]:
+        raise UserError(
+            f"It is not known how the texts of {options.model} become ids: convert it once more by "
+            "python -m clip_jax convert with --tokenizer, or embed images alone, by --of=images."
+        )
+    if "text_embed" in _COLUMNS[options.of] and not hasattr(model.net, "encode_text"):
+        raise UserError(
+            f"{options.model} was trained for {model.net.size.objective} and embeds no texts: "
+            "embed images alone, by --of=images."
+        )
+    store = making.begin(
+        out,
+        fields,
+        len(source),
+        model,
+        _COLUMNS[options.of],
+        dtype=options.dtype,
+        format=options.format,
+        rows=options.rows,
+    )
+    maker = making.Maker(model, options.batch_size, options.threads)
+    made = maker.fill(store, source, process, processes)
+    while options.coordinator and store.missing():  # hosts that end take the others with them
+        time.sleep(_POLL)
+    _report(store, made)
+
+
+def _report(store: "Store", made: int) -> None:
+    """Says what has been done, and lists what was skipped once all hosts are through."""
+    parts = store.manifest.parts
+    if missing := store.missing():
+        print(f"{made} parts made here; {len(missing)} of {parts} are still missing: other hosts'.")
+        return
+    skipped = store.finish()
+    rows = sum(store.counts())
+    print(f"{rows:,} examples in {parts} part(s) in {store.directory}", end="")
+    print(f"; {len(skipped):,} skipped, see skipped.jsonl." if skipped else ".")

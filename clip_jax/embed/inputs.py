@@ -1,0 +1,190 @@
+"""What can be embedded: every data set that can be trained on, plain folders, caption files."""
+
+import argparse
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from etils import epath
+
+from clip_jax.data import arguments
+from clip_jax.data.sources import captions, folder
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Source
+from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import locations, ranges
+
+# Of the command line; what a store keeps of its data, so that they can be opened again.
+FIELDS = ("data", "split", "data_dir", "image_key", "text_key", "label_key", "group_keys")
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+_KEYS = ("key", "id", "image_id", *folder.IMAGE_COLUMNS)
+
+
+def add_data(made: argparse.ArgumentParser) -> None:
+    """Adds the arguments that name data."""
+    add = made.add_argument
+    add(
+        "data",
+        metavar="DATA",
+        help='tar shards: "shards/*.tar", "gs://BUCKET/{00000..00099}.tar" or their directory; '
+        'TFRecord files: "DIR/*.tfrecord*"; any other directory: its images, with captions as for '
+        "training where it has them; captions.txt (one in a line), .csv, .tsv, .jsonl or .parquet: "
+        "texts alone; tfds:NAME: a prepared TFDS dataset; digits:SPLIT: the embedded one",
+    )
+    add("--split", default="train", help='tfds: such as "test" or "train[:10%%]"')
+    add("--data_dir", default="", help="tfds: where it is prepared, if not as usual")
+    add("--image_key", default="", help="tfds, TFRecord: feature with the image")
+    add("--text_key", default="", help="column or field with the caption; default: the usual names")
+    add("--label_key", default="", help="the same for the class; default: none")
+    add("--group_keys", default="", help="the same for groups, comma-separated; default: none")
+
+
+def is_caption_file(data: str) -> bool:
+    """Whether DATA holds texts without images."""
+    return data.endswith((".txt", *_TABLES)) and ":" not in data.split("://")[-1]
+
+
+def picture_root(data: str) -> str:
+    """The directory that keys are relative to; "" where the images are no files of their own."""
+    path = locations.parse(data)
+    return "" if not path.is_dir() or arguments.kind_of_shards(path) else str(path)
+
+
+def open_source(fields: Mapping[str, str]) -> Source:
+    """The source that the values of `FIELDS` name.
+
+    Raises:
+      UserError: the data are not there, or not in an expected form.
+    """
+    data = fields["data"]
+    if is_caption_file(data):
+        return CaptionFile(locations.parse(data), fields["text_key"])
+    options = argparse.Namespace(**fields)
+    if not (root := picture_root(data)):
+        named = arguments.data(data, options)
+        named.spec.group_keys = options.group_keys
+        return named.open()
+    keys = fields["text_key"], fields["label_key"], fields["group_keys"]
+    if any(keys) or any(path.name in folder.TABLES for path in epath.Path(root).iterdir()):
+        return folder.ImageFolder(root, *keys)
+    pictures = Pictures(epath.Path(root))
+    return folder.ImageFolder(root, *keys) if pictures.are_pairs else pictures
+
+
+class Pictures:
+    """Every image of a directory, at any depth, with the text of KEY.txt beside it if any.
+
+    Attributes:
+      are_pairs: whether all have captions, or all classes for want of any caption, so that
+        `ImageFolder` leaves none out.
+    """
+
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, root: epath.Path):
+        """Lists the directory; UserError where it has no image."""
+        self._root = root
+        visible = [name for name in locations.tree(root) if "/." not in f"/{name}"]
+        self._texts = {name for name in visible if name.endswith(".txt")}
+        self._names = [name for name in visible if _suffix(name) in IMAGE_SUFFIXES]
+        captioned = {_stem(name) for name in visible if _suffix(name) in ("txt", "json")}
+        stems = set(map(_stem, self._names))
+        in_folders = all("/" in stem for stem in stems)
+        self.are_pairs = stems <= captioned or (in_folders and not stems & captioned)
+        if not self._names:
+            raise UserError(
+                f"There is no image in the directory {root}: looked for files ending in "
+                f"{', '.join(IMAGE_SUFFIXES)}, at any depth."
+            )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.start([index])[0]()
+
+    def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
+        """Begins to read pictures and texts, as `reading.start` does."""
+        return [self._start(self._names[index]) for index in indices]
+
+    def _start(self, key: str) -> Callable[[], Example]:
+        beside = f"{_stem(key)}.txt"
+        names = [key, beside] if beside in self._texts else [key]
+        reads = [ranges.start_whole(self._root / name) for name in names]
+        return functools.partial(self._example, key, reads)
+
+    def _example(self, key: str, reads: Sequence[Callable[[], bytes]]) -> Example:
+        try:
+            image, *texts = (read() for read in reads)
+        except OSError as error:
+            raise BadExample("unreadable file", key, str(error)) from None
+        fields = [(text, 1.0) for text in texts or [None]]
+        return Example(image, captions.collect(fields, key, required=False), labels=(), key=key)
+
+
+class CaptionFile:
+    """The texts of a file, without images: the lines of a .txt file, or the rows of a table.
+
+    The key of a text is what the table has under one of the usual names of identifiers or image
+    paths, or else its number, from 0.
+    """
+
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+
+    def __init__(self, path: epath.Path, text_key: str):
+        """Reads the file.
+
+        Args:
+          path: of a .txt, .csv, .tsv, .jsonl or .parquet file.
+          text_key: column with the texts; "": the usual names.
+
+        Raises:
+          UserError: it is not there, cannot be read, has no texts, or no column of them.
+        """
+        try:
+            if path.suffix == ".txt":
+                self._rows: list[tuple[str, Any]] = [
+                    (str(number), line)
+                    for number, line in enumerate(ranges.read(path).splitlines())
+                    if line.strip()
+                ]
+            else:
+                self._rows = _table_rows(path, text_key)
+        except FileNotFoundError:
+            raise UserError(f"There is no file {path}.") from None
+        if not self._rows:
+            raise UserError(f"There is no text in {path}.")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        key, value = self._rows[index]
+        return Example(b"", captions.collect([(value, 1.0)], key), labels=(), key=key)
+
+
+def _table_rows(path: epath.Path, text_key: str) -> list[tuple[str, Any]]:
+    rows = folder.read_table(path)
+    columns = tuple(rows[0]) if rows else ()
+    wanted = (text_key,) if text_key else folder.TEXT_COLUMNS
+    column = next((name for name in wanted if name in columns), "")
+    if rows and not column:
+        raise UserError(
+            f"The table {path} has no column of captions: looked for {', '.join(wanted)}; its "
+            f"columns are {', '.join(map(str, columns))}. Name one by --text_key."
+        )
+    key = next((name for name in _KEYS if name in columns), None)
+    return [
+        (str(number) if key is None else str(row[key]), row[column])
+        for number, row in enumerate(rows)
+    ]
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix[1:].lower()
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]

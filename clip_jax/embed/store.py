@@ -1,0 +1,275 @@
+"""Embeddings on disk: parts of a data set that are either whole or not there.
+
+A directory holds
+    embeddings.json                       what they were made of
+    part-00000-of-00012.parquet           the fields of Row; and, by column, embeddings
+    part-00000-of-00012.image_embed.npy   the embeddings, where they are kept apart
+    skipped.jsonl                         what could not be used, once all parts are there
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from etils import epath
+
+from clip_jax.embed.reader import Row
+from clip_jax.errors import BadExample, UserError
+from clip_jax.storage import locations, ranges, writing
+
+COLUMNS = ("image_embed", "image_features", "text_embed")
+FORMATS = ("parquet", "npy")
+DTYPES = ("float16", "float32")
+BLOCK = 16_384  # rows of a block; also of a row group
+_MANIFEST = "embeddings.json"
+_SKIPPED = b"skipped"  # metadata of a part: JSON
+_THREADS = 32  # that read of parts beside each other, since a bucket takes its time to answer
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What embeddings were made of.
+
+    Attributes:
+      data: the values of `inputs.FIELDS`.
+      examples: of the data, usable or not.
+      columns: of `COLUMNS`, with their widths.
+      dtype: of `DTYPES`.
+      format: of `FORMATS`.
+      part_rows: examples in a part; the last has what remains.
+      model: its name, for people.
+      parameters: a checksum of the model's parameters and tokenizer.
+    """
+
+    data: Mapping[str, str]
+    examples: int
+    columns: Mapping[str, int]
+    dtype: str
+    format: str
+    part_rows: int
+    model: str
+    parameters: str
+
+    @property
+    def parts(self) -> int:
+        return -(-self.examples // self.part_rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all of it, hexadecimal."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """A directory of embeddings. Rows are numbered through all parts, from 0."""
+
+    def __init__(self, directory: epath.PathLike, manifest: Manifest):
+        self.directory = locations.parse(directory)
+        self.manifest = manifest
+
+    # ---- Writing --------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Writes the manifest; every host may.
+
+        Raises:
+          UserError: the directory has embeddings made of something else.
+        """
+        path = self.directory / _MANIFEST
+        if locations.stat(path) is not None:
+            _check_same(_read_manifest(self.directory), self.manifest, self.directory)
+            return
+        writing.write(path, json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
+
+    def path(self, part: int) -> epath.Path:
+        """Of a part's table."""
+        return self.directory / f"part-{part:05d}-of-{self.manifest.parts:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """The parts that are not there yet."""
+        there = locations.listing(self.directory)
+        return [part for part in range(self.manifest.parts) if self.path(part).name not in there]
+
+    def range(self, part: int) -> tuple[int, int]:
+        """First example of a part, and the one behind its last."""
+        first = part * self.manifest.part_rows
+        return first, min(first + self.manifest.part_rows, self.manifest.examples)
+
+    def write(
+        self,
+        part: int,
+        rows: Sequence[Row],
+        embeds: Mapping[str, np.ndarray],
+        skipped: Mapping[int, BadExample],
+    ) -> None:
+        """Writes a part; its table comes last, and marks it as done.
+
+        Args:
+          part: its number.
+          rows: of the n usable examples.
+          embeds: by column, [n, its width] of any float dtype.
+          skipped: by index in the source, the others.
+        """
+        columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
+        table = pa.table(columns, schema=_SCHEMA)
+        for name, values in embeds.items():
+            values = values.astype(self.manifest.dtype)
+            if self.manifest.format == "npy":
+                path = self._array_path(part, name)
+                with writing.replacing(path) as temporary, temporary.open("wb") as file:
+                    np.save(file, values)
+            else:
+                flat = pa.array(values.reshape(-1))
+                column = pa.FixedSizeListArray.from_arrays(flat, self.manifest.columns[name])
+                table = table.append_column(name, column)
+        bad = [
+            {"index": index, "key": bad.key, "reason": bad.reason, "detail": bad.detail}
+            for index, bad in sorted(skipped.items())
+        ]
+        table = table.replace_schema_metadata({_SKIPPED: json.dumps(bad)})
+        with writing.replacing(self.path(part)) as temporary:
+            pq.write_table(table, temporary, compression="zstd", row_group_size=BLOCK)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Writes and returns the list of what was skipped; all parts must be there."""
+        parts = range(self.manifest.parts)
+        lists = self._look(parts, lambda _, file: json.loads(file.metadata.metadata[_SKIPPED]))
+        skipped = [bad for each in lists for bad in each]
+        lines = "".join(json.dumps(bad) + "\n" for bad in skipped)
+        writing.write(self.directory / "skipped.jsonl", lines)
+        return skipped
+
+    # ---- Reading --------------------------------------------------------------------------------
+
+    def counts(self) -> list[int]:
+        """Rows of each part."""
+        return self._look(range(self.manifest.parts), lambda _, file: file.metadata.num_rows)
+
+    def blocks(self, column: str) -> Iterator[np.ndarray]:
+        """The embeddings of a column in order, [n, width] as stored, n at most `BLOCK`."""
+        for part in range(self.manifest.parts):
+            if self.manifest.format == "npy":
+                values = np.load(io.BytesIO(ranges.read(self._array_path(part, column))))
+                for first in range(0, len(values), BLOCK):
+                    yield values[first : first + BLOCK]
+            else:
+                with ranges.scanning(self.path(part)) as file:
+                    for batch in pq.ParquetFile(file).iter_batches(BLOCK, columns=[column]):
+                        flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
+                        yield flat.reshape(-1, self.manifest.columns[column])
+
+    def table(self) -> pa.Table:
+        """The fields of `Row` of all rows, in order."""
+        parts, columns = range(self.manifest.parts), list(Row._fields)
+        return pa.concat_tables(self._look(parts, lambda _, file: file.read(columns)))
+
+    def rows(self, numbers: Sequence[int]) -> list[Row]:
+        """Rows by their numbers, in the order given; reads only the row groups they lie in."""
+        parts = np.searchsorted(self._firsts, numbers, side="right") - 1
+        wanted: dict[int, dict[int, int]] = {}  # numbers, by part and place in it
+        for part, number in zip(parts.tolist(), numbers):
+            wanted.setdefault(part, {})[number - int(self._firsts[part])] = number
+
+        def read(part: int, file: pq.ParquetFile) -> list[tuple[int, Row]]:
+            return [(wanted[part][at], row) for at, row in _read_rows(file, wanted[part])]
+
+        found = dict(pair for pairs in self._look(wanted, read) for pair in pairs)
+        return [found[number] for number in numbers]
+
+    @functools.cached_property
+    def _firsts(self) -> np.ndarray:
+        """Number of the first row of each part, and of all rows."""
+        return np.cumsum([0, *self.counts()])
+
+    def _look(
+        self, parts: Iterable[int], read: Callable[[int, pq.ParquetFile], Result]
+    ) -> list[Result]:
+        """What `read` finds in the tables of some parts, given their number too."""
+
+        def look(part: int) -> Result:
+            with self.path(part).open("rb") as file:
+                return read(part, pq.ParquetFile(file))
+
+        with futures.ThreadPoolExecutor(_THREADS) as pool:
+            return list(pool.map(look, parts))
+
+    def _array_path(self, part: int, column: str) -> epath.Path:
+        return self.path(part).with_suffix(f".{column}.npy")
+
+
+_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("key", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("labels", pa.list_(pa.int32())),
+        ("groups", pa.list_(pa.string())),
+    ]
+)
+
+
+def open_store(directory: epath.PathLike) -> Store:
+    """Embeddings that are complete; UserError where there are none, or parts are missing."""
+    path = locations.parse(directory)
+    store = Store(path, _read_manifest(path))
+    if missing := store.missing():
+        raise UserError(
+            f"{len(missing)} of {store.manifest.parts} parts of the embeddings in {path} are "
+            f"missing, the first of them {store.path(missing[0]).name}: run the same "
+            "python -m clip_jax embed command again to make them."
+        )
+    return store
+
+
+def _read_manifest(directory: epath.Path) -> Manifest:
+    try:
+        text = ranges.read(directory / _MANIFEST)
+    except FileNotFoundError:
+        raise UserError(
+            f"There are no embeddings in {directory}. Make them by python -m clip_jax embed "
+            f"--model=RUN DATA --out={directory}"
+        ) from None
+    try:
+        return Manifest(**json.loads(text))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{directory / _MANIFEST} cannot be read ({error}): delete the directory, and make "
+            "the embeddings again."
+        ) from None
+
+
+def _check_same(there: Manifest, wanted: Manifest, directory: epath.Path) -> None:
+    differing = [
+        f"{field.name} {getattr(there, field.name)!r}, not {getattr(wanted, field.name)!r}"
+        for field in dataclasses.fields(Manifest)
+        if getattr(there, field.name) != getattr(wanted, field.name)
+    ]
+    if differing:
+        raise UserError(
+            f"{directory} holds embeddings made otherwise: {'; '.join(differing)}. Give the same "
+            "arguments to go on with them, another --out, or delete that directory."
+        )
+
+
+def _read_rows(file: pq.ParquetFile, wanted: Iterable[int]) -> Iterator[tuple[int, Row]]:
+    """The rows of one part at some places, with these."""
+    first = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        places = [place for place in wanted if first <= place < first + count]
+        if places:
+            table = file.read_row_group(group, columns=list(Row._fields))
+            for place in places:
+                yield place, Row(**table.slice(place - first, 1).to_pylist()[0])
+        first += count

@@ -1,0 +1,99 @@
+"""How the classes of a source become those of a data set.
+
+Sources number their classes as they please. Where they name them, the names decide: compared
+without case, accents, spaces and punctuation, and with the aliases that the set's file lists.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+from clip_jax.errors import UserError
+from clip_jax.evaluate.sets.dataset import Dataset
+
+_SHOWN = 3  # names in a message
+
+
+def match(dataset: Dataset, base: Dataset | None, names: Sequence[str], where: str) -> np.ndarray:
+    """The class of the set for each class of a source.
+
+    Args:
+      dataset: whose classes are wanted.
+      base: the set that it is a shift of; None: none.
+      names: of the source's classes, by label; empty: it has only their numbers.
+      where: names the source in messages.
+
+    Returns:
+      int32 [source's classes], -1: a class that is not evaluated.
+
+    Raises:
+      UserError: names the first classes that are not found.
+    """
+    classes = len(dataset.class_names)
+    if not names:
+        if dataset.naming.numbered:
+            return np.arange(classes, dtype=np.int32)
+        raise UserError(
+            f"The labels in {where} are numbers, and in which order they count the classes of "
+            f"{dataset.name} is not known. Put the names into classnames.txt above the shards, one "
+            "in a line by label, or name the folders by class."
+        )
+    keys = list(map(key, names))
+    for ordered in (dataset.class_names, *dataset.class_sets.values()):
+        if _agree(keys, ordered):
+            return np.arange(classes, dtype=np.int32)
+    if dataset.naming.numbered and all(name.isdecimal() for name in names):
+        numbers = np.array([int(name) for name in names], np.int32)
+        check_numbers(int(numbers.max()), dataset, where)
+        return numbers
+    known = lookup(dataset)
+    left_out = {key(name) for name in dataset.naming.left_out} | set(lookup(base) if base else ())
+    if unknown := [n for n, k in zip(names, keys) if k not in known and k not in left_out]:
+        raise UserError(
+            f"{len(unknown)} of {len(names)} classes in {where} are not classes of {dataset.name}: "
+            f"{', '.join(map(repr, unknown[:_SHOWN]))}{', ...' if len(unknown) > _SHOWN else ''}. "
+            f"Its classes are {', '.join(map(repr, dataset.class_names[:_SHOWN]))}, ...; rename "
+            "those of the data, or describe the set in a JSON file of your own, with aliases."
+        )
+    return np.array([known.get(k, -1) for k in keys], np.int32)
+
+
+def check_numbers(largest: int, dataset: Dataset, where: str) -> None:
+    """Raises UserError where a label is beyond the classes of the set."""
+    if largest >= len(dataset.class_names):
+        raise UserError(
+            f"There is a label {largest} in {where}, but {dataset.name} has "
+            f"{len(dataset.class_names)} classes, numbered from 0."
+        )
+
+
+def lookup(dataset: Dataset) -> dict[str, int]:
+    """The label of every name that can stand for one class alone, by its `key`."""
+    found: dict[str, set[int]] = {}
+    sets = (dataset.class_names, *dataset.class_sets.values(), dataset.naming.ids)
+    for names in sets:
+        for label, alternatives in enumerate(names):
+            for name in (alternatives, *alternatives.split("|")):
+                found.setdefault(key(name), set()).add(label)
+    for alias, name in dataset.naming.aliases.items():
+        if len(labels := found.get(key(name), set())) != 1:
+            raise UserError(
+                f"The alias {alias!r} of {dataset.name} is to stand for {name!r}, which is the "
+                f"name of {len(labels)} of its classes."
+            )
+        found[key(alias)] = labels
+    return {k: next(iter(labels)) for k, labels in found.items() if len(labels) == 1}
+
+
+def key(name: str) -> str:
+    """A name for comparison: letters and digits alone, in lower case and without accents."""
+    plain = unicodedata.normalize("NFKD", name).casefold()
+    return "".join(filter(str.isalnum, plain)) or name
+
+
+def _agree(keys: Sequence[str], names: Sequence[str]) -> bool:
+    """Whether these are the same classes in the same order; two may share a name then."""
+    return len(keys) == len(names) and all(
+        k == key(name) or k in map(key, name.split("|")) for k, name in zip(keys, names)
+    )

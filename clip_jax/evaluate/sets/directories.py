@@ -1,0 +1,107 @@
+"""Data sets as directories: ROOT/SPLIT with tar shards, class-named folders or a table."""
+
+from collections.abc import Mapping, Sequence
+
+from etils import epath
+
+from clip_jax.data.sources import tar_labels
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, Source
+from clip_jax.data.sources.folder import ImageFolder
+from clip_jax.data.sources.tar import TarShards
+from clip_jax.errors import UserError
+from clip_jax.evaluate.sets import classes
+from clip_jax.evaluate.sets.dataset import Dataset
+from clip_jax.evaluate.sets.views import Part
+from clip_jax.storage import locations
+
+
+def open_role(
+    dataset: Dataset, role: str, root: epath.Path, fallback_dir: epath.Path | None
+) -> tuple[Source, str] | None:
+    """A split of a set in a directory.
+
+    Args:
+      dataset: the set.
+      role: "train", "validation" or "test".
+      root: the directory.
+      fallback_dir: directory for indices of shards whose own cannot be written to.
+
+    Returns:
+      The source, labels as stored; and its path, for messages. None: the split is not there.
+
+    Raises:
+      UserError: it is there and cannot be used.
+    """
+    where = dataset.where
+    path = _path(dataset, role, root)
+    if path is None and role == "validation":
+        path = _path(dataset, "train", root)
+        share, last = where.validation_share, True
+    elif role == "train" and _path(dataset, "validation", root) is None:
+        share, last = where.validation_share, False
+    else:
+        share, last = 0.0, False
+    if path is None:
+        return None
+    source = _open(dataset, root, path, fallback_dir)
+    return (Part(source, share, last) if share else source), str(path)
+
+
+def class_folders(root: epath.Path, splits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Names of the class folders of all splits, or of the root if it has none; sorted."""
+    places = [root / name for names in splits.values() for name in names]
+    found = {name for place in places for name in _image_folders(place)}
+    return tuple(sorted(found or _image_folders(root)))
+
+
+def _path(dataset: Dataset, role: str, root: epath.Path) -> epath.Path | None:
+    """The table or directory of a split; None: there is none."""
+    where = dataset.where
+    for name in where.table.files.get(role, ()) if where.table else ():
+        if (root / name).exists():
+            return root / name
+    for name in where.splits.get(role, ()):
+        if (root / name).is_dir():
+            return root / name
+    everywhere = [root / name for names in where.splits.values() for name in names]
+    # A set without splits, such as a shift as it is distributed, is for testing.
+    if role == "test" and role in where.splits and not any(each.is_dir() for each in everywhere):
+        return root if _image_folders(root) else None
+    return None
+
+
+def _open(
+    dataset: Dataset, root: epath.Path, path: epath.Path, fallback_dir: epath.Path | None
+) -> Source:
+    source = _source(dataset, root, path, fallback_dir)
+    if dataset.kind == "classification" and source.labels is None:
+        raise UserError(
+            f"The images of {path} have no classes: for {dataset.name} they should lie in folders "
+            "named by class, without captions beside them, or stand in a table that a JSON file "
+            "describes (clip_jax/datasets/README.md)."
+        )
+    if source.labels is not None and not source.class_names and dataset.class_names:
+        classes.check_numbers(source.labels.largest, dataset, str(path))
+    return source
+
+
+def _source(
+    dataset: Dataset, root: epath.Path, path: epath.Path, fallback_dir: epath.Path | None
+) -> TarShards | ImageFolder:
+    if path.is_dir() and any(each.suffix == ".tar" for each in path.iterdir()):
+        type_ = tar_labels.read_layout(root).type
+        label_key = {"retrieval": "", "multilabel": "npy"}.get(type_, "cls")
+        return TarShards(str(path), "", label_key, fallback_dir=fallback_dir)
+    by_image = dataset.kind == "retrieval"
+    table = dataset.where.table
+    if table is not None and path.is_file():
+        keys = table.text_key, table.label_key, table.group_keys
+        return ImageFolder(str(path), *keys, by_image=by_image)
+    return ImageFolder(str(path), "", "", by_image=by_image)
+
+
+def _image_folders(root: epath.Path) -> set[str]:
+    """Folders below the root that have images, relative to it."""
+    visible = (name for name in locations.tree(root) if "/." not in f"/{name}")
+    images = (name for name in visible if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES)
+    return {name.rpartition("/")[0] for name in images} - {""}

@@ -1,0 +1,69 @@
+"""Few-shot probes beside zero-shot (paper figures 6 and 7)."""
+
+import math
+
+import numpy as np
+
+from clip_jax.evaluate.embedding_source import TEST, TRAIN, VALIDATION, labelled
+from clip_jax.evaluate.measures import few_shot
+from clip_jax.evaluate.measures.metrics import METRICS
+from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.sets.dataset import Dataset
+from clip_jax.evaluate.tasks import linear_probe, zeroshot
+from clip_jax.evaluate.tasks.context import Context, Task, recognizes
+
+
+def run(context: Context, dataset: Dataset) -> Found:
+    """Probes on some examples of each class; how many of them equal zero-shot."""
+    settings, metric = context.settings, METRICS[dataset.metric]
+    train, validation, test = (
+        linear_probe.split(context, dataset, role) for role in (TRAIN, VALIDATION, TEST)
+    )
+    points = few_shot.curve(
+        train,
+        validation,
+        test,
+        metric,
+        len(dataset.class_names),
+        context.material.mesh,
+        settings.shots,
+        settings.repeats,
+        settings.seed,
+    )
+    split, targets = labelled(context.material, dataset, TEST)
+    prompts = dataset.prompt_set(settings.prompts)
+    zero = metric(zeroshot.similarities(context.material, dataset, split, prompts), targets)
+    full = linear_probe.probe(context, dataset).score
+    shots, means = [p.shots for p in points], [p.mean for p in points]
+    per_class = (len(train.targets) + len(validation.targets)) / len(dataset.class_names)
+    needed = few_shot.labels_needed(zero, shots, means, per_class, full)
+    scores = [
+        Score(
+            "few_shot", dataset.name, f"{p.shots} per class", dataset.metric, p.mean, n=len(targets)
+        )
+        for p in reversed(points)
+    ]
+    details = {
+        "shots": shots,
+        "mean": means,
+        "deviation": [0.0 if math.isnan(p.deviation) else p.deviation for p in points],
+        "strengths": [list(p.strengths) for p in points],
+        "zero_shot": zero,
+        "full": full,
+        "full_shots": per_class,
+        "labels_needed": needed if np.isfinite(needed) else None,
+    }
+    return Found(scores, details)
+
+
+TASK = Task(
+    title="Few-shot probes",
+    roles=(TRAIN, VALIDATION, TEST),
+    takes="classes with prompts, one to an image, and examples to train on",
+    applies=lambda context, dataset: (
+        linear_probe.TASK.applies(context, dataset)
+        and recognizes(context, dataset)
+        and not dataset.multi_label
+    ),
+    run=run,
+)

@@ -1,1 +1,0 @@
-"""Embeddings of whole data sets, and search in them: python -m clip_jax embed, ... search."""

@@ -1,0 +1,204 @@
+"""The page of python -m clip_jax search --serve: thumbnails, a picture and its labels."""
+
+import importlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clip_jax.data import images
+from clip_jax.embed import inputs
+from clip_jax.errors import BadExample, UserError
+from clip_jax.search.searcher import Hit, Searcher
+
+_RESULTS = 24  # of a search
+_SIDE = 320  # pixels of a thumbnail
+_TEMPLATE = "a photo of a {}."
+_FONTS = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
+_STYLE = """
+.gradio-container {
+  width: 100% !important; max-width: 1200px !important; margin: 0 auto !important;
+}
+#about h1 { margin: 0; }
+#results .grid-wrap { max-height: none; overflow: visible; }
+#results .caption-label {
+  left: 4px; right: 4px; bottom: 4px; max-width: none; padding: 1px 6px;
+  font-size: 12px; text-align: left;
+}
+@media (max-width: 640px) {
+  .gradio-container main { padding: 12px !important; }
+  #results .grid-wrap { max-height: 60vh; overflow: auto; }  /* the picture stays near */
+  #results .grid-container { grid-template-columns: repeat(2, 1fr) !important; }
+}
+"""
+
+Thumbnails = list[tuple[Image.Image, str]]
+
+
+def serve(searcher: Searcher, host: str, port: int) -> None:
+    """Shows the page until interrupted.
+
+    Raises:
+      UserError: gradio is missing, the pictures are no longer there, or the port is taken.
+    """
+    page = build(searcher)
+    searcher.hold()
+    launch(page, host, port, prevent_thread_lock=False)
+
+
+def launch(page: Any, host: str, port: int, prevent_thread_lock: bool) -> None:
+    """Serves what `build` made; with `prevent_thread_lock`, in a thread of its own."""
+    gradio = _gradio()
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            theme=gradio.themes.Soft(font=_FONTS, font_mono=("ui-monospace", "monospace")),
+            css=_STYLE,
+            footer_links=[],
+            share=False,
+            ssr_mode=False,
+            prevent_thread_lock=prevent_thread_lock,
+        )
+    except OSError as error:
+        raise UserError(
+            f"The page cannot be served at {host}:{port} ({error}): choose another --port."
+        ) from error
+
+
+def build(searcher: Searcher) -> Any:
+    """The page as a `gradio.Blocks`, not served yet."""
+    gradio, desk = _gradio(), Desk(searcher)
+    manifest, count = searcher.store.manifest, sum(searcher.store.counts())
+    with gradio.Blocks(title="clip_jax search", analytics_enabled=False) as page:
+        gradio.Markdown(
+            f"# Search\n{count:,} examples of {manifest.data['data']}, embedded by "
+            f"{manifest.model}.",
+            elem_id="about",
+        )
+        with gradio.Row():
+            with gradio.Column(scale=3, min_width=320):
+                with gradio.Row(equal_height=True):
+                    query = gradio.Textbox(
+                        show_label=False,
+                        placeholder="Describe what to look for, and press Enter",
+                        elem_id="query",
+                        scale=5,
+                        min_width=200,
+                    )
+                    go = gradio.Button("Search", variant="primary", scale=1, min_width=90)
+                results = _results(gradio, desk)
+            with gradio.Column(scale=1, min_width=280):
+                picture = gradio.Image(
+                    label="Picture",
+                    placeholder="Drop a picture\nto look for others like it",
+                    type="pil",
+                    sources=["upload", "clipboard"],
+                    buttons=[],
+                    height=240,
+                    elem_id="picture",
+                )
+                names = gradio.Textbox(
+                    label="Labels, comma-separated",
+                    placeholder="cat, dog, something else",
+                    elem_id="names",
+                )
+                template = gradio.Textbox(label="Template", value=_TEMPLATE, elem_id="template")
+                classify = gradio.Button("Which label fits?", elem_id="classify")
+                labels = gradio.Label(label="Probabilities", elem_id="labels", show_heading=False)
+        gradio.on([go.click, query.submit], _told(desk.by_text), query, results)
+        picture.upload(_told(desk.by_picture), picture, results)
+        asked = [picture, names, template]
+        gradio.on([classify.click, names.submit], _told(desk.labels), asked, labels)
+    return page
+
+
+class Desk:
+    """What the page asks for."""
+
+    def __init__(self, searcher: Searcher):
+        """Opens the data whose pictures are shown; UserError where they are no longer there."""
+        data = searcher.store.manifest.data
+        self.has_pictures = not inputs.is_caption_file(data["data"])
+        self._searcher = searcher
+        self._source = inputs.open_source(data) if self.has_pictures else None
+
+    def by_text(self, text: str) -> Thumbnails | list[list[str]]:
+        """What is closest to a text."""
+        if not text.strip():
+            raise UserError("Describe what to look for.")
+        return self._show(self._searcher.texts([text], _RESULTS)[0])
+
+    def by_picture(self, picture: Image.Image) -> Thumbnails | list[list[str]]:
+        """What is closest to a picture."""
+        return self._show(self._searcher.pictures(picture, _RESULTS)[0])
+
+    def labels(self, picture: Image.Image | None, names: str, template: str) -> dict[str, float]:
+        """Probabilities of labels, given with commas between them."""
+        given = [name.strip() for name in names.split(",") if name.strip()]
+        if picture is None or len(given) < 2:
+            raise UserError("Drop a picture, and name two labels or more, comma-separated.")
+        odds: np.ndarray = self._searcher.model.zero_shot(picture, given, templates=[template])
+        return dict(zip(given, odds[0].tolist()))
+
+    def _show(self, hits: Sequence[Hit]) -> Thumbnails | list[list[str]]:
+        if not self.has_pictures:
+            return [[f"{hit.score:.3f}", hit.row.caption] for hit in hits]
+        return [(self._thumbnail(hit.row.index), _caption(hit)) for hit in hits]
+
+    def _thumbnail(self, index: int) -> Image.Image:
+        assert self._source is not None
+        try:
+            example = self._source[index]
+            if isinstance(example.image, bytes):
+                picture = images.decode(example.image, example.key)
+            else:
+                picture = Image.fromarray(example.image)
+        except BadExample:  # gone or damaged since
+            return Image.new("RGB", (_SIDE, _SIDE), "lightgrey")
+        picture.thumbnail((_SIDE, _SIDE))
+        return picture
+
+
+def _results(gradio: Any, desk: Desk) -> Any:
+    """Where results appear: thumbnails, or a table of texts."""
+    if desk.has_pictures:
+        return gradio.Gallery(
+            show_label=False,
+            columns=4,
+            height="auto",
+            object_fit="contain",
+            buttons=["fullscreen"],
+            elem_id="results",
+        )
+    return gradio.Dataframe(headers=["score", "text"], wrap=True, elem_id="results")
+
+
+def _told(function: Any) -> Any:
+    """The same function, with mistakes of the user told on the page."""
+
+    def told(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except UserError as error:
+            raise _gradio().Error(str(error), duration=6, print_exception=False) from error
+
+    return told
+
+
+def _caption(hit: Hit) -> str:
+    text = " ".join(hit.row.caption.split()) or hit.row.key
+    return f"{hit.score:.3f}  {text}"
+
+
+def _gradio() -> Any:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        return importlib.import_module("gradio")
+    except ImportError as error:
+        raise UserError(
+            f"The page needs gradio ({error}): run `pip install -r requirements-page.txt`, or "
+            "search without --serve."
+        ) from error

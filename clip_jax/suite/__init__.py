@@ -1,1 +1,0 @@
-"""The paper's protocols on data sets, whatever holds the embeddings: a run, or a directory."""

@@ -1,0 +1,1 @@
+"""The training run: mesh, model, data, state, step, loop, logs."""

@@ -1,0 +1,269 @@
+"""The training loop: steps, and what is due between them."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax import checkpoint, models, sharding
+from clip_jax import state as train_state
+from clip_jax.common import clock, metrics
+from clip_jax.data import pipeline
+from clip_jax.data.feed import Feed
+from clip_jax.data.order import Order
+from clip_jax.data.sources.base import Source
+from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.errors import StorageError, UserError
+from clip_jax.evaluate.evaluators import Evaluators
+from clip_jax.storage import faults
+from clip_jax.training import step as train_step
+from clip_jax.training import workdir
+from clip_jax.training.program import Program
+
+if TYPE_CHECKING:
+    from clip_jax.evaluate.suite import Suite
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run."""
+
+    program: Program
+    tokenizer: Tokenizer
+    source: Source
+    order: Order
+    evaluators: Evaluators
+    suite: "Suite | None"  # None: none is asked for
+    total: int  # steps
+    log_every: int  # steps, as the next three
+    eval_every: int
+    suite_every: int
+    checkpoint_every: int
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.program.mesh
+
+    @property
+    def net(self) -> models.ImageModel:
+        """The model."""
+        return self.program.net
+
+
+@dataclasses.dataclass(frozen=True)
+class Past:
+    """What the runs that this one resumes did, as their checkpoint tells."""
+
+    step: int = 0
+    examples_seen: int = 0
+    seconds: float = 0.0
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    truncated: int = 0
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> "Past":
+        return cls(**{field.name: meta[field.name] for field in dataclasses.fields(cls)})
+
+
+class Loop:
+    """Steps, and what is due between them."""
+
+    def __init__(
+        self,
+        run: Run,
+        config: ConfigDict,
+        directory: epath.PathLike,
+        store: checkpoint.Checkpoints,
+        data: pipeline.TrainPipeline,
+        past: Past,
+        began: float,
+    ):
+        """Opens the logs in `directory`.
+
+        Args:
+          run: what does not change.
+          config: the whole config.
+          directory: the workdir.
+          store: its checkpoints.
+          data: begins where `past` ended.
+          past: what the runs that this one resumes did.
+          began: when this one did, by `time.monotonic`.
+        """
+        self._run, self._config, self._store = run, config, store
+        self._data, self._past = data, past
+        self._began = began
+        self._writer = metrics.MetricWriter(
+            directory, tensorboard=config.log.tensorboard, start_step=past.step
+        )
+        self._progress = metrics.Progress(past.step, run.total, config.batch_size)
+        self._pending: tuple[int, train_step.Metrics] | None = None
+        self._told: Mapping[str, int] = past.skipped
+        self._feed = Feed(
+            data,
+            sharding.batch_sharding(run.mesh),
+            config.data.prefetch,
+            stall_timeout=config.data.stall_timeout,
+            describe=self._describe,
+        )
+
+    def position(self, step: int) -> Past:
+        """What all hosts have done up to `step`, the runs that this one resumes included.
+
+        Every host must call it at the same step.
+        """
+        past = self._past
+        seen = metrics.sum_over_hosts({**self._data.skipped, "truncated": self._data.truncated})
+        truncated = seen.pop("truncated")
+        return Past(
+            step=step,
+            examples_seen=self._examples_seen(step),
+            seconds=past.seconds + time.monotonic() - self._began,
+            skipped=dict(Counter(past.skipped) + Counter(seen)),
+            truncated=past.truncated + truncated,
+        )
+
+    def _describe(self) -> str:
+        """Returns the state of the data pipeline, for when it hangs."""
+        failures = faults.counts()
+        said = f"; storage failed before: {list_counts(failures)}" if failures else ""
+        return self._data.describe() + said
+
+    def _examples_seen(self, step: int) -> int:
+        return self._past.examples_seen + (step - self._past.step) * self._config.batch_size
+
+    def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
+        """Trains to the last step; returns the last evaluation's metrics."""
+        run = self._run
+        evaluated: dict[str, float] = {}
+        with self._logging(), contextlib.closing(self._feed):
+            for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
+                state, values = step_fn(state, batch)
+                self._flush()  # an earlier step's, so that the device has this one to do meanwhile
+                if clock.is_due(step, run.log_every, run.total):
+                    self._pending = step, values
+                evaluated = self._evaluate(state, step)
+                if clock.is_due(step, run.checkpoint_every, run.total) or self._lost(step):
+                    self._save(state, step, values, evaluated)
+                    while step == run.total and not self._store.finish():
+                        self._save(state, step, values, evaluated)
+        if not evaluated:  # resumed at the end: only the report is missing, the rows are there
+            evaluated = run.evaluators.run(state.variables)
+        return evaluated
+
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Has all rows in the workdir at the end, however it comes."""
+        try:
+            yield
+        except StorageError:
+            raise  # to ask the same storage again would take as long again
+        except BaseException:
+            self._writer.flush()
+            raise
+        self._writer.close()
+
+    def _lost(self, step: int) -> bool:
+        """Returns whether the last checkpoint failed and is to be saved again now."""
+        return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+
+    def _flush(self) -> None:
+        """Writes the metrics that wait, once the device has them."""
+        if self._pending is None:
+            return
+        step, device_values = self._pending
+        self._pending = None
+        values = metrics.fetch(device_values)
+        _check_finite(step, values)
+        rate, waited = self._progress.measure(step, self._feed.waited)
+        row = {f"train/{name}": value for name, value in values.items()}
+        row["train/images_per_second"] = rate
+        # Of this host alone, since to ask the others would hold up the device.
+        row["data/waiting"] = waited
+        row["data/skipped"] = sum(self._data.skipped.values())
+        row["data/truncated"] = self._data.truncated
+        row["storage/failures"] = faults.counts().total()
+        self._writer.write(step, row)
+        self._progress.show(step, values["loss"], rate, waited)
+
+    def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
+        """What is due of the evaluations; empty: nothing."""
+        run = self._run
+        due = [run.evaluators.run] if clock.is_due(step, run.eval_every, run.total) else []
+        if run.suite is not None and clock.is_due(step, run.suite_every, run.total):
+            due.append(run.suite.run)
+        if not due:
+            return {}
+        self._flush()
+        jax.block_until_ready(state.step)  # the time of the steps under way is training time
+        paused = self._progress.pause()
+        found: dict[str, float] = {}
+        for evaluate in due:
+            found |= evaluate(state.variables)
+        if found:
+            # Not step times batch size where the batch size was changed on the way.
+            seen = {"eval/images_seen": self._examples_seen(step)}
+            self._writer.write(step, {**found, **seen})
+            shown = [f"{name} {value:.1%}" for name, value in found.items() if _is_shown(name)]
+            self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
+        self._progress.resume(paused)
+        return found
+
+    def _save(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        values: train_step.Metrics,
+        found: Mapping[str, float],
+    ) -> None:
+        self._flush()
+        _check_finite(step, metrics.fetch(values))  # which waits for the steps under way
+        paused = self._progress.pause()
+        done = self.position(step)
+        if done.skipped != self._told:
+            self._progress.note(f"Skipped so far: {list_counts(done.skipped)}.")
+            self._told = done.skipped
+        meta = {
+            **dataclasses.asdict(done),
+            "tokenizer": self._run.tokenizer.identity,
+            "size": dataclasses.asdict(self._run.net.size),
+            "hardware": hardware(self._run.mesh),
+            "pairs": len(self._run.source),
+            "config": workdir.to_plain(self._config),
+        }
+        self._writer.flush()  # so that a resumed run finds the rows up to here
+        self._store.save(state, step, meta, found)
+        self._progress.resume(paused)
+
+
+def _is_shown(metric: str) -> bool:
+    """Whether the progress line has room for it."""
+    brief = metric.endswith(("/top1", "/recall@1")) and metric.count("/") < 3
+    return brief or metric.startswith("suite/")
+
+
+def list_counts(counts: Mapping[str, int]) -> str:
+    """ "3 x unreadable image, 1 x empty caption", the most frequent first."""
+    return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
+
+
+def hardware(mesh: Mesh) -> str:
+    """Number and kind of the devices."""
+    return f"{mesh.size} x {jax.devices()[0].device_kind}"
+
+
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    if not math.isfinite(values["loss"]):
+        raise UserError(
+            f"The loss is {values['loss']} at step {step}. Run again with a lower "
+            "--config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
+            "--config.optim.grad_clip_norm=1.0, in another --workdir."
+        )

@@ -1,0 +1,213 @@
+"""What a config compiles to: mesh, model, optimiser and the training step, no data needed."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from clip_jax import losses, models, optim, sharding
+from clip_jax import state as train_state
+from clip_jax.errors import UserError
+from clip_jax.models import views
+from clip_jax.training import augment
+from clip_jax.training import step as train_step
+
+Loss = Callable[..., jax.Array]  # of what the model returns
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # of images and a key
+
+
+def _contrastive(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+    loss = functools.partial(losses.LOSSES[config.loss.name], **_pairing(config, mesh))
+    return loss, functools.partial(augment.augment, config=config.data.augment)
+
+
+def _predictive(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+    del mesh
+    return losses.prediction_loss, functools.partial(augment.augment, config=config.data.augment)
+
+
+def _near_duplicates(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+    scale = jnp.float32(-math.log(config.loss.temperature))
+    loss = functools.partial(losses.softmax_loss, logit_scale=scale, **_pairing(config, mesh))
+    return loss, functools.partial(views.two_views, config=config.data.views)
+
+
+def _pairing(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
+    return {"mesh": mesh, "method": config.loss.method, "tile": config.loss.tile}
+
+
+# By config.objective: its loss, and what is done to the images of a step first. The model is the
+# one of that name in `models.MODULES`.
+OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], tuple[Loss, Augment]]] = {
+    "contrastive": _contrastive,
+    "captioning": _predictive,
+    "bag_of_words": _predictive,
+    "near_duplicates": _near_duplicates,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The training step of a config on a mesh, before any array exists."""
+
+    config: ConfigDict
+    mesh: Mesh
+    net: models.ImageModel
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+
+    @functools.cached_property
+    def state(self) -> train_state.TrainState:
+        """Shapes, dtypes and shardings of the training state."""
+        return train_state.abstract_state(
+            self.net,
+            self.tx,
+            self.mesh,
+            zero1=self.config.mesh.zero1,
+            bf16_params=self.config.optim.bf16_params,
+        )
+
+    @functools.cached_property
+    def batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of a batch."""
+        size, rows = self.net.size, self.config.batch_size
+        place = sharding.batch_sharding(self.mesh)
+        image_shape = (rows, size.image_size, size.image_size, 3)
+        token_shape = (rows, size.context_length)
+        return {
+            "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
+            "tokens": jax.ShapeDtypeStruct(token_shape, jnp.int32, sharding=place),
+        }
+
+    def init(self, variables: Any = None) -> train_state.TrainState:
+        """The state a run starts with; `variables`: of a model to start from, None: random."""
+        config = self.config
+        return train_state.init_state(
+            self.state,
+            self.net,
+            self.tx,
+            config.seed,
+            bf16_params=config.optim.bf16_params,
+            variables=variables,
+        )
+
+    def lower(self) -> jax.stages.Lowered:
+        """The training step, step(state, batch), ready to be compiled; the state is donated."""
+        config = self.config
+        loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
+        return train_step.lower_step(
+            self.state,
+            self.batch,
+            mesh=self.mesh,
+            net=self.net,
+            tx=self.tx,
+            schedule=self.schedule,
+            loss_fn=loss_fn,
+            augment=augment_fn,
+            accum_steps=config.accum_steps,
+            zero1=config.mesh.zero1,
+            seed=config.seed,
+            max_logit_scale=config.optim.max_logit_scale,
+        )
+
+
+def place(
+    config: ConfigDict, devices: list[jax.Device] | None = None
+) -> tuple[Mesh, models.ImageModel]:
+    """Mesh and model of a config; arguments and errors as of `build`."""
+    axes = config.mesh
+    mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, axes.slices, devices)
+    sharding.check_batch(config.batch_size, config.accum_steps, mesh)
+    net = make_net(config, mesh)
+    check_tensor(net.size, axes.tensor)
+    return mesh, net
+
+
+def build(
+    config: ConfigDict,
+    *,
+    warmup: int,
+    total: int,
+    devices: list[jax.Device] | None = None,
+) -> Program:
+    """The program of a config.
+
+    Args:
+      config: as in configs/default.py.
+      warmup: steps of warm-up.
+      total: steps of the run.
+      devices: that it is for, which need not be attached; None: all there are.
+
+    Raises:
+      UserError: model, batch and mesh do not go together.
+    """
+    mesh, net = place(config, devices)
+    schedule = optim.make_schedule(config.optim.learning_rate, warmup, total)
+    tx = optim.make_optimizer(
+        schedule,
+        b1=config.optim.b1,
+        b2=config.optim.b2,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        grad_clip_norm=config.optim.grad_clip_norm,
+        moment_dtype=config.optim.moment_dtype,
+        seed=config.seed,
+    )
+    return Program(config, mesh, net, tx, schedule)
+
+
+def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
+    """The model that a config describes, for the devices of a mesh."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+    contrastive = config.objective == "contrastive"
+    trained = {
+        "objective": config.objective,
+        "logit_bias": contrastive and config.loss.name == "sigmoid",
+    }
+    return models.create(
+        config.model.name,
+        dtype=jnp.dtype(dtype),
+        scan_layers=config.model.scan_layers,
+        remat=config.model.remat,
+        patch_dropout=config.model.patch_dropout,
+        pack=config.model.packing.to_dict(),
+        size={**config.model.size.to_dict(), **trained},
+    )
+
+
+def split_by_tensor(size: models.Size) -> dict[str, int]:
+    """What the tensor axis has to divide, by name."""
+    split = {}
+    if size.has_text_blocks:
+        split |= {"text_heads": size.text_heads, "text_mlp": size.text_mlp}
+    if not size.is_resnet:  # a ResNet has no blocks to split, only more examples per device
+        split |= {"image_heads": size.image_heads, "image_mlp": size.image_mlp}
+    return split
+
+
+def check_tensor(size: models.Size, tensor: int) -> None:
+    """Whether the tensor axis divides what it splits.
+
+    Raises:
+      UserError: names the dimension, and the values that fit.
+    """
+    split = split_by_tensor(size)
+    unfit = {name: value for name, value in split.items() if value % tensor}
+    if unfit:
+        fitting = [
+            n for n in range(1, max(split.values()) + 1) if not any(v % n for v in split.values())
+        ]
+        raise UserError(
+            f"mesh.tensor={tensor} does not divide "
+            + ", ".join(f"{name} {value}" for name, value in unfit.items())
+            + f" of {size}: it may be one of {', '.join(map(str, fitting))}."
+        )

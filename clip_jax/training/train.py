@@ -1,0 +1,271 @@
+"""The story of a training run: mesh, model, data, state, restore, loop, report."""
+
+import functools
+import os
+import statistics
+import time
+from datetime import datetime
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from clip_jax import checkpoint, models, sharding
+from clip_jax import state as train_state
+from clip_jax.common import clock, hosts, metrics
+from clip_jax.data import mixture, pipeline, rows, tokenizer
+from clip_jax.errors import UserError
+from clip_jax.evaluate import run_report as report
+from clip_jax.evaluate.evaluators import Evaluators
+from clip_jax.evaluate.run_results import RunSummary
+from clip_jax.storage import faults, locations
+from clip_jax.training import program, workdir
+from clip_jax.training.loop import Loop, Past, Run, hardware, list_counts
+
+
+def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
+    """Trains, or resumes where the directory left off, and writes a report.
+
+    Args:
+      config: as in configs/default.py, validated.
+      directory: the workdir; local, gs:// or s3://.
+      command: what the user typed, for the report.
+
+    Returns:
+      The last metrics of evaluation.
+
+    Raises:
+      UserError: something in config, data or workdir that the user can put right.
+    """
+    started, began = datetime.now(), time.monotonic()
+    if config.compilation_cache:
+        cache = locations.parse(config.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    directory = locations.reachable(directory)
+    run = _prepare(config, directory)
+    workdir.make(directory)
+    store = checkpoint.Checkpoints(
+        directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+    )
+    with store:
+        resumed = store.latest_step()
+        if resumed is not None:
+            workdir.check(directory, config)
+        _announce(run, config)
+        start = None
+        if config.init_from and resumed is None:
+            from clip_jax.training import warm_start  # with readers of all formats of weights
+
+            start = warm_start.read(config, run.net, run.mesh, run.tokenizer)
+            _say(f"Starting from the model in {config.init_from}.")
+        step_fn = _compile(run, config)
+        workdir.write(directory, config)
+        if resumed is None:
+            past = Past()
+            state = run.program.init(start)
+        else:
+            past = Past.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
+            state = store.restore(resumed, run.program.state)
+            _say(f"Resuming {directory} from step {resumed:,}.")
+        data = _data(run, config, directory, past.examples_seen)
+        loop = Loop(run, config, directory, store, data, past, began)
+        final = loop.run(state, step_fn)
+    _report(directory, config, run, loop.position(run.total), command, started)
+    return final
+
+
+def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
+    """Everything that can fail on a wrong setting, before anything slow."""
+    mesh, net = program.place(config)
+    tokens = tokenizer.create(config.tokenizer, net.size.context_length)
+    _check_tokenizer(config, tokens, net.size)
+    fallback_dir = _fallback_dir(directory)
+    with hosts.first_host_first("indices of the data"):
+        source, order = mixture.create(
+            config.data,
+            net.size.image_size,
+            config.seed,
+            batch_size=config.batch_size,
+            parts=sharding.process_share(mesh)[1],
+            fallback_dir=fallback_dir,
+        )
+        evaluators = Evaluators(config, net, mesh, tokens, fallback_dir)
+        suite = None
+        if config.eval.suite.datasets:
+            from clip_jax.evaluate.suite import Suite  # with solvers, and the registry of data sets
+
+            suite = Suite(config, net, mesh, tokens, fallback_dir)
+    steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
+    total = clock.to_steps(config.duration, **steps)
+    if not total:
+        raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
+    steps["total_steps"] = total
+    warmup = clock.to_steps(config.optim.warmup, **steps)
+    return Run(
+        program=program.build(config, warmup=warmup, total=total),
+        tokenizer=tokens,
+        source=source,
+        order=order,
+        evaluators=evaluators,
+        suite=suite,
+        total=total,
+        log_every=clock.to_steps(config.log.every, **steps),
+        eval_every=clock.to_steps(config.eval.every, **steps),
+        suite_every=clock.to_steps(config.eval.suite.every, **steps),
+        checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
+    )
+
+
+def _fallback_dir(directory: epath.PathLike) -> epath.Path:
+    """For indices of shards whose own cannot be written to."""
+    return epath.Path(directory) / "index"
+
+
+def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: models.Size) -> None:
+    """UserError where the model cannot read the ids of the tokenizer."""
+    if isinstance(tokens, tokenizer.SiglipTokenizer) and size.text_pool == "end":
+        raise UserError(
+            f"{size} finds the end of a caption by the largest id, which SigLIP's end token is "
+            f"not: leave {tokenizer.SIGLIP!r} out of --config.tokenizer={config.tokenizer}, or "
+            "train a SigLIP model."
+        )
+    spare = size.text_pool == "last" and config.init_from  # published with entries left over
+    if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not spare):
+        raise UserError(
+            f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
+            f"{size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
+        )
+
+
+def _data(
+    run: Run, config: ConfigDict, directory: epath.PathLike, examples_seen: int
+) -> pipeline.TrainPipeline:
+    part, parts = sharding.process_share(run.mesh)
+    size = run.net.size
+    shape = {"image_size": size.image_size, "seed": config.seed, "batch_size": config.batch_size}
+    reopen = functools.partial(
+        rows.reopen,
+        config.data,
+        tokenizer_name=config.tokenizer,
+        context_length=size.context_length,
+        parts=parts * max(config.data.processes, 1),
+        fallback_dir=_fallback_dir(directory),
+        **shape,
+    )
+    return pipeline.TrainPipeline(
+        run.source,
+        run.order,
+        run.tokenizer,
+        config.data,
+        start=examples_seen,
+        part=part,
+        parts=parts,
+        reopen=reopen,
+        **shape,
+    )
+
+
+def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
+    """The compiled step, once it is known to fit into memory."""
+    began = time.monotonic()
+    compiled = run.program.lower().compile()
+    _check_memory(compiled.memory_analysis(), config.batch_size)
+    _say(f"Compiled the training step in {clock.format_seconds(time.monotonic() - began)}.")
+    return compiled
+
+
+def _check_memory(needs: Any, batch_size: int) -> None:
+    """UserError where a step needs more memory than there is; the system would kill the process."""
+    device = jax.local_devices()[0]
+    has = (device.memory_stats() or {}).get("bytes_limit")
+    share = 1
+    if has is None:  # a CPU: its devices share the memory of the host
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        share = jax.local_device_count()
+    needed = share * (
+        needs.temp_size_in_bytes
+        + needs.argument_size_in_bytes
+        + needs.output_size_in_bytes
+        - needs.alias_size_in_bytes
+    )
+    if needed > has:
+        raise UserError(
+            f"A training step with batch_size {batch_size:,} needs {needed / 2**30:,.1f} GiB, but "
+            f"this {device.device_kind} has {has / 2**30:,.1f} GiB. Run it on more devices, take "
+            "a smaller --config.batch_size, embed it in pieces (--config.accum_steps=8), add "
+            "--config.model.remat=full, or put :smoke behind the config's name for a small version "
+            "that runs anywhere."
+        )
+
+
+def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, Any]:
+    if meta["tokenizer"] != tokens.identity:
+        raise UserError(
+            f"The checkpoint was trained with the tokenizer {meta['tokenizer']}, the config names "
+            f"{tokens.identity}: set --config.tokenizer to the former."
+        )
+    return meta
+
+
+def _announce(run: Run, config: ConfigDict) -> None:
+    count = train_state.count_params(run.program.state.params)
+    axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
+    _say(
+        f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
+        f"{hardware(run.mesh)} (mesh {axes})."
+    )
+    if problems := getattr(run.source, "problems", None):
+        _say(f"Found in the training data: {list_counts(problems)}.")
+    for note in run.evaluators.notes:
+        _say(note)
+    epochs = run.total * config.batch_size / len(run.source)
+    _say(
+        f"{len(run.source):,} pairs from {_named(config.data)}; {run.total:,} steps of "
+        f"{config.batch_size:,} pairs, {epochs:,.1f} epochs."
+    )
+
+
+def _report(
+    directory: epath.PathLike,
+    config: ConfigDict,
+    run: Run,
+    done: Past,
+    command: str,
+    started: datetime,
+) -> None:
+    if jax.process_index() != 0:
+        return
+    history = metrics.read_history(directory)
+    rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
+    summary = RunSummary(
+        title=f"{run.net.size} on {_named(config.data)}",
+        command=command,
+        started=started,
+        finished=datetime.now(),
+        wall_seconds=done.seconds,
+        hardware=hardware(run.mesh),
+        params=train_state.count_params(run.program.state.params),
+        images_seen=done.examples_seen,
+        steps=done.step,
+        images_per_second=statistics.median(rates) if rates else 0.0,
+        skipped=done.skipped,
+        truncated=done.truncated,
+        config_text=str(config),
+    )
+    if failures := faults.counts():
+        _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
+    path = epath.Path(directory) / "report.html"
+    found = run.evaluators
+    report.write_report(path, summary, history, found.zeroshot, found.retrieval)
+    _say(f"Done in {clock.format_seconds(done.seconds)}. Report: {path}")
+
+
+def _named(data: ConfigDict) -> str:
+    """The training data in a word or two."""
+    return " + ".join(data.mixture) or data.source.name or data.source.type
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

@@ -1,0 +1,110 @@
+"""The config a workdir belongs to: written once, compared at every resume."""
+
+import fnmatch
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from clip_jax.errors import UserError
+from clip_jax.storage import locations, ranges, remote, writing
+
+FILE = "config.json"  # inside the workdir
+
+# Fields that may differ between a run and its resumption: they change where and how it computes,
+# or what is reported, not what is learned.
+FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
+FREE += ("model.remat", "model.packing", "accum_steps", "loss.method", "loss.tile")
+FREE += (
+    "data.threads",
+    "data.processes",
+    "data.prefetch",
+    "data.max_skipped",
+    "data.stall_timeout",
+)
+FREE += ("data.source.path", "data.mixture.*.path")
+
+
+def make(workdir: epath.Path) -> None:
+    """Makes a workdir, or tries whether its bucket can be written to, before anything slow.
+
+    Raises:
+      UserError: it cannot be made, or not be written to.
+    """
+    if remote.is_remote(workdir):
+        if jax.process_index() == 0:
+            probe = workdir / "writable"
+            writing.write(probe, b"")
+            writing.remove(probe)
+        return
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The workdir {workdir} cannot be written to ({error}): choose another --workdir."
+        ) from None
+
+
+def write(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Writes the resolved config; only the first process does."""
+    if jax.process_index() == 0:
+        writing.write(
+            locations.parse(workdir) / FILE, json.dumps(to_plain(config), indent=2) + "\n"
+        )
+
+
+def check(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Compares the config with the one that the checkpoints in the workdir were trained with.
+
+    Raises:
+      UserError: settings that change what is learned differ.
+    """
+    if config.checkpoint.allow_config_change:
+        return
+    path = locations.parse(workdir) / FILE
+    try:
+        data = ranges.read(path)
+    except FileNotFoundError:
+        return
+    try:
+        stored = json.loads(data)
+    except ValueError:
+        raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
+    if changed := differences(stored, to_plain(config)):
+        listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
+        raise UserError(
+            f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
+            "delete this one to start afresh, or add "
+            "--config.checkpoint.allow_config_change=True to go on with the new settings."
+        )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Fields (dotted) whose values differ and are not `FREE`, with both values."""
+    old, new = _flatten(old), _flatten(new)
+    return [
+        (name, old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not _is_free(name)
+    ]
+
+
+def to_plain(config: ConfigDict) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def _is_free(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, free) or name.startswith(free + ".") for free in FREE)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

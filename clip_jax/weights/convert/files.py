@@ -1,0 +1,162 @@
+"""What the formats share: files of tensors by their ending, and what was found in them."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from clip_jax import models
+from clip_jax.errors import UserError
+from clip_jax.storage import faults, locations, ranges, remote
+from clip_jax.weights.base import (
+    Tensors,
+    TokenizerFile,
+    Weights,
+    differences,
+    local_file,
+    open_safetensors,
+)
+from clip_jax.weights.convert import torch_files
+from clip_jax.weights.convert.mapping import Entry, export_tensors
+
+# Names under which weights are published in a folder, the best first.
+HUGGINGFACE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+OPEN_CLIP = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+TORCH = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model in another format, not read yet.
+
+    Attributes:
+      size: as its settings or shapes describe it.
+      theirs: its tensors.
+      table: where each of them lies in ours.
+      tokenizer: of its captions.
+      format: name.
+    """
+
+    size: models.Size
+    theirs: Tensors
+    table: Sequence[Entry]
+    tokenizer: TokenizerFile
+    format: str
+
+
+def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
+    """The first of these files that is there."""
+    paths = [folder / name for name in names]
+    return next((path for path, stat in zip(paths, locations.stats(paths)) if stat), None)
+
+
+def exists(path: epath.Path) -> bool:
+    """Returns whether a file or folder is there.
+
+    Raises:
+      UserError: its bucket is not there, or may not be read.
+    """
+    try:
+        found = faults.repeat(path.exists, path)
+    except Exception as error:
+        if remote.is_remote(path) and faults.is_failure(error):
+            raise UserError(faults.explain(error, path)) from error
+        raise
+    if not found and remote.is_remote(path):
+        locations.check_bucket(path)
+    return found
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON object; UserError where it is damaged."""
+    try:
+        return json.loads(ranges.read(path))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): copy it again.") from error
+
+
+def open_tensors(path: epath.Path) -> Tensors:
+    """The tensors of a file of PyTorch or safetensors, or of an index of several.
+
+    Raises:
+      UserError: it is missing, damaged, or holds more than weights.
+    """
+    if path.suffix in TORCH:
+        return torch_files.read(path).tensors
+    if path.suffix != ".json":
+        return open_safetensors(path)
+    parts = sorted(set(read_json(path)["weight_map"].values()))
+    opened = [open_safetensors(path.parent / part) for part in parts]
+    owner = {name: part for part in opened for name in part.shapes}
+    shapes = {name: part.shapes[name] for name, part in owner.items()}
+    return Tensors(shapes, lambda name: owner[name].read(name))
+
+
+def without(tensors: Tensors, pattern: str) -> Tensors:
+    """The tensors whose names do not match."""
+    kept = {k: shape for k, shape in tensors.shapes.items() if not re.search(pattern, k)}
+    return Tensors(kept, tensors.read)
+
+
+def export(table: Sequence[Entry], weights: Weights) -> Tensors:
+    """Our tensors as another format has them; UserError where it has no place for one."""
+    known = {piece.path for row in table for piece in row.pieces}
+    if left := [path for path in weights.tensors.shapes if path not in known]:
+        raise UserError(
+            f"The format has no place for {', '.join(left)} of {weights.size}: use --to=clip_jax."
+        )
+    return export_tensors(table, weights.tensors)
+
+
+def open_npz(path: epath.Path) -> Tensors:
+    """The arrays of a NumPy archive, float32.
+
+    Raises:
+      UserError: it is damaged, or holds Python objects.
+    """
+    file = local_file(path)
+    try:
+        archive = np.load(file, allow_pickle=False)
+        shapes = {name: _npy_shape(archive, name) for name in archive.files}
+    except Exception as error:  # zipfile, NumPy and its parser each have their own
+        raise UserError(f"{path} is no archive of NumPy ({error}): copy it again.") from error
+    return Tensors(shapes, lambda name: np.asarray(archive[name], np.float32))
+
+
+def _npy_shape(archive: Any, name: str) -> tuple[int, ...]:
+    """Of an array, without reading its numbers."""
+    with archive.zip.open(f"{name}.npy") as file:
+        version = np.lib.format.read_magic(file)
+        headers = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}
+        return getattr(np.lib.format, headers[version])(file)[0]
+
+
+def save_npz(tensors: Tensors, path: Path) -> None:
+    """Writes a local NumPy archive, an array at a time."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in tensors.shapes:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(tensors.read(name)))
+
+
+def check_held(where: str, held: models.Size, wanted: models.Size) -> None:
+    """Raises UserError unless the size that a format can express is the model's."""
+    if found := differences(wanted, held):
+        raise UserError(
+            f"{where} has no such model: ours has {'; '.join(found.values())}. Convert it with "
+            "another --to (clip_jax holds every model), or, for the activation alone, say "
+            "--activation."
+        )

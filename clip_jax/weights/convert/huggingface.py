@@ -1,0 +1,354 @@
+"""Folders of transformers' CLIPModel and SiglipModel, as on the Hugging Face hub."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from clip_jax import models
+from clip_jax.errors import UserError
+from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
+from clip_jax.storage import ranges
+from clip_jax.weights.base import Weights, save_safetensors
+from clip_jax.weights.convert import files, tokens
+from clip_jax.weights.convert.mapping import (
+    CONV,
+    LINEAR,
+    BlockNames,
+    Entry,
+    Form,
+    blocks,
+    entry,
+    joined,
+    linear,
+    norm,
+)
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+_BICUBIC = 3  # Pillow's number
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# What a config.json may leave out, by model_type.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "clip": {
+        "projection_dim": 512,
+        "text": {
+            "vocab_size": 49_408,
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 8,
+            "max_position_embeddings": 77,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+        "vision": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 32,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+    },
+    "siglip": {
+        "text": {
+            "vocab_size": 32_000,
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 64,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+        },
+        "vision": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 224,
+            "patch_size": 16,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+        },
+    },
+}
+# The forms of each kind of model that its config.json cannot change.
+_FORMS: dict[str, dict[str, Any]] = {
+    "clip": {},
+    "siglip": {
+        "image_pool": "map",
+        "pre_norm": False,
+        "patch_bias": True,
+        "text_causal": False,
+        "text_pool": "last",
+        "text_projection_bias": True,
+        "logit_bias": True,
+    },
+}
+_NO_WEIGHTS = r"\.position_ids$"
+
+
+def holds(folder: epath.Path) -> bool:
+    """Whether a folder is one of CLIP or SigLIP."""
+    if not all(files.find(folder, names) for names in ((CONFIG,), files.HUGGINGFACE)):
+        return False
+    config = ranges.read(folder / CONFIG)
+    try:
+        return json.loads(config).get("model_type") in _FORMS
+    except ValueError:
+        return False
+
+
+def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
+    """Opens a folder; `tokenizer`: its name, "": that of the folder.
+
+    Raises:
+      UserError: a file is damaged, or its settings do not go together.
+    """
+    config = files.read_json(folder / CONFIG)
+    size = size_of(config, _processor(folder), folder)
+    path = files.find(folder, files.HUGGINGFACE)
+    assert path is not None
+    return files.Found(
+        size=size,
+        theirs=files.without(files.open_tensors(path), _NO_WEIGHTS),
+        table=table(size),
+        tokenizer=tokens.named(tokenizer, size) if tokenizer else tokens.find(folder, size),
+        format="huggingface",
+    )
+
+
+def write(weights: Weights, folder: pathlib.Path) -> None:
+    """Writes a folder that transformers loads.
+
+    Raises:
+      UserError: transformers has no such model.
+    """
+    config, processor = config_of(weights.size), processor_of(weights.size)
+    files.check_held("transformers", size_of(config, processor, folder), weights.size)
+    folder.mkdir(parents=True)
+    tokens.write_huggingface(weights.tokenizer, weights.size, folder)
+    for name, content in ((CONFIG, config), (PROCESSOR, processor)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    theirs = files.export(table(weights.size), weights)
+    save_safetensors(theirs, folder / "model.safetensors", {"format": "pt"})
+
+
+# ---- Settings ----------------------------------------------------------------------------------
+
+
+def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: object) -> models.Size:
+    """The size that config.json and preprocessor_config.json describe.
+
+    Raises:
+      UserError: a setting that our models do not have, or two that contradict each other.
+    """
+    kind = config["model_type"]
+    text, vision = (_tower(config, part) for part in ("text", "vision"))
+    for name in ("hidden_act", "layer_norm_eps"):
+        if text[name] != vision[name]:
+            raise UserError(
+                f"{source} has {name} {text[name]!r} in its text tower and {vision[name]!r} in its "
+                "image tower; our models have one for both."
+            )
+    if text["hidden_act"] not in _ACTIVATIONS:
+        raise UserError(
+            f"{source} has the activation hidden_act={text['hidden_act']!r}; our models have "
+            f"{', '.join(_ACTIVATIONS)}."
+        )
+    if kind == "siglip":
+        embed_dim = text.get("projection_size") or text["hidden_size"]
+    else:
+        embed_dim = {**_DEFAULTS[kind], **config}["projection_dim"]
+    return models.Size(
+        embed_dim=embed_dim,
+        image_layers=(vision["num_hidden_layers"],),
+        image_width=vision["hidden_size"],
+        image_heads=vision["num_attention_heads"],
+        image_mlp=vision["intermediate_size"],
+        patch_size=vision["patch_size"],
+        text_layers=text["num_hidden_layers"],
+        text_width=text["hidden_size"],
+        text_heads=text["num_attention_heads"],
+        text_mlp=text["intermediate_size"],
+        context_length=text["max_position_embeddings"],
+        vocab_size=text["vocab_size"],
+        activation=_ACTIVATIONS[text["hidden_act"]],
+        norm_eps=float(text["layer_norm_eps"]),
+        **_preprocessing(kind, vision["image_size"], processor, source),
+        **_FORMS[kind],
+    )
+
+
+def _tower(config: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """A tower's settings; early files have a second dictionary that takes precedence."""
+    first, second = config.get(f"{part}_config"), config.get(f"{part}_config_dict")
+    return {**_DEFAULTS[config["model_type"]][part], **(first or {}), **(second or {})}
+
+
+def _preprocessing(
+    kind: str, image_size: int, processor: Mapping[str, Any], source: object
+) -> dict[str, Any]:
+    plain = (0.5, 0.5, 0.5)
+    mean, std = (IMAGE_MEAN, IMAGE_STD) if kind == "clip" else (plain, plain)
+    crops = processor.get("do_center_crop", kind == "clip")
+    target = processor.get("crop_size" if crops else "size", image_size)
+    if isinstance(target, Mapping):
+        target = target.get("shortest_edge", target.get("height"))
+    if target != image_size:
+        raise UserError(
+            f"{source} has the image_size {image_size} in {CONFIG}, but {target} in {PROCESSOR}: "
+            "correct the one that is wrong."
+        )
+    if processor.get("resample", _BICUBIC) != _BICUBIC:
+        raise UserError(
+            f"{source} resizes pictures with Pillow's filter {processor['resample']} (resample in "
+            f"{PROCESSOR}); ours are resized with {_BICUBIC}, bicubic."
+        )
+    return {
+        "image_size": image_size,
+        "image_mean": tuple(processor.get("image_mean", mean)),
+        "image_std": tuple(processor.get("image_std", std)),
+        "image_crop": "center" if crops else "none",
+    }
+
+
+def _processor(folder: epath.Path) -> Mapping[str, Any]:
+    """The settings of the preprocessing, {} where the folder has none."""
+    path = files.find(folder, (PROCESSOR, "processor_config.json"))  # the latter: transformers 5
+    if path is None:
+        return {}
+    found = files.read_json(path)
+    return found if path.name == PROCESSOR else found.get("image_processor", {})
+
+
+def config_of(size: models.Size) -> dict[str, Any]:
+    """The config.json that comes closest; `size_of` tells whether it is exact."""
+    kind = "siglip" if size.image_pool == "map" else "clip"
+    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == size.activation)
+    shared = {"hidden_act": activation, "layer_norm_eps": size.norm_eps}
+    if kind == "clip":
+        shared["projection_dim"] = size.embed_dim
+    text = {
+        "model_type": f"{kind}_text_model",
+        "hidden_size": size.text_width,
+        "intermediate_size": size.text_mlp,
+        "num_hidden_layers": size.text_layers,
+        "num_attention_heads": size.text_heads,
+        "max_position_embeddings": size.context_length,
+        "vocab_size": size.vocab_size,
+        **_special_tokens(kind, size.vocab_size),
+        **shared,
+    }
+    vision = {
+        "model_type": f"{kind}_vision_model",
+        "hidden_size": size.image_width,
+        "intermediate_size": size.image_mlp,
+        "num_hidden_layers": size.image_layers[0],
+        "num_attention_heads": size.image_heads,
+        "image_size": size.image_size,
+        "patch_size": size.patch_size,
+        **shared,
+    }
+    config = {
+        "architectures": ["SiglipModel" if kind == "siglip" else "CLIPModel"],
+        "model_type": kind,
+        "dtype": "float32",
+        "text_config": text,
+        "vision_config": vision,
+    }
+    if kind == "siglip":
+        text["projection_size"] = size.embed_dim
+        return config
+    return config | {"projection_dim": size.embed_dim}
+
+
+def _special_tokens(kind: str, vocab_size: int) -> dict[str, int]:
+    """SigLIP's end token is also its padding; CLIP's model looks for the end token by its id."""
+    if kind == "siglip":
+        return {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    end = vocab_size - 1
+    return {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
+
+
+def processor_of(size: models.Size) -> dict[str, Any]:
+    """The preprocessor_config.json."""
+    square = {"height": size.image_size, "width": size.image_size}
+    steps = {f"do_{step}": True for step in ("resize", "rescale", "normalize", "convert_rgb")}
+    shared = {
+        **steps,
+        "image_mean": list(size.image_mean),
+        "image_std": list(size.image_std),
+        "resample": _BICUBIC,
+        "rescale_factor": 1 / 255,
+    }
+    kind = "SiglipImageProcessor" if size.image_pool == "map" else "CLIPImageProcessor"
+    if size.image_crop == "none":
+        place = {"size": square, "do_center_crop": False}
+    else:
+        place = {"size": {"shortest_edge": size.image_size}, "crop_size": square}
+        place |= {"do_center_crop": True}
+    return {"image_processor_type": kind, **place, **shared}
+
+
+# ---- Names -------------------------------------------------------------------------------------
+
+_BLOCK = BlockNames(
+    ln_1="layer_norm1",
+    attn_out="self_attn.out_proj",
+    ln_2="layer_norm2",
+    mlp_in="mlp.fc1",
+    mlp_out="mlp.fc2",
+    qkv=tuple((f"self_attn.{p}_proj.weight", f"self_attn.{p}_proj.bias") for p in "qkv"),
+)
+
+
+def table(size: models.Size) -> list[Entry]:
+    """Where each tensor of transformers lies in ours."""
+    siglip = size.image_pool == "map"
+    scalar = Form("same", 1) if siglip else Form("same")
+    ends = _siglip_ends(size) if siglip else _clip_ends()
+    return [*_towers(size), *ends, entry("logit_scale", "params/logit_scale", scalar)]
+
+
+def _towers(size: models.Size) -> Iterator[Entry]:
+    """What both kinds have in common."""
+    text, image = "text_model", "vision_model"
+    embeddings = f"{text}.embeddings"
+    yield entry(f"{embeddings}.token_embedding.weight", "params/text/token_embed/embedding")
+    yield entry(f"{embeddings}.position_embedding.weight", "params/text/positions")
+    yield from blocks(f"{text}.encoder.layers", "params/text", size.text_layers, _BLOCK)
+    yield from norm(f"{text}.final_layer_norm", "params/text/ln_final")
+    embeddings = f"{image}.embeddings"
+    yield entry(f"{embeddings}.patch_embedding.weight", "params/image/patch_embed/kernel", CONV)
+    yield entry(f"{embeddings}.position_embedding.weight", "params/image/positions")
+    yield from blocks(f"{image}.encoder.layers", "params/image", size.image_layers[0], _BLOCK)
+    yield from norm(f"{image}.post_layernorm", "params/image/ln_post")
+
+
+def _clip_ends() -> Iterator[Entry]:
+    yield entry("vision_model.embeddings.class_embedding", "params/image/class_token")
+    yield from norm("vision_model.pre_layrnorm", "params/image/ln_pre")  # their spelling
+    yield entry("visual_projection.weight", "params/image/projection/kernel", LINEAR)
+    yield entry("text_projection.weight", "params/text/projection/kernel", LINEAR)
+
+
+def _siglip_ends(size: models.Size) -> Iterator[Entry]:
+    theirs, ours = "vision_model.head", "params/image/map_head"
+    yield entry("vision_model.embeddings.patch_embedding.bias", "params/image/patch_embed/bias")
+    yield entry(f"{theirs}.probe", f"{ours}/probe", Form("same", 2))
+    attention = f"{theirs}.attention"
+    parts = [f"{ours}/{part}" for part in ("query", "key", "value")]
+    yield from joined(f"{attention}.in_proj_weight", f"{attention}.in_proj_bias", parts)
+    yield from linear(f"{attention}.out_proj", f"{ours}/attn_out", inputs=2)
+    yield from norm(f"{theirs}.layernorm", f"{ours}/ln")
+    yield from linear(f"{theirs}.mlp.fc1", f"{ours}/mlp_in")
+    yield from linear(f"{theirs}.mlp.fc2", f"{ours}/mlp_out")
+    yield from linear("text_model.head", "params/text/projection")
+    if size.logit_bias:
+        yield entry("logit_bias", "params/logit_bias", Form("same", 1))

@@ -1,0 +1,214 @@
+"""Tables that say where each tensor of another format lies in ours, read in both directions."""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clip_jax.weights.base import Shape, Tensors, check_shapes, read_finite
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one of our tensors.
+
+    Attributes:
+      path: of the tensor.
+      index: which part, as NumPy takes it; (): all of it.
+    """
+
+    path: str
+    index: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the numbers of a piece are arranged elsewhere.
+
+    Attributes:
+      kind: "same"; "flat", as a vector; "linear", [*inputs, *outputs] to [out, in]; "conv",
+        [h, w, in, out] to [out, in, h, w].
+      count: "same": axes of length 1 in front; "linear": how many of the axes are inputs.
+    """
+
+    kind: str
+    count: int = 0
+
+    def theirs(self, x: np.ndarray) -> np.ndarray:
+        """Ours to theirs."""
+        if self.kind == "flat":
+            return x.reshape(-1)
+        if self.kind == "linear":
+            return x.reshape(math.prod(x.shape[: self.count]), -1).T
+        if self.kind == "conv":
+            return x.transpose(3, 2, 0, 1)
+        return x.reshape((1,) * self.count + x.shape)
+
+    def ours(self, x: np.ndarray, shape: Shape) -> np.ndarray:
+        """Theirs to ours, which has this shape."""
+        if self.kind == "linear":
+            return x.T.reshape(shape)
+        if self.kind == "conv":
+            return x.transpose(2, 3, 1, 0)
+        return x.reshape(shape)
+
+
+SAME, FLAT, LINEAR, CONV = Form("same"), Form("flat"), Form("linear", 1), Form("conv")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of another format: pieces of ours, each arranged so, joined along the first axis."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    form: Form = SAME
+
+
+# ---- Rows of the tables ------------------------------------------------------------------------
+
+
+def entry(name: str, path: str, form: Form = SAME, at: tuple = ()) -> Entry:
+    """One that is a whole tensor of ours, or the part `at`."""
+    return Entry(name, (Piece(path, at),), form)
+
+
+def norm(theirs: str, ours: str, at: tuple = ()) -> list[Entry]:
+    """A LayerNorm, or the learned part of a BatchNorm, in PyTorch's names."""
+    return [
+        entry(f"{theirs}.weight", f"{ours}/scale", at=at),
+        entry(f"{theirs}.bias", f"{ours}/bias", at=at),
+    ]
+
+
+def linear(theirs: str, ours: str, inputs: int = 1, at: tuple = ()) -> list[Entry]:
+    """A linear layer with bias in PyTorch's names; `inputs`: axes of our kernel that are inputs."""
+    return [
+        entry(f"{theirs}.weight", f"{ours}/kernel", Form("linear", inputs), at),
+        entry(f"{theirs}.bias", f"{ours}/bias", FLAT, at),
+    ]
+
+
+def joined(weight: str, bias: str, ours: Iterable[str]) -> list[Entry]:
+    """Several linear layers of the same inputs, as one."""
+    return [
+        Entry(weight, tuple(Piece(f"{path}/kernel") for path in ours), LINEAR),
+        Entry(bias, tuple(Piece(f"{path}/bias") for path in ours), FLAT),
+    ]
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """What the parts of a transformer block are called in PyTorch.
+
+    Attributes:
+      ln_1, attn_out, ln_2, mlp_in, mlp_out: ours to theirs.
+      qkv: one of all three projections, or three; each is a weight and a bias.
+    """
+
+    ln_1: str
+    attn_out: str
+    ln_2: str
+    mlp_in: str
+    mlp_out: str
+    qkv: tuple[tuple[str, str], ...]
+
+
+def blocks(theirs: str, ours: str, layers: int, names: BlockNames) -> Iterator[Entry]:
+    """Those of a tower; theirs are numbered, ours stacked."""
+    each = 3 // len(names.qkv)
+    for i in range(layers):
+        at, stem, root = (i,), f"{theirs}.{i}", f"{ours}/transformer/blocks"
+        yield from norm(f"{stem}.{names.ln_1}", f"{root}/ln_1", at)
+        for number, (weight, bias) in enumerate(names.qkv):
+            parts = range(number * each, (number + 1) * each)
+            kernels = tuple(Piece(f"{root}/qkv/kernel", (i, slice(None), j)) for j in parts)
+            yield Entry(f"{stem}.{weight}", kernels, LINEAR)
+            yield Entry(
+                f"{stem}.{bias}", tuple(Piece(f"{root}/qkv/bias", (i, j)) for j in parts), FLAT
+            )
+        yield from linear(f"{stem}.{names.attn_out}", f"{root}/attn_out", 2, at)
+        yield from norm(f"{stem}.{names.ln_2}", f"{root}/ln_2", at)
+        yield from linear(f"{stem}.{names.mlp_in}", f"{root}/mlp_in", 1, at)
+        yield from linear(f"{stem}.{names.mlp_out}", f"{root}/mlp_out", 1, at)
+
+
+# ---- Reading the tables ------------------------------------------------------------------------
+
+
+def their_shapes(table: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the other format's tensors, ordered by ours, so that each of ours is read once."""
+    order = {path: number for number, path in enumerate(ours)}
+    rows = sorted(table, key=lambda row: order[row.pieces[0].path])
+    shapes = {}
+    for row in rows:
+        parts = _part_shapes(row, ours)
+        joined = (sum(part[0] for part in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+        shapes[row.name] = joined
+    return shapes
+
+
+def _part_shapes(row: Entry, ours: Mapping[str, Shape]) -> list[Shape]:
+    """Of the pieces as the other format has them."""
+    hollow = (np.broadcast_to(np.float32(0), ours[piece.path]) for piece in row.pieces)
+    return [row.form.theirs(array[p.index]).shape for array, p in zip(hollow, row.pieces)]
+
+
+def export_tensors(table: Iterable[Entry], ours: Tensors) -> Tensors:
+    """Our tensors as another format has them."""
+    rows = {row.name: row for row in table}
+    load = functools.lru_cache(maxsize=1)(lambda path: read_finite(ours, path))
+
+    def read(name: str) -> np.ndarray:
+        row = rows[name]
+        parts = [row.form.theirs(load(piece.path)[piece.index]) for piece in row.pieces]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return Tensors(their_shapes(rows.values(), ours.shapes), read)
+
+
+def import_tensors(
+    table: Iterable[Entry], theirs: Tensors, ours: Mapping[str, Shape], source: object
+) -> Tensors:
+    """The tensors of another format as ours.
+
+    Args:
+      table: of the format, for this size of model.
+      theirs: what the file has.
+      ours: wanted shapes.
+      source: the file, for messages.
+
+    Raises:
+      UserError: a tensor is missing, superfluous, or of another shape.
+    """
+    table = list(table)
+    check_shapes(theirs.shapes, their_shapes(table, ours), source)
+    places = _places(table, ours)
+    load = functools.lru_cache(maxsize=1)(lambda name: read_finite(theirs, name))
+
+    def read(path: str) -> np.ndarray:
+        whole = np.empty(ours[path], load(places[path][0][0].name).dtype)
+        for row, part, index in places[path]:
+            whole[index] = row.form.ours(load(row.name)[part], whole[index].shape)
+        return whole
+
+    return Tensors(ours, read)
+
+
+def _places(table: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str, list[tuple]]:
+    """By path of ours: the entries it is made of, the rows of each, and where they belong."""
+    places: dict[str, list[tuple]] = {}
+    for row in table:
+        if len(row.pieces) == 1:
+            parts: list[Any] = [...]
+        else:
+            lengths = [shape[0] for shape in _part_shapes(row, ours)]
+            ends = list(itertools.accumulate(lengths))
+            parts = [slice(end - length, end) for end, length in zip(ends, lengths)]
+        for piece, part in zip(row.pieces, parts):
+            places.setdefault(piece.path, []).append((row, part, piece.index))
+    return places

@@ -1,0 +1,347 @@
+"""Folders and files of open_clip; its SigLIP models have an image tower of timm's."""
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from clip_jax import models
+from clip_jax.errors import UserError
+from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
+from clip_jax.storage import ranges
+from clip_jax.weights.base import Weights, save_safetensors
+from clip_jax.weights.convert import files, openai, tokens
+from clip_jax.weights.convert.mapping import (
+    CONV,
+    BlockNames,
+    Entry,
+    Form,
+    blocks,
+    entry,
+    joined,
+    linear,
+    norm,
+)
+
+CONFIG = "open_clip_config.json"
+_CROPS = {"shortest": "center", "squash": "none"}  # resize_mode: image_crop
+# timm's names of SigLIP towers: width, layers, heads, hidden units.
+_TIMM = {
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+}
+_TIMM_NAME = re.compile(rf"vit_({'|'.join(_TIMM)})_patch(\d+)_siglip_(\d+)$")
+# (patch, pixels) that timm has them for.
+_TIMM_INPUTS = {
+    "base": {(32, 256), (16, 224), (16, 256), (16, 384), (16, 512)},
+    "large": {(16, 256), (16, 384), (16, 512)},
+    "so400m": {(14, 224), (14, 378), (14, 384), (16, 256), (16, 384), (16, 512)},
+}
+# Settings that our models take over, and others at the only value that they can have.
+_TOWER = {"width", "layers", "mlp_ratio", "norm_kwargs", "act_kwargs"}
+_VISION = _TOWER | {"image_size", "patch_size", "head_width", "no_ln_pre", "timm_model_name"}
+_TEXT = _TOWER | {"context_length", "vocab_size", "heads", "no_causal_mask", "proj_bias"}
+_TEXT |= {"pool_type", "hf_tokenizer_name", "tokenizer_kwargs"}
+_FIXED = {
+    "timm_model_pretrained": (False,),
+    "timm_pool": ("map",),
+    "timm_proj": ("none",),
+    "proj_type": ("linear",),
+    "pos_embed_type": ("learnable",),
+    "patch_dropout": (0, 0.0),
+    "output_tokens": (False,),
+    "embed_cls": (False,),
+    "pad_id": (0, 1),
+}
+
+
+def holds(folder: epath.Path) -> bool:
+    """Whether a folder has weights and settings of open_clip."""
+    return all(files.find(folder, names) for names in ((CONFIG,), files.OPEN_CLIP))
+
+
+def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
+    """Opens a folder; `tokenizer`: its name, "": that of the folder.
+
+    Raises:
+      UserError: a file is damaged, or a setting is not one of ours.
+    """
+    path = files.find(folder, files.OPEN_CLIP)
+    assert path is not None
+    config = files.read_json(folder / CONFIG)
+    size = size_of(config, folder)
+    return files.Found(
+        size=size,
+        theirs=files.without(files.open_tensors(path), openai.NO_WEIGHTS),
+        table=table(size, config["model_cfg"].get("custom_text", False)),
+        tokenizer=tokens.named(tokenizer, size) if tokenizer else tokens.find(folder, size),
+        format="open_clip",
+    )
+
+
+def write(weights: Weights, folder: pathlib.Path) -> None:
+    """Writes a folder that open_clip.create_model_and_transforms("local-dir:FOLDER") loads.
+
+    Raises:
+      UserError: open_clip has no such model.
+    """
+    config = config_of(weights.size)
+    files.check_held("open_clip", size_of(config, folder), weights.size)
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    file = weights.tokenizer.path
+    if file is not None:
+        (folder / file.name).write_bytes(ranges.read(file))
+    theirs = files.export(table(weights.size, weights.size.image_pool == "map"), weights)
+    save_safetensors(theirs, folder / files.OPEN_CLIP[0], {"format": "pt"})
+
+
+# ---- Settings ----------------------------------------------------------------------------------
+
+
+def size_of(config: Mapping[str, Any], source: object) -> models.Size:
+    """The size that an open_clip_config.json describes.
+
+    Raises:
+      UserError: a setting that our models do not have.
+    """
+    settings = config["model_cfg"]
+    vision, text = settings["vision_cfg"], settings["text_cfg"]
+    _check_settings(vision, _VISION, "vision_cfg", source)
+    _check_settings(text, _TEXT, "text_cfg", source)
+    width = text.get("width", 512)
+    return models.Size(
+        embed_dim=settings["embed_dim"],
+        text_width=width,
+        text_heads=text.get("heads", 8),
+        text_layers=text.get("layers", 12),
+        text_mlp=int(width * text.get("mlp_ratio", 4.0)),
+        context_length=text.get("context_length", 77),
+        vocab_size=text.get("vocab_size", 49_408),
+        activation=_activation(settings, source),
+        text_causal=not text.get("no_causal_mask", False),
+        text_pool={"argmax": "end", "last": "last"}[text.get("pool_type", "argmax")],
+        text_projection_bias=text.get("proj_bias", False),
+        norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
+        logit_bias=settings.get("init_logit_bias") is not None,
+        **_image(vision, source),
+        **_preprocessing(config.get("preprocess_cfg", {}), source),
+    )
+
+
+def _check_settings(found: Mapping[str, Any], known: set[str], part: str, source: object) -> None:
+    for name, value in found.items():
+        fixed = name in _FIXED and value in _FIXED[name]
+        if name not in known and not fixed and value not in (None, False):
+            raise UserError(
+                f"{source} has the setting {part}.{name} = {value!r} of open_clip, which our "
+                "models do not have. What can be converted are variations of the shapes of "
+                f"{', '.join(models.available_models())}."
+            )
+
+
+def _activation(settings: Mapping[str, Any], source: object) -> str:
+    """timm's towers have the exact GELU, whatever the settings say."""
+    vision, text = settings["vision_cfg"], settings["text_cfg"]
+    quick = settings.get("quick_gelu", False)
+    forms = [
+        "gelu_tanh"
+        if (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
+        else ("quick_gelu" if quick and not tower.get("timm_model_name") else "gelu")
+        for tower in (vision, text)
+    ]
+    if "layers" in vision and isinstance(vision["layers"], (list, tuple)):
+        return forms[1]  # a ResNet has none
+    if forms[0] != forms[1]:
+        raise UserError(
+            f"{source} has the activation {forms[1]} in its text tower and {forms[0]} in its image "
+            "tower; our models have one for both."
+        )
+    return forms[1]
+
+
+def _image(vision: Mapping[str, Any], source: object) -> dict[str, Any]:
+    if "timm_model_name" in vision:
+        return _timm_image(vision, source)
+    width, layers = vision.get("width", 768), vision.get("layers", 12)
+    resnet = isinstance(layers, (list, tuple))
+    final = width * 32 if resnet else width
+    shapes = {
+        "image_size": vision.get("image_size", 224),
+        "image_layers": tuple(layers) if resnet else (layers,),
+        "image_width": width,
+        "image_heads": final // vision.get("head_width", 64),
+        "patch_size": None if resnet else vision.get("patch_size", 16),
+    }
+    if resnet:
+        return shapes
+    return shapes | {
+        "image_mlp": int(width * vision.get("mlp_ratio", 4.0)),
+        "pre_norm": not vision.get("no_ln_pre", False),
+    }
+
+
+def _timm_image(vision: Mapping[str, Any], source: object) -> dict[str, Any]:
+    found = _TIMM_NAME.match(vision["timm_model_name"])
+    if not found:
+        raise UserError(
+            f"{source} has the image tower {vision['timm_model_name']} of timm. Of those, "
+            "vit_base, vit_large and vit_so400m with SigLIP's head can be converted."
+        )
+    kind, patch, pixels = found.groups()
+    width, layers, heads, hidden = _TIMM[kind]
+    return {
+        "image_size": int(pixels),
+        "image_layers": (layers,),
+        "image_width": width,
+        "image_heads": heads,
+        "image_mlp": hidden,
+        "patch_size": int(patch),
+        "image_pool": "map",
+        "pre_norm": False,
+        "patch_bias": True,
+    }
+
+
+def _preprocessing(settings: Mapping[str, Any], source: object) -> dict[str, Any]:
+    mode, filter_ = (settings.get(k) for k in ("resize_mode", "interpolation"))
+    if (mode or "shortest") not in _CROPS or (filter_ or "bicubic") != "bicubic":
+        raise UserError(
+            f"{source} resizes pictures with resize_mode {mode!r} and interpolation {filter_!r}; "
+            f"ours are resized with {' or '.join(_CROPS)}, and bicubic."
+        )
+    return {
+        "image_mean": tuple(settings.get("mean", IMAGE_MEAN)),
+        "image_std": tuple(settings.get("std", IMAGE_STD)),
+        "image_crop": _CROPS[mode or "shortest"],
+    }
+
+
+def config_of(size: models.Size) -> dict[str, Any]:
+    """The open_clip_config.json that comes closest; `size_of` tells whether it is exact."""
+    siglip = size.image_pool == "map"
+    text: dict[str, Any] = {
+        "context_length": size.context_length,
+        "vocab_size": size.vocab_size,
+        "width": size.text_width,
+        "heads": size.text_heads,
+        "layers": size.text_layers,
+        "mlp_ratio": _ratio(size.text_width, size.text_mlp),
+        "no_causal_mask": not size.text_causal,
+        "proj_bias": size.text_projection_bias,
+        "pool_type": {"end": "argmax", "last": "last"}[size.text_pool],
+        "norm_kwargs": {"eps": size.norm_eps},
+    }
+    settings: dict[str, Any] = {"embed_dim": size.embed_dim}
+    if siglip:
+        settings["custom_text"] = True
+        if size.vocab_size == 32_000:
+            text["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP"
+            text["tokenizer_kwargs"] = {"clean": "canonicalize"}
+    if size.logit_bias:
+        settings["init_logit_bias"] = -10
+    vision = _timm_config(size) if siglip else _vision_config(size)
+    if size.activation == "quick_gelu":
+        settings["quick_gelu"] = True
+    elif size.activation == "gelu_tanh" and not siglip:  # timm's tower would not follow
+        text["act_kwargs"] = {"approximate": "tanh"}
+        if not size.is_resnet:
+            vision["act_kwargs"] = {"approximate": "tanh"}
+    preprocessing = {
+        "mean": list(size.image_mean),
+        "std": list(size.image_std),
+        "interpolation": "bicubic",
+        "resize_mode": next(mode for mode, crop in _CROPS.items() if crop == size.image_crop),
+    }
+    settings |= {"vision_cfg": vision, "text_cfg": text}
+    return {"model_cfg": settings, "preprocess_cfg": preprocessing}
+
+
+def _ratio(width: int, hidden: int) -> float:
+    """A number that, times the width and cut, gives the hidden units."""
+    exact = hidden / width
+    return exact if int(width * exact) == hidden else (hidden + 0.5) / width
+
+
+def _vision_config(size: models.Size) -> dict[str, Any]:
+    final = size.image_width * (32 if size.is_resnet else 1)
+    shared = {
+        "image_size": size.image_size,
+        "width": size.image_width,
+        "head_width": final // size.image_heads,
+        "patch_size": size.patch_size,
+    }
+    if size.is_resnet:
+        return shared | {"layers": list(size.image_layers)}
+    return shared | {
+        "layers": size.image_layers[0],
+        "mlp_ratio": _ratio(size.image_width, size.image_mlp),
+        "no_ln_pre": not size.pre_norm,
+        "norm_kwargs": {"eps": size.norm_eps},
+    }
+
+
+def _timm_config(size: models.Size) -> dict[str, Any]:
+    shape = (size.image_width, size.image_layers[0], size.image_heads, size.image_mlp)
+    kind = next((name for name, known in _TIMM.items() if known == shape), None)
+    if kind is None or (size.patch_size, size.image_size) not in _TIMM_INPUTS[kind]:
+        raise UserError(
+            f"open_clip has no image tower like that of {size} at {size.image_size} pixels: timm "
+            f"has {', '.join(_TIMM)} at some resolutions only. Use --to=huggingface."
+        )
+    return {
+        "image_size": size.image_size,
+        "timm_model_name": f"vit_{kind}_patch{size.patch_size}_siglip_{size.image_size}",
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+    }
+
+
+# ---- Names -------------------------------------------------------------------------------------
+
+_TIMM_BLOCK = BlockNames(
+    ln_1="norm1",
+    attn_out="attn.proj",
+    ln_2="norm2",
+    mlp_in="mlp.fc1",
+    mlp_out="mlp.fc2",
+    qkv=(("attn.qkv.weight", "attn.qkv.bias"),),
+)
+
+
+def table(size: models.Size, custom_text: bool) -> list[Entry]:
+    """Where open_clip's tensors lie in ours; `custom_text`: its text tower has a prefix."""
+    if not custom_text:
+        return openai.table(size)
+    if size.image_pool == "map":
+        image = list(_timm(size))
+        scalars = [entry(name, f"params/{name}") for name in ("logit_scale", "logit_bias")]
+        scalars = scalars if size.logit_bias else scalars[:1]
+        return [*image, *openai.text(size, "text."), *scalars]
+    text = {row.name for row in openai.text(size, "")}
+    return [
+        Entry(f"text.{row.name}", row.pieces, row.form) if row.name in text else row
+        for row in openai.table(size)
+    ]
+
+
+def _timm(size: models.Size) -> Iterator[Entry]:
+    theirs, ours = "visual.trunk", "params/image"
+    yield entry(f"{theirs}.patch_embed.proj.weight", f"{ours}/patch_embed/kernel", CONV)
+    yield entry(f"{theirs}.patch_embed.proj.bias", f"{ours}/patch_embed/bias")
+    yield entry(f"{theirs}.pos_embed", f"{ours}/positions", Form("same", 1))
+    yield from blocks(f"{theirs}.blocks", ours, size.image_layers[0], _TIMM_BLOCK)
+    yield from norm(f"{theirs}.norm", f"{ours}/ln_post")
+    theirs, ours = f"{theirs}.attn_pool", f"{ours}/map_head"
+    yield entry(f"{theirs}.latent", f"{ours}/probe", Form("same", 2))
+    yield from linear(f"{theirs}.q", f"{ours}/query")
+    yield from joined(f"{theirs}.kv.weight", f"{theirs}.kv.bias", [f"{ours}/key", f"{ours}/value"])
+    yield from linear(f"{theirs}.proj", f"{ours}/attn_out", inputs=2)
+    yield from norm(f"{theirs}.norm", f"{ours}/ln")
+    yield from linear(f"{theirs}.mlp.fc1", f"{ours}/mlp_in")
+    yield from linear(f"{theirs}.mlp.fc2", f"{ours}/mlp_out")

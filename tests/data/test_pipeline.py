@@ -1,0 +1,411 @@
+"""The order, the batches and their faults, against what the definitions say by hand."""
+
+import collections
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from clip_jax.data import order, pipeline, tokenizer
+from clip_jax.data.feed import Feed
+from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.captions import Captions
+from clip_jax.errors import BadExample, UserError
+from configs import default
+
+TOKENIZER = tokenizer.create("openai", 16)
+SIZE = 8
+
+
+class Numbers:
+    """Example i shows the number i in its pixels and its caption; some raise what they are told."""
+
+    class_names = ("even", "odd")
+    templates = ()
+
+    def __init__(self, size: int, faults: dict[int, Exception | str] | None = None):
+        self.size = size
+        self.faults = faults or {}
+        self.reads: collections.Counter[int] = collections.Counter()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Example:
+        self.reads[index] += 1
+        text = f"number {index}"
+        fault = self.faults.get(index)
+        if isinstance(fault, Exception):
+            raise fault
+        if fault is not None:
+            text = fault
+        return Example(show(index), one(text), labels=(index % 2,), key=f"key {index}")
+
+
+def one(text: str) -> Captions:
+    return Captions((text,), (1.0,))
+
+
+def show(index: int, size: int = SIZE) -> np.ndarray:
+    return np.full((size, size, 3), [index // 256, index % 256, 77], np.uint8)
+
+
+def read(image: np.ndarray) -> np.ndarray:
+    """The numbers that images [..., h, w, 3] show."""
+    return image[..., 0, 0, 0].astype(int) * 256 + image[..., 0, 0, 1]
+
+
+def settings(**overrides) -> ConfigDict:
+    config = default.get_config().data
+    config.threads = 2
+    config.update(overrides)
+    return config
+
+
+def make(source, *, config: ConfigDict | None = None, **options) -> pipeline.TrainPipeline:
+    options = {"batch_size": 4, "seed": 0, "part": 0, "parts": 1, **options}
+    config = config or settings()
+    orders = {"shuffled": order.Shuffled(len(source), options["seed"])}
+    orders["stored"] = order.Stored(len(source))
+    options["order_"] = options.get("order_") or orders[config.order]
+    return pipeline.TrainPipeline(
+        source, tokenizer=TOKENIZER, config=config, image_size=SIZE, **options
+    )
+
+
+def take(batches, steps: int) -> dict[str, np.ndarray]:
+    """The first batches, one after the other along their first axis."""
+    iterator = iter(batches)
+    found = [next(iterator) for _ in range(steps)]
+    return {name: np.concatenate([batch[name] for batch in found]) for name in found[0]}
+
+
+def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+class TestTrainPipeline:
+    def test_every_example_once_per_epoch(self):
+        source = Numbers(21)
+        epochs = read(take(make(source), 21)["image"]).reshape(4, 21)
+        for epoch in epochs:
+            assert sorted(epoch) == list(range(21))
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+        assert make(source).examples_per_epoch == 21
+
+    def test_captions_go_with_their_images(self):
+        batch = take(make(Numbers(300)), 10)
+        assert batch["image"].dtype == np.uint8
+        assert batch["tokens"].dtype == np.int32
+        expected = TOKENIZER([f"number {index}" for index in read(batch["image"])])
+        np.testing.assert_array_equal(batch["tokens"], expected)
+
+    def test_stored_order(self):
+        batch = take(make(Numbers(10), config=settings(order="stored")), 5)
+        assert read(batch["image"]).tolist() == [*range(10), *range(10)]
+
+    @pytest.mark.parametrize("hosts", [2, 3, 4])
+    def test_hosts_share_one_global_batch(self, hosts):
+        whole = take(make(Numbers(50), batch_size=12), 6)
+        parts = [
+            take(make(Numbers(50), batch_size=12, part=k, parts=hosts), 6) for k in range(hosts)
+        ]
+        shape = (6, 12 // hosts)
+        for name, expected in whole.items():
+            joined = np.concatenate(
+                [part[name].reshape(*shape, *expected.shape[1:]) for part in parts], axis=1
+            )
+            np.testing.assert_array_equal(joined.reshape(expected.shape), expected)
+
+    @pytest.mark.parametrize("options", [{}, {"batch_size": 6}, {"parts": 2}])
+    def test_resumes_at_the_next_example(self, options):
+        """Also with another batch size; crops included."""
+        source = Photos(30)
+        whole = take(make(source, config=settings(crop="random")), 24)
+        start = 4 * 7
+        resumed = make(source, config=settings(crop="random"), start=start, **options)
+        batch = take(resumed, 3)
+        if resumed._local == range(2):  # half of the rows
+            rows = [start + 4 * step + row for step in range(3) for row in range(2)]
+        else:
+            rows = range(start, start + len(batch["image"]))
+        assert_same(batch, {name: value[list(rows)] for name, value in whole.items()})
+
+    def test_threads_do_not_matter(self):
+        runs = [
+            take(make(Photos(30), config=settings(threads=threads)), 10) for threads in (1, 2, 5)
+        ]
+        assert_same(runs[0], runs[1])
+        assert_same(runs[0], runs[2])
+
+    def test_seed_decides_order_and_crops(self):
+        first, again, other = (take(make(Photos(9), seed=seed), 9) for seed in (3, 3, 4))
+        assert_same(first, again)
+        assert not np.array_equal(first["image"], other["image"])
+        # The same photo is cropped anew in each epoch, at one of 17 places.
+        crops = {image.tobytes() for image in take(make(Photos(1)), 3)["image"]}
+        assert len(crops) > 6
+
+    def test_crop_setting(self):
+        middle = take(make(Photos(1), config=settings(crop="center")), 1)["image"]
+        whole = take(make(Photos(1), config=settings(crop="none")), 1)["image"]
+        photo = Image.fromarray(Photos(1).pixels(0))
+        resized = photo.resize((int(SIZE * 40 / 24), SIZE), Image.BICUBIC)
+        np.testing.assert_array_equal(middle[0], np.asarray(resized)[:, 2 : 2 + SIZE])
+        np.testing.assert_array_equal(
+            whole[0], np.asarray(photo.resize((SIZE, SIZE), Image.BICUBIC))
+        )
+
+    def test_unusable_examples_are_replaced_and_counted(self):
+        faults = {
+            3: BadExample("unreadable image", "key 3"),
+            5: BadExample("missing shard", "key 5"),
+            8: " &nbsp;\n",
+            12: BadExample("missing shard", "key 12"),
+        }
+        source = Numbers(40, faults)
+        clean = read(take(make(Numbers(40)), 20)["image"])
+        config = settings(max_skipped=0.2)
+        run = make(source, config=config)
+        batch = take(run, 20)
+        shown = read(batch["image"])
+        bad = np.isin(clean, list(faults))
+        np.testing.assert_array_equal(shown[~bad], clean[~bad])  # nothing else moves or is lost
+        assert bad.sum() == 8
+        assert not np.isin(shown, list(faults)).any()
+        np.testing.assert_array_equal(
+            batch["tokens"], TOKENIZER([f"number {index}" for index in shown])
+        )
+        assert_same(
+            take(make(source, config=config, start=24), 14), {n: v[24:] for n, v in batch.items()}
+        )
+        # Two epochs, and what was read ahead of the last batch.
+        assert run.skipped.keys() == {"unreadable image", "missing shard", "empty caption"}
+        assert 2 <= run.skipped["empty caption"] <= 3
+        assert 4 <= run.skipped["missing shard"] <= 6
+
+    def test_too_many_unusable_examples_end_the_run(self):
+        faults = {i: BadExample("unreadable image", f"key {i}") for i in range(0, 100, 5)}
+        take(make(Numbers(100, faults), config=settings(max_skipped=0.3)), 50)
+        with pytest.raises(UserError) as caught:
+            take(make(Numbers(100, faults), config=settings(max_skipped=0.19)), 50)
+        message = str(caught.value)
+        assert "20 unreadable image" in message
+        assert "--config.data.max_skipped" in message
+        assert "key " in message
+
+    @pytest.mark.parametrize("size", [1, 7])
+    def test_nothing_usable_ends_the_run(self, size):
+        faults = {i: BadExample("unreadable image", f"key {i}") for i in range(size)}
+        with pytest.raises(UserError, match="unreadable image"):
+            take(make(Numbers(size, faults), config=settings(max_skipped=1.0)), 1)
+
+    def test_other_errors_come_through_as_they_are(self):
+        with pytest.raises(ZeroDivisionError, match="of the source"):
+            take(make(Numbers(9, {4: ZeroDivisionError("of the source")})), 3)
+
+    def test_long_captions_are_counted(self):
+        text = "many words " * 30
+        run = make(Numbers(10, {2: text}), config=settings(prefetch=1))
+        batch = take(run, 5)
+        assert 2 <= run.truncated <= 3
+        rows = batch["tokens"][read(batch["image"]) == 2]
+        assert (rows[:, -1] == TOKENIZER.vocab_size - 1).all()
+        np.testing.assert_array_equal(rows[0], TOKENIZER([text], truncate=True)[0])
+
+    def test_impossible_settings(self):
+        with pytest.raises(UserError, match="10 examples cannot be split over 4 hosts"):
+            make(Numbers(9), batch_size=10, parts=4)
+        with pytest.raises(UserError, match="empty"):
+            make(Numbers(0))
+
+    def test_starts_at_once_anywhere(self):
+        began = time.monotonic()
+        batch = take(make(Numbers(12_000_000), start=10**10), 1)
+        assert time.monotonic() - began < 5
+        assert batch["image"].shape == (4, SIZE, SIZE, 3)
+
+
+class Photos:
+    """Noise as PNG files of 40 x 24 pixels."""
+
+    class_names = ()
+    templates = ()
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def pixels(self, index: int) -> np.ndarray:
+        return np.random.default_rng(index).integers(0, 256, (24, 40, 3), np.uint8)
+
+    def __getitem__(self, index: int) -> Example:
+        file = io.BytesIO()
+        Image.fromarray(self.pixels(index)).save(file, "PNG")
+        return Example(file.getvalue(), one(f"photo {index}"), labels=(), key=str(index))
+
+
+def evaluate(source, **options) -> list[dict[str, np.ndarray]]:
+    options = {"batch_size": 4, "part": 0, "parts": 1, "threads": 2, **options}
+    return list(pipeline.eval_batches(source, image_size=SIZE, **options))
+
+
+class TestEvalBatches:
+    @pytest.mark.parametrize("hosts", [1, 2, 4])
+    def test_every_example_once_in_order(self, hosts):
+        parts = [evaluate(Numbers(10), part=k, parts=hosts) for k in range(hosts)]
+        assert {len(part) for part in parts} == {3}
+        batches = [
+            {name: np.concatenate([part[step][name] for part in parts]) for name in parts[0][0]}
+            for step in range(3)
+        ]
+        joined = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+        assert joined["mask"].tolist() == [True] * 10 + [False] * 2
+        assert joined["index"].tolist() == list(range(12))
+        assert joined["label"].tolist() == [0, 1] * 5 + [-1, -1]
+        assert read(joined["image"])[:10].tolist() == list(range(10))
+        types = {name: value.dtype for name, value in joined.items()}
+        assert types == {
+            "image": np.uint8,
+            "label": np.int32,
+            "index": np.int32,
+            "mask": bool,
+        }
+
+    def test_limit_and_no_captions(self):
+        batches = evaluate(Numbers(10, {1: ""}), limit=5)
+        assert [batch["mask"].sum() for batch in batches] == [4, 1]
+        assert len(evaluate(Numbers(3), limit=500)) == 1
+
+    def test_unusable_examples_are_masked_and_logged(self, caplog):
+        faults = {2: BadExample("unreadable image", "key 2"), 5: BadExample("no image", "key 5")}
+        batches = evaluate(Numbers(8, faults))
+        mask = np.concatenate([batch["mask"] for batch in batches])
+        assert np.flatnonzero(~mask).tolist() == [2, 5]
+        assert "2 of 8" in caplog.text
+        assert "key 2: unreadable image" in caplog.text
+
+    def test_other_errors_come_through_as_they_are(self):
+        with pytest.raises(ZeroDivisionError):
+            evaluate(Numbers(5, {3: ZeroDivisionError()}))
+
+    def test_centre_crop(self):
+        (batch,) = evaluate(Photos(1))
+        resized = Image.fromarray(Photos(1).pixels(0)).resize((13, SIZE), Image.BICUBIC)
+        np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[:, 2:10])
+
+
+class Captioned(Numbers):
+    """Example i has i captions, of which the second is empty once it is cleaned."""
+
+    def __getitem__(self, index: int) -> Example:
+        texts = tuple("&nbsp;" if k == 1 else f"{index} has {k}" for k in range(index))
+        example = super().__getitem__(index)
+        return dataclasses.replace(example, captions=Captions(texts, (1.0,) * index))
+
+
+class TestEvalCaptions:
+    def test_all_of_every_example_in_order(self, caplog):
+        source = Captioned(6, {4: BadExample("unreadable file", "key 4")})
+        tokens, index = pipeline.eval_captions(source, TOKENIZER, threads=3)
+        assert index.tolist() == [1, 2, 3, 3, 5, 5, 5, 5]
+        texts = ["1 has 0", "2 has 0", "3 has 0", "3 has 2", *(f"5 has {k}" for k in (0, 2, 3, 4))]
+        np.testing.assert_array_equal(tokens, TOKENIZER(texts))
+        assert (tokens.dtype, index.dtype) == (np.int32, np.int32)
+        assert "key 0 has no caption" in caplog.text
+
+    def test_limit(self):
+        _, index = pipeline.eval_captions(Captioned(6), TOKENIZER, threads=0, limit=3)
+        assert index.tolist() == [1, 2]
+        tokens, index = pipeline.eval_captions(Captioned(6), TOKENIZER, threads=0, limit=1)
+        assert (tokens.shape, index.shape) == ((0, 16), (0,))
+
+
+def test_leaving_a_pipeline_open_does_not_hang_the_exit():
+    """Else TensorFlow's threads wait for an interpreter that has shut down."""
+    program = """
+        import jax
+        from clip_jax import sharding
+        from clip_jax.data.feed import Feed
+        import test_pipeline as test
+        mesh = sharding.make_mesh(data=-1, fsdp=1)
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        host = iter(test.make(test.Numbers(100), batch_size=16))
+        next(host)
+        device = Feed(test.make(test.Numbers(100), batch_size=16), place, depth=2)
+        next(device)
+        raise SystemExit(3)
+    """
+    here = os.path.dirname(__file__)
+    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{os.environ['PYTHONPATH']}"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    run = subprocess.run(command, timeout=120, env=env, check=False)
+    assert run.returncode == 3
+
+
+def transfer_threads() -> int:
+    return sum(thread.name == "feed" for thread in threading.enumerate())
+
+
+class TestToDevice:
+    @pytest.fixture
+    def sharded(self, mesh8):
+        return jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
+
+    def test_values_and_placement(self, sharded):
+        run = make(Numbers(40), batch_size=16)
+        host = take(run, 3)
+        moved = Feed(run, sharded, depth=2)
+        on_device = [next(moved) for _ in range(3)]
+        for name, expected in host.items():
+            assert on_device[0][name].sharding == sharded
+            assert on_device[0][name].addressable_shards[0].data.shape[0] == 2
+            np.testing.assert_array_equal(np.concatenate([b[name] for b in on_device]), expected)
+        moved.close()
+        assert transfer_threads() == 0
+
+    def test_ends_with_its_input(self, sharded):
+        batches = [{"x": np.full((8,), i)} for i in range(5)]
+        moved = list(Feed(iter(batches), sharded, depth=2))
+        assert [int(batch["x"][0]) for batch in moved] == list(range(5))
+        assert transfer_threads() == 0
+
+    def test_errors_reach_the_consumer_in_turn(self, sharded):
+        def batches():
+            yield {"x": np.zeros(8)}
+            raise UserError("out of data")
+
+        moved = Feed(batches(), sharded, depth=2)
+        next(moved)
+        with pytest.raises(UserError, match="out of data"):
+            next(moved)
+        assert transfer_threads() == 0
+
+    def test_reads_no_further_ahead_than_told(self, sharded):
+        read_ahead = []
+
+        def batches():
+            for i in range(100):
+                read_ahead.append(i)
+                yield {"x": np.zeros(8)}
+
+        moved = Feed(batches(), sharded, depth=2)
+        next(moved)
+        time.sleep(0.3)
+        assert len(read_ahead) <= 1 + 2 + 1  # handed out, ready, waiting for a place
+        moved.close()
+        assert transfer_threads() == 0

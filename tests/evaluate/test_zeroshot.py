@@ -1,0 +1,195 @@
+"""Zero-shot classification against float64 loops and scikit-learn."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from lookup import WIDTH, Cards, Likelihoods, Words, encoder, stub, unit
+from sklearn import metrics as sklearn_metrics
+
+from clip_jax.embed.encoder import Encoder
+from clip_jax.errors import UserError
+from clip_jax.evaluate.zeroshot import Zeroshot
+from clip_jax.models.prompts import class_prompts
+
+CLASS_NAMES = ("zero|none", "one", "two|pair|couple", "three", "four", "five", "six")
+
+
+@dataclasses.dataclass
+class Task:
+    """A labelled set of 37 images, which no batch divides; two unlabelled, one unreadable."""
+
+    source: Cards
+    used: np.ndarray  # of the images, those that count
+    labels: np.ndarray  # of those
+    images: np.ndarray
+    texts: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 37)  # class 6 has no example
+    labels[[3, 36]] = -1
+    texts: list[str | None] = ["a picture"] * 37
+    texts[20] = None
+    used = np.array([i for i in range(37) if i not in (3, 20, 36)])
+    source = Cards(texts, labels, CLASS_NAMES)
+    return Task(source, used, labels[used], unit(rng, 37, WIDTH), unit(rng, 64, WIDTH))
+
+
+def reference_probabilities(task: Task, words: Words, scale: float) -> np.ndarray:
+    """float64 [images used, classes]: the definition, a loop at a time."""
+    centres = []
+    for names in CLASS_NAMES:
+        vectors = [
+            task.texts[words.texts.index(template.replace("{}", name))].astype(np.float64)
+            for name in names.split("|")
+            for template in Cards.templates
+        ]
+        mean = sum(vectors) / len(vectors)
+        centres.append(mean / math.sqrt(sum(mean * mean)))
+    rows = []
+    for i in task.used:
+        odds = [math.exp(scale * float(task.images[i] @ centre)) for centre in centres]
+        rows.append([value / sum(odds) for value in odds])
+    return np.array(rows)
+
+
+def test_zeroshot_equals_the_definition(task, mesh):
+    words = Words()
+    found = Zeroshot(encoder(mesh), task.source, words).run(stub(task.images, task.texts))
+    assert len(words.texts) == 2 * 10  # every name in every template
+    wanted = reference_probabilities(task, words, scale=10.0)
+    predicted = wanted.argmax(axis=1)
+    classes = range(len(CLASS_NAMES))
+    assert found.n == 34
+    assert found.class_names == tuple(names.split("|")[0] for names in CLASS_NAMES)
+    assert found.templates == Cards.templates
+    np.testing.assert_array_equal(
+        found.confusion,
+        sklearn_metrics.confusion_matrix(task.labels, predicted, labels=classes),
+    )
+    top1, top5 = (
+        sklearn_metrics.top_k_accuracy_score(task.labels, wanted, k=k, labels=classes)
+        for k in (1, 5)
+    )
+    assert 0 < top1 < top5 < 1
+    assert found.top1 == pytest.approx(top1, abs=1e-12)
+    assert found.top5 == pytest.approx(top5, abs=1e-12)
+    recall = sklearn_metrics.recall_score(
+        task.labels, predicted, labels=classes, average=None, zero_division=np.nan
+    )
+    np.testing.assert_allclose(found.per_class, recall)
+    assert np.isnan(found.per_class[6])
+
+
+def test_zeroshot_by_the_likelihood_of_prompts(task, mesh):
+    words, table = Words(), np.random.default_rng(5).normal(-20, 3, (37, 64)).astype(np.float32)
+    encoder = Encoder(Likelihoods(), mesh, 16, threads=2)
+    found = Zeroshot(encoder, task.source, words).run({"scores": jnp.asarray(table), "params": {}})
+    wanted = []
+    for i in task.used:
+        likely = [
+            np.mean(
+                [
+                    math.exp(table[i, words.texts.index(template.replace("{}", name))])
+                    for name in names.split("|")
+                    for template in Cards.templates
+                ]
+            )
+            for names in CLASS_NAMES
+        ]
+        wanted.append(np.array(likely) / sum(likely))
+    predicted = np.argmax(wanted, axis=1)
+    np.testing.assert_array_equal(
+        found.confusion,
+        sklearn_metrics.confusion_matrix(task.labels, predicted, labels=range(len(CLASS_NAMES))),
+    )
+    assert found.by_score
+    assert 0 < found.top1 < found.top5 < 1
+    wrong = np.flatnonzero(predicted != task.labels)
+    best = max(np.max(wanted[i]) for i in wrong)
+    assert found.mistakes[0].probability == pytest.approx(best, rel=1e-4)
+
+
+def test_zeroshot_lists_the_most_confident_mistakes(task, mesh):
+    words = Words()
+    found = Zeroshot(encoder(mesh), task.source, words).run(stub(task.images, task.texts))
+    wanted = reference_probabilities(task, words, scale=10.0)
+    predicted, best = wanted.argmax(axis=1), wanted.max(axis=1)
+    wrong = np.flatnonzero(predicted != task.labels)
+    worst = sorted(wrong, key=lambda i: -best[i])[: len(found.mistakes)]
+    assert 0 < len(found.mistakes) <= 12
+    short = [names.split("|")[0] for names in CLASS_NAMES]
+    for mistake, i in zip(found.mistakes, worst, strict=True):
+        assert mistake.probability == pytest.approx(best[i], rel=1e-4)
+        assert (mistake.true, mistake.predicted) == (short[task.labels[i]], short[predicted[i]])
+        np.testing.assert_array_equal(mistake.image, task.source[int(task.used[i])].image)
+
+
+def test_zeroshot_takes_the_configs_names_before_the_sources(task, mesh1):
+    words = Words()
+    names, templates = ("x", "y", "z", "u", "v", "w"), ("one {} only",)
+    found = Zeroshot(encoder(mesh1), task.source, words, names, templates).run(
+        stub(task.images, task.texts)
+    )
+    assert words.texts == [f"one {name} only" for name in names]
+    assert (found.class_names, found.templates) == (names, templates)
+
+
+def test_top5_is_left_out_where_it_means_nothing(mesh1):
+    rng = np.random.default_rng(1)
+    source = Cards(["x"] * 9, rng.integers(0, 5, 9), "abcde")
+    found = Zeroshot(encoder(mesh1), source, Words()).run(
+        stub(unit(rng, 9, WIDTH), unit(rng, 10, WIDTH))
+    )
+    assert found.top5 is None
+    assert found.confusion.sum() == 9
+
+
+def test_class_prompts_by_hand():
+    prompts, owners = class_prompts(["cat|kitten", "dog"], ["a {}.", "{}"])
+    assert prompts == ["a cat.", "cat", "a kitten.", "kitten", "a dog.", "dog"]
+    assert owners.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        (("cat",), ("a photo",), "'a photo'.*exactly one"),
+        (("cat",), ("{} and {}",), "exactly one"),
+        ((), ("a {}",), "eval.zeroshot.class_names"),
+        (("cat",), (), "eval.zeroshot.templates"),
+    ],
+)
+def test_class_prompts_refuses(names, templates, message):
+    with pytest.raises(UserError, match=message):
+        class_prompts(names, templates)
+
+
+@pytest.mark.parametrize("template", ["a {0}", "{name}", "a {} in {0}", "a {} {"])
+def test_class_prompts_with_other_braces(template):
+    """Either a sentence about the template, or prompts with the name in it; no other error."""
+    try:
+        prompts, _ = class_prompts(["cat"], [template])
+    except UserError as error:
+        assert template in str(error)  # noqa: PT017
+    else:
+        assert prompts == [template.replace("{}", "cat")]
+
+
+def test_zeroshot_without_labels(mesh1):
+    variables = stub(np.eye(WIDTH, dtype=np.float32), np.eye(WIDTH, dtype=np.float32))
+    source = Cards(["x"] * 5, None, ("a", "b"))
+    with pytest.raises(UserError, match="label_key"):
+        Zeroshot(encoder(mesh1), source, Words()).run(variables)
+
+
+def test_zeroshot_with_a_label_beyond_the_class_names(mesh1):
+    variables = stub(np.eye(WIDTH, dtype=np.float32), np.eye(WIDTH, dtype=np.float32))
+    source = Cards(["x"] * 5, [0, 1, 0, 2, 1], ("a", "b"))
+    with pytest.raises(UserError, match="label 2, but only 2 class names"):
+        Zeroshot(encoder(mesh1), source, Words()).run(variables)

@@ -1,0 +1,241 @@
+"""The planner from the command line to the table, on programs of the real TPU compiler."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny_plan import TINY, V5E_8, check_paragraph, needs_compiler, tiny_config, unread_flops
+
+from clip_jax import __main__ as commands
+from clip_jax.models import flops as model_flops
+from clip_jax.models.sizes import Size
+from clip_jax.plan import make, search, table, topology
+from clip_jax.training import program
+
+FLAGS = ["--config=configs/vit_b32.py:smoke"] + [
+    f"--config.model.size.{name}={value}" for name, value in TINY.items()
+]
+
+
+@pytest.fixture(scope="module")
+def plan() -> make.Plan:
+    """Of the tiny model, parameters sharded over half of the chips."""
+    config = tiny_config(**{"mesh.fsdp": 4, "loss.method": "ring"})
+    return make.make_plan(config, V5E_8, examples=3200, top=5)
+
+
+# ---- Plans -------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_memory(plan):
+    memory = plan.memory
+    state = program.build(
+        tiny_config(**{"mesh.fsdp": 4}), warmup=1, total=2, devices=V5E_8.devices()
+    ).state
+    sharded = replicated = 0
+    for leaf in jax.tree.leaves(state.params):
+        whole = leaf.sharding.is_fully_replicated
+        replicated += leaf.size * 4 * whole
+        sharded += leaf.size * 4 * (not whole)
+    assert memory.parameters == replicated + sharded / 4
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, abs=64)
+    assert memory.batch == 4 * (16 * 16 * 3 + 4 * 8)
+    assert memory.temporaries > 0
+    assert memory.fits
+    assert memory.peak == memory.resident + memory.temporaries + memory.results + memory.code
+    assert plan.fits
+
+
+@needs_compiler
+def test_operations_of_the_step(plan):
+    """Executed are those of the model: 4/3 of the loss's in a ring, none to the pixels, nor those
+    of tokens that are not read."""
+    size = Size(**{**TINY, "image_mlp": 0, "text_mlp": 0})
+    pixels = 2 * 4 * 8 * 8 * 3 * 32 * 32
+    logits = 2 * 32 * 32 * 16
+    wanted = model_flops.step_flops(size, 32) - pixels + logits - 3 * 32 * unread_flops(size)
+    assert plan.step.model_flops * 8 == model_flops.step_flops(size, 32)
+    assert plan.step.hardware_flops * 8 == pytest.approx(wanted, rel=0.02)
+    assert plan.step.mfu / plan.step.hfu == pytest.approx(
+        plan.step.model_flops / plan.step.hardware_flops
+    )
+
+
+@needs_compiler
+def test_collectives_of_the_step(plan):
+    """Parameters are gathered along fsdp, gradients summed along data, texts go round both."""
+    found = {(x.kind, axis) for x in plan.step.collectives for axis in x.axes.split("+")}
+    assert ("all-gather", "fsdp") in found
+    assert ("all-reduce", "data") in found
+    assert {("collective-permute", "fsdp"), ("collective-permute", "data")} <= found
+    permutes = [x for x in plan.step.collectives if x.kind == "collective-permute"]
+    assert all(x.network == "ici" and x.overlapped for x in permutes)
+    assert sum(x.seconds for x in plan.step.collectives) == pytest.approx(plan.step.network_seconds)
+
+
+@needs_compiler
+def test_time_of_the_step(plan):
+    step = plan.step
+    assert step.seconds >= max(step.compute_seconds, 1e-6)
+    assert plan.total_steps == 20
+    assert plan.run_seconds == pytest.approx(20 * step.seconds)
+    assert plan.examples_per_second == pytest.approx(32 / step.seconds)
+    assert sum(row[1] for row in step.parts) == pytest.approx(step.compute_seconds)
+    owners = {row[0].split(",")[0] for row in step.parts}
+    assert {"image tower", "text tower", "loss", "optimiser"} <= owners
+    assert len(step.top) == 5
+
+
+@needs_compiler
+def test_the_table(plan):
+    text = table.format_plan(plan, ["--config.accum_steps=2"])
+    for line in (
+        "32 pairs a step, on v5e:2x4: 8 chips, mesh data 2 x fsdp 4",
+        "of 15.75: FITS",
+        "20 steps of 3,200 examples: 20 steps",
+        "collective-permute",
+        "text tower, MLP, backward",
+        "What would fit:\n  --config.accum_steps=2",
+        "XLA's estimated cycles at 1.50 GHz",
+    ):
+        assert line in text
+    assert max(map(len, text.splitlines())) < 400
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@needs_compiler
+def test_json(plan):
+    fields = json.loads(json.dumps(plan.to_json()))
+    assert fields["fits"] is True
+    assert fields["mesh"] == {"slice": 1, "data": 2, "fsdp": 4, "tensor": 1}
+    assert fields["memory"]["peak"] == plan.memory.peak
+    assert fields["step"]["mfu"] == plan.step.mfu
+    assert set(fields["step"]["top"][0]) >= {"name", "origin", "times", "seconds", "flops"}
+    assert fields["days"] == pytest.approx(plan.run_seconds / 86_400)
+    assert fields["step"]["collectives"][0]["axes"]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_several_slices():
+    config = tiny_config(**{"mesh.slices": 2})
+    found = make.make_plan(config, topology.parse_topology("v5e:2x2", slices=2), examples=3200)
+    networks = {x.axes: x.network for x in found.step.collectives}
+    assert networks["slice"] == "dcn"
+    assert networks["data"] == "ici"
+    assert found.mesh == {"slice": 2, "data": 4, "fsdp": 1, "tensor": 1}
+    assert "Between slices: 3.1" in table.format_plan(found)
+    assert "slice (DCN)" in table.format_plan(found)
+
+
+@needs_compiler
+@needs_compiler
+@pytest.mark.slow
+def test_accumulation_and_remat_cost_operations(plan):
+    config = tiny_config(**{"accum_steps": 2, "model.remat": "full"})
+    found = make.make_plan(config, V5E_8, examples=3200)
+    # Embedded, embedded again, and recomputed layer by layer behind that.
+    assert 1.5 < found.step.hardware_flops / found.step.model_flops < 5 / 3
+    names = [name for name, *_ in found.step.parts]
+    assert "micro-batches" in names
+    assert any("recomputed" in name for name in names)
+
+
+# ---- The command line --------------------------------------------------------------------------
+
+
+def test_commands(capsys):
+    commands.main(["--help"])
+    said = capsys.readouterr().out
+    for name in commands.COMMANDS:
+        assert f"\n  {name} " in said
+    with pytest.raises(SystemExit, match=r"'plam'.*plan"):
+        commands.main(["plam"])
+
+
+def test_help(capsys):
+    commands.main(["plan", "--help"])
+    said = capsys.readouterr().out
+    for name in ("config", "topology", "slices", "examples", "json", "search", "budget", "top"):
+        assert f"--{name}" in said or f"--[no]{name}" in said
+
+
+MISTAKES = {
+    "no topology": (FLAGS, r"--topology is missing.*v5e:16x16"),
+    "no config": (["--topology=v5e:2x2"], r"--config is missing"),
+    "no such config": (["--config=configs/vit_b33.py", "--topology=v5e:2x2"], r"vit_b33"),
+    "no such topology": ([*FLAGS, "--topology=v5e:3x5"], r"no TPU slice v5e:3x5.*v5e:4x4"),
+    "no such flag": ([*FLAGS, "--topolgy=v5e:2x2"], r"topolgy"),
+    "no such field": ([*FLAGS, "--topology=v5e:2x2", "--config.batchsize=3"], r"batchsize"),
+    "stray word": ([*FLAGS, "--topology=v5e:2x2", "fast"], r"'fast'"),
+    "bad mesh": ([*FLAGS, "--topology=v5e:2x2", "--config.mesh.fsdp=3"], r"mesh\.fsdp=3.*1, 2, 4"),
+    "bad batch": ([*FLAGS, "--topology=v5e:2x4", "--config.batch_size=33"], r"batch_size=32"),
+    "bad value": ([*FLAGS, "--topology=v5e:2x2", "--config.seed=-1"], r"seed is -1"),
+    "no folder": ([*FLAGS, "--topology=v5e:2x2", "--json=nowhere/x.json"], r"no nowhere"),
+    "no examples": ([*FLAGS, "--topology=v5e:2x2", "--examples=0"], r"--examples is 1"),
+    "no slices": ([*FLAGS, "--topology=v5e:2x2", "--slices=0"], r"0 slices"),
+    "two slices": ([*FLAGS, "--topology=v5e:2x2", "--slices=2", "--config.mesh.slices=4"], "slice"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_paragraph(name, capsys):
+    arguments, wanted = MISTAKES[name]
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["plan", *arguments])
+    said = capsys.readouterr()
+    assert caught.value.code == 2
+    assert said.out == ""
+    check_paragraph(said.err)
+    assert re.search(wanted, said.err), said.err
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """A process of its own, in which nothing has set the environment."""
+    target = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "clip_jax", "plan", *FLAGS, "--topology=v5e:2x2", "--top=3"]
+    answer = subprocess.run(
+        [*command, f"--json={target}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"PATH": "/usr/bin:/bin"},
+        cwd=pathlib.Path(__file__).parents[2],
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "FITS" in answer.stdout
+    assert answer.stderr.strip().splitlines() == ["Compiling for v5e:2x2; this takes some minutes."]
+    assert json.loads(target.read_text())["chips"] == 4
+
+
+def test_what_a_search_recommends(capsys, monkeypatch):
+    """The command to train with: the user's settings, then those found."""
+
+    def found(config, topology, **options):
+        assert config.mesh.slices == 2
+        choice = search.Choice(fsdp=2)
+        memory = make.Memory(*[0.0] * 8, 1.0)
+        step = make.Step(1, 1, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [])
+        tail = memory, step, 0.0, "", 1, 1.0, "1 steps", 1.0
+        plan = make.Plan("m", 8, 1, "none", "ring", "v5e:2x2", 2, 8, {"fsdp": 2}, *tail)
+        return search.Found([search.Tried(choice, plan)], 1, 0)
+
+    monkeypatch.setattr(search, "search", found)
+    arguments = ["--topology=v5e:2x2", "--slices=2", "--search", "--config.batch_size=64"]
+    with pytest.raises(SystemExit) as caught:
+        commands.main(["plan", FLAGS[0], *arguments])
+    assert caught.value.code == 0
+    said = capsys.readouterr().out
+    assert (
+        f"python main.py {FLAGS[0]} --config.batch_size=64 --config.mesh.slices=2 "
+        f"{search.Choice(fsdp=2).flags}\n"
+    ) in said

@@ -1,0 +1,77 @@
+"""The losses in NumPy float64, derived by hand, and embeddings to try them on."""
+
+import numpy as np
+
+
+def softmax_loss(images, texts, logit_scale) -> tuple[float, np.ndarray, np.ndarray, float]:
+    """Loss and its gradients in images [B, e], texts [B, e] and logit_scale, all float64."""
+    images, texts, log_scale = (np.asarray(x, np.float64) for x in (images, texts, logit_scale))
+    scale, batch = np.exp(log_scale), len(images)
+    logits = scale * images @ texts.T
+    by_row, row_lse = _softmax(logits, axis=1)
+    by_column, column_lse = _softmax(logits, axis=0)
+    loss = np.mean((row_lse + column_lse) / 2 - np.diagonal(logits))
+    d_logits = (by_row + by_column - 2 * np.eye(batch)) / (2 * batch)
+    d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
+    return float(loss), d_images, d_texts, float(np.sum(d_logits * logits))
+
+
+def sigmoid_loss(images, texts, logit_scale, logit_bias):
+    """Loss and its gradients in all four arguments, all float64."""
+    images, texts = np.asarray(images, np.float64), np.asarray(texts, np.float64)
+    products, batch = images @ texts.T, len(images)
+    scale = np.exp(np.float64(logit_scale))
+    signs = 2 * np.eye(batch) - 1
+    wrong = -signs * (scale * products + np.float64(logit_bias))
+    d_logits = -signs / (1 + np.exp(-wrong)) / batch
+    loss = np.logaddexp(0, wrong).sum() / batch
+    d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
+    return loss, d_images, d_texts, np.sum(d_logits * scale * products), d_logits.sum()
+
+
+def _softmax(logits: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    top = logits.max(axis=axis, keepdims=True)
+    odds = np.exp(logits - top)
+    total = odds.sum(axis=axis, keepdims=True)
+    return odds / total, (top + np.log(total)).squeeze(axis)
+
+
+def pairs(batch: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors float32 [batch, width], each text somewhere near its image.
+
+    Some pairs are close and some are far, so that at any temperature some examples are solved and
+    others not, and neither loss nor gradients vanish.
+    """
+    rng = np.random.default_rng(seed)
+    images = rng.normal(size=(batch, width))
+    closeness = rng.uniform(0, 1.5, (batch, 1))
+    texts = closeness * images + rng.normal(size=(batch, width))
+    return _unit(images), _unit(texts)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def relative_error(got, want) -> float:
+    """Largest difference, relative to the largest value."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def cubic_weights(old: int, new: int) -> np.ndarray:
+    """Keys' cubic (a = -1/2) from `old` to `new` >= `old` samples, float64 [new, old]."""
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    x = np.abs(centres[:, None] - np.arange(old))
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    weights = np.where(x <= 1, near, np.where(x < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True)  # what lies beyond the edge is left out
+
+
+def resized(positions: np.ndarray, new: int) -> np.ndarray:
+    """Reference of `resize_positions`: [1 + old * old, w] -> [1 + new * new, w]."""
+    old = round((len(positions) - 1) ** 0.5)
+    grid = np.asarray(positions[1:], np.float64).reshape(old, old, -1)
+    weights = cubic_weights(old, new)
+    grid = np.einsum("ai,bj,ijw->abw", weights, weights, grid).reshape(new * new, -1)
+    return np.concatenate([positions[:1], grid])

@@ -1,0 +1,61 @@
+"""A model so small that the TPU compiler is done with its training step in seconds."""
+
+import importlib.util
+
+import pytest
+from ml_collections import ConfigDict
+
+from clip_jax.models.sizes import Size
+from clip_jax.plan import topology
+from configs import vit_b32
+
+TINY = {
+    "embed_dim": 16,
+    "image_size": 16,
+    "image_layers": (2,),
+    "image_width": 32,
+    "image_heads": 2,
+    "patch_size": 8,
+    "text_layers": 2,
+    "text_width": 32,
+    "text_heads": 2,
+    "context_length": 8,
+    "vocab_size": 64,
+}
+V5E_8 = topology.parse_topology("v5e:2x4")
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU compiler, is not installed"
+)
+
+
+def tiny_config(**overrides) -> ConfigDict:
+    """The smoke config with the tiny model; overrides by dotted name."""
+    config = vit_b32.get_config("smoke").unlock()
+    config.model.size.update(TINY)
+    config.model.packing.length = 0
+    config.mesh.zero1 = False
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def check_paragraph(text: str) -> None:
+    """What a mistake is answered with."""
+    assert "\n" not in text.strip()
+    assert 30 < len(text) < 700
+    assert text.strip().endswith((".", "..."))
+    assert "Traceback" not in text
+
+
+def unread_flops(size: Size) -> float:
+    """That `model_flops` counts for one pair, but no program executes: of the last layers' tokens
+    that are not read, what follows on attention, and, where all see all, their queries too."""
+    total = 0.0
+    if not size.is_resnet and size.image_pool == "class":
+        others, width = (size.image_size // size.patch_size) ** 2, size.image_width
+        unread = 2.0 * others * width * (2 * width + 2 * size.image_mlp)
+        unread += 4.0 * others * (others + 1) * width
+        total += unread * (2 if size.objective == "near_duplicates" else 1)
+    if size.objective == "contrastive" and size.text_layers:
+        others, width = size.context_length - 1, size.text_width
+        total += 2.0 * others * width * (width + 2 * size.text_mlp)
+    return total

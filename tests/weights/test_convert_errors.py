@@ -1,0 +1,263 @@
+"""What cannot be converted is refused, and the message names what is wrong."""
+
+import dataclasses
+import io
+import json
+import pathlib
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny_weights
+
+from clip_jax import models
+from clip_jax.errors import UserError
+from clip_jax.weights import base as weights
+from clip_jax.weights import convert
+from clip_jax.weights.convert import cli, torch_files
+
+
+def pickled_file(path: pathlib.Path, value: object) -> pathlib.Path:
+    """A file as PyTorch packs it, around any pickle."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(value, protocol=2))
+    return path
+
+
+class Harmful:
+    def __reduce__(self):
+        return (pathlib.Path.touch, (pathlib.Path("harm"),))
+
+
+@pytest.mark.parametrize("where", ["top", "state_dict"])
+def test_a_pickle_with_code_is_refused(where: str, tmp_path: pathlib.Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    value = Harmful() if where == "top" else {"state_dict": {"weight": Harmful()}}
+    path = pickled_file(tmp_path / "model.pt", value)
+    with pytest.raises(UserError, match=r"model.pt is refused.*getattr, which could run code"):
+        convert.read(path, model="ViT-B/32")
+    assert not (tmp_path / "harm").exists()
+    with zipfile.ZipFile(path) as archive:  # it would have done harm
+        pickle.load(io.BytesIO(archive.read("archive/data.pkl")))
+    assert (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["builtins.eval", "os.system", "torch.load", "numpy.load"])
+def test_only_known_names_are_unpickled(name: str, tmp_path: pathlib.Path):
+    module, _, function = name.rpartition(".")
+    with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
+        archive.writestr("x/data.pkl", f"c{module}\n{function}\n.".encode())
+    with pytest.raises(UserError, match=rf"asks for {name}"):
+        convert.read(tmp_path / "x.bin", model="RN50")
+
+
+def test_damaged_torch_files(tmp_path: pathlib.Path):
+    path = tmp_path / "x.pt"
+    path.write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(UserError, match=r"no file of PyTorch 1.6 or later"):
+        convert.read(path, model="RN50")
+    ours = tiny_weights.make("vit")
+    torch_files.write(convert.files.export(convert.openai.table(ours.size), ours), path)
+    path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(UserError, match=r"cut short"):
+        convert.read(path, model="RN50")
+
+
+def test_a_tensor_beyond_its_storage(tmp_path: pathlib.Path):
+    """Whatever shape the pickle claims, only the storage is read."""
+    arrays = {"a": np.arange(4, dtype=np.float32)}
+    path = tmp_path / "x.pt"
+    torch_files.write(weights.Tensors({"a": (2, 400)}, lambda name: arrays[name]), path)
+    found = torch_files.read(path).tensors
+    with pytest.raises((TypeError, ValueError), match="buffer"):
+        found.read("a")
+
+
+# ---- Another architecture ----------------------------------------------------------------------
+
+
+def edited(folder: pathlib.Path, change) -> pathlib.Path:
+    """A folder of transformers, its tensors changed in place."""
+    convert.write(tiny_weights.make("vit"), folder, "huggingface")
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_the_first_tensor_of_another_shape(tmp_path: pathlib.Path):
+    def change(tensors: dict):
+        tensors["text_projection.weight"] = np.zeros((5, 64), np.float32)
+
+    match = r"another architecture: its text_projection.weight is \[5, 64\].*has \[32, 64\]"
+    with pytest.raises(UserError, match=match):
+        convert.read(edited(tmp_path / "x", change))
+
+
+def test_missing_and_superfluous_tensors_are_listed(tmp_path: pathlib.Path):
+    def change(tensors: dict):
+        tensors["adapter.weight"] = tensors.pop("visual_projection.weight")
+
+    match = r"lacks 1 tensor\(s\) \(visual_proj.*has besides 1 tensor\(s\) \(adapter.weight\)"
+    with pytest.raises(UserError, match=match):
+        convert.read(edited(tmp_path / "x", change))
+
+
+def test_nan_is_named(tmp_path: pathlib.Path):
+    def change(tensors: dict):
+        tensors["text_projection.weight"][3, 4] = np.nan
+
+    found = convert.read(edited(tmp_path / "x", change))
+    with pytest.raises(UserError, match=r"text_projection.weight holds 1 values of 2,048.*NaN"):
+        convert.write(found, tmp_path / "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]  # nothing half written
+
+
+def test_a_bare_state_dict_must_be_named(tmp_path: pathlib.Path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(1, np.float32)}, path)
+    with pytest.raises(UserError, match=r"bare list of tensors.*--model.*RN50"):
+        convert.read(path)
+    with pytest.raises(UserError, match=r"lacks 302 tensor\(s\).* has besides 1 tensor\(s\) \(a\)"):
+        convert.read(path, model="ViT-B/32")
+
+
+# ---- Settings that contradict ------------------------------------------------------------------
+
+
+def edit_json(path: pathlib.Path, **changes):
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        node = content
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "match"),
+    [
+        ("preprocessor_config.json", {"crop_size": 48}, "image_size 32 in config.json, but 48"),
+        ("preprocessor_config.json", {"resample": 2}, "Pillow's filter 2 .resample"),
+        (
+            "config.json",
+            {"text_config__hidden_act": "gelu"},
+            "hidden_act 'gelu' in its text",
+        ),
+        ("config.json", {"text_config__layer_norm_eps": 1e-3}, "layer_norm_eps 0.001"),
+        ("vocab.json", {"dog</w>": 7}, r"is not OpenAI's: 'dog</w>' has the id 7 instead of 1929"),
+        ("config.json", {"vision_config__num_hidden_layers": 3}, r"lacks 16 tensor.*layers\.2"),
+    ],
+)
+def test_a_folder_that_contradicts_itself(file, changes, match, tmp_path: pathlib.Path):
+    convert.write(tiny_weights.make("vit"), tmp_path / "x", "huggingface")
+    edit_json(tmp_path / "x" / file, **changes)
+    with pytest.raises(UserError, match=match):
+        convert.read(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"model_cfg__text_cfg__hf_model_name": "roberta"}, "text_cfg.hf_model_name = 'roberta'"),
+        ({"model_cfg__vision_cfg__attentional_pool": True}, "vision_cfg.attentional_pool = True"),
+        ({"model_cfg__vision_cfg__timm_model_name": "convnext"}, "image tower convnext of timm"),
+        ({"preprocess_cfg__interpolation": "bilinear"}, "interpolation 'bilinear'"),
+        (
+            {"model_cfg__text_cfg__act_kwargs": {"approximate": "tanh"}},
+            "gelu_tanh in its text tower",
+        ),
+    ],
+)
+def test_unknown_settings_of_open_clip(changes, match, tmp_path: pathlib.Path):
+    convert.write(tiny_weights.make("gelu"), tmp_path / "x", "open_clip")
+    edit_json(tmp_path / "x" / "open_clip_config.json", **changes)
+    with pytest.raises(UserError, match=match):
+        convert.read(tmp_path / "x")
+
+
+def test_another_model_than_named(tmp_path: pathlib.Path):
+    convert.write(tiny_weights.make("gelu"), tmp_path / "x")
+    with pytest.raises(UserError, match=r"not ViT-B/32: it has.*activation 'gelu', not 'quick_gel"):
+        convert.read(tmp_path / "x", model="ViT-B/32")
+    assert convert.read(tmp_path / "x", activation="quick_gelu").size.activation == "quick_gelu"
+
+
+def test_a_damaged_description(tmp_path: pathlib.Path):
+    convert.write(tiny_weights.make("vit"), tmp_path / "x")
+    (tmp_path / "x" / "clip_jax.json").write_text('{"size": {}}')
+    with pytest.raises(UserError, match=r"clip_jax.json cannot be read as the description"):
+        convert.read(tmp_path / "x")
+
+
+# ---- What a format has no place for ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "to", "match"),
+    [
+        ("resnet", "huggingface", "no CLIP with a ResNet"),
+        ("gelu", "openai", "activation 'gelu', not 'quick_gelu'"),
+        ("siglip", "openai", "image_pool 'map', not 'class'"),
+        ("siglip", "open_clip", "no image tower like that"),
+        ("vit", "big_vision", "two towers are SigLIP's"),
+    ],
+)
+def test_formats_without_such_a_model(kind, to, match, tmp_path: pathlib.Path):
+    with pytest.raises(UserError, match=match):
+        convert.write(tiny_weights.make(kind), tmp_path / f"x{convert.FORMATS[to][1]}", to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_published_siglip_in_open_clip_needs_another_activation(tmp_path: pathlib.Path):
+    """timm's tower has the exact GELU."""
+    size = models.get_size("SigLIP-B/16")
+    ours = dataclasses.replace(tiny_weights.make("siglip"), size=size)
+    with pytest.raises(UserError, match=r"activation 'gelu_tanh', not 'gelu'.*--activation"):
+        convert.write(ours, tmp_path / "x", "open_clip")
+
+
+def test_targets(tmp_path: pathlib.Path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="is there already"):
+        convert.write(tiny_weights.make("vit"), tmp_path / "x")
+    with pytest.raises(UserError, match=r"end in .pt: call the target .*y.pt"):
+        convert.write(tiny_weights.make("vit"), tmp_path / "y", "openai")
+    with pytest.raises(UserError, match=r"https:// is not read.*gs://BUCKET"):
+        convert.write(tiny_weights.make("vit"), "https://example.org/x")
+
+
+@pytest.mark.parametrize("to", convert.FORMATS)
+def test_what_breaks_off_leaves_nothing(to: str, tmp_path: pathlib.Path):
+    ours = tiny_weights.make("siglip" if to == "big_vision" else "vit")
+    last = list(ours.tensors.shapes)[-1]
+
+    def read(name: str) -> np.ndarray:
+        value = ours.tensors.read(name)
+        return np.full_like(value, np.nan) if name == last else value
+
+    broken = dataclasses.replace(ours, tensors=weights.Tensors(ours.tensors.shapes, read))
+    with pytest.raises(UserError, match="NaN or infinite"):
+        convert.write(broken, tmp_path / f"x{convert.FORMATS[to][1]}", to)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sources(tmp_path: pathlib.Path):
+    (tmp_path / "notes.txt").write_text("")
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(UserError, match=r"no model that can be read.*workdir.*big_vision"):
+            convert.read(path)
+    for path in ("https://example.org/model.pt", "hf://someone/tiny-clip", "gs:/bucket/model"):
+        with pytest.raises(UserError, match=r"cannot be used: .*Paths are local, gs://BUCKET"):
+            convert.read(path)
+
+
+def test_the_command_says_it_in_a_paragraph(tmp_path: pathlib.Path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(tmp_path / "nowhere"), str(tmp_path / "x")])
+    assert ended.value.code == 2
+    assert "There is no" in capsys.readouterr().err
