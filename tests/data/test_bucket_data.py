@@ -51,7 +51,7 @@ def remote(bucket, local, tmp_path) -> epath.Path:
 def start(folder, **changes) -> pipeline.TrainPipeline:
     """The training batches of one host."""
     config = default.get_config().data
-    config.update({"threads": 2, "window": 80, "run": 8, **changes})
+    config.update({"threads": 2, "shuffle_window": 80, "chunk": 8, **changes})
     config.source = default.source(type="tar", path=f"{folder}/*.tar")
     shape = {"image_size": SIZE, "seed": 3, "batch_size": BATCH}
     source, order = mixture.create(config, SIZE, 3, batch_size=BATCH, parts=1)

@@ -32,7 +32,7 @@ def shards(tmp_path_factory):
 def settings(path, order: str) -> ConfigDict:
     config = default.get_config().data
     config.source = default.source(type="tar", path=str(path))
-    config.update(order=order, run=4, window=24, threads=2)
+    config.update(order=order, chunk=4, shuffle_window=24, threads=2)
     return config
 
 

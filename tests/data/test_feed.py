@@ -77,7 +77,7 @@ def test_a_hanging_run_ends_with_its_name(tmp_path):
     """A read that never returns must not keep the process, whatever threads it holds."""
     program = """
         import sys, time
-        from clip_jax.data import digits
+        from clip_jax.data.sources import digits
         stored = digits.DigitScenes.__getitem__
         def read(self, index):
             return stored(self, index) if index != 5 else time.sleep(3600)

@@ -46,7 +46,7 @@ def start(path: Path, processes: int, **overrides) -> pipeline.TrainPipeline:
     options = {"start": overrides.pop("start", 0), "part": 0, "parts": 1}
     config = default.get_config().data
     config.source = default.source(type="tar", path=str(path))
-    config.update({"threads": 4, "processes": processes, "run": 5, "window": 40, **overrides})
+    config.update({"threads": 4, "processes": processes, "chunk": 5, "shuffle_window": 40, **overrides})
     source, order_ = mixture.create(config, 8, 3, batch_size=BATCH, parts=1)
     reopen = functools.partial(
         rows.reopen,

@@ -255,9 +255,9 @@ def test_classes_without_images():
 
 def test_packaged_files_suffice():
     """All data files are installed with the package."""
-    wanted = 'datasets" = ["sets/*"'
+    wanted = 'evaluate.sets" = ["definitions/*"'
     assert wanted in (ROOT / "pyproject.toml").read_text()
-    licences = {path.name for path in (ROOT / "clip_jax/datasets/sets").glob("LICENSE*")}
+    licences = {path.name for path in (ROOT / "clip_jax/evaluate/sets/definitions").glob("LICENSE*")}
     named = {
         word.strip("(),.")
         for n in registry.names()
