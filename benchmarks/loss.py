@@ -77,13 +77,13 @@ def on_topology(name: str, tile: int) -> None:
     import jax.numpy as jnp
     from jax.experimental import topologies
 
-    from clip_jax import losses, sharding
+    from clip_jax import choices, losses, sharding
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     mesh = sharding.make_mesh(devices=topology.devices)
     place = jax.sharding.NamedSharding(mesh, sharding.EVERY_AXIS)
     print(f"{name}, bfloat16\n\n| method | batch | width | temporary MiB |\n|---|---|---|---|")
-    for method in losses.METHODS:
+    for method in choices.LOSS_METHODS:
         for batch, width in ((32_768, 512), (262_144, 768), (1_048_576, 768)):
             if method == "all_gather" and batch > 262_144:
                 continue  # does not fit

@@ -16,8 +16,8 @@ from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample, UserError
-from clip_jax.models import buckets, scores
-from clip_jax.models.prompts import average_classes, class_prompts, prepare
+from clip_jax.models import buckets
+from clip_jax.models.prompts import average_classes, class_prompts, class_scores, prepare
 from clip_jax.storage import faults, locations, ranges
 from clip_jax.weights import base as weights
 from clip_jax.weights import convert
@@ -58,7 +58,7 @@ class Model:
         self._crop = Crop(net.size.image_crop)
         self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
-        self._scores = jax.jit(partial(scores.class_scores, net), static_argnames="classes")
+        self._scores = jax.jit(partial(class_scores, net), static_argnames="classes")
 
     def __repr__(self) -> str:
         return self.about or super().__repr__()
@@ -126,7 +126,7 @@ class Model:
         if hasattr(self.net, "score"):
             prepared = prepare(self._tokens(prompts, truncate=False))
             count = len(class_names)
-            score = partial(self._scores, prompts=prepared, owners=owners, classes=count)
+            score = partial(self._scores, prompts=prepared, class_ids=owners, classes=count)
             logits = self._batched(score, images, count)
             return np.asarray(jax.nn.softmax(logits, axis=-1))
         classes = average_classes(self.encode_text(prompts), owners, len(class_names))

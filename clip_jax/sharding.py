@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from clip_jax.errors import UserError
 
@@ -16,7 +17,7 @@ from clip_jax.errors import UserError
 # heads and hidden units of every transformer block, whose groups see the same examples.
 AXES = ("slice", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(AXES[:-1])
-# Where no parameter is involved, as in the loss, the tensor axis takes its share of examples too.
+# Where no parameter is involved, as in the loss, the tensor axis splits the examples too.
 EVERY_AXIS = PartitionSpec(AXES)
 
 
@@ -24,7 +25,7 @@ class Placement(NamedTuple):
     """How a parameter is split.
 
     Attributes:
-      fsdp: along the largest dimension that the fsdp axis divides, if there is one.
+      fsdp: whether the fsdp axis splits the largest dimension that it divides.
       tensor: dimension, counted from the last, that the tensor axis splits; None: none.
     """
 
@@ -56,7 +57,7 @@ def make_mesh(
     slices: int = 1,
     devices: list[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes `AXES` over all devices of all processes.
+    """Makes a mesh with axes `AXES` over all devices of all processes.
 
     Args:
       data: devices along the pure data axis; -1: as many as remain.
@@ -104,10 +105,10 @@ def _divisors(count: int) -> str:
 
 
 def check_batch(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
-    """Whether a mesh can share out a batch, and each of its micro-batches.
+    """Checks that a mesh divides a batch, and each of its micro-batches.
 
     Raises:
-      UserError: it cannot; names batch sizes and accumulations that fit.
+      UserError: it does not; names batch sizes and accumulations that fit.
     """
     if accum_steps < 1:
         raise UserError(f"accum_steps is {accum_steps}: it is 1, or the number of micro-batches.")
@@ -126,12 +127,12 @@ def check_batch(batch_size: int, accum_steps: int, mesh: Mesh) -> None:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the batch is split."""
+    """Counts the parts that the batch is split into."""
     return mesh.size // mesh.shape["tensor"]
 
 
-def process_share(mesh: Mesh) -> tuple[int, int]:
-    """Which part of each batch this process loads, and how many parts there are.
+def process_part(mesh: Mesh) -> tuple[int, int]:
+    """Returns the part of each batch that this process loads, and the number of parts.
 
     Processes that the tensor axis joins see the same examples, and all load them.
 
@@ -153,24 +154,30 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays whose first dimension is the global batch."""
+    """Returns the sharding of arrays whose first dimension is the global batch."""
     return NamedSharding(mesh, BATCH)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain_batch(x: jax.Array, spec: PartitionSpec = BATCH) -> jax.Array:
+def constrain_batch(
+    x: Shaped[Array, "*shape"], spec: PartitionSpec = BATCH
+) -> Shaped[Array, "*shape"]:
     """Keeps the batch dimension of an activation split; no effect outside `jax.set_mesh`."""
     if set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
         return jax.lax.with_sharding_constraint(x, spec)
     return x
 
 
-def spread_batch(x: jax.Array) -> jax.Array:
-    """Splits the batch dimension over the tensor axis too, where it divides it: for layers whose
-    parameters that axis does not split, and which it would otherwise compute several times."""
+def spread_batch(x: Shaped[Array, "*shape"]) -> Shaped[Array, "*shape"]:
+    """Splits the batch dimension over the tensor axis too, where that divides it.
+
+    For layers whose parameters that axis does not split: its devices would otherwise all compute
+    the same.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("tensor", 1) == 1 or x.shape[0] % mesh.size:
         return x
@@ -178,7 +185,7 @@ def spread_batch(x: jax.Array) -> jax.Array:
 
 
 def constrain_update(tree: Any, zero1: bool) -> Any:
-    """Splits parameters, or gradients, as the optimiser's state; no effect outside `set_mesh`."""
+    """Splits parameters, or gradients, like the optimiser's state; no effect outside `set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(AXES) <= set(mesh.axis_names):
         return tree
@@ -192,12 +199,12 @@ def constrain_update(tree: Any, zero1: bool) -> Any:
 
 
 def tree_shardings(tree: Any, mesh: Mesh, zero1: bool = False) -> Any:
-    """Shardings for a pytree of arrays or shapes, by `RULES`.
+    """Returns shardings for a pytree of arrays or shapes, by `RULES`.
 
     Args:
       tree: a `TrainState`, or part of one.
-      mesh: of the run.
-      zero1: what stands under opt_state is split over the data axis too (ZeRO, stage 1).
+      mesh: devices of the run.
+      zero1: split what stands under opt_state over the data axis too (ZeRO, stage 1).
     """
 
     def leaf_sharding(path, leaf):
@@ -209,7 +216,7 @@ def tree_shardings(tree: Any, mesh: Mesh, zero1: bool = False) -> Any:
 
 
 def path_name(path: tuple) -> str:
-    """A tree path as "text/transformer/blocks/qkv/kernel"."""
+    """Returns a tree path as "text/transformer/blocks/qkv/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -226,7 +233,7 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Any, axes: tuple[str, ...]) -
         if free and ways > 1:
             spec[max(free, key=lambda d: shape[d])] = axes if len(axes) > 1 else axes[0]
             break
-        axes = axes[1:]  # rather over fewer devices than whole on all of them
+        axes = axes[1:]  # fewer devices are better than the whole on each
     while spec and spec[-1] is None:
         spec.pop()
     return PartitionSpec(*spec)

@@ -1,4 +1,4 @@
-"""What training changes: one pytree, born sharded."""
+"""The training state: one pytree, initialised sharded."""
 
 from typing import Any
 
@@ -8,33 +8,34 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from clip_jax import optim, sharding
 
 
 class TrainState(struct.PyTreeNode):
-    """Parameters and what the optimiser knows of them.
+    """Parameters and optimiser state.
 
     Attributes:
-      step: int32 [], steps taken.
+      step: int32, steps taken.
       params: float32 pytree; bfloat16 where optim.bf16_params says so.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
-      opt_state: of the optimiser.
+      opt_state: state of the optimiser, float32; moments as optim.moment_dtype says.
     """
 
-    step: jax.Array
+    step: Int[Array, ""]
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What `net.apply` takes."""
+        """The variables that `net.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
-    """Parameters and BatchNorm statistics of a new model; to be jitted or eval_shaped."""
+    """Initialises parameters and BatchNorm statistics; to be jitted or eval_shaped."""
     size = net.size
     images = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
     tokens = jnp.zeros((1, size.context_length), jnp.int32)
@@ -58,13 +59,13 @@ def abstract_state(
     zero1: bool = False,
     bf16_params: str = "",
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, nothing allocated.
+    """Returns shapes, dtypes and shardings of the state, nothing allocated.
 
     Args:
       net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
-      mesh: where the state will live.
-      zero1: the optimiser's part is split over the data axis too.
+      mesh: devices that will hold the state.
+      zero1: split the optimiser's state over the data axis too.
       bf16_params: see `optim.to_bf16`.
     """
     shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, bf16_params))
@@ -72,7 +73,7 @@ def abstract_state(
 
 
 def abstract_variables(net: nn.Module, mesh: Mesh) -> dict[str, Any]:
-    """The same for what inference needs, as `TrainState.variables`."""
+    """Returns those of the variables alone, which inference needs."""
     return _placed(jax.eval_shape(lambda: init_variables(net, 0)), mesh)
 
 
@@ -93,15 +94,15 @@ def init_state(
     bf16_params: str = "",
     variables: Any = None,
 ) -> TrainState:
-    """The initial state, each device computing only its share; equal on every mesh.
+    """Computes the initial state, on each device only its shards; equal on every mesh.
 
     Args:
-      like: where it lives, from `abstract_state`.
+      like: shapes and shardings, from `abstract_state`.
       net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
-      seed: of the random initialisation.
+      seed: PRNG seed of the random initialisation.
       bf16_params: see `optim.to_bf16`.
-      variables: of a model to start from; None: random.
+      variables: a model's, to start from; None: random.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
@@ -112,5 +113,5 @@ def init_state(
 
 
 def count_params(params: Any) -> int:
-    """Number of trainable values, of arrays or shapes."""
+    """Counts the trainable values of a pytree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

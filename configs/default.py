@@ -1,36 +1,47 @@
-"""Every setting of clip_jax stands here once, with its unit; other configs only override.
+"""Every setting of clip_jax, once, with its unit; other configs only override.
 
-Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", "5 percent"
-(percent of the run; not for `duration` itself).
+Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", or "5 percent"
+(percent of the run, so not for `duration` itself).
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from clip_jax import choices
 from clip_jax.errors import UserError
+from clip_jax.models import sizes
 
-OBJECTIVES = ("contrastive", "captioning", "bag_of_words", "near_duplicates")
+# Earlier names of settings: a command line or a config that has them is told the new one.
+RENAMED = {
+    "optim.half_weights": "optim.bf16_params",
+    "data.run": "data.chunk",
+    "data.window": "data.shuffle_window",
+    "data.patience": "data.stall_timeout",
+    "model.pack.length": "model.packing.length",
+    "model.pack.rows": "model.packing.rows",
+}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """The paper's common settings (Table 18), for a ViT; names no data."""
+    """Returns the paper's common settings (Table 18), for a ViT; names no data."""
     del arg
     config = ConfigDict()
-    # What is learned: "contrastive" (the paper's model), or what its figure 2 compares with that:
-    # "captioning" (a transformer writes the caption) | "bag_of_words" (its words are predicted); or
-    # "near_duplicates" (two views of an image belong together; captions are not looked at).
+    # Training objective: "contrastive" (CLIP); the baselines of the paper's figure 2, "captioning"
+    # (a transformer writes the caption) and "bag_of_words" (predicts the words of the caption); or
+    # "near_duplicates" (matches two views of an image; captions are ignored).
     config.objective = "contrastive"
-    config.seed = 0  # the one PRNG key; all randomness is folded from it by step or example
-    config.duration = "32 epochs"  # of the whole run; the learning rate ends at zero there
+    config.seed = 0  # PRNG seed, non-negative; all randomness is folded from it by step or example
+    config.duration = "32 epochs"  # length of the run; the learning rate reaches zero at its end
     config.batch_size = 32_768  # image-text pairs per step, over all devices of all hosts
-    config.accum_steps = 1  # micro-batches that a batch is embedded in; the loss spans them all
-    # "openai"; the path of a SentencePiece .model file; or "siglip:" and the path of the .model or
-    # tokenizer.json file of a SigLIP model, which gives the ids that that model was trained with.
+    # Micro-batches that each batch is embedded in, to save memory; the loss spans the whole batch.
+    config.accum_steps = 1
+    # "openai"; or the path of a SentencePiece .model file; or "siglip:" and the path of the .model
+    # or tokenizer.json file of a SigLIP model, which gives the ids that it was trained with.
     config.tokenizer = "openai"
-    # Whose model a new run starts from: workdir, checkpoint, or anything else that clip_jax.load
-    # takes, others' weights too; "": from scratch.
+    # Model that a new run starts from: a workdir, a checkpoint, or anything else that clip_jax.load
+    # takes, published weights too; "": random initialisation.
     config.init_from = ""
-    config.compilation_cache = ""  # directory for compiled programs; "": off
+    config.compilation_cache = ""  # directory that keeps compiled programs; "": none
     config.model = _model()
     config.mesh = _mesh()
     config.loss = _loss()
@@ -43,14 +54,14 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
-    """Applies what stands behind the colon of --config=FILE:ARG; every config ends with it."""
+    """Applies the argument after the colon of --config=FILE:ARG; every config ends with it."""
     if arg not in ("", "smoke"):
         raise UserError(f"Unknown config argument {arg!r}: the one there is, is smoke.")
     return smoke(config) if arg else config
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The same run shrunk to seconds on a laptop: tiny shapes, embedded data, few steps."""
+    """Shrinks a run to seconds on a laptop: tiny shapes, embedded data, few steps."""
     resnet = config.model.name.startswith("RN")
     config.model.size.update(
         embed_dim=32,
@@ -89,23 +100,23 @@ def use_digits(config: ConfigDict) -> ConfigDict:
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks what can be checked without data or devices.
+    """Checks the settings that need neither data nor devices.
 
     Raises:
-      UserError: names the field, what it holds and what it may hold.
+      UserError: names the field, its value and the values that it takes.
     """
     problems = []
-    for name, value, choices in (
-        ("objective", config.objective, OBJECTIVES),
-        ("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16")),
-        ("data.crop", config.data.crop, ("random", "resized", "center", "none")),
-        ("data.order", config.data.order, ("shuffled", "windowed", "stored")),
-        ("loss.name", config.loss.name, ("softmax", "sigmoid")),
-        ("loss.method", config.loss.method, ("all_gather", "ring")),
-        ("optim.moment_dtype", config.optim.moment_dtype, ("float32", "bfloat16")),
+    for name, value, allowed in (
+        ("objective", config.objective, choices.OBJECTIVES),
+        ("model.dtype", config.model.dtype, choices.COMPUTE_DTYPES),
+        ("data.crop", config.data.crop, choices.CROPS),
+        ("data.order", config.data.order, choices.ORDERS),
+        ("loss.name", config.loss.name, choices.LOSS_NAMES),
+        ("loss.method", config.loss.method, choices.LOSS_METHODS),
+        ("optim.moment_dtype", config.optim.moment_dtype, choices.MOMENT_DTYPES),
     ):
-        if value not in choices:
-            problems.append(f"{name} is {value!r}, and must be one of {', '.join(choices)}")
+        if value not in allowed:
+            problems.append(f"{name} is {value!r}, and must be one of {', '.join(allowed)}")
     for name, value, least in (
         ("batch_size", config.batch_size, 1),
         ("accum_steps", config.accum_steps, 1),
@@ -135,105 +146,100 @@ def validate(config: ConfigDict) -> None:
 
 
 def source(**overrides) -> ConfigDict:
-    """Where examples come from; the same fields for training and evaluation data."""
+    """Returns a data source; training and evaluation data have the same fields."""
     spec = ConfigDict()
-    spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "tfrecord" | "synthetic"
-    # folder: directory; tar, tfrecord: files or patterns, comma-separated; tfds: data_dir
+    # Kind of data: "digits" (embedded) | "folder" | "tar" | "tfds" | "tfrecord" | "synthetic".
+    spec.type = ""
+    # folder: directory; tar, tfrecord: files or glob patterns, comma-separated; tfds: data_dir.
     spec.path = ""
-    spec.name = ""  # tfds: dataset name, such as "coco_captions"
-    # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]"
+    spec.name = ""  # tfds: data set name, such as "coco_captions"
+    # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]".
     spec.split = ""
-    spec.image_key = ""  # tfds ("/" for nesting), tfrecord: the feature; "": the usual name
-    # Where captions stand: a feature (tfds, tfrecord), a key of the .json (tar) or a column
+    # tfds ("/" for nesting), tfrecord: feature that holds the image; "": the usual name.
+    spec.image_key = ""
+    # Name of the caption: a feature (tfds, tfrecord), a key of the .json (tar) or a column
     # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.
     spec.text_key = ""
-    # Where the class of an example stands, as for text_key; tar: "cls" and "npy" are files; "": no
-    # classes.
+    # Name of the class label, as for text_key; tar: also "cls" or "npy", files; "": no classes.
     spec.label_key = ""
-    spec.group_keys = ""  # where its groups stand ("gender,race"), for bias probes; "": no groups
+    spec.group_keys = ""  # names of group labels ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
-    spec.weight = 0.0  # in a mixture; 0: its number of examples
+    spec.weight = 0.0  # weight in a mixture; 0: the number of examples
     spec.update(overrides)
     return spec
 
 
 def mixture(**sources: ConfigDict) -> ConfigDict:
-    """Sources by name, for `data.mixture`."""
+    """Returns sources by name, for `data.mixture`."""
     return ConfigDict(sources)
 
 
 def _model() -> ConfigDict:
     model = ConfigDict()
     model.name = "ViT-B/32"  # one of clip_jax.available_models()
-    model.dtype = "auto"  # of the compute: "float32" | "bfloat16" | "auto" (bfloat16 off CPU)
-    model.scan_layers = True  # transformer layers in lax.scan (short compile) or unrolled
-    model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
-    model.patch_dropout = 0.0  # share of patches that a ViT does not see in training
-    # Several captions in a row of the contrastive text tower, so that it does not compute padding.
-    # The result is the same; how many rows it takes depends on the captions (README, "Captions
-    # packed").
+    # Compute dtype: "float32" | "bfloat16" | "auto" (bfloat16, on a CPU float32).
+    model.dtype = "auto"
+    model.scan_layers = True  # run transformer layers in lax.scan (compiles fast), or unroll them
+    # Activations recomputed in the backward pass: "none" | "full" | a policy of
+    # jax.checkpoint_policies.
+    model.remat = "none"
+    model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
+    # Packing: several captions share a row of the contrastive text tower, so that little compute is
+    # spent on padding. Results are the same; the rows needed depend on the captions (README,
+    # "Captions packed").
     model.packing = ConfigDict()
     model.packing.length = 80  # tokens in a row, at least context_length; 0: one caption a row
-    model.packing.rows = (
-        0.3  # rows per caption; more are computed, in turns, when they do not suffice
-    )
-    # Overrides of the named size, for models the paper does not have; None: as named.
-    size = ConfigDict()
-    size.embed_dim = placeholder(int)  # of the joint space
-    size.image_size = placeholder(int)  # pixels along a side
-    size.image_layers = placeholder(tuple)  # (layers,) of a ViT; blocks of the 4 ResNet stages
-    size.image_width = placeholder(int)  # ViT: channels; ResNet: channels of the first stage
-    size.image_heads = placeholder(int)  # attention heads; of the attention pool in ResNets
-    size.image_mlp = placeholder(int)  # hidden units of a block; 0: 4 * image_width; ViT only
-    size.patch_size = placeholder(int)  # pixels along a side; ViT only
-    size.text_layers = placeholder(int)
-    # "end" (paper) | "last" | "bag": of words, without layers, which goes with text_layers=0
-    size.text_pool = placeholder(str)
-    size.text_width = placeholder(int)
-    size.text_heads = placeholder(int)
-    size.text_mlp = placeholder(int)  # hidden units of a block; 0: 4 * text_width
-    size.context_length = placeholder(int)  # tokens, start and end tokens included
-    size.vocab_size = placeholder(int)  # for a SentencePiece tokenizer: its pieces plus 2
-    size.resnet_activation = placeholder(str)  # "relu" (paper) | "gelu" (its duplicate detector)
-    size.resnet_norm = placeholder(str)  # "batch" (paper) | "weight" (its duplicate detector)
-    size.activation = placeholder(str)  # "quick_gelu" (OpenAI) | "gelu" (open_clip) | "gelu_tanh"
-    model.size = size
+    # Rows per caption, above 0, up to 1; a batch that needs more takes further rounds of as many.
+    model.packing.rows = 0.3
+    model.size = _size()
     return model
+
+
+def _size() -> ConfigDict:
+    """Overrides of the named model's size, for models that have no name; None: as named.
+
+    The fields, their units and values stand in `Size`, clip_jax/models/sizes.py.
+    """
+    size = ConfigDict()
+    for name, kind in sizes.configurable().items():
+        size[name] = placeholder(kind)
+    return size
 
 
 def _mesh() -> ConfigDict:
     mesh = ConfigDict()
-    mesh.slices = 1  # TPU slices joined by the data-centre network; examples are split over them
+    mesh.slices = 1  # TPU slices joined by the data-centre network, which examples are split over
     mesh.data = -1  # devices along the pure data axis; -1: all that remain
-    mesh.fsdp = 1  # devices over which parameters and optimiser state are sharded as well
-    mesh.tensor = 1  # devices over which the heads and hidden units of blocks are split
-    mesh.zero1 = True  # the optimiser works in shards over the data axis too (ZeRO, stage 1)
+    mesh.fsdp = 1  # devices that parameters and optimiser state are sharded over as well
+    mesh.tensor = 1  # devices that the heads and hidden units of blocks are split over
+    mesh.zero1 = True  # shard the optimiser over the data axis too (ZeRO, stage 1)
     return mesh
 
 
 def _loss() -> ConfigDict:
     loss = ConfigDict()
-    loss.name = "softmax"  # contrastive: "softmax" (paper) | "sigmoid" (SigLIP)
-    loss.method = "all_gather"  # "all_gather" (fewer operations) | "ring" (memory of one tile)
-    loss.tile = 1024  # ring: rows and columns of logits held at once
-    loss.temperature = 0.07  # near_duplicates: divides the similarities; fixed, as in the paper
+    loss.name = "softmax"  # contrastive loss: "softmax" (paper) | "sigmoid" (SigLIP)
+    # "all_gather" (fewer operations) | "ring" (memory of one tile of logits).
+    loss.method = "all_gather"
+    loss.tile = 1024  # ring: rows and columns of a tile of logits
+    loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 
 
 def _optim() -> ConfigDict:
     optim = ConfigDict()
-    optim.learning_rate = 5e-4  # peak
-    optim.warmup = "2000 steps"  # linear, from zero; cosine to zero after it
-    optim.b1 = 0.9
-    optim.b2 = 0.98  # paper: 0.98 for ViT, 0.999 for ResNet
-    optim.eps = 1e-6  # paper: 1e-6 for ViT, 1e-8 for ResNet
+    optim.learning_rate = 5e-4  # peak learning rate
+    optim.warmup = "2000 steps"  # duration of the linear warm-up; then a cosine to zero
+    optim.b1 = 0.9  # decay rate of Adam's first moment
+    optim.b2 = 0.98  # decay rate of its second moment; paper: 0.98 for ViT, 0.999 for ResNet
+    optim.eps = 1e-6  # Adam's epsilon; paper: 1e-6 for ViT, 1e-8 for ResNet
     optim.weight_decay = 0.2  # decoupled; not on gains, biases and logit_scale
-    optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: off
+    optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: none
     optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
-    optim.moment_dtype = (
-        "float32"  # of both Adam moments: "float32" | "bfloat16" (rounded randomly)
-    )
-    # Regular expression: parameters kept in bfloat16, rounded randomly; "": none. Paper: "^text/".
+    # Storage of both Adam moments: "float32" | "bfloat16" (with stochastic rounding).
+    optim.moment_dtype = "float32"
+    # Regular expression on the paths of the parameters to store in bfloat16, with stochastic
+    # rounding; "": none. Paper: "^text/".
     optim.bf16_params = ""
     return optim
 
@@ -244,44 +250,47 @@ def _data() -> ConfigDict:
     # Several sources by name, in proportion to their weights; none: `source` alone. In a config
     # file: config.data.mixture = default.mixture(mine=source(...), theirs=source(...)).
     data.mixture = mixture()
-    # "random" square window (paper) | "resized" (RandomResizedCrop) | "center" | "none" (squash)
+    # "random" square (paper) | "resized" (RandomResizedCrop) | "center" square | "none" (squash).
     data.crop = "random"
-    data.crop_scale = (0.9, 1.0)  # resized: least and greatest share of the area
+    data.crop_scale = (0.9, 1.0)  # resized: least and greatest fraction of the area
     data.crop_ratio = (3 / 4, 4 / 3)  # resized: least and greatest width / height
-    # On the device: the probability of each, and the greatest change of what jitter changes, as a
-    # share (0.4: a factor of 0.6 to 1.4). The paper has none of it.
+    # Augmentation on the device: probability of each change, and the greatest change by jitter as a
+    # fraction (0.4: a factor of 0.6 to 1.4). The paper has none of it.
     data.augment = ConfigDict()
-    data.augment.flip = 0.0  # mirror images; captions that say left or right then lie
-    data.augment.jitter = 0.0  # change brightness, contrast and saturation
-    data.augment.grey = 0.0  # take the colour away
-    data.augment.brightness = 0.4
-    data.augment.contrast = 0.4
-    data.augment.saturation = 0.4
-    # near_duplicates: the two views of each image, on the device. The paper names these changes,
-    # but not their strengths.
-    data.views = ConfigDict()
-    data.views.scale = (0.4, 1.0)  # least and greatest share of the area that is cut out
-    data.views.ratio = (3 / 4, 4 / 3)  # of its width / height; it is stretched to a square
-    data.views.angle = 10.0  # degrees by which it is turned, at most
-    data.views.shrink = 0.4  # least share of the side that it is resized to, and back
-    data.views.hue = 0.05  # greatest shift, as a share of the circle of colours
-    data.views.saturation = 0.4  # greatest change, as a share: a factor of 0.6 to 1.4
-    data.views.value = 0.4
-    data.views.quality = (30.0, 95.0)  # of JPEG compression
-    # Of each epoch: "shuffled" over the whole set | "windowed" (reads neighbours together, where
-    # jumping is slow: README, "Slow storage") | "stored".
-    data.order = "shuffled"
-    data.shuffle_window = (
-        32_768  # windowed: examples shuffled together, which all hosts hold in memory
+    data.augment.flip = (
+        0.0  # probability of mirroring; left and right in captions become wrong
     )
-    data.chunk = 32  # windowed: neighbours read at once
-    data.max_skipped = 0.1  # share of examples that may be unusable before the run stops
+    data.augment.jitter = 0.0  # probability of changing brightness, contrast and saturation
+    data.augment.grey = 0.0  # probability of removing the colour
+    data.augment.brightness = 0.4  # greatest change, a fraction
+    data.augment.contrast = 0.4  # greatest change, a fraction
+    data.augment.saturation = 0.4  # greatest change, a fraction
+    # near_duplicates: the two views of each image, made on the device. The paper names these
+    # changes, but not their strengths.
+    data.views = ConfigDict()
+    data.views.scale = (0.4, 1.0)  # least and greatest fraction of the area in the crop
+    data.views.ratio = (3 / 4, 4 / 3)  # least and greatest width / height of the crop
+    data.views.angle = 10.0  # greatest rotation in degrees
+    data.views.shrink = 0.4  # least fraction of the side that it is downsampled to, and back
+    data.views.hue = 0.05  # greatest shift of the hue, as a fraction of the circle
+    data.views.saturation = 0.4  # greatest change, a fraction: a factor of 0.6 to 1.4
+    data.views.value = 0.4  # greatest change of the brightness, a fraction
+    data.views.quality = (30.0, 95.0)  # least and greatest quality of JPEG compression
+    # Order of the examples in each epoch: "shuffled" over the whole set | "windowed" (reads
+    # neighbours together, where random reads are slow: README, "Slow storage") | "stored".
+    data.order = "shuffled"
+    # windowed: examples shuffled together, held in memory by all hosts together.
+    data.shuffle_window = 32_768
+    data.chunk = 32  # windowed: neighbouring examples read at once
+    data.max_skipped = 0.1  # fraction of unusable examples above which the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
-    # Processes on each host that these threads are spread over, past what Python's lock allows one
-    # process; 0: none but the trainer's own.
+    # Processes on each host that run these threads, where Python's lock limits a single one; 0:
+    # only the trainer's own.
     data.processes = 0
     data.prefetch = 2  # batches held ready on the host, and as many on the device
-    data.stall_timeout = 600.0  # seconds without a batch until the run stops and says what hangs
+    data.stall_timeout = (
+        600.0  # seconds without a batch after which the run stops, naming the cause
+    )
     return data
 
 
@@ -323,15 +332,16 @@ def _suite() -> ConfigDict:
 
 def _checkpoint() -> ConfigDict:
     checkpoint = ConfigDict()
-    checkpoint.every = "1000 steps"  # and once at the end of the run
-    checkpoint.keep = 3  # most recent checkpoints kept
-    checkpoint.best_metric = "zeroshot/top1"  # the checkpoint highest in it is kept too; "": none
-    checkpoint.allow_config_change = False  # resume although the stored config trains otherwise
+    checkpoint.every = "1000 steps"  # interval of checkpoints; one more at the end of the run
+    checkpoint.keep = 3  # number of most recent checkpoints to keep
+    # The checkpoint with the highest value of this metric is kept too; "": none.
+    checkpoint.best_metric = "zeroshot/top1"
+    checkpoint.allow_config_change = False  # resume although settings that change results differ
     return checkpoint
 
 
 def _log() -> ConfigDict:
     log = ConfigDict()
-    log.every = "50 steps"  # between rows of metrics.jsonl, TensorBoard and the progress line
-    log.tensorboard = True
+    log.every = "50 steps"  # interval of rows in metrics.jsonl, TensorBoard and the progress line
+    log.tensorboard = True  # write TensorBoard events beside metrics.jsonl
     return log

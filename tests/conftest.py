@@ -11,8 +11,15 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8 {QUICK
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 from bucket_server import Server
+
+# Shapes and types of the annotated modules are checked under test, and free at run time. Before the
+# first of them is imported.
+CHECKED = ["losses", "models", "optim", "sharding", "state"]
+CHECKED += ["training.augment", "training.program", "training.step"]
+jaxtyping.install_import_hook([f"clip_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from clip_jax import sharding
 from clip_jax.storage import faults

@@ -30,7 +30,7 @@ LAYERS = (
         "clip_jax.models",
         "clip_jax.losses",
         "clip_jax.optim",
-        "clip_jax.stochastic_rounding",
+        "clip_jax.choices",
         "clip_jax.sharding",
         "clip_jax.storage",
         "clip_jax.errors",
@@ -41,13 +41,13 @@ LEAVES = {
     "clip_jax": set(),  # loads on first use
     "clip_jax.errors": set(),
     "clip_jax.sharding": {"clip_jax.errors"},
-    "clip_jax.losses": {"clip_jax.errors", "clip_jax.sharding"},
-    "clip_jax.optim": {"clip_jax.errors", "clip_jax.stochastic_rounding", "clip_jax.sharding"},
-    "clip_jax.stochastic_rounding": set(),
-    "clip_jax.models": {"clip_jax.errors", "clip_jax.sharding"},
+    "clip_jax.choices": set(),
+    "clip_jax.losses": {"clip_jax.choices", "clip_jax.errors"},
+    "clip_jax.optim": {"clip_jax.errors", "clip_jax.sharding"},
+    "clip_jax.models": {"clip_jax.choices", "clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.storage": {"clip_jax.errors"},
     "clip_jax.common": {"clip_jax.errors", "clip_jax.storage"},
-    "clip_jax.data": {"clip_jax.common", "clip_jax.errors", "clip_jax.storage"},
+    "clip_jax.data": {"clip_jax.choices", "clip_jax.common", "clip_jax.errors", "clip_jax.storage"},
 }
 
 
@@ -161,6 +161,13 @@ def test_tensorflow_comes_through_one_door():
 def test_modules_import():
     for path in FILES:
         importlib.import_module(module_name(path))
+
+
+def test_configs_are_light():
+    """--help and a mistyped setting answer at once: a config loads no JAX."""
+    code = "import sys; from configs import default, vit_b32; vit_b32.get_config('smoke');"
+    code += "sys.exit(bool({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_import_alone_is_light():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clip_jax.choices import CROPS
 from clip_jax.errors import UserError
 
 try:
@@ -16,8 +17,6 @@ except ImportError:  # no wheel for ARM Linux; Pillow makes the same picture, sl
     simd = None
 
 _local = threading.local()
-
-NAMES = ("random", "resized", "center", "none")
 
 # A draw of area and proportions that does not fit into the image is repeated so often.
 _TRIES = 10
@@ -48,8 +47,8 @@ class Crop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise UserError(f"There is no crop {self.name!r}: choose one of {', '.join(NAMES)}.")
+        if self.name not in CROPS:
+            raise UserError(f"There is no crop {self.name!r}: choose one of {', '.join(CROPS)}.")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(
                 f"A crop's scale is {self.scale}; it is the least and the greatest share of the "

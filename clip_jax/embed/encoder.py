@@ -15,8 +15,8 @@ from clip_jax.data.crops import Crop
 from clip_jax.data.feed import Feed
 from clip_jax.data.sources.base import Source
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.models import buckets, scores
-from clip_jax.models.prompts import Prompts
+from clip_jax.models import buckets
+from clip_jax.models.prompts import Prompts, class_scores
 
 Variables = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ class Encoder:
         self._image = jax.jit(image, out_shardings=whole)
         self._features = jax.jit(features, out_shardings=whole)
         self._text = jax.jit(text, out_shardings=whole)
-        score = partial(scores.class_scores, net)
+        score = partial(class_scores, net)
         self._score = jax.jit(score, out_shardings=whole, static_argnums=4)
         self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
 
@@ -134,7 +134,7 @@ class Encoder:
         owners: np.ndarray,
         classes: int,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Scores classes for the images of a source; see `scores.class_scores`.
+        """Scores classes for the images of a source; see `prompts.class_scores`.
 
         Yields:
           "scores" float32 [m, classes], "label" and "index" as `images` does.
@@ -160,7 +160,7 @@ class Encoder:
         Yields:
           These arrays and the rest of the batch, unusable images left out.
         """
-        part, parts = sharding.process_share(self.mesh)
+        part, parts = sharding.process_part(self.mesh)
         batches = pipeline.eval_batches(
             source,
             batch_size=self.batch_size,

@@ -1,114 +1,169 @@
-"""Losses over the global batch, whatever the mesh.
+"""Losses over the global batch, on any mesh.
 
-Of the contrastive ones, embeddings are global arrays [B, e], L2-normalised, split over the batch on
-the mesh; row i of the images belongs to row i of the texts. Statistics and sums are float32.
+The contrastive ones take global arrays of L2-normalised embeddings, split over the batch on the
+mesh; row i of the images belongs to row i of the texts. Statistics and sums are float32.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
+from clip_jax.choices import LOSS_METHODS
 from clip_jax.errors import UserError
 from clip_jax.losses import gathered, ring
 
-METHODS = ("all_gather", "ring")
-
 
 def softmax_loss(
-    image_embed: jax.Array,
-    text_embed: jax.Array,
-    logit_scale: jax.Array,
+    image_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch embed"],
+    logit_scale: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
+    batch_axes: str | Sequence[str] | None = None,
     method: str = "all_gather",
     tile: int = 1024,
-) -> jax.Array:
-    """Symmetric cross-entropy over all B x B similarities (paper, figure 3).
+) -> Float[Array, ""]:
+    """Computes the symmetric cross-entropy over all B x B similarities (paper, figure 3).
 
     Args:
-      image_embed: [B, e], float32 or bfloat16.
-      text_embed: [B, e], like image_embed.
-      logit_scale: float32 [], natural logarithm of the multiplier of the similarities.
-      mesh: devices that the batch is split over, along all axes; None: one device.
+      image_embed: float32 or bfloat16, L2-normalised.
+      text_embed: like image_embed.
+      logit_scale: float32, natural logarithm of the multiplier of the similarities.
+      mesh: devices that the batch is split over, with any axis names; None: one device. On a mesh
+        with explicit axis types, take gradients under `jax.jit` or within `jax.set_mesh(mesh)`.
+      batch_axes: mesh axes that split the batch, outermost first; the embeddings are the same along
+        the others. None: all axes.
       method: "all_gather": each device gathers all texts and holds its rows of the logits; both
         directions are read off the same logits. Without a mesh, the plain reference. "ring": the
-        texts travel from device to device, and no more than a tile of logits exists at a time;
-        for 4/3 of the operations.
-      tile: of the ring: rows and columns of a tile, at most.
+        texts travel from device to device, and no more than a tile of logits exists at a time, for
+        4/3 of the operations.
+      tile: rows and columns of a tile of the ring, at most.
 
     Returns:
-      float32 [], the mean of the two directions, in nats.
+      The mean of the two directions, float32, in nats.
 
     Raises:
-      UserError: unknown method, or a batch that the mesh does not divide.
+      UserError: unknown method or axis, or a batch that the mesh does not divide.
     """
-    _check(image_embed, text_embed, mesh, method)
+    mesh, axes = _batch_mesh(mesh, batch_axes)
+    _check(image_embed, text_embed, mesh, axes, method)
+    pairs = _place(mesh, axes, image_embed, text_embed, logit_scale)
     if method == "ring":
-        return ring.softmax(mesh, tile, image_embed, text_embed, logit_scale)
+        return ring.softmax(mesh, axes, tile, *pairs)
     if mesh is None:
-        return gathered.plain_softmax(image_embed, text_embed, logit_scale)
-    return gathered.softmax(mesh, image_embed, text_embed, logit_scale)
+        return gathered.plain_softmax(*pairs)
+    return gathered.softmax(mesh, axes, *pairs)
 
 
 def sigmoid_loss(
-    image_embed: jax.Array,
-    text_embed: jax.Array,
-    logit_scale: jax.Array,
-    logit_bias: jax.Array,
+    image_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch embed"],
+    logit_scale: Float[Array, ""],
+    logit_bias: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
+    batch_axes: str | Sequence[str] | None = None,
     method: str = "all_gather",
     tile: int = 1024,
-) -> jax.Array:
-    """Every pair a yes-no question of its own (SigLIP, Zhai et al. 2023, arXiv:2303.15343).
+) -> Float[Array, ""]:
+    """Computes SigLIP's loss, a binary classification of every pair (Zhai et al. 2023).
+
+    arXiv:2303.15343. Neither method keeps logits for the backward pass: gradients need no
+    statistics of other tiles, so the forward pass computes them at once and keeps those instead.
 
     Args:
-      image_embed, text_embed, logit_scale, mesh, method, tile: as for `softmax_loss`. Neither form
-        keeps logits for the backward pass: gradients need no statistics of other tiles, so the
-        forward pass leaves them behind, at the operations of the plain form.
-      logit_bias: float32 [], added to the scaled similarities.
+      image_embed, text_embed, logit_scale, mesh, batch_axes, method, tile: see `softmax_loss`. Both
+        methods take the same number of operations.
+      logit_bias: float32, added to the scaled similarities.
 
     Returns:
-      float32 []: the sum over all pairs divided by B, in nats.
+      The sum over all pairs divided by B, float32, in nats.
 
     Raises:
-      UserError: as for `softmax_loss`.
+      UserError: see `softmax_loss`.
     """
-    _check(image_embed, text_embed, mesh, method)
-    pairs = image_embed, text_embed, logit_scale, logit_bias
+    mesh, axes = _batch_mesh(mesh, batch_axes)
+    _check(image_embed, text_embed, mesh, axes, method)
+    pairs = _place(mesh, axes, image_embed, text_embed, logit_scale, logit_bias)
     if method == "ring":
-        return ring.sigmoid(mesh, tile, *pairs)
+        return ring.sigmoid(mesh, axes, tile, *pairs)
     if mesh is None:
         return gathered.plain_sigmoid(*pairs)
-    return gathered.sigmoid(mesh, *pairs)
+    return gathered.sigmoid(mesh, axes, *pairs)
 
 
-def prediction_loss(nats: jax.Array, predictions: jax.Array) -> jax.Array:
-    """The mean over all predictions of the batch, for models that predict captions.
+def prediction_loss(
+    nats: Float[Array, " batch"], predictions: Float[Array, " batch"]
+) -> Float[Array, ""]:
+    """Computes the mean over all predictions of the batch, for models that predict captions.
 
     Args:
-      nats: float32 [B], what was not foreseen of each caption.
-      predictions: float32 [B], into how many predictions that divides: tokens, or 1.
+      nats: float32, negative log-likelihood of each caption.
+      predictions: float32, number of predictions that each of them sums over: tokens, or 1.
 
     Returns:
-      float32 [], in nats.
+      float32, in nats.
     """
     return jnp.sum(nats) / jnp.sum(predictions)
 
 
-# By config.loss.name. Each takes what the model returns, and mesh, method and tile.
+# By config.loss.name, one of `choices.LOSS_NAMES`. Each takes what the model returns, and the
+# keyword arguments of `softmax_loss`.
 LOSSES: dict[str, Callable[..., jax.Array]] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
 
 
-def _check(images: jax.Array, texts: jax.Array, mesh: Mesh | None, method: str) -> None:
+def _batch_mesh(
+    mesh: Mesh | None, batch_axes: str | Sequence[str] | None
+) -> tuple[Mesh | None, tuple[str, ...]]:
+    """Returns the mesh and its axes that split the batch; no mesh where there are none."""
+    if mesh is None:
+        return None, ()
+    if batch_axes is None:
+        axes = tuple(mesh.axis_names)
+    else:
+        axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+    if unknown := [axis for axis in axes if axis not in mesh.axis_names]:
+        raise UserError(
+            f"The batch cannot be split over the mesh axes {', '.join(map(repr, unknown))}: this "
+            f"mesh has {', '.join(map(repr, mesh.axis_names))}."
+        )
+    return (mesh, axes) if axes else (None, ())
+
+
+def _check(
+    images: Float[Array, "batch embed"],
+    texts: Float[Array, "batch embed"],
+    mesh: Mesh | None,
+    axes: tuple[str, ...],
+    method: str,
+) -> None:
     if images.shape != texts.shape:
         raise ValueError(f"Pairs differ in shape: {images.shape} and {texts.shape}.")
-    if method not in METHODS:
-        raise UserError(f"Unknown loss.method {method!r}: choose one of {', '.join(METHODS)}.")
-    if mesh is not None and images.shape[0] % mesh.size:
+    if method not in LOSS_METHODS:
+        raise UserError(f"Unknown loss.method {method!r}: choose one of {', '.join(LOSS_METHODS)}.")
+    devices = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    if images.shape[0] % devices:
         raise UserError(
-            f"A batch of {images.shape[0]} cannot be split evenly over {mesh.size} devices: "
+            f"A batch of {images.shape[0]} cannot be split evenly over {devices} devices: "
             "make batch_size a multiple of the devices."
         )
+
+
+def _place(
+    mesh: Mesh | None, axes: tuple[str, ...], *arrays: Float[Array, "..."]
+) -> tuple[jax.Array, ...]:
+    """Splits embeddings over the batch, where the mesh wants that said.
+
+    With automatic axis types the compiler moves data as needed. With explicit ones, the default of
+    `jax.make_mesh`, each array carries its sharding in its type, and `shard_map` takes no other.
+    """
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return arrays
+    explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
+    split = PartitionSpec(tuple(axis for axis in axes if axis in explicit))
+    places = (NamedSharding(mesh, split if x.ndim else PartitionSpec()) for x in arrays)
+    return tuple(jax.sharding.reshard(x, place) for x, place in zip(arrays, places))

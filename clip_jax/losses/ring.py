@@ -1,9 +1,7 @@
-"""Losses that hold one tile of logits at a time.
+"""Losses that hold one tile of logits at a time: the texts travel in a ring of devices.
 
 Each device keeps its images; the texts, and whatever is summed over their columns, travel round all
 devices and come home. Every tile of the logits is computed once on the way, for both directions.
-On a mesh of several axes the rings are nested: texts go round the innermost axis (the fastest
-network) before they take one hop on the next one out.
 """
 
 from collections.abc import Callable
@@ -13,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.losses.gathered import scale_gradients, sigmoid_terms
-from clip_jax.losses.products import dot
-from clip_jax.sharding import AXES, EVERY_AXIS
+from clip_jax.losses.gathered import Axes, Embeds, Scalar, dot, scale_gradients, sigmoid_terms
 
+Values = Float[Array, " n"]  # one for each of a device's examples
 Tree = Any  # arrays whose first dimension is a device's examples
 # (fixed, sums of fixed, moving, sums of moving) of one tile -> both sums, updated.
 Visit = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -27,22 +25,24 @@ _WHOLE = PartitionSpec()
 
 
 def _sweep(
-    axes: tuple[str, ...], tile: int, visit: Visit, fixed: Tree, sums: Tree, moving: Tree, own: Tree
+    axes: Axes, tile: int, visit: Visit, fixed: Tree, sums: Tree, moving: Tree, own: Tree
 ) -> tuple[Tree, Tree]:
     """Visits every pair of tiles once, over all devices of the axes.
 
     Args:
-      axes: of the mesh, outermost first; (): this device alone.
+      axes: mesh axes, outermost first; (): this device alone.
       tile: rows of a tile.
-      visit: what to do with a pair.
-      fixed: what stays here and is only read.
-      sums: what stays here and is summed up.
-      moving: what travels and is only read.
-      own: what travels and is summed up.
+      visit: called with each pair of tiles.
+      fixed: arrays that stay here and are only read.
+      sums: arrays that stay here and are summed up.
+      moving: arrays that travel and are only read.
+      own: arrays that travel and are summed up.
 
     Returns:
       `sums` and, home again, `own`.
     """
+    # Rings are nested: texts go round the innermost axis (the fastest network) before they take one
+    # hop on the next one out, so that the slowest network carries each text the fewest times.
     spans = [(axis, jax.lax.axis_size(axis)) for axis in axes]
 
     def travel(spans, sums, moving, own):
@@ -64,8 +64,10 @@ def _sweep(
     return sums, own
 
 
-def _visit_tiles(tile: int, visit: Visit, fixed, sums, moving, own):
-    """Both sums, after all pairs of tiles that lie on this device."""
+def _visit_tiles(
+    tile: int, visit: Visit, fixed: Tree, sums: Tree, moving: Tree, own: Tree
+) -> tuple[Tree, Tree]:
+    """Visits all pairs of tiles that lie on this device; returns both sums."""
     rows = jax.tree.leaves(fixed)[0].shape[0]
     if rows <= tile:
         return visit(fixed, sums, moving, own)
@@ -91,58 +93,62 @@ def _visit_tiles(tile: int, visit: Visit, fixed, sums, moving, own):
 
 
 def _tile_rows(rows: int, tile: int) -> int:
-    """The largest tile that divides a device's rows."""
-    found = next(size for size in range(min(rows, max(tile, 1)), 0, -1) if rows % size == 0)
-    if found < min(rows, tile) / 8:
+    """Returns the largest tile that divides a device's rows."""
+    largest = next(size for size in range(min(rows, max(tile, 1)), 0, -1) if rows % size == 0)
+    if largest < min(rows, tile) / 8:
         raise UserError(
-            f"The {rows} examples of a device split into tiles of {found} at most, if those are to "
-            f"stay within loss.tile={tile}: take a batch_size that powers of two divide."
+            f"The {rows} examples of a device split into tiles of {largest} at most, if those are "
+            f"to stay within loss.tile={tile}: take a batch_size that powers of two divide."
         )
-    return found
+    return largest
 
 
-def _on(mesh: Mesh | None, local: Callable, in_specs: str, out_specs: Any) -> Callable:
-    """`local(axes, *arrays)` on every device of a mesh; None: on this one.
+def _on(mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs: Any) -> Callable:
+    """Returns `local(axes, *arrays)` on every device of a mesh; None: on this one.
 
     Args:
-      mesh: of the run.
-      local: what a device does with its share.
+      mesh: devices; None: this one, with axes ().
+      axes: mesh axes that split the batch.
+      local: what a device does with its part.
       in_specs: a letter per array; "s": split over the batch, "w": whole.
-      out_specs: as of `jax.shard_map`.
+      out_specs: see `jax.shard_map`.
     """
     if mesh is None:
         return partial(local, ())
+    split = PartitionSpec(axes)
     return jax.shard_map(
-        partial(local, AXES),
+        partial(local, axes),
         mesh=mesh,
-        in_specs=tuple(EVERY_AXIS if spec == "s" else _WHOLE for spec in in_specs),
+        in_specs=tuple(split if spec == "s" else _WHOLE for spec in in_specs),
         out_specs=out_specs,
         check_vma=False,  # the loops' sums begin as constants; tests compare every result
     )
 
 
-def _total(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _total(x: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _device(axes: tuple[str, ...]) -> jax.Array | int:
+def _device(axes: Axes) -> Int[Array, ""] | int:
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def _devices(axes: tuple[str, ...]) -> int:
+def _devices(axes: Axes) -> int:
     return jax.lax.axis_size(axes) if axes else 1
 
 
-def _positions(axes: tuple[str, ...], rows: int) -> jax.Array:
-    """Where this device's examples stand in the batch."""
+def _positions(axes: Axes, rows: int) -> Int[Array, " n"]:
+    """Returns the places of this device's examples in the batch."""
     return _device(axes) * rows + jnp.arange(rows)
 
 
 # --- softmax ---
 
 
-def _softmax_statistics(axes, tile, images, texts, logit_scale):
-    """Maximum and sum of each own row and each own column, and the positives: float32 [n] each."""
+def _softmax_statistics(
+    axes: Axes, tile: int, images: Embeds, texts: Embeds, logit_scale: Scalar
+) -> tuple[tuple[Values, Values], tuple[Values, Values], Values]:
+    """Computes maximum and sum of each own row and each own column, and the positives."""
     rows = images.shape[0]
 
     def grow(statistics, logits, axis):
@@ -169,13 +175,17 @@ def _softmax_statistics(axes, tile, images, texts, logit_scale):
     return by_row, by_column, positives
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def softmax(mesh: Mesh | None, tile: int, images, texts, logit_scale):
-    """`losses.softmax_loss` in tiles."""
-    return _softmax_forward(mesh, tile, images, texts, logit_scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def softmax(
+    mesh: Mesh | None, axes: Axes, tile: int, images: Embeds, texts: Embeds, logit_scale: Scalar
+) -> Scalar:
+    """Computes `losses.softmax_loss` in tiles."""
+    return _softmax_forward(mesh, axes, tile, images, texts, logit_scale)[0]
 
 
-def _softmax_forward(mesh: Mesh | None, tile: int, images, texts, logit_scale):
+def _softmax_forward(
+    mesh: Mesh | None, axes: Axes, tile: int, images: Embeds, texts: Embeds, logit_scale: Scalar
+) -> tuple[Scalar, tuple]:
     def local(axes, images, texts, logit_scale):
         rows = images.shape[0]
         by_row, by_column, positives = _softmax_statistics(
@@ -185,12 +195,15 @@ def _softmax_forward(mesh: Mesh | None, tile: int, images, texts, logit_scale):
         loss = _total(jnp.sum(loss), axes) / (2 * rows * _devices(axes))
         return loss, by_row, by_column
 
-    out_specs = (_WHOLE, EVERY_AXIS, EVERY_AXIS)
-    loss, *statistics = _on(mesh, local, "ssw", out_specs)(images, texts, logit_scale)
+    split = PartitionSpec(axes)
+    out_specs = (_WHOLE, split, split)
+    loss, *statistics = _on(mesh, axes, local, "ssw", out_specs)(images, texts, logit_scale)
     return loss, (images, texts, logit_scale, *statistics)
 
 
-def _softmax_backward(mesh: Mesh | None, tile: int, residuals, gradient):
+def _softmax_backward(
+    mesh: Mesh | None, axes: Axes, tile: int, residuals: tuple, gradient: Scalar
+) -> tuple[Embeds, Embeds, Scalar]:
     images, texts, logit_scale, by_row, by_column = residuals
 
     def local(axes, images, texts, logit_scale, gradient, by_row, by_column):
@@ -221,16 +234,17 @@ def _softmax_backward(mesh: Mesh | None, tile: int, residuals, gradient):
             (texts, at, by_column),
             jnp.zeros(texts.shape),
         )
-        share = gradient / (2 * rows * _devices(axes))
-        factor = jnp.exp(logit_scale) * share
+        per_logit = gradient / (2 * rows * _devices(axes))
+        factor = jnp.exp(logit_scale) * per_logit
         return (
             (factor * d_images).astype(images.dtype),
             (factor * d_texts).astype(texts.dtype),
-            share * _total(jnp.sum(d_scale), axes),
+            per_logit * _total(jnp.sum(d_scale), axes),
         )
 
     operands = images, texts, logit_scale, gradient, by_row, by_column
-    return _on(mesh, local, "sswwss", (EVERY_AXIS, EVERY_AXIS, _WHOLE))(*operands)
+    split = PartitionSpec(axes)
+    return _on(mesh, axes, local, "sswwss", (split, split, _WHOLE))(*operands)
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -239,9 +253,17 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 # --- sigmoid ---
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def sigmoid(mesh: Mesh | None, tile: int, images, texts, logit_scale, logit_bias):
-    """`losses.sigmoid_loss` in tiles."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def sigmoid(
+    mesh: Mesh | None,
+    axes: Axes,
+    tile: int,
+    images: Embeds,
+    texts: Embeds,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+) -> Scalar:
+    """Computes `losses.sigmoid_loss` in tiles."""
 
     def local(axes, images, texts, logit_scale, logit_bias):
         rows = images.shape[0]
@@ -259,10 +281,18 @@ def sigmoid(mesh: Mesh | None, tile: int, images, texts, logit_scale, logit_bias
         )
         return _total(jnp.sum(sums), axes) / (rows * _devices(axes))
 
-    return _on(mesh, local, "ssww", _WHOLE)(images, texts, logit_scale, logit_bias)
+    return _on(mesh, axes, local, "ssww", _WHOLE)(images, texts, logit_scale, logit_bias)
 
 
-def _sigmoid_forward(mesh: Mesh | None, tile: int, images, texts, logit_scale, logit_bias):
+def _sigmoid_forward(
+    mesh: Mesh | None,
+    axes: Axes,
+    tile: int,
+    images: Embeds,
+    texts: Embeds,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+) -> tuple[Scalar, tuple[Embeds, Embeds, Scalar, Scalar]]:
     def local(axes, images, texts, logit_scale, logit_bias):
         rows = images.shape[0]
         at = _positions(axes, rows)
@@ -294,8 +324,20 @@ def _sigmoid_forward(mesh: Mesh | None, tile: int, images, texts, logit_scale, l
         d_embeds = (factor * d_images).astype(images.dtype), (factor * d_texts).astype(texts.dtype)
         return loss, (*d_embeds, d_scale, d_bias)
 
-    out_specs = (_WHOLE, (EVERY_AXIS, EVERY_AXIS, _WHOLE, _WHOLE))
-    return _on(mesh, local, "ssww", out_specs)(images, texts, logit_scale, logit_bias)
+    split = PartitionSpec(axes)
+    out_specs = (_WHOLE, (split, split, _WHOLE, _WHOLE))
+    return _on(mesh, axes, local, "ssww", out_specs)(images, texts, logit_scale, logit_bias)
 
 
-sigmoid.defvjp(_sigmoid_forward, lambda mesh, tile, residuals, g: scale_gradients(residuals, g))
+def _sigmoid_backward(
+    mesh: Mesh | None,
+    axes: Axes,
+    tile: int,
+    residuals: tuple[Float[Array, "..."], ...],
+    gradient: Scalar,
+) -> tuple[Float[Array, "..."], ...]:
+    del mesh, axes, tile
+    return scale_gradients(residuals, gradient)
+
+
+sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

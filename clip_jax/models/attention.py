@@ -1,23 +1,29 @@
 """Multi-head attention, in the forms that the towers need."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool, Float
 
-Dtype = Any
+from clip_jax.models.layers import Dtype
+
 # Tokens [b, s, ...], or those of a sequence and, apart from them, one more token per example:
 # ([b, s, ...], [b, ...]).
 Tokens = Any
-Heads = tuple[jax.Array, jax.Array, jax.Array]  # queries, keys and values, [..., heads, d] each
+# Queries, keys and values.
+Heads = tuple[
+    Float[Array, "*queries heads d"], Float[Array, "*keys heads d"], Float[Array, "*keys heads d"]
+]
 
 
 class QueryKeyValue(nn.Module):
     """The projections to queries, keys and values: [..., w] -> three of [..., heads, w / heads].
 
     One parameter of shape [w, 3, heads, w / heads], but three products: the parts of one product
-    would have to be copied into the layout that attention wants.
+    would have to be copied into the layout that attention takes.
     """
 
     heads: int
@@ -25,8 +31,17 @@ class QueryKeyValue(nn.Module):
     kernel_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x: jax.Array, asking: jax.Array | None = None) -> Heads:
-        """`asking`: of which the queries are; None: of `x`."""
+    def __call__(
+        self,
+        x: Float[Array, "*keys width"],
+        queries_from: Float[Array, "*queries width"] | None = None,
+    ) -> Heads:
+        """Projects tokens.
+
+        Args:
+          x: tokens to project to keys and values.
+          queries_from: tokens to project to queries; None: `x`.
+        """
         width = x.shape[-1]
         outputs = (3, self.heads, width // self.heads)
 
@@ -35,31 +50,37 @@ class QueryKeyValue(nn.Module):
 
         kernel = self.param("kernel", kernel_init, (width, *outputs))
         bias = self.param("bias", nn.initializers.zeros, outputs)
-        asking = x if asking is None else asking
-        x, asking, kernel, bias = nn.dtypes.promote_dtype(x, asking, kernel, bias, dtype=self.dtype)
+        queries_from = x if queries_from is None else queries_from
+        x, queries_from, kernel, bias = nn.dtypes.promote_dtype(
+            x, queries_from, kernel, bias, dtype=self.dtype
+        )
         query, key, value = (
             jnp.einsum("...w,whd->...hd", part, kernel[:, i]) + bias[i]
-            for i, part in enumerate((asking, x, x))
+            for i, part in enumerate((queries_from, x, x))
         )
         return query, key, value
 
 
-def attend(heads: Heads, mask: jax.Array | None = None, causal: bool = False) -> jax.Array:
-    """Softmax attention of a sequence to itself, float32 logits and statistics.
+def attend(
+    heads: Heads, mask: Bool[Array, "#batch 1 query key"] | None = None, causal: bool = False
+) -> Float[Array, "batch query heads d"]:
+    """Computes softmax attention of a sequence to itself, with float32 logits and statistics.
 
     Args:
       heads: [b, s, heads, d] each; queries may be fewer, [b, n, heads, d], where all see all.
-      mask: bool [b, 1, s, s], which keys (last) each query sees; None: see `causal`.
+      mask: True for the keys that each query sees; None: see `causal`.
       causal: without a mask, whether a query sees no later key.
 
     Returns:
-      [b, s, heads, d], or as many as there are queries.
+      As many tokens as there are queries.
     """
     return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal and mask is None)
 
 
-def attend_with_token(sequence: Heads, token: Heads) -> tuple[jax.Array, jax.Array]:
-    """The same for a sequence and one more token, all of which see each other.
+def attend_with_token(
+    sequence: Heads, token: Heads
+) -> tuple[Float[Array, "batch query heads d"], Float[Array, "batch heads d"]]:
+    """Computes the same for a sequence and one more token, all of which see each other.
 
     For sequences that fill the tiles of an accelerator (128 numbers by 8 or 16): with the token in
     the same array, 256 patches and a class token would take the time and memory of 384.
@@ -93,8 +114,14 @@ def attend_with_token(sequence: Heads, token: Heads) -> tuple[jax.Array, jax.Arr
     return of_queries.astype(value.dtype), of_query.astype(value.dtype)
 
 
-def _merge(logits, own_logit, weigh, weigh_own, weight_own) -> jax.Array:
-    """Softmax over the keys of the sequence (the last dimension of `logits`) and of the token."""
+def _merge(
+    logits: jax.Array,
+    own_logit: jax.Array,
+    weigh: Callable,
+    weigh_own: Callable,
+    weight_own: Callable,
+) -> jax.Array:
+    """Computes a softmax over the keys of the sequence (last in `logits`) and of the token."""
     highest = jax.lax.stop_gradient(jnp.maximum(logits.max(axis=-1), own_logit))
     weights, own = jnp.exp(logits - highest[..., None]), jnp.exp(own_logit - highest)
     summed = weigh(weights)
@@ -106,6 +133,6 @@ def _logits(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _sums(subscripts: str, weights: jax.Array, values: jax.Array) -> jax.Array:
-    """Weights rounded to the dtype of the values, sums in float32."""
+    """Sums up values in float32, with weights rounded to their dtype."""
     weights = weights.astype(values.dtype)
     return jnp.einsum(subscripts, weights, values, preferred_element_type=jnp.float32)

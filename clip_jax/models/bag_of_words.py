@@ -1,9 +1,9 @@
-"""Prediction of the words of a caption, in no order: figure 2's second learner.
+"""Prediction of the words of a caption, in no order: the second baseline of the paper's figure 2.
 
 A linear layer on the image tower and a softmax over the vocabulary; the target is the bag of the
 caption's tokens, each of k different ones with probability 1 / k. So did Mahajan et al. (2018,
 arXiv:1805.00932) with hashtags, after Joulin et al. (2016, arXiv:1511.02251), whose multi-class
-logistic loss sums over the words of a caption in the same way; sigmoids per word did worse there.
+logistic loss sums over the words of a caption in the same way; a sigmoid per word did worse there.
 """
 
 from functools import partial
@@ -11,9 +11,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float32, Int
 
 from clip_jax import sharding
-from clip_jax.models.image_model import ImageModel
+from clip_jax.models.image_model import ImageModel, Images, RowIds, TokenIds
 from clip_jax.models.prompts import Prompts
 from clip_jax.models.text import own_tokens
 
@@ -31,54 +32,49 @@ class BagOfWords(ImageModel):
 
     def __call__(
         self,
-        images: jax.Array,
-        tokens: jax.Array,
+        images: Images,
+        tokens: TokenIds,
         train: bool = False,
-        rows: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """How surprising the words of the captions are, given their images.
+        rows: RowIds | None = None,
+    ) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"]]:
+        """Computes the negative log-likelihood of the words of captions, given their images.
 
         Args:
-          images, train, rows: as in `image_features`.
-          tokens: int32 [b, s].
+          images, train, rows: see `image_features`.
+          tokens: captions.
 
         Returns:
-          float32 [b], nats, the mean over the different words of a caption; and float32 [b] of
-          ones: it counts as one prediction.
+          The mean over the distinct words of each caption, in nats; and ones, since each counts as
+          one prediction.
         """
         words = self._words(images, train, rows)
         logs = jnp.take_along_axis(words, tokens, axis=1)
-        nats = -jnp.sum(bag(tokens) * logs, axis=1)
+        nats = -jnp.sum(bag(jnp.asarray(tokens)) * logs, axis=1)
         return nats, jnp.ones_like(nats)
 
-    def score(self, images: jax.Array, prompts: Prompts) -> jax.Array:
-        """Mean log-probability of the different words of each prompt, given each image.
+    def score(self, images: Images, prompts: Prompts) -> Float32[Array, "batch prompts"]:
+        """Computes the mean log-probability of the distinct words of each prompt, given each image.
 
         Args:
-          images: [b, h, w, 3], as in `image_features`.
-          prompts: p of them.
-
-        Returns:
-          float32 [b, p].
+          images: see `image_features`.
+          prompts: prompts of all classes.
         """
         words, tokens = self._words(images), jnp.asarray(prompts.tokens)
         return jax.lax.map(lambda one: words[:, one[0]] @ one[1], (tokens, bag(tokens))).T
 
-    def _words(self, images: jax.Array, train=False, rows=None) -> jax.Array:
-        """Log-probabilities over the vocabulary, float32 [b, vocab_size]."""
+    def _words(
+        self, images: Images, train: bool = False, rows: RowIds | None = None
+    ) -> Float32[Array, "batch vocabulary"]:
+        """Computes log-probabilities over the vocabulary."""
         features = sharding.spread_batch(self.image_features(images, train, rows))
         return jax.nn.log_softmax(self.head(features))
 
 
-def bag(tokens: jax.Array) -> jax.Array:
-    """The share of each token in the bag of its caption.
-
-    Args:
-      tokens: int32 [b, s].
+def bag(tokens: Int[Array, "batch length"]) -> Float32[Array, "batch length"]:
+    """Computes the weight of each token in the bag of its caption.
 
     Returns:
-      float32 [b, s]: 1 / k where one of the k different words of a caption stands for the first
-      time, else 0.
+      1 / k where one of the k distinct words of a caption stands for the first time, else 0.
     """
     own = own_tokens(tokens)
     same = (tokens[:, :, None] == tokens[:, None, :]) & own[:, None, :]

@@ -1,28 +1,29 @@
-"""Texts in batches of like length: a tower that reads only the past need not compute padding."""
+"""Texts in batches of similar length, so that a causal tower computes little padding."""
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Float32, Int
 from numpy.typing import ArrayLike
 
 from clip_jax.models.sizes import Size
 
-_STEP = 8  # lengths are multiples of it, so that there are few programs to compile
+_STEP = 8  # lengths are multiples of it, so that few programs are compiled
 
 
 def embed(
-    encode: Callable[[np.ndarray], ArrayLike], tokens: np.ndarray, size: Size, batch_size: int
-) -> np.ndarray:
-    """Embeds any number of texts; the arguments of `batches`, and what embeds one of its batches.
+    encode: Callable[[np.ndarray], ArrayLike],
+    tokens: Int[np.ndarray, "texts length"],
+    size: Size,
+    batch_size: int,
+) -> Float32[np.ndarray, "texts embed"]:
+    """Embeds any number of texts.
 
     Args:
-      encode: int32 [batch_size, length] -> float32 [batch_size, embed_dim].
-      tokens: int32 [n, s].
-      size: of the model.
+      encode: embeds a batch, int32 [batch_size, length] -> float32 [batch_size, embed_dim].
+      tokens: see `batches`.
+      size: the model's.
       batch_size: rows in each call.
-
-    Returns:
-      float32 [n, embed_dim].
     """
     embeds = np.zeros((len(tokens), size.embed_dim), np.float32)
     for rows, batch in batches(tokens, size, batch_size):
@@ -31,22 +32,21 @@ def embed(
 
 
 def batches(
-    tokens: np.ndarray, size: Size, batch_size: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    tokens: Int[np.ndarray, "texts length"], size: Size, batch_size: int
+) -> Iterator[tuple[Int[np.ndarray, " rows"], Int[np.ndarray, "{batch_size} cut"]]]:
     """Splits texts into batches that cover each text once, the shortest first.
 
-    A text tower gives the same for the batches as for the whole rows. Where it is causal and reads
-    the end token, a batch is cut to its longest text, rounded up to a multiple of 8; any other
-    tower gets rows of full length.
+    A text tower gives equal results for the batches and for whole rows. Where it is causal and
+    reads the end token, a batch is cut to its longest text, rounded up to a multiple of 8; any
+    other tower gets rows of full length.
 
     Args:
-      tokens: int32 [n, s], each row up to its end token, its largest id, and zeros.
-      size: of the model.
+      tokens: texts, each up to its end token, its largest id, and zeros.
+      size: the model's.
       batch_size: rows in each batch; the last batch is padded with zeros.
 
     Yields:
-      int64 [m], where the texts stand in `tokens`, m at most batch_size; int32
-      [batch_size, length], those texts.
+      Places of the texts in `tokens`, at most batch_size; and those texts.
     """
     lengths = np.full(len(tokens), tokens.shape[1])
     if size.text_causal and size.text_pool == "end":

@@ -2,12 +2,12 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float32
 
 from clip_jax import sharding
-from clip_jax.models.image_model import ImageModel, l2_normalize
+from clip_jax.models.image_model import Embeds, ImageModel, Images, RowIds, TokenIds, l2_normalize
 from clip_jax.models.packing import Pack
 from clip_jax.models.text import TextTransformer
 
@@ -36,26 +36,26 @@ class CLIP(ImageModel):
 
     def __call__(
         self,
-        images: jax.Array,
-        tokens: jax.Array,
+        images: Images,
+        tokens: TokenIds,
         train: bool = False,
-        rows: jax.Array | None = None,
-    ) -> tuple[jax.Array, ...]:
+        rows: RowIds | None = None,
+    ) -> tuple[Float32[Array, "..."], ...]:
         """Embeds pairs.
 
         Args:
-          images, train, rows: as in `image_features`.
-          tokens: int32 [b, s], s at most the context length.
+          images, train, rows: see `image_features`.
+          tokens: captions, no longer than the context length.
 
         Returns:
-          image and text embeddings, float32 [b, embed_dim], L2-normalised; logit_scale, the
-          natural logarithm of the multiplier of the similarities, float32 []; and, where the size
-          has one, logit_bias, what is added to them after that, float32 [].
+          Image and text embeddings [b, embed_dim], L2-normalised; logit_scale [], the natural
+          logarithm of the multiplier of the similarities; and, where the size has one, logit_bias
+          [], which is added to them after that.
         """
         embeds = self.encode_image(images, train, rows), self.encode_text(tokens, train)
         bias = (self.logit_bias,) if self.size.logit_bias else ()
         return *embeds, self.logit_scale, *bias
 
-    def encode_text(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [b, s] -> float32 [b, embed_dim], L2-normalised."""
+    def encode_text(self, tokens: TokenIds, train: bool = False) -> Embeds:
+        """Embeds captions, L2-normalised."""
         return l2_normalize(sharding.constrain_batch(self.text(tokens, train)))

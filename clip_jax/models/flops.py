@@ -1,19 +1,20 @@
-"""Operations that a model needs, whatever a program makes of it: the numerator of its MFU."""
+"""FLOPs that a model needs, however it is compiled: the numerator of the MFU."""
 
 from clip_jax.models.captioner import PREFIX
 from clip_jax.models.sizes import Size
 
 
 def step_flops(size: Size, batch_size: int) -> float:
-    """Multiplications and additions of one training step.
+    """Counts the multiplications and additions of one training step.
 
-    Matrix products and convolutions only; forward, and twice as many backward. Nothing recomputed,
-    every caption at its full context, every token in every layer (what is not read in the end too,
-    as others count), attention over all pairs of tokens, every logit once.
+    Matrix products and convolutions only; forward, and twice as many backward. Nothing is
+    recomputed; every caption has its full context, every token passes every layer, read in the end
+    or not (the usual convention), attention covers all pairs of tokens, every logit is computed
+    once.
 
     Args:
-      size: of the model.
-      batch_size: pairs.
+      size: the model's.
+      batch_size: pairs per step.
     """
     pairs = 0.0
     if size.objective in ("contrastive", "near_duplicates"):
@@ -22,7 +23,7 @@ def step_flops(size: Size, batch_size: int) -> float:
 
 
 def image_flops(size: Size) -> float:
-    """Of one image, forward."""
+    """Counts those of the forward pass of one image."""
     if size.is_resnet:
         return _resnet_flops(size)
     assert size.patch_size is not None
@@ -31,13 +32,13 @@ def image_flops(size: Size) -> float:
     tokens = patches + (size.image_pool == "class")
     total = 2.0 * patches * size.patch_size**2 * 3 * width
     total += size.image_layers[0] * _block_flops(tokens, width, size.image_mlp)
-    if size.image_pool == "map":  # one query over all tokens, and an MLP on what it finds
+    if size.image_pool == "map":  # one query over all tokens, and an MLP on the result
         total += 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + 2 * size.image_mlp)
     return total + 2.0 * width * size.embed_dim * size.image_projection
 
 
 def text_flops(size: Size) -> float:
-    """Of what is done with one caption, or with the second view of an image, forward."""
+    """Counts those of the forward pass of one caption, or of the second view of an image."""
     if size.objective == "near_duplicates":
         return image_flops(size)
     if size.objective == "bag_of_words":
@@ -52,12 +53,12 @@ def text_flops(size: Size) -> float:
 
 
 def _block_flops(tokens: int, width: int, mlp: int) -> float:
-    """Projections and MLP, then attention: tokens against tokens, twice."""
+    """Counts projections and MLP, then attention: tokens against tokens, twice."""
     return 2.0 * tokens * width * (4 * width + 2 * mlp) + 4.0 * tokens**2 * width
 
 
 def _resnet_flops(size: Size) -> float:
-    """The modified ResNet of the paper: three stem convolutions, bottlenecks, attention pool."""
+    """Counts those of the modified ResNet: three stem convolutions, bottlenecks, attention pool."""
     width, side = size.image_width, size.image_size // 2
     half = width // 2
     total = 2.0 * side**2 * 9 * (3 * half + half * half + half * width)
@@ -73,6 +74,6 @@ def _resnet_flops(size: Size) -> float:
             if not block:
                 total += 2.0 * small**2 * inputs * outputs  # the shortcut
             side, inputs = small, outputs
-    tokens = side**2 + 1  # and their mean, which is the only one that asks
+    tokens = side**2 + 1  # and their mean, which is the only query
     total += 2.0 * inputs * (inputs + 2 * tokens * inputs + 2 * tokens)
     return total + 2.0 * inputs * size.embed_dim

@@ -1,21 +1,30 @@
-"""What all models share: an image tower, and what pixels and features go through around it."""
+"""The base of all models: an image tower, pixels normalised before it and features after it."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from clip_jax import sharding
+from clip_jax.models.layers import Dtype
 from clip_jax.models.resnet import ModifiedResNet
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import Dtype
 from clip_jax.models.vit import VisionTransformer
+
+# Arguments of the models' methods; NumPy arrays do as well. Pixels are uint8, or floats normalised
+# as `normalize_images` does.
+Images = Shaped[Array | np.ndarray, "batch height width 3"]
+TokenIds = Int[Array | np.ndarray, "batch length"]
+RowIds = Int[Array | np.ndarray, " batch"]
+Embeds = Float32[Array, "batch embed"]
 
 
 class ImageModel(nn.Module):
-    """An image tower called "image"; what stands beside it is added by those derived from this.
+    """An image tower called "image"; each subclass adds the rest of its model.
 
     Attributes:
-      patch_dropout: share of the patches that a ViT does not see in training.
+      patch_dropout: fraction of the patches that a ViT leaves out in training.
     """
 
     size: Size
@@ -33,19 +42,19 @@ class ImageModel(nn.Module):
             )
 
     def image_features(
-        self, images: jax.Array, train: bool = False, rows: jax.Array | None = None
-    ) -> jax.Array:
-        """What the image tower says of images.
+        self, images: Images, train: bool = False, rows: RowIds | None = None
+    ) -> Float[Array, "batch embed"]:
+        """Computes the output of the image tower.
 
         Args:
-          images: uint8 [b, h, w, 3], or floats normalised as `normalize_images` does.
+          images: uint8, or floats normalised as `normalize_images` does.
           train: BatchNorm uses the statistics of this batch and updates the running ones (make
             "batch_stats" mutable); a ViT drops patches.
-          rows: int32 [b], the number of each example in the whole batch, where anything is random:
-            what is drawn for an example depends on it and the "dropout" key alone.
+          rows: number of each example in the whole batch, needed where anything is random: what is
+            drawn for an example depends on it and the "dropout" key alone.
 
         Returns:
-          [b, embed_dim] in the compute dtype, not normalised.
+          Embeddings in the compute dtype, not L2-normalised.
         """
         images = normalize_images(images, self.size).astype(self.dtype)
         if isinstance(self.image, ModifiedResNet):  # draws nothing
@@ -53,32 +62,68 @@ class ImageModel(nn.Module):
         return sharding.constrain_batch(self.image(images, train, rows))
 
     def encode_image(
-        self, images: jax.Array, train: bool = False, rows: jax.Array | None = None
-    ) -> jax.Array:
-        """Images as in `image_features` -> float32 [b, embed_dim], L2-normalised."""
+        self, images: Images, train: bool = False, rows: RowIds | None = None
+    ) -> Embeds:
+        """Embeds images, L2-normalised; arguments as in `image_features`."""
         return l2_normalize(self.image_features(images, train, rows))
 
-    def encode_with_features(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same embeddings, and what linear probes read (paper section 3.2), float32 [b, f].
+    def encode_with_features(
+        self, images: Images
+    ) -> tuple[Embeds, Float32[Array, "batch features"]]:
+        """Returns embeddings and the pre-projection features for linear probes (section 3.2).
 
-        Of a ViT: the pooled token before the projection. Of a ResNet: the attention pool's output,
-        not yet normalised, since the last matrix is part of the pool. To be applied with
-        mutable=["intermediates"].
+        The features of a ViT are its pooled token before the projection; those of a ResNet are the
+        attention pool's output, not yet normalised, since the last matrix is part of the pool.
+        Apply with mutable=["intermediates"].
         """
         embeds = self.encode_image(images)
         (features,) = self.image.get_variable("intermediates", "features")
         return embeds, sharding.constrain_batch(features).astype(jnp.float32)
 
 
-def normalize_images(images: jax.Array, size: Size) -> jax.Array:
-    """uint8 pixels to float32 with the mean and deviation of `size`; floats pass unchanged."""
+class NearDuplicates(ImageModel):
+    """A detector of near-duplicates (paper, appendix C): an image tower alone.
+
+    Trained on two views of each image, so that views of an image lie close and others far.
+    """
+
+    def __call__(
+        self,
+        images: Shaped[Array | np.ndarray, "batch *views height width 3"],
+        tokens: TokenIds,
+        train: bool = False,
+        rows: RowIds | None = None,
+    ) -> tuple[Embeds, ...]:
+        """Embeds all views of each image.
+
+        Args:
+          images: uint8 [b, v, h, w, 3], v views; or [b, h, w, 3], one.
+          tokens: ignored.
+          train, rows: see `image_features`.
+
+        Returns:
+          v embeddings of each image, L2-normalised.
+        """
+        del tokens
+        b, views = images.shape[0], images.reshape(-1, *images.shape[-3:])
+        count = len(views) // b
+        if rows is not None:  # each view draws for itself
+            rows = (count * rows[:, None] + jnp.arange(count)).reshape(-1)
+        embeds = self.encode_image(views, train, rows).reshape(b, count, -1)
+        return tuple(jnp.unstack(embeds, axis=1))
+
+
+def normalize_images(
+    images: Shaped[Array | np.ndarray, "*batch height width 3"], size: Size
+) -> Float[Array | np.ndarray, "*batch height width 3"]:
+    """Normalises uint8 pixels by the mean and deviation of `size`; floats pass unchanged."""
     if images.dtype != jnp.uint8:
         return images
     mean, std = (jnp.array(part, jnp.float32) for part in (size.image_mean, size.image_std))
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def l2_normalize(x: jax.Array) -> jax.Array:
-    """[..., d] of any float dtype -> float32 unit vectors; the zero vector stays finite."""
+def l2_normalize(x: Float[Array, "*batch d"]) -> Float32[Array, "*batch d"]:
+    """Scales vectors of any float dtype to length 1 in float32; the zero vector stays finite."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

@@ -9,15 +9,14 @@ from clip_jax.errors import UserError
 from clip_jax.models.bag_of_words import BagOfWords
 from clip_jax.models.captioner import Captioner
 from clip_jax.models.clip import CLIP
-from clip_jax.models.image_model import ImageModel
-from clip_jax.models.near_duplicates import NearDuplicates
+from clip_jax.models.image_model import ImageModel, NearDuplicates
+from clip_jax.models.layers import Dtype
 from clip_jax.models.packing import Pack
 from clip_jax.models.sizes import Size, get_size
-from clip_jax.models.transformer import Dtype
 
-# By `Size.objective`. Called on images and tokens, each returns what the loss of its objective
-# takes (see `program.OBJECTIVES`), and embeds images by `encode_image`. Texts are embedded by
-# `encode_text`, or prompts scored by `score`; evaluation takes what there is.
+# By `Size.objective`, one of `choices.OBJECTIVES`. Called on images and tokens, each returns the
+# arguments of the loss of its objective (see `program.OBJECTIVES`), and embeds images by
+# `encode_image`. A model that embeds texts has `encode_text`, one that can score prompts `score`.
 MODULES: Mapping[str, type[ImageModel]] = {
     "contrastive": CLIP,
     "captioning": Captioner,
@@ -36,14 +35,14 @@ def create(
     pack: Mapping[str, Any] | None = None,
     size: Mapping[str, Any] | None = None,
 ) -> ImageModel:
-    """A model by name: a `CLIP`, unless `size` names another objective.
+    """Makes a model by name: a `CLIP`, unless `size` names another objective.
 
     Args:
       name: one of `available_models()`.
-      dtype: of the compute; parameters are float32.
+      dtype: compute dtype; parameters are float32.
       scan_layers: run transformer layers in a `lax.scan`, or unroll them.
-      remat: what the backward pass recomputes; see `remat.remat_layer`.
-      patch_dropout: share of the patches that a ViT does not see in training.
+      remat: recomputation in the backward pass; see `layers.remat_layer`.
+      patch_dropout: fraction of the patches that a ViT leaves out in training.
       pack: {"length": tokens in a row, "rows": rows per caption} of `packing.Pack`; None or length
         0: each caption has a row of its own. Only a `CLIP` packs.
       size: overrides of the named shapes; see `Size`.
@@ -54,27 +53,22 @@ def create(
     shapes = get_size(name, size)
     if not 0 <= patch_dropout < 1 or (patch_dropout and shapes.is_resnet):
         raise UserError(
-            f"model.patch_dropout is {patch_dropout}: it takes a share of the patches, 0 or more "
-            "and less than 1, of a ViT; a ResNet has none."
+            f"model.patch_dropout is {patch_dropout}: it takes a fraction of the patches, 0 or "
+            "more and less than 1, of a ViT; a ResNet has none."
         )
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "scan_layers": scan_layers,
-        "remat": remat,
-        "patch_dropout": patch_dropout,
-    }
     if shapes.objective == "contrastive":
-        settings["pack"] = _make_pack(pack, shapes)
-    return of_size(shapes, **settings)
+        made = _make_pack(pack, shapes)
+        return CLIP(shapes, dtype, scan_layers, remat, patch_dropout, pack=made)
+    return MODULES[shapes.objective](shapes, dtype, scan_layers, remat, patch_dropout)
 
 
-def of_size(size: Size, **settings: Any) -> ImageModel:
-    """The model of these shapes and this objective; `settings`: attributes of its module."""
-    return MODULES[size.objective](size, **settings)
+def of_size(size: Size) -> ImageModel:
+    """Makes the model of these shapes and this objective, in float32, as inference needs it."""
+    return MODULES[size.objective](size)
 
 
 def _make_pack(pack: Mapping[str, Any] | None, size: Size) -> Pack | None:
-    """Raises UserError unless such captions can be packed so."""
+    """Returns the settings of packing; UserError where the captions of `size` cannot be packed."""
     if pack is None or pack["length"] == 0:
         return None
     if not size.text_causal or size.text_pool != "end":

@@ -1,7 +1,6 @@
-"""Several captions in a row of the text tower, so that it computes tokens instead of padding.
+"""Packing: several captions share a row of the text tower, so no compute is spent on padding.
 
-Everything has a static shape and runs on the device. The captions of each batch shard are packed
-among themselves, so that no activation crosses devices.
+Everything has a static shape and runs on the device.
 """
 
 import math
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clip_jax import sharding
 from clip_jax.models.transformer import Read
@@ -20,16 +20,16 @@ from clip_jax.models.transformer import Read
 # the arrays are int32 [r, l] twice and bool [r, 1, l, l].
 Tower = Callable[[Any, jax.Array, jax.Array, jax.Array, Read], jax.Array]
 # (params, tokens, places, first row) -> features of the captions in some of the rows.
-Turn = Callable[[Any, jax.Array, "Places", jax.Array | int], jax.Array]
+Round = Callable[[Any, jax.Array, "Places", jax.Array | int], jax.Array]
 
 
 class Pack(NamedTuple):
-    """How captions are packed.
+    """Settings of packing.
 
     Attributes:
       length: tokens in a row, no fewer than the longest caption has.
-      rows: rows per caption that are always computed; if a batch needs more, the others are
-        computed as well, so many at a time.
+      rows: rows per caption that are always computed; if a batch needs more, further rounds of as
+        many rows are computed.
     """
 
     length: int
@@ -37,30 +37,27 @@ class Pack(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where each of n captions lies, int32 [n] each."""
+    """The place of each of n captions, or of those of several shards."""
 
-    row: jax.Array
-    offset: jax.Array  # of its first token within the row
-    length: jax.Array  # its tokens, up to and with the end token
+    row: Int[Array, "*captions"]
+    offset: Int[Array, "*captions"]  # place of its first token within the row
+    length: Int[Array, "*captions"]  # number of its tokens, end token included
 
 
 class Rows(NamedTuple):
-    """Packed tokens, int32 [rows, length] each; zero where there is none."""
+    """Packed tokens; zero where there is none."""
 
-    ids: jax.Array
-    positions: jax.Array  # within the caption
-    captions: jax.Array  # 1 + the number of the caption
+    ids: Int[Array, "rows length"]
+    positions: Int[Array, "rows length"]  # within the caption
+    captions: Int[Array, "rows length"]  # 1 + the number of the caption
 
 
-def place(tokens: jax.Array, length: int) -> Places:
-    """First fit, the longest captions first: each goes to the first row that has room for it.
-
-    All captions of a length are placed at once, so that the steps that wait for each other are as
-    many as there are lengths, however many captions: each costs several launches on a GPU.
+def place(tokens: Int[Array, "captions longest"], length: int) -> Places:
+    """Places captions by first fit, the longest first: each in the first row with room for it.
 
     Args:
-      tokens: int32 [n, s], s <= length; a caption ends with its largest id.
-      length: of a row.
+      tokens: captions, each up to its end token, its largest id; none longer than a row.
+      length: tokens in a row.
 
     Returns:
       Places in no more than `rows_needed` rows, which suffice for any captions: where a caption
@@ -71,7 +68,9 @@ def place(tokens: jax.Array, length: int) -> Places:
     lengths = jnp.argmax(tokens, axis=1).astype(jnp.int32) + 1
     sizes = jnp.arange(longest, 0, -1, dtype=jnp.int32)
 
-    def put(free: jax.Array, group: tuple[jax.Array, jax.Array]):
+    # All captions of a length are placed at once: sequential steps are as many as there are
+    # lengths, however many captions. Each step costs several kernel launches on a GPU.
+    def put(free, group):
         size, number = group
         room = free // size
         taken = jnp.clip(number - (jnp.cumsum(room) - room), 0, room)
@@ -90,21 +89,25 @@ def place(tokens: jax.Array, length: int) -> Places:
 
 
 def rows_needed(captions: int, longest: int, length: int) -> int:
-    """Rows in which `place` puts any captions of up to `longest` tokens."""
+    """Counts the rows that suffice for any captions of up to `longest` tokens."""
     return -(-captions // (length // longest))
 
 
 def fill(
-    tokens: jax.Array, places: Places, first: jax.Array | int, count: int, length: int
+    tokens: Int[Array, "captions longest"],
+    places: Places,
+    first: Int[Array, ""] | int,
+    count: int,
+    length: int,
 ) -> Rows:
-    """The packed rows from number `first` on, `count` of them.
+    """Fills `count` packed rows, from number `first` on.
 
     Args:
-      tokens: int32 [n, s].
-      places: of these captions.
-      first: int32 [].
+      tokens: captions.
+      places: their places.
+      first: number of the first row.
       count: rows to fill; captions in others are left out.
-      length: of a row.
+      length: tokens in a row.
     """
     row = places.row - first
     inside = (row >= 0) & (row < count)
@@ -112,7 +115,7 @@ def fill(
     marks = jnp.zeros(count * length, jnp.int32)
     marks = marks.at[start].set(1 + jnp.arange(len(tokens), dtype=jnp.int32), mode="drop")
     marks = marks.reshape(count, length)
-    # A token is of the caption that begins last before it: rows are filled from the left.
+    # A token belongs to the last caption that begins before it: rows are filled from the left.
     here = jnp.arange(length, dtype=jnp.int32)
     begin = jax.lax.cummax(jnp.where(marks > 0, here, 0), axis=1)
     captions = jnp.take_along_axis(marks, begin, axis=1)
@@ -124,30 +127,36 @@ def fill(
     return Rows(ids, positions, jnp.where(valid, captions, 0))
 
 
-def attention_mask(captions: jax.Array) -> jax.Array:
-    """`Rows.captions` [r, l] -> bool [r, 1, l, l]: a token sees its caption up to itself."""
+def attention_mask(
+    captions: Int[Array, "rows length"],
+) -> Bool[Array, "rows 1 length length"]:
+    """Masks attention by `Rows.captions`: a token sees its caption up to itself."""
     same = captions[:, :, None] == captions[:, None, :]
     return (same & jnp.tri(captions.shape[1], dtype=bool))[:, None]
 
 
 def end_features(
-    tower: Tower, further_tower: Tower, params: Any, tokens: jax.Array, pack: Pack
-) -> jax.Array:
-    """The states at the end tokens, the same as if each caption had a row of its own.
+    tower: Tower,
+    further_tower: Tower,
+    params: Any,
+    tokens: Int[Array, "batch longest"],
+    pack: Pack,
+) -> Float[Array, "batch width"]:
+    """Computes the states at the end tokens, equal to those of captions in rows of their own.
 
-    A first turn computes ceil(pack.rows * n) rows. Where captions remain, further turns of as many
-    rows follow, one at a time and recomputed in the backward pass, so that memory stays that of
-    one turn; where none does, there are none.
+    A first round computes ceil(pack.rows * n) rows. Where captions remain, further rounds of as
+    many rows follow, one at a time and recomputed in the backward pass, so that memory stays that
+    of one round.
 
     Args:
       tower: the causal text tower.
-      further_tower: the same for further turns, perhaps otherwise compiled.
-      params: of both.
-      tokens: int32 [b, s], split over the batch axes of the mesh if one is set.
-      pack: how to pack.
+      further_tower: the same tower for further rounds, which may be compiled otherwise.
+      params: parameters of both.
+      tokens: captions, split over the batch axes of the mesh if one is set.
+      pack: settings of packing.
 
     Returns:
-      [b, w], in the dtype of the tower.
+      States in the dtype of the tower.
 
     Raises:
       ValueError: the batch cannot be split over the mesh.
@@ -158,27 +167,28 @@ def end_features(
     captions, longest = tokens.shape[0] // shards, tokens.shape[1]
     most = rows_needed(captions, longest, pack.length)
     count = min(math.ceil(pack.rows * captions), most)
+    # The captions of each batch shard are packed among themselves: no activation crosses devices.
     tokens = sharding.constrain_batch(tokens.reshape(shards, captions, longest))
     places = jax.vmap(lambda shard: place(shard, pack.length))(tokens)
     further = None
     if most > count:
-        turn = partial(_turn, further_tower, count, pack.length)
-        further, params = _further_turns(turn, params, tokens, places, count)
-    features = _turn(tower, count, pack.length, params, tokens, places, 0)
+        further_round = partial(_round, further_tower, count, pack.length)
+        further, params = _further_rounds(further_round, params, tokens, places, count)
+    features = _round(tower, count, pack.length, params, tokens, places, 0)
     features = features if further is None else features + further
     return features.reshape(shards * captions, -1)
 
 
-def _turn(
+def _round(
     tower: Tower,
     count: int,
     length: int,
     params: Any,
-    tokens: jax.Array,
+    tokens: Int[Array, "shards captions longest"],
     places: Places,
-    first: jax.Array | int,
-) -> jax.Array:
-    """[d, n, s] of d shards -> [d, n, w]; zero for captions not in rows first to first + count."""
+    first: Int[Array, ""] | int,
+) -> Float[Array, "shards captions width"]:
+    """Computes features of the captions in rows first to first + count; zero for all others."""
     shards = tokens.shape[0]
     rows = jax.vmap(lambda t, p: fill(t, p, first, count, length))(tokens, places)
     ids, positions, captions = (
@@ -188,7 +198,7 @@ def _turn(
     inside = (row >= 0) & (row < count)
     end = jnp.where(inside, row * length + places.offset + places.length - 1, 0)
 
-    def read(x: jax.Array) -> jax.Array:
+    def read(x):
         x = sharding.constrain_batch(x.reshape(shards, count * length, *x.shape[2:]))
         return sharding.constrain_batch(pick(x, end))
 
@@ -196,55 +206,75 @@ def _turn(
     return sharding.constrain_batch(jnp.where(inside[:, :, None], x, 0))
 
 
-def pick(x: jax.Array, places: jax.Array) -> jax.Array:
-    """[b, s, ...] and int32 [b, n] -> [b, n, ...] of the tokens at these places."""
+def pick(
+    x: Shaped[Array, "batch length *features"], places: Int[Array, "batch n"]
+) -> Shaped[Array, "batch n *features"]:
+    """Picks the tokens at these places."""
     return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 4))
-def _further_turns(
-    turn: Turn, params: Any, tokens: jax.Array, places: Places, count: int
-) -> tuple[jax.Array, Any]:
-    """The sum of the turns after the first, and the parameters for the first to use.
+def _further_rounds(
+    further_round: Round,
+    params: Any,
+    tokens: Int[Array, "shards captions longest"],
+    places: Places,
+    count: int,
+) -> tuple[Float[Array, "shards captions width"], Any]:
+    """Returns the sum of the rounds after the first, and the parameters for the first to use.
 
-    The parameters pass through so that in the backward pass their gradient arrives from the first
-    turn complete: that is when its activations are gone and, where there are no further turns, the
-    gradient goes on untouched, without a sum with zeros.
+    The parameters pass through: so their gradient from the first round is complete when the
+    backward pass of the further rounds begins. By then the activations of the first round are
+    freed; and where there are no further rounds, the gradient passes as it is, without a sum with
+    zeros.
     """
-    like = jax.eval_shape(turn, params, tokens, places, 0)
+    like = jax.eval_shape(further_round, params, tokens, places, 0)
     nothing = sharding.constrain_batch(jnp.zeros(like.shape, like.dtype))
 
     def add(i, total):
-        return total + turn(params, tokens, places, i * count)
+        return total + further_round(params, tokens, places, i * count)
 
-    return jax.lax.fori_loop(1, _turns(places, count), add, nothing), params
-
-
-def _further_forward(turn: Turn, params: Any, tokens: jax.Array, places: Places, count: int):
-    return _further_turns(turn, params, tokens, places, count), (params, tokens, places)
+    # The trip count is known on the device only: no caption left, no iteration.
+    return jax.lax.fori_loop(1, _rounds(places, count), add, nothing), params
 
 
-def _further_backward(turn: Turn, count: int, saved: tuple, gradients: tuple):
+def _further_forward(
+    further_round: Round,
+    params: Any,
+    tokens: Int[Array, "shards captions longest"],
+    places: Places,
+    count: int,
+) -> tuple[tuple[Float[Array, "shards captions width"], Any], tuple]:
+    residuals = (params, tokens, places)
+    return _further_rounds(further_round, params, tokens, places, count), residuals
+
+
+def _further_backward(
+    further_round: Round, count: int, saved: tuple, gradients: tuple
+) -> tuple[Any, None, None]:
     params, tokens, places = saved
     of_features, of_params = gradients
 
     def add(i, total):
-        _, backward = jax.vjp(lambda params: turn(params, tokens, places, i * count), params)
+        _, backward = jax.vjp(
+            lambda params: further_round(params, tokens, places, i * count), params
+        )
         return jax.tree.map(jnp.add, total, backward(of_features)[0])
 
-    return jax.lax.fori_loop(1, _turns(places, count), add, of_params), None, None
+    return jax.lax.fori_loop(1, _rounds(places, count), add, of_params), None, None
 
 
-_further_turns.defvjp(_further_forward, _further_backward)
+_further_rounds.defvjp(_further_forward, _further_backward)
 
 
-def _turns(places: Places, count: int) -> jax.Array:
-    """That the fullest shard needs, int32 []; the same on all devices, which loop together."""
+def _rounds(places: Places, count: int) -> Int[Array, ""]:
+    """Counts the rounds that the fullest shard needs; equal on all devices, which loop together."""
     last = jnp.max(places.row)
     return sharding.constrain_batch(last, PartitionSpec()) // count + 1
 
 
 def _shards() -> int:
+    """Counts the parts that the mesh, if one is set, splits a batch into."""
     mesh = jax.sharding.get_abstract_mesh()
     split = set(sharding.AXES) <= set(mesh.axis_names)
     return math.prod(mesh.shape[axis] for axis in sharding.BATCH[0]) if split else 1

@@ -1,45 +1,49 @@
-"""Prompts of classes: made from templates, averaged, and prepared to be scored together."""
+"""Prompts of classes: made from templates, then averaged, or scored by models that write texts."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Float32, Int
 
 from clip_jax.errors import UserError
-
-Array = np.ndarray | jax.Array
+from clip_jax.models.image_model import Images
 
 
 class Prompts(NamedTuple):
-    """Prompts of p captions and their u distinct beginnings.
+    """Prompts and their distinct beginnings.
 
-    The likelihood of a caption is a product over its beginnings: of what follows each. Prompts
-    share most of theirs ("a photo of a" of a thousand classes), and the softmax over the vocabulary
-    behind a beginning is what costs.
+    The likelihood of a prompt is a product over its beginnings, of the probability of the next
+    token after each. Prompts have most beginnings in common ("a photo of a" of a thousand classes),
+    and the cost lies in the softmax over the vocabulary after a beginning.
 
     Attributes:
-      tokens: int32 [p, s], without the padding that all share.
-      rows: int32 [u], a prompt that begins so; where there is one, the prompt that ends there.
-      ends: int32 [u], the place of the last token of each beginning.
-      beginnings: int32 [p, s - 1], the beginning up to each place of each prompt; behind the last
-        one that something follows, any.
+      tokens: token ids, without the padding common to all.
+      rows: a prompt that starts with the beginning; the one that ends there, if there is one.
+      ends: place of the last token of each beginning.
+      beginnings: number of the beginning up to each place of each prompt; arbitrary after the last
+        one that a token follows.
     """
 
-    tokens: Array
-    rows: Array
-    ends: Array
-    beginnings: Array
+    tokens: Int[Array | np.ndarray, "prompts length"]
+    rows: Int[Array | np.ndarray, " beginnings"]
+    ends: Int[Array | np.ndarray, " beginnings"]
+    beginnings: Int[Array | np.ndarray, "prompts length-1"]
 
 
-def prepare(tokens: np.ndarray) -> Prompts:
-    """Of rows of ids [p, s], each up to its end token, its largest id, and zeros."""
+def prepare(tokens: Int[np.ndarray, "prompts length"]) -> Prompts:
+    """Finds the beginnings of prompts, each up to its end token, its largest id, and zeros."""
     lengths = tokens.argmax(axis=1)
     tokens = tokens[:, : lengths.max() + 1]
     known: dict[bytes, int] = {}
     rows, ends = [], []
     beginnings = np.zeros((len(tokens), tokens.shape[1] - 1), np.int32)
-    for prompt in np.argsort(lengths, kind="stable"):  # so what ends comes before what goes on
+    for prompt in np.argsort(
+        lengths, kind="stable"
+    ):  # a prompt that ends comes before those that continue
         for end in range(lengths[prompt]):
             key = tokens[prompt, : end + 1].tobytes()
             if key not in known:
@@ -52,15 +56,15 @@ def prepare(tokens: np.ndarray) -> Prompts:
 
 def class_prompts(
     class_names: Sequence[str], templates: Sequence[str]
-) -> tuple[list[str], np.ndarray]:
-    """Every name of every class in every template.
+) -> tuple[list[str], Int[np.ndarray, " prompts"]]:
+    """Puts every name of every class into every template.
 
     Args:
       class_names: alternatives of one class joined by "|".
       templates: each with one {} for the name.
 
     Returns:
-      The prompts, and the class of each, int [prompts].
+      The prompts, and the number of the class of each.
 
     Raises:
       UserError: no class, no template, or a template without its {}.
@@ -72,16 +76,53 @@ def class_prompts(
         )
     if bad := [template for template in templates if template.count("{}") != 1]:
         raise UserError(f"The template {bad[0]!r} must have exactly one {{}} for the class name.")
-    prompts, owners = [], []
-    for owner, names in enumerate(class_names):
+    prompts, class_ids = [], []
+    for class_id, names in enumerate(class_names):
         for name in names.split("|"):
             prompts += [template.replace("{}", name) for template in templates]
-            owners += [owner] * len(templates)
-    return prompts, np.array(owners)
+            class_ids += [class_id] * len(templates)
+    return prompts, np.array(class_ids)
 
 
-def average_classes(embeds: np.ndarray, owners: np.ndarray, classes: int) -> np.ndarray:
-    """Means of the prompts' unit vectors [prompts, e], normalised again: float32 [classes, e]."""
+def average_classes(
+    embeds: Float[np.ndarray, "prompts embed"],
+    class_ids: Int[np.ndarray, " prompts"],
+    classes: int,
+) -> Float32[np.ndarray, "{classes} embed"]:
+    """Averages the prompts' unit vectors by class, and normalises the means."""
     sums = np.zeros((classes, embeds.shape[1]))
-    np.add.at(sums, owners, embeds)
+    np.add.at(sums, class_ids, embeds)
     return (sums / np.linalg.norm(sums, axis=1, keepdims=True)).astype(np.float32)
+
+
+def class_scores(
+    net: nn.Module,
+    variables: Any,
+    images: Images,
+    prompts: Prompts,
+    class_ids: Int[Array | np.ndarray, " prompts"],
+    classes: int,
+) -> Float32[Array, "batch {classes}"]:
+    """Scores each class for each image, for models that embed no texts; to be jitted.
+
+    The score of a class is the logarithm of the mean likelihood of its prompts: how likely the
+    caption is if one of them was picked at random. The mean of the logarithms would let a single
+    odd name, of several that are right, decide against a class.
+
+    Args:
+      net: one of `clip_jax.models.MODULES` that has `score`, which takes a prompt at a time: memory
+        is that of as many captions as there are images, and a few numbers for each pair.
+      variables: the model's.
+      images: uint8.
+      prompts: see `prepare`.
+      class_ids: number of the class of each prompt.
+      classes: number of classes; each has a prompt.
+
+    Returns:
+      Logarithms of likelihoods.
+    """
+    scores = cast(jax.Array, net.apply(variables, images, prompts, method="score")).T
+    best = jax.ops.segment_max(scores, class_ids, classes)
+    likelihoods = jax.ops.segment_sum(jnp.exp(scores - best[class_ids]), class_ids, classes)
+    prompts_of = jax.ops.segment_sum(jnp.ones(len(class_ids)), class_ids, classes)
+    return (best + jnp.log(likelihoods / prompts_of[:, None])).T

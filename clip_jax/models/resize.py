@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jaxtyping import Array, Float
 
 _IMAGE_POSITIONS = (("image", "positions"), ("image", "attention_pool", "positions"))
 
@@ -14,12 +16,12 @@ def resize_positions(params: Any, length: int) -> Any:
     """Interpolates the learned positions of the image tower, bicubic on their grid.
 
     Args:
-      params: of a ViT or ResNet model.
-      length: positions of the new resolution: a square grid, and one for the class or mean token
-        where there is one.
+      params: parameters of a ViT or ResNet model.
+      length: number of positions at the new resolution: a square grid, and one for the class or
+        mean token where there is one.
 
     Returns:
-      The same tree, its image positions [length, width].
+      A tree whose image positions are [length, width].
     """
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     path = next(path for path in _IMAGE_POSITIONS if path in flat)
@@ -33,12 +35,14 @@ def resize_positions(params: Any, length: int) -> Any:
 
 
 def image_positions(params: Any) -> Any:
-    """The learned positions of the image tower, array or shape."""
+    """Returns the learned positions of the image tower, array or shape."""
     flat = traverse_util.flatten_dict(params)
     return next(flat[path] for path in _IMAGE_POSITIONS if path in flat)
 
 
-def resize_text_positions(positions: Any, length: int) -> jax.Array:
-    """Interpolates the learned positions of the text tower linearly, [old, w] -> [length, w]."""
+def resize_text_positions(
+    positions: Float[Array | np.ndarray, "old width"], length: int
+) -> Float[Array, "{length} width"]:
+    """Interpolates the learned positions of the text tower linearly."""
     shape = (length, positions.shape[-1])
     return jax.image.resize(jnp.asarray(positions), shape, "linear", antialias=False)

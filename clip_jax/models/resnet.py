@@ -1,8 +1,8 @@
 """ModifiedResNet (paper section 2.4): ResNet-D, anti-aliased strides, attention pooling.
 
 And its form for the detector of near-duplicates (appendix C): GELU, and weight normalisation
-(Salimans & Kingma 2016, arXiv:1602.07868) instead of BatchNorm, whose statistics would tell which
-images of a batch are alike.
+(Salimans & Kingma 2016, arXiv:1602.07868) instead of BatchNorm, whose statistics would leak which
+images of a batch are near-duplicates.
 """
 
 from functools import partial
@@ -10,11 +10,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from clip_jax import sharding
-from clip_jax.models.remat import remat_part
+from clip_jax.models.layers import ACTIVATIONS, Dtype, remat_part, torch_default_init
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import ACTIVATIONS, Dtype, torch_default_init
+
+Maps = Float[Array, "batch height width channels"]
+NewMaps = Float[Array, "batch new_height new_width new_channels"]
 
 _ACTIVATIONS = {"relu": nn.relu, **ACTIVATIONS}
 
@@ -32,12 +35,12 @@ def _conv(channels: int, kernel: int, dtype: Dtype, name: str, stride: int = 1) 
     )
 
 
-def _average_pool(x: jax.Array, stride: int) -> jax.Array:
+def _average_pool(x: Maps, stride: int) -> NewMaps:
     return nn.avg_pool(x, (stride, stride), strides=(stride, stride)) if stride > 1 else x
 
 
 def _batch_norm(train: bool, dtype: Dtype):
-    """Under jit the batch is the global one, so statistics are synchronised over all devices."""
+    """Returns a BatchNorm; under jit the batch is global, so that all devices share statistics."""
     return partial(
         nn.BatchNorm,
         use_running_average=not train,
@@ -49,7 +52,7 @@ def _batch_norm(train: bool, dtype: Dtype):
 
 
 class WeightNormConv(nn.Module):
-    """A convolution whose kernels have learned lengths, at first `gain`; [..., c] to channels."""
+    """A convolution whose kernels have learned norms, at first `gain`."""
 
     channels: int
     kernel: int
@@ -58,7 +61,7 @@ class WeightNormConv(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Maps) -> NewMaps:
         shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
         kernel = self.param("kernel", torch_default_init, shape)
         scale = self.param("scale", nn.initializers.constant(self.gain), (self.channels,))
@@ -76,23 +79,22 @@ def _normed_conv(
     size: Size,
     dtype: Dtype,
     train: bool,
-    x: jax.Array,
+    x: Maps,
     channels: int,
     kernel: int,
     name: str,
     stride: int = 1,
-    silent: bool = False,
-) -> jax.Array:
-    """A convolution and what normalises it, of the kind that the size names.
+    zero_gain: bool = False,
+) -> NewMaps:
+    """Applies a convolution and its normalisation, of the kind that the size names.
 
-    Called within a module, whose layers they become: `name` has {} for "conv" or "bn". `silent`:
-    the gains start at zero.
+    Called within a module, whose layers they become: `name` has {} for "conv" or "bn".
     """
     conv, norm = name.format("conv"), name.format("bn")
     if size.resnet_norm == "weight":
-        gain = 0.0 if silent else 2**0.5  # halved by the activation, the variance is kept
+        gain = 0.0 if zero_gain else 2**0.5  # halved by the activation, the variance is kept
         return WeightNormConv(channels, kernel, stride, gain, dtype, name=conv)(x)
-    gain = nn.initializers.zeros if silent else nn.initializers.ones
+    gain = nn.initializers.zeros if zero_gain else nn.initializers.ones
     x = _conv(channels, kernel, dtype, conv, stride)(x)
     return _batch_norm(train, dtype)(name=norm, scale_init=gain)(x)
 
@@ -106,7 +108,7 @@ class Bottleneck(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: Maps, train: bool) -> NewMaps:
         conv = partial(_normed_conv, self.size, self.dtype, train)
         activation = _ACTIVATIONS[self.size.resnet_activation]
         out = 4 * self.channels
@@ -114,21 +116,21 @@ class Bottleneck(nn.Module):
         y = activation(conv(y, self.channels, 3, "{}2"))
         y = _average_pool(y, self.stride)
         # Zero gain: every block starts as the identity.
-        y = conv(y, out, 1, "{}3", silent=True)
+        y = conv(y, out, 1, "{}3", zero_gain=True)
         if self.stride > 1 or x.shape[-1] != out:
             x = conv(_average_pool(x, self.stride), out, 1, "shortcut_{}")
         return activation(x + y)
 
 
 class AttentionPool(nn.Module):
-    """[b, h, w, c] -> [b, embed_dim]: attention whose one query is the mean of the positions."""
+    """Attention pooling whose one query is the mean of the positions."""
 
     heads: int
     embed_dim: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Maps) -> Float[Array, "batch embed"]:
         width = x.shape[-1]
         normal = nn.initializers.normal(width**-0.5)
         x = x.reshape(x.shape[0], -1, width)
@@ -152,8 +154,8 @@ class ModifiedResNet(nn.Module):
     """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised.
 
     Attributes:
-      remat: what of the stem and of each block the backward pass recomputes; see
-        `remat.remat_layer`.
+      remat: recomputation of the stem and of each block in the backward pass; see
+        `layers.remat_layer`.
     """
 
     size: Size
@@ -161,7 +163,9 @@ class ModifiedResNet(nn.Module):
     remat: str
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, images: Float[Array, "batch height width 3"], train: bool = False
+    ) -> Float[Array, "batch embed"]:
         size = self.size
         stem = remat_part(ModifiedResNet._stem, self.remat)
         bottleneck = remat_part(Bottleneck, self.remat)
@@ -174,11 +178,11 @@ class ModifiedResNet(nn.Module):
                 x = layer(sharding.spread_batch(x), train)
         pool = AttentionPool(size.image_heads, size.embed_dim, self.dtype, name="attention_pool")
         x = pool(x)
-        self.sow("intermediates", "features", x)  # what linear probes read
+        self.sow("intermediates", "features", x)  # features for linear probes
         return x
 
-    def _stem(self, x: jax.Array, train: bool) -> jax.Array:
-        """Images -> [b, h / 4, w / 4, image_width]."""
+    def _stem(self, x: Maps, train: bool) -> NewMaps:
+        """Maps images to [b, h / 4, w / 4, image_width]."""
         conv = partial(_normed_conv, self.size, self.dtype, train)
         activation, width = _ACTIVATIONS[self.size.resnet_activation], self.size.image_width
         for i, channels in enumerate((width // 2, width // 2, width), start=1):

@@ -4,20 +4,43 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from clip_jax import choices
 from clip_jax.errors import UserError
 
-# What a field that names one of several forms may hold.
+# Values of the fields that name one of several forms.
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "objective": ("contrastive", "captioning", "bag_of_words", "near_duplicates"),
-    "activation": ("quick_gelu", "gelu", "gelu_tanh"),
-    "image_pool": ("class", "map"),
-    "text_pool": ("end", "last", "bag"),
-    "image_crop": ("center", "none"),
-    "resnet_activation": ("relu", "gelu"),
-    "resnet_norm": ("batch", "weight"),
+    "objective": choices.OBJECTIVES,
+    "activation": choices.ACTIVATIONS,
+    "image_pool": choices.IMAGE_POOLS,
+    "text_pool": choices.TEXT_POOLS,
+    "image_crop": choices.IMAGE_CROPS,
+    "resnet_activation": choices.RESNET_ACTIVATIONS,
+    "resnet_norm": choices.RESNET_NORMS,
 }
 
-# Per RGB channel of pixels in [0, 1]: of OpenAI's models and those of open_clip.
+# Fields that config.model.size can override, for models that have no name: shapes, and the forms
+# that a run may choose. What each means stands in `Size`.
+CONFIGURABLE = (
+    "embed_dim",
+    "image_size",
+    "image_layers",
+    "image_width",
+    "image_heads",
+    "image_mlp",
+    "patch_size",
+    "text_layers",
+    "text_pool",
+    "text_width",
+    "text_heads",
+    "text_mlp",
+    "context_length",
+    "vocab_size",
+    "resnet_activation",
+    "resnet_norm",
+    "activation",
+)
+
+# Mean and deviation of each RGB channel, pixels in [0, 1], of the models of OpenAI and open_clip.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,37 +51,43 @@ class Size:
 
     Attributes:
       embed_dim: width of the joint embedding space.
-      image_size: pixels along a side of the square input.
+      image_size: side of the square input in pixels.
       image_layers: (layers,) of a ViT, or the blocks of the four stages of a ResNet.
       image_width: channels of a ViT, or of the first ResNet stage.
       image_heads: attention heads; in a ResNet those of the attention pool.
-      patch_size: pixels along a side of a patch; None for a ResNet.
-      text_layers, text_width, text_heads: of the text transformer; of the one that writes captions
-        where that is the objective. No layers: a bag of words, see text_pool.
+      patch_size: side of a patch in pixels; None for a ResNet.
+      text_width: channels of the text transformer, which writes the captions where the objective is
+        "captioning".
+      text_heads: its attention heads.
+      text_layers: its blocks; 0 for a bag of words, with text_pool="bag".
       context_length: tokens of a caption, start and end tokens included.
-      vocab_size: entries of the tokenizer; the end token is the last one.
-      image_mlp, text_mlp: hidden units of a transformer block; 0 becomes four times the width (and
-        stays 0 for the image tower of a ResNet, which has no blocks).
-      activation: of those units: "quick_gelu", "gelu" (exact) or "gelu_tanh" (its approximation).
-      image_pool: what a ViT reads: "class", a token of its own, projected; or "map", an attention
+      vocab_size: entries of the tokenizer; the end token is the last one. For a SentencePiece
+        tokenizer: its pieces plus 2.
+      image_mlp: hidden units of an image block; 0 becomes four times the width (and stays 0 for a
+        ResNet, which has no such blocks).
+      text_mlp: hidden units of a text block; 0 becomes four times the width.
+      activation: activation of those units: "quick_gelu" (OpenAI), "gelu" (exact; open_clip) or
+        "gelu_tanh" (its approximation; SigLIP).
+      image_pool: pooling of a ViT: "class", a token of its own, projected; or "map", an attention
         head with a learned probe, projected only where embed_dim is not image_width.
       pre_norm: whether a ViT normalises the embedded patches before the first block.
       patch_bias: whether a ViT adds a bias to the embedded patches.
       text_causal: whether a token sees only those before it.
-      text_pool: the token that stands for the caption: "end", the end token; or "last", whatever
-        token fills the last place, so that captions must be padded to the context length. "bag":
-        none, but the mean of the caption's embedded words, without positions or layers.
+      text_pool: token that stands for the caption: "end", the end token (paper); or "last", the
+        token in the last place, so that captions must be padded to the context length. "bag": the
+        mean of the caption's embedded words instead, without positions or layers.
       text_projection_bias: whether the projection of the text tower has a bias.
-      norm_eps: what LayerNorm adds to the variance.
+      norm_eps: LayerNorm's addition to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
-      image_mean, image_std: what is subtracted from pixels in [0, 1], per RGB channel, and what the
-        result is divided by.
-      image_crop: how a picture becomes a square where nothing is drawn at random: "center", its
-        middle; or "none", squashed whole. See `data.crops.Crop`.
-      resnet_activation: of the convolutions of a ResNet; "gelu" is the exact one.
-      resnet_norm: what keeps those in bounds: "batch", BatchNorm; or "weight", kernels of learned
-        length, which do not see what else is in the batch.
-      objective: what it is trained to do, which decides what stands beside the image tower; see
+      image_mean: subtracted from pixels in [0, 1], per RGB channel.
+      image_std: divisor of the result, per RGB channel.
+      image_crop: square crop where nothing is drawn at random: "center", the middle; or "none", the
+        whole picture squashed. See `data.crops.Crop`.
+      resnet_activation: activation of a ResNet's convolutions: "relu" (paper) or "gelu" (exact; the
+        paper's detector of near-duplicates).
+      resnet_norm: normalisation of a ResNet: "batch" (paper), BatchNorm; or "weight", kernels of
+        learned norm, which do not depend on the rest of the batch (its detector).
+      objective: training objective, which decides on the modules beside the image tower; see
         `models.MODULES`.
     """
 
@@ -93,7 +122,7 @@ class Size:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
-        """The inverse of `dataclasses.asdict`, after a trip through JSON; old dicts lack fields."""
+        """Inverts `dataclasses.asdict` and JSON; old dicts may lack fields."""
         known: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
         }
@@ -101,31 +130,32 @@ class Size:
 
     @property
     def is_resnet(self) -> bool:
+        """True for a ResNet, False for a ViT."""
         return self.patch_size is None
 
     @property
     def feature_width(self) -> int:
-        """Of what linear probes read; see `ImageModel.encode_with_features`."""
+        """The width of the features for linear probes; see `ImageModel.encode_with_features`."""
         return self.embed_dim if self.is_resnet else self.image_width
 
     @property
     def image_projection(self) -> bool:
-        """Whether a ViT multiplies what it pools by a matrix."""
+        """True where a ViT projects its pooled token."""
         return self.image_pool == "class" or self.embed_dim != self.image_width
 
     @property
     def is_known_elsewhere(self) -> bool:
-        """Whether other projects have models of this form: CLIP and its like."""
+        """True where other projects have models of this form: CLIP and SigLIP."""
         forms = (self.objective, self.resnet_activation, self.resnet_norm)
         return forms == ("contrastive", "relu", "batch") and self.text_pool != "bag"
 
     @property
     def has_text_blocks(self) -> bool:
-        """Whether there is a transformer that reads or writes captions."""
+        """True where a transformer reads or writes captions."""
         return self.objective in ("contrastive", "captioning") and self.text_layers > 0
 
     def __str__(self) -> str:
-        """The name of a known model, whatever its loss, or the shape of another one."""
+        """Returns the name of a known model, whatever its loss, or the shape of another one."""
         for name, size in SIZES.items():
             trained = {"logit_bias": size.logit_bias, "objective": size.objective}
             if size == dataclasses.replace(self, **trained):
@@ -136,14 +166,14 @@ class Size:
 
     @property
     def _beside(self) -> str:
-        """What stands beside the image tower."""
-        what = "text" if self.objective == "contrastive" else self.objective
+        """A description of the modules beside the image tower."""
+        other = "text" if self.objective == "contrastive" else self.objective
         if self.has_text_blocks:
-            return f"{what} {self.text_layers} layers x {self.text_width}"
-        return what if what != "text" else f"text a bag of words x {self.text_width}"
+            return f"{other} {self.text_layers} layers x {self.text_width}"
+        return other if other != "text" else f"text a bag of words x {self.text_width}"
 
     def __post_init__(self):
-        """Raises UserError for shapes that no model can have."""
+        """Fills in derived fields; raises UserError for shapes that no model can have."""
         for field in dataclasses.fields(self):
             _check_field(field, getattr(self, field.name))
         if not self.is_resnet:
@@ -236,7 +266,7 @@ def _vit(embed_dim, image_size, layers, width, patch_size, text_width) -> Size:
 
 
 def _large_vit(layers, width, mlp) -> Size:
-    """open_clip's larger models, all with the same text tower."""
+    """Returns the size of one of open_clip's larger models, all with the same text tower."""
     return Size(
         embed_dim=1024,
         image_size=224,
@@ -253,7 +283,7 @@ def _large_vit(layers, width, mlp) -> Size:
 
 
 def _siglip(layers, width, mlp, heads, patch_size, context_length) -> Size:
-    """Both towers have the same shape (Zhai et al. 2023)."""
+    """Returns the size of a SigLIP, whose towers have the same shape (Zhai et al. 2023)."""
     return Size(
         embed_dim=width,
         image_size=224,
@@ -300,13 +330,20 @@ SIZES: Mapping[str, Size] = {
 }
 
 
+def configurable() -> dict[str, type]:
+    """Returns the fields of `CONFIGURABLE` with their types, for config.model.size."""
+    types = {field.name: field.type for field in dataclasses.fields(Size)}
+    plain = {tuple[int, ...]: tuple, int | None: int}
+    return {name: plain.get(types[name], types[name]) for name in CONFIGURABLE}
+
+
 def available_models() -> list[str]:
-    """Names that `create` and `config.model.name` accept."""
+    """Returns the names that `create` and `config.model.name` accept."""
     return list(SIZES)
 
 
 def get_size(name: str, overrides: Mapping[str, Any] | None = None) -> Size:
-    """The named size; fields of `overrides` that are not None replace its own.
+    """Returns the named size; fields of `overrides` that are not None replace its own.
 
     Raises:
       UserError: unknown name or field, or shapes that do not go together.

@@ -6,20 +6,23 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
 from clip_jax.models import packing
+from clip_jax.models.image_model import TokenIds
+from clip_jax.models.layers import Dtype, layer_norm
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import Dtype, Read, Transformer, layer_norm
+from clip_jax.models.transformer import Mask, Read, Transformer
 
 
 class TextTransformer(nn.Module):
-    """Token ids [b, s] -> embeddings [b, embed_dim], not yet L2-normalised.
+    """Embeds token ids, not yet L2-normalised.
 
-    The paper's reads the feature at the end token, the largest id of the vocabulary. Its attention
-    is causal, so padding behind that changes nothing and `s` may be any length up to the context
-    length. Where the last token is read instead, `s` must be the context length. A bag of words
-    takes the mean of the embedded words instead of any token: it has no positions and no layers.
+    The paper's tower reads the feature at the end token, the largest id of the vocabulary. Its
+    attention is causal, so padding after that changes nothing, and captions may have any length up
+    to the context length. Where the last token is read instead, they must have the context length.
+    A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
       pack: how several captions share a row in training; None: each has a row of its own.
@@ -59,37 +62,40 @@ class TextTransformer(nn.Module):
             kernel_init=normal(width**-0.5),
         )
 
-    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, tokens: TokenIds, train: bool = False) -> Float[Array, "batch embed"]:
         if train and self.pack is not None and not self.is_initializing():
             features = self._read_packed(tokens)
         else:
             features = self._read(tokens)
         features = sharding.constrain_batch(features)
-        return self.projection(self.ln_final(features))  # per token, so only where it is read
+        # Both work per token, so they are computed for the tokens read only.
+        return self.projection(self.ln_final(features))
 
     def states(
         self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        mask: jax.Array | None = None,
+        tokens: TokenIds,
+        positions: Int[Array, "batch length"] | None = None,
+        mask: Mask | None = None,
         read: Read | None = None,
-    ) -> jax.Array:
-        """Of the last layer, [b, s, w], or of the tokens that `read` picks from such.
+    ) -> Float[Array, "batch read width"]:
+        """Computes the states of the last layer, at all tokens or those that `read` picks.
 
         Args:
-          tokens: int32 [b, s].
-          positions: int32 [b, s], of the tokens within their captions; None: 0, 1, 2, ...
-          mask: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past.
+          tokens: token ids.
+          positions: places of the tokens within their captions; None: 0, 1, 2, ...
+          mask: True for the keys (last) that each query sees; None: all, or where causal those up
+            to itself.
+          read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
         """
         learned = self.positions.astype(self.dtype)
         if positions is None:
             learned = learned[: tokens.shape[1]]
-        else:  # from a whole table, or the partitioner looks up parts of every activation
+        else:  # from the whole table: else the partitioner looks up parts of every activation
             learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
         return self.transformer(self.token_embed(tokens) + learned, mask, read)
 
-    def _read(self, tokens: jax.Array) -> jax.Array:
-        """int32 [b, s] -> [b, w] of the tokens that stand for the captions."""
+    def _read(self, tokens: TokenIds) -> Float[Array, "batch width"]:
+        """Computes the features of the tokens that stand for the captions."""
         if self.size.text_pool == "bag":
             own = own_tokens(tokens)[:, :, None]
             words = jnp.sum(jnp.where(own, self.token_embed(tokens), 0), axis=1, dtype=jnp.float32)
@@ -99,17 +105,17 @@ class TextTransformer(nn.Module):
         end = jnp.argmax(tokens, axis=1)
         return self.states(tokens, read=lambda x: packing.pick(x, end[:, None]))[:, 0]
 
-    def _read_packed(self, tokens: jax.Array) -> jax.Array:
-        """The same from packed rows."""
+    def _read_packed(self, tokens: TokenIds) -> Float[Array, "batch width"]:
+        """Computes the same from packed rows."""
         assert self.pack is not None
         read = ("token_embed", "positions", "transformer")
         params = {name: self.variables["params"][name] for name in read}
-        # Rarely needed, so better soon compiled than unrolled.
+        # The second is for further rounds. They are rare, so it is scanned, which compiles faster.
         towers = self._tower(self.scan_layers), self._tower(scan_layers=True)
         return packing.end_features(*towers, params, tokens, self.pack)
 
     def _tower(self, scan_layers: bool) -> packing.Tower:
-        """`states` as a pure function, as Flax modules cannot be called in a loop of JAX."""
+        """Returns `states` as a pure function: Flax modules cannot be called in a loop of JAX."""
         module = self.clone(parent=None, scan_layers=scan_layers)
 
         def tower(params: Any, *rows: Any) -> jax.Array:
@@ -119,7 +125,7 @@ class TextTransformer(nn.Module):
         return tower
 
 
-def own_tokens(tokens: jax.Array) -> jax.Array:
-    """Which of the ids [b, s] are words: between the start and the end token; bool [b, s]."""
+def own_tokens(tokens: TokenIds) -> Bool[Array, "batch length"]:
+    """Masks the ids that are words, between the start and the end token."""
     places = jnp.arange(tokens.shape[1])
     return (places > 0) & (places < jnp.argmax(tokens, axis=1)[:, None])

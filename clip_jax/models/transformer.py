@@ -7,50 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Bool
 
 from clip_jax import sharding
-from clip_jax.models.attention import Dtype, QueryKeyValue, Tokens, attend, attend_with_token
-from clip_jax.models.remat import remat_layer
+from clip_jax.models.attention import QueryKeyValue, Tokens, attend, attend_with_token
+from clip_jax.models.layers import (
+    ACTIVATIONS,
+    Dtype,
+    Init,
+    layer_norm,
+    remat_layer,
+    torch_default_init,
+)
 
-Init = nn.initializers.Initializer
+Mask = Bool[Array, "#batch 1 query key"]
 # Picks the tokens that are read, [b, s, ...] -> [b, n, ...].
 Read = Callable[[Tokens], jax.Array]
-
-# What PyTorch gives a Linear or Conv2d weight; the published model leaves ViT blocks at it.
-torch_default_init: Init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-@partial(jax.checkpoint, prevent_cse=False)  # else each layer keeps x, its sigmoid and the product
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """The sigmoid approximation of GELU that OpenAI's weights were trained with."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-@partial(jax.checkpoint, prevent_cse=False)
-def gelu(x: jax.Array) -> jax.Array:
-    """x times the probability that a standard normal variable is below x."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-@partial(jax.checkpoint, prevent_cse=False)
-def gelu_tanh(x: jax.Array) -> jax.Array:
-    """The tanh approximation of GELU."""
-    return jax.nn.gelu(x, approximate=True)
-
-
-# By the names of `Size.activation`.
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
-
-
-def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
-    """LayerNorm with float32 statistics, whatever the compute dtype."""
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, each with a residual connection; tokens to tokens.
 
-    All tokens are attended to, but nothing further is computed of those that are not read.
+    All tokens are attended to, but nothing more is computed for those that are not read.
     """
 
     heads: int
@@ -64,9 +42,7 @@ class Block(nn.Module):
     out_init: Init  # of both projections that end in the residual stream
 
     @nn.compact
-    def __call__(
-        self, x: Tokens, mask: jax.Array | None = None, read: Read | None = None
-    ) -> Tokens:
+    def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:
         each = jax.tree.map  # over the sequence and, if it stands apart, the class token
         width = jax.tree.leaves(x)[0].shape[-1]
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
@@ -82,13 +58,13 @@ class Block(nn.Module):
         return each(jnp.add, x, y)
 
     def _attend(
-        self, qkv: QueryKeyValue, x: Tokens, mask: jax.Array | None, read: Read | None
+        self, qkv: QueryKeyValue, x: Tokens, mask: Mask | None, read: Read | None
     ) -> Tokens:
-        """Attention of the tokens that are read, [b, n, heads, d], or of all."""
+        """Computes attention for the tokens that are read, [b, n, heads, d], or for all."""
         if isinstance(x, tuple):
             y = attend_with_token(*jax.tree.map(qkv, x))
         elif read is not None and mask is None and not self.causal:
-            return attend(qkv(x, read(x)))  # each sees all, so that no other need ask
+            return attend(qkv(x, read(x)))  # each sees all, so that no other query is needed
         else:
             y = attend(qkv(x), mask, self.causal)
         return y if read is None else read(y)
@@ -104,10 +80,11 @@ class Transformer(nn.Module):
 
     Attributes:
       mlp: hidden units of each block.
-      activation: of those, a name in `ACTIVATIONS`.
-      norm_eps: what LayerNorm adds to the variance.
+      activation: their activation, a name in `layers.ACTIVATIONS`.
+      norm_eps: LayerNorm's addition to the variance.
       scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
-      remat: what the backward pass recomputes; see `remat.remat_layer`.
+      remat: recomputation in the backward pass; see `layers.remat_layer`.
+      causal: without a mask, each token sees only those up to itself.
       paper_init: the scaled normal initialisation of the published text tower; else PyTorch's
         default for attention and linear layers, as in the published ViT.
     """
@@ -124,14 +101,13 @@ class Transformer(nn.Module):
     paper_init: bool
 
     @nn.compact
-    def __call__(
-        self, x: Tokens, mask: jax.Array | None = None, read: Read | None = None
-    ) -> Tokens:
-        """See the class.
+    def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:
+        """Runs all blocks.
 
         Args:
-          mask: bool [b, 1, s, s], which keys (last) each query sees; None: all, or the past where
-            the transformer is causal.
+          x: tokens.
+          mask: True for the keys (last) that each query sees; None: all, or in a causal transformer
+            those up to itself.
           read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
         """
         block = self._block(jax.tree.leaves(x)[0].shape[-1])
@@ -183,9 +159,9 @@ class Transformer(nn.Module):
 
 
 def _split(params: Any, stacked: int, layers: int) -> tuple[Any, list[Any]]:
-    """Parameters of the first layers, still stacked, and of each other layer.
+    """Splits parameters into those of the first layers, still stacked, and of each other layer.
 
-    By one `lax.split`, so that gradients come back in one concatenation.
+    In one `lax.split`, so that gradients come back in one concatenation.
     """
     leaves, treedef = jax.tree.flatten(params)
     sizes = [stacked] + [1] * (layers - stacked)

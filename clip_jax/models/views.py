@@ -1,7 +1,7 @@
-"""Random views of images on the device: what happens to a picture that is passed on.
+"""Random views of images on the device, like those of a picture that is copied around.
 
-To train a detector of near-duplicates (paper, appendix C): cut out and zoomed, stretched, turned a
-little, made smaller and large again by other filters, recoloured and compressed as JPEG does.
+They train the detector of near-duplicates (paper, appendix C): cropped and zoomed, stretched,
+rotated a little, downsampled and enlarged again, recoloured and compressed like a JPEG.
 """
 
 import math
@@ -12,54 +12,58 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 from ml_collections import ConfigDict
+
+Pixels = Float32[Array, "side side 3"]
+Scalar = Float[Array, ""]
 
 
 class View(NamedTuple):
-    """What is done to an image, in this order; scalars.
+    """The changes of an image, in this order; scalars.
 
     Attributes:
-      x, y: centre of the window that is cut out, in sides of the image from the top left corner.
-      width, height: of the window, in sides of the image.
-      angle: by which it is turned, clockwise in radians.
-      side: pixels that it is made smaller to, and enlarged again.
-      down, up: the filter of each, a place in `FILTERS`.
-      hue: added to the hue, as a share of the circle.
-      saturation, value: their factors, in HSV.
-      quality: of the JPEG, from 1 to 100.
+      x, y: centre of the crop, in sides of the image from the top left corner.
+      width, height: size of the crop, in sides of the image.
+      angle: clockwise rotation of the crop in radians.
+      side: side in pixels that it is downsampled to, before it is enlarged again.
+      down, up: filter of each, a place in `FILTERS`.
+      hue: shift of the hue, as a fraction of the circle.
+      saturation, value: factors of these, in HSV.
+      quality: quality of the JPEG, from 1 to 100.
     """
 
-    x: jax.Array
-    y: jax.Array
-    width: jax.Array
-    height: jax.Array
-    angle: jax.Array
-    side: jax.Array
-    down: jax.Array
-    up: jax.Array
-    hue: jax.Array
-    saturation: jax.Array
-    value: jax.Array
-    quality: jax.Array
+    x: Float[Array, "*batch"]
+    y: Float[Array, "*batch"]
+    width: Float[Array, "*batch"]
+    height: Float[Array, "*batch"]
+    angle: Float[Array, "*batch"]
+    side: Float[Array, "*batch"]
+    down: Int[Array, "*batch"]
+    up: Int[Array, "*batch"]
+    hue: Float[Array, "*batch"]
+    saturation: Float[Array, "*batch"]
+    value: Float[Array, "*batch"]
+    quality: Float[Array, "*batch"]
 
 
 def two_views(
-    images: jax.Array, key: jax.Array, config: ConfigDict, rows: jax.Array | None = None
-) -> jax.Array:
-    """Changes each image in two ways, by its own share of `key`.
+    images: UInt8[Array, "batch side side 3"],
+    key: Key[Array, ""],
+    config: ConfigDict,
+    rows: Int[Array, " batch"] | None = None,
+) -> UInt8[Array, "batch 2 side side 3"]:
+    """Makes two views of each image, by a key folded from `key` and its number.
 
     Args:
-      images: uint8 [b, h, h, 3].
-      key: of the step.
+      images: square images.
+      key: PRNG key of the step.
       config: the fields of `data.views` in configs/default.py.
-      rows: int32 [b], numbers of the images, which decide with the key; None: 0, 1, 2, ...
-
-    Returns:
-      uint8 [b, 2, h, h, 3].
+      rows: numbers of the images; None: 0, 1, 2, ...
     """
     rows = jnp.arange(len(images)) if rows is None else rows
 
-    def views(image: jax.Array, row: jax.Array) -> jax.Array:
+    def views(image, row):
         keys = jax.random.split(jax.random.fold_in(key, row))
         drawn = jax.vmap(lambda key: draw(key, config, len(image)))(keys)
         return jax.vmap(lambda view: change(image, view))(drawn)
@@ -67,24 +71,24 @@ def two_views(
     return jax.vmap(views)(images, rows)
 
 
-def draw(key: jax.Array, config: ConfigDict, side: int) -> View:
-    """A view of an image with sides of so many pixels."""
-    drawn = iter(jax.random.uniform(key, (len(View._fields),)))  # in one: it compiles sooner
+def draw(key: Key[Array, ""], config: ConfigDict, side: int) -> View:
+    """Draws a view of an image with this side in pixels."""
+    drawn = iter(jax.random.uniform(key, (len(View._fields),)))  # in one call: it compiles faster
 
     def uniform(least: float | jax.Array, most: float | jax.Array) -> jax.Array:
         return least + (most - least) * next(drawn)
 
     area, ratio = uniform(*config.scale), jnp.exp(uniform(*map(math.log, config.ratio)))
     width, height = (jnp.minimum(jnp.sqrt(area * r), 1) for r in (ratio, 1 / ratio))
-    turned = math.radians(config.angle)
+    most = math.radians(config.angle)
     return View(
         x=uniform(width / 2, 1 - width / 2),
         y=uniform(height / 2, 1 - height / 2),
         width=width,
         height=height,
-        angle=uniform(-turned, turned),
+        angle=uniform(-most, most),
         side=jnp.round(side * uniform(config.shrink, 1.0)),
-        down=uniform(0, len(FILTERS)).astype(jnp.int32),  # rounded down, so below the number
+        down=uniform(0, len(FILTERS)).astype(jnp.int32),  # rounded down, so below their number
         up=uniform(0, len(FILTERS)).astype(jnp.int32),
         hue=uniform(-config.hue, config.hue),
         saturation=1 + uniform(-config.saturation, config.saturation),
@@ -93,8 +97,8 @@ def draw(key: jax.Array, config: ConfigDict, side: int) -> View:
     )
 
 
-def change(image: jax.Array, view: View) -> jax.Array:
-    """A view of an image, uint8 [h, h, 3] to the same."""
+def change(image: UInt8[Array, "side side 3"], view: View) -> UInt8[Array, "side side 3"]:
+    """Applies a view to an image."""
     pixels = cut_out(image.astype(jnp.float32), view)
     pixels = shrink(pixels, view.side, view.down, view.up)
     pixels = recolour(pixels, view.hue, view.saturation, view.value)
@@ -104,8 +108,8 @@ def change(image: jax.Array, view: View) -> jax.Array:
 # ---- Geometry. Pixels are float32 [h, h, 3] from 0 to 255, here and below. ---------------------
 
 
-def cut_out(pixels: jax.Array, view: View) -> jax.Array:
-    """The turned window, enlarged to the image; bilinear, the edge repeated outside."""
+def cut_out(pixels: Pixels, view: View) -> Pixels:
+    """Enlarges the rotated crop to the image; bilinear, the edge repeated outside."""
     side = len(pixels)
     along = (jnp.arange(side) + 0.5) / side - 0.5
     right, below = view.width * along[None], view.height * along[:, None]
@@ -123,30 +127,30 @@ FILTERS: tuple[Callable[[jax.Array], jax.Array], ...] = (
 )
 
 
-def _cubic(x: jax.Array, a: float = -0.5) -> jax.Array:
-    """Keys' cubic convolution."""
+def _cubic(x: Float[Array, "..."], a: float = -0.5) -> Float[Array, "..."]:
+    """Computes Keys' cubic convolution kernel."""
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = a * (((x - 5) * x + 8) * x - 4)
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
 
 
-def shrink(pixels: jax.Array, side: jax.Array, down: jax.Array, up: jax.Array) -> jax.Array:
-    """Resized to a square of `side` pixels, whole numbers there, and back; antialiased."""
+def shrink(pixels: Pixels, side: Scalar, down: Int[Array, ""], up: Int[Array, ""]) -> Pixels:
+    """Resizes to a square of `side` pixels, rounded there, and back; antialiased."""
     whole = len(pixels)
     small = jnp.round(_resize(pixels, _resampling(whole, side, whole, down)))
     return _resize(small, _resampling(side, whole, whole, up))
 
 
-def _resize(pixels: jax.Array, weights: jax.Array) -> jax.Array:
-    """With the weights of each new pixel along both sides."""
+def _resize(pixels: Pixels, weights: Float32[Array, "side side"]) -> Pixels:
+    """Resamples with the weights of each new pixel, along both sides."""
     product = jnp.einsum("yi,xj,ijc->yxc", weights, weights, pixels, precision="highest")
     return jnp.clip(product, 0, 255)
 
 
 def _resampling(
-    old: int | jax.Array, new: int | jax.Array, room: int, filter_: jax.Array
-) -> jax.Array:
-    """The weight of each of `old` pixels in each of `new` ones: [room, room], the rest zero."""
+    old: int | Scalar, new: int | Scalar, room: int, filter_: Int[Array, ""]
+) -> Float32[Array, "{room} {room}"]:
+    """Computes the weight of each of `old` pixels in each of `new` ones, the rest zero."""
     scale = jnp.asarray(old / new, jnp.float32)
     places = jnp.arange(room, dtype=jnp.float32) + 0.5
     distance = (places[None] - scale * places[:, None]) / jnp.maximum(scale, 1)
@@ -158,10 +162,8 @@ def _resampling(
 # ---- Colour ------------------------------------------------------------------------------------
 
 
-def recolour(
-    pixels: jax.Array, hue: jax.Array, saturation: jax.Array, value: jax.Array
-) -> jax.Array:
-    """Hue, saturation and value changed, as in `View`."""
+def recolour(pixels: Pixels, hue: Scalar, saturation: Scalar, value: Scalar) -> Pixels:
+    """Changes hue, saturation and value; see `View`."""
     high, low = pixels.max(axis=2), pixels.min(axis=2)
     chroma = jnp.maximum(high - low, 1e-6)
     red, green, blue = (pixels[..., i] for i in range(3))
@@ -173,7 +175,7 @@ def recolour(
     depth = jnp.clip(saturation * (high - low) / jnp.maximum(high, 1e-6), 0, 1)
     high = jnp.clip(value * high, 0, 255)
 
-    def channel(offset: int) -> jax.Array:
+    def channel(offset):
         place = (offset + sector + 6 * hue) % 6
         return high * (1 - depth * jnp.clip(jnp.minimum(place, 4 - place), 0, 1))
 
@@ -217,28 +219,27 @@ _WAVES = np.array(
 )
 
 
-def compress(pixels: jax.Array, quality: jax.Array) -> jax.Array:
-    """What a JPEG file of this quality keeps, colours at full resolution; whole numbers."""
+def compress(pixels: Pixels, quality: Scalar) -> Pixels:
+    """Compresses and decompresses like a JPEG, colours at full resolution; whole numbers."""
     side = len(pixels)
     padding = (0, -side % 8)
     blocks = jnp.pad(jnp.round(pixels), (padding, padding, (0, 0)), "edge")
     count = len(blocks) // 8
     blocks = blocks.reshape(count, 8, count, 8, 3)
-    exact = {"precision": "highest"}
-    colours = jnp.einsum("dc,aybxc->aybxd", _TO_YCC, blocks, **exact)
+    colours = jnp.einsum("dc,aybxc->aybxd", _TO_YCC, blocks, precision="highest")
     colours = jnp.round(colours - jnp.array([128, 0, 0]))
     steps = _quantisation(quality)[:, None]
-    waves = jnp.einsum("ky,lx,aybxd->akbld", _WAVES, _WAVES, colours, **exact)
+    waves = jnp.einsum("ky,lx,aybxd->akbld", _WAVES, _WAVES, colours, precision="highest")
     waves = jnp.round(waves / steps) * steps
-    colours = jnp.einsum("ky,lx,akbld->aybxd", _WAVES, _WAVES, waves, **exact)
+    colours = jnp.einsum("ky,lx,akbld->aybxd", _WAVES, _WAVES, waves, precision="highest")
     colours = jnp.round(colours) + jnp.array([128, 0, 0])
-    blocks = jnp.einsum("cd,aybxd->aybxc", _TO_RGB, colours, **exact)
+    blocks = jnp.einsum("cd,aybxd->aybxc", _TO_RGB, colours, precision="highest")
     whole = blocks.reshape(8 * count, 8 * count, 3)[:side, :side]
     return jnp.clip(jnp.round(whole), 0, 255)
 
 
-def _quantisation(quality: jax.Array) -> jax.Array:
-    """Steps of brightness and both colours, float32 [8, 8, 3], as the IJG's library scales them."""
-    share = jnp.where(quality < 50, 5000 / quality, 200 - 2 * quality)
-    steps = jnp.clip(jnp.floor((_TABLES * share + 50) / 100), 1, 255)
+def _quantisation(quality: Scalar) -> Float32[Array, "8 8 3"]:
+    """Scales the steps of brightness and both colours as the IJG's library does."""
+    percent = jnp.where(quality < 50, 5000 / quality, 200 - 2 * quality)
+    steps = jnp.clip(jnp.floor((_TABLES * percent + 50) / 100), 1, 255)
     return jnp.stack([steps[0], steps[1], steps[1]], axis=2)

@@ -5,17 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from clip_jax import sharding
 from clip_jax.models.attention import Tokens
+from clip_jax.models.layers import ACTIVATIONS, Dtype, layer_norm, torch_default_init
 from clip_jax.models.sizes import Size
-from clip_jax.models.transformer import (
-    ACTIVATIONS,
-    Dtype,
-    Transformer,
-    layer_norm,
-    torch_default_init,
-)
+from clip_jax.models.transformer import Transformer
 
 # Patches that an accelerator holds without padding, if the class token does not join them; see
 # `attention.attend_with_token`.
@@ -26,7 +22,7 @@ class VisionTransformer(nn.Module):
     """Normalised images [b, h, w, 3] -> embeddings [b, embed_dim], not yet L2-normalised.
 
     Attributes:
-      patch_dropout: share of the patches that it does not see in training; see `keep_patches`.
+      patch_dropout: fraction of the patches left out in training; see `keep_patches`.
     """
 
     size: Size
@@ -37,10 +33,18 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, train: bool = False, rows: jax.Array | None = None
-    ) -> jax.Array:
-        """`rows`: int32 [b], the example's number in the batch; patch dropout in training needs it,
-        and a "dropout" key."""
+        self,
+        images: Float[Array, "batch height width 3"],
+        train: bool = False,
+        rows: Int[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch embed"]:
+        """Embeds images.
+
+        Args:
+          images: normalised.
+          train: drop patches, which takes `rows` and a "dropout" key.
+          rows: numbers of the examples in the batch.
+        """
         size, width = self.size, self.size.image_width
         normal = nn.initializers.normal(width**-0.5)
         x = self._embed_patches(images)
@@ -73,19 +77,20 @@ class VisionTransformer(nn.Module):
             name="transformer",
         )(x, read=class_token if size.image_pool == "class" else None)
         if size.image_pool == "class":
-            # Per token, so only where it is read.
+            # LayerNorm works per token, so it is computed for the class token only.
             x = norm("ln_post")(sharding.constrain_batch(x[:, 0]))
         else:
             x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
-        self.sow("intermediates", "features", x)  # what linear probes read
+        self.sow("intermediates", "features", x)  # pre-projection features, for linear probes
         if not size.image_projection:
             return x
         return nn.Dense(
             size.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal, name="projection"
         )(x)
 
-    def _embed_patches(self, images: jax.Array) -> jax.Array:
-        """[b, h, w, 3] -> [b, patches, width]."""
+    def _embed_patches(
+        self, images: Float[Array, "batch height width 3"]
+    ) -> Float[Array, "batch patches embed"]:
         side = self.size.patch_size
         assert side is not None  # else it is a ResNet
         images = images.astype(self.dtype)
@@ -103,19 +108,19 @@ class VisionTransformer(nn.Module):
         return x.reshape(b, -1, self.size.image_width)
 
 
-def class_token(x: Tokens) -> jax.Array:
-    """Of all tokens, or where it stands apart: [b, 1, ...]."""
+def class_token(x: Tokens) -> Shaped[Array, "batch 1 *features"]:
+    """Picks the class token, whether it stands before the patches or apart."""
     return x[1][:, None] if isinstance(x, tuple) else x[:, :1]
 
 
 class MapHead(nn.Module):
-    """Attention pooling (Lee et al. 2019), [b, s, w] -> [b, w]: a learned probe asks all tokens."""
+    """Attention pooling (Lee et al. 2019): a learned probe is the one query over all tokens."""
 
     size: Size
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "batch patches width"]) -> Float[Array, "batch width"]:
         heads, width = self.size.image_heads, x.shape[-1]
         uniform = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (width,)).astype(x.dtype)
@@ -132,25 +137,29 @@ class MapHead(nn.Module):
 
 
 def keep_patches(
-    x: jax.Array, tokens: int, dropout: float, key: jax.Array, rows: jax.Array
-) -> jax.Array:
-    """A random subset of the patches of each example (FLIP, Li et al. 2022).
+    x: Float[Array, "batch tokens width"],
+    tokens: int,
+    dropout: float,
+    key: Key[Array, ""],
+    rows: Int[Array, " batch"],
+) -> Float[Array, "batch kept width"]:
+    """Picks a random subset of the patches of each example (FLIP, Li et al. 2022).
 
     Args:
-      x: [b, tokens + patches, w], positions already added.
-      tokens: leading ones that are no patches, and always kept.
-      dropout: share of the patches to leave out; at least one is kept.
-      key: of this step.
-      rows: int32 [b]; an example's patches depend on the key and its number alone, so that they
-        are the same in another micro-batch and on another mesh.
+      x: tokens and patches, positions already added.
+      tokens: number of leading tokens that are no patches, and always kept.
+      dropout: fraction of the patches to leave out; at least one is kept.
+      key: PRNG key of this step.
+      rows: numbers of the examples; an example's patches depend on the key and its number alone, so
+        that they are the same in another micro-batch and on another mesh.
 
     Returns:
-      [b, tokens + max(1, round(patches * (1 - dropout))), w].
+      tokens + max(1, round(patches * (1 - dropout))) of each example.
     """
     patches = x.shape[1] - tokens
     count = max(1, round(patches * (1 - dropout)))
 
-    def choose(row: jax.Array) -> jax.Array:
+    def choose(row):
         order = jax.random.permutation(jax.random.fold_in(key, row), patches)
         return jnp.concatenate([jnp.arange(tokens), tokens + jnp.sort(order[:count])])
 

@@ -19,7 +19,7 @@ _FILES = (
     (r"clip_jax/models/(text|captioner)\.py", "text tower"),
     (r"clip_jax/models/bag_of_words\.py", "loss"),
     (r"clip_jax/(training/augment|models/views)\.py", "augmentation"),
-    (r"clip_jax/training/(optim|stochastic_rounding)\.py|optax/", "optimiser"),
+    (r"clip_jax/optim\.py|optax/", "optimiser"),
     # What is left of the step: norms, clipping, metrics.
     (r"clip_jax/training/step\.py", "optimiser"),
 )

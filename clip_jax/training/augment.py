@@ -2,27 +2,27 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Key, Shaped
 from ml_collections import ConfigDict
 
-# Share of red, green and blue in brightness (ITU-R BT.601), as Pillow and torchvision weigh them.
+# Weights of red, green and blue in brightness (ITU-R BT.601), those of Pillow and torchvision.
 _GREY = (0.299, 0.587, 0.114)
 
 
-def augment(images: jax.Array, key: jax.Array, config: ConfigDict) -> jax.Array:
-    """Changes each image by chance, by its own share of `key`: the row in the global batch.
+def augment(
+    images: Shaped[Array, "batch height width 3"], key: Key[Array, ""], config: ConfigDict
+) -> Shaped[Array, "batch height width 3"]:
+    """Changes images at random, each by a key folded from `key` and its row in the global batch.
 
     So the result does not depend on how the batch is split over devices. Brightness, contrast and
     saturation change in this order, each by a factor of its own, as in torchvision's ColorJitter;
-    grey is a saturation of none. With every probability 0, the images are returned as they are.
+    grey is a saturation of 0. With every probability 0, the images are returned as they are.
 
     Args:
-      images: [b, h, w, 3], the global batch; uint8, or floating from 0 to 255.
-      key: of the step.
-      config: `flip`, `jitter`, `grey`: the probability of each; `brightness`, `contrast`,
-        `saturation`: the greatest change by jitter, as a share: 0.4 is a factor of 0.6 to 1.4.
-
-    Returns:
-      The same shape and dtype.
+      images: the global batch; uint8, or floats from 0 to 255, a dtype that it keeps.
+      key: PRNG key of the step.
+      config: `flip`, `jitter`, `grey`: probability of each; `brightness`, `contrast`, `saturation`:
+        greatest change by jitter, as a fraction: 0.4 is a factor of 0.6 to 1.4.
     """
     if not (config.flip or config.jitter or config.grey):
         return images
@@ -38,8 +38,8 @@ def augment(images: jax.Array, key: jax.Array, config: ConfigDict) -> jax.Array:
     return pixels.astype(images.dtype)
 
 
-def _draw(key: jax.Array, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
-    """Whether an image is mirrored, and float32 [3]: its factors."""
+def _draw(key: Key[Array, ""], config: ConfigDict) -> tuple[Bool[Array, ""], Float32[Array, "3"]]:
+    """Draws whether an image is mirrored, and the factors of its colours."""
     flip, jitter, change, grey = jax.random.split(key, 4)
     strength = jnp.array([config.brightness, config.contrast, config.saturation])
     strength *= jax.random.bernoulli(jitter, config.jitter)
@@ -48,8 +48,10 @@ def _draw(key: jax.Array, config: ConfigDict) -> tuple[jax.Array, jax.Array]:
     return jax.random.bernoulli(flip, config.flip), factors * jnp.array([1, 1, colour])
 
 
-def _recolour(pixels: jax.Array, factors: jax.Array) -> jax.Array:
-    """Pixels float32 [b, h, w, 3], factors [b, 3] of brightness, contrast and saturation."""
+def _recolour(
+    pixels: Float32[Array, "batch height width 3"], factors: Float32[Array, "batch 3"]
+) -> Float32[Array, "batch height width 3"]:
+    """Changes brightness, contrast and saturation by these factors."""
     brightness, contrast, saturation = (factors[:, i, None, None, None] for i in range(3))
     pixels = jnp.clip(pixels * brightness, 0, 255)
     mean = _grey(pixels).mean((1, 2), keepdims=True)
@@ -57,12 +59,18 @@ def _recolour(pixels: jax.Array, factors: jax.Array) -> jax.Array:
     return jnp.clip(_blend(_grey(pixels), pixels, saturation), 0, 255)
 
 
-def _grey(pixels: jax.Array) -> jax.Array:
-    """[b, h, w, 1]; spelt out, since a matmul would run in bfloat16 on a TPU."""
-    red, green, blue = (pixels[..., i, None] * share for i, share in enumerate(_GREY))
+def _grey(
+    pixels: Float32[Array, "batch height width 3"],
+) -> Float32[Array, "batch height width 1"]:
+    """Computes the brightness; spelt out, since a matmul would run in bfloat16 on a TPU."""
+    red, green, blue = (pixels[..., i, None] * weight for i, weight in enumerate(_GREY))
     return red + green + blue
 
 
-def _blend(base: jax.Array, pixels: jax.Array, factor: jax.Array) -> jax.Array:
-    """Exactly `pixels` at factor 1."""
+def _blend(
+    base: Float32[Array, " batch #height #width #channels"],
+    pixels: Float32[Array, "batch height width channels"],
+    factor: Float32[Array, "batch 1 1 1"],
+) -> Float32[Array, "batch height width channels"]:
+    """Interpolates from `base` to `pixels`; exactly `pixels` at factor 1."""
     return factor * pixels + (1 - factor) * base

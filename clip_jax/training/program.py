@@ -1,4 +1,4 @@
-"""What a config compiles to: mesh, model, optimiser and the training step, no data needed."""
+"""The program of a config: mesh, model, optimiser and the training step; it needs no data."""
 
 import dataclasses
 import functools
@@ -19,33 +19,39 @@ from clip_jax.models import views
 from clip_jax.training import augment
 from clip_jax.training import step as train_step
 
-Loss = Callable[..., jax.Array]  # of what the model returns
-Augment = Callable[[jax.Array, jax.Array], jax.Array]  # of images and a key
+Parts = tuple[train_step.Loss, train_step.Augment]
 
 
-def _contrastive(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
-    loss = functools.partial(losses.LOSSES[config.loss.name], **_pairing(config, mesh))
+def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
+    loss = functools.partial(
+        losses.LOSSES[config.loss.name],
+        mesh=mesh,
+        method=config.loss.method,
+        tile=config.loss.tile,
+    )
     return loss, functools.partial(augment.augment, config=config.data.augment)
 
 
-def _predictive(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+def _predictive(config: ConfigDict, mesh: Mesh) -> Parts:
     del mesh
     return losses.prediction_loss, functools.partial(augment.augment, config=config.data.augment)
 
 
-def _near_duplicates(config: ConfigDict, mesh: Mesh) -> tuple[Loss, Augment]:
+def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
     scale = jnp.float32(-math.log(config.loss.temperature))
-    loss = functools.partial(losses.softmax_loss, logit_scale=scale, **_pairing(config, mesh))
+    loss = functools.partial(
+        losses.softmax_loss,
+        logit_scale=scale,
+        mesh=mesh,
+        method=config.loss.method,
+        tile=config.loss.tile,
+    )
     return loss, functools.partial(views.two_views, config=config.data.views)
 
 
-def _pairing(config: ConfigDict, mesh: Mesh) -> dict[str, Any]:
-    return {"mesh": mesh, "method": config.loss.method, "tile": config.loss.tile}
-
-
-# By config.objective: its loss, and what is done to the images of a step first. The model is the
+# By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the
 # one of that name in `models.MODULES`.
-OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], tuple[Loss, Augment]]] = {
+OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], Parts]] = {
     "contrastive": _contrastive,
     "captioning": _predictive,
     "bag_of_words": _predictive,
@@ -87,7 +93,7 @@ class Program:
         }
 
     def init(self, variables: Any = None) -> train_state.TrainState:
-        """The state a run starts with; `variables`: of a model to start from, None: random."""
+        """Initialises the state of a run, from a model's variables or, without, at random."""
         config = self.config
         return train_state.init_state(
             self.state,
@@ -99,7 +105,7 @@ class Program:
         )
 
     def lower(self) -> jax.stages.Lowered:
-        """The training step, step(state, batch), ready to be compiled; the state is donated."""
+        """Lowers the training step, step(state, batch), to be compiled; the state is donated."""
         config = self.config
         loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
         return train_step.lower_step(
@@ -121,7 +127,7 @@ class Program:
 def place(
     config: ConfigDict, devices: list[jax.Device] | None = None
 ) -> tuple[Mesh, models.ImageModel]:
-    """Mesh and model of a config; arguments and errors as of `build`."""
+    """Returns mesh and model of a config; arguments and errors are those of `build`."""
     axes = config.mesh
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, axes.slices, devices)
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
@@ -137,16 +143,16 @@ def build(
     total: int,
     devices: list[jax.Device] | None = None,
 ) -> Program:
-    """The program of a config.
+    """Builds the program of a config.
 
     Args:
-      config: as in configs/default.py.
+      config: fields as in configs/default.py.
       warmup: steps of warm-up.
       total: steps of the run.
-      devices: that it is for, which need not be attached; None: all there are.
+      devices: devices to compile for, which need not be attached; None: all attached.
 
     Raises:
-      UserError: model, batch and mesh do not go together.
+      UserError: model, batch and mesh do not fit together.
     """
     mesh, net = place(config, devices)
     schedule = optim.make_schedule(config.optim.learning_rate, warmup, total)
@@ -164,7 +170,7 @@ def build(
 
 
 def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
-    """The model that a config describes, for the devices of a mesh."""
+    """Makes the model that a config describes, for the devices of a mesh."""
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
@@ -185,7 +191,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
 
 
 def split_by_tensor(size: models.Size) -> dict[str, int]:
-    """What the tensor axis has to divide, by name."""
+    """Returns the dimensions that the tensor axis splits, by name."""
     split = {}
     if size.has_text_blocks:
         split |= {"text_heads": size.text_heads, "text_mlp": size.text_mlp}
@@ -195,7 +201,7 @@ def split_by_tensor(size: models.Size) -> dict[str, int]:
 
 
 def check_tensor(size: models.Size, tensor: int) -> None:
-    """Whether the tensor axis divides what it splits.
+    """Checks that the tensor axis divides the dimensions that it splits.
 
     Raises:
       UserError: names the dimension, and the values that fit.

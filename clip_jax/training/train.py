@@ -87,7 +87,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             net.size.image_size,
             config.seed,
             batch_size=config.batch_size,
-            parts=sharding.process_share(mesh)[1],
+            parts=sharding.process_part(mesh)[1],
             fallback_dir=fallback_dir,
         )
         evaluators = Evaluators(config, net, mesh, tokens, fallback_dir)
@@ -141,7 +141,7 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
 def _data(
     run: Run, config: ConfigDict, directory: epath.PathLike, examples_seen: int
 ) -> pipeline.TrainPipeline:
-    part, parts = sharding.process_share(run.mesh)
+    part, parts = sharding.process_part(run.mesh)
     size = run.net.size
     shape = {"image_size": size.image_size, "seed": config.seed, "batch_size": config.batch_size}
     reopen = functools.partial(

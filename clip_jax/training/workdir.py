@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges, remote, writing
+from configs import default
 
 FILE = "config.json"  # inside the workdir
 
@@ -82,8 +83,12 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Fields (dotted) whose values differ and are not `FREE`, with both values."""
-    old, new = _flatten(old), _flatten(new)
+    """Fields (dotted) whose values differ and are not `FREE`, with both values.
+
+    Fields of an old run are compared under their new names.
+    """
+    old = {default.RENAMED.get(name, name): value for name, value in _flatten(old).items()}
+    new = _flatten(new)
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())

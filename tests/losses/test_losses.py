@@ -5,12 +5,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import reference
 import tiny
 
-from clip_jax import losses, sharding
+from clip_jax import choices, losses, sharding
 from clip_jax.errors import UserError
 
 # mesh.data, mesh.fsdp, mesh.tensor, mesh.slices
@@ -21,7 +22,7 @@ MESHES = {
     "2x4": (2, 4),
     "1x2x2x2": (1, 2, 2, 2),
 }
-METHODS = ("all_gather", "ring")
+METHODS = choices.LOSS_METHODS
 TILE = 3  # of 6 examples per device and more: several tiles everywhere
 TEMPERATURES = {"initial": math.log(1 / 0.07), "final": math.log(100)}
 BATCH, WIDTH = 48, 40
@@ -106,7 +107,7 @@ def test_solved_batch_is_finite(mesh: str, method: str):
 def test_gradient_is_scaled(method: str):
     """The loss may be one term of a larger one."""
     mesh = make_mesh("2x4")
-    images, texts = reference.pairs(BATCH, WIDTH)
+    images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH))
 
     def loss(images):
         return 3 * losses.softmax_loss(images, texts, jnp.float32(1), mesh=mesh, method=method)
@@ -133,7 +134,7 @@ def test_sigmoid_value_and_gradients(mesh: str, method: str, temperature: str):
 
 
 def test_sigmoid_of_a_larger_loss():
-    images, texts = reference.pairs(BATCH, WIDTH)
+    images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH))
 
     def loss(images):
         return 3 * losses.sigmoid_loss(images, texts, jnp.float32(1), jnp.float32(-3), tile=TILE)
@@ -142,11 +143,73 @@ def test_sigmoid_of_a_larger_loss():
     assert reference.relative_error(jax.jit(jax.grad(loss))(images), want) < 1e-5
 
 
+# ---- Other meshes ------------------------------------------------------------------------------
+
+# Shape and names of a mesh, and the axes that split the batch; None: all.
+OTHER_MESHES = {
+    "1-D": ({"data": 8}, None),
+    "1-D, other name": ({"devices": 8}, "devices"),
+    "2-D, all axes": ({"replica": 2, "model": 4}, None),
+    "2-D, outer axis": ({"replica": 2, "model": 4}, ("replica",)),
+    "2-D, inner axis": ({"replica": 4, "model": 2}, "model"),
+    "3-D": ({"x": 2, "y": 2, "z": 2}, None),
+    "3-D, two axes": ({"x": 2, "y": 2, "z": 2}, ("x", "z")),
+    "3-D, two axes, other order": ({"x": 2, "y": 2, "z": 2}, ("z", "x")),
+    "2-D, no axis": ({"replica": 2, "model": 4}, ()),
+}
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("mesh", OTHER_MESHES)
+def test_any_mesh(mesh: str, name: str, method: str, kind: str):
+    """Meshes that are not ours, with either kind of axes and embeddings that lie anywhere."""
+    shape, axes = OTHER_MESHES[mesh]
+    kinds = (jax.sharding.AxisType[kind],) * len(shape)
+    other = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=kinds)
+    images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH))
+    scalars = [jnp.float32(2), jnp.float32(-10)][: 1 if name == "softmax" else 2]
+    reference_loss = reference.softmax_loss if name == "softmax" else reference.sigmoid_loss
+    want = reference_loss(images, texts, *scalars)
+    loss = functools.partial(
+        losses.LOSSES[name], mesh=other, batch_axes=axes, method=method, tile=TILE
+    )
+    grad = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(2 + len(scalars)))))
+    split = jax.sharding.PartitionSpec(tuple(shape) if axes is None else axes)
+    spread = jax.device_put((images, texts), jax.sharding.NamedSharding(other, split))
+    for embeds in ((images, texts), spread):
+        value, grads = grad(*embeds, *scalars)
+        for a, b in zip((value, *grads), want):
+            assert reference.relative_error(a, b) < 1e-5
+
+
+def test_a_mesh_as_jax_makes_it():
+    """In and out of a mesh context, with and without jit."""
+    mesh = jax.make_mesh((8,), ("data",))
+    images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH))
+    want = reference.softmax_loss(images, texts, 2)
+    loss = functools.partial(losses.softmax_loss, mesh=mesh)
+    assert float(loss(images, texts, jnp.float32(2))) == pytest.approx(want[0], rel=1e-5)
+    with jax.set_mesh(mesh):
+        got = jax.grad(loss, argnums=1)(images, texts, jnp.float32(2))
+    assert reference.relative_error(got, want[2]) < 1e-5
+
+
+def test_batch_is_divided_by_its_own_axes_only():
+    """12 examples over 4 of 8 devices."""
+    mesh = jax.make_mesh((2, 4), ("replica", "data"))
+    embeds = jnp.ones((12, 4))
+    losses.softmax_loss(embeds, embeds, jnp.float32(0), mesh=mesh, batch_axes="data")
+    with pytest.raises(UserError, match=r"batch of 12 .* 8 devices"):
+        losses.softmax_loss(embeds, embeds, jnp.float32(0), mesh=mesh)
+
+
 # ---- Cost --------------------------------------------------------------------------------------
 
 
 def products(jaxpr, times: int = 1) -> list[tuple[int, str]]:
-    """FLOPs (2 per multiply-add, in all turns of loops) and precision of each matrix product."""
+    """FLOPs (2 per multiply-add, in all iterations) and precision of each matrix product."""
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -154,10 +217,10 @@ def products(jaxpr, times: int = 1) -> list[tuple[int, str]]:
             depth = math.prod(equation.invars[0].aval.shape[d] for d in contracted)
             flops = 2 * depth * equation.outvars[0].aval.size
             found.append((times * flops, str(equation.params["precision"])))
-        turns = times * equation.params.get("length", 1)
+        iterations = times * equation.params.get("length", 1)
         for inner in equation.params.values():
             inner = getattr(inner, "jaxpr", inner)
-            found += products(inner, turns) if hasattr(inner, "eqns") else []
+            found += products(inner, iterations) if hasattr(inner, "eqns") else []
     return found
 
 
@@ -242,6 +305,17 @@ def test_rows_that_no_tile_divides():
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (8, 5)])
-def test_pairs_of_different_shapes(shape: tuple):
+def test_pairs_of_different_shapes(shape: tuple, monkeypatch):
+    """Shapes in signatures are checked in this suite, and named there; a user gets a ValueError."""
+    with pytest.raises(jaxtyping.TypeCheckError, match="text_embed"):
+        losses.softmax_loss(jnp.ones((8, 4)), jnp.ones(shape), jnp.float32(0))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match="differ in shape"):
         losses.softmax_loss(jnp.ones((8, 4)), jnp.ones(shape), jnp.float32(0))
+
+
+@pytest.mark.parametrize("axes", ["dat", ("data", "dat")])
+def test_unknown_batch_axis(axes):
+    embeds = jnp.ones((8, 4))
+    with pytest.raises(UserError, match=r"mesh axes 'dat': this mesh has 'slice', 'data'"):
+        losses.softmax_loss(embeds, embeds, jnp.float32(0), mesh=make_mesh("2x4"), batch_axes=axes)

@@ -23,7 +23,7 @@ from test_models import (
 
 from clip_jax import models, sharding
 from clip_jax.errors import UserError
-from clip_jax.models import sizes, transformer, vit
+from clip_jax.models import layers, sizes, transformer, vit
 
 # As wide as its embeddings, so without a projection; other hidden units than four times the width.
 TINY_SIGLIP = TINY_VIT | {"image_width": 12, "image_heads": 2, "image_mlp": 20, "text_mlp": 28}
@@ -61,8 +61,8 @@ def test_exact_gelu_equals_numpy():
 
 
 def test_every_activation_is_there():
-    assert set(transformer.ACTIVATIONS) == set(sizes.CHOICES["activation"])
-    for name, function in transformer.ACTIVATIONS.items():
+    assert set(layers.ACTIVATIONS) == set(sizes.CHOICES["activation"])
+    for name, function in layers.ACTIVATIONS.items():
         x = np.linspace(-6, 6, 101)
         wanted = numpy_models.ACTIVATIONS[name](x)
         np.testing.assert_allclose(function(x.astype(np.float32)), wanted, atol=2e-6)

@@ -59,7 +59,7 @@ def loss_worker(port: str, process: str) -> None:
     import jax.numpy as jnp
     import reference
 
-    from clip_jax import losses, sharding
+    from clip_jax import choices, losses, sharding
 
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(process))
     mesh = sharding.make_mesh(data=2, fsdp=4)
@@ -69,7 +69,7 @@ def loss_worker(port: str, process: str) -> None:
     embeds = [jax.make_array_from_process_local_data(place, x[rows]) for x in (images, texts)]
 
     errors = {}
-    for method, multiplier in itertools.product(losses.METHODS, (1 / 0.07, 100)):
+    for method, multiplier in itertools.product(choices.LOSS_METHODS, (1 / 0.07, 100)):
         scale = np.float32(np.log(multiplier))
         loss = functools.partial(losses.softmax_loss, mesh=mesh, method=method, tile=2)
         grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))

@@ -11,10 +11,10 @@ import numpy_models
 import pytest
 import tiny
 
-from clip_jax import losses, models, sharding
+from clip_jax import choices, losses, models, sharding
 from clip_jax import state as train_state
 from clip_jax.errors import UserError
-from clip_jax.models import captioner, scores, sizes
+from clip_jax.models import captioner
 from clip_jax.models import prompts as prompts_module
 from clip_jax.training import program
 from configs import default, figure2
@@ -200,7 +200,7 @@ def test_class_scores_by_enumeration(objective: str):
     prompts[8] = prompts[7]
     prompts[7, 2:] = [net.size.vocab_size - 1, *np.zeros(prompts.shape[1] - 3, int)]
     owners = np.array([0, 0, 1, 2, 2, 2, 1, 0, 3])
-    score = jax.jit(functools.partial(scores.class_scores, net), static_argnums=4)
+    score = jax.jit(functools.partial(prompts_module.class_scores, net), static_argnums=4)
     found = score(variables, batch["image"][:5], prompts_module.prepare(prompts), owners, 4)
     p = parameters(variables)
     for i in range(5):
@@ -292,7 +292,7 @@ def test_configs_of_figure_2(line: str):
 
 
 def test_every_table_names_the_same_objectives():
-    assert set(program.OBJECTIVES) == set(models.MODULES) == set(sizes.CHOICES["objective"])
+    assert set(program.OBJECTIVES) == set(models.MODULES) == set(choices.OBJECTIVES)
 
 
 def test_unknown_objective():

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clip_jax.optim import round_tree, stochastic_round
 
 from clip_jax import optim
 from clip_jax.errors import UserError
-from clip_jax.stochastic_rounding import round_tree, stochastic_round
 
 
 def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -84,11 +84,11 @@ def test_moments_in_16_bits_follow_those_in_32():
     assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.05
 
 
-def test_weights_that_a_pattern_finds_are_halved():
+def test_parameters_that_a_pattern_finds_are_bfloat16():
     params = {"text": {"kernel": jnp.ones(3)}, "image": {"kernel": jnp.ones(3)}}
-    halved = optim.to_bf16(params, "^text/")
-    assert halved["text"]["kernel"].dtype == jnp.bfloat16
-    assert halved["image"]["kernel"].dtype == jnp.float32
+    converted = optim.to_bf16(params, "^text/")
+    assert converted["text"]["kernel"].dtype == jnp.bfloat16
+    assert converted["image"]["kernel"].dtype == jnp.float32
     assert optim.to_bf16(params, "") is params
 
 
@@ -101,7 +101,7 @@ def test_patterns_that_cannot_be_meant(pattern: str, message: str):
         optim.to_bf16({"text": jnp.ones(3), "image": jnp.ones(3)}, pattern)
 
 
-def test_updates_of_halved_weights_are_rounded_at_random():
+def test_updates_of_bf16_params_take_stochastic_rounding():
     params = {"a": jnp.ones(4096, jnp.bfloat16), "b": jnp.ones(4096)}
     updates = {"a": jnp.full(4096, 1 / 2000), "b": jnp.full(4096, 1 / 2000)}
     got = optim.apply_updates(params, updates, jax.random.key(0))

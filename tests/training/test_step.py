@@ -222,9 +222,9 @@ def test_16_bit_moments_and_weights():
     state = tiny.init_state(net, mesh, bf16_params="^text/", **half)
     dtypes = {sharding.path_name(path): x.dtype for path, x in jax.tree.leaves_with_path(state)}
     for name, dtype in dtypes.items():
-        halved = "/mu/" in name or "/nu/" in name or name.startswith("params/text/")
+        in_bf16 = "/mu/" in name or "/nu/" in name or name.startswith("params/text/")
         assert dtype == (
-            jnp.bfloat16 if halved else jnp.int32 if dtype == jnp.int32 else jnp.float32
+            jnp.bfloat16 if in_bf16 else jnp.int32 if dtype == jnp.int32 else jnp.float32
         )
     batch = tiny.put_batch(net, mesh)
     step = tiny.compile_step(net, mesh, state, batch, **half)

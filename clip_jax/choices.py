@@ -1,0 +1,25 @@
+"""The values that named settings may take, each list once; imports nothing."""
+
+# config.objective and `Size.objective`: what a model is trained to do. What that means stands in
+# `models.MODULES` (the model) and `program.OBJECTIVES` (loss and augmentation).
+OBJECTIVES = ("contrastive", "captioning", "bag_of_words", "near_duplicates")
+
+# config.loss.name and config.loss.method; see `clip_jax.losses`.
+LOSS_NAMES = ("softmax", "sigmoid")
+LOSS_METHODS = ("all_gather", "ring")
+
+# config.model.dtype and config.optim.moment_dtype.
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+MOMENT_DTYPES = ("float32", "bfloat16")
+
+# config.data.crop and config.data.order; see `data.crops` and `data.order`.
+CROPS = ("random", "resized", "center", "none")
+ORDERS = ("shuffled", "windowed", "stored")
+
+# Forms of the towers, fields of `models.Size`.
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+IMAGE_POOLS = ("class", "map")
+TEXT_POOLS = ("end", "last", "bag")
+IMAGE_CROPS = ("center", "none")
+RESNET_ACTIVATIONS = ("relu", "gelu")
+RESNET_NORMS = ("batch", "weight")

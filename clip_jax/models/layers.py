@@ -1,0 +1,96 @@
+"""Parts that both kinds of tower share: initialisers, activations, LayerNorm, rematerialisation."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from clip_jax.errors import UserError
+
+Dtype = Any
+Init = nn.initializers.Initializer
+
+# PyTorch's default for the weight of a Linear or Conv2d, which the published ViT blocks begin at.
+torch_default_init: Init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@partial(jax.checkpoint, prevent_cse=False)  # else each layer keeps x, its sigmoid and the product
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes the sigmoid approximation of GELU that OpenAI's weights were trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes x times the probability that a standard normal variable is below x."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes the tanh approximation of GELU."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+# By the names of `Size.activation`.
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+
+
+def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
+    """Returns a LayerNorm with float32 statistics, whatever the compute dtype."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+# ---- Rematerialisation: what the backward pass computes again, by config.model.remat -----------
+
+# Activations kept for the backward pass. Dots are convolutions as well, except under
+# "no_batch_dims", which covers plain matrix products only.
+POLICIES: Mapping[str, Any] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "everything_saveable": jax.checkpoint_policies.everything_saveable,
+}
+
+Part = TypeVar("Part", bound=Callable)
+
+
+def remat_layer(layer: Callable, remat: str, scanned: bool) -> Callable:
+    """Wraps a layer so that the backward pass recomputes activations as `remat` says.
+
+    Args:
+      layer: function of (carry, params).
+      remat: "none" keeps all activations, "full" only the layer's input; other names are those of
+        `POLICIES`.
+      scanned: whether the layer is the body of a scan.
+
+    Raises:
+      UserError: unknown name.
+    """
+    if remat == "none":
+        return layer
+    # Unrolled, a compiler would find what is computed twice, and keep it. (XLA's for the CPU still
+    # does; the planner's tests see that the one for TPUs does not.)
+    return jax.checkpoint(layer, policy=_policy(remat), prevent_cse=not scanned)
+
+
+def remat_part(part: Part, remat: str) -> Part:
+    """Wraps a class of modules, or a method of one, called as (x, train), in the same way.
+
+    Parameters and statistics keep their names and values: statistics move once, in the forward
+    pass.
+    """
+    if remat == "none":
+        return part
+    return nn.remat(part, policy=_policy(remat), static_argnums=2)
+
+
+def _policy(remat: str) -> Any:
+    if remat not in POLICIES:
+        known = ", ".join(["none", *sorted(POLICIES)])
+        raise UserError(f"Unknown rematerialisation {remat!r}: model.remat is one of {known}.")
+    return POLICIES[remat]
