@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jaxtyping import Array, Float
 
 _IMAGE_POSITIONS = (("image", "positions"), ("image", "attention_pool", "positions"))
 
@@ -33,12 +35,14 @@ def resize_positions(params: Any, length: int) -> Any:
 
 
 def image_positions(params: Any) -> Any:
-    """The learned positions of the image tower, array or shape."""
+    """Returns the learned positions of the image tower, array or shape."""
     flat = traverse_util.flatten_dict(params)
     return next(flat[path] for path in _IMAGE_POSITIONS if path in flat)
 
 
-def resize_text_positions(positions: Any, length: int) -> jax.Array:
-    """Interpolates the learned positions of the text tower linearly, [old, w] -> [length, w]."""
+def resize_text_positions(
+    positions: Float[Array, "old w"] | Float[np.ndarray, "old w"], length: int
+) -> Float[Array, "{length} w"]:
+    """Interpolates the learned positions of the text tower linearly."""
     shape = (length, positions.shape[-1])
     return jax.image.resize(jnp.asarray(positions), shape, "linear", antialias=False)
