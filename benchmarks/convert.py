@@ -34,26 +34,26 @@ def write_random(model: str, path: str) -> int:
     """A model with random weights; returns its number of values."""
     import numpy as np
 
-    from clip_jax import models
-    from clip_jax.weights import base as weights
-    from clip_jax.weights import convert
+    from clip_jax import models, weights
+    from clip_jax.weights.convert import tokens
+    from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
     size = models.get_size(model)
-    shapes = weights.variable_shapes(size)
+    shapes = variable_shapes(size)
     rng = np.random.default_rng(0)
-    tensors = weights.Tensors(shapes, lambda name: rng.random(shapes[name], np.float32))
+    tensors = Tensors(shapes, lambda name: rng.random(shapes[name], np.float32))
     origin = {"source": "random", "format": "clip_jax"}
-    made = weights.Weights(size, tensors, convert.tokens.OPENAI, origin)
-    convert.write(made, path)
+    made = Weights(size, tensors, tokens.OPENAI, origin)
+    weights.save(made, path)
     return sum(map(math.prod, shapes.values()))
 
 
 def run(source: str, target: str, to: str, model: str, results) -> None:
     """Converts; sends back seconds and peak bytes, start of Python and JAX included."""
     began = time.monotonic()
-    from clip_jax.weights import convert
+    from clip_jax import weights
 
-    convert.write(convert.read(source, model=model), target, to)
+    weights.save(weights.open(source, model=model), target, to)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     results.put((time.monotonic() - began, peak))
 

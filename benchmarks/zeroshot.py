@@ -61,19 +61,21 @@ def write_set(root: Path, count: int) -> None:
 def write_model(folder: Path, name: str) -> None:
     """Random weights with OpenAI's tokenizer."""
     import jax
-    from etils import epath
+    import numpy as np
 
-    from clip_jax import models
+    from clip_jax import models, weights
     from clip_jax.state import init_variables
-    from clip_jax.weights import base as weights
-    from clip_jax.weights import convert
+    from clip_jax.weights.convert import tokens
+    from clip_jax.weights.model import Tensors, Weights, variables_by_path
 
     net = models.create("ViT-B/32", size=SIZES[name])
     variables = jax.jit(lambda: init_variables(net, 0))()
-    tensors = weights.of_variables(variables)
+    arrays = variables_by_path(variables)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    tensors = Tensors(shapes, lambda name: np.asarray(arrays[name]))
     origin = {"source": "random", "format": "clip_jax"}
-    made = weights.Weights(net.size, tensors, convert.tokens.OPENAI, origin)
-    weights.write_folder(made, epath.Path(folder))
+    made = Weights(net.size, tensors, tokens.OPENAI, origin)
+    weights.save(made, folder)
 
 
 @dataclasses.dataclass
@@ -116,15 +118,15 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, str(turns.ROOT))
     began = time.perf_counter()
+    from clip_jax import weights
     from clip_jax.embed.encoder import Encoder
     from clip_jax.evaluate import cli
-    from clip_jax.weights import convert
 
     imported = time.perf_counter() - began
     clock, loading = Clock(), Clock()
     Encoder.images = clock.iterating(Encoder.images)
     Encoder.texts = clock.calling(Encoder.texts)
-    convert.read = loading.calling(convert.read)
+    weights.open = loading.calling(weights.open)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_set(root / "hundred", options.images)

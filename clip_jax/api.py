@@ -1,4 +1,4 @@
-"""Using a trained model: load it, embed pictures and texts, classify."""
+"""Inference with a trained model: load it, embed images and texts, classify."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from etils import epath
 from flax import linen as nn
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from clip_jax import models, sharding
+from clip_jax import models, sharding, weights
 from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import Crop
@@ -19,8 +20,7 @@ from clip_jax.errors import BadExample, UserError
 from clip_jax.models import buckets
 from clip_jax.models.prompts import average_classes, class_prompts, class_scores, prepare
 from clip_jax.storage import faults, locations, ranges
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
+from clip_jax.weights.model import Weights
 
 Picture = Image.Image | str | os.PathLike | np.ndarray
 Pictures = Picture | Sequence[Picture]
@@ -31,9 +31,9 @@ class Model:
 
     Attributes:
       net: the Flax module, for those who want gradients or intermediate values.
-      variables: what `net.apply` takes.
-      tokenizer: of its texts; None: not known.
-      about: what it is, where it comes from, how it takes pictures and texts; its repr.
+      variables: parameters and statistics, for `net.apply`.
+      tokenizer: tokenizer of its texts; None: not known.
+      about: architecture, origin and preprocessing in words; its repr.
     """
 
     def __init__(
@@ -47,8 +47,12 @@ class Model:
         """Wraps a module.
 
         Args:
-          batch_size: pictures or texts per step. The last step of many is padded, so that it needs
-            no program of its own; fewer than a step takes are padded to a power of two.
+          net: one of `clip_jax.models.MODULES`.
+          variables: parameters and statistics, for `net.apply`.
+          tokenizer: tokenizer of its texts; None: not known.
+          batch_size: images or texts per step. The last of several steps is padded, and so needs
+            no program of its own; a single smaller step is padded to a power of two.
+          about: description in words.
         """
         self.net = net
         self.variables = variables
@@ -60,11 +64,23 @@ class Model:
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
         self._scores = jax.jit(partial(class_scores, net), static_argnames="classes")
 
+    @classmethod
+    def from_weights(cls, opened: Weights) -> "Model":
+        """Puts what `weights.open` returned onto the first device.
+
+        Raises:
+          UserError: it is damaged, or of another tokenizer than the one on disk.
+        """
+        tokenizer = opened.tokenizer.create(opened.size.context_length)
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+        net, variables = models.of_size(opened.size), opened.variables(mesh)
+        return cls(net, variables, tokenizer, about=opened.describe())
+
     def __repr__(self) -> str:
         return self.about or super().__repr__()
 
-    def encode_image(self, images: Pictures) -> np.ndarray:
-        """Embeds pictures.
+    def encode_image(self, images: Pictures) -> Float[np.ndarray, "n embed"]:
+        """Embeds images.
 
         Args:
           images: PIL images, paths (local, gs:// or s3://), or uint8 arrays [h, w, 3] of any size,
@@ -75,23 +91,25 @@ class Model:
           float32 [n, embed_dim], L2-normalised.
 
         Raises:
-          UserError: a file cannot be read, or is no picture.
+          UserError: a file cannot be read, or is no image.
         """
         return self._batched(self._image, images, self.net.size.embed_dim)
 
-    def encode_text(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
+    def encode_text(
+        self, texts: str | Sequence[str], truncate: bool = False
+    ) -> Float[np.ndarray, "n embed"]:
         """Embeds texts.
 
         Args:
           texts: one or many.
-          truncate: cut what is longer than the context, keeping the end token.
+          truncate: cut texts that are longer than the context, keeping the end token.
 
         Returns:
           float32 [n, embed_dim], L2-normalised.
 
         Raises:
           ValueError: a text is too long and `truncate` is not set.
-          UserError: it is not known how the model's texts become ids, or it embeds none.
+          UserError: the model's tokenizer is not known, or it embeds no texts.
         """
         if not hasattr(self.net, "encode_text"):
             raise UserError(
@@ -107,20 +125,20 @@ class Model:
         images: Pictures,
         class_names: Sequence[str],
         templates: Sequence[str] = ("a photo of a {}.",),
-    ) -> np.ndarray:
-        """Classifies pictures by the names of the classes.
+    ) -> Float[np.ndarray, "n classes"]:
+        """Classifies images by the names of the classes.
 
         Args:
           images: as for `encode_image`.
-          class_names: alternatives of one class joined by "|".
-          templates: prompts, each with one {} for the name; their embeddings are averaged, or, for
-            a model that predicts captions, their likelihoods.
+          class_names: names of the classes; alternatives for one class are joined by "|".
+          templates: prompts, each with one {} for the name. Their embeddings are averaged; for a
+            model that predicts captions, their likelihoods.
 
         Returns:
           float32 [n, classes], probabilities.
 
         Raises:
-          UserError: the model knows no texts.
+          UserError: the model cannot score text.
         """
         prompts, owners = class_prompts(class_names, templates)
         if hasattr(self.net, "score"):
@@ -133,7 +151,7 @@ class Model:
         scale = np.exp(np.asarray(self.variables["params"]["logit_scale"]))
         return np.asarray(jax.nn.softmax(scale * self.encode_image(images) @ classes.T, axis=-1))
 
-    def _tokens(self, texts: str | Sequence[str], truncate: bool) -> np.ndarray:
+    def _tokens(self, texts: str | Sequence[str], truncate: bool) -> Int[np.ndarray, "n s"]:
         if self.tokenizer is None:
             raise UserError(
                 "The weights came without a tokenizer: convert them once more with --tokenizer and "
@@ -141,7 +159,9 @@ class Model:
             )
         return self.tokenizer(texts, truncate=truncate)
 
-    def _pixels(self, image: Picture, wait: Callable[[], bytes] | None) -> np.ndarray:
+    def _pixels(
+        self, image: Picture, wait: Callable[[], bytes] | None
+    ) -> UInt8[np.ndarray, "h w 3"]:
         key, size = "the picture", self.net.size.image_size
         try:
             if wait is not None:
@@ -161,8 +181,13 @@ class Model:
                 raise UserError(f"Cannot read the picture: {error}.") from error
             raise
 
-    def _batched(self, function: Any, images: Pictures, width: int) -> np.ndarray:
-        """float32 [n, width]; the pictures of a step are read while the one before is computed."""
+    def _batched(
+        self, function: Any, images: Pictures, width: int
+    ) -> Float[np.ndarray, "n {width}"]:
+        """Applies a function to the images step by step.
+
+        The images of a step are read while the step before is computed.
+        """
         pictures, side = _as_list(images), self.net.size.image_size
         size = self._step_size(len(pictures))
         parts: list[Any] = [np.zeros((0, width), np.float32)]
@@ -176,12 +201,12 @@ class Model:
         return np.concatenate(parts)[: len(pictures)]
 
     def _step_size(self, rows: int) -> int:
-        """Rows per step, so that one picture need not wait for the work of a whole batch."""
+        """Returns the rows per step; a single image is not padded to a whole batch."""
         return min(self._batch_size, 1 << max(rows - 1, 0).bit_length())
 
 
 def _begin(picture: Picture) -> Callable[[], bytes] | None:
-    """Begins to read the file that a path names; returns what waits for it, None: it is no path."""
+    """Starts reading a path; returns a function that waits for the bytes, None: it is no path."""
     if not isinstance(picture, (str, os.PathLike)):
         return None
     return ranges.start_whole(locations.parse(picture))
@@ -207,12 +232,4 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
     Raises:
       UserError: there is no model, or it is damaged or of another tokenizer.
     """
-    return from_weights(convert.read(path, step=step))
-
-
-def from_weights(found: weights.Weights) -> Model:
-    """A model from what `convert.read` gives; errors as of `load`."""
-    tokens = convert.create_tokenizer(found.tokenizer, found.size.context_length)
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    variables = weights.to_variables(found, mesh)
-    return Model(models.of_size(found.size), variables, tokens, about=weights.describe(found))
+    return Model.from_weights(weights.open(path, step=step))

@@ -1,7 +1,7 @@
 """Orbax checkpoints: asynchronous, sharded, the most recent ones and the best.
 
-A checkpoint has three items: "model" (parameters and BatchNorm statistics, all that inference
-reads), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
+A checkpoint has three items: "model" (parameters and BatchNorm statistics; inference reads no
+more), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
 """
 
 import contextlib
@@ -17,13 +17,11 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from clip_jax import models
 from clip_jax.errors import StorageError, UserError
 from clip_jax.sharding import path_name
-from clip_jax.state import TrainState, abstract_variables
+from clip_jax.state import TrainState
 from clip_jax.storage import faults, for_orbax, locations, remote
 
 DIRECTORY = "checkpoints"  # inside the workdir
@@ -32,13 +30,13 @@ _LEAST_SLICE = 2**20  # bytes
 
 
 def _leave_small_arrays_whole() -> None:
-    """Sets how orbax saves.
+    """Registers a handler that saves small arrays without slicing them.
 
-    By default it cuts every array that several devices hold into a slice for each of them, by a
-    program for each: in a small model these take longer to compile than all the rest.
+    By default orbax slices every replicated array into a part for each device, with a program for
+    each slice: in a small model these programs take longer to compile than everything else.
     """
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
-    with _without_warnings():  # that there was another handler
+    with _without_warnings():  # it warns that there was another handler
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
@@ -55,11 +53,19 @@ def _without_warnings() -> Iterator[None]:
 _leave_small_arrays_whole()
 
 
+def split_path(path: epath.PathLike) -> tuple[epath.Path, int | None]:
+    """Returns the workdir and step of a checkpoint's path; of any other, the path and None."""
+    path = locations.parse(path)
+    if path.parent.name == DIRECTORY and path.name.isdecimal():
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
 class Checkpoints:
     """The checkpoints of one workdir; close it, or the last save may be lost.
 
     Attributes:
-      directory: where they lie, one folder per step.
+      directory: folder of the checkpoints, one folder per step.
     """
 
     def __init__(
@@ -74,9 +80,9 @@ class Checkpoints:
 
         Args:
           workdir: local, gs:// or s3://.
-          keep: most recent checkpoints kept.
-          best_metric: the checkpoint with the highest value of this metric is kept as well.
-          create: make the directory if there is none.
+          keep: number of most recent checkpoints to keep.
+          best_metric: metric whose best checkpoint is kept too; "": none.
+          create: whether to create the directory if there is none.
         """
         for_orbax.prepare()
         path = locations.parse(workdir)
@@ -129,13 +135,13 @@ class Checkpoints:
     def save(
         self, state: TrainState, step: int, meta: Mapping[str, Any], metrics: Mapping[str, float]
     ) -> None:
-        """Starts writing in the background, once the arrays are copied off the devices.
+        """Starts writing in the background as soon as the arrays are copied off the devices.
 
         Args:
-          state: to write; may be donated as soon as this returns.
-          step: its step.
+          state: state to write; may be donated as soon as this returns.
+          step: step of the state.
           meta: JSON-serialisable description of the run.
-          metrics: of this step; ranks the checkpoint if the best metric is among them.
+          metrics: metrics of this step; they rank the checkpoint if the best metric is among them.
         """
         rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
         args = ocp.args.Composite(
@@ -152,7 +158,7 @@ class Checkpoints:
                 self._writes.pause()
 
     def finish(self) -> bool:
-        """Waits for what is being written; False: it failed and has to be saved again.
+        """Waits for the save in progress; False: it failed and has to be repeated.
 
         Raises:
           StorageError: it has failed for `faults.RETRY_FOR` seconds.
@@ -180,22 +186,22 @@ class Checkpoints:
         return self._writes.retry_due()
 
     def latest_step(self) -> int | None:
-        """Step of the most recent complete checkpoint; None if there is none."""
+        """Returns the step of the most recent complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Returns the steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
     def read_meta(self, step: int) -> dict[str, Any]:
-        """The description saved with a checkpoint."""
+        """Reads the description saved with a checkpoint."""
         return self._read(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads a training state onto the mesh of `like`, whatever mesh it was saved from.
 
         Args:
-          step: of the checkpoint.
+          step: step of the checkpoint.
           like: shapes, dtypes and shardings, as from `state.abstract_state`.
 
         Raises:
@@ -211,9 +217,9 @@ class Checkpoints:
         return TrainState(**items["model"], **items["optimizer"])
 
     def _check_precision(self, step: int, like: TrainState) -> None:
-        """UserError where arrays would be cast, which loses what they hold or feigns more."""
+        """Raises UserError where arrays would be cast, which loses precision or feigns it."""
         try:
-            with _without_warnings():  # that this reads no arrays
+            with _without_warnings():  # it warns that this reads no arrays
                 stored = self._manager.item_metadata(step)
             saved = {**_dtypes(stored["model"]), **_dtypes(stored["optimizer"])}
         except Exception:  # damaged: reading it will tell
@@ -231,7 +237,7 @@ class Checkpoints:
             )
 
     def restore_variables(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads only what inference needs; `like` as `TrainState.variables`."""
+        """Reads the variables alone, for inference; `like` as `TrainState.variables`."""
         return self._read(step, model=ocp.args.StandardRestore(like))["model"]
 
     def close(self) -> None:
@@ -245,7 +251,7 @@ class Checkpoints:
         except Exception as error:  # whatever a damaged file makes of the libraries below
             logging.debug("Restoring failed", exc_info=True)
             earlier = max((s for s in self._manager.all_steps() if s < step), default=None)
-            instead = f"go on from step {earlier}" if earlier is not None else "start afresh"
+            instead = f"resume from step {earlier}" if earlier is not None else "start afresh"
             raise UserError(
                 f"The checkpoint {self.directory / str(step)} cannot be read: it is incomplete, "
                 f"damaged, or of another model ({_first_line(error)}). To {instead}, delete that "
@@ -254,9 +260,9 @@ class Checkpoints:
 
 
 class _Writes:
-    """Keeps an eye on what is being written: says when it takes long, and gives up in the end."""
+    """Monitors saves: logs those that take long, decides on retries, and gives up in the end."""
 
-    _SAY_EVERY = 60.0  # seconds
+    _LOG_EVERY = 60.0  # seconds
     _LONGEST_WAIT = 30.0  # seconds between two tries
 
     def __init__(self, directory: epath.Path):
@@ -274,7 +280,7 @@ class _Writes:
         self._done = done = threading.Event()
 
         def watch() -> None:
-            began = said = time.monotonic()
+            began = logged = time.monotonic()
             while not done.wait(1.0) and busy():
                 if jax.process_count() > 1 and for_orbax.failures:
                     # The main thread and the other hosts wait for this part of the checkpoint.
@@ -282,9 +288,9 @@ class _Writes:
                         f"\n{self._sentence(for_orbax.failures[-1])}", file=sys.stderr, flush=True
                     )
                     os._exit(1)
-                if (now := time.monotonic()) - said < self._SAY_EVERY:
+                if (now := time.monotonic()) - logged < self._LOG_EVERY:
                     continue
-                said = now
+                logged = now
                 failures = ", ".join(f"{n} x {name}" for name, n in faults.counts().items())
                 logging.warning(
                     "The checkpoint of step %d is not in %s yet, after %.0f s; failures of storage "
@@ -298,7 +304,7 @@ class _Writes:
         threading.Thread(target=watch, name="checkpoint watch", daemon=True).start()
 
     def failed(self, error: Exception) -> None:
-        """Notes a failure; raises it if it is not of storage, or has lasted too long."""
+        """Records a failure; raises it if it is not of storage, or has lasted too long."""
         self._done.set()
         if not (remote.is_remote(self._directory) and faults.is_failure(error)):
             raise error
@@ -317,7 +323,7 @@ class _Writes:
         )
 
     def succeeded(self) -> None:
-        """Notes that what was begun is written, unless it has failed and was not begun again."""
+        """Records that the save is written, unless it failed and was not begun again."""
         if self._retry_at is None:
             self._failing_since, self._wait = None, 0.0
 
@@ -334,42 +340,8 @@ class _Writes:
         self._done.set()
 
 
-def load_model(
-    path: epath.PathLike, mesh: Mesh, step: int | None = None
-) -> tuple[models.ImageModel, dict[str, Any], dict[str, Any]]:
-    """Reads a trained model, without what only its training needed.
-
-    Args:
-      path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500").
-      mesh: where its parameters will live.
-      step: which checkpoint of a workdir; None: the most recent.
-
-    Returns:
-      The module (float32 compute), its variables, and the description saved with it.
-
-    Raises:
-      UserError: there is no such checkpoint, or it is damaged.
-    """
-    path = locations.parse(path)
-    if path.parent.name == DIRECTORY and path.name.isdecimal():
-        path, step = path.parent.parent, int(path.name)
-    if not (path / DIRECTORY).is_dir():
-        raise UserError(f"{path} holds no checkpoints: give the workdir of a training run.")
-    with Checkpoints(path, create=False) as store:
-        steps = store.steps()
-        if not steps or (step is not None and step not in steps):
-            raise UserError(
-                f"{path} holds no finished checkpoint"
-                + (f" {step}; it has {steps}." if steps else " yet.")
-            )
-        step = steps[-1] if step is None else step
-        meta = store.read_meta(step)
-        net = models.of_size(models.Size.from_json(meta["size"]))
-        return net, store.restore_variables(step, abstract_variables(net, mesh)), meta
-
-
 def _dtypes(tree: Any) -> dict[str, str]:
-    """Name of the dtype by path, of arrays, shapes or orbax's metadata."""
+    """Returns the dtypes by path, of arrays, shapes or orbax's metadata."""
     tree = getattr(tree, "tree", tree)
     return {path_name(path): str(leaf.dtype) for path, leaf in jax.tree.leaves_with_path(tree)}
 
@@ -380,5 +352,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _progress(state: TrainState) -> dict[str, Any]:
-    """The part of the state that only training needs."""
+    """Returns the part of the state that only training needs."""
     return {"step": state.step, "opt_state": state.opt_state}

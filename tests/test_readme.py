@@ -7,8 +7,7 @@ import numpy as np
 import readme
 
 import clip_jax
-from clip_jax import sharding
-from clip_jax.weights import convert
+from clip_jax import sharding, weights
 
 
 def test_use_the_result(tmp_path: pathlib.Path, monkeypatch, capsys):
@@ -38,5 +37,5 @@ def test_use_the_result(tmp_path: pathlib.Path, monkeypatch, capsys):
     assert by_picture.split()[3:5] == ["1.000", "0.png"]  # the same picture
     for name in ("for_transformers/config.json", "exported/README.md"):
         assert (tmp_path / name).is_file()
-    run = convert.read("runs/quickstart")
-    assert convert.read("for_transformers").size == run.size
+    run = weights.open("runs/quickstart")
+    assert weights.open("for_transformers").size == run.size

@@ -28,11 +28,11 @@ Writes to --out:
 import argparse
 import dataclasses
 import datetime
-import math
 from typing import TYPE_CHECKING
 
 from etils import epath
 
+from clip_jax import weights
 from clip_jax.common import commands
 from clip_jax.common import host_flags as hosts
 from clip_jax.data.arguments import at_least, share
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from clip_jax.evaluate.on_disk import Stored
     from clip_jax.evaluate.overlapping import Training
     from clip_jax.evaluate.settings import Settings
-    from clip_jax.weights.base import Weights
+    from clip_jax.weights.model import Weights
 
 AVAILABLE = "available"
 
@@ -109,11 +109,10 @@ def _run(options: argparse.Namespace, suite: "ConfigDict") -> None:
     from clip_jax.evaluate.folder import Evaluation, Folder
     from clip_jax.evaluate.sets import registry
     from clip_jax.evaluate.tasks import Context
-    from clip_jax.weights import convert
 
     available = options.datasets == AVAILABLE
     datasets = registry.resolve(",".join(registry.names()) if available else options.datasets)
-    found = convert.read(options.checkpoint, step=options.step)
+    found = weights.open(options.checkpoint, step=options.step)
     out = _out(options, found)
     material = _material(options, found, out / "features")
 
@@ -194,7 +193,7 @@ def _material(options: argparse.Namespace, found: "Weights", directory: epath.Pa
     from clip_jax import api
     from clip_jax.evaluate.on_disk import Stored
 
-    model = api.from_weights(found)
+    model = api.Model.from_weights(found)
     if model.tokenizer is None:
         raise UserError(
             "It is not known how the texts of this model become ids: convert it once more by "
@@ -219,11 +218,10 @@ def _training(
         return None
     from clip_jax.embed import inputs
     from clip_jax.evaluate.overlapping import Training
-    from clip_jax.weights import convert
 
     detector = material
     if options.detector:
-        detector = _material(options, convert.read(options.detector), out / "detector")
+        detector = _material(options, weights.open(options.detector), out / "detector")
     fields = dict.fromkeys(inputs.FIELDS, "") | {"data": options.train_data, "split": "train"}
     return Training(options.train_data, inputs.open_source(fields), detector)
 
@@ -232,15 +230,13 @@ def _about(found: "Weights") -> "About":
     from clip_jax.evaluate.folder import About
     from clip_jax.export import record
     from clip_jax.models import flops as model_flops
-    from clip_jax.weights.base import variable_shapes
 
     trained = record.read_training(found.origin)
     seen = trained.images_seen if trained else 0
-    shapes = variable_shapes(found.size)
     return About(
         name=str(found.size),
         source=str(found.origin["source"]),
-        parameters=sum(math.prod(s) for name, s in shapes.items() if name.startswith("params/")),
+        parameters=found.parameters,
         image_flops=model_flops.image_flops(found.size),
         images_seen=seen,
         train_flops=model_flops.step_flops(found.size, 1) * seen,

@@ -1,4 +1,4 @@
-"""A model for those who have only JAX, or only onnxruntime; its card; and the way to the hub.
+"""Exports that run with JAX or onnxruntime alone, model cards, and uploads to the hub.
 
 `load` runs a StableHLO export and imports nothing but JAX and NumPy.
 """
@@ -13,7 +13,7 @@ __all__ = ["load"]
 
 
 def load(directory: str | os.PathLike[str]) -> "Exported":
-    """Opens what `python -m clip_jax export --format=stablehlo` wrote, on the default device.
+    """Opens a folder of `python -m clip_jax export --format=stablehlo`, on the default device.
 
     Raises:
       UserError: a file is missing or damaged.

@@ -5,20 +5,22 @@
   python -m clip_jax card --model=runs/mine --license=other --license_name=my-licence \\
       --license_link=https://example.org/licence --out=README.md
 
---model is what was trained; the files beside --out decide how the card says it is loaded.
-Nothing in it is guessed: what was not recorded, or not measured, it says is not. The licence is
-yours to choose; data and weights that you started from may bind you.
+--model is the trained model; the files beside --out decide how the card says it is loaded.
+Nothing in it is guessed: the card says what was not recorded or not measured. The licence is yours
+to choose; data and weights that you started from may bind you.
 """
 
 import argparse
 
+from clip_jax import weights
 from clip_jax.common import commands
 from clip_jax.errors import UserError
 from clip_jax.export import terms
+from clip_jax.storage import locations, remote, writing
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command; mistakes of the user end it with a paragraph and status 2."""
+    """Runs the command; user errors end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
     with commands.plain_errors():
         _write(args)
@@ -33,16 +35,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _write(args: argparse.Namespace) -> None:
-    given = terms.parse(args)
-    # Imported late: --help and mistakes are answered at once.
-    from clip_jax.storage import locations, remote, writing
-
+    parsed = terms.parse(args)
     out = locations.parse(args.out)
     if not remote.is_remote(out) and not out.parent.is_dir():
         raise UserError(f"--out={out} cannot be written: there is no folder {out.parent}.")
+    # Late, so that --help and user errors are answered at once.
     from clip_jax.export import card_text, record
-    from clip_jax.weights import convert
 
-    found = record.read(convert.read(args.model))
-    writing.write(out, card_text.render(found, given, out.parent))
+    facts = record.read(weights.open(args.model))
+    writing.write(out, card_text.render(facts, parsed, out.parent))
     print(f"Wrote {out}.")

@@ -1,4 +1,4 @@
-"""The text of a card: the hub's YAML header, and a template filled in."""
+"""The text of a model card: the hub's YAML header, and a template filled in."""
 
 import json
 import pathlib
@@ -10,14 +10,15 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from clip_jax.common.clock import format_seconds
-from clip_jax.export.layout import ONNX, STABLEHLO, TOWERS
+from clip_jax.export.programs import ONNX
 from clip_jax.export.record import Record, Training
+from clip_jax.export.runtime import STABLEHLO, TOWERS
 from clip_jax.export.terms import Terms
 from clip_jax.storage import locations
 
 _TEMPLATE = pathlib.Path(__file__).with_name("card.md.jinja")
 _TASK = "zero-shot-image-classification"
-# Of each library: a file that only its folders have, and the tag the hub gives it.
+# By the tag that the hub gives a library: a file that only its folders have.
 _LIBRARIES = {
     "stablehlo": TOWERS[0] + STABLEHLO,
     "onnx": TOWERS[0] + ONNX,
@@ -26,67 +27,67 @@ _LIBRARIES = {
 }
 
 
-def render(found: Record, given: Terms, directory: epath.PathLike) -> str:
-    """The text of a card.
+def render(record: Record, terms: Terms, directory: epath.PathLike) -> str:
+    """Returns the text of a card.
 
     Args:
-      found: what is known of the model.
-      given: what its owner adds.
-      directory: it will lie in; its files decide how the card says the model is loaded.
+      record: recorded facts of the model.
+      terms: entries that its owner adds.
+      directory: folder of the card; its files decide how the card says the model is loaded.
     """
     folder = epath.Path(directory)
-    there = locations.stats([folder / file for file in _LIBRARIES.values()])
-    kinds = [kind for kind, stat in zip(_LIBRARIES, there) if stat]
-    name = given.name or _title(found)
-    scores = found.training.scores if found.training else {}
+    stats = locations.stats([folder / file for file in _LIBRARIES.values()])
+    kinds = [kind for kind, stat in zip(_LIBRARIES, stats) if stat]
+    name, training = terms.name or _title(record), record.training
+    scores = training.scores if training else {}
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {
-        "percent": lambda share: f"{share:.1%}",
+        "percent": lambda fraction: f"{fraction:.1%}",
         "duration": format_seconds,
         "number": lambda value: f"{value:,}",
         "json": lambda value: json.dumps(value, indent=2),
     }
     body = environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         name=name,
-        model=found,
-        training=found.training,
-        terms=given,
+        model=record,
+        training=training,
+        terms=terms,
         kinds=kinds,
-        sources=_sources(found.training.config["data"]) if found.training else {},
-        scored=_evaluated(found.training) if found.training else {},
+        sources=_sources(training.config["data"]) if training else {},
+        scored=_evaluated(training) if training else {},
         columns=[name for name in scores if name.endswith(("top1", "recall@1"))],
         score_name=_score_name,
     )
-    return f"---\n{_header(found, given, name, kinds).to_yaml()}\n---\n\n{body}"
+    return f"---\n{_header(record, terms, name, kinds).to_yaml()}\n---\n\n{body}"
 
 
-def _header(found: Record, given: Terms, name: str, kinds: list[str]) -> ModelCardData:
-    results = _results(found.training) if found.training else []
+def _header(record: Record, terms: Terms, name: str, kinds: list[str]) -> ModelCardData:
+    results = _results(record.training) if record.training else []
     foreign = [kind for kind in kinds if kind in ("transformers", "open_clip")]
     return ModelCardData(
-        license=given.license,
-        license_name=given.license_name or None,
-        license_link=given.license_link or None,
+        license=terms.license,
+        license_name=terms.license_name or None,
+        license_link=terms.license_link or None,
         library_name=foreign[0] if foreign else "clip_jax",
         pipeline_tag=_TASK,
         tags=["clip", "jax", *(kind for kind in kinds if kind not in foreign)],
-        datasets=list(given.datasets) or None,
+        datasets=list(terms.datasets) or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=name if results else None,  # the hub wants both or neither
         eval_results=results or None,
     )
 
 
-def _title(found: Record) -> str:
-    if found.training is None:
-        return f"CLIP {found.size}"
-    return f"CLIP {found.size}, trained on {' + '.join(_sources(found.training.config['data']))}"
+def _title(record: Record) -> str:
+    if record.training is None:
+        return f"CLIP {record.size}"
+    return f"CLIP {record.size}, trained on {' + '.join(_sources(record.training.config['data']))}"
 
 
 def _sources(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The training data by name, without the fields that are not set."""
+    """Returns the training data by name, without the fields that are not set."""
     # Configs of earlier versions know no mixture.
     named = data.get("mixture") or {
         data["source"]["name"] or data["source"]["type"]: data["source"]
@@ -95,7 +96,7 @@ def _sources(data: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _evaluated(training: Training) -> dict[str, dict[str, Any]]:
-    """What the scores were measured on: "zeroshot" and "retrieval", where there were any."""
+    """Returns the data of the scores: "zeroshot" and "retrieval", where there were any."""
     kinds = {name.partition("/")[0] for name in training.scores}
     evals = training.config["eval"]
     return {k: {f: v for f, v in evals[k]["source"].items() if v} for k in sorted(kinds)}
@@ -122,8 +123,8 @@ def _results(training: Training) -> list[EvalResult]:
 
 
 def _score_name(name: str) -> str:
-    """ "zeroshot/top1" as "zero-shot top-1 accuracy"."""
-    kind, _, rest = name.partition("/")
+    """Returns the words for a metric: "zero-shot top-1 accuracy" for "zeroshot/top1"."""
+    kind, _, metric = name.partition("/")
     if kind == "zeroshot":
-        return f"zero-shot {rest.replace('top', 'top-')} accuracy"
-    return rest.replace("/", " ").replace("_", "-")
+        return f"zero-shot {metric.replace('top', 'top-')} accuracy"
+    return metric.replace("/", " ").replace("_", "-")

@@ -11,15 +11,18 @@ import argparse
 import pathlib
 import re
 
+import huggingface_hub
+
 from clip_jax.common import commands
 from clip_jax.errors import UserError
-from clip_jax.export.layout import CARD
+from clip_jax.export.terms import CARD
+from clip_jax.storage import locations, remote
 
 _REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command; mistakes of the user end it with a paragraph and status 2."""
+    """Runs the command; user errors end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
     with commands.plain_errors():
         _push(args)
@@ -36,9 +39,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _push(args: argparse.Namespace) -> None:
-    # Imported late: --help is answered at once.
-    from clip_jax.storage import locations, remote
-
     directory = locations.parse(args.dir)
     if remote.is_remote(directory):
         raise UserError(f"{directory} is in a bucket: copy it to a local folder, and push that.")
@@ -58,21 +58,19 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
         raise UserError(
             f"{folder} is no folder: give one that python -m clip_jax export or convert made."
         )
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    if folder / CARD not in found:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if folder / CARD not in files:
         raise UserError(
             f"{folder} has no model card: write one with python -m clip_jax card --model={folder} "
             f"--license=... --out={folder / CARD}."
         )
-    return found
+    return files
 
 
 def _licence(card: pathlib.Path) -> str:
-    """The card's; UserError where the hub could not read it."""
-    from huggingface_hub import ModelCard
-
+    """Returns the licence that a card names; UserError where the hub could not read it."""
     try:
-        licence = ModelCard(card.read_text("utf-8")).data.to_dict().get("license")
+        licence = huggingface_hub.ModelCard(card.read_text("utf-8")).data.to_dict().get("license")
     except Exception as error:  # of YAML, or of a field in it
         raise UserError(
             f"The header of {card} cannot be read ({_first_line(error)}): write the card anew with "
@@ -102,11 +100,9 @@ def _announce(
 
 def _upload(folder: pathlib.Path, repo: str, private: bool) -> str:
     """Uploads everything in one commit; returns the address of the repository."""
-    from huggingface_hub import HfApi, get_token
-
-    if get_token() is None:
+    if huggingface_hub.get_token() is None:
         raise UserError("The hub does not know you: run `hf auth login`, or set HF_TOKEN.")
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")

@@ -1,19 +1,16 @@
-"""What is known of a model: what it is, and how it was trained where that is recorded."""
+"""The facts of a model card: the model, and its training where that was recorded."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from etils import epath
 
 from clip_jax import checkpoint
 from clip_jax.common import metrics
 from clip_jax.errors import UserError
 from clip_jax.models import Size
-from clip_jax.weights import base as weights
+from clip_jax.weights.model import Weights
 
-_ROWS = 8  # of the training curve
+_ROWS = 8  # in the training curve
 _FEW = 4  # evaluations that make a curve by themselves
 _SCORES = ("zeroshot/", "retrieval/")  # how the names of evaluations begin
 
@@ -22,19 +19,19 @@ Row = Mapping[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """How a checkpoint came about.
+    """The training that led to a checkpoint.
 
     Attributes:
-      step: of the checkpoint.
+      step: step of the checkpoint.
       images_seen: pairs, repeated ones counted again.
-      seconds: of all runs up to it.
+      seconds: duration of all runs up to it.
       hardware: number and kind of the devices; "": not recorded.
-      pairs: in the data; 0: not recorded.
+      pairs: size of the data; 0: not recorded.
       skipped: unusable examples by reason.
       truncated: captions cut to the context length.
       config: the resolved config.
       curve: some rows of metrics.jsonl, train and evaluation of a step in one, oldest first.
-      scores: of the last evaluation, by names such as "zeroshot/top1"; fractions.
+      scores: results of the last evaluation, by names such as "zeroshot/top1"; fractions.
       scored_at: step of that evaluation; 0: there was none.
     """
 
@@ -53,11 +50,13 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a card can say.
+    """The facts that a card states.
 
     Attributes:
-      parameters: number of them.
-      origin: of the weights, as in `weights.Weights`.
+      size: shapes and forms of the model.
+      parameters: number of trainable values.
+      tokenizer: identity of its tokenizer; "": not known.
+      origin: origin of the weights, as in `Weights`.
       training: None: these weights were converted, not trained here.
     """
 
@@ -68,32 +67,30 @@ class Record:
     training: Training | None
 
 
-def read(found: weights.Weights) -> Record:
-    """Collects it; `found` as `convert.read` opens it.
+def read(weights: Weights) -> Record:
+    """Collects the facts of a model.
 
     Raises:
       UserError: the checkpoint is damaged, or of a model that does not embed texts.
     """
-    if found.size.objective != "contrastive":
+    if weights.size.objective != "contrastive":
         raise UserError(
             f"Exports and model cards are for models with an image and a text tower; "
-            f"{found.origin['source']} was trained for {found.size.objective}. clip_jax.load uses "
-            "it as it is, and `python -m clip_jax convert` copies it."
+            f"{weights.origin['source']} was trained for {weights.size.objective}. clip_jax.load "
+            "uses it as it is, and `python -m clip_jax convert` copies it."
         )
-    shapes = found.tensors.shapes.items()
     return Record(
-        size=found.size,
-        parameters=sum(math.prod(s) for name, s in shapes if name.startswith("params/")),
-        tokenizer=found.tokenizer.identity,
-        origin=found.origin,
-        training=read_training(found.origin),
+        size=weights.size,
+        parameters=weights.parameters,
+        tokenizer=weights.tokenizer.identity,
+        origin=weights.origin,
+        training=read_training(weights.origin),
     )
 
 
 def read_training(origin: Mapping[str, Any]) -> Training | None:
-    """How the weights of this origin came about, whatever they were trained for."""
-    path = epath.Path(origin["source"])
-    workdir = path.parent.parent if path.parent.name == checkpoint.DIRECTORY else path
+    """Reads how weights of this origin were trained; None: they were converted."""
+    workdir, _ = checkpoint.split_path(origin["source"])
     if "step" not in origin or not (workdir / checkpoint.DIRECTORY).is_dir():
         return None
     with checkpoint.Checkpoints(workdir, create=False) as store:
@@ -117,7 +114,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
 
 
 def _by_step(history: Sequence[Row], last: int) -> list[Row]:
-    """All numbers of a step in one row, ascending, none of later steps."""
+    """Merges all numbers of a step into one row; ascending, without steps after `last`."""
     merged: dict[float, dict[str, float]] = {}
     for row in history:
         if row["step"] <= last:
@@ -126,7 +123,7 @@ def _by_step(history: Sequence[Row], last: int) -> list[Row]:
 
 
 def _curve(rows: list[Row]) -> list[Row]:
-    """At most `_ROWS` of those with a loss, evenly spaced; where it can be, those evaluated."""
+    """Picks at most `_ROWS` rows with a loss, evenly spaced; evaluated ones if there are enough."""
     rows = [row for row in rows if "train/loss" in row]
     evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
     rows = evaluated if len(evaluated) >= _FEW else rows

@@ -11,19 +11,22 @@ import jax.export
 import numpy as np
 
 from clip_jax.errors import UserError
-from clip_jax.export.layout import PREPROCESS, STABLEHLO, TENSORS, TOWERS
+
+# Names of the files of an export.
+PREPROCESS, TENSORS, STABLEHLO = "preprocess.json", "model.safetensors", ".stablehlo"
+TOWERS = ("encode_image", "encode_text")  # methods of the model, and the stems of their files
 
 
 class Exported:
     """Both towers of an exported model. Every new batch size is compiled once.
 
     Attributes:
-      preprocess: what preprocess.json says: how pictures become pixels and texts tokens, and what
-        makes probabilities of similarities.
+      preprocess: content of preprocess.json: how images and texts are prepared, and how
+        similarities become probabilities.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        """As `clip_jax.export.load`."""
+        """Opens a folder; see `clip_jax.export.load`."""
         find = _finder(directory)
         try:
             self.preprocess: dict[str, Any] = json.loads(find(PREPROCESS).read_text("utf-8"))
@@ -41,7 +44,7 @@ class Exported:
             ) from error
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
-        """Embeds pictures.
+        """Embeds images.
 
         Args:
           pixels: uint8 [n, size, size, 3], RGB, resized and cropped as `preprocess` says.
@@ -84,21 +87,24 @@ class Exported:
 
 
 def _finder(directory: str | os.PathLike[str]) -> Callable[[str], pathlib.Path]:
-    """Gives the local path of a file; one in a bucket is copied, which needs all of clip_jax."""
+    """Returns a function to the local path of a file.
+
+    A file in a bucket is copied, which needs all of clip_jax.
+    """
     if "://" not in os.fspath(directory):
         return pathlib.Path(directory).joinpath
     from clip_jax.storage import locations
-    from clip_jax.weights.base import local_file
+    from clip_jax.weights.folder import local_file
 
     folder = locations.parse(directory)
     return lambda name: local_file(folder / name)
 
 
 def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file, all float32, mapped rather than read.
+    """Maps the arrays of a safetensors file, all float32, into memory.
 
-    The format is a length, a JSON header and the bytes; so much spares whoever serves a model one
-    more package.
+    The format is a length, a JSON header and the bytes: reading it here saves whoever serves a
+    model one more package.
     """
     with path.open("rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -1,4 +1,4 @@
-"""What a model card says that no run can know: above all, the licence."""
+"""The entries of a model card that no run can know: above all, the licence."""
 
 import argparse
 import dataclasses
@@ -6,19 +6,20 @@ import re
 
 from clip_jax.errors import UserError
 
+CARD = "README.md"  # name of the card in a folder
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class Terms:
-    """What no run can know.
+    """The entries that the owner of a model gives.
 
     Attributes:
       license: an identifier of the hub, such as "apache-2.0"; "other" goes with the next two.
-      license_name, license_link: of another licence; "": none.
+      license_name, license_link: name and address of another licence; "": none.
       datasets: names of the training data on the hub; (): they are not there.
-      name: of the model; "": its shape.
-      hardware: what it was trained on; "": as recorded.
+      name: name of the model; "": its shape.
+      hardware: training hardware; "": as recorded.
 
     Raises:
       UserError: there is no licence, or not all that belongs to it.
@@ -57,7 +58,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(args: argparse.Namespace) -> Terms:
-    """What the command line says; UserError where the licence is missing."""
+    """Returns the terms on the command line; UserError where the licence is missing."""
     return Terms(
         license=args.license,
         license_name=args.license_name,

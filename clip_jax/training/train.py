@@ -57,7 +57,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         if config.init_from and resumed is None:
             from clip_jax.training import warm_start  # with readers of all formats of weights
 
-            start = warm_start.read(config, run.net, run.mesh, run.tokenizer)
+            start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
         step_fn = _compile(run, config)
         workdir.write(directory, config)

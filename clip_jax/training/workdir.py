@@ -1,4 +1,4 @@
-"""The config a workdir belongs to: written once, compared at every resume."""
+"""The workdir of a run: made writable, its config written, compared at every resume."""
 
 import fnmatch
 import json
@@ -29,10 +29,10 @@ FREE += ("data.source.path", "data.mixture.*.path")
 
 
 def make(workdir: epath.Path) -> None:
-    """Makes a workdir, or tries whether its bucket can be written to, before anything slow.
+    """Creates a workdir, or tests that its bucket is writable, before anything slow.
 
     Raises:
-      UserError: it cannot be made, or not be written to.
+      UserError: it cannot be created or written to.
     """
     if remote.is_remote(workdir):
         if jax.process_index() == 0:
@@ -78,12 +78,12 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
         raise UserError(
             f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
             "delete this one to start afresh, or add "
-            "--config.checkpoint.allow_config_change=True to go on with the new settings."
+            "--config.checkpoint.allow_config_change=True to resume with the new settings."
         )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Fields (dotted) whose values differ and are not `FREE`, with both values.
+    """Returns the fields (dotted) whose values differ and are not `FREE`, with both values.
 
     Fields of an old run are compared under their new names.
     """
@@ -97,7 +97,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:
-    """As JSON gives it back: tuples are lists."""
+    """Returns the config as JSON would return it: tuples are lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 

@@ -22,8 +22,9 @@ import clip_jax
 from clip_jax import api
 from clip_jax import export as exports
 from clip_jax.errors import UserError
-from clip_jax.export import cli, preprocess, stablehlo
-from clip_jax.weights.base import TokenizerFile
+from clip_jax.export import cli, programs
+from clip_jax.export.folder import describe_preprocessing
+from clip_jax.weights.model import TokenizerFile
 
 ROOT = pathlib.Path(__file__).parents[2]
 LICENSE = "--license=apache-2.0"
@@ -39,7 +40,7 @@ class Nothing:
             raise ImportError(f"{name} is not installed here")
 
 FOREIGN = {"flax", "safetensors", "orbax", "tensorflow", "PIL", "etils", "optax"}
-OURS = ("clip_jax.models", "clip_jax.api", "clip_jax.weights.base", "clip_jax.data")
+OURS = ("clip_jax.models", "clip_jax.api", "clip_jax.weights", "clip_jax.data")
 sys.meta_path.insert(0, Nothing())
 
 import clip_jax.export
@@ -104,7 +105,7 @@ def test_a_process_with_jax_and_numpy_alone(folder, model):
 @pytest.mark.slow
 def test_every_kind_of_model(kind, tower):
     weights = tiny_export.weights(kind)
-    program = jax.export.deserialize(stablehlo.export_tower(weights.size, tower).serialize())
+    program = jax.export.deserialize(programs.export_tower(weights.size, tower).serialize())
     assert set(program.platforms) == {"cpu", "cuda", "tpu"}
     rows = tiny_export.rows(weights.size, tower, 4)
     wanted = tiny_export.embed(weights, tower, rows)
@@ -145,7 +146,7 @@ def test_it_is_a_model_of_clip_jax_too(folder, model):
 
 def test_preprocess_of_a_siglip():
     weights = tiny_export.weights("siglip")
-    found = json.loads(json.dumps(preprocess.describe(weights)))
+    found = json.loads(json.dumps(describe_preprocessing(weights)))
     assert found["image"]["crop"] == "none"
     assert found["image"]["mean"] == [0.5, 0.5, 0.5]
     assert found["similarity"]["probabilities"] == "sigmoid"
@@ -154,7 +155,7 @@ def test_preprocess_of_a_siglip():
     assert found["similarity"]["bias"] == pytest.approx(bias)
     unknown = dataclasses.replace(weights, tokenizer=TokenizerFile("", ""))
     with pytest.raises(UserError, match="--tokenizer"):
-        preprocess.describe(unknown)
+        describe_preprocessing(unknown)
 
 
 def test_no_rows(folder):

@@ -9,10 +9,10 @@ import tiny_export
 import tiny_run
 from huggingface_hub import ModelCard
 
+from clip_jax import weights
 from clip_jax.common import metrics
 from clip_jax.export import card, card_text, record
 from clip_jax.export.terms import Terms
-from clip_jax.weights import convert
 
 TERMS = Terms("mit", "", "", ("org/pairs",), "Small", "")
 
@@ -79,7 +79,7 @@ def test_curve_has_the_losses_of_the_run(text, history):
 
 
 def test_an_earlier_checkpoint_has_its_own_scores(history):
-    found = record.read(convert.read(tiny_run.finished() / "checkpoints" / "8"))
+    found = record.read(weights.open(tiny_run.finished() / "checkpoints" / "8"))
     assert found.training.step == 8
     assert found.training.scored_at == 6
     at_6 = next(row for row in history if row["step"] == 6 and "zeroshot/top1" in row)
@@ -88,7 +88,7 @@ def test_an_earlier_checkpoint_has_its_own_scores(history):
 
 
 def training(**changes) -> record.Record:
-    found = record.read(convert.read(tiny_run.finished()))
+    found = record.read(weights.open(tiny_run.finished()))
     return dataclasses.replace(found, training=dataclasses.replace(found.training, **changes))
 
 

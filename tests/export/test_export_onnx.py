@@ -1,17 +1,17 @@
 """ONNX exports, run by onnxruntime, against the module itself."""
 
+import pathlib
 import sys
 
 import jax
 import numpy as np
 import pytest
 import tiny_export
-from etils import epath
 from flax import traverse_util
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.export import onnx, stablehlo
+from clip_jax.export import programs
 
 
 @pytest.mark.parametrize("kind", ["vit", "tiles", "resnet", "siglip"])
@@ -20,7 +20,7 @@ def test_onnxruntime_agrees(kind, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     runtime.set_default_logger_severity(3)
     weights = tiny_export.weights(kind)
-    onnx.write(weights, epath.Path(tmp_path))
+    programs.write_onnx(weights, tmp_path)
     for tower in tiny_export.TOWERS:
         session = runtime.InferenceSession(str(tmp_path / f"{tower}.onnx"))
         (name,) = [taken.name for taken in session.get_inputs()]
@@ -36,11 +36,11 @@ def test_what_does_not_depend_on_the_input_is_computed_beforehand():
     weights = tiny_export.weights("vit")
     variables = traverse_util.unflatten_dict(tiny_export.arrays(weights), sep="/")
     net = models.CLIP(weights.size, scan_layers=False)
-    spec = stablehlo.batch(weights.size, "encode_text")
+    spec = programs.input_batch(weights.size, "encode_text")
     traced = jax.make_jaxpr(lambda x: net.apply(variables, x, method="encode_text"))(spec)
 
     def again(rows: jax.Array) -> jax.Array:
-        return onnx._evaluate(traced.jaxpr, traced.consts, [rows])[0]
+        return programs._evaluate(traced.jaxpr, traced.consts, [rows])[0]
 
     before, after = str(traced), str(jax.make_jaxpr(again)(spec))
     for operation in (" split[", " remat2[", " jit["):
@@ -53,4 +53,4 @@ def test_without_jax2onnx(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     weights = tiny_export.weights("vit")
     with pytest.raises(UserError, match=r"requirements-export\.txt"):
-        onnx.write(weights, epath.Path("nowhere"))
+        programs.write_onnx(weights, pathlib.Path("nowhere"))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from clip_jax import losses, models
-from clip_jax.weights import base as weights
 from clip_jax.weights.convert import openai
 from clip_jax.weights.convert.mapping import import_tensors
+from clip_jax.weights.model import Tensors, variable_shapes
 
 torch = pytest.importorskip("torch")
 open_clip = pytest.importorskip("open_clip")
@@ -30,10 +30,10 @@ Arrays = Mapping[str, np.ndarray]
 def to_clip_jax(tensors: Arrays, size: models.Size, part: str = "params") -> dict:
     """One collection of our variables, or gradients, from open_clip's names."""
     table = [row for row in openai.table(size) if row.pieces[0].path.startswith(f"{part}/")]
-    wanted = weights.variable_shapes(size).items()
+    wanted = variable_shapes(size).items()
     wanted = {path: shape for path, shape in wanted if path.startswith(f"{part}/")}
     shapes = {name: value.shape for name, value in tensors.items()}
-    theirs = weights.Tensors(shapes, tensors.__getitem__)
+    theirs = Tensors(shapes, tensors.__getitem__)
     ours = import_tensors(table, theirs, wanted, "open_clip")
     return nest({path.removeprefix(f"{part}/"): ours.read(path) for path in wanted})
 

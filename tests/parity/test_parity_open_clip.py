@@ -20,9 +20,9 @@ from parity import (  # or skips
     torch_outputs,
 )
 
-from clip_jax import models
-from clip_jax.weights import convert
-from clip_jax.weights.base import Weights
+from clip_jax import models, weights
+from clip_jax.weights.convert.open_clip import _TIMM, size_of
+from clip_jax.weights.model import Weights
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -31,7 +31,7 @@ PAPER = [name for name in models.available_models() if name.startswith(("RN", "V
 
 def assert_there_and_back(ours: Weights, folder: pathlib.Path):
     """Ours loaded there; then saved there, and loaded here."""
-    convert.write(ours, folder / "ours", "open_clip")
+    weights.save(ours, folder / "ours", "open_clip")
     model = open_clip.create_model(f"local-dir:{folder / 'ours'}").eval()
     batch = make_batch(ours.size)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def assert_there_and_back(ours: Weights, folder: pathlib.Path):
     torch.save(model.state_dict(), folder / "theirs" / "open_clip_pytorch_model.bin")
     settings = (folder / "ours" / "open_clip_config.json").read_text()
     (folder / "theirs" / "open_clip_config.json").write_text(settings)
-    assert_same_weights(convert.read(folder / "theirs"), ours)
+    assert_same_weights(weights.open(folder / "theirs"), ours)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -58,9 +58,8 @@ def test_siglip_there_and_back(kind: str, tmp_path: pathlib.Path, monkeypatch):
 
     short = functools.partial(timm.create_model, depth=2)
     monkeypatch.setattr("open_clip.timm_model.timm.create_model", short)
-    known = convert.open_clip._TIMM
     part = kind.partition("_")[0]
-    monkeypatch.setitem(known, part, (known[part][0], 2, *known[part][2:]))
+    monkeypatch.setitem(_TIMM, part, (_TIMM[part][0], 2, *_TIMM[part][2:]))
     name = {"base": "SigLIP-B/16", "so400m": "SigLIP-So400m/14"}[part]
     size = models.get_size(name, SHORT_VIT | {"image_layers": (2,), "activation": "gelu"})
     assert_there_and_back(random_weights(size), tmp_path)
@@ -75,8 +74,8 @@ def test_its_own_settings_of_our_models():
         ("ViT-g/14", "ViT-g-14"),
     ):
         config = {"model_cfg": open_clip.get_model_config(theirs)}
-        assert convert.open_clip.size_of(config, theirs) == models.get_size(name)
+        assert size_of(config, theirs) == models.get_size(name)
     config = {"model_cfg": open_clip.get_model_config("ViT-SO400M-14-SigLIP")}
     config["preprocess_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
     wanted = models.get_size("SigLIP-So400m/14", {"activation": "gelu"})
-    assert convert.open_clip.size_of(config, "x") == wanted
+    assert size_of(config, "x") == wanted

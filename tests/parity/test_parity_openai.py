@@ -19,10 +19,8 @@ from parity import (  # or skips
     torch_outputs,
 )
 
-from clip_jax import models
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
-from clip_jax.weights.base import Weights
+from clip_jax import models, weights
+from clip_jax.weights.model import Tensors, Weights
 
 # The ResNets at full width; the ViTs have that in the tests against transformers.
 SIZES = {
@@ -47,7 +45,7 @@ def half_weights(size: models.Size) -> Weights:
     """Random weights that fp16, in which OpenAI's are, can hold."""
     ours = random_weights(size)
     half = {k: np.float16(ours.tensors.read(k)).astype(np.float32) for k in ours.tensors.shapes}
-    tensors = weights.Tensors(ours.tensors.shapes, half.__getitem__)
+    tensors = Tensors(ours.tensors.shapes, half.__getitem__)
     return Weights(size, tensors, ours.tokenizer, ours.origin)
 
 
@@ -56,7 +54,7 @@ def half_weights(size: models.Size) -> Weights:
 def test_there_and_back(name: str, tmp_path: pathlib.Path, monkeypatch):
     size = models.get_size(name, SIZES[name])
     ours = half_weights(size)
-    convert.write(ours, tmp_path / "ours.pt", "openai")
+    weights.save(ours, tmp_path / "ours.pt", "openai")
     model = openai_model(torch.load(tmp_path / "ours.pt", weights_only=True))
     batch = make_batch(size)
     images, tokens = to_torch(batch)
@@ -67,9 +65,9 @@ def test_there_and_back(name: str, tmp_path: pathlib.Path, monkeypatch):
     if name in ARCHIVES:
         traced = torch.jit.trace(model, (images, tokens), check_trace=False)
         torch.jit.save(traced.half(), tmp_path / "theirs.pt")
-        theirs = convert.read(tmp_path / "theirs.pt")
+        theirs = weights.open(tmp_path / "theirs.pt")
     else:
         torch.save(model.half().state_dict(), tmp_path / "theirs.pt")
         monkeypatch.setitem(models.sizes.SIZES, name, size)  # which a state dict does not tell
-        theirs = convert.read(tmp_path / "theirs.pt", model=name)
+        theirs = weights.open(tmp_path / "theirs.pt", model=name)
     assert_same_weights(theirs, ours)

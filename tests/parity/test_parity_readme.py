@@ -8,7 +8,7 @@ import readme
 import tiny_weights
 
 import clip_jax
-from clip_jax.weights import convert
+from clip_jax import weights
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 def test_handing_it_to_transformers(tmp_path: pathlib.Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    convert.write(tiny_weights.make("vit"), tmp_path / "runs" / "quickstart")  # no need to train
+    weights.save(tiny_weights.make("vit"), tmp_path / "runs" / "quickstart")  # no need to train
     names: dict = {}
     for language, text in readme.blocks("Use the result"):
         if "--to=huggingface" in text or "import transformers" in text:

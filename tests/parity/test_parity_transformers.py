@@ -19,8 +19,7 @@ from parity import (  # or skips
     torch_outputs,
 )
 
-from clip_jax import models
-from clip_jax.weights import convert
+from clip_jax import models, weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -36,7 +35,7 @@ def test_there_and_back(name: str, shapes: dict, tmp_path: pathlib.Path):
     """Ours loaded there; then saved there, and loaded here."""
     size = models.get_size(name, shapes)
     ours = random_weights(size)
-    convert.write(ours, tmp_path / "ours", "huggingface")
+    weights.save(ours, tmp_path / "ours", "huggingface")
     model = transformers.AutoModel.from_pretrained(tmp_path / "ours").eval()
     batch = make_batch(size)
     images, tokens = to_torch(batch)
@@ -49,18 +48,18 @@ def test_there_and_back(name: str, shapes: dict, tmp_path: pathlib.Path):
     model.save_pretrained(tmp_path / "theirs", max_shard_size="200MB")
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
     processor.save_pretrained(tmp_path / "theirs")
-    assert_same_weights(convert.read(tmp_path / "theirs"), ours)
+    assert_same_weights(weights.open(tmp_path / "theirs"), ours)
 
 
 def test_tokenizer_and_processor(tmp_path: pathlib.Path):
     """Captions and pictures become the same numbers there."""
     short = {"image_layers": (1,), "text_layers": 1, "image_width": 64, "image_heads": 1}
     ours = random_weights(models.get_size("ViT-B/32", short))
-    convert.write(ours, tmp_path / "ours", "huggingface")
+    weights.save(ours, tmp_path / "ours", "huggingface")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "ours")
     captions = ["a photo of a cat", "It's 2 dogs, isn't it?", "naïve café"]
     found = processor(text=captions, padding="max_length", return_tensors="np")["input_ids"]
-    wanted = convert.create_tokenizer(ours.tokenizer, 77)(captions)
+    wanted = ours.tokenizer.create(77)(captions)
     ends = (wanted == 49_407).argmax(axis=1)
     for row, expected, end in zip(found, wanted, ends):
         np.testing.assert_array_equal(row[: end + 1], expected[: end + 1])

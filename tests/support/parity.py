@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from clip_jax import losses, models
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
-from clip_jax.weights.base import Weights
+from clip_jax.weights.convert import tokens
+from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
 torch = pytest.importorskip("torch")
 
@@ -26,7 +25,7 @@ def random_weights(size: models.Size) -> Weights:
     """Gains and statistics away from 0 and 1, which would hide mistakes."""
     rng = np.random.default_rng(0)
     arrays = {}
-    for name, shape in weights.variable_shapes(size).items():
+    for name, shape in variable_shapes(size).items():
         if name.endswith("logit_scale"):
             value = np.full((), math.log(20))
         elif name.endswith("logit_bias"):
@@ -40,9 +39,9 @@ def random_weights(size: models.Size) -> Weights:
             value = fan_in**-0.5 * rng.standard_normal(shape, np.float32)
         arrays[name] = np.asarray(value, np.float32)
     shapes = {name: value.shape for name, value in arrays.items()}
-    tensors = weights.Tensors(shapes, arrays.__getitem__)
-    known = size.vocab_size == convert.tokens.bpe.VOCABULARY_SIZE
-    tokenizer = convert.tokens.OPENAI if known else convert.tokens.UNKNOWN
+    tensors = Tensors(shapes, arrays.__getitem__)
+    known = size.vocab_size == tokens.bpe.VOCABULARY_SIZE
+    tokenizer = tokens.OPENAI if known else tokens.UNKNOWN
     return Weights(size, tensors, tokenizer, {"source": "random", "format": "clip_jax"})
 
 
@@ -65,7 +64,7 @@ def to_torch(batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def jax_outputs(ours: Weights, batch) -> dict:
     mesh = jax.make_mesh((1, 1, 1, 1), ("slice", "data", "fsdp", "tensor"))
-    variables = weights.to_variables(ours, mesh)
+    variables = ours.variables(mesh)
     image, text, *scalars = jax.jit(models.CLIP(ours.size).apply)(variables, *batch)
     loss_fn = losses.sigmoid_loss if ours.size.logit_bias else losses.softmax_loss
     return {"image": image, "text": text, "loss": loss_fn(image, text, *scalars)}

@@ -11,9 +11,8 @@ import tiny_run
 import tiny_weights
 from PIL import Image
 
-from clip_jax import __main__
+from clip_jax import __main__, weights
 from clip_jax.data.sources import digits
-from clip_jax.weights import convert
 
 TEXT = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
 # OpenAI's archives hold code, by which they are told from bare tensors; it is never run.
@@ -41,7 +40,7 @@ def prepare(folder: pathlib.Path) -> None:
     """Puts a finished run, an archive of OpenAI's kind and pictures there, all of them tiny."""
     shutil.copytree(tiny_run.finished(), folder / "runs" / "quickstart")
     archive = folder / "ViT-B-32.pt"
-    convert.write(tiny_weights.make("vit"), archive, "openai")
+    weights.save(tiny_weights.make("vit"), archive, "openai")
     with zipfile.ZipFile(archive, "a") as file:
         file.writestr("archive/code/__torch__.py", _QUICK_GELU)
     scenes = digits.DigitScenes("test", image_size=32, seed=0)

@@ -9,7 +9,7 @@ import tiny_weights
 from flax import traverse_util
 
 from clip_jax import models
-from clip_jax.weights.base import Tensors, TokenizerFile, Weights, variable_shapes
+from clip_jax.weights.model import Tensors, TokenizerFile, Weights, variable_shapes
 
 TOWERS = ("encode_image", "encode_text")
 # 256 patches: the class token stands apart from them.

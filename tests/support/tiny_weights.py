@@ -3,8 +3,8 @@
 import numpy as np
 
 from clip_jax import models
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
+from clip_jax.weights.convert import tokens
+from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
 _TEXT = {"embed_dim": 32, "text_width": 64, "text_heads": 1, "text_layers": 2, "context_length": 10}
 _VIT = {"image_size": 32, "image_layers": (2,), "image_width": 64, "image_heads": 1}
@@ -23,20 +23,20 @@ SIZES = {
 }
 
 
-def make(kind: str, **origin) -> weights.Weights:
+def make(kind: str) -> Weights:
     """Random weights; of OpenAI's tokenizer, but for SigLIP."""
     size, rng = SIZES[kind], np.random.default_rng(0)
-    shapes = weights.variable_shapes(size)
+    shapes = variable_shapes(size)
     arrays = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
     for name in arrays:
         if name.endswith(("scale", "var")):
             arrays[name] = np.abs(arrays[name]) + np.float32(0.5)
-    tokenizer = convert.tokens.UNKNOWN if kind == "siglip" else convert.tokens.OPENAI
-    tensors = weights.Tensors(shapes, arrays.__getitem__)
-    return weights.Weights(size, tensors, tokenizer, {"source": "random", "format": "clip_jax"})
+    tokenizer = tokens.UNKNOWN if kind == "siglip" else tokens.OPENAI
+    tensors = Tensors(shapes, arrays.__getitem__)
+    return Weights(size, tensors, tokenizer, {"source": "random", "format": "clip_jax"})
 
 
-def assert_same(actual: weights.Weights, expected: weights.Weights) -> None:
+def assert_same(actual: Weights, expected: Weights) -> None:
     """Bit for bit, and everything that travels with them."""
     assert actual.size == expected.size
     assert (actual.tokenizer.name, actual.tokenizer.identity) == (

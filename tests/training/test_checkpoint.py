@@ -187,7 +187,7 @@ def test_checkpoint_cut_short(tmp_path, two_checkpoints, how: str, pattern: str)
         resume()
     message = str(error.value)
     assert str(folder) in message
-    assert "To go on from step 1, delete that folder and run the same command again." in message
+    assert "To resume from step 1, delete that folder and run the same command again." in message
     assert len(message.splitlines()) == 1
     shutil.rmtree(folder)  # as it says
     assert resume() == 1

@@ -10,7 +10,7 @@ import numpy_models
 import pytest
 import tiny
 
-from clip_jax import losses, sharding
+from clip_jax import losses, sharding, weights
 from clip_jax.data.sources.base import Example
 from clip_jax.data.sources.captions import Captions
 from clip_jax.embed.encoder import Encoder
@@ -18,8 +18,8 @@ from clip_jax.errors import BadExample, UserError
 from clip_jax.evaluate.near_duplicates import NearDuplicates
 from clip_jax.models import views
 from clip_jax.training import program
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
+from clip_jax.weights.convert import tokens
+from clip_jax.weights.model import Tensors, Weights, variable_shapes
 from configs import default, overlap_detector
 
 DETECTOR = {
@@ -86,7 +86,7 @@ def test_weight_normalised_resnet_with_gelu_equals_numpy():
 def test_options_leave_the_resnet_of_the_paper_alone():
     names = {}
     for kind, size in (("plain", {"image_layers": (1, 2, 1, 1)}), ("detector", DETECTOR)):
-        shapes = weights.variable_shapes(tiny.make_net("resnet", size).size)
+        shapes = variable_shapes(tiny.make_net("resnet", size).size)
         names[kind] = {k: v for k, v in shapes.items() if k.startswith("params/image/")}
     plain, ours = names["plain"], names["detector"]
     for name, shape in ours.items():  # what BatchNorm had is now the convolution's
@@ -133,11 +133,11 @@ def test_config_of_the_detector():
 def test_no_other_format_has_weight_normalisation(tmp_path):
     size = tiny.make_net("resnet", {**DETECTOR, "objective": "contrastive"}).size
     rng = np.random.default_rng(0)
-    shapes = weights.variable_shapes(size)
-    tensors = weights.Tensors(shapes, lambda name: rng.normal(size=shapes[name]))
-    found = weights.Weights(size, tensors, convert.tokens.OPENAI, {"source": "x", "format": "y"})
+    shapes = variable_shapes(size)
+    tensors = Tensors(shapes, lambda name: rng.normal(size=shapes[name]))
+    found = Weights(size, tensors, tokens.OPENAI, {"source": "x", "format": "y"})
     with pytest.raises(UserError, match=r"open_clip has no such model.*--to=clip_jax"):
-        convert.write(found, tmp_path / "out", "open_clip")
+        weights.save(found, tmp_path / "out", "open_clip")
 
 
 # ---- Evaluation --------------------------------------------------------------------------------

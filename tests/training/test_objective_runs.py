@@ -11,11 +11,11 @@ import pytest
 import tiny_run
 
 import clip_jax
+from clip_jax import weights
 from clip_jax.__main__ import main
 from clip_jax.common.metrics import read_history
 from clip_jax.errors import UserError
 from clip_jax.training import train
-from clip_jax.weights import convert
 
 pytestmark = pytest.mark.slow
 
@@ -116,8 +116,8 @@ def test_using_the_result(objective: str, tmp_path):
     with pytest.raises(UserError, match=rf"trained for {objective}.*objective=contrastive"):
         model.encode_text("a seven")
     # A copy is the same model.
-    found = convert.read(finished(objective))
-    convert.write(found, tmp_path / "copied")
+    found = weights.open(finished(objective))
+    weights.save(found, tmp_path / "copied")
     copied = clip_jax.load(tmp_path / "copied")
     np.testing.assert_array_equal(copied.encode_image(images), embeds)
     assert objective in repr(copied)
@@ -154,7 +154,7 @@ def test_evaluate_says_what_a_model_cannot_do(tmp_path, capsys):
 def test_no_other_format_has_such_models(to: str, tmp_path):
     target = tmp_path / {"openai": "out.pt", "big_vision": "out.npz"}.get(to, "out")
     with pytest.raises(UserError, match=rf"{to} has no such model.*--to=clip_jax"):
-        convert.write(convert.read(finished("captioning")), target, to)
+        weights.save(weights.open(finished("captioning")), target, to)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from reference import resized
 from tiny_tokenizer import write_tokenizer
 
 import clip_jax
+from clip_jax import weights
 from clip_jax.errors import UserError
 from clip_jax.models.resize import image_positions, resize_positions
 from clip_jax.training import train
-from clip_jax.weights import convert
 from configs import siglip_b16
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def siglip(tmp_path: pathlib.Path) -> pathlib.Path:
     """A tiny one, its tokenizer beside it."""
     pytest.importorskip("tensorflow_text")
     folder = tmp_path / "siglip"
-    convert.write(tiny_weights.make("siglip"), folder, "huggingface")
+    weights.save(tiny_weights.make("siglip"), folder, "huggingface")
     write_tokenizer(folder / "spiece.model")
     return folder
 
@@ -110,8 +110,8 @@ def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
         (siglip / "model.safetensors").unlink()  # needed to start, not to go on
         train.train(siglip_config(siglip, *flags, **longer), tmp_path / "run")
     assert (tmp_path / "run/checkpoints/2").is_dir()
-    convert.write(convert.read(tmp_path / "run"), tmp_path / "back", "huggingface")
-    ours, back = tiny_weights.make("siglip"), convert.read(tmp_path / "back")
+    weights.save(weights.open(tmp_path / "run"), tmp_path / "back", "huggingface")
+    ours, back = tiny_weights.make("siglip"), weights.open(tmp_path / "back")
     assert back.size == ours.size
     for name in ours.tensors.shapes:
         np.testing.assert_array_equal(back.tensors.read(name), ours.tensors.read(name), name)

@@ -12,11 +12,18 @@ import tiny_weights
 from reference import resized
 
 import clip_jax
-from clip_jax import models
+from clip_jax import models, weights
 from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
-from clip_jax.weights.convert import openai, torch_files
+from clip_jax.weights.convert import (
+    big_vision,
+    formats,
+    huggingface,
+    mapping,
+    open_clip,
+    openai,
+    torch_files,
+)
+from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
 FORMS = [
     *(("vit", name) for name in ("clip_jax", "huggingface", "open_clip", "openai")),
@@ -29,40 +36,40 @@ FORMS = [
 @pytest.mark.parametrize(("kind", "name"), FORMS)
 def test_there_and_back(kind: str, name: str, tmp_path: pathlib.Path, monkeypatch):
     ours = tiny_weights.make(kind)
-    target = tmp_path / "deep" / f"model{convert.FORMATS[name][1]}"
-    convert.write(ours, target, name)
+    target = tmp_path / "deep" / f"model{formats.FORMATS[name].suffix}"
+    weights.save(ours, target, name)
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     if name == "openai":  # a state dict names no model: as if this were one of ours
         monkeypatch.setitem(models.sizes.SIZES, kind, ours.size)
-        tiny_weights.assert_same(convert.read(target, model=kind), ours)
+        tiny_weights.assert_same(weights.open(target, model=kind), ours)
     else:
-        tiny_weights.assert_same(convert.read(target), ours)
+        tiny_weights.assert_same(weights.open(target), ours)
 
 
 @pytest.mark.parametrize("name", models.available_models())
 def test_every_model_has_its_place_in_the_formats(name: str):
     """Nothing is left over on either side, and settings survive; by shapes alone."""
     size = models.get_size(name)
-    shapes = weights.variable_shapes(size)
+    shapes = variable_shapes(size)
 
     def check(table):
-        theirs = convert.mapping.their_shapes(table, shapes)
+        theirs = mapping.their_shapes(table, shapes)
         assert len(theirs) == len(table)
         assert sum(map(np.prod, theirs.values())) == sum(map(np.prod, shapes.values()))
         return theirs
 
     siglip = size.image_pool == "map"
-    check(convert.open_clip.table(size, custom_text=siglip))
+    check(open_clip.table(size, custom_text=siglip))
     if not siglip:
-        assert convert.open_clip.size_of(convert.open_clip.config_of(size), name) == size
+        assert open_clip.size_of(open_clip.config_of(size), name) == size
     if not size.is_resnet:
-        check(convert.huggingface.table(size))
-        config = convert.huggingface.config_of(size), convert.huggingface.processor_of(size)
-        assert convert.huggingface.size_of(*config, name) == size
+        check(huggingface.table(size))
+        config = huggingface.config_of(size), huggingface.processor_of(size)
+        assert huggingface.size_of(*config, name) == size
     if siglip:
         for stacked in (False, True):
-            theirs = check(convert.big_vision.table(size, stacked))
-            assert convert.big_vision.size_of(theirs, name) == size
+            theirs = check(big_vision.table(size, stacked))
+            assert big_vision.size_of(theirs, name) == size
     elif size.activation == "quick_gelu":
         assert openai.size_of(check(openai.table(size)), name) == size
 
@@ -70,7 +77,7 @@ def test_every_model_has_its_place_in_the_formats(name: str):
 # ---- Against NumPy -----------------------------------------------------------------------------
 
 
-def nested(ours: weights.Weights) -> dict:
+def nested(ours: Weights) -> dict:
     """The parameters as the NumPy reference takes them."""
     tree: dict = {}
     for path in ours.tensors.shapes:
@@ -140,7 +147,7 @@ def hugging_face_tensors(p: dict, siglip: bool) -> dict[str, np.ndarray]:
     return found
 
 
-def write_hugging_face(folder: pathlib.Path, kind: str, dtype) -> weights.Weights:
+def write_hugging_face(folder: pathlib.Path, kind: str, dtype) -> Weights:
     """A folder in two shards, as transformers saves large models; what it omits is its default."""
     ours, siglip = tiny_weights.make(kind), kind == "siglip"
     size = ours.size
@@ -190,7 +197,7 @@ def test_a_folder_of_transformers(kind: str, dtype, tolerance: float, tmp_path: 
     found = model.net.apply(model.variables, tokens.astype(np.int32), method="encode_text")
     np.testing.assert_allclose(found, text, atol=tolerance)
     if dtype == np.float32:
-        tiny_weights.assert_same(convert.read(tmp_path / "hub"), ours)
+        tiny_weights.assert_same(weights.open(tmp_path / "hub"), ours)
 
 
 # ---- Positions ---------------------------------------------------------------------------------
@@ -199,10 +206,10 @@ def test_a_folder_of_transformers(kind: str, dtype, tolerance: float, tmp_path: 
 def test_positions_are_resized(tmp_path: pathlib.Path):
     """Bicubic and linear; all else stays as it is."""
     ours = tiny_weights.make("vit")
-    other = weights.resized(ours, image_size=56, context_length=25)
+    other = ours.resized(image_size=56, context_length=25)
     assert (other.size.image_size, other.size.context_length) == (56, 25)
-    convert.write(other, tmp_path / "other")
-    read = convert.read(tmp_path / "other").tensors.read
+    weights.save(other, tmp_path / "other")
+    read = weights.open(tmp_path / "other").tensors.read
     image, text = "params/image/positions", "params/text/positions"
     np.testing.assert_allclose(read(image), resized(ours.tensors.read(image), 7), atol=1e-5)
     old = ours.tensors.read(text)
@@ -221,7 +228,7 @@ def test_torch_files(tmp_path: pathlib.Path):
     """Scalars, vectors and matrices, and nothing is read before it is asked for."""
     arrays = {"a": np.float32(3) * np.ones(()), "b.c": np.arange(5), "d": np.eye(3, 4)}
     shapes = {name: value.shape for name, value in arrays.items()}
-    torch_files.write(weights.Tensors(shapes, arrays.__getitem__), tmp_path / "x.pt")
+    torch_files.write(Tensors(shapes, arrays.__getitem__), tmp_path / "x.pt")
     found = torch_files.read(tmp_path / "x.pt")
     assert found.code == ""
     assert dict(found.tensors.shapes) == shapes

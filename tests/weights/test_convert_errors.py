@@ -12,11 +12,10 @@ import pytest
 import safetensors.numpy
 import tiny_weights
 
-from clip_jax import models
+from clip_jax import models, weights
 from clip_jax.errors import UserError
-from clip_jax.weights import base as weights
-from clip_jax.weights import convert
-from clip_jax.weights.convert import cli, torch_files
+from clip_jax.weights.convert import cli, files, formats, openai, torch_files
+from clip_jax.weights.model import Tensors
 
 
 def pickled_file(path: pathlib.Path, value: object) -> pathlib.Path:
@@ -37,7 +36,7 @@ def test_a_pickle_with_code_is_refused(where: str, tmp_path: pathlib.Path, monke
     value = Harmful() if where == "top" else {"state_dict": {"weight": Harmful()}}
     path = pickled_file(tmp_path / "model.pt", value)
     with pytest.raises(UserError, match=r"model.pt is refused.*getattr, which could run code"):
-        convert.read(path, model="ViT-B/32")
+        weights.open(path, model="ViT-B/32")
     assert not (tmp_path / "harm").exists()
     with zipfile.ZipFile(path) as archive:  # it would have done harm
         pickle.load(io.BytesIO(archive.read("archive/data.pkl")))
@@ -50,26 +49,26 @@ def test_only_known_names_are_unpickled(name: str, tmp_path: pathlib.Path):
     with zipfile.ZipFile(tmp_path / "x.bin", "w") as archive:
         archive.writestr("x/data.pkl", f"c{module}\n{function}\n.".encode())
     with pytest.raises(UserError, match=rf"asks for {name}"):
-        convert.read(tmp_path / "x.bin", model="RN50")
+        weights.open(tmp_path / "x.bin", model="RN50")
 
 
 def test_damaged_torch_files(tmp_path: pathlib.Path):
     path = tmp_path / "x.pt"
     path.write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(UserError, match=r"no file of PyTorch 1.6 or later"):
-        convert.read(path, model="RN50")
+        weights.open(path, model="RN50")
     ours = tiny_weights.make("vit")
-    torch_files.write(convert.files.export(convert.openai.table(ours.size), ours), path)
+    torch_files.write(files.export(openai.table(ours.size), ours), path)
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(UserError, match=r"cut short"):
-        convert.read(path, model="RN50")
+        weights.open(path, model="RN50")
 
 
 def test_a_tensor_beyond_its_storage(tmp_path: pathlib.Path):
     """Whatever shape the pickle claims, only the storage is read."""
     arrays = {"a": np.arange(4, dtype=np.float32)}
     path = tmp_path / "x.pt"
-    torch_files.write(weights.Tensors({"a": (2, 400)}, lambda name: arrays[name]), path)
+    torch_files.write(Tensors({"a": (2, 400)}, lambda name: arrays[name]), path)
     found = torch_files.read(path).tensors
     with pytest.raises((TypeError, ValueError), match="buffer"):
         found.read("a")
@@ -80,7 +79,7 @@ def test_a_tensor_beyond_its_storage(tmp_path: pathlib.Path):
 
 def edited(folder: pathlib.Path, change) -> pathlib.Path:
     """A folder of transformers, its tensors changed in place."""
-    convert.write(tiny_weights.make("vit"), folder, "huggingface")
+    weights.save(tiny_weights.make("vit"), folder, "huggingface")
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
@@ -93,7 +92,7 @@ def test_the_first_tensor_of_another_shape(tmp_path: pathlib.Path):
 
     match = r"another architecture: its text_projection.weight is \[5, 64\].*has \[32, 64\]"
     with pytest.raises(UserError, match=match):
-        convert.read(edited(tmp_path / "x", change))
+        weights.open(edited(tmp_path / "x", change))
 
 
 def test_missing_and_superfluous_tensors_are_listed(tmp_path: pathlib.Path):
@@ -102,16 +101,16 @@ def test_missing_and_superfluous_tensors_are_listed(tmp_path: pathlib.Path):
 
     match = r"lacks 1 tensor\(s\) \(visual_proj.*has besides 1 tensor\(s\) \(adapter.weight\)"
     with pytest.raises(UserError, match=match):
-        convert.read(edited(tmp_path / "x", change))
+        weights.open(edited(tmp_path / "x", change))
 
 
 def test_nan_is_named(tmp_path: pathlib.Path):
     def change(tensors: dict):
         tensors["text_projection.weight"][3, 4] = np.nan
 
-    found = convert.read(edited(tmp_path / "x", change))
+    found = weights.open(edited(tmp_path / "x", change))
     with pytest.raises(UserError, match=r"text_projection.weight holds 1 values of 2,048.*NaN"):
-        convert.write(found, tmp_path / "y")
+        weights.save(found, tmp_path / "y")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]  # nothing half written
 
 
@@ -119,9 +118,9 @@ def test_a_bare_state_dict_must_be_named(tmp_path: pathlib.Path):
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file({"a": np.zeros(1, np.float32)}, path)
     with pytest.raises(UserError, match=r"bare list of tensors.*--model.*RN50"):
-        convert.read(path)
+        weights.open(path)
     with pytest.raises(UserError, match=r"lacks 302 tensor\(s\).* has besides 1 tensor\(s\) \(a\)"):
-        convert.read(path, model="ViT-B/32")
+        weights.open(path, model="ViT-B/32")
 
 
 # ---- Settings that contradict ------------------------------------------------------------------
@@ -154,10 +153,10 @@ def edit_json(path: pathlib.Path, **changes):
     ],
 )
 def test_a_folder_that_contradicts_itself(file, changes, match, tmp_path: pathlib.Path):
-    convert.write(tiny_weights.make("vit"), tmp_path / "x", "huggingface")
+    weights.save(tiny_weights.make("vit"), tmp_path / "x", "huggingface")
     edit_json(tmp_path / "x" / file, **changes)
     with pytest.raises(UserError, match=match):
-        convert.read(tmp_path / "x")
+        weights.open(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -174,24 +173,24 @@ def test_a_folder_that_contradicts_itself(file, changes, match, tmp_path: pathli
     ],
 )
 def test_unknown_settings_of_open_clip(changes, match, tmp_path: pathlib.Path):
-    convert.write(tiny_weights.make("gelu"), tmp_path / "x", "open_clip")
+    weights.save(tiny_weights.make("gelu"), tmp_path / "x", "open_clip")
     edit_json(tmp_path / "x" / "open_clip_config.json", **changes)
     with pytest.raises(UserError, match=match):
-        convert.read(tmp_path / "x")
+        weights.open(tmp_path / "x")
 
 
 def test_another_model_than_named(tmp_path: pathlib.Path):
-    convert.write(tiny_weights.make("gelu"), tmp_path / "x")
+    weights.save(tiny_weights.make("gelu"), tmp_path / "x")
     with pytest.raises(UserError, match=r"not ViT-B/32: it has.*activation 'gelu', not 'quick_gel"):
-        convert.read(tmp_path / "x", model="ViT-B/32")
-    assert convert.read(tmp_path / "x", activation="quick_gelu").size.activation == "quick_gelu"
+        weights.open(tmp_path / "x", model="ViT-B/32")
+    assert weights.open(tmp_path / "x", activation="quick_gelu").size.activation == "quick_gelu"
 
 
 def test_a_damaged_description(tmp_path: pathlib.Path):
-    convert.write(tiny_weights.make("vit"), tmp_path / "x")
+    weights.save(tiny_weights.make("vit"), tmp_path / "x")
     (tmp_path / "x" / "clip_jax.json").write_text('{"size": {}}')
     with pytest.raises(UserError, match=r"clip_jax.json cannot be read as the description"):
-        convert.read(tmp_path / "x")
+        weights.open(tmp_path / "x")
 
 
 # ---- What a format has no place for ------------------------------------------------------------
@@ -209,7 +208,7 @@ def test_a_damaged_description(tmp_path: pathlib.Path):
 )
 def test_formats_without_such_a_model(kind, to, match, tmp_path: pathlib.Path):
     with pytest.raises(UserError, match=match):
-        convert.write(tiny_weights.make(kind), tmp_path / f"x{convert.FORMATS[to][1]}", to)
+        weights.save(tiny_weights.make(kind), tmp_path / f"x{formats.FORMATS[to].suffix}", to)
     assert not list(tmp_path.iterdir())
 
 
@@ -218,20 +217,20 @@ def test_published_siglip_in_open_clip_needs_another_activation(tmp_path: pathli
     size = models.get_size("SigLIP-B/16")
     ours = dataclasses.replace(tiny_weights.make("siglip"), size=size)
     with pytest.raises(UserError, match=r"activation 'gelu_tanh', not 'gelu'.*--activation"):
-        convert.write(ours, tmp_path / "x", "open_clip")
+        weights.save(ours, tmp_path / "x", "open_clip")
 
 
 def test_targets(tmp_path: pathlib.Path):
     (tmp_path / "x").mkdir()
     with pytest.raises(UserError, match="is there already"):
-        convert.write(tiny_weights.make("vit"), tmp_path / "x")
+        weights.save(tiny_weights.make("vit"), tmp_path / "x")
     with pytest.raises(UserError, match=r"end in .pt: call the target .*y.pt"):
-        convert.write(tiny_weights.make("vit"), tmp_path / "y", "openai")
+        weights.save(tiny_weights.make("vit"), tmp_path / "y", "openai")
     with pytest.raises(UserError, match=r"https:// is not read.*gs://BUCKET"):
-        convert.write(tiny_weights.make("vit"), "https://example.org/x")
+        weights.save(tiny_weights.make("vit"), "https://example.org/x")
 
 
-@pytest.mark.parametrize("to", convert.FORMATS)
+@pytest.mark.parametrize("to", formats.FORMATS)
 def test_what_breaks_off_leaves_nothing(to: str, tmp_path: pathlib.Path):
     ours = tiny_weights.make("siglip" if to == "big_vision" else "vit")
     last = list(ours.tensors.shapes)[-1]
@@ -240,9 +239,9 @@ def test_what_breaks_off_leaves_nothing(to: str, tmp_path: pathlib.Path):
         value = ours.tensors.read(name)
         return np.full_like(value, np.nan) if name == last else value
 
-    broken = dataclasses.replace(ours, tensors=weights.Tensors(ours.tensors.shapes, read))
+    broken = dataclasses.replace(ours, tensors=Tensors(ours.tensors.shapes, read))
     with pytest.raises(UserError, match="NaN or infinite"):
-        convert.write(broken, tmp_path / f"x{convert.FORMATS[to][1]}", to)
+        weights.save(broken, tmp_path / f"x{formats.FORMATS[to].suffix}", to)
     assert not list(tmp_path.iterdir())
 
 
@@ -250,10 +249,10 @@ def test_sources(tmp_path: pathlib.Path):
     (tmp_path / "notes.txt").write_text("")
     for path in (tmp_path, tmp_path / "notes.txt"):
         with pytest.raises(UserError, match=r"no model that can be read.*workdir.*big_vision"):
-            convert.read(path)
+            weights.open(path)
     for path in ("https://example.org/model.pt", "hf://someone/tiny-clip", "gs:/bucket/model"):
         with pytest.raises(UserError, match=r"cannot be used: .*Paths are local, gs://BUCKET"):
-            convert.read(path)
+            weights.open(path)
 
 
 def test_the_command_says_it_in_a_paragraph(tmp_path: pathlib.Path, capsys):

@@ -10,9 +10,8 @@ import tiny_weights
 from tiny_tokenizer import write_tokenizer
 
 import clip_jax
-from clip_jax import api, sharding
+from clip_jax import api, sharding, weights
 from clip_jax.errors import UserError
-from clip_jax.weights import convert
 from clip_jax.weights.convert import cli
 
 
@@ -32,19 +31,21 @@ def test_a_workdir_there_and_back(tmp_path: pathlib.Path, capsys):
     assert_same_variables(model.variables, expected.variables)
     mesh = sharding.make_mesh(fsdp=8)
     for source in (run, hub, back):
-        size, variables, file = convert.read_variables(source, mesh)
-        assert size == expected.net.size
+        opened = weights.open(source)
+        variables = opened.variables(mesh)
+        assert opened.size == expected.net.size
         assert_same_variables(variables, expected.variables)
-        assert file.identity == expected.tokenizer.identity
+        assert {leaf.sharding.mesh for leaf in jax.tree.leaves(variables)} == {mesh}
+        assert opened.tokenizer.identity == expected.tokenizer.identity
     pictures = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     np.testing.assert_array_equal(model.encode_image(pictures), expected.encode_image(pictures))
-    earlier = convert.read(run, step=8)
+    earlier = weights.open(run, step=8)
     name = "params/text/positions"
-    assert not np.array_equal(earlier.tensors.read(name), convert.read(run).tensors.read(name))
+    assert not np.array_equal(earlier.tensors.read(name), weights.open(run).tensors.read(name))
 
 
 def test_what_was_loaded_is_reported(tmp_path: pathlib.Path):
-    convert.write(tiny_weights.make("vit"), tmp_path / "x", "open_clip")
+    weights.save(tiny_weights.make("vit"), tmp_path / "x", "open_clip")
     shown = repr(clip_jax.load(tmp_path / "x"))
     for part in ("ViT/8", "quick_gelu", "open_clip", "32 pixels", "0.4815", "openai-bpe", "10 tok"):
         assert part in shown
@@ -52,7 +53,7 @@ def test_what_was_loaded_is_reported(tmp_path: pathlib.Path):
 
 def test_siglip_squashes_and_has_its_own_normalisation(tmp_path: pathlib.Path):
     ours = tiny_weights.make("siglip")
-    convert.write(ours, tmp_path / "x", "huggingface")
+    weights.save(ours, tmp_path / "x", "huggingface")
     model = clip_jax.load(tmp_path / "x")
     assert "squashed to 32 x 32" in repr(model)
     wide = np.zeros((32, 64, 3), np.uint8)
@@ -83,10 +84,10 @@ def hub(tmp_path: pathlib.Path, monkeypatch) -> pathlib.Path:
 def test_a_name_of_the_hub_is_found_in_the_cache(hub: pathlib.Path):
     folder, commit = hub / "models--someone--tiny-clip", "0123456789" * 4
     ours = tiny_weights.make("vit")
-    convert.write(ours, folder / "snapshots" / commit, "huggingface")
+    weights.save(ours, folder / "snapshots" / commit, "huggingface")
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
-    tiny_weights.assert_same(convert.read("someone/tiny-clip"), ours)
+    tiny_weights.assert_same(weights.open("someone/tiny-clip"), ours)
     assert clip_jax.load("someone/tiny-clip").encode_text(["a cat"]).shape == (1, 32)
 
 
@@ -103,9 +104,9 @@ def test_a_name_that_is_nowhere():
 def test_siglip_tokenizer(name: str, tmp_path: pathlib.Path):
     """Lower case, no punctuation, no start token, ends up to the context; it travels along."""
     pytest.importorskip("tensorflow_text" if name.endswith(".model") else "tokenizers")
-    convert.write(tiny_weights.make("siglip"), tmp_path / "x", "huggingface")
+    weights.save(tiny_weights.make("siglip"), tmp_path / "x", "huggingface")
     write_tokenizer(tmp_path / "x" / name)
-    convert.write(convert.read(tmp_path / "x"), tmp_path / "y")
+    weights.save(weights.open(tmp_path / "x"), tmp_path / "y")
     model = clip_jax.load(tmp_path / "y")
     assert isinstance(model, api.Model)
     assert model.tokenizer is not None

@@ -1,5 +1,6 @@
 """big_vision's two-tower checkpoints (.npz), in which SigLIP was published."""
 
+import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
 
@@ -8,16 +9,16 @@ from etils import epath
 from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES
-from clip_jax.weights.base import Shape, Tensors, Weights
 from clip_jax.weights.convert import files, tokens
 from clip_jax.weights.convert.mapping import SAME, Entry, Form, Piece, entry
+from clip_jax.weights.model import Shape, Tensors, Weights
 
 _ONE = Form("same", 1)
 _SIGLIP = SIZES["SigLIP-B/16"]
 _QKV = ("query", "key", "value")
 
 
-def read(path: epath.Path, tokenizer: str = "") -> files.Found:
+def read(path: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
     """Opens a checkpoint; `tokenizer`: the file of its vocabulary, "": not known.
 
     Raises:
@@ -26,9 +27,9 @@ def read(path: epath.Path, tokenizer: str = "") -> files.Found:
     theirs = _plain_names(files.open_npz(path))
     size = size_of(theirs.shapes, path)
     stacked = "img/Transformer/encoderblock/LayerNorm_0/scale" in theirs.shapes
-    return files.Found(
+    return files.ForeignWeights(
         size=size,
-        theirs=theirs,
+        tensors=theirs,
         table=table(size, stacked),
         tokenizer=tokens.named(tokenizer, size) if tokenizer else tokens.UNKNOWN,
         format="big_vision",
@@ -47,7 +48,7 @@ def write(weights: Weights, path: pathlib.Path) -> None:
             "--to=huggingface or --to=open_clip."
         )
     theirs = files.export(table(weights.size, stacked=False), weights)
-    files.check_held("big_vision", size_of(theirs.shapes, path), weights.size)
+    files.check_expressible("big_vision", size_of(theirs.shapes, path), weights.size)
     renamed = Tensors(
         {f"params/{name}": shape for name, shape in theirs.shapes.items()},
         lambda name: theirs.read(name.removeprefix("params/")),
@@ -56,7 +57,7 @@ def write(weights: Weights, path: pathlib.Path) -> None:
 
 
 def _plain_names(tensors: Tensors) -> Tensors:
-    """Only the parameters, where a training state has more, and without the name of that part."""
+    """Returns only the parameters, where a training state has more, without their prefix."""
     if not any(name.startswith("params/") for name in tensors.shapes):
         return tensors
     shapes = {
@@ -68,18 +69,17 @@ def _plain_names(tensors: Tensors) -> Tensors:
 
 
 def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
-    """The size, which the shapes tell completely; forms and normalisation are SigLIP's.
+    """Returns the size, which the shapes tell completely; forms and normalisation are SigLIP's.
 
     Raises:
       UserError: another model.
     """
     try:
         side, _, _, width = shapes["img/embedding/kernel"]
-        tokens_, text_width = shapes["txt/pos_embedding"][-2:]
+        context_length, text_width = shapes["txt/pos_embedding"][-2:]
         image, text = _blocks(shapes, "img/Transformer"), _blocks(shapes, "txt/Encoder_0")
-        forms = ("activation", "image_pool", "pre_norm", "patch_bias", "text_causal", "text_pool")
-        forms += ("text_projection_bias", "norm_eps", "image_mean", "image_std", "image_crop")
-        return models.Size(
+        return dataclasses.replace(
+            _SIGLIP,
             embed_dim=shapes["txt/head/kernel"][1],
             image_size=side * round(shapes["img/pos_embedding"][-2] ** 0.5),
             image_layers=(image[0],),
@@ -91,10 +91,9 @@ def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
             text_width=text_width,
             text_heads=text[1],
             text_mlp=text[2],
-            context_length=tokens_,
+            context_length=context_length,
             vocab_size=shapes["txt/Embed_0/embedding"][0],
             logit_bias="b" in shapes,
-            **{name: getattr(_SIGLIP, name) for name in forms},
         )
     except (KeyError, ValueError) as error:
         if isinstance(error, UserError):
@@ -106,7 +105,7 @@ def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
 
 
 def _blocks(shapes: Mapping[str, Shape], stem: str) -> tuple[int, int, int]:
-    """Layers, heads and hidden units of a tower."""
+    """Returns the layers, heads and hidden units of a tower."""
     if f"{stem}/encoderblock/LayerNorm_0/scale" in shapes:
         layers = shapes[f"{stem}/encoderblock/LayerNorm_0/scale"][0]
         first = f"{stem}/encoderblock"
@@ -119,7 +118,7 @@ def _blocks(shapes: Mapping[str, Shape], stem: str) -> tuple[int, int, int]:
 
 
 def table(size: models.Size, stacked: bool) -> list[Entry]:
-    """Where each of big_vision's tensors lies in ours; `stacked`: its layers are, as ours."""
+    """Returns the places of big_vision's tensors in ours; `stacked`: its layers are, as ours."""
     rows = [*_image(size, stacked), *_text(size, stacked), entry("t", "params/logit_scale", _ONE)]
     return [*rows, *([entry("b", "params/logit_bias", _ONE)] if size.logit_bias else [])]
 

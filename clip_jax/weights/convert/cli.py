@@ -28,16 +28,19 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
+from clip_jax import weights
 from clip_jax.common import commands
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from clip_jax.weights.base import Weights
+    from clip_jax.weights.model import Weights
 
 
 def main(arguments: list[str]) -> None:
-    """Runs the command; mistakes of the user end it with a paragraph and status 2."""
+    """Runs the command; user errors end it with a paragraph and status 2."""
     args = _parser().parse_args(arguments)
     with commands.plain_errors():
         _convert(args)
@@ -48,11 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SRC", help="what to convert")
     add("target", metavar="DST", help="file or folder to make")
-    formats = ("clip_jax", "huggingface", "open_clip", "openai", "big_vision")
-    add("--to", choices=formats, default="clip_jax", help="format of DST (default clip_jax)")
+    add("--to", metavar="FORMAT", default="clip_jax", help="format of DST (default: clip_jax)")
     add("--model", default="", help="what SRC must be, such as ViT-B/32; needed for a state dict")
-    activations = ("quick_gelu", "gelu", "gelu_tanh")
-    add("--activation", choices=activations, default="", help="what DST runs with; default: SRC's")
+    add("--activation", default="", help="of DST, such as gelu (default: that of SRC)")
     add("--tokenizer", default="", help='"openai", or a SigLIP vocabulary; default: SRC\'s')
     add("--image_size", type=int, metavar="PIXELS", help="resize the image positions, bicubic")
     add("--context_length", type=int, metavar="TOKENS", help="resize the text positions, linear")
@@ -61,37 +62,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    # Imported late: --help and mistakes are answered at once.
-    from clip_jax.weights import base as weights
-    from clip_jax.weights import convert
-
-    found = convert.read(
+    opened = weights.open(
         args.source,
+        step=args.step,
         model=args.model,
         activation=args.activation,
         tokenizer=args.tokenizer,
-        step=args.step,
     )
     if args.image_size or args.context_length:
-        found = weights.resized(found, args.image_size, args.context_length)
-    convert.write(_shown(found), args.target, args.to)
-    print(f"{args.target}: {weights.describe(found)}")
+        opened = opened.resized(args.image_size, args.context_length)
+    weights.save(_with_progress(opened), args.target, args.to)
+    print(f"{args.target}: {opened.describe()}")
 
 
-def _shown(found: "Weights") -> "Weights":
-    """The same weights; a bar moves on as they are read."""
-    from tqdm import tqdm
-
-    from clip_jax.weights.base import Tensors
-
-    sizes = {name: math.prod(shape) for name, shape in found.tensors.shapes.items()}
+def _with_progress(opened: "Weights") -> "Weights":
+    """Returns the same weights; a progress bar follows their reading."""
+    sizes = {name: math.prod(shape) for name, shape in opened.tensors.shapes.items()}
     bar = tqdm(total=sum(sizes.values()), unit=" values", unit_scale=True, leave=False)
 
     def read(name: str) -> "np.ndarray":
-        value = found.tensors.read(name)
+        value = opened.tensors.read(name)
         bar.update(sizes.pop(name, 0))
         if not sizes:
             bar.close()
         return value
 
-    return dataclasses.replace(found, tensors=Tensors(found.tensors.shapes, read))
+    return dataclasses.replace(opened, tensors=dataclasses.replace(opened.tensors, read=read))

@@ -1,7 +1,8 @@
-"""What the formats share: files of tensors by their ending, and what was found in them."""
+"""Parts that the formats share: files of tensors by their ending, and a model opened from them."""
 
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,10 @@ from etils import epath
 from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.storage import faults, locations, ranges, remote
-from clip_jax.weights.base import (
-    Tensors,
-    TokenizerFile,
-    Weights,
-    differences,
-    local_file,
-    open_safetensors,
-)
 from clip_jax.weights.convert import torch_files
 from clip_jax.weights.convert.mapping import Entry, export_tensors
+from clip_jax.weights.folder import local_file, open_safetensors
+from clip_jax.weights.model import Tensors, TokenizerFile, Weights, size_differences
 
 # Names under which weights are published in a folder, the best first.
 HUGGINGFACE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -35,26 +30,26 @@ TORCH = (".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A model in another format, not read yet.
+class ForeignWeights:
+    """A model in the format of another project, its arrays not read yet.
 
     Attributes:
-      size: as its settings or shapes describe it.
-      theirs: its tensors.
-      table: where each of them lies in ours.
-      tokenizer: of its captions.
-      format: name.
+      size: shapes and forms, as its settings or shapes describe them.
+      tensors: tensors by the names of the format.
+      table: places of these tensors in ours.
+      tokenizer: tokenizer of its captions.
+      format: name of the format.
     """
 
     size: models.Size
-    theirs: Tensors
+    tensors: Tensors
     table: Sequence[Entry]
     tokenizer: TokenizerFile
     format: str
 
 
 def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
-    """The first of these files that is there."""
+    """Returns the first of these files that exists; None: there is none."""
     paths = [folder / name for name in names]
     return next((path for path, stat in zip(paths, locations.stats(paths)) if stat), None)
 
@@ -77,7 +72,7 @@ def exists(path: epath.Path) -> bool:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """A JSON object; UserError where it is damaged."""
+    """Reads a JSON object; UserError where it is damaged."""
     try:
         return json.loads(ranges.read(path))
     except UserError:
@@ -87,7 +82,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
 
 
 def open_tensors(path: epath.Path) -> Tensors:
-    """The tensors of a file of PyTorch or safetensors, or of an index of several.
+    """Opens a file of PyTorch or safetensors, or an index of several.
 
     Raises:
       UserError: it is missing, damaged, or holds more than weights.
@@ -98,29 +93,30 @@ def open_tensors(path: epath.Path) -> Tensors:
         return open_safetensors(path)
     parts = sorted(set(read_json(path)["weight_map"].values()))
     opened = [open_safetensors(path.parent / part) for part in parts]
-    owner = {name: part for part in opened for name in part.shapes}
-    shapes = {name: part.shapes[name] for name, part in owner.items()}
-    return Tensors(shapes, lambda name: owner[name].read(name))
+    holders = {name: part for part in opened for name in part.shapes}
+    shapes = {name: part.shapes[name] for name, part in holders.items()}
+    return Tensors(shapes, lambda name: holders[name].read(name))
 
 
 def without(tensors: Tensors, pattern: str) -> Tensors:
-    """The tensors whose names do not match."""
-    kept = {k: shape for k, shape in tensors.shapes.items() if not re.search(pattern, k)}
-    return Tensors(kept, tensors.read)
+    """Returns the tensors whose names do not match a regular expression."""
+    shapes = {k: shape for k, shape in tensors.shapes.items() if not re.search(pattern, k)}
+    return Tensors(shapes, tensors.read)
 
 
 def export(table: Sequence[Entry], weights: Weights) -> Tensors:
-    """Our tensors as another format has them; UserError where it has no place for one."""
+    """Returns our tensors in another format; UserError where it has no place for one."""
     known = {piece.path for row in table for piece in row.pieces}
-    if left := [path for path in weights.tensors.shapes if path not in known]:
+    if homeless := [path for path in weights.tensors.shapes if path not in known]:
         raise UserError(
-            f"The format has no place for {', '.join(left)} of {weights.size}: use --to=clip_jax."
+            f"The format has no place for {', '.join(homeless)} of {weights.size}: use "
+            "--to=clip_jax."
         )
     return export_tensors(table, weights.tensors)
 
 
 def open_npz(path: epath.Path) -> Tensors:
-    """The arrays of a NumPy archive, float32.
+    """Opens the arrays of a NumPy archive as float32.
 
     Raises:
       UserError: it is damaged, or holds Python objects.
@@ -135,7 +131,7 @@ def open_npz(path: epath.Path) -> Tensors:
 
 
 def _npy_shape(archive: Any, name: str) -> tuple[int, ...]:
-    """Of an array, without reading its numbers."""
+    """Returns the shape of an array without reading its numbers."""
     with archive.zip.open(f"{name}.npy") as file:
         version = np.lib.format.read_magic(file)
         headers = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}
@@ -144,19 +140,17 @@ def _npy_shape(archive: Any, name: str) -> tuple[int, ...]:
 
 def save_npz(tensors: Tensors, path: Path) -> None:
     """Writes a local NumPy archive, an array at a time."""
-    import zipfile
-
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name in tensors.shapes:
             with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(tensors.read(name)))
 
 
-def check_held(where: str, held: models.Size, wanted: models.Size) -> None:
-    """Raises UserError unless the size that a format can express is the model's."""
-    if found := differences(wanted, held):
+def check_expressible(where: str, nearest: models.Size, size: models.Size) -> None:
+    """Raises UserError unless the nearest size that a format can express is the model's."""
+    if wrong := size_differences(size, nearest):
         raise UserError(
-            f"{where} has no such model: ours has {'; '.join(found.values())}. Convert it with "
+            f"{where} has no such model: ours has {'; '.join(wrong.values())}. Convert it with "
             "another --to (clip_jax holds every model), or, for the activation alone, say "
             "--activation."
         )

@@ -1,5 +1,6 @@
 """Folders of transformers' CLIPModel and SiglipModel, as on the Hugging Face hub."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -9,9 +10,8 @@ from etils import epath
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
+from clip_jax.models.sizes import SIZES
 from clip_jax.storage import ranges
-from clip_jax.weights.base import Weights, save_safetensors
 from clip_jax.weights.convert import files, tokens
 from clip_jax.weights.convert.mapping import (
     CONV,
@@ -25,6 +25,8 @@ from clip_jax.weights.convert.mapping import (
     linear,
     norm,
 )
+from clip_jax.weights.folder import save_safetensors
+from clip_jax.weights.model import Weights
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _BICUBIC = 3  # Pillow's number
@@ -77,35 +79,24 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         },
     },
 }
-# The forms of each kind of model that its config.json cannot change.
-_FORMS: dict[str, dict[str, Any]] = {
-    "clip": {},
-    "siglip": {
-        "image_pool": "map",
-        "pre_norm": False,
-        "patch_bias": True,
-        "text_causal": False,
-        "text_pool": "last",
-        "text_projection_bias": True,
-        "logit_bias": True,
-    },
-}
+# A model of each kind, whose forms are those that no config.json can change.
+_MODELS = {"clip": SIZES["ViT-B/32"], "siglip": SIZES["SigLIP-B/16"]}
 _NO_WEIGHTS = r"\.position_ids$"
 
 
-def holds(folder: epath.Path) -> bool:
-    """Whether a folder is one of CLIP or SigLIP."""
+def is_folder(folder: epath.Path) -> bool:
+    """Returns whether a folder holds a CLIP or SigLIP of transformers."""
     if not all(files.find(folder, names) for names in ((CONFIG,), files.HUGGINGFACE)):
         return False
     config = ranges.read(folder / CONFIG)
     try:
-        return json.loads(config).get("model_type") in _FORMS
+        return json.loads(config).get("model_type") in _MODELS
     except ValueError:
         return False
 
 
-def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
-    """Opens a folder; `tokenizer`: its name, "": that of the folder.
+def read(folder: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
+    """Opens a folder; `tokenizer` names another tokenizer than the one in it.
 
     Raises:
       UserError: a file is damaged, or its settings do not go together.
@@ -114,9 +105,9 @@ def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
     size = size_of(config, _processor(folder), folder)
     path = files.find(folder, files.HUGGINGFACE)
     assert path is not None
-    return files.Found(
+    return files.ForeignWeights(
         size=size,
-        theirs=files.without(files.open_tensors(path), _NO_WEIGHTS),
+        tensors=files.without(files.open_tensors(path), _NO_WEIGHTS),
         table=table(size),
         tokenizer=tokens.named(tokenizer, size) if tokenizer else tokens.find(folder, size),
         format="huggingface",
@@ -130,7 +121,7 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
       UserError: transformers has no such model.
     """
     config, processor = config_of(weights.size), processor_of(weights.size)
-    files.check_held("transformers", size_of(config, processor, folder), weights.size)
+    files.check_expressible("transformers", size_of(config, processor, folder), weights.size)
     folder.mkdir(parents=True)
     tokens.write_huggingface(weights.tokenizer, weights.size, folder)
     for name, content in ((CONFIG, config), (PROCESSOR, processor)):
@@ -143,7 +134,7 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
 
 
 def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: object) -> models.Size:
-    """The size that config.json and preprocessor_config.json describe.
+    """Returns the size that config.json and preprocessor_config.json describe.
 
     Raises:
       UserError: a setting that our models do not have, or two that contradict each other.
@@ -165,8 +156,15 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
         embed_dim = text.get("projection_size") or text["hidden_size"]
     else:
         embed_dim = {**_DEFAULTS[kind], **config}["projection_dim"]
-    return models.Size(
+    crops = processor.get("do_center_crop", kind == "clip")
+    _check_preprocessing(processor, crops, vision["image_size"], source)
+    return dataclasses.replace(
+        _MODELS[kind],
         embed_dim=embed_dim,
+        image_size=vision["image_size"],
+        image_mean=tuple(processor.get("image_mean", _MODELS[kind].image_mean)),
+        image_std=tuple(processor.get("image_std", _MODELS[kind].image_std)),
+        image_crop="center" if crops else "none",
         image_layers=(vision["num_hidden_layers"],),
         image_width=vision["hidden_size"],
         image_heads=vision["num_attention_heads"],
@@ -180,23 +178,19 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
         vocab_size=text["vocab_size"],
         activation=_ACTIVATIONS[text["hidden_act"]],
         norm_eps=float(text["layer_norm_eps"]),
-        **_preprocessing(kind, vision["image_size"], processor, source),
-        **_FORMS[kind],
     )
 
 
 def _tower(config: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """A tower's settings; early files have a second dictionary that takes precedence."""
+    """Returns a tower's settings; early files have a second dictionary that takes precedence."""
     first, second = config.get(f"{part}_config"), config.get(f"{part}_config_dict")
     return {**_DEFAULTS[config["model_type"]][part], **(first or {}), **(second or {})}
 
 
-def _preprocessing(
-    kind: str, image_size: int, processor: Mapping[str, Any], source: object
-) -> dict[str, Any]:
-    plain = (0.5, 0.5, 0.5)
-    mean, std = (IMAGE_MEAN, IMAGE_STD) if kind == "clip" else (plain, plain)
-    crops = processor.get("do_center_crop", kind == "clip")
+def _check_preprocessing(
+    processor: Mapping[str, Any], crops: bool, image_size: int, source: object
+) -> None:
+    """Raises UserError where images are resized to another size, or by another filter."""
     target = processor.get("crop_size" if crops else "size", image_size)
     if isinstance(target, Mapping):
         target = target.get("shortest_edge", target.get("height"))
@@ -210,25 +204,19 @@ def _preprocessing(
             f"{source} resizes pictures with Pillow's filter {processor['resample']} (resample in "
             f"{PROCESSOR}); ours are resized with {_BICUBIC}, bicubic."
         )
-    return {
-        "image_size": image_size,
-        "image_mean": tuple(processor.get("image_mean", mean)),
-        "image_std": tuple(processor.get("image_std", std)),
-        "image_crop": "center" if crops else "none",
-    }
 
 
 def _processor(folder: epath.Path) -> Mapping[str, Any]:
-    """The settings of the preprocessing, {} where the folder has none."""
+    """Reads the settings of the preprocessing; {}: the folder has none."""
     path = files.find(folder, (PROCESSOR, "processor_config.json"))  # the latter: transformers 5
     if path is None:
         return {}
-    found = files.read_json(path)
-    return found if path.name == PROCESSOR else found.get("image_processor", {})
+    content = files.read_json(path)
+    return content if path.name == PROCESSOR else content.get("image_processor", {})
 
 
 def config_of(size: models.Size) -> dict[str, Any]:
-    """The config.json that comes closest; `size_of` tells whether it is exact."""
+    """Returns the nearest config.json; `size_of` tells whether it is exact."""
     kind = "siglip" if size.image_pool == "map" else "clip"
     activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == size.activation)
     shared = {"hidden_act": activation, "layer_norm_eps": size.norm_eps}
@@ -269,7 +257,10 @@ def config_of(size: models.Size) -> dict[str, Any]:
 
 
 def _special_tokens(kind: str, vocab_size: int) -> dict[str, int]:
-    """SigLIP's end token is also its padding; CLIP's model looks for the end token by its id."""
+    """The ids of the special tokens.
+
+    SigLIP's end token is also its padding; CLIP's model looks for the end token by its id.
+    """
     if kind == "siglip":
         return {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
     end = vocab_size - 1
@@ -277,7 +268,7 @@ def _special_tokens(kind: str, vocab_size: int) -> dict[str, int]:
 
 
 def processor_of(size: models.Size) -> dict[str, Any]:
-    """The preprocessor_config.json."""
+    """Returns the preprocessor_config.json."""
     square = {"height": size.image_size, "width": size.image_size}
     steps = {f"do_{step}": True for step in ("resize", "rescale", "normalize", "convert_rgb")}
     shared = {
@@ -309,7 +300,7 @@ _BLOCK = BlockNames(
 
 
 def table(size: models.Size) -> list[Entry]:
-    """Where each tensor of transformers lies in ours."""
+    """Returns the place of each tensor of transformers in ours."""
     siglip = size.image_pool == "map"
     scalar = Form("same", 1) if siglip else Form("same")
     ends = _siglip_ends(size) if siglip else _clip_ends()
@@ -317,7 +308,7 @@ def table(size: models.Size) -> list[Entry]:
 
 
 def _towers(size: models.Size) -> Iterator[Entry]:
-    """What both kinds have in common."""
+    """The tensors that both kinds have."""
     text, image = "text_model", "vision_model"
     embeddings = f"{text}.embeddings"
     yield entry(f"{embeddings}.token_embedding.weight", "params/text/token_embed/embedding")

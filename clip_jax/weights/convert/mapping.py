@@ -1,4 +1,4 @@
-"""Tables that say where each tensor of another format lies in ours, read in both directions."""
+"""Tables of the places of another format's tensors in ours, read in both directions."""
 
 import functools
 import itertools
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
-from clip_jax.weights.base import Shape, Tensors, check_shapes, read_finite
+from clip_jax.weights.model import Shape, Tensors, check_shapes, read_finite
 
 
 @dataclass(frozen=True)
@@ -17,8 +18,8 @@ class Piece:
     """A part of one of our tensors.
 
     Attributes:
-      path: of the tensor.
-      index: which part, as NumPy takes it; (): all of it.
+      path: name of the tensor.
+      index: the part, as NumPy takes it; (): all of it.
     """
 
     path: str
@@ -27,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Form:
-    """How the numbers of a piece are arranged elsewhere.
+    """The layout of a piece in another format.
 
     Attributes:
       kind: "same"; "flat", as a vector; "linear", [*inputs, *outputs] to [out, in]; "conv",
@@ -38,8 +39,8 @@ class Form:
     kind: str
     count: int = 0
 
-    def theirs(self, x: np.ndarray) -> np.ndarray:
-        """Ours to theirs."""
+    def theirs(self, x: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Returns our piece in the other layout."""
         if self.kind == "flat":
             return x.reshape(-1)
         if self.kind == "linear":
@@ -48,8 +49,8 @@ class Form:
             return x.transpose(3, 2, 0, 1)
         return x.reshape((1,) * self.count + x.shape)
 
-    def ours(self, x: np.ndarray, shape: Shape) -> np.ndarray:
-        """Theirs to ours, which has this shape."""
+    def ours(self, x: Float[np.ndarray, "..."], shape: Shape) -> Float[np.ndarray, "..."]:
+        """Returns their piece in our layout, which has this shape."""
         if self.kind == "linear":
             return x.T.reshape(shape)
         if self.kind == "conv":
@@ -62,7 +63,7 @@ SAME, FLAT, LINEAR, CONV = Form("same"), Form("flat"), Form("linear", 1), Form("
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of another format: pieces of ours, each arranged so, joined along the first axis."""
+    """A tensor of another format: pieces of ours in its layout, joined along the first axis."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -73,7 +74,7 @@ class Entry:
 
 
 def entry(name: str, path: str, form: Form = SAME, at: tuple = ()) -> Entry:
-    """One that is a whole tensor of ours, or the part `at`."""
+    """An entry that is a whole tensor of ours, or the part `at`."""
     return Entry(name, (Piece(path, at),), form)
 
 
@@ -94,7 +95,7 @@ def linear(theirs: str, ours: str, inputs: int = 1, at: tuple = ()) -> list[Entr
 
 
 def joined(weight: str, bias: str, ours: Iterable[str]) -> list[Entry]:
-    """Several linear layers of the same inputs, as one."""
+    """Several linear layers of the same inputs, fused into one."""
     return [
         Entry(weight, tuple(Piece(f"{path}/kernel") for path in ours), LINEAR),
         Entry(bias, tuple(Piece(f"{path}/bias") for path in ours), FLAT),
@@ -103,11 +104,11 @@ def joined(weight: str, bias: str, ours: Iterable[str]) -> list[Entry]:
 
 @dataclass(frozen=True)
 class BlockNames:
-    """What the parts of a transformer block are called in PyTorch.
+    """The names of the parts of a transformer block in PyTorch.
 
     Attributes:
-      ln_1, attn_out, ln_2, mlp_in, mlp_out: ours to theirs.
-      qkv: one of all three projections, or three; each is a weight and a bias.
+      ln_1, attn_out, ln_2, mlp_in, mlp_out: their names, by ours.
+      qkv: names of one fused projection, or of three; each is a weight and a bias.
     """
 
     ln_1: str
@@ -119,7 +120,7 @@ class BlockNames:
 
 
 def blocks(theirs: str, ours: str, layers: int, names: BlockNames) -> Iterator[Entry]:
-    """Those of a tower; theirs are numbered, ours stacked."""
+    """The blocks of a tower; theirs are numbered, ours stacked."""
     each = 3 // len(names.qkv)
     for i in range(layers):
         at, stem, root = (i,), f"{theirs}.{i}", f"{ours}/transformer/blocks"
@@ -141,7 +142,7 @@ def blocks(theirs: str, ours: str, layers: int, names: BlockNames) -> Iterator[E
 
 
 def their_shapes(table: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes of the other format's tensors, ordered by ours, so that each of ours is read once."""
+    """Returns the shapes of their tensors, ordered by ours, so that each of ours is read once."""
     order = {path: number for number, path in enumerate(ours)}
     rows = sorted(table, key=lambda row: order[row.pieces[0].path])
     shapes = {}
@@ -153,13 +154,13 @@ def their_shapes(table: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str,
 
 
 def _part_shapes(row: Entry, ours: Mapping[str, Shape]) -> list[Shape]:
-    """Of the pieces as the other format has them."""
+    """Returns the shapes of the pieces in the other layout."""
     hollow = (np.broadcast_to(np.float32(0), ours[piece.path]) for piece in row.pieces)
     return [row.form.theirs(array[p.index]).shape for array, p in zip(hollow, row.pieces)]
 
 
 def export_tensors(table: Iterable[Entry], ours: Tensors) -> Tensors:
-    """Our tensors as another format has them."""
+    """Returns our tensors in another format."""
     rows = {row.name: row for row in table}
     load = functools.lru_cache(maxsize=1)(lambda path: read_finite(ours, path))
 
@@ -174,13 +175,13 @@ def export_tensors(table: Iterable[Entry], ours: Tensors) -> Tensors:
 def import_tensors(
     table: Iterable[Entry], theirs: Tensors, ours: Mapping[str, Shape], source: object
 ) -> Tensors:
-    """The tensors of another format as ours.
+    """Returns the tensors of another format as ours.
 
     Args:
-      table: of the format, for this size of model.
-      theirs: what the file has.
-      ours: wanted shapes.
-      source: the file, for messages.
+      table: table of the format for this size of model.
+      theirs: tensors of the file.
+      ours: our shapes by path.
+      source: file, for messages.
 
     Raises:
       UserError: a tensor is missing, superfluous, or of another shape.
@@ -200,7 +201,7 @@ def import_tensors(
 
 
 def _places(table: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str, list[tuple]]:
-    """By path of ours: the entries it is made of, the rows of each, and where they belong."""
+    """Returns, by path of ours, its entries, the rows of each, and their index in ours."""
     places: dict[str, list[tuple]] = {}
     for row in table:
         if len(row.pieces) == 1:

@@ -1,5 +1,6 @@
 """Folders and files of open_clip; its SigLIP models have an image tower of timm's."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -10,9 +11,8 @@ from etils import epath
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD
+from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD, SIZES
 from clip_jax.storage import ranges
-from clip_jax.weights.base import Weights, save_safetensors
 from clip_jax.weights.convert import files, openai, tokens
 from clip_jax.weights.convert.mapping import (
     CONV,
@@ -25,8 +25,11 @@ from clip_jax.weights.convert.mapping import (
     linear,
     norm,
 )
+from clip_jax.weights.folder import save_safetensors
+from clip_jax.weights.model import Weights
 
 CONFIG = "open_clip_config.json"
+_BASE, _SIGLIP = SIZES["ViT-B/32"], SIZES["SigLIP-B/16"]
 _CROPS = {"shortest": "center", "squash": "none"}  # resize_mode: image_crop
 # timm's names of SigLIP towers: width, layers, heads, hidden units.
 _TIMM = {
@@ -59,13 +62,13 @@ _FIXED = {
 }
 
 
-def holds(folder: epath.Path) -> bool:
-    """Whether a folder has weights and settings of open_clip."""
+def is_folder(folder: epath.Path) -> bool:
+    """Returns whether a folder has weights and settings of open_clip."""
     return all(files.find(folder, names) for names in ((CONFIG,), files.OPEN_CLIP))
 
 
-def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
-    """Opens a folder; `tokenizer`: its name, "": that of the folder.
+def read(folder: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
+    """Opens a folder; `tokenizer` names another tokenizer than the one in it.
 
     Raises:
       UserError: a file is damaged, or a setting is not one of ours.
@@ -74,9 +77,9 @@ def read(folder: epath.Path, tokenizer: str = "") -> files.Found:
     assert path is not None
     config = files.read_json(folder / CONFIG)
     size = size_of(config, folder)
-    return files.Found(
+    return files.ForeignWeights(
         size=size,
-        theirs=files.without(files.open_tensors(path), openai.NO_WEIGHTS),
+        tensors=files.without(files.open_tensors(path), openai.NO_WEIGHTS),
         table=table(size, config["model_cfg"].get("custom_text", False)),
         tokenizer=tokens.named(tokenizer, size) if tokenizer else tokens.find(folder, size),
         format="open_clip",
@@ -90,7 +93,7 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
       UserError: open_clip has no such model.
     """
     config = config_of(weights.size)
-    files.check_held("open_clip", size_of(config, folder), weights.size)
+    files.check_expressible("open_clip", size_of(config, folder), weights.size)
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     file = weights.tokenizer.path
@@ -104,7 +107,7 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
 
 
 def size_of(config: Mapping[str, Any], source: object) -> models.Size:
-    """The size that an open_clip_config.json describes.
+    """Returns the size that an open_clip_config.json describes.
 
     Raises:
       UserError: a setting that our models do not have.
@@ -114,7 +117,8 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
     _check_settings(vision, _VISION, "vision_cfg", source)
     _check_settings(text, _TEXT, "text_cfg", source)
     width = text.get("width", 512)
-    return models.Size(
+    size = dataclasses.replace(
+        _BASE,
         embed_dim=settings["embed_dim"],
         text_width=width,
         text_heads=text.get("heads", 8),
@@ -128,13 +132,15 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
         text_projection_bias=text.get("proj_bias", False),
         norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
         logit_bias=settings.get("init_logit_bias") is not None,
-        **_image(vision, source),
-        **_preprocessing(config.get("preprocess_cfg", {}), source),
     )
+    size = _with_image_tower(size, vision, source)
+    return _with_preprocessing(size, config.get("preprocess_cfg", {}), source)
 
 
-def _check_settings(found: Mapping[str, Any], known: set[str], part: str, source: object) -> None:
-    for name, value in found.items():
+def _check_settings(
+    settings: Mapping[str, Any], known: set[str], part: str, source: object
+) -> None:
+    for name, value in settings.items():
         fixed = name in _FIXED and value in _FIXED[name]
         if name not in known and not fixed and value not in (None, False):
             raise UserError(
@@ -145,7 +151,7 @@ def _check_settings(found: Mapping[str, Any], known: set[str], part: str, source
 
 
 def _activation(settings: Mapping[str, Any], source: object) -> str:
-    """timm's towers have the exact GELU, whatever the settings say."""
+    """Returns the activation of both towers; timm's have the exact GELU, whatever is set."""
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     quick = settings.get("quick_gelu", False)
     forms = [
@@ -164,65 +170,66 @@ def _activation(settings: Mapping[str, Any], source: object) -> str:
     return forms[1]
 
 
-def _image(vision: Mapping[str, Any], source: object) -> dict[str, Any]:
+def _with_image_tower(size: models.Size, vision: Mapping[str, Any], source: object) -> models.Size:
     if "timm_model_name" in vision:
-        return _timm_image(vision, source)
+        return _with_timm_tower(size, vision["timm_model_name"], source)
     width, layers = vision.get("width", 768), vision.get("layers", 12)
     resnet = isinstance(layers, (list, tuple))
     final = width * 32 if resnet else width
-    shapes = {
-        "image_size": vision.get("image_size", 224),
-        "image_layers": tuple(layers) if resnet else (layers,),
-        "image_width": width,
-        "image_heads": final // vision.get("head_width", 64),
-        "patch_size": None if resnet else vision.get("patch_size", 16),
-    }
-    if resnet:
-        return shapes
-    return shapes | {
-        "image_mlp": int(width * vision.get("mlp_ratio", 4.0)),
-        "pre_norm": not vision.get("no_ln_pre", False),
-    }
+    return dataclasses.replace(
+        size,
+        image_size=vision.get("image_size", 224),
+        image_layers=tuple(layers) if resnet else (layers,),
+        image_width=width,
+        image_heads=final // vision.get("head_width", 64),
+        patch_size=None if resnet else vision.get("patch_size", 16),
+        image_mlp=0 if resnet else int(width * vision.get("mlp_ratio", 4.0)),
+        pre_norm=resnet or not vision.get("no_ln_pre", False),
+    )
 
 
-def _timm_image(vision: Mapping[str, Any], source: object) -> dict[str, Any]:
-    found = _TIMM_NAME.match(vision["timm_model_name"])
-    if not found:
+def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Size:
+    match = _TIMM_NAME.match(name)
+    if not match:
         raise UserError(
-            f"{source} has the image tower {vision['timm_model_name']} of timm. Of those, "
+            f"{source} has the image tower {name} of timm. Of those, "
             "vit_base, vit_large and vit_so400m with SigLIP's head can be converted."
         )
-    kind, patch, pixels = found.groups()
+    kind, patch, pixels = match.groups()
     width, layers, heads, hidden = _TIMM[kind]
-    return {
-        "image_size": int(pixels),
-        "image_layers": (layers,),
-        "image_width": width,
-        "image_heads": heads,
-        "image_mlp": hidden,
-        "patch_size": int(patch),
-        "image_pool": "map",
-        "pre_norm": False,
-        "patch_bias": True,
-    }
+    return dataclasses.replace(
+        size,
+        image_size=int(pixels),
+        image_layers=(layers,),
+        image_width=width,
+        image_heads=heads,
+        image_mlp=hidden,
+        patch_size=int(patch),
+        image_pool=_SIGLIP.image_pool,
+        pre_norm=_SIGLIP.pre_norm,
+        patch_bias=_SIGLIP.patch_bias,
+    )
 
 
-def _preprocessing(settings: Mapping[str, Any], source: object) -> dict[str, Any]:
+def _with_preprocessing(
+    size: models.Size, settings: Mapping[str, Any], source: object
+) -> models.Size:
     mode, filter_ = (settings.get(k) for k in ("resize_mode", "interpolation"))
     if (mode or "shortest") not in _CROPS or (filter_ or "bicubic") != "bicubic":
         raise UserError(
             f"{source} resizes pictures with resize_mode {mode!r} and interpolation {filter_!r}; "
             f"ours are resized with {' or '.join(_CROPS)}, and bicubic."
         )
-    return {
-        "image_mean": tuple(settings.get("mean", IMAGE_MEAN)),
-        "image_std": tuple(settings.get("std", IMAGE_STD)),
-        "image_crop": _CROPS[mode or "shortest"],
-    }
+    return dataclasses.replace(
+        size,
+        image_mean=tuple(settings.get("mean", IMAGE_MEAN)),
+        image_std=tuple(settings.get("std", IMAGE_STD)),
+        image_crop=_CROPS[mode or "shortest"],
+    )
 
 
 def config_of(size: models.Size) -> dict[str, Any]:
-    """The open_clip_config.json that comes closest; `size_of` tells whether it is exact."""
+    """Returns the nearest open_clip_config.json; `size_of` tells whether it is exact."""
     siglip = size.image_pool == "map"
     text: dict[str, Any] = {
         "context_length": size.context_length,
@@ -262,7 +269,7 @@ def config_of(size: models.Size) -> dict[str, Any]:
 
 
 def _ratio(width: int, hidden: int) -> float:
-    """A number that, times the width and cut, gives the hidden units."""
+    """Returns a number that, times the width and rounded down, gives the hidden units."""
     exact = hidden / width
     return exact if int(width * exact) == hidden else (hidden + 0.5) / width
 
@@ -315,7 +322,12 @@ _TIMM_BLOCK = BlockNames(
 
 
 def table(size: models.Size, custom_text: bool) -> list[Entry]:
-    """Where open_clip's tensors lie in ours; `custom_text`: its text tower has a prefix."""
+    """Returns the places of open_clip's tensors in ours.
+
+    Args:
+      size: shapes and forms of the model.
+      custom_text: the names of the text tower have a prefix.
+    """
     if not custom_text:
         return openai.table(size)
     if size.image_pool == "map":

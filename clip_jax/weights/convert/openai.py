@@ -1,17 +1,22 @@
 """Names of OpenAI's released models, which open_clip uses as well for its own towers."""
 
+import dataclasses
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.weights.base import Shape
+from clip_jax.models.sizes import SIZES
+from clip_jax.weights.convert import files, torch_files
 from clip_jax.weights.convert.mapping import CONV, BlockNames, Entry, blocks, entry, linear, norm
+from clip_jax.weights.model import Shape, Weights
 
 # In files, but no weights: masks, counters, and numbers that the shapes tell as well.
 NO_WEIGHTS = (
     r"(^|\.)(attn_mask|position_ids|num_batches_tracked)$"
     r"|^(input_resolution|context_length|vocab_size)$"
 )
+_BASE = SIZES["ViT-B/32"]  # has the forms of all of OpenAI's models
 _BLOCK = BlockNames(
     ln_1="ln_1",
     attn_out="attn.out_proj",
@@ -22,8 +27,18 @@ _BLOCK = BlockNames(
 )
 
 
+def write(weights: Weights, path: pathlib.Path) -> None:
+    """Writes a state dict that OpenAI's clip.load reads.
+
+    Raises:
+      UserError: OpenAI's code has no such model.
+    """
+    files.check_expressible("OpenAI's format", nearest(weights.size), weights.size)
+    torch_files.write(files.export(table(weights.size), weights), path)
+
+
 def table(size: models.Size) -> list[Entry]:
-    """Where each of OpenAI's tensors lies in ours."""
+    """Returns the place of each of OpenAI's tensors in ours."""
     image = _resnet(size) if size.is_resnet else _vit(size)
     bias = [entry("logit_bias", "params/logit_bias")] if size.logit_bias else []
     scale = entry("logit_scale", "params/logit_scale")
@@ -72,7 +87,7 @@ def _resnet(size: models.Size) -> Iterator[Entry]:
 
 
 def _resnet_layers(size: models.Size, kind: str) -> Iterator[tuple[str, str]]:
-    """(our path, their name) of every convolution ("conv") or BatchNorm ("bn")."""
+    """Yields (our path, their name) for every convolution ("conv") or BatchNorm ("bn")."""
     for i in (1, 2, 3):
         yield f"stem_{kind}{i}", f"visual.{kind}{i}"
     for stage, count in enumerate(size.image_layers, start=1):
@@ -86,23 +101,24 @@ def _resnet_layers(size: models.Size, kind: str) -> Iterator[tuple[str, str]]:
 
 
 def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
-    """The size that OpenAI's own code would give a model with these tensors.
+    """Returns the size that OpenAI's own code would give a model with these tensors.
 
     Raises:
       UserError: there are others in the file.
     """
     try:
-        image = _image_size(shapes)
         width = shapes["ln_final.weight"][0]
-        return models.Size(
+        size = dataclasses.replace(
+            _BASE,
             embed_dim=shapes["text_projection"][1],
             text_width=width,
             text_heads=width // 64,
+            text_mlp=0,
             text_layers=_count(shapes, "transformer.resblocks."),
             context_length=shapes["positional_embedding"][0],
             vocab_size=shapes["token_embedding.weight"][0],
-            **image,
         )
+        return _with_image_tower(size, shapes)
     except (KeyError, IndexError) as error:
         raise UserError(
             f"{source} is no model in OpenAI's format: it lacks the tensor {error}. Give a file "
@@ -111,40 +127,50 @@ def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
 
 
 def nearest(size: models.Size) -> models.Size:
-    """A size that OpenAI's code gives a model, with the shapes of this one."""
+    """Returns the size that OpenAI's code gives a model with the shapes of this one."""
     width = size.image_width * (32 if size.is_resnet else 1)
-    kept = ("embed_dim", "image_size", "image_layers", "image_width", "patch_size", "text_width")
-    kept += ("text_layers", "context_length", "vocab_size")
     return models.Size(
+        embed_dim=size.embed_dim,
+        image_size=size.image_size,
+        image_layers=size.image_layers,
+        image_width=size.image_width,
         image_heads=max(width // 64, 1),
+        patch_size=size.patch_size,
+        text_width=size.text_width,
         text_heads=max(size.text_width // 64, 1),
-        **{name: getattr(size, name) for name in kept},
+        text_layers=size.text_layers,
+        context_length=size.context_length,
+        vocab_size=size.vocab_size,
     )
 
 
-def _image_size(shapes: Mapping[str, Shape]) -> dict:
+def _with_image_tower(size: models.Size, shapes: Mapping[str, Shape]) -> models.Size:
     if "visual.proj" in shapes:
         width, _, side, _ = shapes["visual.conv1.weight"]
         grid = round((shapes["visual.positional_embedding"][0] - 1) ** 0.5)
-        return {
-            "image_size": side * grid,
-            "image_layers": (_count(shapes, "visual.transformer.resblocks."),),
-            "image_width": width,
-            "image_heads": width // 64,
-            "patch_size": side,
-        }
+        return dataclasses.replace(
+            size,
+            image_size=side * grid,
+            image_layers=(_count(shapes, "visual.transformer.resblocks."),),
+            image_width=width,
+            image_heads=width // 64,
+            image_mlp=0,
+            patch_size=side,
+        )
     width = shapes["visual.layer1.0.conv1.weight"][0]
     grid = round((shapes["visual.attnpool.positional_embedding"][0] - 1) ** 0.5)
-    return {
-        "image_size": 32 * grid,
-        "image_layers": tuple(_count(shapes, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
-        "image_width": width,
-        "image_heads": width * 32 // 64,
-        "patch_size": None,
-    }
+    return dataclasses.replace(
+        size,
+        image_size=32 * grid,
+        image_layers=tuple(_count(shapes, f"visual.layer{i}.") for i in (1, 2, 3, 4)),
+        image_width=width,
+        image_heads=width * 32 // 64,
+        image_mlp=0,
+        patch_size=None,
+    )
 
 
 def _count(names: Iterable[str], prefix: str) -> int:
-    """How many different numbers follow the prefix."""
-    found = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
-    return len(found)
+    """Counts the different numbers that follow the prefix."""
+    numbers = {name[len(prefix) :].split(".")[0] for name in names if name.startswith(prefix)}
+    return len(numbers)

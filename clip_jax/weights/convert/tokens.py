@@ -11,40 +11,23 @@ from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import UserError
 from clip_jax.models import Size
 from clip_jax.storage import locations, ranges
-from clip_jax.weights.base import TokenizerFile
 from clip_jax.weights.convert import files
+from clip_jax.weights.model import TokenizerFile
 
 OPENAI = TokenizerFile("openai", tokenizers.OpenAITokenizer.identity)
 UNKNOWN = TokenizerFile("", "")
 _SIGLIP_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "tokenizer.json")
 
 
-def create(file: TokenizerFile, context_length: int) -> tokenizers.Tokenizer | None:
-    """The tokenizer, checked against its identity; None where it is not known.
-
-    Raises:
-      UserError: its vocabulary is not the one the model was trained with.
-    """
-    if not file.name:
-        return None
-    made = tokenizers.create(file.setting, context_length)
-    if made.identity != file.identity:
-        raise UserError(
-            f"The model was trained with the tokenizer {file.identity}, but "
-            f"{file.path or file.name} is now {made.identity}."
-        )
-    return made
-
-
 def named(name: str, size: Size) -> TokenizerFile:
-    """What --tokenizer=NAME means for weights of another project."""
+    """Returns the tokenizer that --tokenizer=NAME names for weights of another project."""
     if name == "openai":
         return _checked(OPENAI, bpe.VOCABULARY_SIZE, size, name)
     path = locations.parse(name)
     file = TokenizerFile("siglip", tokenizers.siglip_identity(path), path)
-    made = create(file, size.context_length)
-    assert made is not None
-    return _checked(file, made.vocab_size, size, name)
+    tokenizer = file.create(size.context_length)
+    assert tokenizer is not None
+    return _checked(file, tokenizer.vocab_size, size, name)
 
 
 def _checked(file: TokenizerFile, count: int, size: Size, name: object) -> TokenizerFile:
@@ -60,7 +43,9 @@ def _checked(file: TokenizerFile, count: int, size: Size, name: object) -> Token
 
 
 def find(folder: epath.Path, size: Size) -> TokenizerFile:
-    """The tokenizer in a folder of transformers or open_clip, by its files or vocabulary size.
+    """Returns the tokenizer in a folder of transformers or open_clip.
+
+    Its files say which it is, or the size of the vocabulary.
 
     Raises:
       UserError: it splits words as OpenAI's does, but in another vocabulary.
@@ -70,25 +55,26 @@ def find(folder: epath.Path, size: Size) -> TokenizerFile:
         return UNKNOWN if path is None else named(str(path), size)
     vocabulary = _published_vocabulary(folder)
     if vocabulary is not None and vocabulary != openai_vocabulary():
-        known, found = openai_vocabulary(), vocabulary
-        other = next((word for word, i in found.items() if known.get(word) != i), "its merges")
+        known = openai_vocabulary()
+        other = next((word for word, i in vocabulary.items() if known.get(word) != i), "its merges")
         raise UserError(
             f"The tokenizer in {folder} is not OpenAI's: {other!r} has the id "
-            f"{found.get(other)} instead of {known.get(other)}. Such a model cannot be converted "
-            "yet; if the files are wrong, delete them, or name the tokenizer: --tokenizer=openai."
+            f"{vocabulary.get(other)} instead of {known.get(other)}. Such a model cannot be "
+            "converted yet; if the files are wrong, delete them, or name the "
+            "tokenizer: --tokenizer=openai."
         )
     return OPENAI
 
 
 def _published_vocabulary(folder: epath.Path) -> dict[str, int] | None:
-    """Words to ids, or None where the folder has no such file."""
+    """Returns words to ids, or None where the folder has no such file."""
     path = files.find(folder, ("vocab.json", "tokenizer.json"))
     if path is None:
         return None
     content = ranges.read(path)
     try:
-        found = json.loads(content)
-        return found if path.name == "vocab.json" else found["model"]["vocab"]
+        fields = json.loads(content)
+        return fields if path.name == "vocab.json" else fields["model"]["vocab"]
     except (ValueError, KeyError) as error:
         raise UserError(
             f"The tokenizer in {folder} is damaged ({error}): copy it again."
@@ -97,7 +83,7 @@ def _published_vocabulary(folder: epath.Path) -> dict[str, int] | None:
 
 @functools.cache
 def openai_vocabulary() -> dict[str, int]:
-    """OpenAI's words, as they are written in its file, to ids."""
+    """Returns OpenAI's words, as they are written in its file, to ids."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     written = [*map(chr, shown), *(chr(256 + i) for i in range(256 - len(shown)))]
     words = [*written, *(char + "</w>" for char in written)]
@@ -107,13 +93,13 @@ def openai_vocabulary() -> dict[str, int]:
 
 
 def openai_merges() -> list[str]:
-    """OpenAI's merges in order, "left right"."""
+    """Returns OpenAI's merges in order, "left right"."""
     count = bpe.VOCABULARY_SIZE - 2 * 256 - 2
     return bpe.read_vocabulary().split("\n")[1 : 1 + count]
 
 
 def write_huggingface(file: TokenizerFile, size: Size, folder: pathlib.Path) -> None:
-    """Writes what transformers needs to make the tokenizer, as far as it is known.
+    """Writes the files from which transformers makes the tokenizer, as far as it is known.
 
     Raises:
       UserError: transformers has no such tokenizer.

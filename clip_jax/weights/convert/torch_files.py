@@ -22,7 +22,8 @@ import numpy as np
 from etils import epath
 
 from clip_jax.errors import UserError
-from clip_jax.weights.base import Tensors, local_file
+from clip_jax.weights.folder import local_file
+from clip_jax.weights.model import Tensors
 
 _DTYPES = {
     "FloatStorage": np.dtype(np.float32),
@@ -96,11 +97,11 @@ class _Unpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class TorchFile:
-    """What a .pt file holds.
+    """The content of a .pt file.
 
     Attributes:
       tensors: float32, by their names in the state dict.
-      code: of a TorchScript archive, its text; "": it is a plain file.
+      code: text of a TorchScript archive; "": it is a plain file.
     """
 
     tensors: Tensors
@@ -139,7 +140,7 @@ def read(path: epath.Path) -> TorchFile:
 
 
 def _state_dict(tree: Any) -> Any:
-    """The part of a training checkpoint that is the model."""
+    """Returns the model, the whole or a part of a training checkpoint."""
     inner = tree.get("state_dict") if isinstance(tree, dict) else None
     return tree if inner is None else inner
 
@@ -194,7 +195,7 @@ def write(tensors: Tensors, path: Path) -> None:
 
 
 def _pickled(tensors: Tensors) -> bytes:
-    """The description of the tensors, opcode by opcode, as pickle would have to import torch."""
+    """Returns the description of the tensors as opcodes: pickle would need to import torch."""
     parts = [pickle.PROTO, b"\2", pickle.EMPTY_DICT, pickle.MARK]
     for number, (name, shape) in enumerate(tensors.shapes.items()):
         strides = list(itertools.accumulate(reversed(shape[1:]), int.__mul__, initial=1))[::-1]

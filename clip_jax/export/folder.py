@@ -1,11 +1,24 @@
-"""What must be done to pictures and texts before the towers, and to similarities after them."""
+"""The folder of an export: programs, weights, model card, and preprocess.json.
 
+preprocess.json says how images and captions are prepared for the towers, and how similarities of
+their embeddings become probabilities.
+"""
+
+import json
 import math
+import pathlib
 from typing import Any
 
+from etils import epath
+
 from clip_jax.errors import UserError
+from clip_jax.export import card_text, programs, record
+from clip_jax.export.runtime import PREPROCESS
+from clip_jax.export.terms import CARD, Terms
 from clip_jax.models import Size
-from clip_jax.weights.base import Tensors, TokenizerFile, Weights
+from clip_jax.storage import ranges, writing
+from clip_jax.weights.convert import files
+from clip_jax.weights.model import Tensors, TokenizerFile, Weights
 
 _CROPS = {
     "center": "the shorter side is resized to size, then the middle square is cut out",
@@ -17,8 +30,45 @@ _OPENAI = (
 )
 
 
-def describe(weights: Weights) -> dict[str, Any]:
-    """The content of preprocess.json; numbers are plain, so that any language can read them."""
+def check_is_free(out: epath.Path) -> None:
+    """Raises UserError if the folder exists."""
+    if files.exists(out):
+        raise UserError(f"{out} is there already: name another --out, or delete it first.")
+
+
+def write(weights: Weights, out: epath.Path, form: str, terms: Terms) -> None:
+    """Writes an export; nothing incomplete ever has the folder's name.
+
+    Args:
+      weights: model to export.
+      out: folder that does not exist yet, local or in a bucket.
+      form: "stablehlo" or "onnx".
+      terms: licence and other entries of its card that no run can know.
+
+    Raises:
+      UserError: the model has no text tower, or its tokenizer is not known.
+    """
+    facts = record.read(weights)
+    with writing.replacing_folder(out) as local:
+        _write_files(weights, local, form)
+        (local / CARD).write_text(card_text.render(facts, terms, local), "utf-8")
+
+
+def _write_files(weights: Weights, folder: pathlib.Path, form: str) -> None:
+    preprocessing = describe_preprocessing(weights)
+    write = programs.write_stablehlo if form == "stablehlo" else programs.write_onnx
+    write(weights, folder)
+    (folder / PREPROCESS).write_text(json.dumps(preprocessing, indent=2) + "\n")
+    file = weights.tokenizer.path
+    if file is not None and not (folder / file.name).exists():
+        (folder / file.name).write_bytes(ranges.read(file))
+
+
+# ---- preprocess.json ---------------------------------------------------------------------------
+
+
+def describe_preprocessing(weights: Weights) -> dict[str, Any]:
+    """Returns the content of preprocess.json, as plain numbers that any language can read."""
     return {
         "image": _image(weights.size),
         "text": _text(weights.size, weights.tokenizer),

@@ -1,0 +1,258 @@
+"""A model with all that must travel with it: shapes, forms, normalisation, tokenizer, origin.
+
+The tensors have the paths of the variables as names, such as params/text/positions.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from clip_jax import models
+from clip_jax.data import tokenizer as tokenizers
+from clip_jax.errors import UserError
+from clip_jax.models.resize import resize_positions, resize_text_positions
+from clip_jax.sharding import path_name
+from clip_jax.state import abstract_variables, init_variables
+from clip_jax.storage import locations
+
+_LISTED = 8  # names in a message
+
+Shape = tuple[int, ...]
+Variables = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """Named arrays, each read when it is asked for.
+
+    Attributes:
+      shapes: shapes by name, in the order in which reading is fastest.
+      read: returns the array of a name.
+      restore: reads all of them at once onto the devices that `state.abstract_variables` names,
+        each process only its own parts; None: they can only be read one by one.
+    """
+
+    shapes: Mapping[str, Shape]
+    read: Callable[[str], np.ndarray]
+    restore: Callable[[Variables], Variables] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerFile:
+    """The tokenizer of a model and its vocabulary on disk.
+
+    Attributes:
+      name: "openai"; or the kind of `path`, "sentencepiece" or "siglip"; "": not known.
+      identity: names the vocabulary and its checksum; "": not known.
+      path: vocabulary; None: there is no file.
+    """
+
+    name: str
+    identity: str
+    path: epath.Path | None = None
+
+    @classmethod
+    def from_setting(cls, setting: str, identity: str) -> "TokenizerFile":
+        """Returns what `setting`, the field `tokenizer` of a config, refers to."""
+        if setting.startswith(tokenizers.SIGLIP):
+            path = locations.parse(setting.removeprefix(tokenizers.SIGLIP))
+            return cls("siglip", identity, path)
+        if setting.endswith(".model"):
+            return cls("sentencepiece", identity, locations.parse(setting))
+        return cls(setting, identity)
+
+    @property
+    def setting(self) -> str:
+        """The field `tokenizer` of a config; "": not known."""
+        if self.path is None:
+            return self.name
+        return f"{tokenizers.SIGLIP if self.name == 'siglip' else ''}{self.path}"
+
+    def create(self, context_length: int) -> tokenizers.Tokenizer | None:
+        """Creates the tokenizer and checks its identity; None where it is not known.
+
+        Raises:
+          UserError: its vocabulary is not the one the model was trained with.
+        """
+        if not self.name:
+            return None
+        tokenizer = tokenizers.create(self.setting, context_length)
+        if tokenizer.identity != self.identity:
+            raise UserError(
+                f"The model was trained with the tokenizer {self.identity}, but "
+                f"{self.path or self.name} is now {tokenizer.identity}."
+            )
+        return tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model with all that is needed to use it.
+
+    Attributes:
+      size: shapes, forms and normalisation.
+      tensors: float32, by the paths of the variables.
+      tokenizer: tokenizer of its captions.
+      origin: JSON-serialisable; "source" and "format" say where it comes from.
+    """
+
+    size: models.Size
+    tensors: Tensors
+    tokenizer: TokenizerFile
+    origin: Mapping[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """The number of trainable values."""
+        shapes = variable_shapes(self.size).items()
+        return sum(math.prod(shape) for name, shape in shapes if name.startswith("params/"))
+
+    def variables(self, mesh: Mesh) -> Variables:
+        """Returns the variables on a mesh, split as training splits them.
+
+        Every process of the mesh calls this and keeps only its parts. A checkpoint is restored
+        straight onto the devices.
+
+        Raises:
+          UserError: tensors are missing, superfluous, of another shape, or hold NaN.
+        """
+        check_shapes(self.tensors.shapes, variable_shapes(self.size), self.origin["source"])
+        like = abstract_variables(models.of_size(self.size), mesh)
+        if self.tensors.restore is not None:
+            variables = self.tensors.restore(like)
+            for path, array in jax.tree.leaves_with_path(variables):
+                # Parts that several devices hold need one look.
+                parts = {str(shard.index): shard.data for shard in array.addressable_shards}
+                for part in parts.values():
+                    check_finite(path_name(path), np.asarray(part))
+            return variables
+
+        def place(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
+            value = read_finite(self.tensors, path_name(path)).astype(like.dtype)
+            return jax.make_array_from_callback(like.shape, like.sharding, lambda part: value[part])
+
+        return jax.tree.map_with_path(place, like)
+
+    def resized(
+        self, image_size: int | None = None, context_length: int | None = None
+    ) -> "Weights":
+        """Returns the model for another resolution or context, its positions interpolated.
+
+        Args:
+          image_size: pixels along a side; bicubic on the grid of positions. None: unchanged.
+          context_length: tokens of a caption; linear. None: unchanged.
+
+        Raises:
+          UserError: the patches do not divide the image size.
+        """
+        size = dataclasses.replace(
+            self.size,
+            image_size=image_size or self.size.image_size,
+            context_length=context_length or self.size.context_length,
+        )
+        shapes = variable_shapes(size).items()
+        changed = {name: shape for name, shape in shapes if shape != self.tensors.shapes.get(name)}
+
+        def read(name: str) -> np.ndarray:
+            value = self.tensors.read(name)
+            if name not in changed:
+                return value
+            length = changed[name][0]
+            if name.startswith("params/text/"):
+                return np.asarray(resize_text_positions(value, length))
+            path = name.split("/")[1:]
+            tree: Any = functools.reduce(lambda node, key: {key: node}, reversed(path), value)
+            return np.asarray(jax.tree.leaves(resize_positions(tree, length))[0])
+
+        tensors = Tensors({**self.tensors.shapes, **changed}, read)
+        return dataclasses.replace(self, size=size, tensors=tensors)
+
+    def describe(self) -> str:
+        """Describes the model and its preprocessing of images and captions, in three lines."""
+        size, origin = self.size, self.origin
+        step = f", step {origin['step']:,}" if origin.get("step") else ""
+        whole = f"squashed to {size.image_size} x {size.image_size} pixels (bicubic)"
+        middle = f"shorter side to {size.image_size} pixels (bicubic), middle square"
+        mean, std = (
+            " ".join(f"{x:.4g}" for x in channels) for channels in (size.image_mean, size.image_std)
+        )
+        tokens = self.tokenizer.identity[:24] or "unknown tokenizer"
+        return (
+            f"{size}, {self.parameters / 1e6:,.1f} M parameters, {size.activation}, "
+            f"from {origin['source']} ({origin['format']}{step})\n"
+            f"  pictures: {middle if size.image_crop == 'center' else whole}, "
+            f"mean {mean}, std {std}\n"
+            f"  captions: {tokens}, {size.context_length} tokens"
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def variable_shapes(size: models.Size) -> dict[str, Shape]:
+    """Returns the shapes of all variables of a model by path, such as "params/text/positions"."""
+    tree = jax.eval_shape(lambda: init_variables(models.of_size(size), 0))
+    return {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def variables_by_path(variables: Variables) -> dict[str, jax.Array]:
+    """Returns the variables of a model in memory by path."""
+    return {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(variables)}
+
+
+def size_differences(actual: models.Size, expected: models.Size) -> dict[str, str]:
+    """Returns the fields in which two sizes differ, with both values in words."""
+    names = [field.name for field in dataclasses.fields(models.Size)]
+    pairs = {name: (getattr(actual, name), getattr(expected, name)) for name in names}
+    return {name: f"{name} {a!r}, not {b!r}" for name, (a, b) in pairs.items() if a != b}
+
+
+# ---- Checks ------------------------------------------------------------------------------------
+
+
+def read_finite(tensors: Tensors, name: str) -> Float[np.ndarray, "..."]:
+    """Reads an array; UserError where it holds NaN or infinity."""
+    value = tensors.read(name)
+    check_finite(name, value)
+    return value
+
+
+def check_finite(name: str, value: Float[np.ndarray, "..."]) -> None:
+    """Raises UserError if an array holds NaN or infinity."""
+    if not np.isfinite(value).all():
+        count = value.size - np.isfinite(value).sum()
+        raise UserError(
+            f"The tensor {name} holds {count:,} values of {value.size:,} that are NaN or infinite: "
+            "the model diverged in training, or the file is damaged. Take an earlier checkpoint."
+        )
+
+
+def check_shapes(actual: Mapping[str, Shape], expected: Mapping[str, Shape], source: Any) -> None:
+    """Raises UserError unless both have the same names with the same shapes."""
+    for name, shape in expected.items():
+        if name in actual and tuple(actual[name]) != tuple(shape):
+            raise UserError(
+                f"{source} is of another architecture: its {name} is {list(actual[name])}, where "
+                f"the model has {list(shape)}. Name the model it is of (--model), or, where only "
+                "positions differ, the resolution (--image_size) or --context_length it has."
+            )
+    missing = [name for name in expected if name not in actual]
+    extra = [name for name in actual if name not in expected]
+    if missing or extra:
+        parts = [("lacks", missing), ("has besides", extra)]
+        lists = [f"{verb} {_listed(names)}" for verb, names in parts if names]
+        raise UserError(
+            f"{source} is of another architecture, or not complete: it {', and '.join(lists)}. "
+            "Name the model it is of (--model)."
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return f"{len(names):,} tensor(s) ({', '.join(names[:_LISTED])}{more})"

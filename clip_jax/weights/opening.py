@@ -1,0 +1,140 @@
+"""Opening a model by the name of a workdir, checkpoint, folder, file, or one on the hub."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+
+import huggingface_hub
+import jax
+import numpy as np
+from etils import epath
+
+from clip_jax import checkpoint, models, sharding
+from clip_jax.errors import UserError
+from clip_jax.state import abstract_variables
+from clip_jax.storage import faults, locations
+from clip_jax.weights import folder
+from clip_jax.weights.convert import files, formats
+from clip_jax.weights.model import (
+    Tensors,
+    TokenizerFile,
+    Variables,
+    Weights,
+    size_differences,
+    variable_shapes,
+    variables_by_path,
+)
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_model(
+    source: epath.PathLike, step: int | None, model: str, activation: str, tokenizer: str
+) -> Weights:
+    """Opens a model as `weights.open`, which documents the arguments."""
+    path = _locate(source)
+    if _is_workdir(path):
+        weights = _open_workdir(path, step)
+    elif folder.is_folder(path):
+        weights = folder.read(path)
+    else:
+        weights = formats.read(path, model, activation, tokenizer)
+    if activation:
+        size = dataclasses.replace(weights.size, activation=activation)
+        weights = dataclasses.replace(weights, size=size)
+    if model and (wrong := size_differences(weights.size, models.get_size(model))):
+        raise UserError(
+            f"{source} is not {model}: it has {'; '.join(wrong.values())}. Leave --model out to "
+            "take it as it is."
+        )
+    return weights
+
+
+# ---- Workdirs ----------------------------------------------------------------------------------
+
+
+def _is_workdir(path: epath.Path) -> bool:
+    workdir, step = checkpoint.split_path(path)
+    return step is not None or faults.repeat((workdir / checkpoint.DIRECTORY).is_dir, path)
+
+
+def _open_workdir(path: epath.Path, step: int | None) -> Weights:
+    """Reads the description that a checkpoint was saved with; its arrays later.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
+    workdir, named = checkpoint.split_path(path)
+    step = step if named is None else named
+    with checkpoint.Checkpoints(workdir, create=False) as store:
+        steps = store.steps()
+        if not steps or (step is not None and step not in steps):
+            raise UserError(
+                f"{workdir} holds no finished checkpoint"
+                + (f" {step}; it has {steps}." if steps else " yet.")
+            )
+        step = steps[-1] if step is None else step
+        meta = store.read_meta(step)
+    return Weights(
+        size=models.Size.from_json(meta["size"]),
+        tensors=_checkpoint_tensors(workdir, step, models.Size.from_json(meta["size"])),
+        tokenizer=TokenizerFile.from_setting(meta["config"]["tokenizer"], meta["tokenizer"]),
+        origin={"source": str(path), "format": "clip_jax", "step": meta["step"]},
+    )
+
+
+def _checkpoint_tensors(workdir: epath.Path, step: int, size: models.Size) -> Tensors:
+    """Returns the tensors of a checkpoint; the first one that is read brings all into memory."""
+
+    def restore(like: Variables) -> Variables:
+        with checkpoint.Checkpoints(workdir, create=False) as store:
+            return store.restore_variables(step, like)
+
+    @functools.cache
+    def arrays() -> dict[str, jax.Array]:
+        mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
+        return variables_by_path(restore(abstract_variables(models.of_size(size), mesh)))
+
+    return Tensors(
+        variable_shapes(size), lambda name: np.asarray(arrays()[name], np.float32), restore
+    )
+
+
+# ---- Paths and the hub -------------------------------------------------------------------------
+
+
+def _locate(source: epath.PathLike) -> epath.Path:
+    """Returns the path of a model, downloaded if it is a name on the Hugging Face hub.
+
+    Raises:
+      UserError: there is none.
+    """
+    path = locations.parse(source)
+    if files.exists(path):
+        return path
+    if isinstance(source, str) and _HUB_NAME.fullmatch(source):
+        return _download(source)
+    raise UserError(
+        f"There is no {path}: give the workdir of a training run, or {formats.READABLE}."
+    )
+
+
+def _download(name: str) -> epath.Path:
+    """Returns the folder of a model in the local cache, filled from the hub where it lacks it."""
+    for offline in (True, False):
+        try:
+            patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+            cached = huggingface_hub.snapshot_download(
+                name, allow_patterns=patterns, local_files_only=offline
+            )
+        except Exception as error:  # of the network, the hub, or the name
+            reason = str(error).strip().partition("\n")[0]
+        else:
+            if next(iter(pathlib.Path(cached).glob("*.safetensors")), None):
+                return epath.Path(cached)
+            reason = "it has no safetensors file"
+    raise UserError(
+        f"There is no {name} here, and no model of that name can be had from the Hugging Face hub: "
+        f"{reason}. Give {formats.READABLE}."
+    )
