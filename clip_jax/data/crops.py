@@ -1,4 +1,4 @@
-"""Which part of an image is kept, and how it becomes a square of pixels: bicubic, antialiased."""
+"""Crops: the part of an image that is kept, resized to a square; bicubic, antialiased."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ _local = threading.local()
 
 NAMES = ("random", "resized", "center", "none")
 
-# A draw of area and proportions that does not fit into the image is repeated so often.
+# Draws of area and proportions until one fits into the image.
 _TRIES = 10
 
 # Wider than this, an image is cut to it before it is resized by its shorter side: a 10,000 x 1
@@ -29,14 +29,14 @@ _MAX_ASPECT = 16
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """How an image becomes a square.
+    """A way to make an image a square.
 
     Attributes:
       name: "random": a random square as wide as the image's shorter side (the paper's only
         augmentation, section 2.4); "resized": a random rectangle, squashed to a square, as
         torchvision's RandomResizedCrop draws it; "center": the middle square, exactly as OpenAI's
         preprocessing for evaluation makes it; "none": the whole image squashed to a square.
-      scale: least and greatest share of the image's area, for "resized".
+      scale: least and greatest fraction of the image's area, for "resized".
       ratio: least and greatest width / height, for "resized".
 
     Raises:
@@ -52,8 +52,8 @@ class Crop:
             raise UserError(f"There is no crop {self.name!r}: choose one of {', '.join(NAMES)}.")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(
-                f"A crop's scale is {self.scale}; it is the least and the greatest share of the "
-                "image's area, both above 0 and at most 1, such as (0.9, 1.0)."
+                f"A crop's scale is {self.scale}; it is the least and the greatest fraction of "
+                "the image's area, both above 0 and at most 1, such as (0.9, 1.0)."
             )
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise UserError(
@@ -63,7 +63,7 @@ class Crop:
 
     @property
     def is_random(self) -> bool:
-        """Whether `window` draws; the other crops are made by `fixed`."""
+        """Whether the crop is drawn, by `window`; the other crops are made by `fixed`."""
         return self.name in ("random", "resized")
 
 
@@ -80,7 +80,7 @@ class Window:
     height: int
 
     def shrink_factor(self, size: int) -> int:
-        """How many times smaller, 1, 2, 4 or 8, an image may be decoded and still be sharp.
+        """Returns the factor, 1, 2, 4 or 8, by which a JPEG may be decoded smaller and stay sharp.
 
         The window keeps at least twice the `size` pixels along a side that it is resized to.
         """
@@ -88,7 +88,7 @@ class Window:
         return next((factor for factor in (8, 4, 2) if factor <= least), 1)
 
     def shrunk(self, factor: int) -> "Window":
-        """The window in the image decoded 1 / factor as large."""
+        """Returns the window in the image decoded 1 / factor as large."""
         sides = (self.left, self.top, self.width, self.height)
         return Window(*(side // factor for side in sides))
 
@@ -106,7 +106,7 @@ def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
 
     Args:
       image: uint8 [h, w, 3].
-      part: of it.
+      part: the part of the image.
       size: pixels along a side.
 
     Returns:
@@ -126,7 +126,7 @@ def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
 
 
 def _resizer() -> tuple[Any, Any]:
-    """Of this thread, with its options: made anew, it takes longer than to resize."""
+    """The resizer of this thread, and its options; to make one takes longer than to resize."""
     if not hasattr(_local, "resizer"):
         assert simd is not None
         bicubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
@@ -135,7 +135,7 @@ def _resizer() -> tuple[Any, Any]:
 
 
 def fixed(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
-    """The crops without chance, by Pillow itself: uint8 [size, size, 3]."""
+    """Makes a crop that is not random, by Pillow itself: uint8 [size, size, 3]."""
     return _squash(image, size) if crop.name == "none" else _middle(image, size)
 
 
@@ -159,7 +159,7 @@ def _placed(w: int, h: int, width: int, height: int, rng: np.random.Generator) -
 
 
 def _between(low: float, high: float, rng: np.random.Generator) -> float:
-    # By itself: each of NumPy's calls on arrays takes as long as ten of these.
+    # Not by rng.uniform: one of NumPy's calls takes as long as ten of these.
     return low + (high - low) * rng.random()
 
 
@@ -168,7 +168,7 @@ def _squash(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _middle(image: Image.Image, size: int) -> np.ndarray:
-    """Rounds as torchvision's Resize(size) and CenterCrop(size) do, which OpenAI used."""
+    """Resizes and crops as torchvision's Resize(size) and CenterCrop(size), which OpenAI used."""
     image = _limit_aspect(image)
     width, height = image.size
     if width <= height:

@@ -11,7 +11,7 @@ from etils import epath
 from shards import contents, open_source, picture, sample, write_tar
 
 from clip_jax.data.sources import shard_index, tar_index, tfrecord
-from clip_jax.data.sources.chunk_cache import ChunkCache
+from clip_jax.data.sources.reading import ChunkCache
 from clip_jax.data.sources.tar import TarShards
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import writing
@@ -22,7 +22,7 @@ def scans(monkeypatch) -> list[str]:
     """Names of the shards whose headers were read."""
     scanned: list[str] = []
 
-    def scan(path: epath.Path) -> shard_index.Found:
+    def scan(path: epath.Path) -> shard_index.ScanResult:
         scanned.append(path.name)
         return tar_index.scan(path)
 
@@ -121,7 +121,7 @@ class TestIndex:
             assert len(found.rows) == 4
 
 
-class TestRuns:
+class TestChunks:
     def test_same_examples_with_fewer_reads(self, tmp_path, monkeypatch):
         write_shards(tmp_path)
         expected = contents(TarShards(str(tmp_path)))
@@ -132,15 +132,15 @@ class TestRuns:
             "_start_neighbours",
             lambda self, *span: opened.append(span) or start(self, *span),
         )
-        source = TarShards(str(tmp_path), run=3, cached_chunks=2)
+        source = TarShards(str(tmp_path), chunk=3, cached_chunks=2)
         assert contents(source) == expected
-        # Runs of 3 over shards of 4: the second and the third cross from one to the next.
+        # Chunks of 3 over shards of 4: the second and the third cross from one to the next.
         assert opened == [(0, 3), (3, 4), (4, 6), (6, 8), (8, 9), (9, 12)]
         assert source[1].image == picture(9)
 
     def test_one_bad_sample_does_not_lose_its_neighbours(self, tmp_path):
         write_shards(tmp_path, 1)
-        source = TarShards(str(tmp_path), run=4, cached_chunks=1)
+        source = TarShards(str(tmp_path), chunk=4, cached_chunks=1)
         path = tmp_path / "00.tar"
         stat = path.stat()
         path.write_bytes(path.read_bytes()[:7000])
@@ -153,7 +153,7 @@ class TestRuns:
                 texts.append(bad.reason)
         assert texts == ["0 0", "0 1", "truncated shard", "truncated shard"]
 
-    def test_each_run_is_read_once_by_many_threads(self):
+    def test_each_chunk_is_read_once_by_many_threads(self):
         reads = []
 
         def start(number: int):
