@@ -147,7 +147,7 @@ def match_embeddings(
 
 
 def _distinct(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first index of each distinct signature, rising, and the rank of every one's."""
+    """Returns the first index of each distinct signature, rising; and each one's place in these."""
     plain = signatures.view(f"V{signatures.itemsize}")
     _, first, inverse = np.unique(plain, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -190,7 +190,7 @@ def _parts(count: int, others: int, threshold: int) -> int:
 
 
 def _masks(parts: int) -> np.ndarray:
-    """uint64 [parts], that cut the bits into parts of almost equal size."""
+    """The bits of each part, uint64 [parts]; all parts are of almost equal size."""
     bounds = [BITS * part // parts for part in range(parts + 1)]
     return np.array([(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)], "u8")
 

@@ -63,7 +63,7 @@ class Crop:
 
     @property
     def is_random(self) -> bool:
-        """Whether the crop is drawn, by `window`; the other crops are made by `fixed`."""
+        """True if the crop is drawn at random, by `window`; other crops are made by `fixed`."""
         return self.name in ("random", "resized")
 
 

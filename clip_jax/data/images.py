@@ -160,7 +160,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; an image with damaged EXIF data stays as it is."""
+    """Applies the EXIF orientation; an image with damaged EXIF data is returned unchanged."""
     image.load()  # outside of the try: errors of the pixels are none of EXIF
     try:
         return ImageOps.exif_transpose(image)

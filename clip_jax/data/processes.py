@@ -4,8 +4,8 @@ Decoders release Python's lock, the code around them does not: past some three c
 process wait for each other. Each process here has threads of its own, opens the data itself and
 writes rows into memory that it shares with the process that started it.
 
-What goes to a process is plain data: a description of the rows, and the numbers of those wanted.
-What comes back are the rows, in shared memory, and the stats of each.
+A process is sent plain data: a description of the rows, and the numbers of those wanted. It returns
+the rows, in shared memory, and the stats of each.
 """
 
 import collections

@@ -39,12 +39,12 @@ class TestHistogram:
             assert made.percentiles([point])[0] == pytest.approx(exact, rel=5e-4)
 
     def test_histogram(self):
-        middles, shares = histogram_of([3] * 6 + [4] * 3 + [6]).bin(50)
+        middles, fractions = histogram_of([3] * 6 + [4] * 3 + [6]).bin(50)
         np.testing.assert_array_equal(middles, [3, 4, 5, 6])
-        np.testing.assert_allclose(shares, [0.6, 0.3, 0, 0.1])
-        middles, shares = histogram_of(range(1000)).bin(10)
-        assert len(middles) == len(shares) == 10
-        assert shares.sum() == pytest.approx(0.995, abs=0.005)
+        np.testing.assert_allclose(fractions, [0.6, 0.3, 0, 0.1])
+        middles, fractions = histogram_of(range(1000)).bin(10)
+        assert len(middles) == len(fractions) == 10
+        assert fractions.sum() == pytest.approx(0.995, abs=0.005)
 
 
 @pytest.fixture(autouse=True)

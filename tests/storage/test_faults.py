@@ -33,9 +33,10 @@ def test_what_passes_is_waited_out_and_counted(bucket, remote, kind, caplog):
 
 
 def test_failures_of_other_requests_are_counted_too(bucket, remote):
+    path = locations.parse(remote / "file")
     bucket.faults([{"match": "POST", "kind": 503, "count": 1}])
-    writing.write(remote / "file", DATA)
-    assert ranges.read(remote / "file") == DATA
+    writing.write(path, DATA)
+    assert ranges.read(path) == DATA
     assert faults.counts() == {"HTTP 503": 1}
 
 

@@ -41,7 +41,7 @@ class Local:
                 initializer=pa.set_cpu_count,
                 initargs=(1,),
                 ahead=len(shards),  # results are numbers; a large shard holds up no other
-                remark=" What is done stays done.",
+                remark=" Finished shards are kept.",
             )
         pairs = 0
         with processes.progress(title, len(shards), " shards") as bar:
@@ -56,7 +56,14 @@ class Beam:
     """Any runner of Apache Beam; by default its local one."""
 
     def __init__(self, arguments: str):
-        """Args: arguments: as for any Beam pipeline, such as "--runner=DataflowRunner ..."."""
+        """Imports Beam.
+
+        Args:
+          arguments: options of a Beam pipeline, such as "--runner=DataflowRunner ...".
+
+        Raises:
+          UserError: Beam is not installed.
+        """
         try:
             self._beam: Any = importlib.import_module("apache_beam")
         except ImportError:

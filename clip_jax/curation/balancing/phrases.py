@@ -120,7 +120,7 @@ def _merge(
 def mutual_information(
     pair: np.ndarray, first: np.ndarray, second: np.ndarray, words: int
 ) -> np.ndarray:
-    """Computes pointwise mutual information in bits: the surprise of two words as neighbours.
+    """Computes the pointwise mutual information of pairs of words, in bits.
 
     Args:
       pair: count of the pair, int [n].

@@ -23,7 +23,7 @@ def load(path: epath.Path) -> tuple[pa.Array, int]:
 
     Returns:
       The queries normalised, distinct and not empty, string, in their order; and the number of
-      entries that were left out, without a word or as repetitions.
+      entries that were left out, because they had no word or were repetitions.
 
     Raises:
       UserError: there is no such file, or it has no usable query.

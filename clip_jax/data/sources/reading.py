@@ -93,7 +93,7 @@ class Once(Generic[Chunk]):
 
     @property
     def failed(self) -> bool:
-        """Whether all who ask get an error."""
+        """True if all who ask get an error."""
         return self._error is not None
 
 
