@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from clip_jax.common import commands
-from clip_jax.common.pages import page
 from clip_jax.curation import dedup_features, dedup_search
 from clip_jax.curation.check import decode
 from clip_jax.curation.dedup_features import Features
@@ -159,6 +158,8 @@ def _write_page(
     options: argparse.Namespace,
     table: pa.Table,
 ) -> None:
+    from clip_jax.common.pages import page  # with matplotlib
+
     distances = Counter(float(f"{distance:.2f}") for distance in table["distance"].to_pylist())
     page.write(
         path,

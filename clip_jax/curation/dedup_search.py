@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8, UInt64
 
 BITS = 64  # bits of a hash
 # The features of an image: perceptual hash of its greys; mean red, green and blue of 3 x 3 fields.
@@ -17,31 +18,34 @@ SIGNATURE = np.dtype([("hash", "<u8"), ("colours", "u1", 27)])
 _BLOCK = 4096  # embeddings compared with as many others at a time
 _MAX_TABLES = 1000
 
-IsPair = Callable[[np.ndarray, np.ndarray], np.ndarray]
+IsPair = Callable[[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]], Bool[np.ndarray, " p"]]
 
 
 class Matches(NamedTuple):
     """The match of each image.
 
     Attributes:
-      kept: int64 [n], index of the image that is kept in place of this one; -1: this one is kept.
-      distance: float32 [n], distance of the two; 0 where the image is kept.
+      kept: index of the image that is kept in place of this one; -1: this one is kept.
+      distance: distance of the two; 0 where the image is kept.
     """
 
-    kept: np.ndarray
-    distance: np.ndarray
+    kept: Int64[np.ndarray, " n"]
+    distance: Float32[np.ndarray, " n"]
 
 
 class Pairs(NamedTuple):
-    """Pairs of close hashes: indices int64 [p] of both, and number of differing bits, uint8 [p]."""
+    """Pairs of close hashes: indices of both, and number of differing bits."""
 
-    first: np.ndarray
-    second: np.ndarray
-    distance: np.ndarray
+    first: Int64[np.ndarray, " p"]
+    second: Int64[np.ndarray, " p"]
+    distance: UInt8[np.ndarray, " p"]
 
 
 def match_signatures(
-    signatures: np.ndarray, threshold: int, tolerance: int, others: np.ndarray | None = None
+    signatures: Shaped[np.ndarray, " n"],
+    threshold: int,
+    tolerance: int,
+    others: Shaped[np.ndarray, " m"] | None = None,
 ) -> Matches:
     """Matches images whose hash and colours are close to those of an image that is kept.
 
@@ -75,9 +79,9 @@ def match_signatures(
 
 
 def close_pairs(
-    hashes: np.ndarray,
+    hashes: UInt64[np.ndarray, " n"],
     threshold: int,
-    others: np.ndarray | None = None,
+    others: UInt64[np.ndarray, " m"] | None = None,
     is_pair: IsPair | None = None,
 ) -> Pairs:
     """Finds all pairs of hashes that differ in at most `threshold` bits, each once.
@@ -90,12 +94,11 @@ def close_pairs(
     some 60 bytes per hash, and 17 per pair.
 
     Args:
-      hashes: uint64 [n].
+      hashes: the hashes.
       threshold: number of bits, below 64.
-      others: uint64 [m], for pairs of one hash from each; None: pairs among `hashes`, the earlier
+      others: other hashes, for pairs of one from each; None: pairs among `hashes`, the earlier
         one first.
-      is_pair: decides on pairs, given both indices: int64 [p], int64 [p] -> bool [p]; None: all
-        are pairs.
+      is_pair: decides on pairs, given the indices of both hashes; None: all are pairs.
     """
     against = hashes if others is None else others
     masks = _masks(_parts(len(hashes), len(against), threshold))
@@ -119,7 +122,9 @@ def close_pairs(
 
 
 def match_embeddings(
-    embeddings: np.ndarray, threshold: float, others: np.ndarray | None = None
+    embeddings: Float[np.ndarray, "n d"],
+    threshold: float,
+    others: Float[np.ndarray, "m d"] | None = None,
 ) -> Matches:
     """Matches images whose embedding has a cosine of at least `threshold` with that of one kept.
 
@@ -127,10 +132,10 @@ def match_embeddings(
     memory for three blocks whatever n.
 
     Args:
-      embeddings: [n, d], of any norm; an embedding of zeros is similar to no other. May be mapped
-        from a file.
+      embeddings: embeddings of any norm; one of zeros is similar to no other. May be mapped from a
+        file.
       threshold: least cosine, above 0.
-      others: [m, d], as for `match_signatures`.
+      others: embeddings of the other set, as for `match_signatures`.
     """
     size = len(embeddings)
     kept, similarity = np.full(size, -1), np.zeros(size, np.float32)

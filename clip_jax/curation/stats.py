@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 from PIL import Image
 
 from clip_jax.common import commands
@@ -273,16 +274,15 @@ def suggest_rows(ids: Histogram, context_length: int) -> list[dict[str, Any]]:
     return suggested
 
 
-def rows_used(ids: np.ndarray, context_length: int, length: int) -> np.ndarray:
+def rows_used(
+    ids: Int32[np.ndarray, "batches captions"], context_length: int, length: int
+) -> Int32[np.ndarray, " batches"]:
     """Counts the rows that each batch of captions packs into.
 
     Args:
-      ids: number of ids of each caption, int32 [batches, captions], at most `context_length`.
+      ids: number of ids of each caption, at most `context_length`.
       context_length: tokens in an unpacked row.
       length: tokens in a packed row.
-
-    Returns:
-      int32 [batches].
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an accelerator may be busy training
     import jax

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float64, Int64
 
-from clip_jax.common.pages import curves, page, svg
 from clip_jax.common.tables import aligned
 
 _BINS = 60
@@ -59,14 +59,14 @@ class Histogram:
         values, numbers = self.values()
         return float(numbers[values > limit].sum() / numbers.sum())
 
-    def bin(self, bins: int) -> tuple[np.ndarray, np.ndarray]:
+    def bin(self, bins: int) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
         """Counts the values in bins of equal width, the largest half per cent left out.
 
         Args:
           bins: number of bins at most; none is narrower than 1.
 
         Returns:
-          The middles of the bins, int64 [n]; the fractions of all values in them, float64 [n].
+          The middles of the bins; the fractions of all values in them.
         """
         values, numbers = self.values()
         low, high = values[0], self.percentiles([99.5])[0]
@@ -75,8 +75,8 @@ class Histogram:
         fractions = np.histogram(values, edges, weights=numbers)[0] / numbers.sum()
         return np.round((edges[1:] + edges[:-1]) / 2).astype(np.int64), fractions
 
-    def values(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the distinct values, rising, and the count of each: float64 [n] both."""
+    def values(self) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Returns the distinct values, rising, and the count of each."""
         values = np.array(sorted(self._counts))
         return values, np.array([self._counts[value] for value in values.tolist()], np.float64)
 
@@ -105,11 +105,16 @@ def write_page(
     path: epath.Path, summary: Mapping[str, Any], histograms: Mapping[str, Histogram]
 ) -> None:
     """Writes all figures as a page with histograms."""
-    drawn = [
-        {"title": title, "svg": _draw(histograms[name], title)}
-        for name, title in QUANTITIES.items()
-        if len(histograms[name].values()[0]) > 1
-    ]
+    from clip_jax.common.pages import curves, page  # with matplotlib
+
+    drawn = []
+    for name, title in QUANTITIES.items():
+        histogram = histograms[name]
+        if len(histogram.values()[0]) > 1:
+            middles, fractions = histogram.bin(_BINS)
+            label = f"{title}: median {_short(histogram.percentiles([50])[0])}"
+            plot = curves.draw([curves.Series(title, middles, fractions)], label, share=True)
+            drawn.append({"title": title, "svg": plot})
     page.write(
         path,
         Path(__file__).with_name("stats.html.jinja"),
@@ -118,12 +123,6 @@ def write_page(
         plots=drawn,
         tables=_tables(summary),
     )
-
-
-def _draw(histogram: Histogram, title: str):
-    middles, fractions = histogram.bin(_BINS)
-    label = f"{title}: median {svg.short(histogram.percentiles([50])[0])}"
-    return curves.draw([curves.Series(title, middles, fractions)], label, share=True)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
@@ -151,7 +150,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
     columns = [f"p{point}" for point in POINTS] + ["mean"]
     spread = [
-        [QUANTITIES[name], *(svg.short(values[column]) for column in columns)]
+        [QUANTITIES[name], *(_short(values[column]) for column in columns)]
         for name, values in summary["percentiles"].items()
     ]
     titles = ["least", *(f"{point} %" for point in POINTS[1:-1]), "most", "mean"]
@@ -175,3 +174,9 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.3g} %"
+
+
+def _short(value: float) -> str:
+    from clip_jax.common.pages import svg  # with matplotlib
+
+    return svg.short(value)

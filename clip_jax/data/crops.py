@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.errors import UserError
@@ -101,17 +102,19 @@ def window(crop: Crop, width: int, height: int, rng: np.random.Generator) -> Win
     return _placed(side, side, width, height, rng)
 
 
-def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
+def resize(
+    image: UInt8[np.ndarray, "h w 3"], part: Window, size: int
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Resizes a part of an image to a square.
 
     Args:
-      image: uint8 [h, w, 3].
+      image: pixels.
       part: the part of the image.
       size: pixels along a side.
 
     Returns:
-      uint8 [size, size, 3]. On photographs within 2 of what Pillow's bicubic resize gives; on noise
-      more, where values that overshoot are clipped between the two passes.
+      The resized pixels. On photographs within 2 of Pillow's bicubic resize; on noise further away,
+      since values that overshoot are clipped between the two passes.
     """
     cut = image[part.top : part.top + part.height, part.left : part.left + part.width]
     if cut.shape == (size, size, 3):
@@ -134,8 +137,8 @@ def _resizer() -> tuple[Any, Any]:
     return _local.resizer
 
 
-def fixed(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
-    """Makes a crop that is not random, by Pillow itself: uint8 [size, size, 3]."""
+def fixed(image: Image.Image, size: int, crop: Crop) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Makes a crop that is not random, by Pillow itself."""
     return _squash(image, size) if crop.name == "none" else _middle(image, size)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_jax.data import crops
@@ -28,12 +29,12 @@ _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body|meta|sc
 
 
 def pixels(
-    image: bytes | np.ndarray | Image.Image,
+    image: bytes | UInt8[np.ndarray, "h w 3"] | Image.Image,
     key: str,
     size: int,
     crop: Crop,
     rng: np.random.Generator | None,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Converts an image to the pixels that the model takes.
 
     Transparent pixels are laid over white, 16-bit grey is scaled to 8, the EXIF orientation is
@@ -41,15 +42,15 @@ def pixels(
     or 1/8 of its resolution where the crop still has at least twice `size` pixels a side.
 
     Args:
-      image: the bytes of a JPEG, PNG, WebP or whatever else Pillow reads; or uint8 [h, w, 3]; or
-        a Pillow image.
+      image: the bytes of a JPEG, PNG, WebP or any other format that Pillow reads; or pixels; or a
+        Pillow image.
       key: names the example in errors.
       size: pixels along a side of the result.
       crop: the part of the image that is kept.
       rng: draws a random crop; unused by others.
 
     Returns:
-      uint8 [size, size, 3]; may be read-only.
+      The pixels; may be read-only.
 
     Raises:
       BadExample: "empty image file", "HTML instead of an image", "unreadable image",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from clip_jax.data import images, loading, order, processes, rows
 from clip_jax.data.crops import CENTER, Crop
@@ -222,7 +223,7 @@ def eval_batches(
 
 def eval_captions(
     source: Source, tokenizer: Tokenizer, *, threads: int, limit: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]:
     """Encodes all captions of every example, in stored order; every host reads them all.
 
     Args:
@@ -232,8 +233,8 @@ def eval_captions(
       limit: number of examples, from the first on; None: all.
 
     Returns:
-      The captions, int32 [n, l], and the index of each one's example in the source, int32 [n]. An
-      unusable example has none; nor has one without a caption, which is logged.
+      The ids of the captions, and the index of each one's example in the source. An unusable
+      example has none; nor has one without a caption, which is logged.
     """
     total = len(source) if limit is None else min(limit, len(source))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int32, Int64
 
 from clip_jax.data import bpe
 from clip_jax.errors import UserError
@@ -47,18 +48,20 @@ class Tokenizer(abc.ABC):
     def _unpack(self, ids: list[int]) -> str:
         """Returns the text of ids, which include neither start nor end token."""
 
-    def encode(self, text: str) -> tuple[np.ndarray, bool]:
-        """Encodes a text: int32 [context_length], and whether it was cut to fit."""
+    def encode(self, text: str) -> tuple[Int32[np.ndarray, " l"], bool]:
+        """Encodes a text; also returns whether it was cut to fit."""
         (ids,) = self._pack([text])
         row = np.frombuffer(bytearray(self._row(ids)), np.int32)
         return row, self._length(ids) > self.context_length
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "n l"], Int64[np.ndarray, " n"]]:
         """Encodes n texts; those that are too long are cut, the end token kept.
 
         Returns:
-          The ids, int32 [n, context_length], and the number of ids that each text would take if not
-          cut, start and end token included, int64 [n].
+          The ids, and the number of ids that each text would take if not cut, start and end token
+          included.
         """
         packed = list(self._pack(texts))
         # A bytearray, unlike bytes, gives an array that can be written to.
@@ -66,12 +69,14 @@ class Tokenizer(abc.ABC):
         tokens = np.frombuffer(buffer, np.int32).reshape(len(packed), self.context_length)
         return tokens, np.array(list(map(self._length, packed)), np.int64)
 
-    def is_empty(self, row: np.ndarray) -> bool:
+    def is_empty(self, row: Int32[np.ndarray, " l"]) -> bool:
         """Returns whether a row of ids has no text."""
         return row[1] == self.vocab_size - 1
 
-    def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
-        """Encodes n texts (a single one counts as n = 1) to int32 [n, context_length].
+    def __call__(
+        self, texts: str | Sequence[str], truncate: bool = False
+    ) -> Int32[np.ndarray, "n l"]:
+        """Encodes n texts (a single one counts as n = 1).
 
         Raises:
           ValueError: a text is too long and not `truncate`, which cuts it and keeps the end token.
@@ -186,7 +191,7 @@ class SiglipTokenizer(Tokenizer):
         load = _tokenizer_json if path.name.endswith(".json") else _sentencepiece
         self._ids, self._text, self.vocab_size = load(path)
 
-    def is_empty(self, row: np.ndarray) -> bool:
+    def is_empty(self, row: Int32[np.ndarray, " l"]) -> bool:
         """Returns whether a row of ids has no text."""
         return row[0] == self._END
 
@@ -284,8 +289,8 @@ def create(name: str, context_length: int) -> Tokenizer:
 
 def tokenize(
     texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
-) -> np.ndarray:
-    """Encodes n texts by OpenAI's BPE (a single one counts as n = 1): int32 [n, context_length].
+) -> Int32[np.ndarray, "n {context_length}"]:
+    """Encodes n texts by OpenAI's BPE (a single one counts as n = 1).
 
     Raises:
       ValueError: a text is too long and not `truncate`, which cuts it and keeps the end token.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float64, Int, Int64
 
 from clip_jax.curation.balancing import matching
 from clip_jax.curation.balancing.matching import pc
@@ -40,7 +41,7 @@ def count_words(texts: Texts) -> Counter[str]:
 
 def count_pairs(
     texts: Texts, words: list[str], min_count: int, run: int = RUN
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[Int64[np.ndarray, "n 2"], Int64[np.ndarray, " n"]]]:
     """Counts pairs of words that follow each other within a clause.
 
     Args:
@@ -50,8 +51,7 @@ def count_pairs(
       run: number of pairs to sort in memory at a time.
 
     Yields:
-      Pairs int64 [n, 2], as positions in `words`, and the count of each, int64 [n]; every pair
-      once, sorted.
+      Pairs, as positions in `words`, and the count of each; every pair once, sorted.
     """
     with tempfile.TemporaryDirectory() as directory:
         runs = list(_sorted_runs(_pairs(texts, words), run, Path(directory)))
@@ -118,17 +118,17 @@ def _merge(
 
 
 def mutual_information(
-    pair: np.ndarray, first: np.ndarray, second: np.ndarray, words: int
-) -> np.ndarray:
+    pair: Int[np.ndarray, " n"],
+    first: Int[np.ndarray, " n"],
+    second: Int[np.ndarray, " n"],
+    words: int,
+) -> Float64[np.ndarray, " n"]:
     """Computes the pointwise mutual information of pairs of words, in bits.
 
     Args:
-      pair: count of the pair, int [n].
-      first: count of the first word, int [n].
-      second: count of the second word, int [n].
+      pair: count of each pair.
+      first: count of the first word of each.
+      second: count of the second word of each.
       words: number of words in the text.
-
-    Returns:
-      float64 [n].
     """
     return np.log2(pair) - np.log2(first) - np.log2(second) + math.log2(words)
