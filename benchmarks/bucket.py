@@ -43,7 +43,7 @@ sys.path.insert(0, str(turns.ROOT / "tests" / "support"))
 from bucket_server import Server
 
 SHARD = 256  # photographs in a shard
-BATCH = 96  # with 32 lanes; of the window, each has 128 images, as with the default of both
+BATCH = 96  # with 32 interleaved streams, each with a window of 128 images, as by default
 SMALL = 1000  # shards of the part start
 DISK = 0  # in place of a latency
 TICK = os.sysconf("SC_CLK_TCK")
@@ -101,7 +101,7 @@ def images_of(args: argparse.Namespace) -> int:
 
 
 def clip_jax(args: argparse.Namespace, path: str, order: str, run: int) -> Iterator:
-    from clip_jax.data import mixture, tokenizer
+    from clip_jax.data import mixture, rows, tokenizer
     from clip_jax.data.pipeline import TrainPipeline
     from configs import default
 
@@ -110,10 +110,10 @@ def clip_jax(args: argparse.Namespace, path: str, order: str, run: int) -> Itera
         crop="resized", order=order, chunk=run, shuffle_window=args.window, threads=args.workers
     )
     config.source = default.source(type="tar", path=path)
-    shape = {"image_size": SIZE, "seed": 0, "batch_size": BATCH}
-    source, order_ = mixture.create(config, parts=1, **shape)
+    source, order_ = mixture.create(config, SIZE, 0, batch_size=BATCH, parts=1)
     tokens = tokenizer.create("openai", CONTEXT)
-    return iter(TrainPipeline(source, order_, tokens, config, part=0, parts=1, **shape))
+    spec = rows.Spec(config, "openai", CONTEXT, image_size=SIZE, seed=0, batch_size=BATCH)
+    return iter(TrainPipeline(source, order_, tokens, spec))
 
 
 def webdataset(args: argparse.Namespace, path: str) -> Iterator:

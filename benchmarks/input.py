@@ -12,7 +12,6 @@ batches from a pipeline newly entered, threads and first batch included.
 """
 
 import argparse
-import functools
 import io
 import itertools
 import statistics
@@ -104,31 +103,20 @@ def clip_jax_pass(
     config.source = default.source(type="tar" if shards else "synthetic", path=shards, size=2048)
     source, order = mixture.create(config, SIZE, seed=0, batch_size=batch_size, parts=1)
     tokens = tokenizer.create("openai", CONTEXT)
-    shape = {"image_size": SIZE, "seed": 0, "batch_size": batch_size}
-    reopen = functools.partial(
-        rows.reopen,
-        config,
-        tokenizer_name="openai",
+    spec = rows.Spec(
+        config=config,
+        tokenizer="openai",
         context_length=CONTEXT,
-        parts=max(processes, 1),
-        fallback_dir=None,
-        **shape,
+        image_size=SIZE,
+        seed=0,
+        batch_size=batch_size,
     )
     place = sharding.batch_sharding(sharding.make_mesh())
     passes = itertools.count()
 
     def take_pass() -> float:
-        pipeline = TrainPipeline(
-            source,
-            order,
-            tokens,
-            config,
-            start=next(passes) * batches * batch_size,
-            part=0,
-            parts=1,
-            reopen=reopen,
-            **shape,
-        )
+        start = next(passes) * batches * batch_size
+        pipeline = TrainPipeline(source, order, tokens, spec, start=start)
         feed = Feed(pipeline, place, depth=config.prefetch)
         for batch in itertools.islice(feed, batches):
             jax.block_until_ready(batch)

@@ -59,7 +59,7 @@ def write_index(folder: str) -> float:
 def resume(path: str, order: str, start: int, batch_size: int) -> dict[str, float]:
     """Opens the set and takes the first batch; times from before the imports."""
     began = time.monotonic()
-    from clip_jax.data import mixture, pipeline, tokenizer
+    from clip_jax.data import mixture, pipeline, rows, tokenizer
     from configs import default
 
     imported = time.monotonic()
@@ -68,9 +68,9 @@ def resume(path: str, order: str, start: int, batch_size: int) -> dict[str, floa
     config.order = order
     source, order_ = mixture.create(config, 224, 0, batch_size=batch_size, parts=1)
     opened = time.monotonic()
-    options = {"batch_size": batch_size, "image_size": 224, "seed": 0, "part": 0, "parts": 1}
+    spec = rows.Spec(config, "openai", 77, image_size=224, seed=0, batch_size=batch_size)
     tokens = tokenizer.create("openai", 77)
-    batches = pipeline.TrainPipeline(source, order_, tokens, config, start=start, **options)
+    batches = pipeline.TrainPipeline(source, order_, tokens, spec, start=start)
     batch = next(iter(batches))
     assert batch["image"].shape == (batch_size, 224, 224, 3)
     return {

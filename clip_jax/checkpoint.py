@@ -312,7 +312,7 @@ class _Writes:
         self._failing_since = self._failing_since or now
         self._wait = min(max(2 * self._wait, 1.0), self._LONGEST_WAIT)
         self._retry_at = now + self._wait
-        faults.note(f"{faults.reason(error)} while saving", self._directory, _first_line(error))
+        faults.record(f"{faults.reason(error)} while saving", self._directory, _first_line(error))
         if jax.process_count() > 1 or now - self._failing_since > faults.RETRY_FOR:
             raise StorageError(self._sentence(error)) from error
 

@@ -68,7 +68,7 @@ def bucket(bucket_server: Server, monkeypatch) -> Iterator[Server]:
         bucket_server.requests(reset=True)
         faults._counts.clear()
         faults._logged.clear()
-        faults._proven.clear()
+        faults._accessed.clear()
 
     reset()
     yield bucket_server

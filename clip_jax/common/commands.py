@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from clip_jax.errors import UserError
 
@@ -59,6 +59,24 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def at_least(lowest: int) -> Callable[[str], int]:
+    """Makes a type for argparse: integers from `lowest` on."""
+
+    def integer(text: str) -> int:
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
+        return int(text)
+
+    return integer
+
+
+def fraction(text: str) -> float:
+    """A type for argparse: fractions from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
 
 
 def _usage(table: Table, prefix: str, footer: str) -> str:

@@ -1,1 +1,1 @@
-"""Data sets as such: to index, check, describe, pack, de-duplicate and curate them."""
+"""Tools for data sets: index, check, describe, pack, deduplicate and balance them."""

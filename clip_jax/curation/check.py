@@ -1,4 +1,4 @@
-"""Tries every example as training would: reads it, decodes its image, tokenises its captions.
+"""Checks every example as training would use it: reads, decodes, tokenises.
 
     python -m clip_jax data check "shards/*.tar"
     python -m clip_jax data check gs://BUCKET/cc12m --workers=64 --max_skipped=0.01
@@ -8,7 +8,7 @@ Prints what is wrong, by reason, and writes to --out:
     bad.jsonl     index, key, reason and detail of every example that cannot be used
     summary.json  the counts
 
-Exit status: 0 if no more than --max_skipped is unusable, 1 otherwise, 2 for a mistake.
+Exit status: 0 if no more than --max_skipped is unusable, 1 otherwise, 2 for a user error.
 """
 
 import argparse
@@ -19,32 +19,35 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from clip_jax.data import arguments
+from PIL import Image
+
+from clip_jax.common import commands
+from clip_jax.common.tables import aligned
+from clip_jax.curation import parallel
+from clip_jax.data import arguments, images, tokenizer
+from clip_jax.data.sources import reading
+from clip_jax.data.sources.base import Example, Source
+from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample
 from clip_jax.storage import locations, writing
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from clip_jax.data.sources.base import Example, Source
-    from clip_jax.data.tokenizer import Tokenizer
-
-_NAMED = 3  # keys listed of each reason
+_NAMED = 3  # keys listed for each reason
 
 
 @dataclasses.dataclass
 class Summary:
-    """What a check found.
+    """The counts of a check.
 
     Attributes:
-      data: as named on the command line.
-      examples: that were tried.
-      seconds: that it took.
+      data: name of the data on the command line.
+      examples: number of examples tried.
+      seconds: time taken.
       reasons: number of unusable examples by reason.
-      first_keys: of each reason.
-      index: what was wrong with the shards or listing, by reason, before any example was read.
+      first_keys: keys of the first unusable examples of each reason.
+      index: number of problems of the shards or the listing, by reason, found before any example
+        was read.
     """
 
     data: str
@@ -55,8 +58,8 @@ class Summary:
     index: Counter[str] = dataclasses.field(default_factory=Counter)
 
     @property
-    def share(self) -> float:
-        """Of all that was found, how much is unusable."""
+    def fraction(self) -> float:
+        """The unusable fraction of all that was found."""
         lost = self.reasons.total() + self.index.total()
         return lost / max(self.examples + self.index.total(), 1)
 
@@ -74,10 +77,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", default="check", metavar="DIR", help="default: check")
     parser.add_argument(
         "--max_skipped",
-        type=arguments.share,
+        type=commands.fraction,
         default=0.0,
-        metavar="SHARE",
-        help="share that may be unusable; a damaged shard or repeated key counts as one",
+        metavar="FRACTION",
+        help="fraction that may be unusable; a damaged shard or repeated key counts as one",
     )
     parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
     options = parser.parse_args(argv)
@@ -90,46 +93,46 @@ def main(argv: list[str]) -> None:
             summary.add(bad)
             file.write(json.dumps(bad) + "\n")
     summary.seconds = time.perf_counter() - start
-    figures = vars(summary) | {"share": summary.share}
+    figures = vars(summary) | {"fraction": summary.fraction}
     writing.write(output / "summary.json", json.dumps(figures, indent=2) + "\n")
     print(_table(summary))
     if summary.reasons:
         print(f"\nAll of them: {output / 'bad.jsonl'}")
-    sys.exit(0 if summary.share <= options.max_skipped else 1)
+    sys.exit(0 if summary.fraction <= options.max_skipped else 1)
 
 
-def try_example(example: "Example", tokenizer: "Tokenizer") -> "Image.Image":
-    """The image, upright and RGB; BadExample where training might not be able to use the example.
+def try_example(example: Example, tokens: Tokenizer) -> Image.Image:
+    """Returns the image, upright and RGB, of an example that training can use.
 
     Every caption is tried, since training may draw any.
+
+    Raises:
+      BadExample: training might not be able to use the example.
     """
-    from PIL import Image
-
-    from clip_jax.data import images
-
     for text in example.captions.texts:
-        tokens, _ = tokenizer.encode(text)
-        if tokenizer.is_empty(tokens):  # as after "&nbsp;"
+        row, _ = tokens.encode(text)
+        if tokens.is_empty(row):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
+    return decode(example)
+
+
+def decode(example: Example) -> Image.Image:
+    """Returns the image, upright and RGB; raises BadExample where it cannot be decoded."""
     if isinstance(example.image, bytes):
         return images.decode(example.image, example.key)
     return Image.fromarray(example.image)
 
 
 @functools.lru_cache(maxsize=1)
-def make_tokenizer(name: str, context_length: int) -> "Tokenizer":
-    """The tokenizer of a process, made once."""
-    from clip_jax.data import tokenizer
-
+def make_tokenizer(name: str, context_length: int) -> Tokenizer:
+    """Returns the tokenizer of a process, which is made once."""
     return tokenizer.create(name, context_length)
 
 
 def _examine(
     data: arguments.Data, options: argparse.Namespace, summary: Summary
 ) -> Iterator[dict[str, Any]]:
-    """The examples that cannot be used; fills in the counts of the summary."""
-    from clip_jax.curation import parallel
-
+    """Yields the examples that cannot be used; sets the number of examples of the summary."""
     source = data.open()
     summary.examples, summary.index = len(source), Counter(getattr(source, "problems", {}))
     todo = parallel.parts(range(len(source)))
@@ -138,13 +141,12 @@ def _examine(
         yield from found
 
 
-def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[dict[str, Any]]:
-    from clip_jax.data.sources import reading
-
+def _check_part(name: str, source: Source, part: Sequence[int]) -> list[dict[str, Any]]:
+    """Returns the unusable examples of a part; `name` is that of the tokenizer."""
     found = []
-    for index, read in zip(part, reading.in_turn(source, part)):
+    for index, read in zip(part, reading.in_order(source, part)):
         try:
-            try_example(read(), make_tokenizer(tokenizer, 77))
+            try_example(read(), make_tokenizer(name, 77))
         except BadExample as bad:
             fields = {"key": bad.key, "reason": bad.reason, "detail": bad.detail}
             found.append({"index": int(index)} | fields)
@@ -152,8 +154,6 @@ def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[d
 
 
 def _table(summary: Summary) -> str:
-    from clip_jax.common.tables import aligned
-
     rate = summary.examples / max(summary.seconds, 1e-9)
     unusable = summary.reasons.total()
     blocks = [

@@ -1,4 +1,4 @@
-"""Finds images that repeat others: re-encoded, resized, slightly cropped or, by embeddings, alike.
+"""Finds near-duplicate images: re-encoded, resized, slightly cropped or, by embeddings, similar.
 
     python -m clip_jax data dedup "shards/*.tar"
     python -m clip_jax data dedup "shards/*.tar" --against="test/*.tar" --out=overlap
@@ -7,43 +7,43 @@
 
 By default images are compared by a perceptual hash of 64 bits and by their colours in nine fields.
 With --checkpoint, a trained model embeds them; with --embeddings, a .npy file has a row for each.
-Of images that are alike the first is kept. With --against, images go that are like one of the
-other set, which stays as it is: to keep a test set out of the training data, for example.
+Of near-duplicates the first is kept, the others are dropped. With --against, images are dropped
+that are near-duplicates of an image of the other set, none of which is dropped: to keep a test set
+out of the training data, for example.
 
 Writes to --out:
-    duplicates.parquet  key of each image that goes, key of the one kept, distance (bits, or
+    duplicates.parquet  key of each dropped image, key of the one kept, distance (bits, or
                         1 - cosine), number of the group
     keep.txt            the keys of all others, for pack --keep
-    pairs.html          pairs side by side, the least alike first: is the threshold right?
+    pairs.html          pairs side by side, the least similar first, to judge the threshold
 """
 
 import argparse
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from etils import epath
 
+from clip_jax.common import commands
+from clip_jax.curation import dedup_features, dedup_search
+from clip_jax.curation.check import decode
+from clip_jax.curation.dedup_features import Features
+from clip_jax.curation.dedup_search import Matches
 from clip_jax.data import arguments
+from clip_jax.data.sources.base import Source
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, writing
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from clip_jax.curation.dedup_features import Features
-    from clip_jax.curation.dedup_search import Matches
-    from clip_jax.data.sources.base import Source
 
 
 def main(argv: list[str]) -> None:
     """Runs the command."""
     options = _options(argv)
     output = locations.reachable(options.out)
-    from clip_jax.curation import dedup_search
-
     source, features = _read(options.data, options.embeddings, options)
     other_source, others = source, None
     if options.against:
@@ -64,8 +64,8 @@ def main(argv: list[str]) -> None:
 
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("dedup", __doc__)
-    add, at_least = parser.add_argument, arguments.at_least
-    add("--against", default="", metavar="DATA", help="other set, whose images stay")
+    add, at_least = parser.add_argument, commands.at_least
+    add("--against", default="", metavar="DATA", help="other set, of which none is dropped")
     add("--threshold", type=at_least(0), default=6, help="bits that may differ, of 64; default: 6")
     add(
         "--colours",
@@ -78,9 +78,9 @@ def _options(argv: list[str]) -> argparse.Namespace:
     add("--against_embeddings", default="", metavar="FILE", help="those of --against")
     add(
         "--cosine",
-        type=arguments.share,
+        type=commands.fraction,
         default=0.95,
-        help="of embeddings that count as alike; default: 0.95",
+        help="least cosine of near-duplicates; default: 0.95",
     )
     add("--out", default="dedup", metavar="DIR", help="default: dedup")
     add("--show", type=at_least(0), default=50, help="pairs on the page; default: 50")
@@ -96,35 +96,30 @@ def _options(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _read(name: str, embeddings: str, options: argparse.Namespace) -> "tuple[Source, Features]":
-    from clip_jax.curation import dedup_features as features
-
+def _read(name: str, embeddings: str, options: argparse.Namespace) -> tuple[Source, Features]:
     data = arguments.data(name, options)
     source = data.open()
     if options.checkpoint:
-        found = features.from_model(source, data, options.workers, options.checkpoint)
+        found = dedup_features.from_model(source, data, options.workers, options.checkpoint)
     elif embeddings:
-        found = features.from_file(source, data, options.workers, embeddings)
+        found = dedup_features.from_file(source, data, options.workers, embeddings)
     else:
-        found = features.signatures(source, data, options.workers)
+        found = dedup_features.signatures(source, data, options.workers)
     if not len(found.keys):
         raise UserError(f"No image of {name} can be used: {dict(found.unusable)}.")
     return source, found
 
 
 def _write(
-    output: epath.Path, features: "Features", kept_features: "Features", matches: "Matches"
-) -> "pa.Table":
+    output: epath.Path, features: Features, kept_features: Features, matches: Matches
+) -> pa.Table:
     """Writes duplicates.parquet and keep.txt; returns the former."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    gone = np.flatnonzero(matches.kept >= 0)
-    kept = matches.kept[gone]
+    dropped = np.flatnonzero(matches.kept >= 0)
+    kept = matches.kept[dropped]
     columns = {
-        "key": features.keys.take(pa.array(gone)),
+        "key": features.keys.take(pa.array(dropped)),
         "kept_key": kept_features.keys.take(pa.array(kept)),
-        "distance": matches.distance[gone],
+        "distance": matches.distance[dropped],
         "group": np.unique(kept, return_inverse=True)[1],
     }
     table = pa.table(columns)
@@ -138,17 +133,15 @@ def _write(
 
 def _show(
     count: int,
-    gone: "tuple[Source, Features]",
-    kept: "tuple[Source, Features]",
-    matches: "Matches",
+    dropped: tuple[Source, Features],
+    kept: tuple[Source, Features],
+    matches: Matches,
 ) -> Iterator[dict[str, Any]]:
-    """The pairs that are least alike, with their images."""
-    from clip_jax.curation.dedup_features import decode
-
+    """Yields the least similar pairs, with their images."""
     found = np.flatnonzero(matches.kept >= 0)
     for place in found[np.argsort(-matches.distance[found], kind="stable")][:count]:
         sides = []
-        for (source, features), at in ((gone, place), (kept, matches.kept[place])):
+        for (source, features), at in ((dropped, place), (kept, matches.kept[place])):
             try:
                 example = source[int(features.indices[at])]
                 image = decode(example)
@@ -163,15 +156,15 @@ def _write_page(
     path: epath.Path,
     pairs: Iterator[dict[str, Any]],
     options: argparse.Namespace,
-    table: "pa.Table",
+    table: pa.Table,
 ) -> None:
-    from clip_jax.common.pages import page
+    from clip_jax.common.pages import page  # with matplotlib
 
     distances = Counter(float(f"{distance:.2f}") for distance in table["distance"].to_pylist())
     page.write(
         path,
         pathlib.Path(__file__).with_name("dedup.html.jinja"),
-        title=f"{options.data}: {table.num_rows:,} images like another",
+        title=f"{options.data}: {table.num_rows:,} near-duplicate images",
         unit="1 - cosine" if options.checkpoint or options.embeddings else "bits",
         pairs=list(pairs),
         distances=sorted(distances.items()),
@@ -179,14 +172,14 @@ def _write_page(
 
 
 def _report(
-    options: argparse.Namespace, features: "Features", matches: "Matches", output: epath.Path
+    options: argparse.Namespace, features: Features, matches: Matches, output: epath.Path
 ) -> str:
-    gone = int((matches.kept >= 0).sum())
+    dropped = int((matches.kept >= 0).sum())
     total = len(matches.kept)
     where = f"one of {options.against}" if options.against else "an earlier one"
     lines = [
-        f"{options.data}: of {total:,} images {gone:,} ({gone / total:.2%}) are like {where}; "
-        f"{total - gone:,} stay."
+        f"{options.data}: of {total:,} images {dropped:,} ({dropped / total:.2%}) are "
+        f"near-duplicates of {where}; {total - dropped:,} are kept."
     ]
     if features.unusable:
         counts = ", ".join(f"{n:,} {reason}" for reason, n in features.unusable.most_common())

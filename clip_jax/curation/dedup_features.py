@@ -1,37 +1,36 @@
-"""What images are compared by: perceptual hashes with colours, or embeddings."""
+"""The features by which images are compared: perceptual hashes with colours, or embeddings."""
 
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from clip_jax.curation import parallel
+from clip_jax.curation.check import decode
 from clip_jax.curation.dedup_search import SIGNATURE
 from clip_jax.data import arguments, images
 from clip_jax.data.crops import CENTER
 from clip_jax.data.sources import reading
+from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges
 
-if TYPE_CHECKING:
-    from clip_jax.data.sources.base import Example, Source
-
-_FIELDS = 3  # along a side, of each of which the mean colour is kept
+_FIELDS = 3  # along a side, each with its mean colour
 
 
 class Features(NamedTuple):
-    """The images of a source that can be used.
+    """The features of the usable images of a source.
 
     Attributes:
-      indices: int64 [n], in the source.
+      indices: int64 [n], positions in the source.
       keys: n strings.
-      values: [n, ...], what they are compared by.
-      unusable: the other images, by reason.
+      values: [n, ...], the features.
+      unusable: number of the other images, by reason.
     """
 
     indices: np.ndarray
@@ -41,7 +40,7 @@ class Features(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """As `Features`, of some examples."""
+    """The features of some examples; see `Features`."""
 
     indices: list[int]
     keys: list[str]
@@ -49,23 +48,24 @@ class _Part(NamedTuple):
     unusable: Counter[str]
 
 
-def signatures(source: "Source", data: arguments.Data, workers: int) -> Features:
-    """`SIGNATURE` [n] of the images of a source."""
-    return _collect(functools.partial(_examine, signature), source, data, workers, SIGNATURE, ())
+def signatures(source: Source, data: arguments.Data, workers: int) -> Features:
+    """Computes `SIGNATURE` [n] of the images of a source."""
+    return _collect(signature, source, data, workers, SIGNATURE, ())
 
 
-def from_model(source: "Source", data: arguments.Data, workers: int, checkpoint: str) -> Features:
-    """float32 [n, d], embeddings by the model of a checkpoint, mapped from a temporary file."""
-    from clip_jax import api
+def from_model(source: Source, data: arguments.Data, workers: int, checkpoint: str) -> Features:
+    """Embeds the images by the model of a checkpoint: float32 [n, d], in a temporary file."""
+    from clip_jax import api  # with JAX
 
     model = api.load(checkpoint)
     size, width = model.net.size.image_size, model.net.size.embed_dim
-    work = functools.partial(_examine, functools.partial(_pixels, size))
-    return _collect(work, source, data, workers, np.dtype(np.float32), (width,), model.encode_image)
+    extract = functools.partial(_pixels, size)
+    dtype = np.dtype(np.float32)
+    return _collect(extract, source, data, workers, dtype, (width,), model.encode_image)
 
 
-def from_file(source: "Source", data: arguments.Data, workers: int, path: str) -> Features:
-    """Rows of a .npy file, one per example of the source in its order; the images are not decoded.
+def from_file(source: Source, data: arguments.Data, workers: int, path: str) -> Features:
+    """Reads a .npy file with a row per example of the source; the images are not decoded.
 
     Raises:
       UserError: the file is not such an array.
@@ -81,18 +81,17 @@ def from_file(source: "Source", data: arguments.Data, workers: int, path: str) -
         raise UserError(f"The embeddings {path} cannot be read: {error}.") from error
     if rows.ndim != 2 or len(rows) != len(source):
         raise UserError(
-            f"The embeddings {path} have the shape {rows.shape}; wanted is a row for each of "
+            f"The embeddings {path} have the shape {rows.shape}; they need a row for each of "
             f"{len(source):,} examples."
         )
-    work = functools.partial(_examine, _nothing)
-    found = _collect(work, source, data, workers, np.dtype(np.uint8), ())
+    found = _collect(_nothing, source, data, workers, np.dtype(np.uint8), ())
     every = len(found.indices) == len(rows)
     return found._replace(values=rows if every else rows[found.indices])
 
 
-def signature(example: "Example") -> np.ndarray:
-    """`SIGNATURE` [] of an image; BadExample where it cannot be decoded."""
-    import imagehash
+def signature(example: Example) -> np.ndarray:
+    """Computes `SIGNATURE` [] of an image; raises BadExample where it cannot be decoded."""
+    import imagehash  # with SciPy
 
     image = decode(example)
     made = np.zeros((), SIGNATURE)
@@ -102,28 +101,23 @@ def signature(example: "Example") -> np.ndarray:
     return made
 
 
-def decode(example: "Example") -> Image.Image:
-    """The image, upright and RGB; BadExample where it cannot be decoded."""
-    if isinstance(example.image, bytes):
-        return images.decode(example.image, example.key)
-    return Image.fromarray(example.image)
-
-
-def _pixels(size: int, example: "Example") -> np.ndarray:
+def _pixels(size: int, example: Example) -> np.ndarray:
     return images.pixels(example.image, example.key, size, CENTER, None)
 
 
-def _nothing(example: "Example") -> np.ndarray:
+def _nothing(example: Example) -> np.ndarray:
     del example
     return np.zeros((), np.uint8)
 
 
-def _examine(look, source: "Source", part: Sequence[int]) -> _Part:
+def _extract(
+    extract: Callable[[Example], np.ndarray], source: Source, part: Sequence[int]
+) -> _Part:
     found = _Part([], [], [], Counter())
-    for index, read in zip(part, reading.in_turn(source, part)):
+    for index, read in zip(part, reading.in_order(source, part)):
         try:
             example = read()
-            found.values.append(look(example))
+            found.values.append(extract(example))
         except BadExample as bad:
             found.unusable[bad.reason] += 1
         else:
@@ -133,17 +127,28 @@ def _examine(look, source: "Source", part: Sequence[int]) -> _Part:
 
 
 def _collect(
-    work: "parallel.Work[_Part]",
-    source: "Source",
+    extract: Callable[[Example], np.ndarray],
+    source: Source,
     data: arguments.Data,
     workers: int,
     dtype: np.dtype,
     shape: tuple[int, ...],
-    finish=np.asarray,
+    finish: Callable[[np.ndarray], np.ndarray] = np.asarray,
 ) -> Features:
-    """The features of a whole source; `finish` makes values, [k, *shape], of those of a part."""
+    """Extracts the features of a whole source.
+
+    Args:
+      extract: returns the features of an example, or what `finish` makes them from.
+      source: the examples.
+      data: description of the source, for other processes.
+      workers: number of processes.
+      dtype: dtype of the features.
+      shape: shape of the features of one example.
+      finish: makes the features, [k, *shape], of the stacked results of `extract`.
+    """
+    work = functools.partial(_extract, extract)
     todo = parallel.parts(range(len(source)))
-    with tempfile.TemporaryFile() as file:  # goes with the process
+    with tempfile.TemporaryFile() as file:  # is deleted when the process ends
         values = np.memmap(file, dtype, shape=(max(len(source), 1), *shape))
     indices, keys, count = [np.empty(0, np.int64)], [], 0
     unusable: Counter[str] = Counter()

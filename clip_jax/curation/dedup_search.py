@@ -1,7 +1,7 @@
-"""Which images repeat an earlier one: exact search among perceptual hashes or embeddings.
+"""Finds near-duplicates of earlier images: exact search among perceptual hashes or embeddings.
 
-An image goes if one that is kept lies within the threshold, in the order of the set; so whatever
-goes has its like among those kept, however long a chain of similar images is.
+In the order of the set, an image is dropped if one that is kept lies within the threshold. So every
+dropped image has a near-duplicate that is kept, however long a chain of similar images is.
 """
 
 import itertools
@@ -10,48 +10,51 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64, Shaped, UInt8, UInt64
 
-BITS = 64  # of a hash
-# Of an image: perceptual hash of its greys, and mean red, green and blue of its 3 x 3 fields.
+BITS = 64  # bits of a hash
+# The features of an image: perceptual hash of its greys; mean red, green and blue of 3 x 3 fields.
 SIGNATURE = np.dtype([("hash", "<u8"), ("colours", "u1", 27)])
 _BLOCK = 4096  # embeddings compared with as many others at a time
 _MAX_TABLES = 1000
 
-
-Alike = Callable[[np.ndarray, np.ndarray], np.ndarray]
+IsPair = Callable[[Int64[np.ndarray, " p"], Int64[np.ndarray, " p"]], Bool[np.ndarray, " p"]]
 
 
 class Matches(NamedTuple):
-    """What becomes of each image.
+    """The match of each image.
 
     Attributes:
-      kept: int64 [n], index of the image that is kept in its place; -1: it is kept itself.
-      distance: float32 [n], between the two; 0 where it is kept.
+      kept: index of the image that is kept in place of this one; -1: this one is kept.
+      distance: distance of the two; 0 where the image is kept.
     """
 
-    kept: np.ndarray
-    distance: np.ndarray
+    kept: Int64[np.ndarray, " n"]
+    distance: Float32[np.ndarray, " n"]
 
 
 class Pairs(NamedTuple):
-    """Close hashes: indices int64 [p] of both, and differing bits, uint8 [p]."""
+    """Pairs of close hashes: indices of both, and number of differing bits."""
 
-    first: np.ndarray
-    second: np.ndarray
-    distance: np.ndarray
+    first: Int64[np.ndarray, " p"]
+    second: Int64[np.ndarray, " p"]
+    distance: UInt8[np.ndarray, " p"]
 
 
 def match_signatures(
-    signatures: np.ndarray, threshold: int, tolerance: int, others: np.ndarray | None = None
+    signatures: Shaped[np.ndarray, " n"],
+    threshold: int,
+    tolerance: int,
+    others: Shaped[np.ndarray, " m"] | None = None,
 ) -> Matches:
-    """Images whose hash and colours are close to those of one that is kept.
+    """Matches images whose hash and colours are close to those of an image that is kept.
 
     Args:
       signatures: `SIGNATURE` [n].
-      threshold: bits of the hash that may differ.
-      tolerance: levels of 255 by which each colour may.
-      others: `SIGNATURE` [m]: all of these are kept, and the images are compared with them only;
-        None: they are compared with each other.
+      threshold: number of bits of the hash that may differ.
+      tolerance: levels of 255 by which each colour may differ.
+      others: `SIGNATURE` [m]. All of these are kept, and the images are compared with them only;
+        None: the images are compared with each other.
     """
     firsts, numbers = _distinct(signatures)
     if others is None:
@@ -61,40 +64,41 @@ def match_signatures(
         kept_firsts, match = _distinct(others)[0], _nearest
         unique, reference = signatures[firsts], others[kept_firsts]
 
-    def alike(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def colours_match(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         first, second = (x["colours"].astype(np.int16) for x in (unique[rows], reference[columns]))
         return np.abs(first - second).max(axis=1) <= tolerance
 
     against = None if others is None else reference["hash"]
-    matches = match(len(unique), close_pairs(unique["hash"], threshold, against, alike))
+    matches = match(len(unique), close_pairs(unique["hash"], threshold, against, colours_match))
     kept = np.where(matches.kept >= 0, kept_firsts[matches.kept], -1)
     distance = matches.distance[numbers]
-    if others is None:  # exact repeats go too
+    if others is None:  # exact repeats are dropped too
         kept = np.where(kept >= 0, kept, firsts)[numbers]
         return Matches(np.where(kept == np.arange(len(kept)), -1, kept), distance)
     return Matches(kept[numbers], distance)
 
 
 def close_pairs(
-    hashes: np.ndarray,
+    hashes: UInt64[np.ndarray, " n"],
     threshold: int,
-    others: np.ndarray | None = None,
-    alike: Alike | None = None,
+    others: UInt64[np.ndarray, " m"] | None = None,
+    is_pair: IsPair | None = None,
 ) -> Pairs:
-    """All pairs of hashes that differ in at most `threshold` bits, each once.
+    """Finds all pairs of hashes that differ in at most `threshold` bits, each once.
 
-    The bits are cut into p parts. Two hashes that differ in t bits agree in p - t of the parts,
-    so one look-up table for each choice of p - t parts meets every such pair; the other pairs
-    that meet are sorted out by counting bits. p is chosen by the number of hashes. With n of
-    them, a table costs a sort and, where hashes are spread evenly, n^2 / 2^(64 (p - t) / p + 1)
-    comparisons: for t = 6, 28 tables of 16 bits at a million. Memory: some 60 bytes per hash, and
-    17 per pair.
+    The bits are cut into p parts. Two hashes that differ in t bits agree in at least p - t of the
+    parts, so one look-up table for each choice of p - t parts finds every such pair. The other
+    pairs that it finds are excluded by counting bits. p is chosen by the number of hashes. With n
+    of them, a table costs a sort and, where hashes are spread evenly,
+    n^2 / 2^(64 (p - t) / p + 1) comparisons: for t = 6, 28 tables of 16 bits at a million. Memory:
+    some 60 bytes per hash, and 17 per pair.
 
     Args:
-      hashes: uint64 [n].
-      threshold: fewer than 64.
-      others: uint64 [m]: pairs of one of each; None: pairs among `hashes`, the earlier one first.
-      alike: indices of both, int64 [p] -> bool [p], whether the pair counts; None: all do.
+      hashes: the hashes.
+      threshold: number of bits, below 64.
+      others: other hashes, for pairs of one from each; None: pairs among `hashes`, the earlier
+        one first.
+      is_pair: decides on pairs, given the indices of both hashes; None: all are pairs.
     """
     against = hashes if others is None else others
     masks = _masks(_parts(len(hashes), len(against), threshold))
@@ -102,7 +106,7 @@ def close_pairs(
     found = [(nothing, nothing, np.empty(0, np.uint8))]
     for chosen in itertools.combinations(range(len(masks)), len(masks) - threshold):
         mask = np.bitwise_or.reduce(masks[list(chosen)])
-        # A pair that agrees in more parts meets in several tables; the first of them counts.
+        # A pair that agrees in more parts is in several tables; only the first of them counts.
         earlier = [masks[part] for part in range(chosen[-1]) if part not in chosen]
         for rows, columns in _meetings(hashes & mask, None if others is None else others & mask):
             differing = hashes[rows] ^ against[columns]
@@ -110,25 +114,28 @@ def close_pairs(
             for part in earlier:
                 near &= differing & part != 0
             rows, columns, differing = rows[near], columns[near], differing[near]
-            if alike is not None:
-                near = alike(rows, columns)
+            if is_pair is not None:
+                near = is_pair(rows, columns)
                 rows, columns, differing = rows[near], columns[near], differing[near]
             found.append((rows, columns, np.bitwise_count(differing)))
     return Pairs(*map(np.concatenate, zip(*found)))
 
 
 def match_embeddings(
-    embeddings: np.ndarray, threshold: float, others: np.ndarray | None = None
+    embeddings: Float[np.ndarray, "n d"],
+    threshold: float,
+    others: Float[np.ndarray, "m d"] | None = None,
 ) -> Matches:
-    """Images whose embedding has a cosine of at least `threshold` with that of one kept.
+    """Matches images whose embedding has a cosine of at least `threshold` with that of one kept.
 
-    Compares all with all that are kept, in blocks: n^2 d multiplications at most, and memory for
-    three blocks whatever n.
+    All images are compared with all that are kept, in blocks: n^2 d multiplications at most, and
+    memory for three blocks whatever n.
 
     Args:
-      embeddings: [n, d], of any length but zero; zero: like no other. May be mapped from a file.
-      threshold: above 0.
-      others: [m, d]: as for `match_signatures`.
+      embeddings: embeddings of any norm; one of zeros is similar to no other. May be mapped from a
+        file.
+      threshold: least cosine, above 0.
+      others: embeddings of the other set, as for `match_signatures`.
     """
     size = len(embeddings)
     kept, similarity = np.full(size, -1), np.zeros(size, np.float32)
@@ -145,7 +152,7 @@ def match_embeddings(
 
 
 def _distinct(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each different one first stands, rising; and the number among these of every one."""
+    """Returns the first index of each distinct signature, rising; and each one's place in these."""
     plain = signatures.view(f"V{signatures.itemsize}")
     _, first, inverse = np.unique(plain, return_index=True, return_inverse=True)
     order = np.argsort(first)
@@ -155,7 +162,7 @@ def _distinct(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _keep_first(count: int, pairs: Pairs) -> Matches:
-    """Goes through the images in order; each goes if one already kept is close: the closest."""
+    """Drops each image, in order, if one already kept is close; matches it with the closest."""
     kept, distance = np.full(count, -1), np.zeros(count, np.float32)
     order = np.lexsort((pairs.first, pairs.distance, pairs.second))
     for first, second, bits in zip(*(column[order].tolist() for column in pairs)):
@@ -165,17 +172,17 @@ def _keep_first(count: int, pairs: Pairs) -> Matches:
 
 
 def _nearest(count: int, pairs: Pairs) -> Matches:
-    """For each image on the left of a pair the closest one on the right."""
+    """Matches each first image of a pair with its closest second one."""
     kept, distance = np.full(count, -1), np.zeros(count, np.float32)
     order = np.lexsort((pairs.second, pairs.distance, pairs.first))[::-1]
-    # Where an index repeats, the last value assigned stays.
+    # Where an index repeats, the last assignment holds.
     kept[pairs.first[order]] = pairs.second[order]
     distance[pairs.first[order]] = pairs.distance[order]
     return Matches(kept, distance)
 
 
 def _parts(count: int, others: int, threshold: int) -> int:
-    """The number of parts with the least work, a sort reckoned as 5 comparisons per hash."""
+    """Returns the number of parts with the least work, a sort taken as 5 comparisons per hash."""
 
     def work(parts: int) -> float:
         tables = math.comb(parts, threshold)
@@ -188,7 +195,7 @@ def _parts(count: int, others: int, threshold: int) -> int:
 
 
 def _masks(parts: int) -> np.ndarray:
-    """uint64 [parts], that cut the bits into parts of almost equal size."""
+    """The bits of each part, uint64 [parts]; all parts are of almost equal size."""
     bounds = [BITS * part // parts for part in range(parts + 1)]
     return np.array([(1 << high) - (1 << low) for low, high in itertools.pairwise(bounds)], "u8")
 
@@ -196,7 +203,7 @@ def _masks(parts: int) -> np.ndarray:
 def _meetings(
     keys: np.ndarray, others: np.ndarray | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices of equal keys; without `others` among `keys`, the earlier one first."""
+    """Yields indices of equal keys; without `others` among `keys`, the earlier one first."""
     table = keys if others is None else others
     order = np.argsort(table, kind="stable")
     table = table[order]
@@ -216,7 +223,7 @@ def _meetings(
 def _best(
     block: np.ndarray, reference: np.ndarray, survivors: np.ndarray, threshold: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the index of the survivor with the highest cosine, -1: too low; the cosine."""
+    """Returns for each row the index of the most similar survivor, -1: too low; and the cosine."""
     best, cosine = np.full(len(block), -1), np.zeros(len(block), np.float32)
     for start in range(0, len(survivors), _BLOCK):
         indices = survivors[start : start + _BLOCK]
@@ -231,7 +238,7 @@ def _best(
 def _match_within(
     block: np.ndarray, start: int, best: np.ndarray, cosine: np.ndarray, threshold: float
 ) -> None:
-    """Goes through the rows of a block in order, as `_keep_first`; fills in what goes."""
+    """Matches the rows of a block in order, as `_keep_first`; updates `best` and `cosine`."""
     products = np.tril(block @ block.T, -1)
     for row in np.flatnonzero((products >= threshold).any(axis=1)):
         against = np.where(best[:row] < 0, products[row, :row], 0)

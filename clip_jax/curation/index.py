@@ -1,14 +1,16 @@
-"""python -m clip_jax data index: finds every sample of shards once, ahead of the first run."""
+"""python -m clip_jax data index: indexes the samples of shards ahead of the first run."""
 
 import time
 
 from clip_jax.data import arguments
+from clip_jax.data.sources import shard_index, tar, tar_index, tfrecord
 from clip_jax.errors import UserError
+from clip_jax.storage import locations
 
 _ABOUT = """\
-Reads the headers of tar shards or TFRecord files, in parallel, and keeps what it finds in one file
-in their directory (clip_jax.tar.index), so that a run opens them at once. A shard that changes is
-read again by itself. Runs do the same when they find no index; on many hosts, do it once before.
+Reads the headers of tar shards or TFRecord files, in parallel, and writes an index into their
+directory (clip_jax.tar.index), with which a run opens them at once. A shard that changes is read
+again by itself. A run makes the index itself where there is none; on many hosts, make it before.
 
   python -m clip_jax data index "shards/*.tar"
   python -m clip_jax data index gs://BUCKET/shards --workers=64
@@ -19,9 +21,6 @@ def main(argv: list[str]) -> None:
     """Runs the command."""
     options = arguments.parser("index", _ABOUT).parse_args(argv)
     spec = arguments.data(options.data, options).spec
-    from clip_jax.data.sources import shard_index, tar, tar_index, tfrecord
-    from clip_jax.storage import locations
-
     if spec.type == "tar":
         paths, kind = tar.find(spec.path), tar_index.KIND
     elif spec.type == "tfrecord":

@@ -1,15 +1,14 @@
-"""Writes any data as tar shards: 00000.tar, 00001.tar, ... with KEY.jpg beside KEY.txt.
+"""Packs any data into tar shards: 00000.tar, 00001.tar, ... with KEY.jpg beside KEY.txt.
 
     python -m clip_jax data pack pictures gs://BUCKET/pictures
     python -m clip_jax data pack tfds:coco_captions coco --shuffle --resize=256
     python -m clip_jax data pack "raw/*.tar" clean --keep=dedup/keep.txt
 
-Every example is tried as training would; what cannot be used is left out and counted. Image files
-are copied as they are; stored pixels become PNG. Where an example has several captions or a class,
-KEY.json takes the place of KEY.txt: "caption", one or a list; "label", its number, or a list;
-"class", the same by name. Training reads the captions without further ado, and classes with
-source.label_key=label.
-KEY numbers the examples.
+Every example is checked as training would use it; unusable ones are left out and counted. Image
+files are copied unchanged; stored pixels become PNG. KEY is the number of the example. Where an
+example has several captions or a class, KEY.json takes the place of KEY.txt: "caption", one or a
+list; "label", its number, or a list; "class", the same by name. Training reads the captions without
+a setting, and the classes with source.label_key=label.
 
 Run the same command again after an interruption: finished shards are kept.
 """
@@ -23,23 +22,24 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
-from clip_jax.data import arguments
+from clip_jax.common import commands
+from clip_jax.curation import parallel
+from clip_jax.curation.check import make_tokenizer, try_example
+from clip_jax.data import arguments, order
+from clip_jax.data.sources import captions, reading
+from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges, writing
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from clip_jax.data.sources.base import Example, Source
-
-MANIFEST = "pack.json"  # what the shards beside it were made of
+MANIFEST = "pack.json"  # the plan of the shards beside it
 NOT_KEPT = "not in --keep"
-_QUALITY = 95  # of JPEG files made here
+_QUALITY = 95  # quality of JPEG files made here
 _SUFFIXES = {
     "JPEG": "jpg",
     "MPO": "jpg",  # a JPEG with further views of the scene behind it
@@ -53,16 +53,18 @@ _SUFFIXES = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What goes into which shard; equal plans write equal shards.
+    """A description of the shards; equal plans write equal shards.
 
     Attributes:
-      data: as named on the command line.
-      examples: in the source.
-      shard_size: examples of the source that go into a shard.
-      shuffle_seed: of the order; None: as stored.
-      resize: pixels that the shorter side has at most; None: images stay as they are.
+      data: name of the data on the command line.
+      examples: number of examples in the source.
+      shard_size: number of examples of the source per shard.
+      shuffle_seed: PRNG seed of the order; None: as stored.
+      resize: pixels of the shorter side at most; None: images stay unchanged.
       keep: file with the keys of the examples to write; None: all.
-      tokenizer: that captions must not be empty to.
+      tokenizer: name of the tokenizer by which captions must not be empty.
+      text_key: fields of the captions.
+      label_key: field of the class.
     """
 
     data: str
@@ -94,11 +96,11 @@ def main(argv: list[str]) -> None:
         label_key=options.label_key,
     )
     try:
-        _note(plan, output / MANIFEST)
+        _write_manifest(plan, output / MANIFEST)
         counts = write(plan, source, data, output, options.workers)
     except OSError as error:
         raise UserError(
-            f"The shards cannot be written: {error}. When that is put right, run the same command "
+            f"The shards cannot be written: {error}. Once that is solved, run the same command "
             "again; finished shards are kept."
         ) from error
     print(_report(counts, Counter(getattr(source, "problems", {})), output))
@@ -106,16 +108,16 @@ def main(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser("pack", __doc__)
-    add, at_least = parser.add_argument, arguments.at_least
+    add, at_least = parser.add_argument, commands.at_least
     add("out", metavar="OUT", help="directory of the shards, local, gs:// or s3://")
     add("--shard_size", type=at_least(1), default=10_000, help="examples; default: 10000")
     add("--shuffle", action="store_true", help="in random order; default: as stored")
-    add("--seed", type=at_least(0), default=0, help="of --shuffle; default: 0")
+    add("--seed", type=at_least(0), default=0, help="seed of --shuffle; default: 0")
     add(
         "--resize",
         type=at_least(1),
         metavar="PIXELS",
-        help="makes larger images so large on their shorter side, as JPEG of quality 95",
+        help="shorter side to which larger images are resized, as JPEG of quality 95",
     )
     add("--keep", metavar="FILE", help="writes only the examples whose keys are its lines")
     add("--tokenizer", default="openai", help="as in configs/default.py")
@@ -123,17 +125,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _refuse_weights(text_key: str) -> None:
-    from clip_jax.data.sources import captions
-
     if any(field.weight != 1 for field in captions.parse_fields(text_key)):
         raise UserError(
-            f"--text_key={text_key} weighs its fields, but shards keep captions without weights: "
+            f"--text_key={text_key} gives weights to fields, but shards store captions without: "
             "name the fields alone."
         )
 
 
-def _note(plan: Plan, path: epath.Path) -> None:
-    """Writes what the shards are made of; UserError where those that are there differ."""
+def _write_manifest(plan: Plan, path: epath.Path) -> None:
+    """Writes the plan of the shards; raises UserError where shards of another plan are there."""
     fields = dataclasses.asdict(plan)
     try:
         found = json.loads(ranges.read(path))
@@ -146,21 +146,20 @@ def _note(plan: Plan, path: epath.Path) -> None:
     else:
         if changed := [name for name in fields if fields[name] != found.get(name)]:
             raise UserError(
-                f"{path.parent} holds shards made otherwise: {', '.join(changed)} differ from "
+                f"{path.parent} holds shards of another command: {', '.join(changed)} differ from "
                 f"{path}. Choose another directory, or remove that one."
             )
 
 
 def write(
-    plan: Plan, source: "Source", data: arguments.Data, output: epath.Path, workers: int
+    plan: Plan, source: Source, data: arguments.Data, output: epath.Path, workers: int
 ) -> Counter[str]:
     """Writes the shards that are not there yet, in parallel.
 
     Returns:
-      Examples "written" and left out by reason, and "shards" and those "there already".
+      The numbers of examples "written" and of those left out, by reason; and the numbers of
+      "shards" and of those "there already".
     """
-    from clip_jax.curation import parallel
-
     starts = range(0, plan.examples, plan.shard_size)
     todo = [range(start, min(start + plan.shard_size, plan.examples)) for start in starts]
     work = functools.partial(_write_shard, plan, str(output))
@@ -169,10 +168,8 @@ def write(
     )
 
 
-def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int]) -> Counter[str]:
+def _write_shard(plan: Plan, output: str, source: Source, places: Sequence[int]) -> Counter[str]:
     """Writes the examples at some places of the order as a shard."""
-    from clip_jax.data.sources import reading
-
     path = epath.Path(output) / f"{places[0] // plan.shard_size:05}.tar"
     if locations.stat(path) is not None:
         return Counter({"there already": 1})
@@ -181,7 +178,7 @@ def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int
         writing.replacing(path) as temporary,
         tarfile.open(temporary, mode="w") as tar,
     ):
-        reads = reading.in_turn(source, (_index(plan, place) for place in places))
+        reads = reading.in_order(source, (_index(plan, place) for place in places))
         for place, read in zip(places, reads):
             try:
                 members = _members(plan, read(), source.class_names)
@@ -199,25 +196,23 @@ def _write_shard(plan: Plan, output: str, source: "Source", places: Sequence[int
 def _index(plan: Plan, place: int) -> int:
     if plan.shuffle_seed is None:
         return place
-    from clip_jax.data import order
-
     return order.permutation(plan.examples, plan.shuffle_seed, 0)[place]
 
 
-def _members(plan: Plan, example: "Example", class_names: Sequence[str]) -> dict[str, bytes]:
-    """The files of an example, by suffix; BadExample where it is not wanted or not usable."""
-    from clip_jax.curation.check import make_tokenizer, try_example
+def _members(plan: Plan, example: Example, class_names: Sequence[str]) -> dict[str, bytes]:
+    """Returns the files of an example, by suffix.
 
+    Raises:
+      BadExample: the example is not wanted or not usable.
+    """
     if plan.keep and not _kept(plan.keep, example.key):
         raise BadExample(NOT_KEPT, example.key)
     image = try_example(example, make_tokenizer(plan.tokenizer, 77))
     return dict([_image_file(example, image, plan.resize), _text_file(example, class_names)])
 
 
-def _image_file(example: "Example", image: "Image.Image", resize: int | None) -> tuple[str, bytes]:
-    """Suffix and contents of the image file; `image` is what it decodes to."""
-    from PIL import Image
-
+def _image_file(example: Example, image: Image.Image, resize: int | None) -> tuple[str, bytes]:
+    """Returns suffix and contents of the image file; `image` is the decoded image."""
     file = io.BytesIO()
     if resize and min(image.size) > resize:
         scale = resize / min(image.size)
@@ -233,7 +228,7 @@ def _image_file(example: "Example", image: "Image.Image", resize: int | None) ->
     return "png", file.getvalue()
 
 
-def _text_file(example: "Example", class_names: Sequence[str]) -> tuple[str, bytes]:
+def _text_file(example: Example, class_names: Sequence[str]) -> tuple[str, bytes]:
     texts = example.captions.texts
     if len(texts) == 1 and not example.labels:
         try:
@@ -261,7 +256,7 @@ def _kept(path: str, key: str) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _keep_list(path: str) -> np.ndarray:
-    """Hashes of the keys in a file, sorted: 8 bytes each, where the keys would take a hundred."""
+    """Returns sorted hashes of the keys in a file: 8 bytes each, in place of some hundred."""
     try:
         with ranges.scanning(locations.parse(path)) as file:
             hashes = (_hash(line.rstrip(b"\r\n")) for line in file)

@@ -1,29 +1,99 @@
-"""The figures of `data stats` as a table to print and as a page with histograms."""
+"""The figures of `data stats`: histograms of values, a table to print, a page."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from etils import epath
+from jaxtyping import Float64, Int64
 
-from clip_jax.common.pages import curves, page, svg
 from clip_jax.common.tables import aligned
-from clip_jax.curation.tally import POINTS, QUANTITIES, Tally
 
 _BINS = 60
+
+QUANTITIES = {
+    "width": "width, pixels",
+    "height": "height, pixels",
+    "aspect": "width, % of height",
+    "pixels": "width x height",
+    "bytes": "bytes of image file",
+    "captions": "captions of image",
+    "characters": "characters of caption",
+    "words": "words of caption",
+    "ids": "token ids of caption",
+}
+POINTS = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # per cent
+
+
+class Histogram:
+    """Counts of values; those from 10,000 on are rounded to four digits, to bound the memory."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[float] = Counter()
+
+    def add(self, value: float) -> None:
+        self._counts[float(f"{value:.4g}")] += 1
+
+    def merge(self, other: "Histogram") -> None:
+        self._counts.update(other._counts)
+
+    def __len__(self) -> int:
+        """The number of values that were added."""
+        return self._counts.total()
+
+    def percentiles(self, points: Sequence[float]) -> list[float]:
+        """Returns, for each of `points`, the least value that so many per cent do not exceed."""
+        values, numbers = self.values()
+        ranks = np.maximum(np.ceil(np.array(points) / 100 * numbers.sum()), 1)
+        return values[np.searchsorted(np.cumsum(numbers), ranks)].tolist()
+
+    def mean(self) -> float:
+        values, numbers = self.values()
+        return float(values @ numbers / numbers.sum())
+
+    def fraction_above(self, limit: float) -> float:
+        """Returns the fraction of the values that exceed `limit`."""
+        values, numbers = self.values()
+        return float(numbers[values > limit].sum() / numbers.sum())
+
+    def bin(self, bins: int) -> tuple[Int64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Counts the values in bins of equal width, the largest half per cent left out.
+
+        Args:
+          bins: number of bins at most; none is narrower than 1.
+
+        Returns:
+          The middles of the bins; the fractions of all values in them.
+        """
+        values, numbers = self.values()
+        low, high = values[0], self.percentiles([99.5])[0]
+        bins = int(min(bins, np.ceil(high - low) + 1))
+        edges = np.linspace(low - 0.5, high + 0.5, bins + 1)
+        fractions = np.histogram(values, edges, weights=numbers)[0] / numbers.sum()
+        return np.round((edges[1:] + edges[:-1]) / 2).astype(np.int64), fractions
+
+    def values(self) -> tuple[Float64[np.ndarray, " n"], Float64[np.ndarray, " n"]]:
+        """Returns the distinct values, rising, and the count of each."""
+        values = np.array(sorted(self._counts))
+        return values, np.array([self._counts[value] for value in values.tolist()], np.float64)
+
+
+# ---- Table and page ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A title and rows of cells, the first of them the header; the first column is text."""
+    """A title and rows of cells; the first row is the header, the first column is text."""
 
     title: str
     rows: Sequence[Sequence[str]]
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Everything, ready to print."""
+    """Formats all figures as text."""
     blocks = ["\n".join(_facts(summary))]
     for one in _tables(summary):
         body = [["  " + row[0], *row[1:]] for row in one.rows]
@@ -31,13 +101,20 @@ def table(summary: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def write_page(path: epath.Path, summary: Mapping[str, Any], tallies: Mapping[str, Tally]) -> None:
-    """Writes everything as a page; the tallies become its histograms."""
-    drawn = [
-        {"title": title, "svg": _histogram(tallies[name], title)}
-        for name, title in QUANTITIES.items()
-        if len(tallies[name].values()[0]) > 1
-    ]
+def write_page(
+    path: epath.Path, summary: Mapping[str, Any], histograms: Mapping[str, Histogram]
+) -> None:
+    """Writes all figures as a page with histograms."""
+    from clip_jax.common.pages import curves, page  # with matplotlib
+
+    drawn = []
+    for name, title in QUANTITIES.items():
+        histogram = histograms[name]
+        if len(histogram.values()[0]) > 1:
+            middles, fractions = histogram.bin(_BINS)
+            label = f"{title}: median {_short(histogram.percentiles([50])[0])}"
+            plot = curves.draw([curves.Series(title, middles, fractions)], label, share=True)
+            drawn.append({"title": title, "svg": plot})
     page.write(
         path,
         Path(__file__).with_name("stats.html.jinja"),
@@ -46,12 +123,6 @@ def write_page(path: epath.Path, summary: Mapping[str, Any], tallies: Mapping[st
         plots=drawn,
         tables=_tables(summary),
     )
-
-
-def _histogram(tally: Tally, title: str):
-    middles, shares = tally.histogram(_BINS)
-    label = f"{title}: median {svg.short(tally.percentiles([50])[0])}"
-    return curves.draw([curves.Series(title, middles, shares)], label, share=True)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
@@ -79,7 +150,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
     columns = [f"p{point}" for point in POINTS] + ["mean"]
     spread = [
-        [QUANTITIES[name], *(svg.short(values[column]) for column in columns)]
+        [QUANTITIES[name], *(_short(values[column]) for column in columns)]
         for name, values in summary["percentiles"].items()
     ]
     titles = ["least", *(f"{point} %" for point in POINTS[1:-1]), "most", "mean"]
@@ -101,5 +172,11 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3g} %"
+
+
+def _short(value: float) -> str:
+    from clip_jax.common.pages import svg  # with matplotlib
+
+    return svg.short(value)

@@ -1,4 +1,4 @@
-"""Results per shard that are either whole or not there, and know what they were made of."""
+"""Results per shard: complete files, with a fingerprint of the inputs that they depend on."""
 
 import hashlib
 import io
@@ -17,13 +17,13 @@ from clip_jax.storage import locations, ranges, writing
 
 
 def write(path: epath.Path, table: pa.Table) -> None:
-    """Writes a parquet file at once."""
+    """Writes a parquet file, complete or not at all."""
     with writing.replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def write_batches(path: epath.Path, tables: Iterator[pa.Table]) -> None:
-    """Writes the rows of tables of the same columns as a parquet file; no rows, no file."""
+    """Writes tables of the same columns as one parquet file; without rows, there is no file."""
     tables = filter(len, tables)
     first = next(tables, None)
     if first is None:
@@ -38,7 +38,7 @@ def write_batches(path: epath.Path, tables: Iterator[pa.Table]) -> None:
 
 
 def read_batches(path: epath.Path, rows: int) -> Iterator[pa.Table]:
-    """What `write_batches` wrote, if anything, in tables of at most so many rows."""
+    """Reads a file of `write_batches`, if it is there, in tables of at most `rows` rows."""
     if locations.stat(path) is None:
         return
     with ranges.scanning(path) as file:
@@ -47,17 +47,17 @@ def read_batches(path: epath.Path, rows: int) -> Iterator[pa.Table]:
 
 
 def shard_name(path: epath.Path) -> str:
-    """A name for what belongs to a shard: its own, told apart from those in other directories."""
+    """Returns a name for the results of a shard, unique across directories."""
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
 def fingerprint(values: Mapping[str, Any]) -> str:
-    """Of anything that JSON can hold."""
+    """Returns a fingerprint of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-class Marks:
-    """The mark that a shard is done: how often each query was met, and what else was counted."""
+class DoneMarkers:
+    """The done markers of shards: files with the matches of each query, and further counts."""
 
     def __init__(self, directory: epath.Path):
         self._directory = directory
@@ -66,7 +66,7 @@ class Marks:
         return self._directory / f"{shard_name(shard)}.counts"
 
     def is_done(self, shard: epath.Path, wanted: str) -> bool:
-        """Whether the shard is done, with this fingerprint."""
+        """Returns whether the shard is done, with this fingerprint."""
         try:
             with self.path(shard).open("rb") as file:
                 metadata = pq.read_metadata(file).metadata or {}
@@ -75,35 +75,40 @@ class Marks:
         return metadata.get(b"fingerprint") == wanted.encode()
 
     def clear(self, shard: epath.Path) -> None:
-        """To be called before the results of a shard change."""
+        """Removes the marker of a shard; to be called before its results change."""
         writing.remove(self.path(shard))
 
     def write(
-        self, shard: epath.Path, mark: str, counts: np.ndarray, tally: Mapping[str, int]
+        self, shard: epath.Path, fingerprint: str, counts: np.ndarray, others: Mapping[str, int]
     ) -> None:
         """Marks a shard as done.
 
         Args:
-          shard: that is done.
-          mark: the fingerprint of what it was made of.
-          counts: int64 [queries].
-          tally: what else was counted.
+          shard: path of the shard.
+          fingerprint: fingerprint of the inputs that the results depend on.
+          counts: number of matches of each query, int64 [queries].
+          others: further counts, by name.
         """
-        met = np.flatnonzero(counts)
-        table = pa.table({"query": pa.array(met, pa.int32()), "count": pa.array(counts[met])})
-        metadata = {"fingerprint": mark, "tally": json.dumps(tally)}
+        matched = np.flatnonzero(counts)
+        queries = pa.array(matched, pa.int32())
+        table = pa.table({"query": queries, "count": pa.array(counts[matched])})
+        metadata = {"fingerprint": fingerprint, "tally": json.dumps(others)}
         write(self.path(shard), table.replace_schema_metadata(metadata))
 
     def read(self, shard: epath.Path) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """What was counted of a shard: queries met, int32 [n], how often, int64 [n], the rest."""
+        """Reads the counts of a shard.
+
+        Returns:
+          The matched queries, int32 [n]; the number of matches of each, int64 [n]; further counts.
+        """
         file = io.BytesIO(ranges.read(self.path(shard)))
         table = pq.ParquetFile(file).read(use_threads=False)
-        tally = json.loads(table.schema.metadata[b"tally"])
-        return table["query"].to_numpy(), table["count"].to_numpy(), tally
+        others = json.loads(table.schema.metadata[b"tally"])
+        return table["query"].to_numpy(), table["count"].to_numpy(), others
 
 
 def keep_only(directory: epath.Path, shards: list[epath.Path]) -> None:
-    """Removes what belongs to other shards, and what a killed process left half written."""
+    """Removes the results of other shards, and incomplete files of killed processes."""
     if not directory.is_dir():
         return
     wanted = {shard_name(shard) for shard in shards}

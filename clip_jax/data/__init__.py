@@ -1,8 +1,13 @@
-"""Examples on their way to the device.
+"""Training and evaluation data: examples from storage to the device.
 
-sources: random access to stored examples (tar, tfrecord_source and tfds_source, their shard_index;
-folder; digits; files: paths and reads; labels, tar_labels: their classes); mixture: several of
-them; order: which example stands where in a run; images (with crops): bytes to pixels; captions and
-tokenizer (with bpe): text to ids; rows: all of that for a position; pipeline (on loading's threads,
-or processes, with worker): the batches of this host; feed: their way onto the mesh.
+sources    random access to stored examples: tar, TFRecord, TFDS, folders, digits
+mixture    several sources as one, and their order
+order      the example at each position of a run
+images     image files to pixels; crops: the part that is kept
+tokenizer  captions to ids; bpe: OpenAI's encoding
+rows       the pixels and ids at each position
+loading    rows in parallel, as batches: by threads, or by those of processes
+pipeline   the batches of a host, for training and for evaluation
+feed       batches onto the mesh
+arguments  command-line arguments that name data
 """

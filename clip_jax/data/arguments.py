@@ -1,26 +1,22 @@
-"""What the data commands share: how the data to work on are named on the command line."""
+"""Command-line arguments of the data commands: they name the data to work on."""
 
 import argparse
 import dataclasses
-from typing import TYPE_CHECKING
 
 from etils import epath
+from ml_collections import ConfigDict
 
 from clip_jax.common import commands
+from clip_jax.data.sources import opening
+from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, remote
 
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
-
-    from clip_jax.data.sources.base import Source
-
 # Pixels along a side where a source draws its images; the embedded digits are scans of 8 x 8.
 _DRAWN = 64
-_RUN = 32  # neighbours in a shard that are read at once
-_FALLBACK_DIR = (
-    "~/.cache/clip_jax"  # for the index of shards whose own directory cannot be written to
-)
+_CHUNK = 32  # neighbours in a shard that are read at once
+# For the index of shards whose own directory cannot be written to.
+_FALLBACK_DIR = "~/.cache/clip_jax"
 
 _ABOUT_DATA = (
     'tar shards: "shards/*.tar", "gs://BUCKET/{00000..00099}.tar" or their directory; TFRecord '
@@ -31,11 +27,11 @@ _ABOUT_DATA = (
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that all data commands have.
+    """Makes a parser with the arguments that all data commands have.
 
     Args:
-      command: behind "python -m clip_jax data".
-      description: what it does, with examples; shown as it stands.
+      command: name of the command, behind "python -m clip_jax data".
+      description: description of the command, with examples; shown as it stands.
     """
     made = commands.parser(f"data {command}", description)
     made.add_argument("data", metavar="DATA", help=_ABOUT_DATA)
@@ -55,7 +51,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--workers",
-        type=at_least(0),
+        type=commands.at_least(0),
         default=0,
         metavar="N",
         help="processes; 0: one per core. More help where the data are remote",
@@ -63,59 +59,42 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
-def at_least(lowest: int):
-    """A type for argparse: integers from `lowest` on."""
-
-    def integer(text: str) -> int:
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
-        return int(text)
-
-    return integer
-
-
-def share(text: str) -> float:
-    """A type for argparse: fractions from 0 to 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Where examples come from, and how they will be read.
+    """A description of the data of a command, by which any process can open them.
 
     Attributes:
       spec: the fields of `source()` in configs/default.py.
       in_order: whether neighbours are wanted one after the other, and so are read at once.
     """
 
-    spec: "ConfigDict"
+    spec: ConfigDict
     in_order: bool
 
-    def open(self) -> "Source":
-        """The source; UserError where the data are not there."""
-        from clip_jax.data.sources import opening
-
-        runs = {"run": _RUN, "cached_chunks": 1} if self.in_order else {}
-        fallback_dir = epath.Path(_FALLBACK_DIR).expanduser()
+    def open(self) -> Source:
+        """Opens the source; raises UserError where the data are not there."""
         return opening.create(
-            self.spec, image_size=_DRAWN, seed=0, fallback_dir=fallback_dir, **runs
+            self.spec,
+            image_size=_DRAWN,
+            seed=0,
+            fallback_dir=epath.Path(_FALLBACK_DIR).expanduser(),
+            chunk=_CHUNK,
+            cached_chunks=int(self.in_order),
         )
 
 
 def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
-    """The data that a command line names.
+    """Returns the data that a command line names.
 
     Args:
-      name: as DATA.
-      options: as parsed by `parser`.
-      in_order: as in `Data`.
+      name: the argument DATA.
+      options: the options, as parsed by `parser`.
+      in_order: see `Data`.
 
     Raises:
-      UserError: it cannot be told what `name` is.
+      UserError: `name` names no data.
     """
-    from configs import default
+    from configs import default  # not a part of the package
 
     kind, rest = _kind(name)
     spec = default.source(type=kind, text_key=options.text_key, label_key=options.label_key)
@@ -131,7 +110,7 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
 
 
 def _kind(data: str) -> tuple[str, str]:
-    """source.type, and what remains of DATA for name, split or path."""
+    """Returns source.type, and the rest of DATA for name, split or path."""
     prefix, colon, rest = data.partition(":")
     if colon and prefix in ("tfds", "digits"):
         return prefix, rest
@@ -155,7 +134,7 @@ def _kind_of_directory(data: str) -> str:
 
 
 def kind_of_shards(directory: epath.Path) -> str:
-    """What the shards of a directory are, "tar" or "tfrecord"; "": it has none."""
+    """Returns the kind of shards in a directory, "tar" or "tfrecord"; "": it has none."""
     names = [path.name for path in directory.iterdir()]
     if any(name.endswith(".tar") for name in names):
         return "tar"

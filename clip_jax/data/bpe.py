@@ -1,9 +1,9 @@
-"""OpenAI's byte-pair encoding of captions: the same ids for any text, at many times the speed.
+"""OpenAI's byte-pair encoding of captions: the same ids for any text, many times as fast.
 
-Three things make it fast and change no id:
+Three things make it fast without a change of any id:
 - ftfy and HTML unescaping run only where they can change the text (`clean`);
-- no word reaches across white space, so a text is split there and the pieces are looked up;
-- ids are kept as packed int32, so that a caption is one `bytes.join`.
+- no word crosses white space, so a text is split there and the pieces are looked up;
+- ids are kept as packed int32, so that encoding a caption is one `bytes.join`.
 """
 
 import array
@@ -32,7 +32,7 @@ VOCABULARY_FILE = "clip/bpe_simple_vocab_16e6.txt.gz"  # in the PyPI package ope
 VOCABULARY_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"  # unpacked
 
 _MERGES = VOCABULARY_SIZE - 2 * 256 - 2
-_GONE = -1  # in place of an id that has been joined to the one before
+_GONE = -1  # in place of an id that has been merged into the one before
 _SPECIAL = {"<|startoftext|>": START, "<|endoftext|>": END}
 # OpenAI's word pattern. IGNORECASE matters although texts are lower-cased before: "'ſ" is "'s".
 _WORDS = regex.compile(
@@ -46,16 +46,16 @@ _REPLACED = re.compile(
     "[\x00-\x08\x0b\r-\x1f\x7f-\x9f\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3"
     "\u2028\u2029\u206a-\u206f\u3000\ud800-\udfff\ufb00-\ufb06\ufeff\uff01-\uffef\ufff9-\ufffc]"
 )
-# Without one of these ftfy's mojibake detector (ten times as slow) cannot match.
+# Without one of these, ftfy's mojibake detector, which is ten times as slow, cannot match.
 _SUSPECT = re.compile("[ŒœÂÃ]|[\xa0-\u04ff\u2000-\u2fff\uf8ff-\ufffd]{2}")
 _FTFY_SEGMENT = 1_000_000  # ftfy cuts longer texts into segments
 
 
 def clean(text: str) -> str:
-    """The text as OpenAI's clean-up leaves it, but for the amount of white space.
+    """Cleans a text as OpenAI does, except for the amount of white space.
 
-    That is ftfy.fix_text, html.unescape twice and lower-casing. Runs of white space and those at
-    the ends are left as they are: they mean nothing to the ids.
+    That is ftfy.fix_text, html.unescape twice and lower-casing. Repeated white space, and that at
+    the ends, stays: it does not change the ids.
     """
     if "&" in text or not (text.isascii() and text.replace("\n", " ").isprintable()):
         text = _fix_text(text)
@@ -65,7 +65,7 @@ def clean(text: str) -> str:
 
 
 def _fix_text(text: str) -> str:
-    """ftfy.fix_text(text), calling only those of its fixes that common captions need."""
+    """Returns ftfy.fix_text(text); calls only those of its fixes that common captions need."""
     if "\n" in text[:-1] or len(text) > _FTFY_SEGMENT:  # ftfy fixes each line by itself
         return ftfy.fix_text(text)
     fixed, previous = text, None
@@ -83,9 +83,9 @@ def _fix_text(text: str) -> str:
 
 
 class Memo(dict[str, bytes]):
-    """Remembers `function` of short strings; starts afresh when it holds `limit` of them.
+    """A cache of `function` for short strings; emptied when it holds `limit` of them.
 
-    A plain dict look-up when the answer is there. Safe to share between threads.
+    A hit is a plain dict look-up. Safe to use from several threads.
     """
 
     def __init__(self, function: Callable[[str], bytes], limit: int):
@@ -95,7 +95,7 @@ class Memo(dict[str, bytes]):
 
     def __missing__(self, key: str) -> bytes:
         value = self._function(key)
-        if len(key) <= 32:  # longer ones seldom come again
+        if len(key) <= 32:  # longer ones are rarely repeated
             if len(self) >= self._limit:
                 self.clear()
             self[key] = value
@@ -103,27 +103,32 @@ class Memo(dict[str, bytes]):
 
 
 class BPE:
-    """The vocabulary, and the ids of words seen lately."""
+    """The vocabulary, and a cache of the ids of words."""
 
     def __init__(self, remembered: int = 2**17):
-        """Keeps at most so many words, and so many pieces between white space: 50 MB if full."""
+        """Reads the vocabulary.
+
+        Args:
+          remembered: number of words, and of pieces between white space, that are cached at most;
+            they take 50 MB by default.
+        """
         self._byte_ids, self._merges, self._bytes = _vocabulary()
         self._pieces = Memo(self._encode_piece, remembered)
         self._words = Memo(self._encode_word, remembered)
 
     def encode(self, text: str) -> bytes:
-        """Ids of `text` as packed int32 in the machine's byte order, no start and end token added.
+        """Encodes a text: ids as packed int32 in native byte order, no start and end token added.
 
         As in OpenAI's code, "<|startoftext|>" and "<|endoftext|>" in a text are the special tokens.
         """
         return b"".join(map(self._pieces.__getitem__, clean(text).split()))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of `ids`, a space after each word; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes ids, with a space after each word; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self._bytes.__getitem__, ids)).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> bytes:
-        if piece.isalpha() and piece.isascii():  # a word for sure, and most often
+        if piece.isalpha() and piece.isascii():  # certainly one word, and the usual case
             return self._words[piece]
         return b"".join(map(self._words.__getitem__, _WORDS.findall(piece)))
 
@@ -135,9 +140,9 @@ class BPE:
         return array.array("i", self._merge(ids)).tobytes()
 
     def _merge(self, ids: list[int]) -> list[int]:
-        """Joins the pair learnt first, leftmost first, until none is left; overwrites `ids`.
+        """Merges the pair learnt first, leftmost first, until none is left; overwrites `ids`.
 
-        O(n log n), so that a run of a million letters does not hold up the others.
+        O(n log n), so that a word of a million letters does not stall the pipeline.
         """
         find, size = self._merges.get, len(ids)
         left, right = list(range(-1, size - 1)), list(range(1, size + 1))  # neighbours still alive
@@ -148,7 +153,7 @@ class BPE:
             merged, i = heapq.heappop(heap)
             j = right[i]
             if j == size or find((ids[i], ids[j])) != merged:
-                continue  # one of the two has been joined to another since
+                continue  # one of the two has been merged with another since
             ids[i], ids[j] = merged, _GONE
             right[i] = k = right[j]
             if k < size:

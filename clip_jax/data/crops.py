@@ -1,4 +1,4 @@
-"""Which part of an image is kept, and how it becomes a square of pixels: bicubic, antialiased."""
+"""Crops: the part of an image that is kept, resized to a square; bicubic, antialiased."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from clip_jax.choices import CROPS
@@ -28,14 +29,14 @@ _MAX_ASPECT = 16
 
 @dataclasses.dataclass(frozen=True)
 class Crop:
-    """How an image becomes a square.
+    """A way to make an image a square.
 
     Attributes:
       name: "random": a random square as wide as the image's shorter side (the paper's only
         augmentation, section 2.4); "resized": a random rectangle, squashed to a square, as
         torchvision's RandomResizedCrop draws it; "center": the middle square, exactly as OpenAI's
         preprocessing for evaluation makes it; "none": the whole image squashed to a square.
-      scale: least and greatest share of the image's area, for "resized".
+      scale: least and greatest fraction of the image's area, for "resized".
       ratio: least and greatest width / height, for "resized".
 
     Raises:
@@ -51,8 +52,8 @@ class Crop:
             raise UserError(f"There is no crop {self.name!r}: choose one of {', '.join(CROPS)}.")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(
-                f"A crop's scale is {self.scale}; it is the least and the greatest share of the "
-                "image's area, both above 0 and at most 1, such as (0.9, 1.0)."
+                f"A crop's scale is {self.scale}; it is the least and the greatest fraction of "
+                "the image's area, both above 0 and at most 1, such as (0.9, 1.0)."
             )
         if not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
             raise UserError(
@@ -62,7 +63,7 @@ class Crop:
 
     @property
     def is_random(self) -> bool:
-        """Whether `window` draws; the other crops are made by `fixed`."""
+        """True if the crop is drawn at random, by `window`; other crops are made by `fixed`."""
         return self.name in ("random", "resized")
 
 
@@ -79,7 +80,7 @@ class Window:
     height: int
 
     def shrink_factor(self, size: int) -> int:
-        """How many times smaller, 1, 2, 4 or 8, an image may be decoded and still be sharp.
+        """Returns the factor, 1, 2, 4 or 8, by which a JPEG may be decoded smaller and stay sharp.
 
         The window keeps at least twice the `size` pixels along a side that it is resized to.
         """
@@ -87,7 +88,7 @@ class Window:
         return next((factor for factor in (8, 4, 2) if factor <= least), 1)
 
     def shrunk(self, factor: int) -> "Window":
-        """The window in the image decoded 1 / factor as large."""
+        """Returns the window in the image decoded 1 / factor as large."""
         sides = (self.left, self.top, self.width, self.height)
         return Window(*(side // factor for side in sides))
 
@@ -100,17 +101,19 @@ def window(crop: Crop, width: int, height: int, rng: np.random.Generator) -> Win
     return _placed(side, side, width, height, rng)
 
 
-def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
+def resize(
+    image: UInt8[np.ndarray, "h w 3"], part: Window, size: int
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Resizes a part of an image to a square.
 
     Args:
-      image: uint8 [h, w, 3].
-      part: of it.
+      image: pixels.
+      part: the part of the image.
       size: pixels along a side.
 
     Returns:
-      uint8 [size, size, 3]. On photographs within 2 of what Pillow's bicubic resize gives; on noise
-      more, where values that overshoot are clipped between the two passes.
+      The resized pixels. On photographs within 2 of Pillow's bicubic resize; on noise further away,
+      since values that overshoot are clipped between the two passes.
     """
     cut = image[part.top : part.top + part.height, part.left : part.left + part.width]
     if cut.shape == (size, size, 3):
@@ -125,7 +128,7 @@ def resize(image: np.ndarray, part: Window, size: int) -> np.ndarray:
 
 
 def _resizer() -> tuple[Any, Any]:
-    """Of this thread, with its options: made anew, it takes longer than to resize."""
+    """The resizer of this thread, and its options; to make one takes longer than to resize."""
     if not hasattr(_local, "resizer"):
         assert simd is not None
         bicubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
@@ -133,8 +136,8 @@ def _resizer() -> tuple[Any, Any]:
     return _local.resizer
 
 
-def fixed(image: Image.Image, size: int, crop: Crop) -> np.ndarray:
-    """The crops without chance, by Pillow itself: uint8 [size, size, 3]."""
+def fixed(image: Image.Image, size: int, crop: Crop) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Makes a crop that is not random, by Pillow itself."""
     return _squash(image, size) if crop.name == "none" else _middle(image, size)
 
 
@@ -158,7 +161,7 @@ def _placed(w: int, h: int, width: int, height: int, rng: np.random.Generator) -
 
 
 def _between(low: float, high: float, rng: np.random.Generator) -> float:
-    # By itself: each of NumPy's calls on arrays takes as long as ten of these.
+    # Not by rng.uniform: one of NumPy's calls takes as long as ten of these.
     return low + (high - low) * rng.random()
 
 
@@ -167,7 +170,7 @@ def _squash(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _middle(image: Image.Image, size: int) -> np.ndarray:
-    """Rounds as torchvision's Resize(size) and CenterCrop(size) do, which OpenAI used."""
+    """Resizes and crops as torchvision's Resize(size) and CenterCrop(size), which OpenAI used."""
     image = _limit_aspect(image)
     width, height = image.size
     if width <= height:

@@ -1,4 +1,4 @@
-"""Batches onto the device ahead of their use, with an eye on how long they take."""
+"""Moves batches onto the device ahead of their use, and measures the time waited for them."""
 
 import queue
 import threading
@@ -19,7 +19,7 @@ class Feed:
     Iterating yields trees of global jax.Arrays. What `batches` raises is raised here.
 
     Attributes:
-      waited: seconds that the consumer has waited for batches so far.
+      waited: seconds for which the consumer has waited for batches so far.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class Feed:
 
         Args:
           batches: trees of NumPy arrays, the rows of this host.
-          sharding: of the global arrays, along their first axis.
-          depth: batches held ready on the device.
+          sharding: sharding of the global arrays, along their first axis.
+          depth: number of batches held ready on the device.
           stall_timeout: seconds without a batch until DataStalled is raised.
-          describe: says what the pipeline is at, for that error.
+          describe: returns the state of the pipeline, for that error.
         """
         self.waited = 0.0
         self._batches, self._sharding = batches, sharding
@@ -58,7 +58,7 @@ class Feed:
         self._generator.close()
 
     def _generate(self) -> Generator[dict[str, jax.Array], None, None]:
-        thread = threading.Thread(target=self._fill, name="feed", daemon=True)
+        thread = threading.Thread(target=self._transfer, name="feed", daemon=True)
         thread.start()
         try:
             while True:
@@ -87,7 +87,7 @@ class Feed:
         finally:
             self.waited += time.monotonic() - began
 
-    def _fill(self) -> None:
+    def _transfer(self) -> None:
         try:
             for batch in self._batches:
                 self._put((jax.tree.map(self._globalise, batch), None))

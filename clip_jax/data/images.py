@@ -1,4 +1,4 @@
-"""Image files to square uint8 pixels, in libraries that release the GIL while they work.
+"""Decodes image files to square uint8 pixels, in libraries that release the GIL.
 
 Pillow reads every header and every unusual file. An ordinary JPEG is decoded by simplejpeg: the
 same pixels from the same library beneath (libjpeg-turbo), without Pillow's copies.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import simplejpeg
+from jaxtyping import UInt8
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from clip_jax.data import crops
@@ -20,36 +21,36 @@ from clip_jax.errors import BadExample
 # Above this, a file is refused from its header alone. 8192 x 8192; decoded, 200 MB per thread.
 MAX_PIXELS = 2**26
 
-# These formats hold films; the others' further frames are previews, depth maps or pages.
-_FILM_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
-_JPEG_FORMATS = ("JPEG", "MPO")  # MPO: with further pictures, as phones write it
+# Formats of animations; further frames of other formats are previews, depth maps or pages.
+_ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
+_JPEG_FORMATS = ("JPEG", "MPO")  # MPO: with further pictures; written by phones
 
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body|meta|script)\b", re.I)
 
 
 def pixels(
-    image: bytes | np.ndarray | Image.Image,
+    image: bytes | UInt8[np.ndarray, "h w 3"] | Image.Image,
     key: str,
     size: int,
     crop: Crop,
     rng: np.random.Generator | None,
-) -> np.ndarray:
-    """An image as the model takes it.
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Converts an image to the pixels that the model takes.
 
     Transparent pixels are laid over white, 16-bit grey is scaled to 8, the EXIF orientation is
     applied. Resizing is bicubic with antialias. For a random crop, a JPEG is decoded at 1/2, 1/4
-    or 1/8 of its resolution where the part that is kept still has twice `size` pixels a side.
+    or 1/8 of its resolution where the crop still has at least twice `size` pixels a side.
 
     Args:
-      image: the bytes of a JPEG, PNG, WebP or whatever else Pillow reads; or uint8 [h, w, 3]; or
-        a Pillow image.
+      image: the bytes of a JPEG, PNG, WebP or any other format that Pillow reads; or pixels; or a
+        Pillow image.
       key: names the example in errors.
       size: pixels along a side of the result.
-      crop: which part is kept.
-      rng: places a random crop; unused by others.
+      crop: the part of the image that is kept.
+      rng: draws a random crop; unused by others.
 
     Returns:
-      uint8 [size, size, 3], maybe read-only.
+      The pixels; may be read-only.
 
     Raises:
       BadExample: "empty image file", "HTML instead of an image", "unreadable image",
@@ -80,7 +81,7 @@ def decode(data: bytes, key: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, key: str) -> Image.Image:
-    """Any Pillow image upright and in RGB, as `pixels` describes; BadExample where it cannot."""
+    """Converts any Pillow image to upright RGB, as `pixels` describes; may raise BadExample."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -97,7 +98,7 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
 
 @contextlib.contextmanager
 def _reading(key: str) -> Iterator[None]:
-    """Whatever goes wrong with a file becomes a BadExample."""
+    """Turns every error of a file into a BadExample."""
     try:
         yield
     except (BadExample, AssertionError):
@@ -112,7 +113,7 @@ def _reading(key: str) -> Iterator[None]:
 
 
 def _open(data: bytes, key: str) -> Image.Image:
-    """Reads the header; refuses what is not worth decoding."""
+    """Reads the header; refuses files that need not be decoded."""
     if not data:
         raise BadExample("empty image file", key)
     if _HTML.match(data):
@@ -121,7 +122,7 @@ def _open(data: bytes, key: str) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadExample("too many pixels", key, f"{width} x {height}")
-    if image.format in _FILM_FORMATS and getattr(image, "is_animated", False):
+    if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image
 
@@ -137,7 +138,7 @@ def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarra
     """
     if picture.mode in ("RGB", "L") and _orientation(picture) == 1:
         width, height = (-(-length // factor) for length in picture.size)
-        # What it complains of may be harmless, or a file that ends too early: Pillow can tell.
+        # Its errors may be harmless, or mean that the file ends too early: Pillow can tell.
         with contextlib.suppress(ValueError):
             return simplejpeg.decode_jpeg(
                 data, min_width=width, min_height=height, min_factor=factor, strict=True
@@ -147,7 +148,7 @@ def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarra
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as EXIF counts them; 1, upright, where there is none or it is damaged."""
+    """The EXIF orientation, 1 to 8; 1, upright, where there is none or it is damaged."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
@@ -160,8 +161,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; an image with damaged EXIF data stays as it is."""
-    image.load()  # what is wrong with the pixels is no matter of EXIF
+    """Applies the EXIF orientation; an image with damaged EXIF data is returned unchanged."""
+    image.load()  # outside of the try: errors of the pixels are none of EXIF
     try:
         return ImageOps.exif_transpose(image)
     except Exception:

@@ -14,17 +14,17 @@ from clip_jax.data.sources import opening, reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import UserError
 
-# Readers that take turns in a windowed order. Every host has some of its own if their number
+# Interleaved streams of a windowed order. Every host has some of its own if the number of hosts
 # divides this; a constant, so that the order stays the same when hosts or batch size change.
-_LANES = 256
+_STREAMS = 256
 
 
 class Mixture:
-    """Several sources laid end to end.
+    """Several sources, one after the other.
 
     Attributes:
-      problems: of all of them.
-      class_names, templates: none.
+      problems: number of problems of all sources, by reason.
+      class_names, templates: empty.
     """
 
     class_names: tuple[str, ...] = ()
@@ -64,42 +64,54 @@ def create(
     parts: int,
     fallback_dir: epath.Path | None = None,
 ) -> tuple[Source, order.Order]:
-    """The training data and their order.
+    """Opens the training data.
 
     Args:
       config: the fields of `data` in configs/default.py.
       image_size: pixels along a side, for sources that draw their images.
-      seed: of the order, and of sources that draw their images.
+      seed: PRNG seed of the order, and of sources that draw their images.
       batch_size: examples per step, over all hosts.
-      parts: hosts that share a batch.
+      parts: number of hosts, or of their processes, that share a batch.
       fallback_dir: directory for indices of shards whose own cannot be written to.
 
+    Returns:
+      The source of the examples, and their order.
+
     Raises:
-      UserError: the data is not there or not in the expected form.
+      UserError: the data are not there or not in the expected form.
     """
     specs = list(config.mixture.values()) or [config.source]
-    lanes, run, cached_chunks = 1, 1, 0
+    streams, chunk, cached_chunks = 1, 1, 0
     window = config.shuffle_window
     if config.order == "windowed":
-        lanes, run = math.gcd(batch_size, _LANES), config.chunk
-        window = max(config.shuffle_window // lanes, 1)
-        own = min(-(-lanes // parts) + 1, lanes)  # two parts may share a lane
-        # Reads begin when a batch is given out, which may be in the next window.
-        ahead = -(-batch_size * (config.prefetch + 1) // lanes)
-        cached_chunks = own * (window // run + 2 + min(-(-ahead // run), window // run + 1))
-    options = {"fallback_dir": fallback_dir, "run": run, "cached_chunks": cached_chunks}
-    found = [opening.create(spec, image_size, seed, **options) for spec in specs]
+        streams, chunk = math.gcd(batch_size, _STREAMS), config.chunk
+        window = max(config.shuffle_window // streams, 1)
+        own = min(-(-streams // parts) + 1, streams)  # two parts may share a stream
+        # Reads begin when a batch is submitted, which may be in the next window.
+        ahead = -(-batch_size * (config.prefetch + 1) // streams)
+        cached_chunks = own * (window // chunk + 2 + min(-(-ahead // chunk), window // chunk + 1))
+    sources = [
+        opening.create(
+            spec,
+            image_size,
+            seed,
+            fallback_dir=fallback_dir,
+            chunk=chunk,
+            cached_chunks=cached_chunks,
+        )
+        for spec in specs
+    ]
 
     def order_of(size: int, part: int) -> order.Order:
         if config.order == "windowed":
-            return order.Windowed(size, seed, run, window, lanes, part)
+            return order.Windowed(size, seed, chunk, window, streams, part)
         return (
             order.Shuffled(size, seed, part) if config.order == "shuffled" else order.Stored(size)
         )
 
-    if len(found) == 1:
-        return found[0], order_of(len(found[0]), 0)
-    mixed = Mixture(found)
+    if len(sources) == 1:
+        return sources[0], order_of(len(sources[0]), 0)
+    mixed = Mixture(sources)
     weights = [spec.weight for spec in specs]
     if not any(weights) and config.order != "windowed":
         return mixed, order_of(len(mixed), 0)
@@ -108,5 +120,6 @@ def create(
             f"Of data.mixture = {', '.join(config.mixture)}, some have a weight, others have none: "
             "give one to each, or to none, for proportions by their numbers of examples."
         )
-    orders = [order_of(len(source), part) for part, source in enumerate(found)]
-    return mixed, order.Weighted(orders, weights if all(weights) else list(map(len, found)), seed)
+    orders = [order_of(len(source), part) for part, source in enumerate(sources)]
+    weights = weights if all(weights) else [len(source) for source in sources]
+    return mixed, order.Weighted(orders, weights, seed)

@@ -1,4 +1,4 @@
-"""The order of a run: shuffles that need no memory and can be entered anywhere."""
+"""The order of the examples of a run: shuffles that need no memory and can be entered anywhere."""
 
 import dataclasses
 import functools
@@ -30,16 +30,16 @@ class Permutation:
 
     Args:
       size: number of examples, at least 1.
-      seed: non-negative.
-      epoch: non-negative; each has its own order.
-      stream: further numbers, for orders that must not resemble each other.
+      seed: PRNG seed, non-negative.
+      epoch: number of the epoch, non-negative; each has its own order.
+      path: further numbers, for orders that must be independent of each other.
     """
 
-    def __init__(self, size: int, seed: int, epoch: int, *stream: int):
+    def __init__(self, size: int, seed: int, epoch: int, *path: int):
         self.size = size
         self._rows = math.isqrt(size - 1) + 1
         self._columns = -(-size // self._rows)
-        keys = np.random.SeedSequence([seed, ORDER, epoch, *stream]).generate_state(
+        keys = np.random.SeedSequence([seed, ORDER, epoch, *path]).generate_state(
             _ROUNDS, np.uint64
         )
         self._keys = [int(key) for key in keys]
@@ -52,7 +52,7 @@ class Permutation:
         return value
 
     def _scramble(self, value: int) -> int:
-        """One pass of the network over the grid; each half-round can be undone, hence the pass."""
+        """Applies the network once; its half-rounds are invertible, so it permutes the grid."""
         row, column = divmod(value, self._columns)
         for round_, key in enumerate(self._keys):
             if round_ % 2:
@@ -63,9 +63,9 @@ class Permutation:
 
 
 @functools.lru_cache(maxsize=4096)
-def permutation(size: int, seed: int, epoch: int, *stream: int) -> Permutation:
-    """`Permutation`, kept while it is in use."""
-    return Permutation(size, seed, epoch, *stream)
+def permutation(size: int, seed: int, epoch: int, *path: int) -> Permutation:
+    """Returns a `Permutation`, from a cache while it is in use."""
+    return Permutation(size, seed, epoch, *path)
 
 
 def _mix(value: int) -> int:
@@ -76,19 +76,19 @@ def _mix(value: int) -> int:
 
 
 class Order(Protocol):
-    """Which example stands at each position of a run; a pure function, with no state.
+    """The example at each position of a run; a pure function, with no state.
 
     Attributes:
       size: number of examples of an epoch.
-      lanes: positions p with equal p % lanes read neighbours together, so that one host should
-        have them; 1: it does not matter.
+      streams: number of interleaved streams. Positions p with equal p % streams read neighbours
+        together, so that one host should have them; 1: it does not matter.
     """
 
     @property
     def size(self) -> int: ...
 
     @property
-    def lanes(self) -> int: ...
+    def streams(self) -> int: ...
 
     def __getitem__(self, position: int) -> int:
         """The example at `position`, counted from 0 over the whole run."""
@@ -97,10 +97,10 @@ class Order(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Every epoch as stored."""
+    """Every epoch in the order in which the examples are stored."""
 
     size: int
-    lanes: int = 1
+    streams: int = 1
 
     def __getitem__(self, position: int) -> int:
         return position % self.size
@@ -111,14 +111,15 @@ class Shuffled:
     """Every example once per epoch; each epoch in an order of its own, drawn from all orders.
 
     Attributes:
-      seed: non-negative.
-      part: of a mixture, so that parts of one size differ.
+      size: number of examples.
+      seed: PRNG seed, non-negative.
+      part: number of the part of a mixture, so that parts of one size differ.
     """
 
     size: int
     seed: int
     part: int = 0
-    lanes: int = 1
+    streams: int = 1
 
     def __getitem__(self, position: int) -> int:
         epoch, slot = divmod(position, self.size)
@@ -129,59 +130,60 @@ class Shuffled:
 class Windowed:
     """Every example once per epoch, in an order that reads neighbours together.
 
-    An epoch is cut into runs of neighbours, which are shuffled over the whole set, laid end to
-    end and dealt in equal stretches to `lanes` readers that take turns: position p is the next
-    of lane p % lanes. Within a lane, windows of `window` examples are shuffled. So a lane needs
-    the runs of one window in memory, and reads nearly every run once.
+    An epoch is cut into chunks of neighbours. The chunks are shuffled over the whole set, laid end
+    to end and cut into equal stretches, one for each of the interleaved streams: position p is the
+    next one of stream p % streams. Within a stream, examples are shuffled in windows. So a stream
+    needs only the chunks of one window in memory, and reads nearly every chunk once.
 
     Attributes:
-      seed: non-negative.
-      run: neighbours in a run.
-      window: examples of a lane that are shuffled together.
-      lanes: that take turns.
-      part: of a mixture, so that parts of one size differ.
+      size: number of examples.
+      seed: PRNG seed, non-negative.
+      chunk: number of neighbours in a chunk.
+      shuffle_window: number of examples of a stream that are shuffled together.
+      streams: number of interleaved streams.
+      part: number of the part of a mixture, so that parts of one size differ.
     """
 
     size: int
     seed: int
-    run: int
-    window: int
-    lanes: int
+    chunk: int
+    shuffle_window: int
+    streams: int
     part: int = 0
 
     def __getitem__(self, position: int) -> int:
         epoch, slot = divmod(position, self.size)
-        turn, lane = divmod(slot, self.lanes)
-        each, more = divmod(self.size, self.lanes)
-        first, length = lane * each + min(lane, more), each + (lane < more)
-        # Lanes change windows at different times, so that reading is spread evenly.
-        phase = lane * self.window // self.lanes
-        window = (turn + phase) // self.window
-        start = max(window * self.window - phase, 0)
-        end = min((window + 1) * self.window - phase, length)
-        shuffle = permutation(end - start, self.seed, epoch, self.part, lane + 1, window)
-        return self._neighbour(epoch, first + start + shuffle[turn - start])
+        place, stream = divmod(slot, self.streams)
+        each, more = divmod(self.size, self.streams)
+        first, length = stream * each + min(stream, more), each + (stream < more)
+        # Streams change windows at different times, so that reading is spread evenly.
+        phase = stream * self.shuffle_window // self.streams
+        window = (place + phase) // self.shuffle_window
+        start = max(window * self.shuffle_window - phase, 0)
+        end = min((window + 1) * self.shuffle_window - phase, length)
+        shuffle = permutation(end - start, self.seed, epoch, self.part, stream + 1, window)
+        return self._neighbour(epoch, first + start + shuffle[place - start])
 
     def _neighbour(self, epoch: int, place: int) -> int:
-        """The example at a place of the shuffled runs; what fills no run stays at the end."""
-        number, offset = divmod(place, self.run)
-        runs = self.size // self.run
-        if number >= runs:
+        """The example at a place of the shuffled chunks; an incomplete chunk stays at the end."""
+        number, offset = divmod(place, self.chunk)
+        chunks = self.size // self.chunk
+        if number >= chunks:
             return place
-        return permutation(runs, self.seed, epoch, self.part)[number] * self.run + offset
+        return permutation(chunks, self.seed, epoch, self.part)[number] * self.chunk + offset
 
 
 class Weighted:
-    """A mixture: parts take turns in proportion to their weights, each in its own order.
+    """A mixture: parts alternate in proportion to their weights, each in its own order.
 
-    Of every `ROUND` turns each part has its share exactly, spread at random; a part that is
-    through begins its next epoch, whatever the others do. A turn is one position, or one of each
-    lane where the parts have lanes.
+    In every round of `ROUND` slots each part has exactly its number of slots, spread at random. A
+    part that is through begins its next epoch, whatever the others do. A slot is one position, or
+    one of each stream where the parts have interleaved streams.
 
     Attributes:
-      size: of all parts together.
-      shares: turns of each part in a round.
-      lanes: of the parts.
+      size: number of examples of all parts together.
+      slots: number of slots of each part in a round.
+      streams: number of interleaved streams of each part.
     """
 
     ROUND = 10_000
@@ -190,46 +192,46 @@ class Weighted:
         """Makes a mixture.
 
         Args:
-          parts: their orders, with equal lanes.
-          weights: of each part, positive.
-          seed: non-negative.
+          parts: the orders of the parts, with equal numbers of streams.
+          weights: weight of each part, positive.
+          seed: PRNG seed, non-negative.
 
         Raises:
           UserError: a weight is not positive, or too small to be met in a round.
         """
         self.size = sum(part.size for part in parts)
-        self.shares = _shares(weights, self.ROUND)
-        (self.lanes,) = {part.lanes for part in parts}
+        self.slots = _apportion(weights, self.ROUND)
+        (self.streams,) = {part.streams for part in parts}
         self._parts = parts
         self._first = list(itertools.accumulate((part.size for part in parts), initial=0))
-        # By turn of a round: whose it is, and how many of the round its part had before.
+        # By slot of a round: its part, and how many slots of the round the part had before it.
         shuffle = Permutation(self.ROUND, seed, 0, len(parts))
-        in_order = np.repeat(np.arange(len(parts)), self.shares)
-        self._whose = in_order[[shuffle[turn] for turn in range(self.ROUND)]]
+        in_order = np.repeat(np.arange(len(parts)), self.slots)
+        self._part = in_order[[shuffle[slot] for slot in range(self.ROUND)]]
         self._before = np.zeros(self.ROUND, int)
-        for part, share in enumerate(self.shares):
-            self._before[self._whose == part] = np.arange(share)
+        for part, count in enumerate(self.slots):
+            self._before[self._part == part] = np.arange(count)
 
     def __getitem__(self, position: int) -> int:
-        turn, lane = divmod(position, self.lanes)
-        round_, slot = divmod(turn, self.ROUND)
-        part = int(self._whose[slot])
-        own_turn = round_ * self.shares[part] + int(self._before[slot])
-        return self._first[part] + self._parts[part][own_turn * self.lanes + lane]
+        place, stream = divmod(position, self.streams)
+        round_, slot = divmod(place, self.ROUND)
+        part = int(self._part[slot])
+        own_place = round_ * self.slots[part] + int(self._before[slot])
+        return self._first[part] + self._parts[part][own_place * self.streams + stream]
 
 
-def _shares(weights: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to the weights that add up to `total` (largest remainders)."""
+def _apportion(weights: Sequence[float], total: int) -> list[int]:
+    """Returns integers in proportion to the weights that sum to `total` (largest remainders)."""
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError(f"The weights of a mixture must be positive numbers, not {list(weights)}.")
     exact = [weight / sum(weights) * total for weight in weights]
-    shares = [int(value) for value in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: total - sum(shares)]:
-        shares[i] += 1
-    if not all(shares):
+    counts = [int(value) for value in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    if not all(counts):
         raise UserError(
             f"A part of the mixture has less than one {total:,}th of the weight: {list(weights)}. "
             "Leave it out, or give it more."
         )
-    return shares
+    return counts

@@ -1,15 +1,15 @@
 """Sources to batches: one pipeline per host, entered at any example."""
 
+import contextlib
 import functools
 import logging
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
+from jaxtyping import Int32
 
 from clip_jax.data import images, loading, order, processes, rows
 from clip_jax.data.crops import CENTER, Crop
@@ -20,12 +20,13 @@ from clip_jax.errors import BadExample, UserError
 
 Batch = dict[str, Any]
 
-# The skipped share is not judged before so many examples (or one epoch) could have been seen.
+# The fraction of skipped examples is not judged before so many examples (or one epoch) could have
+# been seen.
 _JUDGED_AFTER = 1000
 
 
 class TrainPipeline:
-    """The training batches of one host, from any position on, for ever.
+    """The training batches of one host, from any position on, without end.
 
     Position p (0, 1, 2, ... over the whole run, all hosts together) holds an example that is a
     pure function of the order and p. Step s holds the positions from s * batch_size on, in rows
@@ -33,12 +34,12 @@ class TrainPipeline:
     number `start`.
 
     The place of an unusable example is taken by another one, chosen by (seed, p) too. Iterating
-    ends in UserError once their share passes `config.max_skipped`.
+    ends in UserError once their fraction exceeds `config.max_skipped`.
 
     Attributes:
       examples_per_epoch: the length of the source.
-      skipped: number of unusable examples met by this host, by reason.
-      truncated: number of captions this host cut to the context length.
+      skipped: number of unusable examples in the batches so far, by reason.
+      truncated: number of captions in the batches so far that were cut to the context length.
     """
 
     def __init__(
@@ -46,125 +47,111 @@ class TrainPipeline:
         source: Source,
         order_: order.Order,
         tokenizer: Tokenizer,
-        config: ConfigDict,
+        spec: rows.Spec,
         *,
-        batch_size: int,
-        image_size: int,
-        seed: int,
         start: int = 0,
-        part: int,
-        parts: int,
-        reopen: Callable[[], rows.Rows] | None = None,
+        part: int = 0,
     ):
         """Reads nothing yet.
 
         Args:
-          source: not empty.
-          order_: of its examples.
-          tokenizer: of the captions.
-          config: the fields of `data` in configs/default.py.
-          batch_size: examples per step, over all hosts.
-          image_size: pixels along a side.
-          seed: non-negative.
+          source: the examples; not empty.
+          order_: their order.
+          tokenizer: encodes the captions.
+          spec: describes the three and their rows; with `config.processes`, other processes open
+            the data by it.
           start: position of the first example.
-          part: which part of each batch this host loads.
-          parts: into how many the batch is split.
-          reopen: `rows.reopen` of the same data, for `config.processes`.
+          part: the part of each batch that this host loads, of `spec.parts`.
 
         Raises:
-          UserError: the batch does not divide by the hosts or lanes, or the source is empty.
+          UserError: the batch cannot be divided by the hosts or streams, or the source is empty.
         """
         if not len(source):
             raise UserError("The training data is empty.")
-        if batch_size % order_.lanes:
-            raise UserError(f"The order has {order_.lanes} lanes, no divisor of {batch_size}.")
+        if spec.batch_size % order_.streams:
+            raise UserError(
+                f"The order has {order_.streams} interleaved streams, no divisor of "
+                f"{spec.batch_size}."
+            )
         self.examples_per_epoch = len(source)
         self.skipped: Counter[str] = Counter()
         self.truncated = 0
-        self._rows = rows.Rows(source, order_, tokenizer, config, image_size=image_size, seed=seed)
-        self._lanes = order_.lanes
-        self._config = config
-        self._batch_size = batch_size
-        self._start = start
-        self._local = _local_rows(batch_size, part, parts)
-        self._reopen = reopen
+        self._spec = spec
+        self._rows = spec.bind(source, order_, tokenizer)
+        local = _local_rows(spec.batch_size, part, spec.parts)
+        self._positions = rows.Positions(start, spec.batch_size, local, order_.streams)
         self._pool: processes.Pool | None = None
         self._seen = 0
         self._bad_keys: list[str] = []
-        self._lock = threading.Lock()
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host."""
-        config, like = self._config, self._rows.empty()
-        options = {"count": None, "batch_size": len(self._local), "prefetch": config.prefetch}
-        if not config.processes:
-            return loading.batches(self._begin, like, threads=config.threads, **options)
-        assert self._reopen is not None, "other processes have to open the data"
-        self._pool = processes.Pool(
-            self._reopen,
-            like,
-            self._position,
-            self._settle,
-            processes=min(config.processes, len(self._local)),
-            threads=config.threads or os.cpu_count() or 1,
-        )
-        return loading.collect(self._pool, like, **options)
+        with contextlib.closing(self._batches()) as batches:
+            for batch in batches:
+                self._record(batch.stats)
+                yield batch.arrays
 
     def describe(self) -> str:
-        """What the threads that load are at, wherever they are."""
+        """Returns the work of the threads that load, in whatever process they are."""
         return self._rows.stages.describe() if self._pool is None else self._pool.describe()
 
-    def _begin(self, counts: Sequence[int]) -> list[Callable[[], loading.Row]]:
-        """Begins the `count`-th examples of this host since `start`."""
-        begun = self._rows.start([self._position(count) for count in counts])
-        return [functools.partial(self._finish, each) for each in begun]
-
-    def _finish(self, begun: Callable[[], tuple[loading.Row | None, rows.Note]]) -> loading.Row:
-        row, note = begun()
-        self._settle(row is not None, note)
-        assert row is not None
-        return row
-
-    def _position(self, count: int) -> int:
-        step, row = divmod(count, len(self._local))
-        # Row by row where there is one lane; else each lane's rows together, so that they are one
-        # host's.
-        lane, turn = divmod(self._local[row], self._batch_size // self._lanes)
-        return self._start + step * self._batch_size + turn * self._lanes + lane
-
-    def _settle(self, usable: bool, note: rows.Note) -> None:
-        """Counts a row; UserError where it is none, or too many have been replaced."""
-        self._count(note.bad)
-        if not usable:
-            raise UserError(
-                f"Hardly any example of the training data is usable. {self._complaint()}"
+    def _batches(self) -> Generator[loading.Batch, None, None]:
+        config, like, size = self._spec.config, self._rows.empty(), len(self._positions.rows)
+        prefetch = config.prefetch
+        if not config.processes:
+            return loading.batches(
+                self._start,
+                like,
+                count=None,
+                batch_size=size,
+                threads=config.threads,
+                prefetch=prefetch,
             )
-        if note.truncated:
-            with self._lock:
-                self.truncated += 1
+        self._pool = processes.Pool(
+            self._spec,
+            self._positions,
+            like,
+            processes=min(config.processes, size),
+            threads=config.threads or os.cpu_count() or 1,
+        )
+        return loading.collect(self._pool, like, count=None, batch_size=size, prefetch=prefetch)
 
-    def _count(self, bad: BadExample | None) -> None:
-        """Counts one example, usable or not; UserError where too many are not."""
-        with self._lock:
+    def _start(self, numbers: Sequence[int]) -> Sequence[loading.Load]:
+        return self._rows.start([self._positions[number] for number in numbers])
+
+    def _record(self, stats: Sequence[rows.RowStats]) -> None:
+        """Counts the rows of a batch.
+
+        Raises:
+          UserError: there is no row for one, or too many have been replaced.
+        """
+        for usable, skipped, truncated in stats:
             self._seen += 1
-            if bad is None:
-                return
-            self.skipped[bad.reason] += 1
-            if len(self._bad_keys) < 10:
-                self._bad_keys.append(str(bad))
-            judged = max(self._seen, min(_JUDGED_AFTER, self.examples_per_epoch))
-            if self.skipped.total() > self._config.max_skipped * judged:
+            self.truncated += truncated
+            if skipped is not None:
+                self._skip(skipped)
+            if not usable:
                 raise UserError(
-                    "More of the training data is unusable than data.max_skipped = "
-                    f"{self._config.max_skipped} allows. {self._complaint()}"
+                    f"Hardly any example of the training data is usable. {self._complaint()}"
                 )
+
+    def _skip(self, bad: BadExample) -> None:
+        self.skipped[bad.reason] += 1
+        if len(self._bad_keys) < 10:
+            self._bad_keys.append(str(bad))
+        judged = max(self._seen, min(_JUDGED_AFTER, self.examples_per_epoch))
+        if self.skipped.total() > self._spec.config.max_skipped * judged:
+            raise UserError(
+                "More of the training data is unusable than data.max_skipped = "
+                f"{self._spec.config.max_skipped} allows. {self._complaint()}"
+            )
 
     def _complaint(self) -> str:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
         return (
             f"Of {self._seen} examples read, {self.skipped.total()} were skipped ({reasons}); "
             f"among them: {'; '.join(self._bad_keys)}. Repair the data, or set "
-            "--config.data.max_skipped to a share you accept."
+            "--config.data.max_skipped to a fraction you accept."
         )
 
 
@@ -179,18 +166,18 @@ def eval_batches(
     limit: int | None = None,
     crop: Crop = CENTER,
 ) -> Iterator[Batch]:
-    """This host's share of every example once, in stored order.
+    """Yields every example once, in stored order, each host its part of each batch.
 
     Args:
-      source: of the examples.
+      source: the examples.
       batch_size: examples per step, over all hosts; the last batch is padded, so every host
         yields the same number of batches of batch_size / parts rows.
       image_size: pixels along a side.
-      part: which part of each batch this host loads.
-      parts: into how many the batch is split.
-      threads: that read and decode; 0: one per CPU core.
-      limit: the first so many examples; None: all.
-      crop: how an image becomes a square; not a random one.
+      part: the part of each batch that this host loads.
+      parts: number of parts that a batch is split into.
+      threads: number of threads that read and decode; 0: one per CPU core.
+      limit: number of examples, from the first on; None: all.
+      crop: makes the image a square; not a random one.
 
     Yields:
       dict(image uint8 [b, h, w, 3], label int32 [b], index int32 [b] of the example in the source,
@@ -199,29 +186,32 @@ def eval_batches(
     rows = _local_rows(batch_size, part, parts)
     total = len(source) if limit is None else min(limit, len(source))
     steps = -(-total // batch_size)
-    skipped: Counter[str] = Counter()
 
-    def begin(counts: Sequence[int]) -> list[Callable[[], loading.Row]]:
-        steps_and_rows = (divmod(count, len(rows)) for count in counts)
+    def start(numbers: Sequence[int]) -> list[loading.Load]:
+        steps_and_rows = (divmod(number, len(rows)) for number in numbers)
         indices = [step * batch_size + rows[row] for step, row in steps_and_rows]
         there = [index for index in indices if index < total]  # the others are padding
         reads = dict(zip(there, reading.start(source, there)))
-        return [functools.partial(load, index, reads.get(index)) for index in indices]
+        return [
+            functools.partial(_load_eval_row, index, reads.get(index), image_size, crop)
+            for index in indices
+        ]
 
-    def load(index: int, read: Callable[[], base.Example] | None) -> loading.Row:
-        row = _empty_row(image_size, index)
-        if read is not None:
-            try:
-                _fill_eval_row(row, read(), crop)
-            except BadExample as bad:
+    batches = loading.batches(
+        start,
+        _empty_row(image_size, 0),
+        count=steps * len(rows),
+        batch_size=len(rows),
+        threads=threads,
+        prefetch=2,
+    )
+    skipped: Counter[str] = Counter()
+    with contextlib.closing(batches):
+        for batch in batches:
+            for bad in filter(None, batch.stats):
                 skipped[bad.reason] += 1
                 logging.warning("Left out of the evaluation: %s", bad)
-        return row
-
-    like = _empty_row(image_size, 0)
-    yield from loading.batches(
-        begin, like, count=steps * len(rows), batch_size=len(rows), threads=threads, prefetch=2
-    )
+            yield batch.arrays
     if skipped:
         logging.warning(
             "%d of %d evaluation examples were unusable: %s",
@@ -233,18 +223,18 @@ def eval_batches(
 
 def eval_captions(
     source: Source, tokenizer: Tokenizer, *, threads: int, limit: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """All captions of every example, in stored order; every host reads them all.
+) -> tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]:
+    """Encodes all captions of every example, in stored order; every host reads them all.
 
     Args:
-      source: of the examples.
-      tokenizer: of the captions.
-      threads: that read; 0: one per CPU core.
-      limit: the first so many examples; None: all.
+      source: the examples.
+      tokenizer: encodes the captions.
+      threads: number of threads that read; 0: one per CPU core.
+      limit: number of examples, from the first on; None: all.
 
     Returns:
-      The captions, int32 [n, l], and the index of each one's example in the source, int32 [n]. Of
-      an unusable example there is none; nor of one without a caption, which is logged.
+      The ids of the captions, and the index of each one's example in the source. An unusable
+      example has none; nor has one without a caption, which is logged.
     """
     total = len(source) if limit is None else min(limit, len(source))
 
@@ -276,11 +266,21 @@ def _local_rows(batch_size: int, part: int, parts: int) -> range:
     return range(part * local, (part + 1) * local)
 
 
-def _fill_eval_row(row: loading.Row, example: base.Example, crop: Crop) -> None:
-    size = row["image"].shape[0]
-    row["image"] = images.pixels(example.image, example.key, size, crop, None)
+def _load_eval_row(
+    index: int, read: Callable[[], base.Example] | None, image_size: int, crop: Crop
+) -> tuple[loading.Row, BadExample | None]:
+    """Returns the row of an example, or of padding where `read` is None; and why it is unusable."""
+    row = _empty_row(image_size, index)
+    if read is None:
+        return row, None
+    try:
+        example = read()
+        row["image"] = images.pixels(example.image, example.key, image_size, crop, None)
+    except BadExample as bad:
+        return row, bad
     row["label"] = np.int32(example.label)
     row["mask"] = np.bool_(True)
+    return row, None
 
 
 def _empty_row(image_size: int, index: int) -> loading.Row:

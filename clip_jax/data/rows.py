@@ -1,8 +1,9 @@
 """The row of every position of a run, from sources, order, tokenizer and crop."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -10,38 +11,66 @@ from ml_collections import ConfigDict
 
 from clip_jax.data import images, mixture, order, tokenizer
 from clip_jax.data.crops import Crop
+from clip_jax.data.loading import Row, Stages
 from clip_jax.data.sources import captions, reading
 from clip_jax.data.sources.base import Example, Source
-from clip_jax.data.stages import Stages
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import BadExample
-
-Row = dict[str, Any]  # image uint8 [h, w, 3] and tokens int32 [l]
 
 # Tries at filling the place of an unusable example; with half of them unusable, all fail once
 # in 10^15.
 _REPLACEMENT_TRIES = 50
 
 
-class Note(NamedTuple):
-    """What there is to say of a row.
+class RowStats(NamedTuple):
+    """The outcome of loading one row.
 
     Attributes:
-      bad: the example whose place it has, if that one cannot be used.
-      truncated: its caption was cut to the context length.
+      usable: whether there is a row; False: neither its example nor any replacement can be used.
+      skipped: the unusable example whose place another one has taken; None: there was none.
+      truncated: whether the caption was cut to the context length.
     """
 
-    bad: BadExample | None
+    usable: bool
+    skipped: BadExample | None
     truncated: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """The positions whose rows one part of a pipeline loads, in the order of loading.
+
+    Position p (0, 1, 2, ... over the whole run, all hosts together) belongs to step
+    p // batch_size.
+
+    Attributes:
+      start: the first position of the first step.
+      batch_size: examples per step, over all hosts.
+      rows: the rows of each global batch that this part loads.
+      streams: number of interleaved streams of the order.
+    """
+
+    start: int
+    batch_size: int
+    rows: range
+    streams: int
+
+    def __getitem__(self, number: int) -> int:
+        """The position of the row with this number, counted from 0 in this part."""
+        step, row = divmod(number, len(self.rows))
+        # Without streams, a batch is in the order of positions. With streams, the rows of each
+        # stream stand together, so that one host has them.
+        stream, place = divmod(self.rows[row], self.batch_size // self.streams)
+        return self.start + step * self.batch_size + place * self.streams + stream
+
+
 class Rows:
-    """The row at position p (0, 1, 2, ... over the whole run): a pure function of (seed, p).
+    """The row at each position of a run: a pure function of (seed, position).
 
     So any process that opens the same data gives the same rows.
 
     Attributes:
-      stages: what each thread is doing.
+      stages: the stage that each thread is in.
     """
 
     def __init__(
@@ -54,7 +83,16 @@ class Rows:
         image_size: int,
         seed: int,
     ):
-        """Reads nothing yet; arguments as of `pipeline.TrainPipeline`."""
+        """Reads nothing yet.
+
+        Args:
+          source: the examples.
+          order_: their order.
+          tokenizer_: encodes the captions.
+          config: the fields of `data` in configs/default.py.
+          image_size: pixels along a side.
+          seed: PRNG seed of crops, captions and replacements, non-negative.
+        """
         self.stages = Stages()
         self._source = source
         self._order = order_
@@ -70,31 +108,32 @@ class Rows:
             "tokens": np.zeros(self._tokenizer.context_length, np.int32),
         }
 
-    def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, Note]]]:
+    def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, RowStats]]]:
         """Begins to read the examples at some positions, as `reading.start` does.
 
         Returns:
-          For each, a function that waits for the example and makes its row: another example's
-          where that one cannot be used; None: nor can any.
+          For each, a function that waits for the example and makes its row: image uint8 [h, w, 3]
+          and tokens int32 [l]. Where the example cannot be used, it is the row of another one;
+          None: no other one can be used either.
         """
         indices = [self._order[position] for position in positions]
         reads = reading.start(self._source, indices)
         return [functools.partial(self._finish, *each) for each in zip(positions, indices, reads)]
 
-    def __getitem__(self, position: int) -> tuple[Row | None, Note]:
+    def __getitem__(self, position: int) -> tuple[Row | None, RowStats]:
         """The row at one position, as by `start`."""
         return self.start([position])[0]()
 
     def _finish(
         self, position: int, index: int, read: Callable[[], Example]
-    ) -> tuple[Row | None, Note]:
+    ) -> tuple[Row | None, RowStats]:
         rng = np.random.default_rng([self._seed, order.CROP, position])
         try:
             row, truncated = self._prepare(index, read, rng)
-            return row, Note(None, truncated)
+            return row, RowStats(True, None, truncated)
         except BadExample as bad:
             row, truncated = self._replacement(position)
-            return row, Note(bad, truncated)
+            return row, RowStats(row is not None, bad, truncated)
         finally:
             self.stages.leave()
 
@@ -104,14 +143,14 @@ class Rows:
             try:
                 index = self._order[int(rng.integers(2**40))]
                 return self._prepare(index, functools.partial(self._source.__getitem__, index), rng)
-            except BadExample:  # is counted when its own turn comes
+            except BadExample:  # is counted at its own position
                 continue
         return None, False
 
     def _prepare(
         self, index: int, read: Callable[[], Example], rng: np.random.Generator
     ) -> tuple[Row, bool]:
-        """The row of an example, and whether its caption was cut."""
+        """Returns the row of an example, and whether its caption was cut."""
         self.stages.enter("reading", f"example {index}")
         example = read()
         self.stages.enter("decoding", example.key)
@@ -123,30 +162,54 @@ class Rows:
         return {"image": image, "tokens": tokens}, truncated
 
 
-def reopen(
-    config: ConfigDict,
-    *,
-    tokenizer_name: str,
-    context_length: int,
-    image_size: int,
-    seed: int,
-    batch_size: int,
-    parts: int,
-    fallback_dir: epath.Path | None,
-) -> Rows:
-    """The rows of a run in another process, which shares nothing with the one that began it.
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A description of the rows of a run, by which any process can open them; can be pickled.
 
-    Args:
+    Attributes:
       config: the fields of `data` in configs/default.py.
-      tokenizer_name: as `tokenizer.create` takes it.
+      tokenizer: name of the tokenizer, as `tokenizer.create` takes it.
       context_length: ids in a row.
-      image_size, seed, batch_size, fallback_dir: as `mixture.create` takes them.
-      parts: processes, of all hosts, that share a batch.
-
-    Raises:
-      UserError: the data is not there any more.
+      image_size: pixels along a side.
+      seed: PRNG seed, non-negative.
+      batch_size: examples per step, over all hosts.
+      parts: number of parts that each batch is split into, one per host or process.
+      fallback_dir: directory for indices of shards whose own cannot be written to.
     """
-    options = {"batch_size": batch_size, "parts": parts, "fallback_dir": fallback_dir}
-    source, order_ = mixture.create(config, image_size, seed, **options)
-    tokens = tokenizer.create(tokenizer_name, context_length)
-    return Rows(source, order_, tokens, config, image_size=image_size, seed=seed)
+
+    config: ConfigDict
+    tokenizer: str
+    context_length: int
+    image_size: int
+    seed: int
+    batch_size: int
+    parts: int = 1
+    fallback_dir: epath.Path | None = None
+
+    def open(self) -> Rows:
+        """Opens the data.
+
+        Raises:
+          UserError: the data are not there, or not in the expected form.
+        """
+        source, order_ = mixture.create(
+            self.config,
+            self.image_size,
+            self.seed,
+            batch_size=self.batch_size,
+            parts=self.parts,
+            fallback_dir=self.fallback_dir,
+        )
+        tokens = tokenizer.create(self.tokenizer, self.context_length)
+        return self.bind(source, order_, tokens)
+
+    def bind(self, source: Source, order_: order.Order, tokenizer_: Tokenizer) -> Rows:
+        """The rows of data that are open already."""
+        return Rows(
+            source,
+            order_,
+            tokenizer_,
+            self.config,
+            image_size=self.image_size,
+            seed=self.seed,
+        )

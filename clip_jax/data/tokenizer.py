@@ -1,7 +1,7 @@
-"""Captions to token ids: OpenAI's BPE, a SentencePiece model, or one used as SigLIP does.
+"""Tokenizers of captions: OpenAI's BPE, a SentencePiece model, or one used as SigLIP does.
 
 A row of ids is start token, text, end token, zeros. The end token is the largest id, so the text
-tower finds it as the row's maximum; zero is an ordinary token as well (in OpenAI's code too).
+tower finds it as the row's maximum. Zero is an ordinary token as well, as in OpenAI's code.
 SigLIP's rows are text and end tokens, without a start.
 """
 
@@ -15,24 +15,25 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Int32, Int64
 
 from clip_jax.data import bpe
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges
 
 SIGLIP = "siglip:"  # before the path of a vocabulary that is used as SigLIP does
-_ITEMSIZE = 4  # of int32
+_ITEMSIZE = 4  # bytes of an int32
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Tokenizer(abc.ABC):
-    """What all tokenizers share. Safe to use from several threads.
+    """The base of all tokenizers. Safe to use from several threads.
 
     Attributes:
       vocab_size: number of ids; the start token is vocab_size - 2, the end token vocab_size - 1,
-        but for SigLIP's.
+        except in SigLIP's.
       context_length: ids in a row, start and end token included.
-      identity: names the vocabulary and its checksum; equal identities give equal ids.
+      identity: name and checksum of the vocabulary; equal identities give equal ids.
     """
 
     vocab_size: int
@@ -41,24 +42,26 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
-        """The ids of each text, without start and end token, as packed int32."""
+        """Returns the ids of each text, without start and end token, as packed int32."""
 
     @abc.abstractmethod
     def _unpack(self, ids: list[int]) -> str:
-        """The text of ids among which is neither start nor end token."""
+        """Returns the text of ids, which include neither start nor end token."""
 
-    def encode(self, text: str) -> tuple[np.ndarray, bool]:
-        """Returns (int32 [context_length], whether the text was cut to fit)."""
+    def encode(self, text: str) -> tuple[Int32[np.ndarray, " l"], bool]:
+        """Encodes a text; also returns whether it was cut to fit."""
         (ids,) = self._pack([text])
         row = np.frombuffer(bytearray(self._row(ids)), np.int32)
         return row, self._length(ids) > self.context_length
 
-    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(
+        self, texts: Sequence[str]
+    ) -> tuple[Int32[np.ndarray, "n l"], Int64[np.ndarray, " n"]]:
         """Encodes n texts; those that are too long are cut, the end token kept.
 
         Returns:
-          int32 [n, context_length], and int64 [n]: the ids each text would take if not cut, start
-          and end token included.
+          The ids, and the number of ids that each text would take if not cut, start and end token
+          included.
         """
         packed = list(self._pack(texts))
         # A bytearray, unlike bytes, gives an array that can be written to.
@@ -66,12 +69,14 @@ class Tokenizer(abc.ABC):
         tokens = np.frombuffer(buffer, np.int32).reshape(len(packed), self.context_length)
         return tokens, np.array(list(map(self._length, packed)), np.int64)
 
-    def is_empty(self, row: np.ndarray) -> bool:
-        """Whether a row of ids has no text."""
+    def is_empty(self, row: Int32[np.ndarray, " l"]) -> bool:
+        """Returns whether a row of ids has no text."""
         return row[1] == self.vocab_size - 1
 
-    def __call__(self, texts: str | Sequence[str], truncate: bool = False) -> np.ndarray:
-        """Encodes n texts (a single one counts as n = 1) to int32 [n, context_length].
+    def __call__(
+        self, texts: str | Sequence[str], truncate: bool = False
+    ) -> Int32[np.ndarray, "n l"]:
+        """Encodes n texts (a single one counts as n = 1).
 
         Raises:
           ValueError: a text is too long and not `truncate`, which cuts it and keeps the end token.
@@ -92,7 +97,7 @@ class Tokenizer(abc.ABC):
         return tokens
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of one row of ids: cleaned, lower-case, up to the first end token."""
+        """Decodes one row of ids: cleaned, lower-case, up to the first end token."""
         start, end = self.vocab_size - 2, self.vocab_size - 1
         ids = [int(token) for token in ids]
         ids = ids[: ids.index(end)] if end in ids else ids
@@ -130,10 +135,10 @@ class OpenAITokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, run by tensorflow_text; its ids, and two more for start and end.
+    """A SentencePiece model, run by tensorflow_text, with two more ids for start and end.
 
     Texts get the clean-up of OpenAI's tokenizer first: ftfy, HTML, white space, lower case. Best
-    called through `encode_batch`: a call costs as much as dozens of short texts.
+    called through `encode_batch`: a call takes as long as dozens of short texts.
     """
 
     def __init__(self, path: str, context_length: int):
@@ -186,12 +191,12 @@ class SiglipTokenizer(Tokenizer):
         load = _tokenizer_json if path.name.endswith(".json") else _sentencepiece
         self._ids, self._text, self.vocab_size = load(path)
 
-    def is_empty(self, row: np.ndarray) -> bool:
-        """Whether a row of ids has no text."""
+    def is_empty(self, row: Int32[np.ndarray, " l"]) -> bool:
+        """Returns whether a row of ids has no text."""
         return row[0] == self._END
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of one row of ids, up to the first end token."""
+        """Decodes one row of ids, up to the first end token."""
         row = [int(token) for token in ids]
         return self._text(row[: row.index(self._END)] if self._END in row else row).strip()
 
@@ -216,7 +221,7 @@ class SiglipTokenizer(Tokenizer):
 
 
 def siglip_identity(path: epath.Path) -> str:
-    """Of a vocabulary file used as SigLIP does; UserError where there is none."""
+    """Returns the identity of a vocabulary used as SigLIP does; UserError where there is none."""
     try:
         return SIGLIP + hashlib.sha256(ranges.read(path)).hexdigest()
     except OSError as error:
@@ -256,7 +261,7 @@ def _sentencepiece(path: epath.Path) -> tuple[Callable, Callable, int]:
 
 
 def create(name: str, context_length: int) -> Tokenizer:
-    """The tokenizer called `name`.
+    """Makes a tokenizer.
 
     Args:
       name: "openai"; the path of a SentencePiece .model file; or "siglip:" and the path of one, or
@@ -284,8 +289,8 @@ def create(name: str, context_length: int) -> Tokenizer:
 
 def tokenize(
     texts: str | Sequence[str], context_length: int = 77, truncate: bool = False
-) -> np.ndarray:
-    """OpenAI's ids of n texts (a single one counts as n = 1): int32 [n, context_length].
+) -> Int32[np.ndarray, "n {context_length}"]:
+    """Encodes n texts by OpenAI's BPE (a single one counts as n = 1).
 
     Raises:
       ValueError: a text is too long and not `truncate`, which cuts it and keeps the end token.

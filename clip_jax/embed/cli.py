@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from clip_jax.common import commands
 from clip_jax.common import host_flags as hosts
-from clip_jax.data.arguments import at_least
+from clip_jax.common.commands import at_least
 from clip_jax.errors import UserError
 from clip_jax.storage import locations
 

@@ -35,7 +35,7 @@ from etils import epath
 from clip_jax import weights
 from clip_jax.common import commands
 from clip_jax.common import host_flags as hosts
-from clip_jax.data.arguments import at_least, share
+from clip_jax.common.commands import at_least, fraction
 from clip_jax.errors import UserError
 from clip_jax.storage import locations
 
@@ -152,7 +152,7 @@ def _settings(options: argparse.Namespace, suite: "ConfigDict") -> "Settings":
     try:
         suite.shots = tuple(sorted({int(n) for n in options.shots.split(",")}))
         pairs = [item.rpartition("=") for item in options.overlap_threshold.split(",")]
-        thresholds = {name.strip(): share(value) for name, _, value in pairs}
+        thresholds = {name.strip(): fraction(value) for name, _, value in pairs}
     except (ValueError, argparse.ArgumentTypeError) as error:
         raise UserError(
             f"The command line cannot be read ({error}): --shots=1,2,4 are numbers of examples, "

@@ -18,7 +18,7 @@ import json
 from typing import TYPE_CHECKING
 
 from clip_jax.common import commands
-from clip_jax.data.arguments import at_least
+from clip_jax.common.commands import at_least
 
 if TYPE_CHECKING:
     from clip_jax.search.searcher import Hit, Searcher

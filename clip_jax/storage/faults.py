@@ -1,9 +1,8 @@
-"""Failures of a bucket: which are waited out, how often they came, and what to tell the user.
+"""Failures of a bucket: retries, counts, and explanations for the user.
 
-A burst of 503, a throttled request, a connection that breaks or falls silent: storage of this kind
-does that, and the answer is to ask again, a little later each time and not all at once. Each such
-failure is counted by its reason and logged now and then. What does not pass, such as a bucket that
-does not exist, becomes one sentence.
+A burst of 503, a throttled request, a connection that breaks or stalls: all of these are usual, and
+are retried with exponential back-off and jitter. Each such failure is counted by its reason and
+logged now and then. A permanent failure, such as a missing bucket, becomes one sentence.
 """
 
 import functools
@@ -23,12 +22,12 @@ from etils import epath
 from clip_jax.errors import StorageError, UserError
 from clip_jax.storage import remote
 
-# Seconds for which a failing request is repeated before its error is final. A variable of the
-# environment, not of a config: it holds for every command and for the processes that they start.
+# Seconds for which a failing request is retried before its error is final. An environment variable,
+# not a config field: it holds for every command and for the processes that they start.
 RETRY_FOR = float(os.environ.get("CLIP_JAX_STORAGE_RETRY_FOR", "600"))
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 30.0  # seconds
-_LONGEST_GCSFS_WAIT = 32.0  # seconds; its own constant
+_LONGEST_GCSFS_WAIT = 32.0  # seconds; a constant of gcsfs
 _LOG_EVERY = 30.0  # seconds between two log lines of the same reason
 
 _CODE = re.compile(r"http_response_code='(\d+)'|\((\d{3})\)|status[ =:]+'?(\d{3})|code: (\d{3})")
@@ -37,22 +36,22 @@ _DENIED = ("401", "403")
 _TRANSIENT_CODES = ("408", "429", "500", "502", "503", "504")
 
 _counts: Counter[str] = Counter()
-_logged: dict[str, tuple[float, int]] = {}  # by reason: when, and the count then
-# Buckets that have been read, or written (True): what they refuse now, they may grant again.
-_proven: set[tuple[str, bool]] = set()
+_logged: dict[str, tuple[float, int]] = {}  # by reason: time of the last log line, and the count
+# Buckets that have been read (False) or written (True): access that they deny now may come back.
+_accessed: set[tuple[str, bool]] = set()
 _lock = threading.Lock()
 
 Result = TypeVar("Result")
 
 
 def counts() -> Counter[str]:
-    """The failures of this process so far, by reason; those that passed too."""
+    """Returns the failures of this process so far, by reason; transient ones included."""
     with _lock:
         return Counter(_counts)
 
 
-def note(reason: str, path: epath.PathLike, detail: str = "") -> None:
-    """Counts a failure, and logs it unless its like was logged just before."""
+def record(reason: str, path: epath.PathLike, detail: str = "") -> None:
+    """Counts a failure, and logs it unless one of the same reason was logged just before."""
     with _lock:
         _counts[reason] += 1
         now, total = time.monotonic(), _counts[reason]
@@ -66,13 +65,13 @@ def note(reason: str, path: epath.PathLike, detail: str = "") -> None:
     )
 
 
-def proven(path: epath.PathLike, writing: bool = False) -> None:
-    """Notes that the bucket of a path could be read, or written."""
-    _proven.add((remote.split(path)[1], writing))
+def record_access(path: epath.PathLike, writing: bool = False) -> None:
+    """Records that the bucket of a path could be read, or written."""
+    _accessed.add((remote.split(path)[1], writing))
 
 
 def reason(error: BaseException) -> str:
-    """A short name of a failure, the same for every client; "": it is none of storage."""
+    """Returns a short name of a failure, the same for every client; "": not one of storage."""
     code = _status(error)
     if code:
         return f"HTTP {code}"
@@ -93,7 +92,7 @@ def reason(error: BaseException) -> str:
 
 
 def _status(error: BaseException) -> str:
-    """The HTTP status that an error carries, "": none."""
+    """Returns the HTTP status of an error; "": it has none."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -105,19 +104,19 @@ def _status(error: BaseException) -> str:
     return next(filter(None, match.groups()), "") if match else ""
 
 
-def passes(error: BaseException, path: epath.PathLike, writing: bool = False) -> bool:
-    """Returns whether a failure to read, or to write, is transient."""
+def is_transient(error: BaseException, path: epath.PathLike, writing: bool = False) -> bool:
+    """Returns whether a failure to read, or to write, may pass."""
     name = reason(error)
     if name in ("no answer", "connection broken", "body cut short"):
         return True
     code = name.removeprefix("HTTP ")
-    # Credentials that have expired, in a run that could do this before.
-    renewed = code in _DENIED and (remote.split(path)[1], writing) in _proven
-    return code in _TRANSIENT_CODES or renewed
+    # Access that was granted before comes back when expired credentials are renewed.
+    expired = code in _DENIED and (remote.split(path)[1], writing) in _accessed
+    return code in _TRANSIENT_CODES or expired
 
 
-class Patience:
-    """Waits between the attempts at one request, for `RETRY_FOR` seconds in all."""
+class Backoff:
+    """Exponential back-off between the attempts at one request, with a deadline of `RETRY_FOR`."""
 
     def __init__(self, path: epath.PathLike, writing: bool = False):
         self._path, self._writing = path, writing
@@ -125,14 +124,22 @@ class Patience:
         self._began = time.monotonic()
 
     def wait(self, error: BaseException) -> None:
-        """Sleeps before the next attempt; raises `error`, or its sentence, where there is none."""
-        if isinstance(error, UserError):  # of an attempt that has been patient itself
+        """Sleeps before the next attempt.
+
+        Args:
+          error: the error of the last attempt.
+
+        Raises:
+          StorageError: the failure is permanent, or the deadline has passed.
+          Exception: `error`, where it is not one of storage.
+        """
+        if isinstance(error, UserError):  # the attempt has retried by itself
             raise error
-        if not passes(error, self._path, self._writing):
+        if not is_transient(error, self._path, self._writing):
             if isinstance(error, FileNotFoundError) or not reason(error):
                 raise error
             raise StorageError(explain(error, self._path)) from error
-        note(reason(error), self._path)
+        record(reason(error), self._path)
         if time.monotonic() - self._began + self._wait > RETRY_FOR:
             raise StorageError(
                 f"{self._path} could not be reached for {RETRY_FOR:,.0f} s: {explain(error)} The "
@@ -143,7 +150,7 @@ class Patience:
 
 
 def repeat(attempt: Callable[[], Result], path: epath.PathLike, writing: bool = False) -> Result:
-    """Returns the result of `attempt`, which is called again after transient failures.
+    """Returns the result of `attempt`, which is retried after transient failures.
 
     Args:
       attempt: reads or writes `path`.
@@ -152,30 +159,30 @@ def repeat(attempt: Callable[[], Result], path: epath.PathLike, writing: bool = 
 
     Raises:
       StorageError: it failed for `RETRY_FOR` seconds.
-      Exception: whatever else it raises, at once.
+      Exception: any other error of `attempt`, at once.
     """
     if not remote.is_remote(path):
         return attempt()
-    patience = Patience(path, writing)
+    backoff = Backoff(path, writing)
     while True:
         try:
             result = attempt()
         except Exception as error:
-            patience.wait(error)
+            backoff.wait(error)
         else:
-            proven(path, writing)
+            record_access(path, writing)
             return result
 
 
-# Seconds before each further try at a local read, or at an object that is not there: such failures
-# rarely pass, and the caller can do without.
+# Seconds before each retry of a local read, or of an object that is not there: such failures are
+# rarely transient, and the caller can do without the result.
 BRIEF = (0.1, 0.5, 2.0)
 
 
 def briefly(attempt: Callable[[], Result], delays: Sequence[float] | None = None) -> Result:
-    """Returns the result of `attempt`, tried again after each of `delays` (seconds) on an OSError.
+    """Returns the result of `attempt`, retried after each of `delays` (seconds) on an OSError.
 
-    StorageError, which comes after longer attempts, is final.
+    A StorageError is final, since it was retried for longer before.
     """
     for delay in BRIEF if delays is None else delays:
         try:
@@ -211,7 +218,7 @@ _LOGIN = {
 
 
 def explain(error: BaseException, path: epath.PathLike = "") -> str:
-    """Returns a sentence or two: the meaning of a failure, and its remedy."""
+    """Returns the meaning of a failure, and its remedy, in one or two sentences."""
     if isinstance(error, StorageError):
         return str(error)
     name = reason(error)
@@ -244,7 +251,7 @@ def is_failure(error: BaseException) -> bool:
 
 
 def explained(error: BaseException) -> str:
-    """The sentence for an error of a bucket's, "" for others: their traceback is needed."""
+    """Returns the explanation of an error of a bucket; "" for others, whose traceback is needed."""
     if isinstance(error, StorageError):
         return str(error)
     found = re.search(r"(?:gs|s3)://[^\s'\"]+|/b/[^\s'\"]+", str(error))
@@ -258,26 +265,26 @@ def _first_line(error: BaseException) -> str:
 
 
 @functools.cache
-def teach_gcsfs() -> None:
-    """Has gcsfs repeat its requests for as long as we do, and tell of each failure.
+def patch_gcsfs() -> None:
+    """Makes gcsfs retry its requests for `RETRY_FOR` seconds too, and record each failure.
 
-    By itself it gives up after half a minute. Orbax writes its descriptions by it.
+    By itself it gives up after half a minute. Orbax writes its metadata through it.
     """
     from gcsfs import core, retry
 
     repeated: Any = retry.retry_request  # made by a decorator that hides its signature
     once = core.GCSFileSystem._request.__wrapped__
-    core.GCSFileSystem._request = repeated(retries=requests_in(_LONGEST_GCSFS_WAIT))(once)
+    core.GCSFileSystem._request = repeated(retries=attempts_in(_LONGEST_GCSFS_WAIT))(once)
     is_retriable = retry.is_retriable
 
-    def noted(exception: BaseException) -> bool:
+    def recorded(exception: BaseException) -> bool:
         if found := is_retriable(exception):
-            note(reason(exception) or type(exception).__name__, "gs://")
+            record(reason(exception) or type(exception).__name__, "gs://")
         return found
 
-    retry.is_retriable = noted
+    retry.is_retriable = recorded
 
 
-def requests_in(longest_wait: float) -> int:
-    """Number of attempts in `RETRY_FOR` seconds, with waits of 1 s, 2 s, ... `longest_wait`."""
+def attempts_in(longest_wait: float) -> int:
+    """Returns the number of attempts in `RETRY_FOR`, with waits of 1 s, 2 s, ... `longest_wait`."""
     return 6 + int(RETRY_FOR / longest_wait)

@@ -1,6 +1,6 @@
 """Changes to orbax by which checkpoints go to buckets.
 
-Its releases are pinned to a range in requirements.txt; the tests of whole runs notice changes.
+Its releases are pinned to a range in requirements.txt; the tests of whole runs detect changes.
 """
 
 import functools
@@ -11,27 +11,27 @@ from typing import Any
 
 from clip_jax.storage import faults, remote
 
-# TensorStore's waits between two attempts at a request, in seconds.
+# Waits of TensorStore between two attempts at a request, in seconds.
 _FIRST_WAIT, _LONGEST_WAIT = 1, 32
 
 
 @functools.cache
 def prepare() -> None:
-    """Has orbax write to gs:// and s3:// with rights on objects alone, and not try for ever."""
+    """Makes orbax write to gs:// and s3:// with rights on objects alone, and stop retrying."""
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
-    # To ask needs rights on the bucket itself. All it is for are the empty folders that remain of
-    # deleted checkpoints in a bucket with a hierarchical namespace.
+    # The question needs rights on the bucket itself. The answer matters only for the empty folders
+    # that deleted checkpoints leave in a bucket with a hierarchical namespace.
     gcs_utils.is_hierarchical_namespace_enabled = lambda path: False
-    # The rest of what it does for gs:// is right for s3:// too: mark a checkpoint as complete by a
-    # file, since there are no renames, and have TensorStore write the arrays.
+    # Its other code for gs:// is right for s3:// too: it marks a checkpoint as complete by a file,
+    # since there are no renames, and has TensorStore write the arrays.
     gcs_utils.is_gcs_path = lambda path: remote.is_remote(_repaired(path.as_posix()))
     gcs_utils.get_kvstore_for_gcs = lambda ckpt_path: _kvstore(_repaired(ckpt_path))
     tensorstore_utils._use_gcs_driver = lambda directory: remote.is_remote(directory)
     tensorstore_utils._normalize_path = lambda path: _repaired(os.path.normpath(path))
     retries = {
-        "max_retries": faults.requests_in(_LONGEST_WAIT),
+        "max_retries": faults.attempts_in(_LONGEST_WAIT),
         "initial_delay": f"{_FIRST_WAIT}s",
         "max_delay": f"{_LONGEST_WAIT}s",
     }
@@ -40,18 +40,18 @@ def prepare() -> None:
         tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT,
     ):
         context |= {"gcs_request_retries": retries, "s3_request_retries": retries}
-    _say_failures_once()
+    _log_failures_once()
 
 
-# Why saves failed on this host. The manager raises it only once all hosts have met, which they do
-# not where one has failed.
+# The errors of saves on this host. The manager raises them only after all hosts have synchronised,
+# which never happens where one has failed.
 failures: list[BaseException] = []
 
 
-def _say_failures_once() -> None:
-    """Leaves out the tracebacks that a failed save makes in every thread that takes part.
+def _log_failures_once() -> None:
+    """Suppresses the tracebacks that every thread of a failed save logs.
 
-    What failed comes out of the manager too, and is told in a line where that is called.
+    The manager raises the error too, and its caller logs it in one line.
     """
 
     def wanted(record: logging.LogRecord) -> bool:
@@ -67,7 +67,7 @@ def _say_failures_once() -> None:
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        # TensorStore's, when a request ends that orbax no longer waits for.
+        # Raised by TensorStore when a request ends that orbax no longer waits for.
         if str(unraisable.exc_value) != "Event loop is closed":
             usual(unraisable)
 
@@ -75,7 +75,7 @@ def _say_failures_once() -> None:
 
 
 def _repaired(path: str) -> str:
-    """A path with the slash that normalising it takes away."""
+    """Restores the slash of a path that normalising it removes."""
     for scheme in remote.SCHEMES:
         if path.startswith(f"{scheme}:/") and not path.startswith(f"{scheme}://"):
             return path.replace(":/", "://", 1)

@@ -17,7 +17,7 @@ _MAGIC = re.compile(r"[*?\[]")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://?")
 
 _STAT_THREADS = 32
-# Up to so many objects of one prefix are asked for one by one, more by listing it.
+# Up to this number of objects of one prefix are looked up one by one, more by listing it.
 _FEW = 8
 
 
@@ -25,7 +25,7 @@ class Stat(NamedTuple):
     """The identity of a file's contents.
 
     Attributes:
-      size: bytes.
+      size: size in bytes.
       version: changes whenever the contents do: modification time (ns) of a local file, generation
         (gs://) or ETag (s3://) of an object.
     """
@@ -35,10 +35,10 @@ class Stat(NamedTuple):
 
 
 def parse(text: epath.PathLike) -> epath.Path:
-    """The path that a user typed; ~ is the home directory.
+    """Returns the path that a user typed; ~ is the home directory.
 
     Raises:
-      UserError: it is of a kind that is not read, such as https://.
+      UserError: paths of its kind are not supported, such as https://.
     """
     name = os.fspath(text)
     if (problem := _problem(name)) and not os.path.lexists(name):
@@ -48,15 +48,15 @@ def parse(text: epath.PathLike) -> epath.Path:
             "such as {00000..00099}."
         )
     if name.startswith("gs://"):
-        faults.teach_gcsfs()
+        faults.patch_gcsfs()
     return epath.Path(name).expanduser()
 
 
 def reachable(text: epath.PathLike) -> epath.Path:
-    """The path that a user typed, for results that will be written there later.
+    """Returns the path that a user typed, for results that are written there later.
 
     Raises:
-      UserError: it is of a kind that is not used, or its bucket is not there.
+      UserError: paths of its kind are not supported, or its bucket is not there.
     """
     path = parse(text)
     if remote.is_remote(path):
@@ -83,16 +83,16 @@ def _problem(name: str) -> str:
 
 
 def expand(paths: str, suffix: str) -> list[epath.Path]:
-    """The files that a comma-separated list names.
+    """Returns the files that a comma-separated list names.
 
     Args:
       paths: files, directories (their files ending in `suffix`), patterns with * ? [ ], and
         brace ranges such as "{00000..00012}"; local, gs:// or s3://.
-      suffix: such as ".tar".
+      suffix: ending of names, such as ".tar".
 
     Returns:
-      Existing files for directories and patterns, sorted within each; files named outright and
-      by brace ranges whether they exist or not.
+      For directories and patterns the existing files, sorted within each. Files that are named
+      outright or by brace ranges are returned whether they exist or not.
     """
     found = []
     for item in filter(None, (item.strip() for item in paths.split(","))):
@@ -122,7 +122,7 @@ def _expand_pattern(name: str, suffix: str) -> list[epath.Path]:
         if remote.is_remote(path) and "/" not in pattern:
             return [root / name for name in sorted(listing(root)) if fnmatch.fnmatch(name, pattern)]
         return sorted(faults.repeat(lambda: list(root.glob(pattern)), root))
-    if path.suffix == suffix:  # else a file outright would be looked up by two requests
+    if path.suffix == suffix:  # saves one of two requests for a file named outright
         return [path] if remote.is_remote(path) or not path.is_dir() else _inside(path, suffix)
     return _inside(path, suffix) if faults.repeat(path.is_dir, path) else [path]
 
@@ -132,7 +132,7 @@ def _inside(folder: epath.Path, suffix: str) -> list[epath.Path]:
 
 
 def listing(folder: epath.Path) -> dict[str, Stat]:
-    """The files of a directory, or right below a prefix, by name; none where there is nothing."""
+    """Lists the files of a directory, or directly below a prefix, by name; may be empty."""
     if not remote.is_remote(folder):
         with os.scandir(folder) as entries:
             return {entry.name: _local_stat(entry.path) for entry in entries if entry.is_file()}
@@ -152,7 +152,7 @@ def listing(folder: epath.Path) -> dict[str, Stat]:
 
 
 def tree(root: epath.Path) -> list[str]:
-    """All files under a directory or prefix, relative to it, sorted."""
+    """Lists all files under a directory or prefix, relative to it, sorted."""
     if not remote.is_remote(root):
         return sorted(
             f"{folder.relative_to(root).as_posix()}/{name}".removeprefix("./")
@@ -165,7 +165,7 @@ def tree(root: epath.Path) -> list[str]:
 
 
 def stats(paths: Sequence[epath.Path]) -> list[Stat | None]:
-    """Size and version of each file, None: it is not there; in few requests."""
+    """Returns size and version of each file, None: it is not there; in few requests."""
     by_folder: dict[epath.Path, list[epath.Path]] = {}
     for path in paths:
         by_folder.setdefault(path.parent, []).append(path)
@@ -181,7 +181,7 @@ def stats(paths: Sequence[epath.Path]) -> list[Stat | None]:
 
 
 def stat(path: epath.Path) -> Stat | None:
-    """Size and version of one file, None: it is not there."""
+    """Returns size and version of one file; None: it is not there."""
     try:
         if not remote.is_remote(path):
             return _local_stat(path)
@@ -191,7 +191,7 @@ def stat(path: epath.Path) -> Stat | None:
 
 
 def _describe(path: epath.Path) -> dict[str, Any]:
-    """The description of an object, by one request; gcsfs would ask for a prefix too."""
+    """Requests the metadata of an object, once; gcsfs would ask for a prefix too."""
     scheme, bucket, key = remote.split(path)
     client = remote.filesystem(path)
     if scheme == "gs":
@@ -213,9 +213,12 @@ def _remote_stat(info: dict[str, Any]) -> Stat:
 
 
 def check_bucket(path: epath.Path) -> None:
-    """UserError where a bucket does not exist, or the path in it may not be listed; else nothing.
+    """Checks that a bucket exists and that the path in it may be listed.
 
-    It asks for a list of one object: the bucket itself is more than object rights let one see.
+    The request lists one object, since rights on objects do not include the bucket itself.
+
+    Raises:
+      UserError: it does not, or may not.
     """
     scheme, bucket, key = remote.split(path)
     client = remote.filesystem(path)

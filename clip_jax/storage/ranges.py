@@ -1,8 +1,8 @@
 """Parts of files, read many at a time.
 
-A request to a bucket takes 20 to 100 ms however small it is, so that reading one example after the
-other makes some twenty a second. Here reads begin at once and are waited for when they are needed;
-TensorStore has them under way beside each other, outside of Python's lock.
+A request to a bucket takes 20 to 100 ms however small it is, so that examples read one after the
+other come at some twenty a second. Here reads begin at once and are waited for when their results
+are needed; TensorStore makes the requests concurrently, outside of Python's lock.
 """
 
 import contextlib
@@ -20,19 +20,18 @@ from etils import epath
 from clip_jax.storage import faults, locations, remote
 from clip_jax.storage.locations import Stat
 
-# Bytes between two spans up to which reading on is cheaper than jumping: what a request costs in
-# CPU time (0.3 ms) is what it costs to receive some 200 kB.
+# Bytes between two spans up to which one request is cheaper than two: a request takes as much CPU
+# time (0.3 ms) as it takes to receive some 200 kB.
 _GAP = 2**16
-# Bytes of one request at most, so that what is merged still arrives in parallel.
-_MOST = 2**23
+# Bytes of one request at most, so that merged spans still arrive in parallel.
+_MAX_REQUEST = 2**23
 
-# Seconds without an answer until a read is given up and begun anew.
+# Seconds without an answer until a read is cancelled and begun anew.
 _STALL = 30.0
 
-# A scan reads so many bytes at a time at first and after a jump, and up to so many where it meets
-# everything in turn.
-_LEAST_CHUNK, _MOST_CHUNK = 2**16, 2**22
-# Bytes that a scan would rather read than jump over, by the same reckoning as `_GAP`.
+# Bytes that a scan reads at a time: at first and after a jump; and where it reads sequentially.
+_MIN_CHUNK, _MAX_CHUNK = 2**16, 2**22
+# Bytes that a scan reads in place of a jump, for the same reason as `_GAP`.
 _JUMP = 2**18
 
 Spans = Sequence[tuple[int, int]]
@@ -49,16 +48,16 @@ def start(
 
     Args:
       path: local or remote.
-      spans: offset and size of each part, bytes.
-      version: as `locations.Stat` has it, if the file must still be the same; None: any will do.
+      spans: offset and size of each part, in bytes.
+      version: version of the file as in `locations.Stat`, which it must still have; None: any.
 
     Returns:
       A function that waits for the parts, and may raise FileNotFoundError, Replaced, OSError or
-      StorageError. A part that the file ends in is cut short.
+      StorageError. A part that extends past the end of the file is cut short.
     """
     if not remote.is_remote(path):
         return lambda: _read_local(path, spans, version)
-    groups = list(_merged(spans, _MOST))
+    groups = list(_merged(spans, _MAX_REQUEST))
     reads = [_Read(path, first, end, version) for first, end, _ in groups]
 
     def wait() -> list[bytes]:
@@ -74,7 +73,7 @@ def start(
 
 
 def _merged(spans: Spans, most: int) -> Iterator[tuple[int, int, list[int]]]:
-    """First byte, last and members of groups of spans that are better read at once."""
+    """Yields first byte, last byte and members of groups of spans that are better read at once."""
     first, end, members = 0, 0, []
     for i in sorted(range(len(spans)), key=lambda i: spans[i]):
         offset, size = spans[i]
@@ -90,7 +89,7 @@ def _merged(spans: Spans, most: int) -> Iterator[tuple[int, int, list[int]]]:
 
 
 def start_whole(path: epath.Path) -> Callable[[], bytes]:
-    """Begins to read all of a file, as `start` does parts."""
+    """Begins to read a whole file; see `start`."""
     if not remote.is_remote(path):
         return path.read_bytes
     return _Read(path, 0, None).wait
@@ -101,7 +100,7 @@ def _read_local(path: epath.Path, spans: Spans, version: int | str | None) -> li
     with open(path, "rb") as file:
         if version not in (None, os.fstat(file.fileno()).st_mtime_ns):
             raise Replaced(f"{path} was replaced since its index was made")
-        for first, end, members in _merged(spans, _MOST):
+        for first, end, members in _merged(spans, _MAX_REQUEST):
             file.seek(first)
             data = file.read(end - first)
             for i in members:
@@ -111,10 +110,13 @@ def _read_local(path: epath.Path, spans: Spans, version: int | str | None) -> li
 
 
 class _Read:
-    """One request for the bytes [first, end) of an object, repeated while it fails.
+    """One request for the bytes [first, end) of an object, with retries.
 
     Args:
-      end: None: that of the object.
+      path: path of the object.
+      first: first byte.
+      end: end of the bytes; None: that of the object.
+      version: version that the object must have; None: any.
     """
 
     def __init__(
@@ -128,26 +130,26 @@ class _Read:
         return remote.kvstore(scheme, bucket).read(key, byte_range=slice(*self._span))
 
     def wait(self) -> bytes:
-        patience = faults.Patience(self._path)
+        backoff = faults.Backoff(self._path)
         while True:
             try:
                 found = self._future.result(timeout=_STALL)
                 break
             except (ValueError, TimeoutError) as error:
                 if "OUT_OF_RANGE" in str(error):
-                    return self._rest()
+                    return self._read_to_end()
                 self._future.cancel()
-                patience.wait(error)
+                backoff.wait(error)
                 self._future = self._begin()
         if found.state == "missing":
             raise FileNotFoundError(f"There is no {self._path}")
-        faults.proven(self._path)
+        faults.record_access(self._path)
         if self._version is not None and _version(found.stamp) != self._version:
             raise Replaced(f"{self._path} was replaced since its index was made")
         return found.value
 
-    def _rest(self) -> bytes:
-        """The bytes up to the end of an object that ends within the span."""
+    def _read_to_end(self) -> bytes:
+        """Reads the bytes up to the end of an object that ends within the span."""
         stat = locations.stat(self._path)
         first, end = self._span
         if stat is None or stat.size <= first:
@@ -158,7 +160,7 @@ class _Read:
 
 
 def _version(stamp: Any) -> str:
-    """Generation or ETag, as a listing has it, of what TensorStore calls a generation."""
+    """Converts TensorStore's generation to a generation or ETag as in a listing."""
     encoded = stamp.generation
     if len(encoded) == 9 and encoded[0] == 0:  # 64 bits: Google's
         return str(int.from_bytes(encoded[1:], "little"))
@@ -166,18 +168,18 @@ def _version(stamp: Any) -> str:
 
 
 def read(path: epath.Path) -> bytes:
-    """The whole of a file that is not large."""
+    """Reads a whole file that is not large."""
     if not remote.is_remote(path):
         return path.read_bytes()
     return faults.repeat(lambda: remote.filesystem(path).cat_file(os.fspath(path)), path)
 
 
-# ---- Passing through a file ----------------------------------------------------------------------
+# ---- Scans of a file -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
-    """A file to read headers from, first to last, with what lies between them jumped over."""
+    """Opens a file to read its headers, first to last; remote contents in between are skipped."""
     if not remote.is_remote(path):
         with open(path, "rb") as file:
             yield file
@@ -185,21 +187,21 @@ def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
     stat = locations.stat(path)
     if stat is None:
         raise FileNotFoundError(f"There is no {path}")
-    yield io.BufferedReader(_Scan(path, stat.size))  # lines would be sought byte by byte
+    yield io.BufferedReader(_Scan(path, stat.size))  # else lines would be read byte by byte
 
 
 class _Scan(io.RawIOBase):
-    """A remote file whose parts are read mostly forwards.
+    """A remote file that is read mostly forwards.
 
-    It reads in chunks that grow as long as they follow each other closely, with the next on its
-    way by then; large jumps leave out what lies between.
+    Chunks grow while reads are close to sequential; then the next one is requested ahead. Large
+    jumps skip the bytes in between.
     """
 
     def __init__(self, path: epath.Path, size: int):
         self._path, self._size = path, size
         self._place = 0
-        self._first, self._data = 0, b""  # of the chunk at hand
-        self._chunk = _LEAST_CHUNK
+        self._first, self._data = 0, b""  # the current chunk
+        self._chunk = _MIN_CHUNK
         self._next: tuple[int, int, _Read] | None = None
 
     def readable(self) -> bool:
@@ -235,10 +237,10 @@ class _Scan(io.RawIOBase):
         return b"".join(pieces)
 
     def _load(self) -> None:
-        """Has the chunk at hand begin at, or reach over, the place."""
+        """Loads a chunk that contains the place."""
         jump = self._place - (self._first + len(self._data))
         near = 0 <= jump <= _JUMP
-        self._chunk = min(self._chunk * 2, _MOST_CHUNK) if near else _LEAST_CHUNK
+        self._chunk = min(self._chunk * 2, _MAX_CHUNK) if near else _MIN_CHUNK
         if self._next is not None and self._next[0] <= self._place < self._next[1]:
             self._first, _, begun = self._next
         else:
@@ -249,7 +251,7 @@ class _Scan(io.RawIOBase):
         if not self._data:
             raise EOFError(f"{self._path} became shorter while it was read")
         end = self._first + len(self._data)
-        if self._chunk == _MOST_CHUNK and end < self._size:
+        if self._chunk == _MAX_CHUNK and end < self._size:
             self._next = self._begin(end)
 
     def _begin(self, first: int) -> tuple[int, int, _Read]:
@@ -264,7 +266,7 @@ _COPY_THREADS = 8
 
 
 def local_copy(path: epath.Path, stat: Stat) -> pathlib.Path:
-    """A file that can be mapped: itself, or its copy in the user's cache, made once per version."""
+    """Returns a file that can be mapped: itself, or a copy in the user's cache, one per version."""
     if not remote.is_remote(path):
         return pathlib.Path(path)
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
@@ -287,7 +289,7 @@ def local_copy(path: epath.Path, stat: Stat) -> pathlib.Path:
         partial.replace(copy)
     finally:
         partial.unlink(missing_ok=True)
-    for old in folder.iterdir():  # whoever has mapped one keeps it
+    for old in folder.iterdir():  # a process that has mapped one can still read it
         if old != copy and not old.name.startswith("."):
             old.unlink(missing_ok=True)
     return copy

@@ -1,4 +1,4 @@
-"""The clients behind gs:// and s3://, set up once for all that use them."""
+"""The clients of gs:// and s3://, configured once for all that use them."""
 
 import functools
 import os
@@ -10,9 +10,9 @@ from etils.epath import backend
 
 SCHEMES = ("gs", "s3")
 
-# Requests for parts of objects that are under way at once, per process; more wait their turn.
+# Concurrent requests for parts of objects, per process; more are queued.
 CONCURRENCY = 256
-# Seconds that one request through fsspec may take.
+# Timeout of one request through fsspec, in seconds.
 _REQUEST_TIMEOUT = 120.0
 
 
@@ -22,21 +22,21 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def split(path: epath.PathLike) -> tuple[str, str, str]:
-    """The scheme, bucket and key of a remote path."""
+    """Returns scheme, bucket and key of a remote path."""
     scheme, _, rest = os.fspath(path).partition("://")
     bucket, _, key = rest.partition("/")
     return scheme, bucket, key
 
 
 def filesystem(path: epath.PathLike) -> Any:
-    """The fsspec file system behind a remote path, the same that `epath` uses."""
+    """Returns the fsspec file system of a remote path, the same that `epath` uses."""
     _configure()
     return backend.fsspec_backend.fs(os.fspath(path))
 
 
 @functools.cache
 def kvstore(scheme: str, bucket: str) -> Any:
-    """TensorStore's view of a bucket; it makes one attempt, as `faults` does the retrying."""
+    """Opens a bucket with TensorStore, without retries of its own: `faults` retries."""
     import tensorstore as ts
 
     once = {"max_retries": 0}
@@ -52,11 +52,11 @@ def kvstore(scheme: str, bucket: str) -> Any:
 
 
 def kvstore_spec(scheme: str, bucket: str, path: str = "") -> dict[str, Any]:
-    """TensorStore's name of a bucket, or of a prefix in it."""
+    """Returns TensorStore's spec of a bucket, or of a prefix in it."""
     if scheme == "gs":
         return {"driver": "gcs", "bucket": bucket, "path": path}
     spec: dict[str, Any] = {"driver": "s3", "bucket": bucket, "path": path}
-    # The variables that boto reads, and with it s3fs; TensorStore reads only the credentials.
+    # Variables that boto reads, and so s3fs; TensorStore reads only the credentials.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if endpoint:

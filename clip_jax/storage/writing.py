@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and files that grow; several hosts may write at once."""
+"""Atomic writes of files and folders, and files that grow; several hosts may write at once."""
 
 import contextlib
 import logging
@@ -15,15 +15,15 @@ from etils import epath
 
 from clip_jax.storage import faults, remote
 
-TEMPORARY = ".tmp"  # ending of what a killed process leaves half-written
+TEMPORARY = ".tmp"  # ending of incomplete files, which a killed process leaves
 
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[pathlib.Path]:
-    """A local path to write a file to; its contents appear under `path` if all goes well.
+    """Yields a local path to write a file to, which is moved to `path` unless there is an error.
 
-    What goes to a bucket is written to a temporary file first and then uploaded: an upload that
-    is broken off leaves nothing, while a file object of a bucket closed half-way leaves half.
+    A file for a bucket is written to a temporary file first and then uploaded: an upload that is
+    interrupted leaves nothing, while an interrupted file object of a bucket leaves a part.
     """
     if remote.is_remote(path):
         with tempfile.TemporaryDirectory(prefix="clip_jax-") as folder:
@@ -42,7 +42,7 @@ def replacing(path: epath.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: epath.Path) -> Iterator[pathlib.Path]:
-    """A local path to make a folder, or a file, at; it appears as `path` if all goes well."""
+    """Yields a local path to make a folder, or a file, at; it is moved to `path` at the end."""
     far = remote.is_remote(path)
     parent = None if far else path.parent
     if parent is not None:
@@ -59,7 +59,7 @@ def replacing_folder(path: epath.Path) -> Iterator[pathlib.Path]:
 
 
 def _upload_folder(folder: pathlib.Path, path: epath.Path) -> None:
-    """Copies a folder to a bucket, the descriptions of what is in it last; all or nothing."""
+    """Copies a folder to a bucket, its .json files last; deletes the copies on an error."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     done: list[epath.Path] = []
     try:
@@ -74,7 +74,7 @@ def _upload_folder(folder: pathlib.Path, path: epath.Path) -> None:
 
 
 def write(path: epath.Path, contents: bytes | str) -> None:
-    """Writes a small file, whole or not at all."""
+    """Writes a small file atomically."""
     data = contents.encode() if isinstance(contents, str) else contents
     if remote.is_remote(path):
         client = remote.filesystem(path)
@@ -103,18 +103,18 @@ _UPLOAD_EVERY = 60.0  # seconds
 class Growing:
     """A directory whose files grow, such as logs.
 
-    Nothing can be added to an object, so for a bucket they are kept in a local directory, and
-    those that have changed are uploaded whole, once a minute and at every `flush`.
+    Objects of a bucket cannot be appended to. So the files are kept in a local directory, and those
+    that have changed are uploaded once a minute and at every `flush`.
 
     Attributes:
-      local: the directory to write to.
+      local: the local directory to write to.
     """
 
     def __init__(self, directory: epath.Path):
         """Uploads nothing yet.
 
         Args:
-          directory: where the files shall be; local, gs:// or s3://.
+          directory: final directory of the files; local, gs:// or s3://.
         """
         self._directory = directory
         self._remote = remote.is_remote(directory)
@@ -130,11 +130,11 @@ class Growing:
         self._thread.start()
 
     def flush(self) -> None:
-        """Has all that was written under its final name, or says why it is not, and goes on."""
+        """Uploads all that has changed; logs a failure and continues."""
         began = time.monotonic()
         try:
             self._upload()
-        except Exception as error:  # the next time may go better; the last one has to
+        except Exception as error:  # a later flush may succeed; `close` raises
             logging.warning(
                 "The logs of %s are not there yet, after %.0f s: %s",
                 self._directory,
@@ -153,7 +153,7 @@ class Growing:
                     self._uploaded[file] = size
 
     def close(self) -> None:
-        """Flushes, and removes what was only for that."""
+        """Uploads all that has changed, and removes the temporary directory."""
         self._closed.set()
         if self._remote and self.local.exists():
             self._upload()

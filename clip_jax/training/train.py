@@ -1,6 +1,5 @@
 """The story of a training run: mesh, model, data, state, restore, loop, report."""
 
-import functools
 import os
 import statistics
 import time
@@ -143,26 +142,18 @@ def _data(
 ) -> pipeline.TrainPipeline:
     part, parts = sharding.process_part(run.mesh)
     size = run.net.size
-    shape = {"image_size": size.image_size, "seed": config.seed, "batch_size": config.batch_size}
-    reopen = functools.partial(
-        rows.reopen,
-        config.data,
-        tokenizer_name=config.tokenizer,
+    spec = rows.Spec(
+        config=config.data,
+        tokenizer=config.tokenizer,
         context_length=size.context_length,
-        parts=parts * max(config.data.processes, 1),
+        image_size=size.image_size,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        parts=parts,
         fallback_dir=_fallback_dir(directory),
-        **shape,
     )
     return pipeline.TrainPipeline(
-        run.source,
-        run.order,
-        run.tokenizer,
-        config.data,
-        start=examples_seen,
-        part=part,
-        parts=parts,
-        reopen=reopen,
-        **shape,
+        run.source, run.order, run.tokenizer, spec, start=examples_seen, part=part
     )
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from shards import write_tar
 from tiny_data import encoded, picture, sample
 
+from clip_jax.common import commands
 from clip_jax.curation import cli as data_cli
 from clip_jax.curation import parallel
 from clip_jax.data import arguments
@@ -139,7 +140,7 @@ def test_mistakes(tmp_path, capsys):
     assert run("--help") == 0
     assert "python -m clip_jax data check" in capsys.readouterr().out
     with pytest.raises(argparse.ArgumentTypeError):
-        arguments.at_least(1)("0")
+        commands.at_least(1)("0")
 
 
 def test_two_captions_are_both_tried(tmp_path):

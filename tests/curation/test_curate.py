@@ -20,7 +20,7 @@ import pytest
 import shards
 from curated import run, selection
 
-from clip_jax.curation import curate, store
+from clip_jax.curation import balancing, store
 from clip_jax.curation.balancing import engines, matching, pairs, sampling
 from clip_jax.errors import UserError
 
@@ -229,7 +229,7 @@ def test_an_interrupted_change_is_not_taken_for_done(
     expected, terms = results(tmp_path / "out"), queries.read_text()
     for number in (0, 1):  # interrupted in either pass
         written = itertools.count()
-        write = store.Marks.write
+        write = store.DoneMarkers.write
 
         def interrupted(*arguments, limit=2 * number, written=written, write=write):
             if next(written) >= limit:
@@ -238,7 +238,7 @@ def test_an_interrupted_change_is_not_taken_for_done(
 
         queries.write_text("w1\nw2\n")
         with monkeypatch.context() as patch:
-            patch.setattr(store.Marks, "write", interrupted)
+            patch.setattr(store.DoneMarkers, "write", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run(data, tmp_path / "out")
         queries.write_text(terms)
@@ -305,5 +305,5 @@ def test_mistakes_are_explained(tmp_path: Path):
 def test_help_is_quick_and_shows_examples(capsys: pytest.CaptureFixture):
     for arguments in (["--help"], ["pairs", "--help"], ["queries", "--help"]):
         with contextlib.suppress(SystemExit):
-            curate.main(arguments)
+            balancing.main(arguments)
         assert "python -m clip_jax data curate" in capsys.readouterr().out

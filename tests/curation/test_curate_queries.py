@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from etils import epath
 
-from clip_jax.curation import curate
+from clip_jax.curation import balancing
 from clip_jax.curation.balancing import phrases, queries
 from clip_jax.errors import UserError
 
@@ -70,7 +70,7 @@ def test_mutual_information():
 
 
 def build(output: Path, *options: str) -> list[str]:
-    curate.main(["queries", f"--out={output}", *options])
+    balancing.main(["queries", f"--out={output}", *options])
     return output.read_text().splitlines()
 
 

@@ -51,11 +51,11 @@ def test_parts_grow_with_the_set():
 
 
 def first_come(close: np.ndarray) -> np.ndarray:
-    """Whether each item stays, given which are close: bool [n, n] -> [n]."""
-    stays = np.zeros(len(close), bool)
+    """Returns whether each item is kept, given which are close: bool [n, n] -> [n]."""
+    kept = np.zeros(len(close), bool)
     for i in range(len(close)):
-        stays[i] = not (close[i] & stays).any()
-    return stays
+        kept[i] = not (close[i] & kept).any()
+    return kept
 
 
 def made_signatures(hashes: np.ndarray, shades: np.ndarray) -> np.ndarray:
@@ -64,7 +64,7 @@ def made_signatures(hashes: np.ndarray, shades: np.ndarray) -> np.ndarray:
     return made
 
 
-def test_first_of_its_like_is_kept():
+def test_the_first_of_near_duplicates_is_kept():
     rng = np.random.default_rng(0)
     hashes = near_hashes(rng, 300, 8)
     made = made_signatures(hashes, rng.integers(100, 140, 300))
@@ -73,10 +73,10 @@ def test_first_of_its_like_is_kept():
     shades = made["colours"][:, 0].astype(int)
     close = (bits <= 5) & (abs(shades[:, None] - shades) <= 16)
     np.testing.assert_array_equal(matches.kept < 0, first_come(close))
-    gone = np.flatnonzero(matches.kept >= 0)
-    assert len(gone) > 30
+    dropped = np.flatnonzero(matches.kept >= 0)
+    assert len(dropped) > 30
     assert (bits <= 5).sum() > close.sum()  # colours told some apart
-    for i in gone:
+    for i in dropped:
         kept = matches.kept[i]
         assert kept < i
         assert matches.kept[kept] == -1
@@ -92,9 +92,9 @@ def test_against_another_set():
     matches = dedup_search.match_signatures(same[0], 4, 0, same[1])
     bits = np.bitwise_count(hashes[:, None] ^ others)
     np.testing.assert_array_equal(matches.kept >= 0, (bits <= 4).any(axis=1))
-    gone = np.flatnonzero(matches.kept >= 0)
-    assert len(gone) >= 40
-    np.testing.assert_array_equal(bits[gone, matches.kept[gone]], bits[gone].min(axis=1))
+    dropped = np.flatnonzero(matches.kept >= 0)
+    assert len(dropped) >= 40
+    np.testing.assert_array_equal(bits[dropped, matches.kept[dropped]], bits[dropped].min(axis=1))
 
 
 @pytest.mark.parametrize("block", [16, 1000])
@@ -109,14 +109,14 @@ def test_embeddings(block, monkeypatch):
     cosine = unit @ unit.T
     matches = dedup_search.match_embeddings(rows, 0.97)
     np.testing.assert_array_equal(matches.kept < 0, first_come(cosine >= 0.97))
-    gone = np.flatnonzero(matches.kept >= 0)
-    assert 30 < len(gone) < 80
+    dropped = np.flatnonzero(matches.kept >= 0)
+    assert 30 < len(dropped) < 80
     np.testing.assert_allclose(
-        1 - matches.distance[gone], cosine[gone, matches.kept[gone]], atol=1e-5
+        1 - matches.distance[dropped], cosine[dropped, matches.kept[dropped]], atol=1e-5
     )
-    stays = np.flatnonzero(matches.kept < 0)
-    for i in gone:
-        earlier = stays[stays < i]
+    kept = np.flatnonzero(matches.kept < 0)
+    for i in dropped:
+        earlier = kept[kept < i]
         assert cosine[i, matches.kept[i]] == pytest.approx(cosine[i, earlier].max(), abs=1e-5)
     against = dedup_search.match_embeddings(rows[50:], 0.97, rows[:50])
     found = against.kept >= 0
@@ -183,7 +183,7 @@ def test_copies_are_found_and_nothing_else(shards, tmp_path, capsys, monkeypatch
     kept = (output / "keep.txt").read_text().splitlines()
     assert kept == [f"train.tar/scene{i:02}" for i in range(SCENES)] + ["train.tar/recoloured"]
     printed = capsys.readouterr().out
-    assert "of 18 images 5 (27.78%) are like an earlier one; 13 stay" in printed
+    assert "of 18 images 5 (27.78%) are near-duplicates of an earlier one; 13 are kept" in printed
     assert "1 HTML instead of an image" in printed
     page = (output / "pairs.html").read_text()
     assert page.count("data:image/jpeg") == 6
@@ -201,7 +201,7 @@ def test_against(shards, tmp_path, capsys):
     assert {row["kept_key"]: row["key"] for row in rows} == EXPECTED
     kept = (output / "keep.txt").read_text().splitlines()
     assert kept == [f"train.tar/scene{i:02}" for i in range(5, SCENES)] + ["train.tar/recoloured"]
-    assert "are like one of" in capsys.readouterr().out
+    assert "are near-duplicates of one of" in capsys.readouterr().out
 
 
 def test_given_embeddings(shards, tmp_path, capsys):
@@ -212,7 +212,7 @@ def test_given_embeddings(shards, tmp_path, capsys):
     run(*argv, f"--embeddings={tmp_path / 'rows.npy'}", "--cosine=0.98")
     rows = pq.read_table(tmp_path / "found" / "duplicates.parquet").to_pylist()
     names = [f"copies.tar/{name}{i}" for i, name in enumerate(COPIES)]
-    # The one at 20 degrees is like the one at 10, which goes, and not like the one at 0.
+    # The one at 20 degrees is close to the one at 10, which is dropped, and not to the one at 0.
     assert [(row["key"], row["kept_key"]) for row in rows] == [
         (names[1], names[0]),
         (names[4], names[3]),

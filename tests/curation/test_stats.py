@@ -7,50 +7,50 @@ import pytest
 from shards import write_tar
 from tiny_data import encoded, picture, sample
 
-from clip_jax.curation import cli, pack_rows, parallel, stats
-from clip_jax.curation.tally import Tally
+from clip_jax.curation import cli, parallel, stats
+from clip_jax.curation.stats_report import Histogram
 
 
-def tally_of(values) -> Tally:
-    made = Tally()
+def histogram_of(values) -> Histogram:
+    made = Histogram()
     for value in values:
         made.add(value)
     return made
 
 
-class TestTally:
+class TestHistogram:
     def test_exact_below_ten_thousand(self):
         values = np.random.default_rng(0).integers(0, 10_000, 777)
-        first, second = tally_of(values[:300]), tally_of(values[300:])
+        first, second = histogram_of(values[:300]), histogram_of(values[300:])
         first.merge(second)
         assert len(first) == 777
         points = [0, 1, 33.3, 50, 99, 100]
         expected = np.percentile(values, points, method="inverted_cdf")
         np.testing.assert_array_equal(first.percentiles(points), expected)
         assert first.mean() == pytest.approx(values.mean())
-        assert first.share_above(5000) == np.mean(values > 5000)
+        assert first.fraction_above(5000) == np.mean(values > 5000)
 
     def test_large_values_take_few_keys(self):
         values = np.random.default_rng(0).integers(10_000, 10**9, 30_000)
-        made = tally_of(values)
+        made = histogram_of(values)
         assert len(made.values()[0]) < 20_000
         for point in (1, 50, 99):
             exact = np.percentile(values, point, method="inverted_cdf")
             assert made.percentiles([point])[0] == pytest.approx(exact, rel=5e-4)
 
     def test_histogram(self):
-        middles, shares = tally_of([3] * 6 + [4] * 3 + [6]).histogram(50)
+        middles, fractions = histogram_of([3] * 6 + [4] * 3 + [6]).bin(50)
         np.testing.assert_array_equal(middles, [3, 4, 5, 6])
-        np.testing.assert_allclose(shares, [0.6, 0.3, 0, 0.1])
-        middles, shares = tally_of(range(1000)).histogram(10)
-        assert len(middles) == len(shares) == 10
-        assert shares.sum() == pytest.approx(0.995, abs=0.005)
+        np.testing.assert_allclose(fractions, [0.6, 0.3, 0, 0.1])
+        middles, fractions = histogram_of(range(1000)).bin(10)
+        assert len(middles) == len(fractions) == 10
+        assert fractions.sum() == pytest.approx(0.995, abs=0.005)
 
 
 @pytest.fixture(autouse=True)
 def few_batches(monkeypatch):
-    monkeypatch.setattr(pack_rows, "_BATCHES", 5)
-    monkeypatch.setattr(pack_rows, "_CAPTIONS", (32,))
+    monkeypatch.setattr(stats, "_BATCHES", 5)
+    monkeypatch.setattr(stats, "_CAPTIONS", (32,))
 
 
 @pytest.fixture
@@ -150,11 +150,11 @@ def test_rows_against_first_fit_by_hand():
     ids = np.random.default_rng(0).integers(3, 78, (6, 40)).astype(np.int32)
     for row in (80, 128):
         expected = [first_fit(batch.tolist(), row) for batch in ids]
-        np.testing.assert_array_equal(pack_rows.rows_used(ids, 77, row), expected)
+        np.testing.assert_array_equal(stats.rows_used(ids, 77, row), expected)
 
 
 def test_suggested_rows():
-    suggested = pack_rows.suggest(tally_of([40] * 100), 77)
+    suggested = stats.suggest_rows(histogram_of([40] * 100), 77)
     assert suggested[0] == {"captions": 32, "80": 0.5, "128": 0.35}  # 11 rows of 32 captions
-    long = pack_rows.suggest(tally_of([500] * 100), 100)
+    long = stats.suggest_rows(histogram_of([500] * 100), 100)
     assert long[0] == {"captions": 32, "128": 1.0}

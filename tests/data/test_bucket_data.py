@@ -1,6 +1,6 @@
 """Training data in a bucket: equal to the same files on disk, in few requests and bytes."""
 
-import functools
+import dataclasses
 import io
 import itertools
 import logging
@@ -53,21 +53,9 @@ def start(folder, **changes) -> pipeline.TrainPipeline:
     config = default.get_config().data
     config.update({"threads": 2, "shuffle_window": 80, "chunk": 8, **changes})
     config.source = default.source(type="tar", path=f"{folder}/*.tar")
-    shape = {"image_size": SIZE, "seed": 3, "batch_size": BATCH}
     source, order = mixture.create(config, SIZE, 3, batch_size=BATCH, parts=1)
-    reopen = functools.partial(
-        rows.reopen,
-        config,
-        tokenizer_name="openai",
-        context_length=12,
-        parts=max(config.processes, 1),
-        fallback_dir=None,
-        **shape,
-    )
-    tokens = tokenizer.create("openai", 12)
-    return pipeline.TrainPipeline(
-        source, order, tokens, config, part=0, parts=1, reopen=reopen, **shape
-    )
+    spec = rows.Spec(config, "openai", 12, image_size=SIZE, seed=3, batch_size=BATCH)
+    return pipeline.TrainPipeline(source, order, tokenizer.create("openai", 12), spec)
 
 
 def take(run: pipeline.TrainPipeline, count: int) -> list[dict[str, np.ndarray]]:
@@ -107,9 +95,9 @@ def test_bytes_and_requests_of_an_epoch(bucket, local, remote, order):
     source = open_source(type="tar", path=f"{local}/*.tar")
     own = sum(len(source[i].image) + len(source[i].text) for i in range(len(source)))
     ahead = (epoch + 2) / epoch  # what had been begun for batches that were not asked for
-    share, requests = COSTS[order]
+    overhead, requests = COSTS[order]
     stats = bucket.stats()
-    assert own < stats["bytes_out"] < share * ahead * own
+    assert own < stats["bytes_out"] < overhead * ahead * own
     assert stats["requests"] <= requests * ahead * len(source)
     assert stats["read_whole"] == 0
 
@@ -190,13 +178,9 @@ def test_rights_that_are_withdrawn_end_in_a_sentence(remote, bucket, monkeypatch
     run = start(remote)
     take(run, 1)
     bucket.rights("bucket", "expired")
+    run._positions = dataclasses.replace(run._positions, start=10 * BATCH)
     with pytest.raises(StorageError, match=r"refused, or have expired.*resumes"):
-        take(start_again(run), 2)
-
-
-def start_again(run: pipeline.TrainPipeline) -> pipeline.TrainPipeline:
-    run._start += 10 * BATCH
-    return run
+        take(run, 2)
 
 
 def test_other_kinds_of_data(bucket, tmp_path):

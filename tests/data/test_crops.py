@@ -77,10 +77,10 @@ def test_random_window_is_a_window_of_the_image_resized_by_its_shorter_side():
 def test_resized_window_keeps_to_its_ranges():
     crop = Crop("resized", scale=(0.2, 0.6), ratio=(0.5, 2.0))
     left, top, width, height = draw(crop, 400, 300, 4000).T
-    share = width * height / (400 * 300)
-    assert share.min() > 0.195
-    assert share.max() < 0.605
-    np.testing.assert_allclose(share.mean(), 0.39, atol=0.02)  # large ones fit less often
+    fraction = width * height / (400 * 300)
+    assert fraction.min() > 0.195
+    assert fraction.max() < 0.605
+    np.testing.assert_allclose(fraction.mean(), 0.39, atol=0.02)  # large ones fit less often
     ratio = np.log(width / height)
     assert np.abs(ratio).max() < math.log(2) + 0.02
     np.testing.assert_allclose(ratio.mean(), 0.04, atol=0.06)

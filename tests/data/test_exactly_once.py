@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from shards import sample, write_tar
 
-from clip_jax.data import mixture, pipeline, tokenizer
+from clip_jax.data import mixture, pipeline, rows, tokenizer
 from configs import default
 
 SHARDS, EACH, BATCH = 5, 13, 12
@@ -39,18 +39,9 @@ def settings(path, order: str) -> ConfigDict:
 def open_pipeline(path, order: str, part: int, parts: int, start: int) -> pipeline.TrainPipeline:
     config = settings(path, order)
     source, order_ = mixture.create(config, 8, 0, batch_size=BATCH, parts=parts)
-    return pipeline.TrainPipeline(
-        source,
-        order_,
-        tokenizer.create("openai", 8),
-        config,
-        batch_size=BATCH,
-        image_size=8,
-        seed=0,
-        start=start,
-        part=part,
-        parts=parts,
-    )
+    spec = rows.Spec(config, "openai", 8, image_size=8, seed=0, batch_size=BATCH, parts=parts)
+    tokens = tokenizer.create("openai", 8)
+    return pipeline.TrainPipeline(source, order_, tokens, spec, start=start, part=part)
 
 
 def numbers(batch) -> list[int]:
@@ -79,18 +70,18 @@ def test_the_batches_are_the_same_on_any_number_of_hosts(shards, order):
             np.testing.assert_array_equal(batch[name], joined)
 
 
-def test_a_host_reads_its_own_lanes(shards):
-    """Else every host would read every run."""
+def test_a_host_reads_its_own_streams(shards):
+    """Else every host would read every chunk."""
     config = settings(shards, "windowed")
     _, order_ = mixture.create(config, 8, 0, batch_size=BATCH, parts=2)
-    assert order_.lanes == 4
-    lanes = []
+    assert order_.streams == 4
+    streams = []
     for part in range(2):
         host = open_pipeline(shards, "windowed", part, 2, 0)
-        positions = [host._position(count) for count in range(40)]
-        lanes.append({position % order_.lanes for position in positions})
-    assert [len(own) for own in lanes] == [2, 2]
-    assert not lanes[0] & lanes[1]
+        positions = [host._positions[count] for count in range(40)]
+        streams.append({position % order_.streams for position in positions})
+    assert [len(own) for own in streams] == [2, 2]
+    assert not streams[0] & streams[1]
 
 
 def work(path: str, part: int, parts: int, step: int, limit: int) -> None:

@@ -40,8 +40,8 @@ def decoded(data: bytes) -> np.ndarray:
 
 
 def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    share = alpha.astype(float)[..., None] / 255
-    return colour * share + 255 * (1 - share)
+    opacity = alpha.astype(float)[..., None] / 255
+    return colour * opacity + 255 * (1 - opacity)
 
 
 def reason(data: bytes) -> str:
@@ -200,8 +200,8 @@ def test_web_pages(page):
 def test_jpegs_that_end_too_early(options):
     """Whatever decodes them; a half-grey picture would be worse than none."""
     whole = encode(photo(200, 300), "JPEG", **options)
-    for share in (0.2, 0.5, 0.9, 0.99):
-        cut = whole[: int(share * len(whole))]
+    for fraction in (0.2, 0.5, 0.9, 0.99):
+        cut = whole[: int(fraction * len(whole))]
         assert reason(cut) == "unreadable image"
         for crop in ("random", "resized", "center", "none"):
             with pytest.raises(BadExample, match="unreadable image"):

@@ -1,5 +1,6 @@
 """clip_jax.data.loading: order, read-ahead, errors, and threads that end."""
 
+import contextlib
 import functools
 import gc
 import threading
@@ -18,6 +19,13 @@ def row(number: int) -> loading.Row:
 
 
 def batches(load=row, **options):
+    """The arrays of the batches."""
+    with contextlib.closing(complete(lambda number: (load(number), None), **options)) as made:
+        for batch in made:
+            yield batch.arrays
+
+
+def complete(load, **options):
     options = {"count": None, "batch_size": 4, "threads": 3, "prefetch": 2, **options}
 
     def start(numbers):
@@ -57,6 +65,18 @@ def test_rows_come_in_order_however_long_they_take(threads, prefetch):
 def test_fewer_rows_than_a_batch():
     assert list(batches(count=3)) == []
     assert list(batches(count=0)) == []
+
+
+def test_stats_come_in_the_order_of_their_rows():
+    def load(number):
+        time.sleep(0.002 * (number % 4 == 0))
+        return (None if number == 5 else row(number)), f"stats {number}"
+
+    made = list(complete(load, count=8))
+    assert [batch.stats for batch in made] == [
+        [f"stats {number}" for number in range(first, first + 4)] for first in (0, 4)
+    ]
+    assert made[1].arrays["number"][[0, 2, 3]].tolist() == [4, 6, 7]  # the row that is None is not
 
 
 def test_batches_do_not_share_memory():
@@ -156,7 +176,7 @@ def test_closing_drops_what_is_not_begun():
 
 
 def test_a_call_that_hangs_does_not_hang_the_close(monkeypatch):
-    monkeypatch.setattr(loading, "FAREWELL", 0.1)
+    monkeypatch.setattr(loading, "JOIN_TIMEOUT", 0.1)
     hang = threading.Event()
 
     def load(number):

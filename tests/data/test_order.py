@@ -56,69 +56,69 @@ SIZES = [1, 5, 63, 64, 65, 1000, 1023, 4099]
 class TestWindowed:
     @pytest.mark.parametrize("size", SIZES)
     def test_every_example_once_per_epoch(self, size):
-        for run, window, lanes in [(1, 1, 1), (4, 8, 3), (32, 50, 8), (32, 7, 256)]:
-            windowed = order.Windowed(size, 3, run, window, lanes)
+        for chunk, window, streams in [(1, 1, 1), (4, 8, 3), (32, 50, 8), (32, 7, 256)]:
+            windowed = order.Windowed(size, 3, chunk, window, streams)
             epochs = [[windowed[e * size + slot] for slot in range(size)] for e in range(3)]
             for epoch in epochs:
                 assert sorted(epoch) == list(range(size))
             if size >= 1000:
                 assert len({tuple(epoch) for epoch in epochs}) == 3
 
-    def test_a_lane_needs_few_runs_at_a_time_and_each_once(self):
-        size, run, window, lanes = 100_000, 32, 128, 16
-        windowed = order.Windowed(size, 0, run, window, lanes)
+    def test_a_stream_needs_few_chunks_at_a_time_and_each_once(self):
+        size, chunk, window, streams = 100_000, 32, 128, 16
+        windowed = order.Windowed(size, 0, chunk, window, streams)
         reads: collections.Counter[int] = collections.Counter()
-        for lane in range(lanes):
-            runs = [windowed[p] // run for p in range(lane, size // 2, lanes)]
-            for start in range(len(runs) - window):
-                assert len(set(runs[start : start + window])) <= 2 * (window // run + 1)
-            reads.update(set(runs))
-        # A run is read by more than one lane only where a lane's stretch ends.
-        assert sum(count - 1 for count in reads.values()) <= lanes
+        for stream in range(streams):
+            chunks = [windowed[p] // chunk for p in range(stream, size // 2, streams)]
+            for start in range(len(chunks) - window):
+                assert len(set(chunks[start : start + window])) <= 2 * (window // chunk + 1)
+            reads.update(set(chunks))
+        # A chunk is read by more than one stream only where a stream's stretch ends.
+        assert sum(count - 1 for count in reads.values()) <= streams
 
     def test_neighbours_part(self):
-        """Within a window any place is as likely; a batch holds runs from all over the set."""
-        size, lanes = 2**16, 16
-        windowed = order.Windowed(size, 1, 32, 128, lanes)
+        """Within a window any place is as likely; a batch holds chunks from all over the set."""
+        size, streams = 2**16, 16
+        windowed = order.Windowed(size, 1, 32, 128, streams)
         batch = np.array([windowed[p] for p in range(1024)])
         assert len(np.unique(batch // 32)) > 1024 / 32
         assert abs(batch.mean() / size - 0.5) < 0.1
-        after = np.array([windowed[p + lanes] - windowed[p] for p in range(1024)])
+        after = np.array([windowed[p + streams] - windowed[p] for p in range(1024)])
         assert (after == 1).mean() < 0.05
 
 
 class TestWeighted:
-    def test_shares_and_epochs_of_each_part(self):
+    def test_proportions_and_epochs_of_each_part(self):
         sizes, weights = (700, 30, 3), (6.0, 3.0, 1.0)
         parts = [order.Shuffled(size, 5, part) for part, size in enumerate(sizes)]
         mixed = order.Weighted(parts, weights, 5)
         drawn = np.array([mixed[p] for p in range(2 * order.Weighted.ROUND)])
         which = np.searchsorted(np.cumsum(sizes), drawn, side="right")
-        assert mixed.shares == [6000, 3000, 1000]
+        assert mixed.slots == [6000, 3000, 1000]
         for part, first in enumerate((0, 700, 730)):
             own = drawn[which == part] - first
-            assert len(own) == 2 * mixed.shares[part]
-            assert own.tolist() == [parts[part][turn] for turn in range(len(own))]
+            assert len(own) == 2 * mixed.slots[part]
+            assert own.tolist() == [parts[part][place] for place in range(len(own))]
         early = np.bincount(which[:1000], minlength=3)
         np.testing.assert_allclose(early, [600, 300, 100], atol=70)
 
-    def test_lanes_stay_lanes(self):
-        lanes = 4
-        parts = [order.Windowed(size, 0, 8, 16, lanes, i) for i, size in enumerate((640, 320))]
+    def test_streams_stay_streams(self):
+        streams = 4
+        parts = [order.Windowed(size, 0, 8, 16, streams, i) for i, size in enumerate((640, 320))]
         mixed = order.Weighted(parts, (2.0, 1.0), 0)
-        assert mixed.lanes == lanes
-        for lane in range(lanes):
-            own = [mixed[p] for p in range(lane, 2000 * lanes, lanes)]
+        assert mixed.streams == streams
+        for stream in range(streams):
+            own = [mixed[p] for p in range(stream, 2000 * streams, streams)]
             first = [example for example in own if example < 640]
             assert len({example // 8 for example in first[:80]}) <= 80 / 8 + 2 * (16 / 8 + 1)
 
     def test_rounding_loses_nothing(self):
         for weights in [(1, 1, 1), (1e-3, 7, 11.1), (400e6, 12e6, 1e5)]:
             parts = [order.Stored(3)] * len(weights)
-            shares = order.Weighted(parts, weights, 0).shares
-            assert sum(shares) == order.Weighted.ROUND
+            slots = order.Weighted(parts, weights, 0).slots
+            assert sum(slots) == order.Weighted.ROUND
             exact = np.array(weights) / sum(weights) * order.Weighted.ROUND
-            assert np.abs(np.array(shares) - exact).max() < 1
+            assert np.abs(np.array(slots) - exact).max() < 1
 
     @pytest.mark.parametrize("weights", [(1.0, 0.0), (1.0, -2.0), (1.0, 1e-6), (1.0, math.inf)])
     def test_impossible_weights(self, weights):

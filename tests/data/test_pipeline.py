@@ -1,23 +1,16 @@
-"""The order, the batches and their faults, against what the definitions say by hand."""
+"""Training and evaluation batches, and unusable examples, against values computed by hand."""
 
 import collections
 import dataclasses
 import io
-import os
-import subprocess
-import sys
-import textwrap
-import threading
 import time
 
-import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from clip_jax.data import order, pipeline, tokenizer
-from clip_jax.data.feed import Feed
+from clip_jax.data import order, pipeline, rows, tokenizer
 from clip_jax.data.sources.base import Example
 from clip_jax.data.sources.captions import Captions
 from clip_jax.errors import BadExample, UserError
@@ -72,14 +65,23 @@ def settings(**overrides) -> ConfigDict:
     return config
 
 
-def make(source, *, config: ConfigDict | None = None, **options) -> pipeline.TrainPipeline:
-    options = {"batch_size": 4, "seed": 0, "part": 0, "parts": 1, **options}
+def make(
+    source,
+    *,
+    config: ConfigDict | None = None,
+    batch_size: int = 4,
+    seed: int = 0,
+    part: int = 0,
+    parts: int = 1,
+    start: int = 0,
+) -> pipeline.TrainPipeline:
     config = config or settings()
-    orders = {"shuffled": order.Shuffled(len(source), options["seed"])}
-    orders["stored"] = order.Stored(len(source))
-    options["order_"] = options.get("order_") or orders[config.order]
+    orders = {"shuffled": order.Shuffled(len(source), seed), "stored": order.Stored(len(source))}
+    spec = rows.Spec(
+        config, "openai", 16, image_size=SIZE, seed=seed, batch_size=batch_size, parts=parts
+    )
     return pipeline.TrainPipeline(
-        source, tokenizer=TOKENIZER, config=config, image_size=SIZE, **options
+        source, orders[config.order], TOKENIZER, spec, start=start, part=part
     )
 
 
@@ -137,18 +139,18 @@ class TestTrainPipeline:
         start = 4 * 7
         resumed = make(source, config=settings(crop="random"), start=start, **options)
         batch = take(resumed, 3)
-        if resumed._local == range(2):  # half of the rows
+        if resumed._positions.rows == range(2):  # half of the rows
             rows = [start + 4 * step + row for step in range(3) for row in range(2)]
         else:
             rows = range(start, start + len(batch["image"]))
         assert_same(batch, {name: value[list(rows)] for name, value in whole.items()})
 
     def test_threads_do_not_matter(self):
-        runs = [
+        one, two, five = (
             take(make(Photos(30), config=settings(threads=threads)), 10) for threads in (1, 2, 5)
-        ]
-        assert_same(runs[0], runs[1])
-        assert_same(runs[0], runs[2])
+        )
+        assert_same(one, two)
+        assert_same(one, five)
 
     def test_seed_decides_order_and_crops(self):
         first, again, other = (take(make(Photos(9), seed=seed), 9) for seed in (3, 3, 4))
@@ -191,10 +193,8 @@ class TestTrainPipeline:
         assert_same(
             take(make(source, config=config, start=24), 14), {n: v[24:] for n, v in batch.items()}
         )
-        # Two epochs, and what was read ahead of the last batch.
-        assert run.skipped.keys() == {"unreadable image", "missing shard", "empty caption"}
-        assert 2 <= run.skipped["empty caption"] <= 3
-        assert 4 <= run.skipped["missing shard"] <= 6
+        # Two epochs; what was read ahead of the last batch does not count.
+        assert run.skipped == {"unreadable image": 2, "missing shard": 4, "empty caption": 2}
 
     def test_too_many_unusable_examples_end_the_run(self):
         faults = {i: BadExample("unreadable image", f"key {i}") for i in range(0, 100, 5)}
@@ -218,9 +218,9 @@ class TestTrainPipeline:
 
     def test_long_captions_are_counted(self):
         text = "many words " * 30
-        run = make(Numbers(10, {2: text}), config=settings(prefetch=1))
+        run = make(Numbers(10, {2: text}), config=settings())
         batch = take(run, 5)
-        assert 2 <= run.truncated <= 3
+        assert run.truncated == 2
         rows = batch["tokens"][read(batch["image"]) == 2]
         assert (rows[:, -1] == TOKENIZER.vocab_size - 1).all()
         np.testing.assert_array_equal(rows[0], TOKENIZER([text], truncate=True)[0])
@@ -333,79 +333,3 @@ class TestEvalCaptions:
         assert index.tolist() == [1, 2]
         tokens, index = pipeline.eval_captions(Captioned(6), TOKENIZER, threads=0, limit=1)
         assert (tokens.shape, index.shape) == ((0, 16), (0,))
-
-
-def test_leaving_a_pipeline_open_does_not_hang_the_exit():
-    """Else TensorFlow's threads wait for an interpreter that has shut down."""
-    program = """
-        import jax
-        from clip_jax import sharding
-        from clip_jax.data.feed import Feed
-        import test_pipeline as test
-        mesh = sharding.make_mesh(data=-1, fsdp=1)
-        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-        host = iter(test.make(test.Numbers(100), batch_size=16))
-        next(host)
-        device = Feed(test.make(test.Numbers(100), batch_size=16), place, depth=2)
-        next(device)
-        raise SystemExit(3)
-    """
-    here = os.path.dirname(__file__)
-    env = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{os.environ['PYTHONPATH']}"}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    run = subprocess.run(command, timeout=120, env=env, check=False)
-    assert run.returncode == 3
-
-
-def transfer_threads() -> int:
-    return sum(thread.name == "feed" for thread in threading.enumerate())
-
-
-class TestToDevice:
-    @pytest.fixture
-    def sharded(self, mesh8):
-        return jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
-
-    def test_values_and_placement(self, sharded):
-        run = make(Numbers(40), batch_size=16)
-        host = take(run, 3)
-        moved = Feed(run, sharded, depth=2)
-        on_device = [next(moved) for _ in range(3)]
-        for name, expected in host.items():
-            assert on_device[0][name].sharding == sharded
-            assert on_device[0][name].addressable_shards[0].data.shape[0] == 2
-            np.testing.assert_array_equal(np.concatenate([b[name] for b in on_device]), expected)
-        moved.close()
-        assert transfer_threads() == 0
-
-    def test_ends_with_its_input(self, sharded):
-        batches = [{"x": np.full((8,), i)} for i in range(5)]
-        moved = list(Feed(iter(batches), sharded, depth=2))
-        assert [int(batch["x"][0]) for batch in moved] == list(range(5))
-        assert transfer_threads() == 0
-
-    def test_errors_reach_the_consumer_in_turn(self, sharded):
-        def batches():
-            yield {"x": np.zeros(8)}
-            raise UserError("out of data")
-
-        moved = Feed(batches(), sharded, depth=2)
-        next(moved)
-        with pytest.raises(UserError, match="out of data"):
-            next(moved)
-        assert transfer_threads() == 0
-
-    def test_reads_no_further_ahead_than_told(self, sharded):
-        read_ahead = []
-
-        def batches():
-            for i in range(100):
-                read_ahead.append(i)
-                yield {"x": np.zeros(8)}
-
-        moved = Feed(batches(), sharded, depth=2)
-        next(moved)
-        time.sleep(0.3)
-        assert len(read_ahead) <= 1 + 2 + 1  # handed out, ready, waiting for a place
-        moved.close()
-        assert transfer_threads() == 0

@@ -1,7 +1,7 @@
 """Rows loaded by processes of their own: those that threads load, and every failure explained."""
 
 import collections
-import functools
+import dataclasses
 import itertools
 import os
 import signal
@@ -17,7 +17,7 @@ from shards import sample, write_tar
 
 from clip_jax.data import mixture, order, pipeline, rows, tokenizer
 from clip_jax.data.feed import Feed
-from clip_jax.data.sources import base, synthetic, tar
+from clip_jax.data.sources import base, opening, tar
 from clip_jax.errors import DataStalled, UserError
 from configs import default
 
@@ -43,22 +43,16 @@ def shards(tmp_path_factory) -> Path:
 
 
 def start(path: Path, processes: int, **overrides) -> pipeline.TrainPipeline:
-    options = {"start": overrides.pop("start", 0), "part": 0, "parts": 1}
+    begin = overrides.pop("start", 0)
     config = default.get_config().data
     config.source = default.source(type="tar", path=str(path))
-    config.update({"threads": 4, "processes": processes, "chunk": 5, "shuffle_window": 40, **overrides})
-    source, order_ = mixture.create(config, 8, 3, batch_size=BATCH, parts=1)
-    reopen = functools.partial(
-        rows.reopen,
-        config,
-        tokenizer_name="openai",
-        context_length=8,
-        parts=max(processes, 1),
-        fallback_dir=None,
-        **SHAPE,
+    config.update(
+        {"threads": 4, "processes": processes, "chunk": 5, "shuffle_window": 40, **overrides}
     )
+    source, order_ = mixture.create(config, 8, 3, batch_size=BATCH, parts=1)
+    spec = rows.Spec(config, "openai", 8, **SHAPE)
     tokens = tokenizer.create("openai", 8)
-    return pipeline.TrainPipeline(source, order_, tokens, config, reopen=reopen, **options, **SHAPE)
+    return pipeline.TrainPipeline(source, order_, tokens, spec, start=begin)
 
 
 @pytest.mark.parametrize("order_name", ["shuffled", "windowed"])
@@ -80,24 +74,24 @@ def test_batches_are_those_of_threads(shards, order_name, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_a_process_reads_a_run_once_an_epoch(shards, processes, monkeypatch):
-    """In a windowed order, also where processes share a lane; here one after the other."""
+def test_a_process_reads_a_chunk_once_an_epoch(shards, processes, monkeypatch):
+    """In a windowed order, also where processes share a stream; here one after the other."""
     run = start(shards, processes, order="windowed")
     read: list[int] = []
-    start_run = tar.TarShards._start_run
+    start_chunk = tar.TarShards._start_chunk
 
     def counted(source, number):
         read.append(number)
-        return start_run(source, number)
+        return start_chunk(source, number)
 
-    monkeypatch.setattr(tar.TarShards, "_start_run", counted)
+    monkeypatch.setattr(tar.TarShards, "_start_chunk", counted)
     for process in range(processes):
         read.clear()
-        opened = run._reopen()
+        opened = dataclasses.replace(run._spec, parts=processes).open()
         own = range(BATCH * process // processes, BATCH * (process + 1) // processes)
         for step in range(4 * EACH * 3 // BATCH):  # three epochs
             for row in own:
-                opened[run._position(step * BATCH + row)]
+                opened[run._positions[step * BATCH + row]]
         counts = collections.Counter(read)
         assert len(counts) > 10
         assert max(counts.values()) <= 3
@@ -147,7 +141,7 @@ def test_a_process_that_is_killed_is_explained(shards):
 # ---- Data that fail in other ways --------------------------------------------------------------
 
 
-class Trap(synthetic.Synthetic):
+class Trap(opening.Synthetic):
     """Example 5 hangs, or is a bug."""
 
     def __init__(self, kind: str):
@@ -162,26 +156,25 @@ class Trap(synthetic.Synthetic):
         return super().__getitem__(index)
 
 
-def open_trap(kind: str) -> rows.Rows:
-    if kind == "gone":
-        raise UserError("The data are gone.")
-    tokens, config = tokenizer.create("openai", 8), default.get_config().data
-    return rows.Rows(Trap(kind), order.Stored(100), tokens, config, image_size=8, seed=0)
+@dataclasses.dataclass(frozen=True)
+class TrapSpec(rows.Spec):
+    """Opens a trap in another process."""
+
+    kind: str = "none"
+
+    def open(self) -> rows.Rows:
+        if self.kind == "gone":
+            raise UserError("The data are gone.")
+        tokens = tokenizer.create("openai", 8)
+        return self.bind(Trap(self.kind), order.Stored(100), tokens)
 
 
 def trapped(kind: str) -> pipeline.TrainPipeline:
     config = default.get_config().data
     config.update(processes=1, threads=2)
-    return pipeline.TrainPipeline(
-        Trap("none"),
-        order.Stored(100),
-        tokenizer.create("openai", 8),
-        config,
-        part=0,
-        parts=1,
-        reopen=functools.partial(open_trap, kind),
-        **SHAPE,
-    )
+    spec = TrapSpec(config, "openai", 8, kind=kind, **SHAPE)
+    tokens = tokenizer.create("openai", 8)
+    return pipeline.TrainPipeline(Trap("none"), order.Stored(100), tokens, spec)
 
 
 @pytest.mark.parametrize(

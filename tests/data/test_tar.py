@@ -11,6 +11,12 @@ from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import faults
 
 
+def write_shards(path, count: int = 3) -> None:
+    for shard in range(count):
+        members = [m for i in range(4) for m in sample(f"{i}", f"{shard} {i}", 9 * i)]
+        write_tar(path / f"{shard:02}.tar", members)
+
+
 class TestTar:
     def test_samples_as_written(self, tmp_path):
         for shard in range(3):
@@ -194,3 +200,47 @@ class TestTar:
         write_tar(tmp_path / "0.tar", [("a.png", b"x")])
         with pytest.raises(UserError, match=r"No usable sample.*no caption"):
             TarShards(str(tmp_path))
+
+
+class TestChunks:
+    def test_same_examples_with_fewer_reads(self, tmp_path, monkeypatch):
+        write_shards(tmp_path)
+        expected = contents(TarShards(str(tmp_path)))
+        opened = []
+        start = TarShards._start_neighbours
+        monkeypatch.setattr(
+            TarShards,
+            "_start_neighbours",
+            lambda self, *span: opened.append(span) or start(self, *span),
+        )
+        source = TarShards(str(tmp_path), chunk=3, cached_chunks=2)
+        assert contents(source) == expected
+        # Chunks of 3 over shards of 4: the second and the third cross from one to the next.
+        assert opened == [(0, 3), (3, 4), (4, 6), (6, 8), (8, 9), (9, 12)]
+        assert source[1].image == picture(9)
+
+    def test_one_bad_sample_does_not_lose_its_neighbours(self, tmp_path):
+        write_shards(tmp_path, 1)
+        source = TarShards(str(tmp_path), chunk=4, cached_chunks=1)
+        path = tmp_path / "00.tar"
+        stat = path.stat()
+        path.write_bytes(path.read_bytes()[:7000])
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a damaged disk would
+        texts = []
+        for index in range(4):
+            try:
+                texts.append(source[index].text)
+            except BadExample as bad:
+                texts.append(bad.reason)
+        assert texts == ["0 0", "0 1", "truncated shard", "truncated shard"]
+
+    def test_replaced_shard(self, tmp_path):
+        """Its bytes are no longer those that the index describes."""
+        write_shards(tmp_path, 2)
+        source = TarShards(str(tmp_path))
+        path = tmp_path / "00.tar"
+        path.write_bytes((tmp_path / "01.tar").read_bytes())
+        with pytest.raises(BadExample, match=r"00\.tar.*replaced shard.*since its index was made"):
+            source[0]
+        assert source[4].text == "1 0"
+        assert TarShards(str(tmp_path))[0].text == "1 0"

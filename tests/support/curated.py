@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from clip_jax.curation import curate
+from clip_jax.curation import balancing
 
 
 def run(data: Path | str, output: Path, *options: str) -> dict:
     """Runs in this process; returns the report."""
     queries = output.parent / "queries.txt"
-    curate.main(
+    balancing.main(
         ["pairs", str(data), f"--queries={queries}", f"--out={output}", "--workers=1", *options]
     )
     return json.loads((output / "report.json").read_text())

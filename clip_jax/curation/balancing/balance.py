@@ -1,4 +1,4 @@
-"""The two passes over all shards, and what came of them.
+"""The two passes over all shards, and their results.
 
 matching.py    queries in captions    passes.py   the work on one shard
 sampling.py    which pairs to keep    store.py    its results on disk
@@ -26,15 +26,15 @@ from clip_jax.storage import writing
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is asked for.
+    """The arguments of a selection.
 
     Attributes:
       shards: paths of tables or tar shards.
-      columns: that are read.
+      columns: the columns that are read.
       queries: file of the queries.
       output: directory for the results.
-      per_query: pairs that a query keeps on average, if it has more.
-      seed: of the draws.
+      per_query: number of pairs that a query keeps on average, if it has more.
+      seed: PRNG seed of the draws.
       write_tars: whether to write the samples kept as tar shards.
     """
 
@@ -48,7 +48,7 @@ class Plan:
 
 
 def run(plan: Plan, engine: Engine) -> str:
-    """Does whatever of the plan is not done yet.
+    """Executes the parts of the plan that are not done yet.
 
     Returns:
       A summary to print.
@@ -61,32 +61,36 @@ def run(plan: Plan, engine: Engine) -> str:
     choice = passes.Choice(job, "", plan.per_query, plan.seed, plan.write_tars)
     _clear_directories(choice, shards)
     engine(functools.partial(passes.match, job), plan.shards, "match")
-    counts, tally = _sum(store.Marks(job.matches), shards, len(terms))
-    if not tally["matched"]:
+    counts, others = _sum(store.DoneMarkers(job.matches), shards, len(terms))
+    if not others["matched"]:
         raise UserError(
-            f"No caption of {len(shards):,} shard(s) matches a query: {dict(tally)}. Does "
+            f"No caption of {len(shards):,} shard(s) matches a query: {dict(others)}. Does "
             "--text_key name the captions, and are they in the language of the queries?"
         )
     choice = dataclasses.replace(choice, totals=hashlib.sha256(counts.tobytes()).hexdigest())
     _write_counts(job, terms, counts)
     engine(functools.partial(passes.select, choice), plan.shards, "select")
-    kept, chosen = _sum(store.Marks(choice.selection), shards, len(terms))
+    kept, chosen = _sum(store.DoneMarkers(choice.selection), shards, len(terms))
     _write_counts(job, terms, counts, kept)
-    report = balance_report.make(choice, terms, dropped, counts, kept, tally + chosen)
+    report = balance_report.make(choice, terms, dropped, counts, kept, others + chosen)
     writing.write(job.root / "report.json", json.dumps(report, indent=2) + "\n")
     return balance_report.format_report(report)
 
 
 def _job(plan: Plan) -> tuple[passes.Job, pa.Array, int]:
-    """The job, its queries, now stored for all workers, and how many entries were left out."""
+    """Stores the queries for all workers.
+
+    Returns:
+      The job; its queries; the number of entries that were left out.
+    """
     terms, dropped = queries.load(plan.queries)
     store.write(plan.output / "queries.parquet", pa.table({"query": terms}))
-    mark = store.fingerprint({"queries": terms.to_pylist()})
-    return passes.Job(str(plan.output), plan.columns, mark), terms, dropped
+    fingerprint = store.fingerprint({"queries": terms.to_pylist()})
+    return passes.Job(str(plan.output), plan.columns, fingerprint), terms, dropped
 
 
 def _clear_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
-    """Removes from the directories of the results what is not of these shards."""
+    """Removes the results of other shards from the directories of the results."""
     if choice.write_tars and any(shard.suffix != ".tar" for shard in shards):
         raise UserError("--write_tars needs tar shards as DATA, and nothing else.")
     if choice.tars.exists() and not choice.write_tars:
@@ -100,18 +104,18 @@ def _clear_directories(choice: passes.Choice, shards: list[epath.Path]) -> None:
 
 
 def _sum(
-    marks: store.Marks, shards: list[epath.Path], queries: int
+    markers: store.DoneMarkers, shards: list[epath.Path], queries: int
 ) -> tuple[np.ndarray, Counter[str]]:
-    """What was counted of all shards: pairs by query, int64 [queries], and the rest."""
-    counts, tally = np.zeros(queries, np.int64), Counter()
+    """Sums the counts of all shards: pairs by query, int64 [queries], and further counts."""
+    counts, others = np.zeros(queries, np.int64), Counter()
     with ThreadPoolExecutor(16) as pool:
-        for met, often, rest in pool.map(marks.read, shards):
-            counts[met] += often
-            tally.update(rest)
-    return counts, tally
+        for matched, times, further in pool.map(markers.read, shards):
+            counts[matched] += times
+            others.update(further)
+    return counts, others
 
 
 def _write_counts(job: passes.Job, terms: pa.Array, *counts: np.ndarray) -> None:
-    """Writes matches, and if known pairs kept, by query."""
+    """Writes the number of matches, and if given of pairs kept, by query."""
     columns = zip(("count", "kept"), map(pa.array, counts))
     store.write(job.root / "counts.parquet", pa.table({"query": terms} | dict(columns)))

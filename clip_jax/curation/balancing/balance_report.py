@@ -1,4 +1,4 @@
-"""What was read, matched and kept, and how evenly: as JSON and as a short table."""
+"""The report of a selection, with the balance of the queries: as JSON and as a short table."""
 
 from collections import Counter
 from typing import Any
@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from clip_jax.curation.balancing.passes import Choice
 
-_TOTALS = ("read", "matched", "kept")  # of the tally; the rest of it are reasons
+_TOTALS = ("read", "matched", "kept")  # counts of pairs; the other names are reasons
 _LISTED = 20  # queries at either end
 _CURVE = 50  # points
 
@@ -19,18 +19,18 @@ def make(
     dropped: int,
     counts: np.ndarray,
     kept: np.ndarray,
-    tally: Counter[str],
+    others: Counter[str],
 ) -> dict[str, Any]:
-    """All figures, ready for JSON.
+    """Returns all figures, ready for JSON.
 
     Args:
-      choice: how pairs were chosen.
+      choice: the arguments of the selection.
       terms: the queries, string [n].
-      dropped: entries of the list that were no query of their own.
-      counts: pairs that match each query, int64 [n].
-      kept: how many of them were kept, int64 [n].
-      tally: pairs "read", "matched" and "kept", and by reason those, or shards, that could not be
-        used.
+      dropped: number of entries of the list that were left out.
+      counts: number of pairs that match each query, int64 [n].
+      kept: number of these that were kept, int64 [n].
+      others: numbers of pairs "read", "matched" and "kept"; and of pairs or shards that could not
+        be used, by reason.
     """
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     rows = [
@@ -40,8 +40,8 @@ def make(
     return {
         "per_query": choice.per_query,
         "seed": choice.seed,
-        "pairs": {name: tally[name] for name in _TOTALS},
-        "skipped": {name: n for name, n in sorted(tally.items()) if n and name not in _TOTALS},
+        "pairs": {name: others[name] for name in _TOTALS},
+        "skipped": {name: n for name, n in sorted(others.items()) if n and name not in _TOTALS},
         "queries": {
             "used": len(terms),
             "left_out": dropped,
@@ -56,11 +56,11 @@ def make(
 
 
 def _curve(counts: np.ndarray, kept: np.ndarray) -> list[dict[str, float]]:
-    """Shares of all matches that the most matched queries have, before and after.
+    """Returns the fraction of all matches of the most matched queries, before and after.
 
     Args:
-      counts: by query, falling, int64 [n].
-      kept: how many of these were kept, int64 [n].
+      counts: number of matches of each query, falling, int64 [n].
+      kept: number of these that were kept, int64 [n].
     """
     points = np.unique(np.geomspace(1, len(counts), _CURVE).astype(int))
     before, after = np.cumsum(counts), np.cumsum(kept)
@@ -76,7 +76,7 @@ def _curve(counts: np.ndarray, kept: np.ndarray) -> list[dict[str, float]]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The figures that matter, as text."""
+    """Formats the main figures as text."""
     pairs, queries, matches = report["pairs"], report["queries"], report["matches"]
     lines = [
         f"pairs     {pairs['read']:,} read, {pairs['matched']:,} matched, {pairs['kept']:,} kept",
@@ -91,7 +91,10 @@ def format_report(report: dict[str, Any]) -> str:
     head, tail = report["most_matched"][:8], report["least_matched"][-4:]
     lines += [f"{r['query'][:31]:<32}{r['count']:>14,}{r['kept']:>14,}" for r in [*head, *tail]]
     curve = report["curve"]
-    lines += ["", f"{'most matched queries':<32}{'before':>14}{'after':>14}  share of all matches"]
+    lines += [
+        "",
+        f"{'most matched queries':<32}{'before':>14}{'after':>14}  of all matches",
+    ]
     lines += [
         f"{point['queries']:<32,}{point['before']:>14.1%}{point['after']:>14.1%}"
         for point in [*curve[: -1 : _CURVE // 8], curve[-1]]

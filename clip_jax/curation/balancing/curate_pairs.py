@@ -15,40 +15,33 @@ In the directory --out:
   selection/*.parquet  the pairs kept: row in the input (and key in a tar shard), caption, the
                        columns kept, numbers of the queries matched
   tars/*.tar           with --write_tars: their samples, ready to train on
-  report.json          what was read, skipped, matched and kept, and how evenly
-  counts.parquet       every query, how many pairs match it, how many of these are kept
+  report.json          numbers of pairs read, skipped, matched and kept; balance of the queries
+  counts.parquet       every query, number of pairs that match it, number of these that are kept
   matches/*.parquet    all matched pairs
 
-A caption matches a query if it holds the query's words in sequence, in upper or lower case, with
+A caption matches a query if it contains the query's words in sequence, in upper or lower case, with
 any punctuation between them. For each query that it matches, a pair is kept with probability
-min(1, per_query / number of pairs that match the query); one success is enough. So a kept pair
-counts for all its queries, and frequent ones end up with more than --per_query.
+min(1, per_query / number of pairs that match the query); one success is enough. A kept pair counts
+for all its queries, so that frequent ones end up with more than --per_query.
 
-Run again after an interruption to go on, and to try once more what could not be read. The result
-depends on the input, the queries and the seed alone: not on the number of workers, nor on where
-the files lie, as long as no two of them have the same name and size.
+Run the same command again to resume after an interruption, and to retry what could not be read. The
+result depends only on the input, the queries and the seed: not on the number of workers, nor on the
+directories of the files, as long as no two of them have the same name and size.
 """
 
 import argparse
-import os
-from typing import TYPE_CHECKING
 
-from clip_jax.common import commands
-from clip_jax.data.arguments import at_least
+from clip_jax.common import commands, processes
+from clip_jax.common.commands import at_least
+from clip_jax.curation.balancing import balance, engines, pairs
+from clip_jax.curation.balancing.readers import RESERVED, Columns
 from clip_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from clip_jax.curation.balancing.engines import Engine
-    from clip_jax.curation.balancing.readers import Columns
+from clip_jax.storage import locations
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
     args = _parser().parse_args(arguments)
-    # Imported late: --help and mistakes are answered at once.
-    from clip_jax.curation.balancing import balance, pairs
-    from clip_jax.storage import locations
-
     plan = balance.Plan(
         shards=[str(path) for path in pairs.find(args.data)],
         columns=_columns(args),
@@ -68,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--queries", required=True, help="file, a query a line; or JSON as MetaCLIP's metadata")
     add("--out", required=True, help="directory for the results, made if need be")
     add("--per_query", type=at_least(1), default=20_000, help="pairs a query keeps (default 20000)")
-    add("--seed", type=int, default=0, help="of the choice (default 0)")
+    add("--seed", type=int, default=0, help="seed of the selection (default 0)")
     add("--text_key", default="", help="column, or field of .json files, of the captions")
     add("--keep", default="", help="further columns for the selection, such as url,width")
     add("--column_names", default="", help="all columns of .csv and .tsv without a header: a,b,c")
@@ -79,9 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _columns(args: argparse.Namespace) -> "Columns":
-    from clip_jax.curation.balancing.readers import RESERVED, Columns
-
+def _columns(args: argparse.Namespace) -> Columns:
     keep, names = (tuple(filter(None, t.split(","))) for t in (args.keep, args.column_names))
     if taken := set(keep) & set(RESERVED):
         raise UserError(
@@ -90,9 +81,7 @@ def _columns(args: argparse.Namespace) -> "Columns":
     return Columns(args.text_key, keep, names)
 
 
-def _engine(args: argparse.Namespace) -> "Engine":
-    from clip_jax.curation.balancing import engines
-
+def _engine(args: argparse.Namespace) -> engines.Engine:
     if args.engine == "beam":
         return engines.Beam(args.beam_args)
-    return engines.Local(args.workers or os.cpu_count() or 1)
+    return engines.Local(processes.count(args.workers))

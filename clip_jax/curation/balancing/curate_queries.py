@@ -1,25 +1,29 @@
 """Builds a list of queries, one a line, normalised as captions will be.
 
-What is given is taken in this order, until there are --limit queries: the lists of --also, the
-synsets of WordNet, the frequent words of --text (most frequent first), its pairs of words (those
-that belong together most first), titles (most viewed first).
+The sources are used in this order, until there are --limit queries: the list of --also, the synsets
+of WordNet, the frequent words of --text (most frequent first), its pairs of words (by pointwise
+mutual information, highest first), titles (most viewed first).
 
   python -m clip_jax data curate queries --text='wiki/*.parquet' --wordnet=dict \\
       --titles=views.tsv --min_views=70 --out=queries.txt
 
-Text is parquet, .jsonl, .csv, .tsv or .txt with sentences, paragraphs or whole articles as rows;
-as much disk space as the text takes is needed for a while, in TMPDIR.
+Text is parquet, .jsonl, .csv, .tsv or .txt with sentences, paragraphs or whole articles as rows. It
+needs temporary disk space, in TMPDIR, as much as the text takes.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
 
 from clip_jax.common import commands
+from clip_jax.curation.balancing import pairs, phrases, queries
+from clip_jax.curation.balancing.readers import Columns
 from clip_jax.errors import UserError
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from clip_jax.storage import locations, remote, writing
 
 _ARTICLES = 4096  # rows of text at a time
 
@@ -29,10 +33,6 @@ def main(arguments: list[str]) -> None:
     args = _parser().parse_args(arguments)
     if not (args.text or args.titles or args.wordnet or args.also):
         raise UserError("No queries without --text, --titles, --wordnet or --also; see --help.")
-    # Imported late: --help and mistakes are answered at once.
-    from clip_jax.curation.balancing import queries
-    from clip_jax.storage import locations, remote, writing
-
     out = locations.reachable(args.out)
     if not remote.is_remote(out) and not out.parent.is_dir():
         raise UserError(f"--out={args.out} cannot be written: there is no such directory.")
@@ -51,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--text", default="", help="files, directories or patterns, comma-separated")
     add("--text_key", default="", help="column of the text; default: caption, text or title")
-    add("--min_count", type=int, default=100, help="of words and pairs of words (default 100)")
+    add(
+        "--min_count",
+        type=int,
+        default=100,
+        help="least count of words and pairs (default 100)",
+    )
     add(
         "--min_information",
         type=float,
@@ -60,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "other 256 times as often as by chance)",
     )
     add("--titles", default="", help="file of titles, one a line; or title, tab, views")
-    add("--min_views", type=int, default=0, help="of titles (default 0: all)")
+    add("--min_views", type=int, default=0, help="least views of titles (default 0: all)")
     add("--wordnet", default="", help="directory of WordNet's data.noun, data.verb, ...")
     add("--also", default="", help="further list, one query a line or a JSON list")
     add("--limit", type=int, default=500_000, help="queries in all (default 500000)")
@@ -69,9 +74,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sources(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    from clip_jax.curation.balancing import queries
-    from clip_jax.storage import locations
-
     if args.also:
         yield "also", queries.load(locations.parse(args.also))[0].to_pylist()
     if args.wordnet:
@@ -83,51 +85,39 @@ def _sources(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
 
 
 def _phrases(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
-    """Frequent words, and pairs of them."""
-    import numpy as np
-
-    from clip_jax.curation.balancing import phrases
-
+    """Yields frequent words, and pairs of them."""
     counts = phrases.count_words(lambda: _texts(args, "words"))
     total = counts.total()
     words = [word for word, count in counts.most_common() if count >= args.min_count]
-    often = np.array([counts[word] for word in words])
+    frequency = np.array([counts[word] for word in words])
     yield "words", words
     if not words:
         return
     del counts  # takes most of the memory
-    pairs, information = [np.empty((0, 2), np.int64)], [np.empty(0)]
+    found, information = [np.empty((0, 2), np.int64)], [np.empty(0)]
     for pair, count in phrases.count_pairs(lambda: _texts(args, "pairs"), words, args.min_count):
-        first, second = often[pair].T
+        first, second = frequency[pair].T
         bits = phrases.mutual_information(count, first, second, total)
-        pairs.append(pair[bits >= args.min_information])
+        found.append(pair[bits >= args.min_information])
         information.append(bits[bits >= args.min_information])
     order = np.argsort(-np.concatenate(information), kind="stable")
-    best = np.concatenate(pairs)[order].tolist()
+    best = np.concatenate(found)[order].tolist()
     yield "pairs", [f"{words[first]} {words[second]}" for first, second in best]
 
 
-def _texts(args: argparse.Namespace, title: str) -> Iterator["pa.Array"]:
-    """All text, with progress by the size of the files."""
-    from collections import Counter
-
-    from tqdm import tqdm
-
-    from clip_jax.curation.balancing import pairs
-    from clip_jax.curation.balancing.readers import Columns
-    from clip_jax.storage import locations
-
+def _texts(args: argparse.Namespace, title: str) -> Iterator[pa.Array]:
+    """Yields all text, with progress by the size of the files."""
     paths, sizes = pairs.find(args.text), []
     for path, stat in zip(paths, locations.stats(paths)):
         if stat is None:
             raise UserError(f"There is no file {path} of text.")
         sizes.append(stat.size)
-    tally: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     with tqdm(desc=title, total=sum(sizes), unit="B", unit_scale=True) as bar:
         for path, size in zip(paths, sizes):
-            for table in pairs.read(path, Columns(args.text_key, (), ()), _ARTICLES, tally):
+            for table in pairs.read(path, Columns(args.text_key, (), ()), _ARTICLES, counts):
                 yield table["caption"].combine_chunks()
             bar.update(size)
-    for reason, count in tally.items():
+    for reason, count in counts.items():
         if reason != "read":
             print(f"left out of the text: {count:,} x {reason}")

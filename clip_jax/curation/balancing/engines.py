@@ -1,21 +1,17 @@
 """Work on every shard: in processes of this machine, or on many machines by Apache Beam.
 
-What the work leaves behind are files, so an engine hands back nothing but the numbers of pairs.
+The results are files, so an engine returns nothing.
 """
 
 import importlib
-import multiprocessing
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import pyarrow as pa
-from tqdm import tqdm
 
-from clip_jax.common import worker
+from clip_jax.common import processes
 from clip_jax.errors import UserError
 
 Work = Callable[[str], int]  # shard -> pairs in it
@@ -36,43 +32,38 @@ class Local:
     def __call__(self, work: Work, shards: Sequence[str], title: str) -> None:
         """Shows shards done, the time left and pairs/s on the way."""
         if min(self._workers, len(shards)) == 1:
-            _follow((work(shard) for shard in shards), len(shards), title)
-            return
-        pool = ProcessPoolExecutor(
-            self._workers, multiprocessing.get_context("spawn"), initializer=_start_worker
-        )
-        try:
-            futures = [pool.submit(work, shard) for shard in shards]
-            _follow((future.result() for future in as_completed(futures)), len(shards), title)
-        except BrokenProcessPool:
-            raise UserError(
-                "A worker was killed, most likely for lack of memory. Run the same command with "
-                "fewer --workers: what is done stays done."
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _follow(done: Iterable[int], total: int, title: str) -> None:
-    pairs = 0
-    with tqdm(desc=title, total=total, unit="shard") as bar:
-        for count in done:
-            pairs += count
-            bar.update()
-            elapsed = max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{pairs / elapsed:,.0f} pairs/s", refresh=False)
-
-
-def _start_worker() -> None:
-    worker.begin()
-    pa.set_cpu_count(1)
+            results = map(work, shards)
+        else:
+            results = processes.map_in_order(
+                work,
+                shards,
+                self._workers,
+                initializer=pa.set_cpu_count,
+                initargs=(1,),
+                ahead=len(shards),  # results are numbers; a large shard holds up no other
+                remark=" Finished shards are kept.",
+            )
+        pairs = 0
+        with processes.progress(title, len(shards), " shards") as bar:
+            for count in results:
+                pairs += count
+                bar.update()
+                elapsed = max(bar.format_dict["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{pairs / elapsed:,.0f} pairs/s", refresh=False)
 
 
 class Beam:
     """Any runner of Apache Beam; by default its local one."""
 
     def __init__(self, arguments: str):
-        """Args: arguments: as for any Beam pipeline, such as "--runner=DataflowRunner ..."."""
+        """Imports Beam.
+
+        Args:
+          arguments: options of a Beam pipeline, such as "--runner=DataflowRunner ...".
+
+        Raises:
+          UserError: Beam is not installed.
+        """
         try:
             self._beam: Any = importlib.import_module("apache_beam")
         except ImportError:

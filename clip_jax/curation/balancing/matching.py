@@ -1,27 +1,29 @@
-"""Which queries stand in which captions, as whole words in sequence.
+"""Finds queries in captions, as whole words in sequence.
 
-Both are normalised in the same way: compatibility forms composed (NFKC), lower case, and anything
-but letters, marks and digits counts as a space. "T-shirt" and "t shirt" are thus the same query,
-and "The dog's T-Shirt!" holds it; "cat" does not stand in "category". Text without spaces between
-words, such as Chinese, has to be segmented beforehand.
+Both are normalised in the same way: NFKC, lower case, and anything but letters, marks and digits
+counts as a space. So "T-shirt" and "t shirt" are the same query, which "The dog's T-Shirt!"
+contains. "category" does not contain "cat". Text without spaces between words, such as Chinese, has
+to be segmented before.
 
 As matches begin and end at words, the automaton steps over words, not characters: a trie of word
-numbers, walked by all positions of a whole batch at once.
+numbers, traversed from all positions of a whole batch at once.
 """
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
-from clip_jax.curation.arrow import compute as pc
+pc: Any = pyarrow.compute  # makes its functions at import, unseen by type checkers
 
 _SEPARATORS = r"[^\pL\pM\pN ]+"
 
 
 def normalise(texts: pa.Array) -> pa.Array:
-    """Words in lower case, a space or more between them, as said above.
+    """Normalises texts: words in lower case, with one or more spaces between them.
 
     Args:
       texts: string [n], no nulls.
@@ -34,21 +36,21 @@ def normalise(texts: pa.Array) -> pa.Array:
 
 
 def _compose(texts: pa.Array) -> pa.Array:
-    # Not by pyarrow, which before version 26 leaves accents apart from their letters.
+    # Not by pyarrow, which before version 26 does not compose accents with their letters.
     others = pc.invert(pc.string_is_ascii(texts))
     composed = [unicodedata.normalize("NFKC", text) for text in texts.filter(others).to_pylist()]
     return pc.replace_with_mask(texts, others, pa.array(composed, pa.string()))
 
 
 def split(texts: pa.Array) -> tuple[np.ndarray, pa.Array]:
-    """Words of normalised texts.
+    """Splits normalised texts into words.
 
     Args:
       texts: string [n], from `normalise`.
 
     Returns:
-      Where the words of each text begin and the last's end, int32 [n + 1]; all words, string. A
-      text without words has one that is "".
+      The offsets of the words of each text, int32 [n + 1]; all words, string. A text without words
+      has one that is "".
     """
     words = pc.utf8_split_whitespace(texts)
     return words.offsets.to_numpy(), words.values
@@ -73,8 +75,8 @@ class Matcher:
         self._words = pc.unique(words)
         numbers = self._numbers(words)
         lengths = np.diff(offsets)
-        # By depth: the query that ends in a state (-1: none), and the edges to the next states,
-        # as sorted keys of (state, word). A state of the first depth is a word.
+        # By depth: the query that ends in a state (-1: none), and the edges to the next states, as
+        # sorted keys of (state, word). The states of the first depth are the words.
         self._ends: list[np.ndarray] = []
         self._edges: list[np.ndarray] = []
         left, states, size = np.arange(self.size), numbers[offsets[:-1]], len(self._words)
@@ -91,7 +93,7 @@ class Matcher:
             size = len(edges)
 
     def __call__(self, captions: pa.Array) -> pa.ListArray:
-        """The queries in each caption.
+        """Returns the queries in each caption.
 
         Args:
           captions: string [n], from `normalise`.
@@ -118,17 +120,17 @@ class Matcher:
     def _advance(
         self, edges: np.ndarray, start: np.ndarray, state: np.ndarray, word: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Those walks that go on with `word`, and their next states."""
+        """Returns the starts of the walks that continue with `word`, and their next states."""
         known = word >= 0
         if not len(edges) or not known.any():
             return start[:0], state[:0]
         keys = self._keys(state[known], word[known])
         target = np.minimum(np.searchsorted(edges, keys), len(edges) - 1)
-        goes_on = edges[target] == keys
-        return start[known][goes_on], target[goes_on]
+        continues = edges[target] == keys
+        return start[known][continues], target[continues]
 
     def _lists(self, found: np.ndarray, rows: int) -> pa.ListArray:
-        """Sorted row * count + query, with repetitions -> lists of queries by row."""
+        """Converts sorted row * count + query, with repetitions, to lists of queries by row."""
         first = np.ones(len(found), bool)
         first[1:] = found[1:] != found[:-1]
         row, query = np.divmod(found[first], self.size)
@@ -140,8 +142,8 @@ class Matcher:
         return state * len(self._words) + word
 
     def _numbers(self, words: pa.Array) -> np.ndarray:
-        """Numbers of words, int64; -1: in no query."""
-        # Captions repeat their words: each one is looked up once a batch.
+        """Returns the numbers of words, int64; -1: in no query."""
+        # Captions repeat words, so each word is looked up once per batch.
         coded = words.dictionary_encode()
         known = pc.fill_null(pc.index_in(coded.dictionary, self._words), -1)
         return known.to_numpy().astype(np.int64)[coded.indices.to_numpy()]

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.curation.arrow import compute as pc
+from clip_jax.curation.balancing.matching import pc
 from clip_jax.curation.balancing.readers import READERS, Columns, Damage
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges

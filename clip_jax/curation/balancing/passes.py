@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 from etils import epath
 
 from clip_jax.curation import store
-from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing import matching, pairs, sampling, tars
+from clip_jax.curation.balancing.matching import pc
 from clip_jax.curation.balancing.readers import Columns
 from clip_jax.storage import locations, ranges
 
@@ -99,7 +99,7 @@ def match(job: Job, path: str) -> int:
     Returns:
       Pairs in the shard; 0 if this was done before.
     """
-    shard, marks = epath.Path(path), store.Marks(job.matches)
+    shard, marks = epath.Path(path), store.DoneMarkers(job.matches)
     mark = job.fingerprint(shard)
     if marks.is_done(shard, mark):
         return 0
@@ -146,7 +146,7 @@ def select(choice: Choice, path: str) -> int:
     Returns:
       Matched pairs; 0 if this was done before.
     """
-    shard, marks = epath.Path(path), store.Marks(choice.selection)
+    shard, marks = epath.Path(path), store.DoneMarkers(choice.selection)
     mark = choice.fingerprint(shard)
     if marks.is_done(shard, mark):
         return 0

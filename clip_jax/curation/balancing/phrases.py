@@ -1,7 +1,8 @@
-"""Frequent words of a large body of text, and pairs of words that belong together.
+"""Counts frequent words of a large text, and pairs of neighbouring words.
 
 The words are counted in memory (English Wikipedia has some ten million different ones: about 1.5
-GB); the pairs, of frequent words only, in sorted runs on disk that are merged at the end.
+GB). The pairs, of frequent words only, are counted by an external sort: sorted runs on disk, merged
+at the end.
 """
 
 import itertools
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float64, Int, Int64
 
-from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing import matching
+from clip_jax.curation.balancing.matching import pc
 
-# Words on the two sides of these are no pair.
+# The end of a clause: words on its two sides are no pair.
 _BREAKS = r"[.,;:!?()\[\]{}\"“”\n\r\t]+"
 RUN = 2**24  # pairs sorted at a time: 128 MB
 
@@ -25,7 +27,7 @@ Texts = Callable[[], Iterator[pa.Array]]  # reads the whole text again at every 
 
 
 def count_words(texts: Texts) -> Counter[str]:
-    """How often each normalised word occurs."""
+    """Counts each normalised word."""
     counts: Counter[str] = Counter()
     for batch in texts():
         _, words = matching.split(matching.normalise(batch))
@@ -39,18 +41,17 @@ def count_words(texts: Texts) -> Counter[str]:
 
 def count_pairs(
     texts: Texts, words: list[str], min_count: int, run: int = RUN
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """How often two words follow each other within a clause.
+) -> Iterator[tuple[Int64[np.ndarray, "n 2"], Int64[np.ndarray, " n"]]]:
+    """Counts pairs of words that follow each other within a clause.
 
     Args:
       texts: the text.
-      words: those that matter, distinct.
-      min_count: of pairs that matter.
-      run: pairs to sort in memory at a time.
+      words: the words to count pairs of, distinct.
+      min_count: least count of a pair.
+      run: number of pairs to sort in memory at a time.
 
     Yields:
-      Pairs int64 [n, 2], as positions in `words`, and how often they occur, int64 [n]; every pair
-      once, sorted.
+      Pairs, as positions in `words`, and the count of each; every pair once, sorted.
     """
     with tempfile.TemporaryDirectory() as directory:
         runs = list(_sorted_runs(_pairs(texts, words), run, Path(directory)))
@@ -60,7 +61,7 @@ def count_pairs(
 
 
 def _pairs(texts: Texts, words: list[str]) -> Iterator[np.ndarray]:
-    """Pairs of neighbours, as first * len(words) + second, in order of appearance."""
+    """Yields pairs of neighbours, as first * len(words) + second, in order of appearance."""
     known = pa.array(words, pa.string())
     for batch in texts():
         clauses = pc.list_flatten(pc.split_pattern_regex(batch, _BREAKS))
@@ -75,7 +76,7 @@ def _pairs(texts: Texts, words: list[str]) -> Iterator[np.ndarray]:
 def _sorted_runs(
     batches: Iterator[np.ndarray], run: int, directory: Path
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Distinct keys, sorted, and their counts, of every `run` keys or so; on disk."""
+    """Yields distinct keys, sorted, and their counts, of every `run` keys or so; on disk."""
     waiting: list[np.ndarray] = []
     size = written = 0
     for batch in itertools.chain(batches, [None]):
@@ -89,7 +90,7 @@ def _sorted_runs(
 
 
 def _spill(keys: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Sorts and counts keys, and leaves the result to the disk."""
+    """Sorts and counts keys; returns keys and counts, mapped from disk."""
     spilt = []
     for kind, values in zip(("keys", "counts"), np.unique(keys, return_counts=True)):
         file = path.with_suffix(f".{kind}.npy")
@@ -101,11 +102,11 @@ def _spill(keys: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _merge(
     runs: list[tuple[np.ndarray, np.ndarray]], size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Adds up runs, some `size` entries at a time."""
+    """Merges sorted runs and adds their counts, some `size` entries at a time."""
     if not runs:
         return
-    # Equally many entries of every run lie between its samples, so about `size` of all of them
-    # between every so many of all samples.
+    # Every run has equally many entries between two of its samples, so that all runs together have
+    # about `size` entries between every 64th of all samples.
     samples = np.sort(np.concatenate([keys[:: max(1, size // 64)] for keys, _ in runs]))
     bounds = [-1, *np.unique(samples[64::64]).tolist(), np.iinfo(np.int64).max]
     for low, high in itertools.pairwise(bounds):
@@ -117,17 +118,17 @@ def _merge(
 
 
 def mutual_information(
-    pair: np.ndarray, first: np.ndarray, second: np.ndarray, words: int
-) -> np.ndarray:
-    """Pointwise mutual information in bits: how much oftener than by chance words meet.
+    pair: Int[np.ndarray, " n"],
+    first: Int[np.ndarray, " n"],
+    second: Int[np.ndarray, " n"],
+    words: int,
+) -> Float64[np.ndarray, " n"]:
+    """Computes the pointwise mutual information of pairs of words, in bits.
 
     Args:
-      pair: how often they follow each other, int [n].
-      first: how often the first occurs, int [n].
-      second: how often the second does, int [n].
-      words: in the text.
-
-    Returns:
-      float64 [n].
+      pair: count of each pair.
+      first: count of the first word of each.
+      second: count of the second word of each.
+      words: number of words in the text.
     """
     return np.log2(pair) - np.log2(first) - np.log2(second) + math.log2(words)

@@ -1,4 +1,4 @@
-"""Lists of queries: read, and built as the paper says, from words, bigrams, titles and WordNet."""
+"""Lists of queries, and their sources in the paper: words, bigrams, titles, WordNet."""
 
 import io
 import json
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.curation.arrow import compute as pc
 from clip_jax.curation.balancing import matching
+from clip_jax.curation.balancing.matching import pc
 from clip_jax.errors import UserError
 from clip_jax.storage import ranges
 
@@ -22,11 +22,11 @@ def load(path: epath.Path) -> tuple[pa.Array, int]:
       path: text, one query a line; or JSON, a list of them or an object with them as keys.
 
     Returns:
-      The queries normalised, distinct and not empty, string, in their order; and how many entries
-      were left out, for lack of a word or as repetitions.
+      The queries normalised, distinct and not empty, string, in their order; and the number of
+      entries that were left out, because they had no word or were repetitions.
 
     Raises:
-      UserError: there is no such file, or nothing usable in it.
+      UserError: there is no such file, or it has no usable query.
     """
     try:
         text = ranges.read(path).decode("utf-8-sig", "replace")
@@ -47,18 +47,18 @@ def load(path: epath.Path) -> tuple[pa.Array, int]:
 
 
 def distinct(entries: Iterable[str]) -> pa.Array:
-    """Normalised with single spaces, each once, in order of first appearance; string."""
+    """Normalises entries, with single spaces, each once, in order of first appearance; string."""
     texts = matching.normalise(pa.array(entries, pa.string()))
     texts = pc.unique(pc.replace_substring_regex(texts, " +", " "))
     return texts.filter(pc.not_equal(texts, ""))
 
 
 def wordnet(directory: epath.Path) -> Iterator[str]:
-    """The first lemma of every synset of WordNet.
+    """Yields the first lemma of every synset of WordNet.
 
     Args:
-      directory: with the files data.noun, data.verb, data.adj and data.adv, as Princeton's
-        distribution has them in dict/, and NLTK's in corpora/wordnet.
+      directory: directory with data.noun, data.verb, data.adj and data.adv: dict/ of Princeton's
+        distribution, corpora/wordnet of NLTK's.
 
     Raises:
       UserError: a file is missing.
@@ -80,11 +80,11 @@ def wordnet(directory: epath.Path) -> Iterator[str]:
 
 
 def titles(path: epath.Path, min_views: int) -> list[str]:
-    """Titles of articles, most viewed first.
+    """Reads the titles of articles, most viewed first.
 
     Args:
-      path: text, a title a line, or a title, a tab and its views; views of a title add up.
-      min_views: that a title needs; 0: none, then there need be no views.
+      path: text, one title a line, or a title, a tab and its views; views of a title are added.
+      min_views: least number of views; 0: lines need no views.
 
     Raises:
       UserError: there is no such file, or a line lacks the views.
@@ -99,7 +99,7 @@ def titles(path: epath.Path, min_views: int) -> list[str]:
         if min_views and not count.isdecimal():
             raise UserError(
                 f"Line {number} of {path} has no number of views behind a tab: add them, or drop "
-                "--min-views to take all titles."
+                "--min_views to take all titles."
             )
         views[title] = views.get(title, 0) + (int(count) if count.isdecimal() else 0)
     found = [title for title, count in views.items() if count >= min_views]

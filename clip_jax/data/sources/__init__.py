@@ -1,1 +1,1 @@
-"""Random access to stored examples, one file a format: tar, TFRecord, TFDS, folders, digits."""
+"""Random access to stored examples: tar, TFRecord, TFDS, folders, digits."""

@@ -1,4 +1,4 @@
-"""Examples and the sources that give them, whatever they are stored in."""
+"""Examples, and the sources that they are read from, whatever the format."""
 
 import dataclasses
 from typing import Protocol
@@ -16,10 +16,10 @@ class Example:
 
     Attributes:
       image: an encoded file, or uint8 [h, w, 3].
-      captions: all of them, and how often training draws each; none where the set has none.
-      labels: class indices, each once; none where it has no class, or none of those that count.
+      captions: all captions and their weights in training; empty where the set has none.
+      labels: class indices, each once; empty where it has no class, or none of those that count.
       key: names the example in messages.
-      groups: what the source's `group_keys` hold, "" where there is nothing; for bias probes.
+      groups: values of the source's `group_keys`, "" where there is none; for bias probes.
     """
 
     image: bytes | np.ndarray
@@ -42,12 +42,11 @@ class Example:
 class Source(Protocol):
     """Random access to examples; called from many threads at once.
 
-    One that reads from where many reads at once are worth it has a method `start` too, as `start`
-    below.
+    A source that gains from many concurrent reads also has a method `start`; see `reading.start`.
 
     Attributes:
-      class_names: by label; empty where the set has no classes, or only their numbers.
-      templates: prompt templates natural to the set, such as "a photo of a {}."; may be empty.
+      class_names: names of the classes, by label; empty where there are no classes or only numbers.
+      templates: prompt templates that suit the set, such as "a photo of a {}."; may be empty.
     """
 
     @property
@@ -59,5 +58,5 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """The example stored at `index`, the same at every call; may raise BadExample."""
+        """Returns the example stored at `index`, the same at every call; may raise BadExample."""
         ...

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
-from sklearn.datasets import load_digits
 
 from clip_jax.data.sources.base import Example
 from clip_jax.data.sources.captions import Captions
@@ -27,7 +26,7 @@ HELD_OUT_PER_DIGIT = 36  # 360 of the 1,797 scans, drawn once and for all, whate
 TRAIN_SCENES = 60_000
 TEST_SCENES = 1_000
 
-_SINGLE_LARGE, _SINGLE_SMALL = 0.35, 0.1  # shares of the scenes; the rest are pairs
+_SINGLE_LARGE, _SINGLE_SMALL = 0.35, 0.1  # fractions of the scenes; the rest are pairs
 
 # Side of the scanned square, in sides of the canvas.
 _LARGE = (0.85, 0.95)  # alone on the canvas
@@ -37,7 +36,7 @@ _SMALL = (0.34, 0.38)  # alone, in some ninth of the canvas
 _MAX_ANGLE = 8.0  # degrees
 _PADDING = 2  # pixels of empty paper around a scan, so that its edge is interpolated smoothly
 
-# How far the shifts of "test" go.
+# The sizes of the shifts of "test".
 _TILT = 25.0  # degrees further than other scenes, to either side
 _BLUR = 0.08  # standard deviation, in sides of the canvas
 _NOISE = 60.0  # standard deviation, in grey levels
@@ -68,8 +67,8 @@ class Glyph:
     """A scan on the canvas.
 
     Attributes:
-      scan: its row in `load_digits`.
-      digit: what it shows.
+      scan: row of the scan in `load_digits`.
+      digit: the digit that it shows.
       x, y: its centre, in sides of the canvas from the top left corner.
       size: side of the scanned square, in sides of the canvas.
       angle: degrees.
@@ -84,7 +83,7 @@ class Glyph:
 
     @property
     def size_word(self) -> str:
-        """What a caption may call it; "": neither."""
+        """The size as a caption may name it; "": neither small nor large."""
         return "small" if self.size <= _SMALL[1] else "large" if self.size >= _LARGE[0] else ""
 
 
@@ -100,9 +99,9 @@ class DigitScenes:
         light, out of focus, with a grain, turned further; for robustness.
 
     Args:
-      split: as above.
+      split: name of the split.
       image_size: pixels along a side of the canvas.
-      seed: of the compositions and captions; which scans are held out does not depend on it.
+      seed: PRNG seed of the compositions and captions; the held-out scans do not depend on it.
 
     Raises:
       UserError: unknown split.
@@ -123,7 +122,7 @@ class DigitScenes:
                 f"{', '.join(SPLITS)}."
             )
         self._split = split
-        self._scenes = "test" if split in SHIFTS else split  # what is composed; shifts change it
+        self._scenes = "test" if split in SHIFTS else split  # the scenes before a shift
         self._image_size = image_size
         self._seed = seed
         self._papers, self._digits = _scans()
@@ -146,7 +145,7 @@ class DigitScenes:
         )
 
     def glyphs(self, index: int) -> tuple[Glyph, ...]:
-        """What stands in scene `index`; of two, the left or upper one first."""
+        """The glyphs of scene `index`; of two, the left or upper one first."""
         return self._compose(self._rng(index), index)
 
     def _rng(self, index: int) -> random.Random:
@@ -247,7 +246,9 @@ def _noun(rng: random.Random, glyph: Glyph) -> str:
 
 @functools.cache
 def _scans() -> tuple[list[Image.Image], np.ndarray]:
-    """The scans as padded 8-bit pictures, and what they show, int [1797]."""
+    """The scans as padded 8-bit pictures, and their digits, int [1797]."""
+    from sklearn.datasets import load_digits  # takes a second to load; no other source needs it
+
     digits: Any = load_digits()
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     padded = np.pad(grey, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
@@ -256,7 +257,7 @@ def _scans() -> tuple[list[Image.Image], np.ndarray]:
 
 @functools.cache
 def _split_scans() -> tuple[list[int], list[int]]:
-    """Rows of the training scans and of the held-out ones: equally many of each digit."""
+    """The rows of the training and of the held-out scans; of these, equally many of each digit."""
     digits = _scans()[1]
     order = np.random.RandomState(0).permutation(len(digits))  # frozen by NumPy's policy
     held_out = [

@@ -1,4 +1,4 @@
-"""Where every example of a set of shards stands: found once, in parallel, and kept in a file.
+"""The index of a set of shards, with the place of every example: made once, kept in a file.
 
 The file is an Arrow table of fixed-size rows, mapped into memory: a set of a billion examples is
 opened without reading it. It lists the shards of one directory with their sizes and modification
@@ -6,12 +6,10 @@ times; a shard that has changed since is scanned again, the others are not.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
-import multiprocessing
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -19,28 +17,28 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import tqdm
 from etils import epath
 
+from clip_jax.common import processes
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges, remote, writing
 from clip_jax.storage.locations import Stat
 
-_FORMAT = "1"  # of the file; another one is made anew
-# Fewer shards than this are scanned in turn, since processes take a second to start.
+_FORMAT = "1"  # format of the file; a file of another format is made anew
+# Fewer shards than this are scanned in this process, since processes take a second to start.
 _WORTH_PROCESSES = 16
-_THREADS = 32  # of a process that scans shards in a bucket: mostly they wait
+_THREADS = 32  # threads of a process that scans shards in a bucket: mostly they wait
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a scan finds in a shard.
+class ScanResult:
+    """The examples of a shard.
 
     Attributes:
-      rows: one per example, of the dtype of the kind of shard.
-      problems: number of what was left out or looks wrong, by reason.
-      damage: why the shard could not be read to its end; "": it could.
-      stat: of the file that was scanned; None: it was not there.
+      rows: one per example, with the dtype of the kind of shard.
+      problems: number of files that were left out or look wrong, by reason.
+      damage: reason why the shard could not be read to its end; "": it could.
+      stat: size and version of the file that was scanned; None: it was not there.
     """
 
     rows: np.ndarray
@@ -50,7 +48,7 @@ class Found:
 
     @property
     def version(self) -> int | str | None:
-        """Of the file that was scanned; None: it was not there."""
+        """The version of the file that was scanned; None: it was not there."""
         return self.stat.version if self.stat else None
 
 
@@ -59,15 +57,15 @@ class Kind:
     """A kind of shard.
 
     Attributes:
-      name: of the kind, part of the file's name.
-      dtype: of a row.
+      name: name of the kind, part of the index's file name.
+      dtype: dtype of a row.
       scan: finds the rows of a shard; raises FileNotFoundError or OSError. At module level, since
         other processes call it.
     """
 
     name: str
     dtype: np.dtype
-    scan: Callable[[epath.Path], Found]
+    scan: Callable[[epath.Path], ScanResult]
 
 
 def load(
@@ -76,15 +74,15 @@ def load(
     fallback_dir: epath.Path | None = None,
     workers: int = 0,
     must_keep: bool = False,
-) -> list[Found]:
-    """The rows of each shard, from the stored index as far as it holds.
+) -> list[ScanResult]:
+    """Returns the rows of each shard, from the stored index as far as it is valid.
 
     Args:
-      paths: of the shards. A missing or unreadable one is logged and has no rows.
-      kind: of the shards.
+      paths: the shards. A missing or unreadable one is logged and has no rows.
+      kind: kind of the shards.
       fallback_dir: directory for indices where that of the shards cannot be written to; None:
         they are not kept then.
-      workers: processes that scan; 0: one per CPU core.
+      workers: number of processes that scan; 0: one per CPU core.
       must_keep: whether an index that cannot be written is an error.
 
     Raises:
@@ -93,7 +91,7 @@ def load(
     folders: dict[epath.Path, list[epath.Path]] = {}
     for path in paths:
         folders.setdefault(path.parent, []).append(path)
-    found: dict[epath.Path, Found] = {}
+    found: dict[epath.Path, ScanResult] = {}
     for folder, members in folders.items():
         names = list(dict.fromkeys(path.name for path in members))
         index = _load_folder(folder, names, kind, fallback_dir, workers, must_keep)
@@ -104,8 +102,8 @@ def load(
     return [found[path] for path in paths]
 
 
-def count_problems(found: Sequence[Found]) -> Counter[str]:
-    """What is wrong with shards, by reason, damaged ones included."""
+def count_problems(found: Sequence[ScanResult]) -> Counter[str]:
+    """Counts the problems of shards by reason, damaged shards included."""
     total: Counter[str] = Counter()
     for shard in found:
         total.update(shard.problems)
@@ -120,14 +118,14 @@ def _load_folder(
     fallback_dir: epath.Path | None,
     workers: int,
     must_keep: bool,
-) -> dict[str, Found]:
+) -> dict[str, ScanResult]:
     places = _places(folder, kind, fallback_dir)
     *found, index = locations.stats([*(folder / name for name in names), places[0]])
     stats = dict(zip(names, found))
-    stored = _Stored.read(places[0], index, kind)
+    stored = _IndexFile.read(places[0], index, kind)
     if stored is None and fallback_dir is not None:
-        stored = _Stored.read(places[1], locations.stat(places[1]), kind)
-    stored = stored or _Stored()
+        stored = _IndexFile.read(places[1], locations.stat(places[1]), kind)
+    stored = stored or _IndexFile()
     fresh = {name: stored.shards[name] for name in names if stored.holds(name, stats[name])}
     todo = [name for name in names if name not in fresh]
     if stored.shards and todo:
@@ -142,7 +140,7 @@ def _load_folder(
         name: dataclasses.replace(shard, stat=stats[name]) for name, shard in scanned.items()
     }
     if changed := {name: shard for name, shard in scanned.items() if shard.stat is not None}:
-        problem = _Stored({**stored.shards, **changed}).write(places, kind)
+        problem = _IndexFile({**stored.shards, **changed}).write(places, kind)
         if problem and must_keep:
             raise UserError(f"The index cannot be written: {problem}")
         if problem:
@@ -151,7 +149,7 @@ def _load_folder(
 
 
 def _places(folder: epath.Path, kind: Kind, fallback_dir: epath.Path | None) -> list[epath.Path]:
-    """Where the index of a directory may stand, the best place first."""
+    """The possible places of the index of a directory, the best one first."""
     places = [folder / f"clip_jax.{kind.name}.index"]
     if fallback_dir is not None:
         digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
@@ -159,56 +157,50 @@ def _places(folder: epath.Path, kind: Kind, fallback_dir: epath.Path | None) -> 
     return places
 
 
-def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator[Found]:
-    workers = workers or os.cpu_count() or 1
+def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator[ScanResult]:
+    workers = processes.count(workers)
     if len(paths) < _WORTH_PROCESSES or workers == 1:
-        yield from _scan_some(paths, kind)
+        yield from _scan_some(kind, paths)
         return
-    # Processes, since headers are parsed under Python's lock; spawned, since JAX has threads.
-    context = multiprocessing.get_context("spawn")
+    # Processes, since headers are parsed under Python's lock.
     each = _THREADS if remote.is_remote(paths[0]) else 4
-    tasks = [paths[i : i + each] for i in range(0, len(paths), each)]
-    every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log wants few lines
-    with (
-        futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
-        tqdm.tqdm(
-            desc="Indexing", total=len(paths), unit=" shards", leave=False, mininterval=every
-        ) as bar,
-    ):
-        for found in pool.map(_scan_some, tasks, [kind] * len(tasks)):
+    parts = [paths[i : i + each] for i in range(0, len(paths), each)]
+    scan = functools.partial(_scan_some, kind)
+    with processes.progress("Indexing", len(paths), " shards", leave=False) as bar:
+        for found in processes.map_in_order(scan, parts, workers):
             bar.update(len(found))
             yield from found
 
 
-def _scan_some(paths: Sequence[epath.Path], kind: Kind) -> list[Found]:
+def _scan_some(kind: Kind, paths: Sequence[epath.Path]) -> list[ScanResult]:
     if not paths or not remote.is_remote(paths[0]):
         return [_scan(path, kind) for path in paths]
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_scan, paths, [kind] * len(paths)))
 
 
-def _scan(path: epath.Path, kind: Kind) -> Found:
+def _scan(path: epath.Path, kind: Kind) -> ScanResult:
     nothing = np.empty(0, kind.dtype)
     try:
         return kind.scan(path)
     except FileNotFoundError:
-        return Found(nothing, {}, "there is no such file")
+        return ScanResult(nothing, {}, "there is no such file")
     except OSError as error:
-        return Found(nothing, {}, str(error))
+        return ScanResult(nothing, {}, str(error))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class _IndexFile:
     """The contents of an index file."""
 
-    shards: Mapping[str, Found] = dataclasses.field(default_factory=dict)
+    shards: Mapping[str, ScanResult] = dataclasses.field(default_factory=dict)
 
     def holds(self, name: str, stat: Stat | None) -> bool:
         return stat is not None and name in self.shards and self.shards[name].stat == stat
 
     @classmethod
-    def read(cls, path: epath.Path, stat: Stat | None, kind: Kind) -> "_Stored | None":
-        """None where there is no index, or none of this form."""
+    def read(cls, path: epath.Path, stat: Stat | None, kind: Kind) -> "_IndexFile | None":
+        """Reads an index; None where there is none, or none of this format."""
         if stat is None:
             return None
         copy = ranges.local_copy(path, stat)
@@ -223,12 +215,12 @@ class _Stored:
         shards, first = {}, 0
         for name, size, version, count, problems, damage in about["shards"]:
             own = rows[first : first + count]
-            shards[name] = Found(own, problems, damage, Stat(size, version))
+            shards[name] = ScanResult(own, problems, damage, Stat(size, version))
             first += count
         return cls(shards) if first == len(rows) else None
 
     def write(self, places: Sequence[epath.Path], kind: Kind) -> str:
-        """Writes to the first place that can be written to; returns why there is none, or ""."""
+        """Writes to the first writable place; returns the errors where there is none, else ""."""
         listed = [
             (name, *shard.stat, len(shard.rows), dict(shard.problems), shard.damage)
             for name, shard in self.shards.items()
@@ -255,7 +247,7 @@ class _Stored:
 
 
 def _view(column: Any, dtype: np.dtype) -> np.ndarray:
-    """A column of fixed-size binary values as rows, where they lie."""
+    """Returns a column of fixed-size binary values as rows, without a copy."""
     if not len(column):
         return np.empty(0, dtype)
     (chunk,) = column.chunks

@@ -12,8 +12,8 @@ from etils import epath
 
 from clip_jax.data.sources import captions, shard_index, tar_index, tar_labels
 from clip_jax.data.sources.base import Example
-from clip_jax.data.sources.chunk_cache import ChunkCache, Once
 from clip_jax.data.sources.labels import Labels, group, number_labels, parse_groups
+from clip_jax.data.sources.reading import ChunkCache, Once
 from clip_jax.data.sources.tar_index import BLOCK, Sample, Span
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import faults, locations, ranges, remote
@@ -27,14 +27,15 @@ class TarShards:
     """Random access to the samples of tar shards, through an index that is kept beside them.
 
     The index takes 24 bytes per sample, mapped from its file. A shard is opened for each read, so
-    there may be more shards than a process may have files open. What CLIP_benchmark's layout says
-    of the set, in the directory above that of the shards, is heeded.
+    there may be more shards than a process may have files open. The description of the set in
+    CLIP_benchmark's layout, in the directory above that of the shards, is used where it is there.
 
     Attributes:
       problems: number of damaged shards, and of samples left out for lack of a file, by reason.
-      labels: of every sample; None: without `label_key`.
-      class_names: of the labels, where `label_key` names a field of text or the layout has them.
-      templates: those of the layout.
+      labels: the classes of every sample; None: without `label_key`.
+      class_names: names of the classes, where `label_key` names a field of text or the layout has
+        them.
+      templates: prompt templates of the layout.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class TarShards:
         group_keys: str = "",
         *,
         fallback_dir: epath.Path | None = None,
-        run: int = 1,
+        chunk: int = 1,
         cached_chunks: int = 0,
     ):
         """Reads the index, or every header of every shard; with `label_key` every label too.
@@ -58,8 +59,8 @@ class TarShards:
             "": no classes. With it, captions may be missing.
           group_keys: fields of the .json file with the groups of an example, comma-separated.
           fallback_dir: directory for the index where that of the shards cannot be written to.
-          run: neighbours that are read at once.
-          cached_chunks: of these, how many are held in memory; 0: every sample is read by itself.
+          chunk: number of neighbours that are read at once.
+          cached_chunks: number of chunks held in memory; 0: every sample is read by itself.
 
         Raises:
           UserError: no shards, no usable sample in them, or a class without a name.
@@ -96,8 +97,8 @@ class TarShards:
                     f"The shards of source.path = {paths!r} have class {self.labels.largest}, but "
                     f"classnames.txt above them names only {len(self.class_names)}."
                 )
-        self._run = run
-        self._runs = ChunkCache(self._start_run, cached_chunks) if cached_chunks else None
+        self._chunk = chunk
+        self._chunks = ChunkCache(self._start_chunk, cached_chunks) if cached_chunks else None
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -107,18 +108,20 @@ class TarShards:
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read samples, as `reading.start` does."""
-        if self._runs is not None:
-            runs = [(self._runs.start(i // self._run), i % self._run) for i in indices]
+        if self._chunks is not None:
+            reads = [(self._chunks.start(i // self._chunk), i % self._chunk) for i in indices]
         else:
-            # Only from a bucket is one piece for neighbours worth it that wait for each other.
+            # From a disk, neighbours are read one by one: in one piece, each would wait for all.
             groups = (
                 _neighbours(indices, self._shard) if self._is_remote else [[i] for i in indices]
             )
-            runs = []
+            reads = []
             for group in groups:
                 read = Once(self._start_neighbours(group[0], group[-1] + 1))
-                runs += [(read, place) for place in range(len(group))]
-        return [functools.partial(self._example, index, *run) for index, run in zip(indices, runs)]
+                reads += [(read, place) for place in range(len(group))]
+        return [
+            functools.partial(self._example, index, *read) for index, read in zip(indices, reads)
+        ]
 
     def _example(self, index: int, read: "Once[list[_Files | BadExample]]", place: int) -> Example:
         contents = read()[place]
@@ -142,7 +145,7 @@ class TarShards:
         return bisect.bisect_right(self._first, index) - 1
 
     def _sample(self, index: int) -> Sample:
-        """Where the files stand that are needed of a sample."""
+        """The places of the files that are needed of a sample."""
         shard = self._shard(index)
         found = tar_index.spans(self._rows[shard][index - self._first[shard]])
         if self._fields:
@@ -153,9 +156,9 @@ class TarShards:
             wanted.add("json")
         return {kind: span for kind, span in found.items() if kind in wanted | {"image"}}
 
-    def _start_run(self, number: int) -> "Callable[[], list[_Files | BadExample]]":
-        """Begins to read a run; where it spans shards, each has its part."""
-        index, end = number * self._run, min((number + 1) * self._run, len(self))
+    def _start_chunk(self, number: int) -> "Callable[[], list[_Files | BadExample]]":
+        """Begins to read a chunk; where it spans shards, one part from each."""
+        index, end = number * self._chunk, min((number + 1) * self._chunk, len(self))
         parts: list[Callable[[], list[_Files | BadExample]]] = []
         while index < end:
             stop = min(end, self._first[self._shard(index) + 1])
@@ -191,12 +194,12 @@ class TarShards:
                 return [
                     BadExample("missing shard", _place(path, each), str(error)) for each in wanted
                 ]
-            return _share_out(pieces, path.name, wanted)
+            return _by_sample(pieces, path.name, wanted)
 
         return finish
 
     def _read_labels(self, label_key: str) -> list[Any]:
-        """The class of every sample; None where it has no readable one."""
+        """Reads the class of every sample; None where it has no readable one."""
         kind = tar_labels.label_kind(label_key)
         labels: list[Any] = []
         for path, rows in zip(self._shards, self._rows):
@@ -211,7 +214,7 @@ class TarShards:
 
 
 def find(paths: str) -> list[epath.Path]:
-    """The shards that `paths` names; UserError where there are none."""
+    """Returns the shards that `paths` names; raises UserError where there are none."""
     shards = locations.expand(paths, ".tar")
     if not shards:
         raise UserError(
@@ -223,7 +226,7 @@ def find(paths: str) -> list[epath.Path]:
 
 
 def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[list[int]]:
-    """Indices that follow each other, and lie in one shard, together."""
+    """Groups indices that follow each other and lie in one shard."""
     groups: list[list[int]] = []
     for index in indices:
         if groups and index == groups[-1][-1] + 1 and shard_of(index) == shard_of(index - 1):
@@ -234,7 +237,7 @@ def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[
 
 
 def _with_header(sample: Sample) -> Sample:
-    """The name is not worth memory in the index: it stands in the header before the contents."""
+    """Adds the header before the image, which has the name: that would cost memory in the index."""
     return {**sample, "header": Span(sample["image"].offset - BLOCK, BLOCK)}
 
 
@@ -242,19 +245,19 @@ def _place(path: epath.Path, sample: Sample) -> str:
     return f"{path} at byte {sample['image'].offset}"
 
 
-def _share_out(found: list[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
-    """The pieces that were read, by sample and kind of file."""
+def _by_sample(found: list[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
+    """Groups the pieces that were read by sample and kind of file."""
     pieces = iter(found)
-    shared: list[_Files | BadExample] = []
+    samples: list[_Files | BadExample] = []
     for sample in wanted:
         contents = {kind: next(pieces) for kind in sample}
         if any(len(contents[kind]) < span.size for kind, span in sample.items()):
-            shared.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
+            samples.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
         else:
-            shared.append(contents)
-    return shared
+            samples.append(contents)
+    return samples
 
 
 def _stem(header: bytes) -> str:
-    """Name without suffix, from the header of a file."""
+    """The name without suffix, from the header of a file."""
     return header[:100].split(b"\0")[0].decode("utf-8", "replace").rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""What stands where in a tar shard, from its headers alone."""
+"""The places of all files in a tar shard, from its headers alone."""
 
 import tarfile
 from collections import Counter
@@ -10,27 +10,27 @@ import numpy as np
 from etils import epath
 
 from clip_jax.data.sources.base import IMAGE_SUFFIXES
-from clip_jax.data.sources.shard_index import Found, Kind
+from clip_jax.data.sources.shard_index import Kind, ScanResult
 from clip_jax.storage import ranges
 
 BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of it
-FILES = ("image", "txt", "json")  # those of a sample that matter
+FILES = ("image", "txt", "json")  # the files of a sample that are read
 LABELLED_FILES = (*FILES, "cls", "npy")  # the same where classes stand in files of their own
 _LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
 
 
 class Span(NamedTuple):
-    """Where the contents of a file stand in its shard, in bytes."""
+    """The place of the contents of a file in its shard, in bytes."""
 
     offset: int
     size: int
 
 
-Sample = dict[str, Span]  # the files of one key that it has, by kind
+Sample = dict[str, Span]  # the files of one key, by kind
 
 
 def _row_of(kinds: tuple[str, ...]) -> np.dtype:
-    """A row of the index: for each kind of file its first block and its bytes; block 0: none."""
+    """The dtype of a row of the index: first block and size of each kind of file; block 0: none."""
     return np.dtype([("block", "<u4", len(kinds)), ("size", "<u4", len(kinds))])
 
 
@@ -42,17 +42,17 @@ class DamagedShard(Exception):
     """The shard ends, or cannot be read on, before its end-of-archive mark."""
 
 
-def scan(path: epath.Path) -> Found:
-    """The usable samples of a shard, as rows; the last of a cut shard only if it is whole."""
+def scan(path: epath.Path) -> ScanResult:
+    """Finds the usable samples of a shard, as rows; the last of a cut shard only if it is whole."""
     return _scan(path, FILES, ROW)
 
 
-def scan_labelled(path: epath.Path) -> Found:
-    """The same with the files of classes, any of which will do in place of a caption."""
+def scan_labelled(path: epath.Path) -> ScanResult:
+    """Finds samples as `scan`, with the files of classes; one of these replaces a caption."""
     return _scan(path, LABELLED_FILES, LABELLED_ROW)
 
 
-def _scan(path: epath.Path, kinds: tuple[str, ...], dtype: np.dtype) -> Found:
+def _scan(path: epath.Path, kinds: tuple[str, ...], dtype: np.dtype) -> ScanResult:
     problems: Counter[str] = Counter()
     with ranges.scanning(path) as file:
         found, damage = samples(file, problems, kinds)
@@ -64,7 +64,7 @@ def _scan(path: epath.Path, kinds: tuple[str, ...], dtype: np.dtype) -> Found:
         # The last sample of a cut shard may have lost a file: no fault of its own.
         elif not (damage and position == len(found) - 1):
             problems[problem] += 1
-    return Found(np.array(rows, dtype), dict(problems), damage)
+    return ScanResult(np.array(rows, dtype), dict(problems), damage)
 
 
 KIND = Kind("tar", ROW, scan)
@@ -72,7 +72,7 @@ LABELLED = Kind("labelled_tar", LABELLED_ROW, scan_labelled)
 
 
 def spans(row: np.void) -> Sample:
-    """The sample that a row of the index describes."""
+    """Returns the sample that a row of the index describes."""
     return {
         name: Span(int(block) * BLOCK, int(size))
         for name, block, size in zip(LABELLED_FILES, row["block"], row["size"])
@@ -90,13 +90,13 @@ def samples(
 
     Args:
       file: the shard, seekable.
-      problems: where repeated keys and names that lead out of a directory are counted. The
+      problems: counts of repeated keys and of names that lead out of a directory; added to. The
         former are samples like others, the latter are left out.
-      kinds: of files that matter.
+      kinds: the kinds of files to look for.
 
     Returns:
-      The samples by first appearance, files missing or not; and what is wrong with the shard,
-      "": nothing. The samples of a damaged shard are those of its files that are whole.
+      The samples by first appearance, complete or not; and the damage of the shard, "" where there
+      is none. The samples of a damaged shard are those of its whole files.
     """
     found: list[Sample] = []
     latest: dict[str, Sample] = {}
@@ -129,7 +129,7 @@ def _row(sample: Sample, kinds: tuple[str, ...]) -> tuple[list[int], list[int]]:
 def _members(
     file: IO[bytes], problems: Counter[str], kinds: tuple[str, ...]
 ) -> Iterator[tuple[str, str, Span]]:
-    """Key, kind and place of every file that may belong to a sample."""
+    """Yields key, kind and place of every file that may belong to a sample."""
     file_size = file.seek(0, 2)
     file.seek(0)
     end = 0
@@ -157,7 +157,7 @@ def _members(
 
 
 def _leads_out(key: str) -> bool:
-    """Whether the name, taken as a path, could write outside a directory: someone means harm."""
+    """Returns whether the name, taken as a path, leads out of its directory, as in an attack."""
     return key.startswith("/") or (".." in key and ".." in PurePosixPath(key).parts)
 
 

@@ -1,4 +1,4 @@
-"""The classes of the samples of tar shards, and what CLIP_benchmark's layout says of a set.
+"""The classes of the samples of tar shards, and the descriptions in CLIP_benchmark's layout.
 
 That layout is ROOT/SPLIT/0.tar, 1.tar, ... with KEY.webp, .png or .jpg beside KEY.cls (a class
 number), KEY.npy (a set of classes) or KEY.txt (captions, one in a line), and files in ROOT that
@@ -23,11 +23,11 @@ FILES = ("cls", "npy")  # kinds of file with classes
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the files beside the shards of a set say.
+    """The description of a set, from the files beside its shards.
 
     Attributes:
-      class_names: by label; none where it does not say.
-      templates: with {} for the name.
+      class_names: names of the classes, by label; empty where there are none.
+      templates: prompt templates, with {} for the name.
       type: "retrieval", "multilabel" or "".
     """
 
@@ -37,7 +37,7 @@ class Layout:
 
 
 def read_layout(root: epath.Path) -> Layout:
-    """The description of a set in CLIP_benchmark's layout, empty where there is none."""
+    """Reads the description of a set in CLIP_benchmark's layout; empty where there is none."""
     if remote.is_remote(root) and not remote.split(root)[1]:
         return Layout((), (), "")  # above the root of a bucket
     templates = _lines(root / "zeroshot_classification_templates.txt")
@@ -54,11 +54,11 @@ def label_kind(label_key: str) -> str:
 
 
 def decode_label(data: bytes, label_key: str) -> Any:
-    """What a sample has as its class.
+    """Decodes the class of a sample.
 
     Args:
       data: the file of kind `label_kind(label_key)`.
-      label_key: of `FILES`, or a field of the .json file.
+      label_key: one of `FILES`, or a field of the .json file.
 
     Returns:
       A number or name, a list of them, an array of a .npy file; None where there is none that
@@ -76,10 +76,10 @@ def decode_label(data: bytes, label_key: str) -> Any:
 
 
 def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[int] | None]:
-    """Arrays of .npy files as lists of classes.
+    """Converts arrays of .npy files to lists of classes.
 
-    They are vectors of zeros and ones, as long as there are classes, if all of them could be;
-    else they list the classes.
+    If all of them can be, they are taken as vectors of zeros and ones with one entry per class;
+    else as lists of the classes.
     """
     arrays = [np.zeros(0) if value is None else np.ravel(value) for value in values]
     lengths = {len(array) for array, value in zip(arrays, values) if value is not None}
@@ -93,7 +93,10 @@ def _is_indicator(array: np.ndarray) -> bool:
 
 
 def _lines(path: epath.Path) -> tuple[str, ...]:
-    """Of a file, stripped, since their number is the label; none where there is no file."""
+    """The stripped lines of a file, empty ones too, since their number is the label.
+
+    Empty where there is no file.
+    """
     try:
         text = ranges.read(path).decode("utf-8", "replace")
     except FileNotFoundError:

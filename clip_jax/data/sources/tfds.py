@@ -31,8 +31,8 @@ class TfdsSource:
 
     Attributes:
       problems: number of damaged files, by kind.
-      class_names: of the label feature.
-      templates: none.
+      class_names: names of the classes, from the label feature.
+      templates: empty.
     """
 
     templates: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
 
 
 def _leaves(features: Any, prefix: str = "") -> dict[str, Any]:
-    """Every feature that holds values, by its path; sequences count as what they hold."""
+    """The features that hold values, by path; a sequence counts as the feature that it holds."""
     while isinstance(features, tfds.features.Sequence):
         features = features.feature
     if not isinstance(features, tfds.features.FeaturesDict):
@@ -137,7 +137,7 @@ def _leaves(features: Any, prefix: str = "") -> dict[str, Any]:
 def _choose(
     leaves: dict[str, Any], wanted: str, usual: tuple[str, ...], field: str, optional: Any = False
 ) -> str:
-    """The path of a feature: the wanted one, or the first usual one; "" if there may be none."""
+    """Returns the path of a feature: the wanted one, or the first usual one; "" if optional."""
     for key in (wanted,) if wanted else usual:
         if key in leaves:
             return key
@@ -150,7 +150,7 @@ def _choose(
 
 
 def _partial(features: Any, image_key: str, *others: str) -> tuple[Any, dict[str, Any]]:
-    """The part of the features that is needed, and decoders that leave images encoded."""
+    """Returns the features that are needed, and decoders that leave images encoded."""
     wanted: dict[str, Any] = {}
     for key in filter(None, (image_key, *others)):
         _set(wanted, key, True)
@@ -173,7 +173,7 @@ def _lookup(tree: Any, key: str) -> Any:
 
 
 def _labels(value: Any) -> tuple[int, ...]:
-    """A number, or a sequence of them with repetitions (an object each), as classes."""
+    """Returns a number, or a sequence of them with repetitions (one per object), as classes."""
     numbers = np.asarray(value).reshape(-1).tolist()
     return tuple(dict.fromkeys(int(number) for number in numbers if number >= 0))
 
@@ -184,7 +184,7 @@ def _group(value: Any, feature: Any) -> str:
 
 
 def _image(value: Any) -> bytes | np.ndarray:
-    """Bytes as they are; grey arrays get three channels."""
+    """Returns bytes unchanged, and grey arrays with three channels."""
     if isinstance(value, np.ndarray) and value.shape[-1] == 1:
         return np.repeat(value, 3, axis=-1)
     return value
@@ -196,7 +196,7 @@ def _records(
     problems: Counter[str],
     fallback_dir: epath.Path | None,
 ) -> tfrecord.TfRecords | Sequence[bytes]:
-    """Random access to the serialised examples of a split."""
+    """Opens the serialised examples of a split for random access."""
     try:
         info = builder.info.splits[split]
     except (KeyError, ValueError) as error:
@@ -225,7 +225,7 @@ def _records(
 def _tfrecords(
     instructions: Any, problems: Counter[str], fallback_dir: epath.Path | None
 ) -> tfrecord.TfRecords:
-    """The records of the files, and slices of files, that make up a split."""
+    """Opens the records of the files, and slices of files, that make up a split."""
     wanted = [
         (each.skip, None if each.take == -1 else each.skip + each.take) for each in instructions
     ]

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from clip_jax.data.sources import shard_index
-from clip_jax.data.sources.shard_index import Found, Kind
+from clip_jax.data.sources.shard_index import Kind, ScanResult
 from clip_jax.errors import BadExample
 from clip_jax.storage import faults, ranges
 
@@ -19,8 +19,8 @@ _HEADER = struct.Struct("<QI")
 _FOOTER_BYTES = 4
 
 
-def scan(path: epath.Path) -> Found:
-    """Offsets of the whole records of a file."""
+def scan(path: epath.Path) -> ScanResult:
+    """Finds the offsets of the whole records of a file."""
     offsets = array("Q")
     with ranges.scanning(path) as file:
         size = file.seek(0, 2)
@@ -34,7 +34,7 @@ def scan(path: epath.Path) -> Found:
             offsets.append(offset)
             offset = end
     damage = "" if offset == size else f"it is cut off, or no TFRecord file, from byte {offset}"
-    return Found(np.frombuffer(offsets, np.uint64), {}, damage)
+    return ScanResult(np.frombuffer(offsets, np.uint64), {}, damage)
 
 
 KIND = Kind("tfrecord", np.dtype("<u8"), scan)
@@ -57,8 +57,8 @@ class TfRecords:
         """Reads the index, or passes through the headers of every file.
 
         Args:
-          paths: of the files.
-          slices: the records that are wanted of each.
+          paths: the files.
+          slices: the records that are wanted of each file.
           fallback_dir: directory for the index where that of the files cannot be written to.
         """
         found = shard_index.load(paths, KIND, fallback_dir)
@@ -74,7 +74,7 @@ class TfRecords:
         return self._first[-1]
 
     def __getitem__(self, index: int) -> bytes:
-        """Raises BadExample("unreadable record") where the file cannot be read, after retries."""
+        """The record; raises BadExample("unreadable record") if it cannot be read after retries."""
         return self.start([index])[0]()
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], bytes]]:
@@ -102,7 +102,7 @@ class TfRecords:
         return finish
 
     def _end(self, file: int, place: int) -> int:
-        """The byte behind a record, or a later one where no record follows that is wanted."""
+        """The end of a record, or a later byte where no wanted record follows."""
         offsets, stat = self._offsets[file], self._files[file].stat
         if place + 1 < len(offsets):
             return int(offsets[place + 1])
@@ -110,7 +110,7 @@ class TfRecords:
 
 
 def _contents(data: bytes, path: epath.Path) -> bytes:
-    """Of the record that some bytes begin with."""
+    """The contents of the record that some bytes begin with."""
     start = _HEADER.size
     length = _HEADER.unpack_from(data)[0] if len(data) >= start else 0
     if len(data) < start + length or not data:

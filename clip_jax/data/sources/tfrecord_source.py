@@ -1,4 +1,4 @@
-"""TFRecord files of tf.train.Example, as many pipelines write them, TFDS not among them."""
+"""TFRecord files of tf.train.Example, as many pipelines other than TFDS write them."""
 
 import functools
 from collections import Counter
@@ -24,9 +24,9 @@ class TfRecordSource:
 
     Attributes:
       problems: number of damaged files.
-      labels: of every example; None: without `label_key`.
-      class_names: of the labels, where `label_key` names a feature of text.
-      templates: none.
+      labels: the classes of every example; None: without `label_key`.
+      class_names: names of the classes, where `label_key` names a feature of text.
+      templates: empty.
     """
 
     templates: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class TfRecordSource:
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         if spec.label_key:
-            reads = reading.in_turn(records, range(len(records)))
+            reads = reading.in_order(records, range(len(records)))
             labels = [_label(read, spec.label_key) for read in reads]
             self.labels, self.class_names = number_labels(labels)
 
@@ -104,7 +104,7 @@ def _label(read: Callable[[], bytes], label_key: str) -> Any:
 
 
 def _parse(record: bytes, key: str) -> Any:
-    """The features of a serialised tf.train.Example, by name."""
+    """Parses a serialised tf.train.Example; returns its features by name."""
     try:
         return tf.train.Example.FromString(record).features.feature
     except Exception as error:  # protobuf's own
@@ -112,7 +112,7 @@ def _parse(record: bytes, key: str) -> Any:
 
 
 def _values(features: Any, name: str) -> list[Any]:
-    """What a feature holds, [] where there is none."""
+    """The values of a feature; [] where there is none."""
     if name not in features:
         return []
     feature = features[name]
