@@ -37,7 +37,15 @@ def create(
     if spec.type == "folder":
         from clip_jax.data.sources.folder import ImageFolder
 
-        return ImageFolder(spec.path, spec.text_key, spec.label_key, spec.group_keys)
+        return ImageFolder(
+            spec.path,
+            spec.text_key,
+            spec.label_key,
+            spec.group_keys,
+            image_key=spec.image_key,
+            run=run,
+            cached_chunks=cached_chunks,
+        )
     if spec.type == "tar":
         from clip_jax.data.sources.tar import TarShards
 
