@@ -7,36 +7,29 @@ byte order mark or without. Empty lines are no rows, except in .txt files.
 .parquet    as it stands
 .jsonl      an object a line; lines end at \\n alone, names are those of the first objects
 .txt        a text a line
-.csv, .tsv  the first row has the names. A row ends at \\n, \\r\\n or \\r. A cell that begins with a
-            quote ends at the next one that is not doubled, and may hold delimiters and line ends; a
-            quote further inside a cell stands for itself
-
-Tables written by hand hold quotes that open a cell and never close it, as in "wow, said the cat.
-Taken at its word, such a quote swallows all rows up to the next quote. So a quoted cell of several
-lines must be written without fault: a delimiter or the end of the row follows its last quote. In a
-.tsv its lines must not all be whole rows either. Otherwise the first quote stands for itself.
+.csv, .tsv  cells as `delimited` describes them, with the names in the first row
 """
 
 import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 from etils import epath
 
+from clip_jax.data.sources.delimited import LINE_END, MAX_ROW, Dialect, Row, dialect_of, read_row
 from clip_jax.errors import UserError
 
 # Reasons why a row cannot be used.
 MALFORMED, INVALID = "malformed row", "invalid UTF-8 caption"
 _TEXT = "text"  # the column of .txt files
 ROWS = 2**16  # of a block
-MAX_ROW = 2**22  # bytes of a row of a .csv or .tsv file
 _BLOCK = 2**23  # bytes of text that are read at a time
 _MAX_LINE = 2**26  # bytes of a line
-_LINE_END = re.compile(rb"[\r\n]")
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = (
     (b"\x1f\x8b", "is compressed with gzip: decompress it with gunzip"),
@@ -52,7 +45,9 @@ _FOREIGN = (
 # UserError.
 Choose = Callable[[Sequence[str], epath.Path], Iterable[str]]
 Values = pa.Array | list[Any]
-_Row = list[bytes] | None  # None: it is longer than MAX_ROW
+
+
+pc: Any = pyarrow.compute  # whose functions are made at import, unseen by type checkers
 
 
 class Damage(Exception):
@@ -138,49 +133,13 @@ def _scan_parquet(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) 
         raise Damage(str(error)) from None
 
 
-def _scan_delimited(
-    file: IO[bytes], path: epath.Path, choose: Choose, rows: int, names: Sequence[str]
-) -> Iterator[Block]:
-    wanted: list[str] | None = None
-    for found in _read_rows(file, path.suffix):
-        if wanted is None:
-            if not names:
-                header = found.pop(0)
-                if header is None:
-                    raise Damage("its first row, the names of the columns, is too long")
-                names = [cell.decode("utf-8", "replace") for cell in header]
-            wanted = _wanted(names, choose, path)
-        for first in range(0, len(found), rows):
-            yield _block_of_cells(found[first : first + rows], names, wanted)
-    if wanted is None and not names:
-        raise Damage("the file is empty")
-
-
-def _block_of_cells(rows: Sequence[_Row], names: Sequence[str], wanted: Sequence[str]) -> Block:
-    problems = {i: MALFORMED for i, row in enumerate(rows) if row is None or len(row) != len(names)}
-    if problems:
-        blank = [None] * len(names)
-        rows = [[*(row or ()), *blank][: len(names)] for row in rows]
-    places = {name: names.index(name) for name in wanted}
-    columns = {name: _texts([row[place] for row in rows]) for name, place in places.items()}
-    return Block(columns, len(rows), problems)
-
-
-def _texts(values: Sequence[bytes | None]) -> pa.Array:
-    """Strings, or bytes where one is not UTF-8."""
-    found = pa.array(values, pa.binary())
-    try:
-        return found.cast(pa.string())
-    except pa.ArrowInvalid:
-        return found
-
-
 def _scan_lines(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:
     wanted = list(choose([_TEXT], path))
     for lines in _lines(file, rows):
         texts = [None if line is None else line.rstrip(b"\r") for line in lines]
         problems = {i: MALFORMED for i, text in enumerate(texts) if text is None}
-        yield Block(dict.fromkeys(wanted, _texts(texts)), len(texts), problems)
+        values = _texts(pa.array(texts, pa.binary()))
+        yield Block(dict.fromkeys(wanted, values), len(texts), problems)
 
 
 def _scan_jsonl(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:
@@ -240,110 +199,122 @@ def _wanted(names: Sequence[str], choose: Choose, path: epath.Path) -> list[str]
 
 # ---- Cells of .csv and .tsv files ----------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class _Dialect:
-    """How cells are written.
-
-    Attributes:
-      delimiter: between cells.
-      quoted: a cell that begins with a quote; groups: within the quotes, after them, its end.
-      plain: any other cell; groups: the cell, its end.
-    """
-
-    delimiter: bytes
-    quoted: re.Pattern[bytes]
-    plain: re.Pattern[bytes]
+# Most rows leave no doubt, and are handed to pyarrow as they stand, megabytes at a time. The others
+# are read cell by cell, and handed over as quoted cells in the place of what was there.
 
 
-def _dialect(delimiter: bytes) -> _Dialect:
-    plain = rb"([^" + delimiter + rb"\r\n]*+)(" + delimiter + rb"|\r\n?|\n|\Z)"
-    return _Dialect(delimiter, re.compile(rb'"((?:[^"]++|"")*+)"' + plain), re.compile(plain))
-
-
-_DIALECTS = {".csv": _dialect(b","), ".tsv": _dialect(b"\t")}
-
-
-def _read_rows(file: IO[bytes], suffix: str) -> Iterator[list[_Row]]:
-    """Yields the rows of a file, its header among them, some megabytes at a time.
-
-    Empty lines are no rows.
-
-    Args:
-      file: open at the first row.
-      suffix: ".csv" or ".tsv".
-    """
-    dialect, width = _DIALECTS[suffix], 0
+def _scan_delimited(
+    file: IO[bytes], path: epath.Path, choose: Choose, rows: int, names: Sequence[str]
+) -> Iterator[Block]:
+    wanted = _wanted(names, choose, path) if names else None
     buffer, at_end, skipping = b"", False, False
     while not at_end:
         data = file.read(_BLOCK)
         at_end = not data
         buffer += data
-        rows: list[_Row] = []
+        found = _Rows(dialect_of(path.suffix, len(names) or 1))
         place = 0
         # A row that begins before `stop` is known whole, or known to be too long.
         stop = len(buffer) if at_end else len(buffer) - MAX_ROW
         while place < stop:
             if skipping:  # the rest of a row that is too long
-                found = _LINE_END.search(buffer, place)
-                skipping, place = found is None, found.end() if found else len(buffer)
-            elif (end := _end_of_plain_rows(buffer, place, stop)) > place:
-                lines = buffer[place:end].splitlines()
-                rows += [line.split(dialect.delimiter) for line in lines if line]
-                place = end
+                end = LINE_END.search(buffer, place)
+                skipping, place = end is None, end.end() if end else len(buffer)
             elif buffer[place] in b"\r\n":
                 place += 1
+            elif wanted is None:
+                header, place = read_row(buffer, place, found.dialect)
+                if header is None:
+                    raise Damage("its first row, the names of the columns, is too long")
+                names = [cell.decode("utf-8", "replace") for cell in header]
+                wanted = _wanted(names, choose, path)
+                found = _Rows(dialect_of(path.suffix, len(names)))
+            elif (end := found.dialect.regular.match(buffer, place, stop).end()) > place:
+                found.add_regular(buffer[place:end])
+                place = end
             else:
-                row, place = _read_row(buffer, place, dialect, width)
-                rows.append(row)
+                row, place = read_row(buffer, place, found.dialect)
+                found.add(row)
                 skipping = row is None
-            width = width or next((len(row) for row in rows if row), 0)
         buffer = buffer[place:]
-        if rows:
-            yield rows
+        if wanted is not None:
+            yield from found.blocks([(name, names.index(name)) for name in wanted], rows)
+    if wanted is None:
+        raise Damage("the file is empty")
 
 
-def _end_of_plain_rows(buffer: bytes, start: int, stop: int) -> int:
-    """Place behind the last row from `start` on before the next quote: the fast way."""
-    quote = buffer.find(b'"', start, stop)
-    end = stop if quote < 0 else quote
-    return max(buffer.rfind(b"\n", start, end), buffer.rfind(b"\r", start, end)) + 1
+class _Rows:
+    """Rows of one width on their way to pyarrow.
 
-
-def _read_row(buffer: bytes, start: int, dialect: _Dialect, width: int) -> tuple[_Row, int]:
-    """The cells of the row at `start`, and the place behind it."""
-    cells: list[bytes] = []
-    place, limit = start, min(start + MAX_ROW, len(buffer))
-    while True:
-        match = dialect.quoted.match(buffer, place, limit)
-        if match and _is_cell(buffer, start, match, dialect, width):
-            cells.append(match[1].replace(b'""', b'"') + match[2])
-        else:
-            match = dialect.plain.match(buffer, place, limit)
-            assert match is not None  # it matches anything
-            cells.append(match[1])
-        place, ending = match.end(), match[match.re.groups]
-        if ending != dialect.delimiter:
-            too_long = not ending and place < len(buffer)
-            return None if too_long else cells, place
-
-
-def _is_cell(
-    buffer: bytes, start: int, match: re.Match[bytes], dialect: _Dialect, width: int
-) -> bool:
-    """Returns whether what stands in quotes is one cell, and the first quote no mistake.
-
-    Args:
-      start: of the row that the cell is in.
-      match: of `dialect.quoted`.
-      width: cells of the first row; 0: this is it.
+    Attributes:
+      dialect: they are written in.
     """
-    if not _LINE_END.search(match[1]):
-        return True
-    if match[2]:
-        return False
-    if dialect.delimiter == b"," or width < 2:
-        return True
-    found = _LINE_END.search(buffer, match.end(1))
-    lines = buffer[start : found.start() if found else len(buffer)].splitlines()
-    return any(line.count(dialect.delimiter) + 1 != width for line in lines if line)
+
+    def __init__(self, dialect: Dialect):
+        self.dialect = dialect
+        self._parts: list[bytes] = []
+        self._length = 0
+        self._widths: dict[int, int] = {}  # of malformed rows, by their number
+
+    def add_regular(self, text: bytes) -> None:
+        """Adds rows that `Dialect.regular` matches."""
+        self._parts.append(text)
+        self._length += len(text.splitlines()) if b"\r" in text else text.count(b"\n")
+
+    def add(self, row: Row) -> None:
+        """Adds a row of any width."""
+        cells, width = row or [], self.dialect.width
+        if len(cells) != width:
+            self._widths[self._length] = len(cells)
+            cells = [*cells, *[b""] * width][:width]
+        quoted = (b'"' + cell.replace(b'"', b'""') + b'"' for cell in cells)
+        self._parts.append(self.dialect.delimiter.join(quoted) + b"\n")
+        self._length += 1
+
+    def blocks(self, wanted: Sequence[tuple[str, int]], rows: int) -> Iterator[Block]:
+        """Yields the rows; `wanted`: name and place of the columns."""
+        columns = {name: self._column(place, values) for name, place, values in self._parse(wanted)}
+        for first in range(0, self._length, rows):
+            length = min(rows, self._length - first)
+            problems = {i - first: MALFORMED for i in self._widths if first <= i < first + length}
+            some = {
+                name: _texts(values[first : first + length]) for name, values in columns.items()
+            }
+            yield Block(some, length, problems)
+
+    def _parse(self, wanted: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, pa.Array]]:
+        from pyarrow import csv
+
+        if not self._length or not wanted:
+            return
+        text = b"".join(self._parts)
+        names = list(map(str, range(self.dialect.width)))
+        table = csv.read_csv(
+            pa.BufferReader(text),
+            csv.ReadOptions(use_threads=False, column_names=names, block_size=len(text) + 1),
+            csv.ParseOptions(delimiter=self.dialect.delimiter.decode(), newlines_in_values=True),
+            # As bytes: one cell that is not UTF-8 would fail all.
+            csv.ConvertOptions(
+                include_columns=[str(place) for _, place in wanted],
+                column_types=dict.fromkeys(names, pa.binary()),
+            ),
+        )
+        assert len(table) == self._length
+        for name, place in wanted:
+            yield name, place, table[str(place)].combine_chunks()
+
+    def _column(self, place: int, values: pa.Array) -> pa.Array:
+        """Has nulls in place of cells that a row lacks."""
+        if all(width > place for width in self._widths.values()):
+            return values
+        lacking = np.zeros(self._length, bool)
+        lacking[[row for row, width in self._widths.items() if width <= place]] = True
+        return pc.if_else(pa.array(lacking), pa.scalar(None, values.type), values)
+
+
+def _texts(values: pa.Array) -> pa.Array:
+    """Bytes as strings, or as they are where one is not UTF-8."""
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        return values
