@@ -138,12 +138,15 @@ def source(**overrides) -> ConfigDict:
     """Where examples come from; the same fields for training and evaluation data."""
     spec = ConfigDict()
     spec.type = ""  # "digits" (embedded) | "folder" | "tar" | "tfds" | "tfrecord" | "synthetic"
-    # folder: directory; tar, tfrecord: files or patterns, comma-separated; tfds: data_dir
+    # folder: directory, a table in it, or .parquet files with images in them; tar, tfrecord: files
+    # or patterns, comma-separated, as of .parquet files; tfds: data_dir
     spec.path = ""
     spec.name = ""  # tfds: dataset name, such as "coco_captions"
     # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]"
     spec.split = ""
-    spec.image_key = ""  # tfds ("/" for nesting), tfrecord: the feature; "": the usual name
+    # Where images stand: a feature (tfds, "/" for nesting; tfrecord) or a column (folder), which
+    # holds paths, or in .parquet files the images themselves; "": the usual name.
+    spec.image_key = ""
     # Where captions stand: a feature (tfds, tfrecord), a key of the .json (tar) or a column
     # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.
     spec.text_key = ""

@@ -30,7 +30,7 @@ class ImageFolder:
        which may be missing where there are classes. Images are paths relative to the directory.
        In .parquet files they may also be bytes, or structs of bytes and path as the Hugging Face
        hub has them; there may be several such files.
-    2. .parquet files of any names, in the directory or its sub-directory data.
+    2. .parquet files of any names with images in them, in the directory or in data below it.
     3. KEY.txt or KEY.json beside KEY.jpg, at any depth.
     4. Images in sub-folders only: the name of the folder is the class, and the caption is
        "a photo of a NAME.".
@@ -87,7 +87,7 @@ class ImageFolder:
         self._groups: list[tuple[str, ...]] | None = None
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
-        self._root, found = _find(path)
+        self._root, found = _find(path, image_key)
         if found:
             self._use_table(found, image_key, label_key, by_image, run, cached_chunks)
         else:
@@ -202,7 +202,7 @@ class ImageFolder:
 
     def _paths(self, table: tables.Table, image_column: str) -> list[str]:
         """The image of every row; notes rows that have none."""
-        found = [_path_of(value) for value in table.columns[image_column]]
+        found = [tables.path_of(value) for value in table.columns[image_column]]
         for row, path in enumerate(found):
             if not path:
                 self._bad_rows[row] = table.problems.get(row, "no image")
@@ -272,6 +272,7 @@ class ImageFolder:
         return (
             f"The directory source.path = {str(self._root)!r} has {count} images and no captions. "
             f"Looked for: a table named {', '.join(TABLES)} with columns such as image,caption; "
+            ".parquet files with images in a column such as image (source.image_key); "
             "KEY.txt or KEY.json beside each KEY.jpg, .png or .webp; or images in sub-folders "
             "named by class."
         )
@@ -333,15 +334,20 @@ class _Texts(Sequence[list[tuple[Any, float]]]):
         return [(column[row], weight) for column, weight in self._columns]
 
 
-def _find(path: str) -> tuple[epath.Path, list[epath.Path]]:
+def _find(path: str, image_key: str) -> tuple[epath.Path, list[epath.Path]]:
     """The directory that paths of images are relative to, and the tables, if there are any."""
     root = locations.parse(path) if path else epath.Path()
     if path.endswith(tuple(f"{suffix}.gz" for suffix in tables.SUFFIXES)):
         raise UserError(f"source.path = {path!r} is compressed: decompress it with gunzip first.")
     if path.endswith(".parquet") and not root.is_dir():
         found = locations.expand(path, ".parquet")
-        if not found or not found[0].exists():
-            raise UserError(f"There is no table source.path = {path!r}.")
+        if not found:
+            raise UserError(f"No .parquet files match source.path = {path!r}.")
+        if other := [str(each) for each in found if each.suffix != ".parquet"]:
+            raise UserError(
+                f"source.path = {path!r} names {other[0]} beside .parquet files. Several tables "
+                "are read together only if all are .parquet files."
+            )
         return found[0].parent, found
     root = locations.reachable(path)
     if root.suffix in tables.SUFFIXES and root.exists() and not root.is_dir():
@@ -351,21 +357,12 @@ def _find(path: str) -> tuple[epath.Path, list[epath.Path]]:
     for name in TABLES:
         if (root / name).exists():
             return root, [root / name]
-    return root, parquet_images.list_files(root)
+    return root, parquet_images.find(root, [image_key] if image_key else IMAGE_COLUMNS)
 
 
 def _image_column(names: Sequence[str], image_key: str, path: epath.Path) -> str:
     wanted = [image_key] if image_key else IMAGE_COLUMNS
     return tables.pick(names, wanted, path, "images (set source.image_key)")
-
-
-def _path_of(value: Any) -> str | None:
-    """The path of an image, as a column has it: text, or a struct with the path in it."""
-    if isinstance(value, dict):
-        value = value.get("path")
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return None if value is None else str(value)
 
 
 def _fail(reason: str, key: str) -> bytes:

@@ -31,8 +31,15 @@ _HELD_GROUPS = 2  # row groups that are held, for examples in turn
 _LARGE = 16  # rows of a row group from which random order is slow
 
 
-def list_files(directory: epath.Path) -> list[epath.Path]:
-    """The .parquet files of a directory, or else of its sub-directory data.
+def find(directory: epath.Path, columns: Sequence[str]) -> list[epath.Path]:
+    """The .parquet files with images of a directory, or else of its sub-directory data.
+
+    Args:
+      directory: to look in.
+      columns: that may hold the images.
+
+    Returns:
+      Sorted paths; none where there are no such files, or the first of them holds no images.
 
     Raises:
       UserError: by their names they are of several splits.
@@ -40,14 +47,22 @@ def list_files(directory: epath.Path) -> list[epath.Path]:
     for folder in (directory, directory / "data"):
         found = locations.listing(folder) if folder.is_dir() else ()
         names = sorted(name for name in found if name.endswith(".parquet"))
+        if not names:
+            continue
+        try:
+            footers = read_footers([folder / names[0]])
+        except UserError as error:  # the directory may hold images besides
+            logging.warning("%s", error)
+            return []
+        if not any(holds_images(footers, column) for column in columns):
+            return []
         splits = sorted({match[1] for name in names if (match := _HUB_FILE.fullmatch(name))})
         if len(splits) > 1:
             raise UserError(
                 f"The directory {folder} has the splits {', '.join(splits)}. Name the files of "
                 f"one of them, such as {folder / splits[-1]}-*.parquet."
             )
-        if names:
-            return [folder / name for name in names]
+        return [folder / name for name in names]
     return []
 
 

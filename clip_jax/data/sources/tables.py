@@ -199,3 +199,12 @@ def pick(names: Sequence[str], wanted: Sequence[str], path: epath.Path, what: st
         f"The table {path} has no column of {what}: looked for {', '.join(wanted)}; its columns "
         f"are {', '.join(map(str, names)) or 'none'}.{separated}"
     )
+
+
+def path_of(value: Any) -> str | None:
+    """The path of an image, as a column has it: text, or a struct of `bytes` and `path`."""
+    if isinstance(value, dict):
+        value = value.get("path")
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return None if value is None else str(value)
