@@ -150,12 +150,14 @@ def source(**overrides) -> ConfigDict:
     spec = ConfigDict()
     # Kind of data: "digits" (embedded) | "folder" | "tar" | "tfds" | "tfrecord" | "synthetic".
     spec.type = ""
-    # folder: directory; tar, tfrecord: files or glob patterns, comma-separated; tfds: data_dir.
+    # folder: directory, a table in it, or .parquet files that hold images; tar, tfrecord: files or
+    # glob patterns, comma-separated, as for .parquet files; tfds: data_dir.
     spec.path = ""
     spec.name = ""  # tfds: data set name, such as "coco_captions"
     # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]".
     spec.split = ""
-    # tfds ("/" for nesting), tfrecord: feature that holds the image; "": the usual name.
+    # Name of the image: a feature (tfds, "/" for nesting; tfrecord) or a column (folder), which
+    # holds paths, or in .parquet files the images themselves; "": the usual name.
     spec.image_key = ""
     # Name of the caption: a feature (tfds, tfrecord), a key of the .json (tar) or a column
     # (folder); several with weights as in "caption:0.3,synthetic:0.7"; "": the usual name.

@@ -18,11 +18,13 @@ _CHUNK = 32  # neighbours in a shard that are read at once
 # For the index of shards whose own directory cannot be written to.
 _FALLBACK_DIR = "~/.cache/clip_jax"
 
+_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _ABOUT_DATA = (
     'tar shards: "shards/*.tar", "gs://BUCKET/{00000..00099}.tar" or their directory; TFRecord '
     'files: "DIR/*.tfrecord*" or their directory; any other directory: images with captions in '
-    "captions.csv, .tsv, .jsonl, .parquet or in KEY.txt beside KEY.jpg; tfds:NAME: a prepared "
-    "TFDS dataset; digits:SPLIT: the embedded one"
+    "captions.csv, .tsv, .jsonl, .parquet or in KEY.txt beside KEY.jpg; such a table; .parquet "
+    "files with images in a column; tfds:NAME: a prepared TFDS dataset; digits:SPLIT: the embedded "
+    "one"
 )
 
 
@@ -37,7 +39,9 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("data", metavar="DATA", help=_ABOUT_DATA)
     made.add_argument("--split", default="train", help='tfds: such as "test" or "train[:10%%]"')
     made.add_argument("--data_dir", default="", help="tfds: where it is prepared, if not as usual")
-    made.add_argument("--image_key", default="", help="tfds, TFRecord: feature with the image")
+    made.add_argument(
+        "--image_key", default="", help="column or feature with the image; default: the usual names"
+    )
     made.add_argument(
         "--text_key",
         default="",
@@ -104,7 +108,7 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
         spec.update(name=rest, path=options.data_dir, split=options.split)
     else:
         spec.path = rest
-    if kind in ("tfds", "tfrecord"):
+    if kind in ("folder", "tfds", "tfrecord"):
         spec.image_key = options.image_key
     return Data(spec, in_order)
 
@@ -119,6 +123,8 @@ def _kind(data: str) -> tuple[str, str]:
         return "tfrecord", data
     if any(".tar" in name for name in names):
         return "tar", data
+    if data.endswith(_TABLES):
+        return "folder", data
     return _kind_of_directory(data), data
 
 

@@ -67,9 +67,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--threads", type=at_least(0), default=0, metavar="N", help="that decode; 0: one per core")
     hosts.add_hosts(parser)
     options = parser.parse_args(arguments)
+    has_texts_alone = inputs.is_caption_file(options.data, options.image_key)
     if options.of is None:
-        options.of = "texts" if inputs.is_caption_file(options.data) else "images"
-    elif options.of != "texts" and inputs.is_caption_file(options.data):
+        options.of = "texts" if has_texts_alone else "images"
+    elif options.of != "texts" and has_texts_alone:
         parser.error(f"{options.data} holds texts alone: --of=texts")
     return options
 

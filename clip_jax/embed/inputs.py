@@ -4,20 +4,18 @@ import argparse
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
 
 from etils import epath
 
 from clip_jax.data import arguments
-from clip_jax.data.sources import captions, folder
+from clip_jax.data.sources import captions, folder, parquet_images, tables
 from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Source
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges
 
 # Of the command line; what a store keeps of its data, so that they can be opened again.
 FIELDS = ("data", "split", "data_dir", "image_key", "text_key", "label_key", "group_keys")
-_TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
-_KEYS = ("key", "id", "image_id", *folder.IMAGE_COLUMNS)
+_KEYS = ("key", "id", "image_id", *tables.IMAGE_COLUMNS)
 
 
 def add_data(made: argparse.ArgumentParser) -> None:
@@ -28,26 +26,51 @@ def add_data(made: argparse.ArgumentParser) -> None:
         metavar="DATA",
         help='tar shards: "shards/*.tar", "gs://BUCKET/{00000..00099}.tar" or their directory; '
         'TFRecord files: "DIR/*.tfrecord*"; any other directory: its images, with captions as for '
-        "training where it has them; captions.txt (one in a line), .csv, .tsv, .jsonl or .parquet: "
-        "texts alone; tfds:NAME: a prepared TFDS dataset; digits:SPLIT: the embedded one",
+        "training where it has them; .parquet files with images in a column; captions.txt (one in "
+        "a line), .csv, .tsv, .jsonl or .parquet without images: texts alone; tfds:NAME: a "
+        "prepared TFDS dataset; digits:SPLIT: the embedded one",
     )
     add("--split", default="train", help='tfds: such as "test" or "train[:10%%]"')
     add("--data_dir", default="", help="tfds: where it is prepared, if not as usual")
-    add("--image_key", default="", help="tfds, TFRecord: feature with the image")
+    add(
+        "--image_key", default="", help="column or feature with the image; default: the usual names"
+    )
     add("--text_key", default="", help="column or field with the caption; default: the usual names")
     add("--label_key", default="", help="the same for the class; default: none")
     add("--group_keys", default="", help="the same for groups, comma-separated; default: none")
 
 
-def is_caption_file(data: str) -> bool:
-    """Whether DATA holds texts without images."""
-    return data.endswith((".txt", *_TABLES)) and ":" not in data.split("://")[-1]
+def is_caption_file(data: str, image_key: str = "") -> bool:
+    """Returns whether DATA holds texts without images."""
+    if not data.endswith((".txt", *tables.SUFFIXES)) or ":" in data.split("://")[-1]:
+        return False
+    return not data.endswith(".parquet") or not _holds_images(data, image_key)
 
 
-def picture_root(data: str) -> str:
+def _holds_images(data: str, image_key: str) -> bool:
+    """Returns whether .parquet files have a column of images, judged by the first that is there."""
+    try:
+        paths = locations.expand(data, ".parquet")
+        footers = parquet_images.read_footers(paths[:1])
+    except UserError:  # said where it is opened
+        return False
+    columns = [image_key] if image_key else tables.IMAGE_COLUMNS
+    return any(parquet_images.holds_images(footers, column) for column in columns)
+
+
+def picture_root(data: str, image_key: str = "") -> str:
     """The directory that keys are relative to; "" where the images are no files of their own."""
     path = locations.parse(data)
-    return "" if not path.is_dir() or arguments.kind_of_shards(path) else str(path)
+    if not path.is_dir() or arguments.kind_of_shards(path):
+        return ""
+    columns = [image_key] if image_key else tables.IMAGE_COLUMNS
+    if not _has_table(path) and parquet_images.find(path, columns):
+        return ""
+    return str(path)
+
+
+def _has_table(root: epath.Path) -> bool:
+    return any(path.name in folder.TABLES for path in root.iterdir())
 
 
 def open_source(fields: Mapping[str, str]) -> Source:
@@ -56,17 +79,17 @@ def open_source(fields: Mapping[str, str]) -> Source:
     Raises:
       UserError: the data are not there, or not in an expected form.
     """
-    data = fields["data"]
-    if is_caption_file(data):
+    data, image_key = fields["data"], fields["image_key"]
+    if is_caption_file(data, image_key):
         return CaptionFile(locations.parse(data), fields["text_key"])
     options = argparse.Namespace(**fields)
-    if not (root := picture_root(data)):
+    if not (root := picture_root(data, image_key)):
         named = arguments.data(data, options)
         named.spec.group_keys = options.group_keys
         return named.open()
     keys = fields["text_key"], fields["label_key"], fields["group_keys"]
-    if any(keys) or any(path.name in folder.TABLES for path in epath.Path(root).iterdir()):
-        return folder.ImageFolder(root, *keys)
+    if any(keys) or image_key or _has_table(epath.Path(root)):
+        return folder.ImageFolder(root, *keys, image_key=image_key)
     pictures = Pictures(epath.Path(root))
     return folder.ImageFolder(root, *keys) if pictures.are_pairs else pictures
 
@@ -143,17 +166,32 @@ class CaptionFile:
         Raises:
           UserError: it is not there, cannot be read, has no texts, or no column of them.
         """
-        try:
+        text_column, key_column = "", None
+
+        def choose(names: Sequence[str], path: epath.Path) -> list[str]:
+            nonlocal text_column, key_column
             if path.suffix == ".txt":
-                self._rows: list[tuple[str, Any]] = [
-                    (str(number), line)
-                    for number, line in enumerate(ranges.read(path).splitlines())
-                    if line.strip()
-                ]
-            else:
-                self._rows = _table_rows(path, text_key)
-        except FileNotFoundError:
-            raise UserError(f"There is no file {path}.") from None
+                (text_column,) = names
+                return [text_column]
+            wanted = [text_key] if text_key else tables.TEXT_COLUMNS
+            text_column = tables.pick(names, wanted, path, "captions (name it by --text_key)")
+            key_column = next((name for name in _KEYS if name in names), None)
+            return [text_column, key_column] if key_column else [text_column]
+
+        table = tables.load([path], choose)
+        keys: list[str] = list(map(str, range(len(table))))
+        if key_column:
+            own = map(tables.path_of, table.columns[key_column])
+            keys = [found or number for found, number in zip(own, keys)]
+        self._problems = table.problems
+        self._texts = table.columns[text_column] if text_column else []
+        self._rows = list(enumerate(keys))
+        if path.suffix == ".txt":
+            self._rows = [
+                (row, key)
+                for (row, key), text in zip(self._rows, self._texts)
+                if text is None or text.strip()
+            ]
         if not self._rows:
             raise UserError(f"There is no text in {path}.")
 
@@ -161,25 +199,11 @@ class CaptionFile:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        key, value = self._rows[index]
+        row, key = self._rows[index]
+        value = self._texts[row]
+        if value is None and row in self._problems:
+            raise BadExample(self._problems[row], key)
         return Example(b"", captions.collect([(value, 1.0)], key), labels=(), key=key)
-
-
-def _table_rows(path: epath.Path, text_key: str) -> list[tuple[str, Any]]:
-    rows = folder.read_table(path)
-    columns = tuple(rows[0]) if rows else ()
-    wanted = (text_key,) if text_key else folder.TEXT_COLUMNS
-    column = next((name for name in wanted if name in columns), "")
-    if rows and not column:
-        raise UserError(
-            f"The table {path} has no column of captions: looked for {', '.join(wanted)}; its "
-            f"columns are {', '.join(map(str, columns))}. Name one by --text_key."
-        )
-    key = next((name for name in _KEYS if name in columns), None)
-    return [
-        (str(number) if key is None else str(row[key]), row[column])
-        for number, row in enumerate(rows)
-    ]
 
 
 def _suffix(name: str) -> str:

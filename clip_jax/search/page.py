@@ -121,7 +121,7 @@ class Desk:
     def __init__(self, searcher: Searcher):
         """Opens the data whose pictures are shown; UserError where they are no longer there."""
         data = searcher.store.manifest.data
-        self.has_pictures = not inputs.is_caption_file(data["data"])
+        self.has_pictures = not inputs.is_caption_file(data["data"], data["image_key"])
         self._searcher = searcher
         self._source = inputs.open_source(data) if self.has_pictures else None
 

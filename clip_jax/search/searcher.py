@@ -58,7 +58,7 @@ class Searcher:
                 f"{', '.join(manifest.columns)}: choose with --column."
             )
         self.model, self.store = model, store
-        self._root = inputs.picture_root(manifest.data["data"])
+        self._root = inputs.picture_root(manifest.data["data"], manifest.data["image_key"])
         self._mesh = sharding.make_mesh(devices=jax.local_devices())
         self._resident: list[exact.Block] | None = None
         self._index = None

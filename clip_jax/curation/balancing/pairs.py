@@ -14,6 +14,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges
 
 KINDS = tuple(READERS)
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 DAMAGED, MISSING = "damaged shard", "missing shard"
 
 
@@ -33,7 +34,10 @@ def find(paths: str) -> list[epath.Path]:
             shards = locations.expand(item, path.suffix)
         for path in shards:
             if path.suffix not in KINDS:
-                raise UserError(f"{path} cannot be read: it must be one of {', '.join(KINDS)}.")
+                squeezed = " Decompress it first." if path.suffix in _COMPRESSED else ""
+                raise UserError(
+                    f"{path} cannot be read: it must be one of {', '.join(KINDS)}.{squeezed}"
+                )
         found += shards
     if not found:
         raise UserError(

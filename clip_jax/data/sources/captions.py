@@ -116,7 +116,7 @@ def read_field(record: bytes | None, field: str, key: str) -> Any:
         return None
     try:
         return json.loads(record).get(field)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BadExample("unreadable json", key, str(error)) from None
 
 
@@ -135,6 +135,11 @@ def _text(value: Any, key: str) -> str:
         except UnicodeDecodeError as error:
             raise BadExample("invalid UTF-8 caption", key, str(error)) from None
     text = value if isinstance(value, str) else ""  # a number or an object is no caption
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+            raise BadExample("invalid UTF-8 caption", key, str(error)) from None
     if len(text) > MAX_CHARACTERS:
         raise BadExample("caption too long", key, f"{len(text):,} characters")
     return text

@@ -1,9 +1,6 @@
 """Folders of images: captions in a table or in files beside the images, or classes by folder."""
 
-import csv
 import functools
-import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,30 +9,30 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.data.sources import captions
+from clip_jax.data.sources import captions, parquet_images, tables
 from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example
 from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.labels import Labels, group, number_labels, number_names, parse_groups
+from clip_jax.data.sources.parquet_images import StoredImage, StoredImages
+from clip_jax.data.sources.tables import IMAGE_COLUMNS, TEXT_COLUMNS
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import faults, locations, ranges
 
-_TABLE_SUFFIXES = ("csv", "tsv", "jsonl", "parquet")
-TABLES = tuple(
-    f"{stem}.{suffix}" for stem in ("captions", "metadata") for suffix in _TABLE_SUFFIXES
-)
-IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "file", "img")
-TEXT_COLUMNS = ("caption", "text", "title")
+TABLES = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in tables.SUFFIXES)
 
 
 class ImageFolder:
     """The images of a directory, with their captions or classes.
 
     The first of these that is found decides:
-    1. A table (one of `TABLES`, or the one that is named), with a column of paths relative to the
-       directory (one of `IMAGE_COLUMNS`) and one of captions (one of `TEXT_COLUMNS`, or
-       `text_key`), which may be missing where there are classes.
-    2. KEY.txt or KEY.json beside KEY.jpg, at any depth.
-    3. Images in sub-folders only: the name of the folder is the class, and the caption is
+    1. A table (one of `TABLES`, or the one that is named), with a column of images (one of
+       `IMAGE_COLUMNS`, or `image_key`) and one of captions (one of `TEXT_COLUMNS`, or `text_key`),
+       which may be missing where there are classes. Images are paths relative to the directory.
+       In .parquet files they may also be bytes, or structs of bytes and path as the Hugging Face
+       hub has them; there may be several such files.
+    2. .parquet files of any names with images in them, in the directory or in data below it.
+    3. KEY.txt or KEY.json beside KEY.jpg, at any depth.
+    4. Images in sub-folders only: the name of the folder is the class, and the caption is
        "a photo of a NAME.".
 
     Attributes:
@@ -43,6 +40,7 @@ class ImageFolder:
       labels: of every example; None: it has no classes.
       class_names: of the labels.
       templates: none.
+      has_files: whether the keys are paths of images, relative to the directory.
     """
 
     templates: tuple[str, ...] = ()
@@ -54,45 +52,50 @@ class ImageFolder:
         label_key: str,
         group_keys: str = "",
         *,
+        image_key: str = "",
         by_image: bool = False,
+        chunk: int = 1,
+        cached_chunks: int = 0,
     ):
         """Lists the directory; reads the table, and with `label_key` every .json file.
 
         Args:
-          path: the directory, or a table in it; local or gs://.
+          path: the directory, a table in it, or .parquet files, as `locations.expand` has them;
+            local, gs:// or s3://.
           text_key: columns of the table, or fields of the .json files, with captions, as
             `captions.parse_fields` has them; "": the usual names.
           label_key: column or field with the class; "": none. A cell of a table may hold several,
             with ";" between them, a field a list.
           group_keys: columns or fields with the groups of an example, comma-separated.
+          image_key: column of the table with the images; "": the usual names.
           by_image: whether rows of a table with the same image are one example, with the captions
             of all of them; what else it has stands in the first.
+          chunk: number of neighbours among images in .parquet files that are read at once.
+          cached_chunks: of these, how many are held in memory; 0: the last ones read.
 
         Raises:
           UserError: nothing of what is looked for is found.
         """
-        self._root = locations.reachable(path)
         self._fields = captions.parse_fields(text_key)
         self._group_keys = parse_groups(group_keys)
         self.problems: Counter[str] = Counter()
-        self._images: list[str] = []  # relative to the root
+        self._images: list[str] = []  # relative to the root; of stored images their keys
+        self._stored: StoredImages | None = None  # images that stand in the table
+        self._bad_rows: dict[int, str] = {}  # the reason by example
         # By row, what the fields hold; None: it stands in files beside the images.
-        self._texts: list[list[tuple[Any, float]]] | None = None
+        self._texts: Sequence[list[tuple[Any, float]]] | None = None
         self._groups: list[tuple[str, ...]] | None = None
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
-        table = None
-        if self._root.suffix[1:] in _TABLE_SUFFIXES and self._root.exists():
-            self._root, table = self._root.parent, self._root
-        elif not path or not self._root.is_dir():
-            raise UserError(f"There is no directory source.path = {path!r}.")
-        else:
-            tables = (self._root / name for name in TABLES)
-            table = next((table for table in tables if table.exists()), None)
-        if table is not None:
-            self._use_table(table, label_key, by_image)
+        self._root, found = _find(path, image_key)
+        if found:
+            self._use_table(found, image_key, label_key, by_image, chunk, cached_chunks)
         else:
             self._use_tree(label_key)
+
+    @property
+    def has_files(self) -> bool:
+        return self._stored is None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -102,61 +105,145 @@ class ImageFolder:
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read images, as `reading.start` does; what lies beside them comes later."""
-        reads = [ranges.start_whole(self._root / self._images[index]) for index in indices]
-        return [functools.partial(self._example, *each) for each in zip(indices, reads)]
+        if self._stored is not None:
+            reads = self._stored.start(indices)
+            images = [functools.partial(self._stored_image, *each) for each in zip(indices, reads)]
+        else:
+            images = [self._start_file(index) for index in indices]
+        return [functools.partial(self._example, *each) for each in zip(indices, images)]
 
-    def _example(self, index: int, begun: Callable[[], bytes]) -> Example:
+    def _example(self, index: int, read: Callable[[], bytes]) -> Example:
         key = self._images[index]
-        image = self._read(key, begun)
-        if image is None:
-            raise BadExample("missing image", key)
         return Example(
-            image=image,
+            image=read(),
             captions=self._captions(index),
             labels=() if self.labels is None else self.labels[index],
             key=key,
             groups=self._groups_of(index) if self._group_keys else (),
         )
 
-    def _use_table(self, path: epath.Path, label_key: str, by_image: bool) -> None:
-        rows = read_table(path)
-        if not rows:
-            raise UserError(f"The table {path} has no rows.")
-        columns = tuple(rows[0])
-        image_column = _pick(columns, IMAGE_COLUMNS, path, "image paths")
-        fields = self._text_columns(columns, path, optional=bool(label_key))
-        self._texts = [[(row[name], weight) for name, weight in fields] for row in rows]
-        if by_image:
-            rows = self._merge(rows, image_column)
-        self._images = [str(row[image_column]) for row in rows]
-        if label_key:
-            _pick(columns, (label_key,), path, "classes (source.label_key)")
-            cells = [_cell(row[label_key]) for row in rows]
-            self.labels, self.class_names = number_labels(cells)
-        for key in self._group_keys:
-            _pick(columns, (key,), path, "groups (source.group_keys)")
-        if self._group_keys:
-            self._groups = [tuple(group(row[key]) for key in self._group_keys) for row in rows]
+    def _start_file(self, index: int) -> Callable[[], bytes]:
+        """Begins to read the file of an image."""
+        key = self._images[index]
+        if index in self._bad_rows:
+            return functools.partial(_fail, self._bad_rows[index], key)
+        begun = ranges.start_whole(self._root / key)
 
-    def _merge(self, rows: list[dict[str, Any]], image_column: str) -> list[dict[str, Any]]:
+        def read() -> bytes:
+            image = self._read(key, begun)
+            if image is None:
+                raise BadExample("missing image", key)
+            return image
+
+        return read
+
+    def _stored_image(self, index: int, read: Callable[[], StoredImage]) -> bytes:
+        key, found = self._images[index], read()
+        if found.data:
+            return found.data
+        image = self._read(found.path) if found.path else None
+        if image is None:
+            raise BadExample("missing image" if found.path else "no image", key)
+        return image
+
+    def _use_table(
+        self,
+        paths: Sequence[epath.Path],
+        image_key: str,
+        label_key: str,
+        by_image: bool,
+        chunk: int,
+        cached_chunks: int,
+    ) -> None:
+        footers, image_column = [], ""
+        if paths[0].suffix == ".parquet":
+            footers = parquet_images.read_footers(paths)
+            image_column = _image_column(footers[0].schema.names, image_key, paths[0])
+            if parquet_images.holds_images(footers, image_column):
+                self._stored = StoredImages(
+                    footers, image_column, chunk=chunk, cached_chunks=cached_chunks
+                )
+        fields: list[captions.Field] = []
+
+        def choose(names: Sequence[str], path: epath.Path) -> list[str]:
+            nonlocal image_column
+            image_column = _image_column(names, image_key, path)
+            fields[:] = self._text_columns(names, path, optional=bool(label_key))
+            if label_key:
+                tables.pick(names, [label_key], path, "classes (source.label_key)")
+            for key in self._group_keys:
+                tables.pick(names, [key], path, "groups (source.group_keys)")
+            others = [field.name for field in fields] + [label_key, *self._group_keys]
+            images = [] if self._stored else [image_column]
+            return [name for name in images + others if name]
+
+        table = tables.load(paths, choose)
+        if not len(table):
+            raise UserError(f"The table {paths[0]} has no rows.")
+        rows: Sequence[int] = range(len(table))
+        if self._stored is None:
+            self._images = self._paths(table, image_column)
+            if by_image:
+                rows = self._merge(table, fields)
+        else:
+            self._images = [table.key(row) for row in rows]
+        if self._texts is None:
+            self._texts = _Texts(table, fields)
+        if label_key:
+            cells = list(table.columns[label_key])
+            self.labels, self.class_names = number_labels([_cell(cells[row]) for row in rows])
+            if footers:
+                self._name_classes(
+                    parquet_images.class_names(footers[0].schema, label_key), label_key
+                )
+        if self._group_keys:
+            found = [list(table.columns[key]) for key in self._group_keys]
+            self._groups = [tuple(group(values[row]) for values in found) for row in rows]
+
+    def _paths(self, table: tables.Table, image_column: str) -> list[str]:
+        """The image of every row; notes rows that have none."""
+        found = [tables.path_of(value) for value in table.columns[image_column]]
+        for row, path in enumerate(found):
+            if not path:
+                self._bad_rows[row] = table.problems.get(row, "no image")
+        return [path or table.key(row) for row, path in enumerate(found)]
+
+    def _merge(self, table: tables.Table, fields: Sequence[captions.Field]) -> list[int]:
         """The first row of each image; gathers the texts of all its rows."""
-        assert self._texts is not None
-        merged: dict[str, tuple[dict[str, Any], list[tuple[Any, float]]]] = {}
-        for row, texts in zip(rows, self._texts):
-            merged.setdefault(str(row[image_column]), (row, []))[1].extend(texts)
+        texts = _Texts(table, fields)
+        merged: dict[str, tuple[int, list[tuple[Any, float]]]] = {}
+        for row, image in enumerate(self._images):
+            merged.setdefault(image, (row, []))[1].extend(texts[row])
+        rows = [row for row, _ in merged.values()]
         self._texts = [texts for _, texts in merged.values()]
-        return [row for row, _ in merged.values()]
+        self._images = list(merged)
+        self._bad_rows = {
+            i: self._bad_rows[row] for i, row in enumerate(rows) if row in self._bad_rows
+        }
+        return rows
+
+    def _name_classes(self, names: tuple[str, ...], label_key: str) -> None:
+        """Takes the names that a .parquet file has for the classes it numbers."""
+        assert self.labels is not None
+        if not names or self.class_names:
+            return
+        if self.labels.largest >= len(names):
+            raise UserError(
+                f"The column {label_key!r} has class {self.labels.largest}, but its file names "
+                f"only {len(names)} classes."
+            )
+        self.class_names = names
 
     def _text_columns(
-        self, columns: tuple[str, ...], path: epath.Path, optional: bool
+        self, columns: Sequence[str], path: epath.Path, optional: bool
     ) -> Iterable[captions.Field]:
         what = "captions (set source.text_key)"
         if not self._fields and optional and not set(TEXT_COLUMNS) & set(columns):
             return ()
         if not self._fields:
-            return (captions.Field(_pick(columns, TEXT_COLUMNS, path, what), 1.0),)
+            return (captions.Field(tables.pick(columns, TEXT_COLUMNS, path, what), 1.0),)
         for field in self._fields:
-            _pick(columns, (field.name,), path, what)
+            tables.pick(columns, [field.name], path, what)
         return self._fields
 
     def _use_tree(self, label_key: str) -> None:
@@ -185,6 +272,7 @@ class ImageFolder:
         return (
             f"The directory source.path = {str(self._root)!r} has {count} images and no captions. "
             f"Looked for: a table named {', '.join(TABLES)} with columns such as image,caption; "
+            ".parquet files with images in a column such as image (source.image_key); "
             "KEY.txt or KEY.json beside each KEY.jpg, .png or .webp; or images in sub-folders "
             "named by class."
         )
@@ -232,31 +320,53 @@ class ImageFolder:
             raise BadExample("unreadable file", name, str(error)) from None
 
 
-def read_table(path: epath.Path) -> list[dict[str, Any]]:
-    """Rows of a .csv, .tsv, .jsonl or .parquet file; UserError where it cannot be read."""
-    data = ranges.read(path)
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+class _Texts(Sequence[list[tuple[Any, float]]]):
+    """By row, what the fields of a table hold, and their weights."""
 
-            return pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist()
-        text = data.decode("utf-8-sig")
-        if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"The table {path} cannot be read: {error}.") from None
+    def __init__(self, table: tables.Table, fields: Sequence[captions.Field]):
+        self._length = len(table)
+        self._columns = [(table.columns[field.name], field.weight) for field in fields]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row):
+        return [(column[row], weight) for column, weight in self._columns]
 
 
-def _pick(columns: Iterable[str], wanted: tuple[str, ...], path: epath.Path, what: str) -> str:
-    for name in wanted:
-        if name in columns:
-            return name
-    raise UserError(
-        f"The table {path} has no column of {what}: looked for {', '.join(wanted)}; its columns "
-        f"are {', '.join(map(str, columns))}."
-    )
+def _find(path: str, image_key: str) -> tuple[epath.Path, list[epath.Path]]:
+    """The directory that paths of images are relative to, and the tables, if there are any."""
+    root = locations.parse(path) if path else epath.Path()
+    if path.endswith(tuple(f"{suffix}.gz" for suffix in tables.SUFFIXES)):
+        raise UserError(f"source.path = {path!r} is compressed: decompress it with gunzip first.")
+    if path.endswith(".parquet") and not root.is_dir():
+        found = locations.expand(path, ".parquet")
+        if not found:
+            raise UserError(f"No .parquet files match source.path = {path!r}.")
+        if other := [str(each) for each in found if each.suffix != ".parquet"]:
+            raise UserError(
+                f"source.path = {path!r} names {other[0]} beside .parquet files. Several tables "
+                "are read together only if all are .parquet files."
+            )
+        return found[0].parent, found
+    root = locations.reachable(path)
+    if root.suffix in tables.SUFFIXES and root.exists() and not root.is_dir():
+        return root.parent, [root]
+    if not path or not root.is_dir():
+        raise UserError(f"There is no directory source.path = {path!r}.")
+    for name in TABLES:
+        if (root / name).exists():
+            return root, [root / name]
+    return root, parquet_images.find(root, [image_key] if image_key else IMAGE_COLUMNS)
+
+
+def _image_column(names: Sequence[str], image_key: str, path: epath.Path) -> str:
+    wanted = [image_key] if image_key else IMAGE_COLUMNS
+    return tables.pick(names, wanted, path, "images (set source.image_key)")
+
+
+def _fail(reason: str, key: str) -> bytes:
+    raise BadExample(reason, key)
 
 
 def _cell(value: Any) -> Any:

@@ -39,7 +39,15 @@ def create(
     if spec.type == "digits":
         return DigitScenes(spec.split, image_size, seed)
     if spec.type == "folder":
-        return ImageFolder(spec.path, spec.text_key, spec.label_key, spec.group_keys)
+        return ImageFolder(
+            spec.path,
+            spec.text_key,
+            spec.label_key,
+            spec.group_keys,
+            image_key=spec.image_key,
+            chunk=chunk,
+            cached_chunks=cached_chunks,
+        )
     if spec.type == "tar":
         return TarShards(
             spec.path,

@@ -35,11 +35,13 @@ class Table:
     """Tables that list the images of a set.
 
     Attributes:
-      files: by role, relative to the set's directory; the first that is there is taken.
-      text_key, label_key, group_keys: columns; "": the usual one, or none.
+      files: by role, relative to the set's directory; the first that is there is taken. A pattern
+        stands for several .parquet files.
+      image_key, text_key, label_key, group_keys: columns; "": the usual one, or none.
     """
 
     files: Mapping[str, tuple[str, ...]]
+    image_key: str = ""
     text_key: str = ""
     label_key: str = ""
     group_keys: str = ""

@@ -58,7 +58,7 @@ def _path(dataset: Dataset, role: str, root: epath.Path) -> epath.Path | None:
     """The table or directory of a split; None: there is none."""
     where = dataset.where
     for name in where.table.files.get(role, ()) if where.table else ():
-        if (root / name).exists():
+        if (root / name).exists() or ("*" in name and locations.expand(str(root / name), "")):
             return root / name
     for name in where.splits.get(role, ()):
         if (root / name).is_dir():
@@ -94,9 +94,9 @@ def _source(
         return TarShards(str(path), "", label_key, fallback_dir=fallback_dir)
     by_image = dataset.kind == "retrieval"
     table = dataset.where.table
-    if table is not None and path.is_file():
+    if table is not None and not path.is_dir():
         keys = table.text_key, table.label_key, table.group_keys
-        return ImageFolder(str(path), *keys, by_image=by_image)
+        return ImageFolder(str(path), *keys, image_key=table.image_key, by_image=by_image)
     return ImageFolder(str(path), "", "", by_image=by_image)
 
 

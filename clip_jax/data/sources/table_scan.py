@@ -1,0 +1,320 @@
+"""Passing through tables: .csv, .tsv, .jsonl and .parquet files, and .txt with a text a line.
+
+A file of any size is read in constant memory. Rows are numbered and none is lost: one that is not
+as it should be has a reason. Conventions are those of pandas and pyarrow. Text is UTF-8, with a
+byte order mark or without. Empty lines are no rows, except in .txt files.
+
+.parquet    as it stands
+.jsonl      an object a line; lines end at \\n alone, names are those of the first objects
+.txt        a text a line
+.csv, .tsv  cells as `delimited` describes them, with the names in the first row
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from etils import epath
+
+from clip_jax.data.sources.delimited import LINE_END, MAX_ROW, Dialect, Row, dialect_of, read_row
+from clip_jax.errors import UserError
+
+# Reasons why a row cannot be used.
+MALFORMED, INVALID = "malformed row", "invalid UTF-8 caption"
+_TEXT = "text"  # the column of .txt files
+ROWS = 2**16  # of a block
+_BLOCK = 2**23  # bytes of text that are read at a time
+_MAX_LINE = 2**26  # bytes of a line
+_BOM = b"\xef\xbb\xbf"
+_FOREIGN = (
+    (b"\x1f\x8b", "is compressed with gzip: decompress it with gunzip"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: decompress it with unzstd"),
+    (b"BZh", "is compressed with bzip2: decompress it with bunzip2"),
+    (b"\xfd7zXZ", "is compressed with xz: decompress it with unxz"),
+    (b"PK\x03\x04", "is a zip archive or a spreadsheet: save it as .csv, in UTF-8"),
+    (b"\xff\xfe", "is in UTF-16: save it in UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "is in UTF-16: save it in UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+)
+
+# Called with the names of all columns and the file's path; returns those that are wanted, or raises
+# UserError.
+Choose = Callable[[Sequence[str], epath.Path], Iterable[str]]
+Values = pa.Array | list[Any]
+
+
+pc: Any = pyarrow.compute  # whose functions are made at import, unseen by type checkers
+
+
+class Damage(Exception):
+    """The rest of the file cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Some rows.
+
+    Attributes:
+      columns: by name. Of .csv, .tsv and .txt files strings, or bytes where some are not UTF-8; of
+        .jsonl files Python values, None where a row has no such field; of .parquet as stored.
+      length: number of rows.
+      problems: the reason by row, of rows that are not as they should be. A row of a .csv or .tsv
+        file has the cells there are nevertheless, None for the others.
+    """
+
+    columns: Mapping[str, Values]
+    length: int
+    problems: Mapping[int, str]
+
+
+def scan(
+    file: IO[bytes],
+    path: epath.Path,
+    choose: Choose,
+    *,
+    rows: int = ROWS,
+    names: Sequence[str] = (),
+) -> Iterator[Block]:
+    """Yields the rows of an open file in order.
+
+    Args:
+      file: open at its beginning; must allow `seek`.
+      path: of the file, for its kind and for messages.
+      choose: picks columns. Of a .jsonl file without any object it is not called, and there are
+        no columns.
+      rows: of a block, at most.
+      names: of all columns of a .csv or .tsv file without a header; (): it has one.
+
+    Raises:
+      Damage: the rest cannot be read; what came before is good.
+      UserError: raised by `choose`, or a wanted column is there twice.
+    """
+    if path.suffix == ".parquet":
+        yield from _scan_parquet(file, path, choose, rows)
+        return
+    _skip_mark(file)
+    if path.suffix == ".jsonl":
+        blocks = _scan_jsonl(file, path, choose, rows)
+    elif path.suffix == ".txt":
+        blocks = _scan_lines(file, path, choose, rows)
+    else:
+        blocks = _scan_delimited(file, path, choose, rows, names)
+    yield from blocks
+
+
+# ---- Kinds of files ------------------------------------------------------------------------------
+
+
+def _skip_mark(file: IO[bytes]) -> None:
+    """Leaves a byte order mark behind; Damage where the file is no UTF-8 text at all."""
+    start = file.read(8)
+    for magic, problem in _FOREIGN:
+        if start.startswith(magic):
+            raise Damage(f"it {problem}")
+    file.seek(len(_BOM) if start.startswith(_BOM) else 0)
+
+
+def _scan_parquet(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:
+    import pyarrow.parquet as pq
+
+    try:
+        source = pq.ParquetFile(file)
+        wanted = _wanted(source.schema_arrow.names, choose, path)
+        if not wanted:
+            yield Block({}, source.metadata.num_rows, {})
+            return
+        for batch in source.iter_batches(rows, columns=wanted, use_threads=False):
+            yield Block({name: batch[name] for name in wanted}, len(batch), {})
+    except (pa.ArrowException, EOFError) as error:
+        raise Damage(str(error)) from None
+
+
+def _scan_lines(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:
+    wanted = list(choose([_TEXT], path))
+    for lines in _lines(file, rows):
+        texts = [None if line is None else line.rstrip(b"\r") for line in lines]
+        problems = {i: MALFORMED for i, text in enumerate(texts) if text is None}
+        values = _texts(pa.array(texts, pa.binary()))
+        yield Block(dict.fromkeys(wanted, values), len(texts), problems)
+
+
+def _scan_jsonl(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:
+    wanted: list[str] | None = None
+    for lines in _lines(file, rows):
+        records = [_record(line) for line in lines if line is None or line.strip()]
+        problems = {i: record for i, record in enumerate(records) if isinstance(record, str)}
+        objects = [{} if isinstance(record, str) else record for record in records]
+        if wanted is None and len(problems) < len(records):
+            wanted = _wanted(list(dict.fromkeys(itertools.chain(*objects))), choose, path)
+        columns = {name: [each.get(name) for each in objects] for name in wanted or ()}
+        yield Block(columns, len(records), problems)
+
+
+def _record(line: bytes | None) -> dict[str, Any] | str:
+    """An object, or why there is none."""
+    if line is None:
+        return MALFORMED
+    try:
+        record = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line.lower():  # half of a surrogate pair has no UTF-8
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError):
+        return INVALID
+    except (ValueError, RecursionError):
+        return MALFORMED
+    return record if isinstance(record, dict) else MALFORMED
+
+
+def _lines(file: IO[bytes], rows: int) -> Iterator[Sequence[bytes | None]]:
+    """Yields lines, which end at \\n alone; None: one that is longer than a line may be."""
+    rest, skipping = b"", False
+    while data := file.read(_BLOCK):
+        lines: list[bytes | None] = list((rest + data).split(b"\n"))
+        rest = lines.pop() or b""
+        if skipping and lines:
+            lines[0], skipping = None, False
+        if skipping or len(rest) > _MAX_LINE:
+            rest, skipping = b"", True
+        for first in range(0, len(lines), rows):
+            yield lines[first : first + rows]
+    if rest or skipping:
+        yield [None if skipping else rest]
+
+
+def _wanted(names: Sequence[str], choose: Choose, path: epath.Path) -> list[str]:
+    """The chosen columns, each once."""
+    wanted = list(dict.fromkeys(choose(names, path)))
+    for name in wanted:
+        if names.count(name) > 1:
+            raise UserError(
+                f"The table {path} has {names.count(name)} columns named {name!r}, so that it "
+                "cannot be told which one is meant. Rename all but one."
+            )
+    return wanted
+
+
+# ---- Cells of .csv and .tsv files ----------------------------------------------------------------
+
+# Most rows leave no doubt, and are handed to pyarrow as they stand, megabytes at a time. The others
+# are read cell by cell, and handed over as quoted cells in the place of what was there.
+
+
+def _scan_delimited(
+    file: IO[bytes], path: epath.Path, choose: Choose, rows: int, names: Sequence[str]
+) -> Iterator[Block]:
+    wanted = _wanted(names, choose, path) if names else None
+    buffer, at_end, skipping = b"", False, False
+    while not at_end:
+        data = file.read(_BLOCK)
+        at_end = not data
+        buffer += data
+        found = _Rows(dialect_of(path.suffix, len(names) or 1))
+        place = 0
+        # A row that begins before `stop` is known whole, or known to be too long.
+        stop = len(buffer) if at_end else len(buffer) - MAX_ROW
+        while place < stop:
+            if skipping:  # the rest of a row that is too long
+                end = LINE_END.search(buffer, place)
+                skipping, place = end is None, end.end() if end else len(buffer)
+            elif buffer[place] in b"\r\n":
+                place += 1
+            elif wanted is None:
+                header, place = read_row(buffer, place, found.dialect)
+                if header is None:
+                    raise Damage("its first row, the names of the columns, is too long")
+                names = [cell.decode("utf-8", "replace") for cell in header]
+                wanted = _wanted(names, choose, path)
+                found = _Rows(dialect_of(path.suffix, len(names)))
+            elif (end := found.dialect.regular.match(buffer, place, stop).end()) > place:
+                found.add_regular(buffer[place:end])
+                place = end
+            else:
+                row, place = read_row(buffer, place, found.dialect)
+                found.add(row)
+                skipping = row is None
+        buffer = buffer[place:]
+        if wanted is not None:
+            yield from found.blocks([(name, names.index(name)) for name in wanted], rows)
+    if wanted is None:
+        raise Damage("the file is empty")
+
+
+class _Rows:
+    """Rows of one width on their way to pyarrow.
+
+    Attributes:
+      dialect: they are written in.
+    """
+
+    def __init__(self, dialect: Dialect):
+        self.dialect = dialect
+        self._parts: list[bytes] = []
+        self._length = 0
+        self._widths: dict[int, int] = {}  # of malformed rows, by their number
+
+    def add_regular(self, text: bytes) -> None:
+        """Adds rows that `Dialect.regular` matches."""
+        self._parts.append(text)
+        self._length += len(text.splitlines()) if b"\r" in text else text.count(b"\n")
+
+    def add(self, row: Row) -> None:
+        """Adds a row of any width."""
+        cells, width = row or [], self.dialect.width
+        if len(cells) != width:
+            self._widths[self._length] = len(cells)
+            cells = [*cells, *[b""] * width][:width]
+        quoted = (b'"' + cell.replace(b'"', b'""') + b'"' for cell in cells)
+        self._parts.append(self.dialect.delimiter.join(quoted) + b"\n")
+        self._length += 1
+
+    def blocks(self, wanted: Sequence[tuple[str, int]], rows: int) -> Iterator[Block]:
+        """Yields the rows; `wanted`: name and place of the columns."""
+        columns = {name: self._column(place, values) for name, place, values in self._parse(wanted)}
+        for first in range(0, self._length, rows):
+            length = min(rows, self._length - first)
+            problems = {i - first: MALFORMED for i in self._widths if first <= i < first + length}
+            some = {
+                name: _texts(values[first : first + length]) for name, values in columns.items()
+            }
+            yield Block(some, length, problems)
+
+    def _parse(self, wanted: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, pa.Array]]:
+        from pyarrow import csv
+
+        if not self._length or not wanted:
+            return
+        text = b"".join(self._parts)
+        names = list(map(str, range(self.dialect.width)))
+        table = csv.read_csv(
+            pa.BufferReader(text),
+            csv.ReadOptions(use_threads=False, column_names=names, block_size=len(text) + 1),
+            csv.ParseOptions(delimiter=self.dialect.delimiter.decode(), newlines_in_values=True),
+            # As bytes: one cell that is not UTF-8 would fail all.
+            csv.ConvertOptions(
+                include_columns=[str(place) for _, place in wanted],
+                column_types=dict.fromkeys(names, pa.binary()),
+            ),
+        )
+        assert len(table) == self._length
+        for name, place in wanted:
+            yield name, place, table[str(place)].combine_chunks()
+
+    def _column(self, place: int, values: pa.Array) -> pa.Array:
+        """Has nulls in place of cells that a row lacks."""
+        if all(width > place for width in self._widths.values()):
+            return values
+        lacking = np.zeros(self._length, bool)
+        lacking[[row for row, width in self._widths.items() if width <= place]] = True
+        return pc.if_else(pa.array(lacking), pa.scalar(None, values.type), values)
+
+
+def _texts(values: pa.Array) -> pa.Array:
+    """Bytes as strings, or as they are where one is not UTF-8."""
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        return values
