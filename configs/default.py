@@ -9,6 +9,16 @@ from ml_collections.config_dict import placeholder
 
 from clip_jax.errors import UserError
 
+# Earlier names of settings: a command line or a config that has them is told the new one.
+RENAMED = {
+    "optim.half_weights": "optim.bf16_params",
+    "data.run": "data.chunk",
+    "data.window": "data.shuffle_window",
+    "data.patience": "data.stall_timeout",
+    "model.pack.length": "model.packing.length",
+    "model.pack.rows": "model.packing.rows",
+}
+
 OBJECTIVES = ("contrastive", "captioning", "bag_of_words", "near_duplicates")
 
 

@@ -19,7 +19,7 @@ embedded digits any config compares them, in minutes on 2 CPU cores:
 """
 
 from clip_jax.errors import UserError
-from configs import default
+from clip_jax.configs import default
 
 # Settings by line, by dotted name.
 LINES = {

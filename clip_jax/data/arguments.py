@@ -115,7 +115,7 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
     Raises:
       UserError: it cannot be told what `name` is.
     """
-    from configs import default
+    from clip_jax.configs import default
 
     kind, rest = _kind(name)
     spec = default.source(type=kind, text_key=options.text_key, label_key=options.label_key)

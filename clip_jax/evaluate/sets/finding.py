@@ -124,7 +124,7 @@ def _tfds(
     dataset: Dataset, role: str, place: str, fallback_dir: epath.Path | None
 ) -> tuple[Source, str]:
     from clip_jax.data.sources import opening
-    from configs import default
+    from clip_jax.configs import default
 
     form = dataset.where.tfds
     assert form is not None
