@@ -53,8 +53,8 @@ def parse(
     name, rest = _split(arguments)
     if not name:
         raise UserError(
-            f"--config is missing, as in {command} --config=vit_b32:smoke, a small run on embedded "
-            "data. It takes the path of a config file, or one of the configs that come with "
+            f"The flag --config is missing, as in {command} --config=vit_b32:smoke, a small run on "
+            "embedded data. It takes the path of a config file, or a config that comes with "
             f"clip_jax: {', '.join(shipped())}."
         )
     values = flags.FlagValues()

@@ -306,7 +306,9 @@ def test_sentencepiece_is_that_of_tensorflow_text(kind, tmp_path):
     import sentencepiece
 
     rng = random.Random(0)
-    runs = ["".join(rng.choice("aei .=") * rng.randint(1, 7) for _ in range(5)) for _ in range(3000)]
+    runs = [
+        "".join(rng.choice("aei .=") * rng.randint(1, 7) for _ in range(5)) for _ in range(3000)
+    ]
     texts = [text.encode("utf-8", "replace").decode() for text in random_texts(3000, seed=2)] + runs
     model = tmp_path / f"{kind}.model"
     with model.open("wb") as file:
