@@ -80,7 +80,8 @@ def parse(
         raise UserError(
             f"Unknown argument {stray[0]!r}: settings are given as --config.NAME=VALUE."
         )
-    return CommandLine(name, values["config"].value, {flag: values[flag].value for flag in own})
+    get: dict[str, Any] = values.flag_values_dict()
+    return CommandLine(name, get["config"], {flag: get[flag] for flag in own})
 
 
 def help_text(about: str, define: Callable[[flags.FlagValues], None]) -> str:
@@ -132,7 +133,8 @@ def load(name: str) -> ConfigDict:
     """
     path, argument = find(name)
     spec = importlib.util.spec_from_file_location("config_file", path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
+    assert spec is not None, path
+    assert spec.loader is not None, path  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

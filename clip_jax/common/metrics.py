@@ -83,7 +83,8 @@ class TensorBoardWriter:
         from tensorboard.plugins.scalar import summary_v2
         from tensorboard.summary.writer import record_writer
 
-        self._event = event_pb2.Event
+        messages: Any = event_pb2  # whose classes are made at run time
+        self._event = messages.Event
         self._summary = summary_v2.scalar_pb
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.v2"
