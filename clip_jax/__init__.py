@@ -29,7 +29,16 @@ _HOMES = {
     "models": "",
 }
 
-__all__ = ["Model", "available_models", "export", "load", "losses", "models", "tokenize"]
+__all__ = [
+    "Model",
+    "__version__",
+    "available_models",
+    "export",
+    "load",
+    "losses",
+    "models",
+    "tokenize",
+]
 
 
 def __getattr__(name: str) -> Any:
