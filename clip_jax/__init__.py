@@ -8,6 +8,8 @@ import importlib
 import os
 from typing import Any
 
+__version__ = "0.1.0"
+
 # Before anything reads a path: etils, and with it orbax and TFDS, would take TensorFlow's file
 # system for gs://, which reads 64 MiB ahead; and gcsfs would ask for rights on the bucket itself.
 os.environ.setdefault("EPATH_USE_TF", "0")
@@ -27,7 +29,16 @@ _HOMES = {
     "models": "",
 }
 
-__all__ = ["Model", "available_models", "export", "load", "losses", "models", "tokenize"]
+__all__ = [
+    "Model",
+    "__version__",
+    "available_models",
+    "export",
+    "load",
+    "losses",
+    "models",
+    "tokenize",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,10 +1,11 @@
-"""Everything that is not training: python -m clip_jax COMMAND, or --help for the list."""
+"""python -m clip_jax COMMAND, or --help for the list."""
 
 import sys
 
 from clip_jax.common import commands
 
 COMMANDS = {
+    "train": ("clip_jax.training.cli", "trains a model; in a clone also python main.py"),
     "card": ("clip_jax.export.card", "a model card from what a run recorded"),
     "convert": ("clip_jax.weights.convert.cli", "weights of other projects in and out"),
     "data": ("clip_jax.curation.cli", "index, check, describe, pack, de-duplicate, curate data"),
@@ -24,8 +25,7 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> None:
     """Runs `arguments`; None: those of the process."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    footer = "Training is python main.py --config=configs/NAME.py."
-    commands.dispatch(COMMANDS, arguments, "python -m clip_jax", footer)
+    commands.dispatch(COMMANDS, arguments, "python -m clip_jax")
 
 
 if __name__ == "__main__":

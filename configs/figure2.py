@@ -18,8 +18,8 @@ embedded digits any config compares them, in minutes on 2 CPU cores:
     python main.py --config=configs/quickstart.py --config.objective=bag_of_words --workdir=runs/bag
 """
 
+from clip_jax.configs import default
 from clip_jax.errors import UserError
-from configs import default
 
 # Settings by line, by dotted name.
 LINES = {

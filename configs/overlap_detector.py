@@ -20,7 +20,7 @@ the other; in the paper nearly all do so at the end. Rate, warm-up and strengths
 ours: the paper names temperature, batch and number of images.
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

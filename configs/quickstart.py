@@ -8,7 +8,7 @@ text-to-image recall@1 of 21 to 23 % on 1,000 held-out scenes (chance: 0.1 %; sc
 same digits in the same layout under other words keep it low, recall@10 is above 90 %).
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

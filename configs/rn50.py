@@ -11,7 +11,7 @@ each, 146 ms per step, 224,000 pairs/s.
     python main.py --config=configs/rn50.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

@@ -12,7 +12,7 @@ micro-batches it needs 28 GiB, or 17.7 with --config.model.remat=full.
     python main.py --config=configs/rn50x16.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

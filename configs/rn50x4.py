@@ -11,7 +11,7 @@ each, 399 ms per step, 82,100 pairs/s.
     python main.py --config=configs/rn50x4.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

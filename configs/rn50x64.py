@@ -13,7 +13,7 @@ Without micro-batches it needs 77 GiB, or 41 with --config.model.remat=full.
     python main.py --config=configs/rn50x64.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

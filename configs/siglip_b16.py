@@ -23,7 +23,7 @@ they were trained with, which are those of the vocabulary file in that folder:
         --config.model.size.vocab_size=32000
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

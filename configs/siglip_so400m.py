@@ -13,7 +13,7 @@ By `python -m clip_jax plan --topology=v5e:16x16 --config.mesh.fsdp=16`, 256 chi
     python main.py --config=configs/siglip_so400m.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default, siglip_b16
+from clip_jax.configs import default, siglip_b16
 
 
 def get_config(arg: str = ""):

@@ -11,7 +11,7 @@ By `python -m clip_jax plan --topology=v5e:16x16 --config.mesh.fsdp=16`, 256 chi
     python main.py --config=configs/vit_h14.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

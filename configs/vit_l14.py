@@ -12,7 +12,7 @@ each, 1,056 ms per step, 31,000 pairs/s.
     python main.py --config=configs/vit_l14.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

@@ -14,7 +14,7 @@ each, 4,081 ms per step, 8,030 pairs/s.
     python main.py --config=configs/vit_l14_336.py:smoke     # a tiny version, seconds on a laptop
 """
 
-from configs import default
+from clip_jax.configs import default
 
 
 def get_config(arg: str = ""):

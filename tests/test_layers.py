@@ -13,7 +13,7 @@ from clip_jax.errors import UserError
 from configs import default
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted((ROOT / "clip_jax").rglob("*.py"))
+FILES = sorted(path for folder in ("clip_jax", "configs") for path in (ROOT / folder).rglob("*.py"))
 
 # Each layer may import those below it and, as long as no circle comes of it, its own.
 LAYERS = (
@@ -34,25 +34,35 @@ LAYERS = (
         "clip_jax.sharding",
         "clip_jax.storage",
         "clip_jax.errors",
+        "clip_jax.configs",
     ),
 )
 # What may be imported of clip_jax from within these, themselves aside.
 LEAVES = {
     "clip_jax": set(),  # loads on first use
     "clip_jax.errors": set(),
+    "clip_jax.configs": {"clip_jax.errors"},
     "clip_jax.sharding": {"clip_jax.errors"},
     "clip_jax.choices": set(),
     "clip_jax.losses": {"clip_jax.choices", "clip_jax.errors"},
     "clip_jax.optim": {"clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.models": {"clip_jax.choices", "clip_jax.errors", "clip_jax.sharding"},
     "clip_jax.storage": {"clip_jax.errors"},
-    "clip_jax.common": {"clip_jax.errors", "clip_jax.storage"},
-    "clip_jax.data": {"clip_jax.choices", "clip_jax.common", "clip_jax.errors", "clip_jax.storage"},
+    "clip_jax.common": {"clip_jax.configs", "clip_jax.errors", "clip_jax.storage"},
+    "clip_jax.data": {
+        "clip_jax.choices",
+        "clip_jax.common",
+        "clip_jax.configs",
+        "clip_jax.errors",
+        "clip_jax.storage",
+    },
 }
 
 
 def module_name(path: pathlib.Path) -> str:
+    """The name of a module; the configs count as the part of clip_jax that they are in a wheel."""
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("clip_jax", *parts) if parts[0] == "configs" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 

@@ -1,4 +1,4 @@
-"""Commands by name, loaded only when asked for, and what all of them do alike."""
+"""The commands by name, loaded only when asked for, and their common parsers and errors."""
 
 import argparse
 import contextlib
@@ -8,22 +8,29 @@ from collections.abc import Callable, Iterator, Mapping
 
 from clip_jax.errors import UserError
 
+# Packages that only some sources of data and tokenizers need, by the module that they bring.
+OPTIONAL = {
+    "tensorflow": "tensorflow",
+    "tensorflow_datasets": "tensorflow-datasets",
+    "tensorflow_text": "tensorflow-text",
+    "array_record": "array-record",
+}
+
 # Name: (module whose main(arguments) runs it, what it is for).
 Table = Mapping[str, tuple[str, str]]
 
 
-def dispatch(table: Table, arguments: list[str], prefix: str, footer: str = "") -> None:
+def dispatch(table: Table, arguments: list[str], prefix: str) -> None:
     """Runs the command that the first argument names, or lists all of them.
 
     Args:
-      table: of the commands.
-      arguments: of the command line, behind `prefix`.
-      prefix: what stands before them, for the usage.
-      footer: last line of the usage.
+      table: the commands.
+      arguments: those of the command line, behind `prefix`.
+      prefix: the words before them, for the usage.
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
-        print(_usage(table, prefix, footer))
+        print(_usage(table, prefix))
     elif name in table:
         importlib.import_module(table[name][0]).main(arguments[1:])
     else:
@@ -34,7 +41,7 @@ def dispatch(table: Table, arguments: list[str], prefix: str, footer: str = "") 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Within it, a mistake of the user ends the process with a paragraph and status 2."""
+    """Ends the process with a paragraph and status 2 on a user error within it."""
     try:
         yield
     except UserError as error:
@@ -43,12 +50,23 @@ def plain_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit("\nInterrupted.")
     except Exception as error:
-        from clip_jax.storage import faults
-
-        if not (explained := faults.explained(error)):
+        if not (text := explained(error)):
             raise
-        print(f"\n{explained}", file=sys.stderr)
+        print(f"\n{text}", file=sys.stderr)
         sys.exit(2)
+
+
+def explained(error: Exception) -> str:
+    """Returns a paragraph on an error that is no fault of the program, "" on any other."""
+    from clip_jax.storage import faults
+
+    package = (error.name or "").split(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if package in OPTIONAL:
+        return (
+            f"This needs the package {OPTIONAL[package]}, which is not installed ({error}). "
+            f"Run `pip install {OPTIONAL[package]}`."
+        )
+    return faults.explained(error)
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -79,7 +97,6 @@ def fraction(text: str) -> float:
     return float(text)
 
 
-def _usage(table: Table, prefix: str, footer: str) -> str:
-    lines = [f"{prefix} COMMAND [--help] ...", ""]
-    lines += [f"  {name:<10} {purpose}" for name, (_, purpose) in table.items()]
-    return "\n".join([*lines, *(["", footer] if footer else [])])
+def _usage(table: Table, prefix: str) -> str:
+    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in table.items()]
+    return "\n".join([f"{prefix} COMMAND [--help] ...", "", *lines])

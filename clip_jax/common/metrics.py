@@ -1,6 +1,9 @@
-"""Where the numbers of a run go: metrics.jsonl, TensorBoard, and a progress line."""
+"""The numbers of a run: metrics.jsonl, TensorBoard, and the progress line."""
 
 import json
+import os
+import pathlib
+import socket
 import sys
 import time
 from collections import Counter
@@ -32,7 +35,7 @@ class MetricWriter:
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
         """
-        self._events: Any = None
+        self._events: TensorBoardWriter | None = None
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -42,13 +45,10 @@ class MetricWriter:
         rows = [row for row in read_history(directory) if row["step"] <= start_step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
-            from clip_jax.common.tensorflow_cpu import tf
-
             events = directory / "tensorboard"
             if start_step == 0 and events.exists():
                 events.rmtree()  # of a run that ended before its first checkpoint
-            local = self._files.local / "tensorboard"
-            self._events = tf.summary.create_file_writer(str(local))
+            self._events = TensorBoardWriter(self._files.local / "tensorboard")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one row; values are scalars."""
@@ -58,12 +58,7 @@ class MetricWriter:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._events is not None:
-            from clip_jax.common.tensorflow_cpu import tf
-
-            with self._events.as_default(step=step):
-                for name, value in metrics.items():
-                    tf.summary.scalar(name, float(value))
-            self._events.flush()
+            self._events.write(step, metrics)
 
     def flush(self) -> None:
         """Has the rows in the workdir, which may be a bucket, if it can be reached."""
@@ -76,6 +71,38 @@ class MetricWriter:
             if self._events is not None:
                 self._events.close()
             self._files.close()
+
+
+class TensorBoardWriter:
+    """Writes scalars to a new event file, without TensorFlow."""
+
+    def __init__(self, directory: pathlib.Path):
+        """Makes the directory, which is local, and the file."""
+        # Imported late: a second that runs without TensorBoard need not wait.
+        from tensorboard.compat.proto import event_pb2
+        from tensorboard.plugins.scalar import summary_v2
+        from tensorboard.summary.writer import record_writer
+
+        messages: Any = event_pb2  # whose classes are made at run time
+        self._event = messages.Event
+        self._summary = summary_v2.scalar_pb
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.v2"
+        self._records = record_writer.RecordWriter((directory / name).open("ab"))
+        self._add(file_version="brain.Event:2")
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends scalars, in one write for all of them."""
+        for name, value in metrics.items():
+            self._add(step=step, summary=self._summary(name, float(value)))
+        self._records.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._records.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:

@@ -98,7 +98,7 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
     Raises:
       UserError: `name` names no data.
     """
-    from configs import default  # not a part of the package
+    from clip_jax.configs import default
 
     kind, rest = _kind(name)
     spec = default.source(type=kind, text_key=options.text_key, label_key=options.label_key)

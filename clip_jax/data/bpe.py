@@ -28,7 +28,13 @@ from clip_jax.errors import UserError
 
 VOCABULARY_SIZE = 49_408  # 256 bytes, 256 bytes that end a word, 48,894 merges, 2 special tokens
 START, END = VOCABULARY_SIZE - 2, VOCABULARY_SIZE - 1
-VOCABULARY_FILE = "clip/bpe_simple_vocab_16e6.txt.gz"  # in the PyPI package openai-clip
+# The PyPI packages that bring the vocabulary, and the file in them. The first is the one that
+# requirements name; the others need PyTorch, and are taken where they are there already.
+VOCABULARY_FILES = {
+    "openai-clip": "clip/bpe_simple_vocab_16e6.txt.gz",
+    "open_clip_torch": "open_clip/bpe_simple_vocab_16e6.txt.gz",
+    "clip-anytorch": "clip/bpe_simple_vocab_16e6.txt.gz",
+}
 VOCABULARY_SHA256 = "67603cfda2e032ad77b5f8808af37789d590db664b26df8705d2bf8b3c553fc8"  # unpacked
 
 _MERGES = VOCABULARY_SIZE - 2 * 256 - 2
@@ -189,17 +195,22 @@ def _vocabulary() -> tuple[list[int], dict[tuple[int, int], int], list[bytes]]:
 
 
 def read_vocabulary() -> str:
-    """Reads the data file of openai-clip without importing it, which would import torch."""
-    remedy = "Run `pip install --force-reinstall --no-deps openai-clip`."
-    try:
-        path = importlib.metadata.distribution("openai-clip").locate_file(VOCABULARY_FILE)
-        with open(str(path), "rb") as file:
-            content = gzip.decompress(file.read())
-    except importlib.metadata.PackageNotFoundError:
+    """Reads the data file of a package without importing it, which would import torch."""
+    for package, name in VOCABULARY_FILES.items():
+        try:
+            path = importlib.metadata.distribution(package).locate_file(name)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
         raise UserError(
             "OpenAI's vocabulary comes with the package openai-clip, which is not installed. "
             "Run `pip install openai-clip`."
-        ) from None
+        )
+    remedy = f"Run `pip install --force-reinstall --no-deps {package}`."
+    try:
+        with open(str(path), "rb") as file:
+            content = gzip.decompress(file.read())
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"OpenAI's vocabulary cannot be read: {error}. {remedy}") from error
     if hashlib.sha256(content).hexdigest() != VOCABULARY_SHA256:

@@ -8,7 +8,6 @@ SigLIP's rows are text and end tokens, without a start.
 import abc
 import functools
 import hashlib
-import itertools
 import string
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -135,45 +134,25 @@ class OpenAITokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, run by tensorflow_text, with two more ids for start and end.
+    """A SentencePiece model, its ids, and two more for start and end.
 
     Texts get the clean-up of OpenAI's tokenizer first: ftfy, HTML, white space, lower case. Best
     called through `encode_batch`: a call takes as long as dozens of short texts.
     """
 
     def __init__(self, path: str, context_length: int):
-        """Raises UserError if tensorflow_text is missing or `path` is no SentencePiece model."""
-        from clip_jax.common.tensorflow_cpu import tf
-
-        try:
-            import tensorflow_text
-        except ImportError as error:
-            raise UserError(
-                f"The SentencePiece model {path} needs tensorflow-text ({error}). "
-                "Run `pip install tensorflow-text`, or use tokenizer 'openai'."
-            ) from error
-        try:
-            model = ranges.read(locations.parse(path))
-            self._model: Any = tensorflow_text.SentencepieceTokenizer(model, out_type=tf.int32)
-            self.vocab_size = int(self._model.vocab_size()) + 2
-        except (OSError, tf.errors.OpError) as error:
-            raise UserError(
-                f"The tokenizer {path} cannot be read as a SentencePiece model: {error}. Name a "
-                ".model file as the sentencepiece trainer writes it, or use tokenizer 'openai'."
-            ) from error
+        """Raises UserError if `path` is no SentencePiece model."""
+        self._model, content = _sentencepiece(locations.parse(path))
+        self.vocab_size = self._model.vocab_size() + 2
         self.context_length = context_length
-        self.identity = f"sentencepiece:{hashlib.sha256(model).hexdigest()}"
+        self.identity = f"sentencepiece:{hashlib.sha256(content).hexdigest()}"
 
     def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
-        if not texts:
-            return []
         cleaned = [" ".join(bpe.clean(text).split()) for text in texts]
-        ragged = self._model.tokenize(cleaned)
-        values, splits = ragged.values.numpy(), ragged.row_splits.numpy()
-        return [values[i:j].tobytes() for i, j in itertools.pairwise(splits)]
+        return [np.asarray(ids, np.int32).tobytes() for ids in self._model.encode(cleaned)]
 
     def _unpack(self, ids: list[int]) -> str:
-        return self._model.detokenize(np.array(ids, np.int32)).numpy().decode("utf-8", "replace")
+        return self._model.decode(ids)
 
 
 class SiglipTokenizer(Tokenizer):
@@ -188,8 +167,13 @@ class SiglipTokenizer(Tokenizer):
         """Raises UserError if `path` is neither a SentencePiece model nor a tokenizer.json."""
         self.context_length = context_length
         self.identity = siglip_identity(path)
-        load = _tokenizer_json if path.name.endswith(".json") else _sentencepiece
-        self._ids, self._text, self.vocab_size = load(path)
+        self._ids: Callable[[list[str]], list[list[int]]]
+        self._text: Callable[[list[int]], str]
+        if path.name.endswith(".json"):
+            self._ids, self._text, self.vocab_size = _tokenizer_json(path)
+        else:
+            model, _ = _sentencepiece(path)
+            self._ids, self._text, self.vocab_size = model.encode, model.decode, model.vocab_size()
 
     def is_empty(self, row: Int32[np.ndarray, " l"]) -> bool:
         """Returns whether a row of ids has no text."""
@@ -250,14 +234,18 @@ def _tokenizer_json(path: epath.Path) -> tuple[Callable, Callable, int]:
     return ids, model.decode, model.get_vocab_size()
 
 
-def _sentencepiece(path: epath.Path) -> tuple[Callable, Callable, int]:
-    inner = SentencePieceTokenizer(str(path), context_length=2)
-    model = inner._model
-    return (
-        lambda texts: [row.numpy() for row in model.tokenize(texts)],
-        lambda ids: model.detokenize(np.array(ids, np.int32)).numpy().decode("utf-8", "replace"),
-        inner.vocab_size - 2,  # without our start and end token
-    )
+def _sentencepiece(path: epath.Path) -> tuple[Any, bytes]:
+    """Returns the SentencePieceProcessor of a .model file, and the file's content."""
+    import sentencepiece  # only those who use it need wait for it
+
+    try:
+        content = ranges.read(path)
+        return sentencepiece.SentencePieceProcessor(model_proto=content), content
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"The tokenizer {path} cannot be read as a SentencePiece model: {error}. Name a "
+            ".model file as the sentencepiece trainer writes it, or use tokenizer 'openai'."
+        ) from error
 
 
 def create(name: str, context_length: int) -> Tokenizer:

@@ -53,7 +53,7 @@ AVAILABLE = "available"
 
 def main(arguments: list[str]) -> None:
     """Runs the command; ends the process where it must."""
-    from configs import default
+    from clip_jax.configs import default
 
     suite = default.get_config().eval.suite
     options = _parser(suite).parse_args(arguments)

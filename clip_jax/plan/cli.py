@@ -1,14 +1,14 @@
-"""python -m clip_jax plan --config=configs/vit_b32.py --topology=v5e:16x16
+"""python -m clip_jax plan --config=vit_b32 --topology=v5e:16x16
 
 Compiles the training step of a config with the real TPU compiler, for a pod that need not exist
 here, and prints what it needs of each chip: memory, operations, exchanges between chips, and the
 time a step is predicted to take. Needs no TPU, but libtpu: pip install "jax[tpu]".
 
-    python -m clip_jax plan --config=configs/vit_l14.py --topology=v5p:4x4x8 --slices=2
-    python -m clip_jax plan --config=configs/vit_b32.py --topology=v5e:4x4 --search
+    python -m clip_jax plan --config=vit_l14 --topology=v5p:4x4x8 --slices=2
+    python -m clip_jax plan --config=vit_b32 --topology=v5e:4x4 --search
 
-Any setting of configs/default.py can be given, as in --config.batch_size=4096. The data are not
-looked at. Exit status: 0 if it fits, 1 if it does not, 2 for a mistake.
+Any setting can be given, as in --config.batch_size=4096. The data are not looked at. Exit status: 0
+if it fits, 1 if it does not, 2 for a mistake.
 """
 
 import copy
@@ -21,13 +21,14 @@ import sys
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from clip_jax.common import commands
+from clip_jax.common import commands, config_file
 from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
 
 PAPER_EXAMPLES = 400e6
+_COMMAND = "python -m clip_jax plan"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,71 +53,51 @@ class Request:
 def main(arguments: list[str]) -> None:
     """Runs the command; ends the process where it must."""
     if {"-h", "--help", "--helpfull"} & set(arguments):
-        listed = _define_flags().main_module_help().split("\n", 2)[-1]
-        print(f"{__doc__}\n{listed}")
+        print(config_file.help_text(__doc__ or "", _define))
         return
     topologies.prepare_environment()
     _silence()
     with commands.plain_errors():
-        request = _request(_parse(arguments), arguments)
+        request = _request(config_file.parse(arguments, _COMMAND, _define), arguments)
         fits = _search(request) if request.search else _plan(request)
     sys.exit(0 if fits else 1)
 
 
-def _define_flags(arguments: list[str] | None = None) -> flags.FlagValues:
-    """The flags; without arguments only for their help texts."""
-    values = flags.FlagValues()
-    own: dict[str, Any] = {"flag_values": values, "module_name": sys.argv[0]}
-    about = "A file in configs/, such as configs/vit_b32.py."
-    if arguments is None:
-        flags.DEFINE_string("config", None, about, **own)
-    else:
-        config_flags.DEFINE_config_file(
-            "config", None, about, flag_values=values, sys_argv=["plan", *arguments]
-        )
-    flags.DEFINE_string("topology", None, "Generation and chips: v5e:16x16, v5p:8x16x16.", **own)
-    flags.DEFINE_integer("slices", None, "TPU slices; default: the config's mesh.slices.", **own)
-    flags.DEFINE_float("examples", PAPER_EXAMPLES, "Examples of an epoch, for days.", **own)
-    flags.DEFINE_integer("top", 10, "How many of the longest instructions to list.", **own)
-    flags.DEFINE_string("json", None, "File for all figures, or - to print them instead.", **own)
-    flags.DEFINE_string("hlo", None, "File for the text of the compiled program.", **own)
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "topology", None, "Generation and chips: v5e:16x16, v5p:8x16x16.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "slices", None, "TPU slices; otherwise the config's mesh.slices.", flag_values=values
+    )
+    flags.DEFINE_float(
+        "examples", PAPER_EXAMPLES, "Examples of an epoch, for days.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "top", 10, "How many of the longest instructions to list.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "json", None, "File for all figures, or - to print them instead.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "hlo", None, "File for the text of the compiled program.", flag_values=values
+    )
     flags.DEFINE_bool(
         "search",
         False,
         "Find the fastest mesh, micro-batch, rematerialisation and loss method that fit.",
-        **own,
+        flag_values=values,
     )
-    flags.DEFINE_float("budget", 30.0, "Minutes that a search may take.", **own)
-    return values
+    flags.DEFINE_float("budget", 30.0, "Minutes that a search may take.", flag_values=values)
 
 
-def _parse(arguments: list[str]) -> flags.FlagValues:
-    values = _define_flags(arguments)
-    try:
-        rest = values(["plan", *arguments])
-        if values["config"].value is not None:
-            values["config"].value.keys()  # read now, so that a missing file shows here
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        reason = (error.args or [error])[-1] if isinstance(error, KeyError) else error
-        reason = str(reason).strip().splitlines()[-1].removeprefix("clip_jax.errors.UserError: ")
+def _request(given: config_file.CommandLine, arguments: list[str]) -> Request:
+    get = given.flags
+    if get["topology"] is None:
         raise UserError(
-            f"The command line cannot be used: {reason.rstrip('.')}. See python -m clip_jax plan "
-            "--help; every setting stands in configs/default.py."
-        ) from None
-    if len(rest) > 1:
-        raise UserError(f"Unknown argument {rest[1]!r}: settings are --config.NAME=VALUE.")
-    for name in ("config", "topology"):
-        if values[name].value is None:
-            raise UserError(
-                f"--{name} is missing, as in python -m clip_jax plan --config=configs/vit_b32.py "
-                "--topology=v5e:16x16."
-            )
-    return values
-
-
-def _request(values: flags.FlagValues, arguments: list[str]) -> Request:
-    get: dict[str, Any] = values.flag_values_dict()
-    config = copy.deepcopy(get["config"]).unlock()
+            f"--topology is missing, as in {_COMMAND} --config=vit_b32 --topology=v5e:16x16."
+        )
+    config = copy.deepcopy(given.config).unlock()
     slices = config.mesh.slices if get["slices"] is None else get["slices"]
     if config.mesh.slices == 1:
         config.mesh.slices = slices
@@ -126,7 +107,12 @@ def _request(values: flags.FlagValues, arguments: list[str]) -> Request:
         config=config,
         settings=_settings(arguments, config),
         topology=topologies.parse_topology(get["topology"], slices),
-        **{name: get[name] for name in ("examples", "top", "json", "hlo", "search", "budget")},
+        examples=get["examples"],
+        top=get["top"],
+        json=get["json"],
+        hlo=get["hlo"],
+        search=get["search"],
+        budget=get["budget"],
     )
 
 
@@ -191,7 +177,7 @@ def _tell(line: str) -> None:
 
 def _validate(config: ConfigDict) -> None:
     """What holds for a run, except that a plan needs no data."""
-    from configs import default
+    from clip_jax.configs import default
 
     checked = copy.deepcopy(config)
     checked.data.source.type = checked.data.source.type or "synthetic"

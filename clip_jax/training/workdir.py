@@ -8,9 +8,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from clip_jax.configs import default
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges, remote, writing
-from configs import default
 
 FILE = "config.json"  # inside the workdir
 

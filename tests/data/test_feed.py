@@ -104,10 +104,8 @@ def test_a_hanging_run_ends_with_its_name(tmp_path):
         def read(self, index):
             return stored(self, index) if index != 5 else time.sleep(3600)
         digits.DigitScenes.__getitem__ = read
-        import main
-        sys.argv = ["main.py", *sys.argv[1:]]
-        from absl import app
-        app.run(main.main, flags_parser=main._parse_flags)
+        from clip_jax.training import cli
+        cli.main(sys.argv[1:])
     """
     arguments = ["--config=configs/vit_b32.py:smoke", f"--workdir={tmp_path}"]
     arguments += ["--config.data.order=stored", "--config.data.stall_timeout=3.0"]

@@ -266,7 +266,6 @@ def test_missing_or_damaged_vocabulary(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory):
-    pytest.importorskip("tensorflow_text")
     path = tmp_path_factory.mktemp("sentencepiece") / "nine.model"
     path.write_bytes(sentencepiece_model())
     return tokenizer.create(str(path), context_length=7)
@@ -287,7 +286,7 @@ def test_sentencepiece(pieces):
         pieces("cat cat cat cat cat cat")
 
 
-def test_sentencepiece_identity_and_errors(pieces, tmp_path, monkeypatch):
+def test_sentencepiece_identity_and_errors(pieces, tmp_path):
     path = tmp_path / "other.model"
     path.write_bytes(sentencepiece_model().replace("▁cat".encode(), "▁dog".encode()))
     other = tokenizer.create(str(path), 7)
@@ -298,6 +297,40 @@ def test_sentencepiece_identity_and_errors(pieces, tmp_path, monkeypatch):
         tokenizer.create(str(path), 7)
     with pytest.raises(UserError, match=r"none.model cannot be read as a SentencePiece model"):
         tokenizer.create(str(tmp_path / "none.model"), 7)
-    monkeypatch.setitem(sys.modules, "tensorflow_text", None)
-    with pytest.raises(UserError, match="pip install tensorflow-text"):
-        tokenizer.create(str(path), 7)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_sentencepiece_is_that_of_tensorflow_text(kind, tmp_path):
+    """SigLIP was trained with the ids of tensorflow_text, ties between segmentations included."""
+    theirs = pytest.importorskip("tensorflow_text")
+    import sentencepiece
+
+    rng = random.Random(0)
+    runs = [
+        "".join(rng.choice("aei .=") * rng.randint(1, 7) for _ in range(5)) for _ in range(3000)
+    ]
+    texts = [text.encode("utf-8", "replace").decode() for text in random_texts(3000, seed=2)] + runs
+    model = tmp_path / f"{kind}.model"
+    with model.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text for text in texts if text and "\0" not in text),
+            model_writer=file,
+            model_type=kind,
+            vocab_size=4000,
+            hard_vocab_limit=False,
+            character_coverage=0.98,
+            minloglevel=2,
+        )
+    reference = theirs.SentencepieceTokenizer(model.read_bytes())
+    ours = tokenizer.create(str(model), 77)
+    cleaned = [" ".join(bpe.clean(text).split()) for text in texts]
+    ragged = reference.tokenize(cleaned)
+    ids = ragged.to_list()
+    assert [np.frombuffer(row, np.int32).tolist() for row in ours._pack(texts)] == ids
+    assert [ours._unpack(row) for row in ids] == [
+        text.decode("utf-8", "replace") for text in reference.detokenize(ragged).numpy()
+    ]
+    siglip = tokenizer.create(f"siglip:{model}", 64)
+    plain = [text for text in runs if "." not in text and "=" not in text]
+    rows = [np.frombuffer(row, np.int32).tolist() for row in siglip._pack(plain)]
+    assert rows == reference.tokenize([" ".join(text.split()) for text in plain]).to_list()

@@ -257,7 +257,9 @@ def test_packaged_files_suffice():
     """All data files are installed with the package."""
     wanted = 'evaluate.sets" = ["definitions/*"'
     assert wanted in (ROOT / "pyproject.toml").read_text()
-    licences = {path.name for path in (ROOT / "clip_jax/evaluate/sets/definitions").glob("LICENSE*")}
+    licences = {
+        path.name for path in (ROOT / "clip_jax/evaluate/sets/definitions").glob("LICENSE*")
+    }
     named = {
         word.strip("(),.")
         for n in registry.names()

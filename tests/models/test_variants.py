@@ -23,7 +23,7 @@ from test_models import (
 
 from clip_jax import models, sharding
 from clip_jax.errors import UserError
-from clip_jax.models import layers, sizes, transformer, vit
+from clip_jax.models import layers, sizes, vit
 
 # As wide as its embeddings, so without a projection; other hidden units than four times the width.
 TINY_SIGLIP = TINY_VIT | {"image_width": 12, "image_heads": 2, "image_mlp": 20, "text_mlp": 28}

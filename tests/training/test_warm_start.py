@@ -72,7 +72,6 @@ def test_a_relative_workdir(tmp_path, monkeypatch):
 @pytest.fixture
 def siglip(tmp_path: pathlib.Path) -> pathlib.Path:
     """A tiny one, its tokenizer beside it."""
-    pytest.importorskip("tensorflow_text")
     folder = tmp_path / "siglip"
     weights.save(tiny_weights.make("siglip"), folder, "huggingface")
     write_tokenizer(folder / "spiece.model")

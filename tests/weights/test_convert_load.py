@@ -103,7 +103,6 @@ def test_a_name_that_is_nowhere():
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
 def test_siglip_tokenizer(name: str, tmp_path: pathlib.Path):
     """Lower case, no punctuation, no start token, ends up to the context; it travels along."""
-    pytest.importorskip("tensorflow_text" if name.endswith(".model") else "tokenizers")
     weights.save(tiny_weights.make("siglip"), tmp_path / "x", "huggingface")
     write_tokenizer(tmp_path / "x" / name)
     weights.save(weights.open(tmp_path / "x"), tmp_path / "y")

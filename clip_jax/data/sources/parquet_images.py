@@ -199,7 +199,7 @@ class StoredImages:
     def start(self, rows: Sequence[int]) -> list[Callable[[], StoredImage]]:
         """Begins to read images; each function waits for one, and may raise BadExample."""
         if self._runs is not None:
-            runs = [(self._runs.start(row // self._chunk), row % self._run) for row in rows]
+            runs = [(self._runs.start(row // self._chunk), row % self._chunk) for row in rows]
             return [functools.partial(_take, *run) for run in runs]
         # Not begun before it is asked for: so many row groups would not fit into memory.
         groups = {number: self._read_groups.start(number) for number in set(map(self._group, rows))}
@@ -216,7 +216,7 @@ class StoredImages:
 
     def _start_run(self, number: int) -> Callable[[], list[StoredImage | BadExample]]:
         """Neighbours, of which row groups are read that they stand in."""
-        rows = range(number * self._chunk, min((number + 1) * self._run, len(self)))
+        rows = range(number * self._chunk, min((number + 1) * self._chunk, len(self)))
         groups = {each: self._read_groups.start(each) for each in map(self._group, rows)}
 
         def finish() -> list[StoredImage | BadExample]:

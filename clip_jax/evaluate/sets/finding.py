@@ -123,8 +123,8 @@ def _prepared(dataset: Dataset, role: str, data_dir: str) -> str | None:
 def _tfds(
     dataset: Dataset, role: str, place: str, fallback_dir: epath.Path | None
 ) -> tuple[Source, str]:
+    from clip_jax.configs import default
     from clip_jax.data.sources import opening
-    from configs import default
 
     form = dataset.where.tfds
     assert form is not None

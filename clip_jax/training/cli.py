@@ -1,0 +1,105 @@
+"""The command that trains: python -m clip_jax train, or python main.py in a clone."""
+
+import faulthandler
+import os
+import pathlib
+import shlex
+import sys
+
+from absl import flags, logging
+
+from clip_jax.common import commands, config_file
+from clip_jax.errors import DataStalled, StorageError, UserError
+
+_ABOUT = """Trains CLIP: {command} --config={example} --workdir=runs/my_run
+
+Run the same command again to resume. A config takes an argument behind a colon: :smoke shrinks it
+to seconds on a laptop. Any setting can be given on the command line, as in
+--config.batch_size=4096. On several hosts, start the same command on each with --coordinator.
+"""
+
+
+def main(
+    arguments: list[str],
+    command: str = "python -m clip_jax train",
+    example: str = "vit_b32",
+) -> None:
+    """Runs the command; ends the process where it must.
+
+    Args:
+      arguments: those after the command.
+      command: what was typed before them, for messages and for the report.
+      example: value of --config in the help.
+    """
+    if {"-h", "--help", "--helpfull"} & set(arguments):
+        print(config_file.help_text(_ABOUT.format(command=command, example=example), _define))
+        return
+    # As absl's own app.run does it.
+    faulthandler.enable()
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    try:
+        _run(config_file.parse(arguments, command, _define), f"{command} {shlex.join(arguments)}")
+    except (DataStalled, StorageError) as error:
+        print(f"\n{error}", file=sys.stderr, flush=True)
+        os._exit(1)  # an ordinary exit would wait for threads, or hosts, that hang
+    except UserError as error:
+        sys.exit(f"\n{error}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted. Run the same command again to resume at the last checkpoint.")
+    except Exception as error:
+        if explained := commands.explained(error):
+            sys.exit(f"\n{explained}")
+        raise
+
+
+def _define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Directory of the run: local, gs:// or s3://. Default: runs/ and the config's name.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        'On several hosts: HOST:PORT of the first, or "auto" where the cluster tells (Cloud TPU, '
+        "SLURM).",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "processes", None, "Number of hosts; not needed with auto.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process", None, "Number of this host, from 0; not with auto.", flag_values=values
+    )
+
+
+def _run(given: config_file.CommandLine, command: str) -> None:
+    # Imported late: --help and a mistyped flag answer at once.
+    import jax
+
+    from clip_jax.configs import default
+
+    default.validate(given.config)
+    coordinator, processes, process = (
+        given.flags[name] for name in ("coordinator", "processes", "process")
+    )
+    if not coordinator and (processes or process):
+        raise UserError(
+            "The flags --processes and --process need --coordinator, HOST:PORT of the first host: "
+            "without it each would train alone, all into one workdir."
+        )
+    if coordinator == "auto":
+        jax.distributed.initialize()
+    elif coordinator:
+        jax.distributed.initialize(coordinator, processes, process)
+    from clip_jax.training import train
+
+    train.train(given.config, given.flags["workdir"] or default_workdir(given.name), command)
+
+
+def default_workdir(config: str) -> str:
+    """Returns "runs/vit_b32-smoke" for "configs/vit_b32.py:smoke"."""
+    path, _, argument = config.partition(":")
+    return "runs/" + pathlib.Path(path).stem + (f"-{argument}" if argument else "")
