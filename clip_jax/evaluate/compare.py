@@ -31,8 +31,7 @@ from clip_jax.common.pages import page
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
 from clip_jax.evaluate.comparison import Compared
-from clip_jax.evaluate.folder import ALL, About, Evaluation, read_evaluation
-from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.results import ALL, About, Evaluation, Result, Score, read_evaluation
 from clip_jax.evaluate.sets import registry
 from clip_jax.models import flops as model_flops
 from clip_jax.storage import locations, writing

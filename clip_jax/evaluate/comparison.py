@@ -13,11 +13,10 @@ from clip_jax.common.pages.panel import Panel
 from clip_jax.common.pages.svg import short
 from clip_jax.common.tables import aligned
 from clip_jax.errors import UserError
+from clip_jax.evaluate import tasks
 from clip_jax.evaluate.figures import legend
-from clip_jax.evaluate.folder import Evaluation
 from clip_jax.evaluate.measures import robustness, scaling
-from clip_jax.evaluate.results import Result, Score
-from clip_jax.evaluate.tasks import TASKS
+from clip_jax.evaluate.results import Evaluation, Result, Score
 from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE
 
 _NBSP = "\N{NO-BREAK SPACE}"
@@ -70,7 +69,7 @@ class Table:
 def tables(found: Sequence[Compared]) -> list[Table]:
     """One for each task that any model has a score of."""
     made = []
-    for task, about in TASKS.items():
+    for task in tasks.NAMES:
         columns = [one for one in found if one.headlines(task)]
         if not columns:
             continue
@@ -86,7 +85,7 @@ def tables(found: Sequence[Compared]) -> list[Table]:
         several = len(common) > 1
         made.append(
             Table(
-                title=about.title,
+                title=tasks.get(task).title,
                 models=tuple(one.name for one in columns),
                 rows=tuple(rows),
                 means=tuple(map(float, means)) if several else (),
@@ -254,7 +253,7 @@ def prompting(found: Sequence[Compared]) -> Panel | None:
         values: dict[str, list[float]] = {BARE: [], ENSEMBLE: []}
         for result in one.evaluation.of("zeroshot"):
             for score in result.scores:
-                if score.variant in values:
+                if score.variant in values and score.metric == result.headline.metric:
                     values[score.variant].append(score.value)
         if values[BARE]:
             flops = one.evaluation.model.image_flops / 1e9
