@@ -84,12 +84,9 @@ class Evaluator:
         featured = any(tasks.get(name).needs_features for name in names)
         self._with_features = {dataset.name for dataset in named} if featured else set()
         self._planned = [*self._labelled(), *self._captioned()]
-        self._planned += [
-            (dataset, name)
-            for dataset in named
-            for name in names
-            if tasks.get(name).supports(self._context, dataset)
-        ]
+        for dataset in named:
+            supported = [n for n in names if tasks.get(n).supports(self._context, dataset)]
+            self._planned.append((dataset, supported))
 
     def run(self, variables: Variables) -> dict[str, float]:
         """Evaluates variables; returns the numbers to log, by the names of `logged_name`.
@@ -101,14 +98,14 @@ class Evaluator:
         self._context.probes.clear()
         self.results, self.scores = [], {}
         by_task: dict[str, list[float]] = defaultdict(list)
-        for number, (dataset, name) in enumerate(self._planned):
-            result = tasks.run(self._context, name, dataset)
-            self.results.append(result)
-            self.scores |= {logged_name(score): score for score in result.quoted}
-            if not _is_described(dataset.name) and not dataset.base:
-                by_task[name].append(result.headline.value)
-            if dataset.name not in [later.name for later, _ in self._planned[number + 1 :]]:
-                self._embeddings.release(dataset)
+        for dataset, names in self._planned:
+            for name in names:
+                result = tasks.run(self._context, name, dataset)
+                self.results.append(result)
+                self.scores |= {logged_name(score): score for score in result.quoted}
+                if not _is_described(dataset.name) and not dataset.base:
+                    by_task[name].append(result.headline.value)
+            self._embeddings.release(dataset)
         self.means = {
             f"{name}/mean": float(np.mean(values))
             for name, values in by_task.items()
@@ -160,8 +157,8 @@ class Evaluator:
         self._described[name] = source
         return source
 
-    def _labelled(self) -> list[tuple[Dataset, str]]:
-        """Returns the labelled images of `eval.zeroshot` and their task, as far as they go."""
+    def _labelled(self) -> list[tuple[Dataset, list[str]]]:
+        """Returns the labelled images of `eval.zeroshot` and their task, if any."""
         spec = self._config.eval.zeroshot
         if not spec.source.type:
             return []
@@ -184,10 +181,10 @@ class Evaluator:
             prompts={"own": templates},
             partial=True,
         )
-        return [(dataset, "zeroshot")]
+        return [(dataset, ["zeroshot"])]
 
-    def _captioned(self) -> list[tuple[Dataset, str]]:
-        """Returns the captioned images of `eval.retrieval` and their task, as far as they go."""
+    def _captioned(self) -> list[tuple[Dataset, list[str]]]:
+        """Returns the captioned images of `eval.retrieval` and their task, if any."""
         spec, embeddings = self._config.eval.retrieval, self._embeddings
         if not spec.source.type:
             return []
@@ -201,7 +198,7 @@ class Evaluator:
         if spec.max_examples is not None:
             self._described[CAPTIONED] = _First(source, spec.max_examples)
         dataset = Dataset(CAPTIONED, _title(spec.source), kind="retrieval", metric="")
-        return [(dataset, "retrieval" if embeddings.embeds_texts else "near_duplicates")]
+        return [(dataset, ["retrieval" if embeddings.embeds_texts else "near_duplicates"])]
 
 
 class _First:
