@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from clip_jax.weights import base as weights
 
 _ROWS = 8  # of the training curve
 _FEW = 4  # evaluations that make a curve by themselves
-_SCORES = ("zeroshot/", "retrieval/")  # how the names of evaluations begin
+# Scores of the data that the config describes; those of data sets by name are not told apart here.
+_SCORE = re.compile(r"zeroshot/top\d|retrieval/(text_to_image|image_to_text)/recall@\d+")
 
 Row = Mapping[str, float]
 
@@ -99,7 +101,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
     with checkpoint.Checkpoints(workdir, create=False) as store:
         meta = store.read_meta(origin["step"])
     rows = _by_step(metrics.read_history(workdir), meta["step"])
-    evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
+    evaluated = [row for row in rows if any(map(_SCORE.fullmatch, row))]
     last = evaluated[-1] if evaluated else {"step": 0}
     return Training(
         step=meta["step"],
@@ -111,7 +113,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
         truncated=meta["truncated"],
         config=meta["config"],
         curve=_curve(rows),
-        scores={name: value for name, value in last.items() if name.startswith(_SCORES)},
+        scores={name: value for name, value in last.items() if _SCORE.fullmatch(name)},
         scored_at=int(last["step"]),
     )
 
@@ -128,7 +130,7 @@ def _by_step(history: Sequence[Row], last: int) -> list[Row]:
 def _curve(rows: list[Row]) -> list[Row]:
     """At most `_ROWS` of those with a loss, evenly spaced; where it can be, those evaluated."""
     rows = [row for row in rows if "train/loss" in row]
-    evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
+    evaluated = [row for row in rows if any(map(_SCORE.fullmatch, row))]
     rows = evaluated if len(evaluated) >= _FEW else rows
     if len(rows) <= _ROWS:
         return rows

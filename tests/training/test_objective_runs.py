@@ -124,7 +124,7 @@ def test_using_the_result(objective: str, tmp_path):
 
 
 def test_evaluate_says_what_a_model_cannot_do(tmp_path, capsys):
-    """Tasks of the suite, on models that embed no texts; overlap, by the detector."""
+    """Tasks on models that embed no texts; overlap, by the detector."""
 
     def evaluate(objective: str, *arguments: str) -> dict:
         out = tmp_path / objective
