@@ -18,8 +18,8 @@ PROGRAMS = ((128, 1), (4096, 32), (256, 1))
 
 def build(batch: int, accum_steps: int):
     """The training step that main.py would run, before any array exists."""
+    from clip_jax.configs import vit_b32
     from clip_jax.training import program
-    from configs import vit_b32
 
     config = vit_b32.get_config()
     config.update_from_flattened_dict(

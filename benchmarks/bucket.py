@@ -101,9 +101,9 @@ def images_of(args: argparse.Namespace) -> int:
 
 
 def clip_jax(args: argparse.Namespace, path: str, order: str, run: int) -> Iterator:
+    from clip_jax.configs import default
     from clip_jax.data import mixture, rows, tokenizer
     from clip_jax.data.pipeline import TrainPipeline
-    from configs import default
 
     config = default.get_config().data
     config.update(
@@ -139,8 +139,8 @@ def webdataset(args: argparse.Namespace, path: str) -> Iterator:
 
 def opening(path: str) -> dict[str, float]:
     """Seconds until a set is open, and until its first example is there."""
+    from clip_jax.configs import default
     from clip_jax.data import mixture
-    from configs import default
 
     config = default.get_config().data
     config.source = default.source(type="tar", path=path)

@@ -93,10 +93,10 @@ def clip_jax_pass(
     import jax
 
     from clip_jax import sharding
+    from clip_jax.configs import default
     from clip_jax.data import mixture, rows, tokenizer
     from clip_jax.data.feed import Feed
     from clip_jax.data.pipeline import TrainPipeline
-    from configs import default
 
     config = default.get_config().data
     config.crop, config.threads, config.processes = crop, threads, processes

@@ -59,8 +59,8 @@ def write_index(folder: str) -> float:
 def resume(path: str, order: str, start: int, batch_size: int) -> dict[str, float]:
     """Opens the set and takes the first batch; times from before the imports."""
     began = time.monotonic()
+    from clip_jax.configs import default
     from clip_jax.data import mixture, pipeline, rows, tokenizer
-    from configs import default
 
     imported = time.monotonic()
     config = default.get_config().data

@@ -298,36 +298,32 @@ def _eval() -> ConfigDict:
     evals = ConfigDict()
     evals.every = "1 epochs"  # and once at the end of the run
     evals.batch_size = 1024  # images or captions per step, over all devices of all hosts
+    # Labelled images, to be classified by prompts; logged as zeroshot/top1.
     zeroshot = ConfigDict()
-    zeroshot.source = source()  # labelled images; type "": no zero-shot evaluation
+    zeroshot.source = source()  # type "": none
     zeroshot.class_names = ()  # (): the source's own; alternatives of one class joined by "|"
     zeroshot.templates = ("a photo of a {}.",)  # prompts whose embeddings are averaged
     evals.zeroshot = zeroshot
+    # Captioned images, to be retrieved; logged as retrieval/text_to_image/recall@1 and so on.
+    # near_duplicates: images that are to find their own second view.
     retrieval = ConfigDict()
-    # Captioned images; type "": no retrieval evaluation. near_duplicates: images that are to find
-    # their own second view.
-    retrieval.source = source()
+    retrieval.source = source()  # type "": none
     retrieval.max_examples = 5000  # the first so many
     evals.retrieval = retrieval
-    evals.suite = _suite()
+    # Data sets that clip_jax knows, and others by path: names, collections and paths,
+    # comma-separated; "": none. Logged as TASK/DATASET/METRIC.
+    evals.datasets = ""
+    evals.data_dir = ""  # directory of these data sets; "": only embedded and TFDS's own
+    evals.tasks = "zeroshot"  # done with them: "zeroshot" | "retrieval" | "linear_probe" | ...
+    # The rest holds for all data, and gives the defaults of python -m clip_jax evaluate.
+    evals.prompts = "paper"  # set of prompts: "paper" | "clip_benchmark"
+    evals.retrieval_prompt = "a photo of {}"  # that captions are also tried behind
+    evals.confidence = 0.995  # of intervals
+    evals.shots = (1, 2, 4, 8, 16)  # examples per class, few-shot probes
+    evals.repeats = 3  # draws of them
+    evals.label_thresholds = (0.005, 0.04)  # probabilities from which a label is given, bias
+    evals.overlap_threshold = 0.95  # cosine from which an image counts as a near-duplicate
     return evals
-
-
-def _suite() -> ConfigDict:
-    """The paper's protocols, in training and as defaults of python -m clip_jax evaluate."""
-    suite = ConfigDict()
-    suite.datasets = ""  # names, collections and paths, comma-separated; "": none in training
-    suite.data_dir = ""  # directory of the data sets; "": only embedded and TFDS's own
-    suite.tasks = "zeroshot"  # in training: "zeroshot" | "retrieval" | "linear_probe" | ...
-    suite.every = "5 epochs"  # in training, and once at the end of the run
-    suite.prompts = "paper"  # set of prompts: "paper" | "clip_benchmark"
-    suite.retrieval_prompt = "a photo of {}"  # that captions are also tried behind
-    suite.confidence = 0.995  # of intervals
-    suite.shots = (1, 2, 4, 8, 16)  # examples per class, few-shot probes
-    suite.repeats = 3  # draws of them
-    suite.label_thresholds = (0.005, 0.04)  # probabilities from which a label is given, bias
-    suite.overlap_threshold = 0.95  # cosine from which an image counts as a near-duplicate
-    return suite
 
 
 def _checkpoint() -> ConfigDict:

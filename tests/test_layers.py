@@ -9,8 +9,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
+from clip_jax.configs import default
 from clip_jax.errors import UserError
-from configs import default
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for folder in ("clip_jax", "configs") for path in (ROOT / folder).rglob("*.py"))

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clip_jax.common import config_file
+from clip_jax.configs import default, vit_b32
 from clip_jax.errors import UserError
 from clip_jax.training import cli
-from configs import default, vit_b32
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = "--config=configs/vit_b32.py:smoke"

@@ -1,4 +1,4 @@
-"""Both towers, jitted over the mesh, for whole data sets with ragged ends."""
+"""Both towers, jitted over the mesh, for whole data sets whose last batch is not full."""
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -8,15 +8,16 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from clip_jax import sharding
 from clip_jax.data import images, pipeline
 from clip_jax.data.crops import Crop
 from clip_jax.data.feed import Feed
 from clip_jax.data.sources.base import Source
-from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.models import buckets
 from clip_jax.models.prompts import Prompts, class_scores
+from clip_jax.models.views import two_views
 
 Variables = Mapping[str, Any]
 
@@ -25,12 +26,13 @@ class Encoder:
     """Embeds data sets; every host passes the same arguments and gets the same, whole results.
 
     Attributes:
-      batch_size: images or captions per step over all devices, a multiple of their number.
+      batch_size: images or texts per step over all devices, a multiple of their number.
       image_size: pixels along a side.
       mesh: devices that share each batch.
-      embeds_texts: whether the model has a text tower: `texts` can be called.
-      scores_prompts: whether the model says how likely a prompt is: `scores` can be called.
-      can_score_text: one of the two.
+      embeds_texts: whether the model has a text tower, so that `texts` can be called.
+      scores_prompts: whether the model gives the likelihood of a prompt, so that `scores` can be.
+      can_score_text: whether it does one of the two.
+      detects_duplicates: whether it was trained on two views of each image, as `views` makes them.
     """
 
     def __init__(self, net: nn.Module, mesh: Mesh, batch_size: int, threads: int):
@@ -39,8 +41,8 @@ class Encoder:
         Args:
           net: one of `clip_jax.models.MODULES`.
           mesh: devices to split each batch over.
-          batch_size: wished for; rounded up to a multiple of the devices.
-          threads: that read and decode on each host; 0: one per CPU core.
+          batch_size: images or texts per step; rounded up to a multiple of the devices.
+          threads: threads that read and decode on each host; 0: one per CPU core.
         """
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.image_size = net.size.image_size
@@ -50,6 +52,7 @@ class Encoder:
         self.embeds_texts = hasattr(net, "encode_text")
         self.scores_prompts = hasattr(net, "score")
         self.can_score_text = self.embeds_texts or self.scores_prompts
+        self.detects_duplicates = net.size.objective == "near_duplicates"
         self._threads = threads
         self._sharding = sharding.batch_sharding(mesh)
         whole = sharding.replicated(mesh)
@@ -66,9 +69,15 @@ class Encoder:
             )
             return both
 
+        def view_pairs(variables, pixels, numbers, settings, seed):
+            pairs = two_views(pixels, jax.random.key(seed), settings, numbers)
+            flat: Any = image(variables, pairs.reshape(-1, *pixels.shape[1:]))
+            return flat.reshape(len(pixels), 2, -1)
+
         self._image = jax.jit(image, out_shardings=whole)
         self._features = jax.jit(features, out_shardings=whole)
         self._text = jax.jit(text, out_shardings=whole)
+        self._views = jax.jit(view_pairs, out_shardings=whole, static_argnums=(3, 4))
         score = partial(class_scores, net)
         self._score = jax.jit(score, out_shardings=whole, static_argnums=4)
         self._gather = jax.jit(lambda batch: batch, out_shardings=whole)
@@ -79,10 +88,10 @@ class Encoder:
         """Embeds texts.
 
         Args:
-          variables: of the model.
+          variables: variables of the model.
           tokens: int32 [n, s].
-          by_length: do not compute their padding (see `buckets.batches`): a program for each of a
-            few lengths, which is worth compiling for many texts.
+          by_length: do not compute their padding (see `buckets.batches`). It takes a program for
+            each of a few lengths, which is worth compiling for many texts.
 
         Returns:
           float32 [n, embed_dim], L2-normalised.
@@ -100,19 +109,14 @@ class Encoder:
         return np.concatenate([encode(part)[: len(part)] for part in parts])
 
     def images(
-        self,
-        variables: Variables,
-        source: Source,
-        limit: int | None = None,
-        features: bool = False,
+        self, variables: Variables, source: Source, features: bool = False
     ) -> Iterator[dict[str, np.ndarray]]:
-        """Embeds the images of a source in stored order, unusable ones left out.
+        """Embeds the images of a source in stored order, without the unusable ones.
 
         Args:
-          variables: of the model.
-          source: of the images.
-          limit: the first so many; None: all.
-          features: what linear probes read is wanted too.
+          variables: variables of the model.
+          source: images.
+          features: whether pre-projection features are wanted too.
 
         Yields:
           "embed" float32 [m, embed_dim], "label" int32 [m], "index" int32 [m] in the source, and
@@ -124,14 +128,14 @@ class Encoder:
                 return {"embed": self._image(variables, batch["image"])}
             return dict(zip(("embed", "features"), self._features(variables, batch["image"])))
 
-        yield from self.each(embed, source, limit)
+        yield from self.each(embed, source)
 
     def scores(
         self,
         variables: Variables,
         source: Source,
         prompts: Prompts,
-        owners: np.ndarray,
+        class_ids: np.ndarray,
         classes: int,
     ) -> Iterator[dict[str, np.ndarray]]:
         """Scores classes for the images of a source; see `prompts.class_scores`.
@@ -139,26 +143,48 @@ class Encoder:
         Yields:
           "scores" float32 [m, classes], "label" and "index" as `images` does.
         """
-        rest = prompts, owners, classes
         yield from self.each(
-            lambda batch: {"scores": self._score(variables, batch["image"], *rest)}, source
+            lambda batch: {
+                "scores": self._score(variables, batch["image"], prompts, class_ids, classes)
+            },
+            source,
+        )
+
+    def views(
+        self, variables: Variables, source: Source, settings: FrozenConfigDict, seed: int
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Embeds two views of each image of a source, which its index and the seed determine.
+
+        Args:
+          variables: variables of the model.
+          source: images.
+          settings: fields of `data.views` in configs/default.py.
+          seed: non-negative.
+
+        Yields:
+          "embed" float32 [m, 2, embed_dim], "label" and "index" as `images` does.
+        """
+        yield from self.each(
+            lambda batch: {
+                "embed": self._views(variables, batch["image"], batch["index"], settings, seed)
+            },
+            source,
         )
 
     def each(
         self,
         compute: Callable[[Mapping[str, jax.Array]], Mapping[str, jax.Array]],
         source: Source,
-        limit: int | None = None,
     ) -> Iterator[dict[str, np.ndarray]]:
-        """What `compute` makes of each batch, as `images` yields it.
+        """Applies a function to the batches of a source.
 
         Args:
-          compute: of "image" uint8 [b, h, w, 3], "label" and "index" in the source, split over the
-            mesh; returns arrays by name that are whole on every device.
-          source, limit: as in `images`.
+          compute: called with "image" uint8 [b, h, w, 3], "label" and "index" in the source, split
+            over the mesh; returns arrays by name that are whole on every device.
+          source: images.
 
         Yields:
-          These arrays and the rest of the batch, unusable images left out.
+          The arrays returned and the rest of the batch, without the rows of unusable images.
         """
         part, parts = sharding.process_part(self.mesh)
         batches = pipeline.eval_batches(
@@ -169,7 +195,6 @@ class Encoder:
             part=part,
             parts=parts,
             threads=self._threads,
-            limit=limit,
         )
         for batch in Feed(batches, self._sharding, depth=2):
             with jax.set_mesh(self.mesh):
@@ -180,20 +205,14 @@ class Encoder:
             mask = rows.pop("mask")
             yield {name: value[mask] for name, value in rows.items()}
 
-    def captions(
-        self, source: Source, tokenizer: Tokenizer, limit: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all captions of a source, and their examples, as `pipeline.eval_captions`."""
-        return pipeline.eval_captions(source, tokenizer, threads=self._threads, limit=limit)
-
     def picture(self, source: Source, index: int) -> np.ndarray:
-        """One image of a source as the model sees it, uint8 [h, w, 3]."""
+        """Returns one image of a source as the model sees it, uint8 [h, w, 3]."""
         example = source[index]
         return images.pixels(example.image, example.key, self.image_size, self._crop, None)
 
 
 def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
-    """Rows that every host holds, zero-padded to `count` and split over the mesh."""
+    """Splits rows that every host holds over the mesh, zero-padded to `count`."""
     padded = np.zeros((count, *rows.shape[1:]), rows.dtype)
     padded[: len(rows)] = rows
     return jax.make_array_from_callback(
@@ -202,5 +221,5 @@ def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """A replicated array as NumPy, also where other hosts hold copies."""
+    """Converts a replicated array to NumPy, also where other hosts hold copies."""
     return np.asarray(array.addressable_data(0))

@@ -31,8 +31,7 @@ from clip_jax.common.pages import page
 from clip_jax.errors import UserError
 from clip_jax.evaluate import comparison
 from clip_jax.evaluate.comparison import Compared
-from clip_jax.evaluate.folder import ALL, About, Evaluation, read_evaluation
-from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.results import ALL, About, Evaluation, Result, Score, read_evaluation
 from clip_jax.evaluate.sets import registry
 from clip_jax.models import flops as model_flops
 from clip_jax.storage import locations, writing
@@ -79,7 +78,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def read(name: str) -> list[Compared]:
-    """What an argument names.
+    """Reads the models that an argument names.
 
     Raises:
       UserError: it names neither a run, nor an evaluation, nor a model of the paper.
@@ -106,13 +105,13 @@ def read(name: str) -> list[Compared]:
 
 
 def _latest(workdir: epath.Path) -> epath.Path | None:
-    """The evaluation of a run at its highest step; None: it has none."""
+    """Returns the evaluation of a run at its highest step; None: it has none."""
     found = [path.parent for path in workdir.glob(f"evaluation*/{ALL}")]
     return max(found, key=lambda path: int(path.name.partition("-")[2] or 0), default=None)
 
 
 def _curve(history: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
-    """Images processed and zero-shot accuracy, as a run went on."""
+    """Returns images processed and zero-shot accuracy over the course of a run."""
     names = ("eval/images_seen", "zeroshot/top1")
     return [(row[names[0]], row[names[1]]) for row in history if all(n in row for n in names)]
 
@@ -122,7 +121,7 @@ def _published() -> dict[str, Any]:
 
 
 def _paper(model: str, shown: str) -> Compared:
-    """A row of the paper's tables, as if it were an evaluation."""
+    """Returns a row of the paper's tables in the form of an evaluation."""
     published = _published()
     if model not in published["zeroshot"]:
         raise UserError(

@@ -13,11 +13,10 @@ from clip_jax.common.pages.panel import Panel
 from clip_jax.common.pages.svg import short
 from clip_jax.common.tables import aligned
 from clip_jax.errors import UserError
+from clip_jax.evaluate import tasks
 from clip_jax.evaluate.figures import legend
-from clip_jax.evaluate.folder import Evaluation
 from clip_jax.evaluate.measures import robustness, scaling
-from clip_jax.evaluate.results import Result, Score
-from clip_jax.evaluate.tasks import TASKS
+from clip_jax.evaluate.results import Evaluation, Result, Score
 from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE
 
 _NBSP = "\N{NO-BREAK SPACE}"
@@ -28,9 +27,9 @@ class Compared:
     """One of the models.
 
     Attributes:
-      name: to show.
-      evaluation: of it; None: it was not evaluated.
-      curve: images processed and zero-shot accuracy, as its training went on; may be empty.
+      name: name to show.
+      evaluation: its evaluation; None: it was not evaluated.
+      curve: images processed and zero-shot accuracy over its training; may be empty.
       published: whether these are figures of the paper.
     """
 
@@ -40,7 +39,7 @@ class Compared:
     published: bool = False
 
     def headlines(self, task: str) -> dict[str, Score]:
-        """The scores to quote of a task, by data set; of robustness, by shift and classifier."""
+        """Returns the scores to quote, by data set; of robustness by shift and classifier."""
         results = self.evaluation.of(task) if self.evaluation else []
         if task == "robustness":
             scores = [score for result in results for score in result.scores[1:]]
@@ -53,11 +52,11 @@ class Table:
     """Scores of a task: a row for each data set, a column for each model.
 
     Attributes:
-      title: of the task.
+      title: title of the task.
       models: names of the columns.
-      rows: title of the data set, and its scores; None: there is none.
-      means: over the data sets that all models have; empty where there are fewer than two.
-      common: how many these are.
+      rows: title of each data set, and its scores; None: there is none.
+      means: means over the data sets that all models have; empty where there are fewer than two.
+      common: number of these data sets.
     """
 
     title: str
@@ -68,9 +67,9 @@ class Table:
 
 
 def tables(found: Sequence[Compared]) -> list[Table]:
-    """One for each task that any model has a score of."""
+    """Returns a table for each task that any model has a score of."""
     made = []
-    for task, about in TASKS.items():
+    for task in tasks.NAMES:
         columns = [one for one in found if one.headlines(task)]
         if not columns:
             continue
@@ -86,7 +85,7 @@ def tables(found: Sequence[Compared]) -> list[Table]:
         several = len(common) > 1
         made.append(
             Table(
-                title=about.title,
+                title=tasks.get(task).title,
                 models=tuple(one.name for one in columns),
                 rows=tuple(rows),
                 means=tuple(map(float, means)) if several else (),
@@ -97,19 +96,19 @@ def tables(found: Sequence[Compared]) -> list[Table]:
 
 
 def _titles(found: Sequence[Compared]) -> dict[str, str]:
-    """Of the data sets, for people."""
+    """Returns titles of the data sets, by name."""
     results = [result for one in found if one.evaluation for result in one.evaluation.results]
     return {result.dataset: result.title for result in results}
 
 
 def _title(name: str, titles: Mapping[str, str]) -> str:
-    """Of a row, whose name is that of a data set, or of one and a classifier."""
+    """Returns the title of a row, named by a data set, or by one and a classifier."""
     dataset, comma, rest = name.partition(", ")
     return titles.get(dataset, dataset) + comma + rest
 
 
 def as_text(table: Table) -> str:
-    """Ready to print."""
+    """Formats a table for the terminal."""
     lines = [(table.title, *table.models)]
     lines += [
         (title, *("–" if score is None else percent(score.value) for score in scores))
@@ -121,7 +120,7 @@ def as_text(table: Table) -> str:
 
 
 def panels(found: Sequence[Compared]) -> list[Panel]:
-    """The figures that these models allow."""
+    """Draws the figures that these models allow."""
     candidates = [
         learning(found),
         by_compute(found, "zeroshot", "Zero-shot against compute"),
@@ -135,7 +134,7 @@ def panels(found: Sequence[Compared]) -> list[Panel]:
 
 
 def learning(found: Sequence[Compared]) -> Panel | None:
-    """Zero-shot accuracy against images processed (paper figure 2)."""
+    """Draws zero-shot accuracy against images processed (paper figure 2)."""
     curves = [one for one in found if one.curve]
     if not curves:
         return None
@@ -146,9 +145,9 @@ def learning(found: Sequence[Compared]) -> Panel | None:
 
 
 def curve_rows(found: Sequence[Compared]) -> list[dict[str, Any]]:
-    """How many images each run took to be as good as the least good run ended; the fastest first.
+    """Computes the images that each run took to reach the level the worst run ended at.
 
-    Without runs to compare, empty.
+    The fastest comes first. There are no rows where there are no runs to compare.
     """
     curves = {one.name: one.curve for one in found if one.curve}
     if len(curves) < 2:
@@ -169,7 +168,7 @@ def curve_rows(found: Sequence[Compared]) -> list[dict[str, Any]]:
 
 
 def images_to_reach(curve: Sequence[tuple[float, float]], level: float) -> float:
-    """Images processed when an accuracy was first reached, interpolated; NaN: never."""
+    """Interpolates the images processed when an accuracy was first reached; NaN: never."""
     before = (0.0, 0.0)
     for images, value in curve:
         if value >= level:
@@ -180,7 +179,7 @@ def images_to_reach(curve: Sequence[tuple[float, float]], level: float) -> float
 
 
 def common_means(found: Sequence[Compared], task: str) -> dict[str, float]:
-    """Mean score of each model over the data sets that all of them have.
+    """Computes the mean score of each model over the data sets that all of them have.
 
     Where there are none, the models with the fewest data sets are left out until there are some.
     """
@@ -198,7 +197,7 @@ def _flops(found: Sequence[Compared]) -> dict[str, float]:
 
 
 def _by_family(found: Sequence[Compared], names: Sequence[str]) -> dict[str, list[str]]:
-    """Names of the models by kind of image tower, so that each kind is a line of its own."""
+    """Groups the models by kind of image tower; each kind is a line of its own."""
     kinds: dict[str, list[str]] = {}
     for one in found:
         if one.evaluation and one.name in names:
@@ -209,7 +208,7 @@ def _by_family(found: Sequence[Compared], names: Sequence[str]) -> dict[str, lis
 
 
 def by_compute(found: Sequence[Compared], task: str, title: str) -> Panel | None:
-    """Mean score against operations per image (paper figure 10)."""
+    """Draws the mean score against operations per image (paper figure 10)."""
     means, flops = common_means(found, task), _flops(found)
     if len(means) < 2:
         return None
@@ -222,7 +221,7 @@ def by_compute(found: Sequence[Compared], task: str, title: str) -> Panel | None
 
 
 def power_law(found: Sequence[Compared]) -> Panel | None:
-    """Mean zero-shot error as a power of compute, one law for each family (paper figure 9)."""
+    """Fits mean zero-shot error as a power of compute, for each family (paper figure 9)."""
     means, flops = common_means(found, "zeroshot"), _flops(found)
     points, notes = [], []
     for kind, names in _by_family(found, list(means)).items():
@@ -246,7 +245,7 @@ def power_law(found: Sequence[Compared]) -> Panel | None:
 
 
 def prompting(found: Sequence[Compared]) -> Panel | None:
-    """Bare names against the ensemble of prompts, by compute (paper figure 4)."""
+    """Draws bare names against the ensemble of prompts, by compute (paper figure 4)."""
     rows = []
     for one in found:
         if one.evaluation is None or one.published:
@@ -254,7 +253,7 @@ def prompting(found: Sequence[Compared]) -> Panel | None:
         values: dict[str, list[float]] = {BARE: [], ENSEMBLE: []}
         for result in one.evaluation.of("zeroshot"):
             for score in result.scores:
-                if score.variant in values:
+                if score.variant in values and score.metric == result.headline.metric:
                     values[score.variant].append(score.value)
         if values[BARE]:
             flops = one.evaluation.model.image_flops / 1e9
@@ -272,7 +271,7 @@ def prompting(found: Sequence[Compared]) -> Panel | None:
 
 
 def zeroshot_against_probe(found: Sequence[Compared]) -> Panel | None:
-    """A point for each data set, a mark for each model (paper figure 8)."""
+    """Draws zero-shot against probe: a point for each data set, a mark for each model."""
     points = []
     for one in found:
         zero, probe = one.headlines("zeroshot"), one.headlines("linear_probe")
@@ -290,7 +289,7 @@ def zeroshot_against_probe(found: Sequence[Compared]) -> Panel | None:
 
 
 def shifts(found: Sequence[Compared]) -> list[Panel]:
-    """Accuracy under shift against the reference's, over models (paper figure 13)."""
+    """Draws accuracy under shift against the reference's, over models (paper figure 13)."""
     rows: dict[str, list[Mapping[str, Any]]] = {}
     for one in found:
         results: list[Result] = one.evaluation.of("robustness") if one.evaluation else []

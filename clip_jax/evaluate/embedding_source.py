@@ -1,4 +1,4 @@
-"""What tasks work on: embedded splits of data sets and embedded texts, from wherever they come."""
+"""The inputs of tasks: embedded splits of data sets and embedded texts, wherever they are kept."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ import pyarrow as pa
 from jax.sharding import Mesh
 
 from clip_jax.data.sources.base import Source
+from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures.metrics import METRICS
 from clip_jax.evaluate.sets.dataset import Dataset, check_classes
@@ -17,15 +18,17 @@ TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class EmbeddedSplit:
     """The n usable examples of a split.
 
     Attributes:
-      table: their `retrieval.reader.Row`s, as columns.
-      embeds: of the images, float32 [n, e], L2-normalised.
-      features: what linear probes read, float32 [n, f].
-      skipped: the other examples, by reason.
-      rows: numbers of these examples among all usable ones, int64 [n].
+      table: columns "index" (in the source), "labels" and, where the data set has them,
+        "captions", "groups" and "key", as in `embed.reader.Row`.
+      embeds: embeddings of the images, float32 [n, e], L2-normalised; e is 0 for a model whose
+        embeddings no task needs.
+      features: pre-projection features, float32 [n, f]; f is 0 where no task needs them.
+      skipped: number of unusable examples, by reason.
+      rows: places of these examples among all usable ones of the split, int64 [n].
     """
 
     table: pa.Table
@@ -39,21 +42,22 @@ class Split:
 
     @property
     def indices(self) -> np.ndarray:
-        """Their places in the source, int64 [n]."""
+        """Positions of the examples in the source, int64 [n]."""
         return self.table["index"].to_numpy()
 
     @property
     def captions(self) -> list[list[str]]:
+        """All captions of each example."""
         return self.table["captions"].to_pylist()
 
     @property
     def groups(self) -> list[list[str]]:
-        """Of each example, the values of the data set's group keys."""
+        """Values of the data set's group keys, of each example."""
         return self.table["groups"].to_pylist()
 
-    def take(self, rows: np.ndarray) -> "Split":
-        """Some of the examples, by their numbers."""
-        return Split(
+    def take(self, rows: np.ndarray) -> "EmbeddedSplit":
+        """Returns the examples of these rows."""
+        return EmbeddedSplit(
             self.table.take(pa.array(rows)),
             self.embeds[rows],
             self.features[rows],
@@ -63,105 +67,134 @@ class Split:
 
 
 class Nearest(NamedTuple):
-    """Of n test images.
+    """The training images nearest to n test images.
 
     Attributes:
-      similarity: cosine with the nearest training image, float32 [n].
-      rows: of that one among the training images, int32 [n].
+      similarity: cosine of each test image with its nearest training image, float32 [n].
+      rows: numbers of those among the training images, int32 [n].
     """
 
     similarity: np.ndarray
     rows: np.ndarray
 
 
-class Training(Protocol):
-    """Training images, as the analysis of overlap needs them.
+class TrainingData(Protocol):
+    """The training images, as the analysis of overlap needs them.
 
     Attributes:
-      name: of the data, for people.
-      parameters: a checksum of the detector of near-duplicates.
+      name: name of the data, for people.
+      parameters: checksum of the detector of near-duplicates.
     """
 
     name: str
     parameters: str
 
-    def nearest(self, dataset: Dataset, split: "Split") -> Nearest:
-        """Of examples of the test split of a data set."""
+    def nearest(self, dataset: Dataset, split: EmbeddedSplit) -> Nearest:
+        """Finds the nearest training images of examples of a data set's test split."""
         ...
 
     def picture(self, row: int) -> tuple[str, np.ndarray]:
-        """Key and image, uint8 [h, w, 3], of a training example."""
+        """Returns key and image, uint8 [h, w, 3], of a training example."""
         ...
 
 
-class Material(Protocol):
+class EmbeddingSource(Protocol):
     """A model's view of data sets. Every host gets the same, whole arrays.
 
     Attributes:
       mesh: devices that tasks may compute on.
-      scale: the multiplier of similarities, exp(logit_scale); 1 where the model has none.
-      embeds_texts: whether the model does.
-      can_score_text: whether it does, or scores them for an image.
+      tokenizer: tokenizer of prompts and captions.
+      scale: multiplier of similarities, exp(logit_scale); 1 where the model has none.
+      embeds_texts: whether the model has a text tower.
+      can_score_text: whether it has one, or scores a text for an image.
+      detects_duplicates: whether it was trained to embed near-duplicates close together.
     """
 
     mesh: Mesh
+    tokenizer: Tokenizer
     scale: float
     embeds_texts: bool
     can_score_text: bool
+    detects_duplicates: bool
 
-    def source(self, dataset: Dataset, role: str) -> Source:
-        """The examples of a split; `finding.NotOnDisk` where they are not there."""
+    def source(self, dataset: Dataset, split: str) -> Source:
+        """Opens a split; `finding.NotOnDisk` where it is not there."""
         ...
 
-    def split(self, dataset: Dataset, role: str) -> Split:
-        """A split, embedded."""
+    def embedded(self, dataset: Dataset, split: str) -> EmbeddedSplit:
+        """Returns a split, embedded."""
         ...
 
     def release(self, dataset: Dataset) -> None:
-        """Forgets what is held in memory of a data set."""
+        """Frees the memory that a data set takes."""
         ...
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, e], L2-normalised; texts longer than the context are cut."""
+        """Embeds texts: float32 [n, e], L2-normalised; long ones are cut to the context."""
         ...
 
     def scores(
-        self, dataset: Dataset, role: str, texts: Sequence[str], owners: np.ndarray, classes: int
+        self,
+        dataset: Dataset,
+        split: str,
+        texts: Sequence[str],
+        class_ids: np.ndarray,
+        classes: int,
     ) -> np.ndarray:
-        """Scores of classes for all usable examples of a split, float32 [n, classes].
+        """Scores classes for all usable examples of a split, by a model that embeds no texts.
 
-        For models that embed no texts; `owners`, int [texts], are the classes of the texts.
+        Args:
+          dataset, split: name the examples.
+          texts: prompts of the classes.
+          class_ids: class of each prompt, int [texts].
+          classes: number of classes.
+
+        Returns:
+          float32 [n, classes].
         """
         ...
 
-    def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:
-        """An example's image as the model sees it, uint8 [h, w, 3]."""
+    def views(self, dataset: Dataset, split: str) -> np.ndarray:
+        """Embeds two views of each usable image, the same at every call: float32 [n, 2, e]."""
+        ...
+
+    def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:
+        """Returns the image of an example as the model sees it, uint8 [h, w, 3]."""
         ...
 
 
-def labelled(material: Material, dataset: Dataset, role: str) -> tuple[Split, np.ndarray]:
-    """The examples of a split that have a class, and their targets.
+def labelled(
+    embeddings: EmbeddingSource, dataset: Dataset, split: str
+) -> tuple[EmbeddedSplit, np.ndarray]:
+    """Returns the examples of a split that have a class, and their targets.
 
     Returns:
       The split without the others, and int32 [n]; or, for a metric of several labels, all of it
       and bool [n, classes].
 
     Raises:
-      UserError: no example has a class, or, but for validation, a class has no example.
+      UserError: no example has a class, a label has no class name, or, but for validation and
+        data that may be partial, a class has no example.
     """
-    split = material.split(dataset, role)
-    lists, count = split.table["labels"].combine_chunks(), len(dataset.class_names)
+    examples = embeddings.embedded(dataset, split)
+    lists, count = examples.table["labels"].combine_chunks(), len(dataset.class_names)
     values = lists.flatten().to_numpy(zero_copy_only=False)
     lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
-    what = f"the {role} split of {dataset.name}"
+    what = f"the {split} split of {dataset.name}"
+    if not len(values):
+        raise UserError(f"No image of {what} has a class: set label_key of its source.")
+    if values.max() >= count:
+        raise UserError(
+            f"There is a label {values.max()} in {what}, but only {count} class names are given: "
+            "set its class_names (in a config eval.zeroshot.class_names)."
+        )
     if METRICS[dataset.metric].multi_label:
-        rows, targets = np.arange(len(split)), np.zeros((len(split), count), bool)
+        rows, targets = np.arange(len(examples)), np.zeros((len(examples), count), bool)
         targets[np.repeat(rows, lengths), values] = True
     else:
         rows = np.flatnonzero(lengths)
         targets = values[np.cumsum(lengths)[rows] - lengths[rows]].astype(np.int32)
-    if not len(values):
-        raise UserError(f"No image of {what} has a class: set label_key of its source.")
-    if role != VALIDATION:  # which may be a small part of the training split
+    # A validation split may be a small part of the training split.
+    if split != VALIDATION and not dataset.partial:
         check_classes([np.unique(values).tolist()], dataset.class_names, what)
-    return (split if len(rows) == len(split) else split.take(rows)), targets
+    return (examples if len(rows) == len(examples) else examples.take(rows)), targets

@@ -1,4 +1,4 @@
-"""The paper's figures, of the results of one model."""
+"""The paper's figures, drawn of the results of one model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,22 +18,30 @@ from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE, SINGLE
 
 
 def legend(points: Sequence[Points]) -> list[Line]:
-    """Of the series, in their order."""
+    """Returns the legend of the series, in their order."""
     return [Line(each.label, joined=each.joined, quiet=each.quiet) for each in points]
 
 
 def averaged(results: Sequence[Result]) -> list[Result]:
-    """Those that a mean is taken over: shifts are left out, unless there is nothing else."""
+    """Returns the results that a mean is taken over: no shifts, unless there is nothing else."""
     return [result for result in results if not result.base] or list(results)
 
 
 def prompting(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Mean score over the data sets by prompts (paper figure 4): variant, value, gain over bare."""
+    """Returns the mean score over the data sets by prompts (paper figure 4).
+
+    Returns:
+      "variant", "value" and "gain" over bare names, of each variant; nothing where there is only
+      one.
+    """
     variants = (BARE, SINGLE, ENSEMBLE)
     by_variant: dict[str, list[float]] = {name: [] for name in variants}
     for result in averaged(results):
         for score in result.scores:
-            by_variant[score.variant].append(score.value)
+            if score.metric == result.headline.metric:
+                by_variant[score.variant].append(score.value)
+    if not by_variant[BARE]:
+        return []
     means = {name: float(np.mean(values)) for name, values in by_variant.items()}
     return [
         {"variant": name, "value": means[name], "gain": means[name] - means[BARE]}
@@ -42,7 +50,7 @@ def prompting(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def probe_against_zeroshot(zeroshot: Sequence[Result], probes: Sequence[Result]) -> Panel | None:
-    """Zero-shot against fully supervised, a point for each data set (paper figure 8)."""
+    """Draws zero-shot against fully supervised, a point for each data set (paper figure 8)."""
     supervised = {result.dataset: result for result in probes}
     both = [result for result in zeroshot if result.dataset in supervised]
     if len(both) < 2:
@@ -59,7 +67,7 @@ def probe_against_zeroshot(zeroshot: Sequence[Result], probes: Sequence[Result])
 
 
 def strengths(result: Result) -> Panel:
-    """The score on validation by strength of regularisation."""
+    """Draws the score on validation data by L2 strength."""
     details = result.details
     tried = sorted(details["points"])
     points = [
@@ -73,7 +81,7 @@ def strengths(result: Result) -> Panel:
 
 
 def few_shot(result: Result) -> Panel:
-    """Probes by examples per class, beside zero-shot (paper figure 6)."""
+    """Draws probes by examples per class, beside zero-shot (paper figure 6)."""
     details = result.details
     shots = details["shots"]
     points = [
@@ -91,7 +99,7 @@ def few_shot(result: Result) -> Panel:
 
 
 def few_shot_mean(results: Sequence[Result]) -> Panel:
-    """The same, in the mean over data sets."""
+    """Draws probes by examples per class, in the mean over data sets."""
     shots = sorted(set.intersection(*(set(result.details["shots"]) for result in results)))
     means = [
         np.mean([r.details["mean"][r.details["shots"].index(shot)] for r in results])
@@ -117,7 +125,7 @@ def _shots_panel(title: str, points: list[Points], shots: Sequence[int], note: s
 
 
 def needs(details: Mapping[str, Any]) -> float:
-    """Examples per class that equal zero-shot; infinity: not even all of them do."""
+    """Returns the examples per class that equal zero-shot; infinity: not even all of them do."""
     value = details["labels_needed"]
     return math.inf if value is None else value
 
@@ -130,9 +138,9 @@ def _labels_note(details: Mapping[str, Any]) -> str:
 
 
 def robustness(result: Result) -> list[Panel]:
-    """Accuracy on each shift against that on the reference set, among other models (figure 13).
+    """Draws accuracy on each shift against that on the reference set (paper figure 13).
 
-    A shift for which no other models are known has no figure: its row in the table says it all.
+    A shift for which no other models are known has no figure; its row in the table says it all.
     """
     rows, testbed = result.details["rows"], result.details["testbed"]
     names = [name for name in dict.fromkeys(row["name"] for row in rows) if name in testbed]
@@ -162,7 +170,7 @@ def _shift(
 
 
 def overlaps(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
-    """What overlap adds to accuracy, by its share (paper figure 17)."""
+    """Draws what overlap adds to accuracy, by the fraction that overlaps (paper figure 17)."""
     found: list[Overlap] = [each["row"] for each in rows]
     points = Points(
         "data sets",

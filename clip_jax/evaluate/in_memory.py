@@ -1,20 +1,19 @@
 """Embeddings of a model in training: in memory, the same on every host."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from etils import epath
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from clip_jax.data.sources import reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.embed.encoder import Encoder, Variables, to_host
 from clip_jax.errors import BadExample, UserError
-from clip_jax.evaluate.embedding_source import Split
-from clip_jax.evaluate.sets import finding
+from clip_jax.evaluate.embedding_source import EmbeddedSplit
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.models.prompts import prepare
 
@@ -29,100 +28,152 @@ _SCHEMA = pa.schema(
 )
 
 
-class Live:
-    """`Material` for one evaluation of the variables bound last."""
+class InMemoryEmbeddings:
+    """An `EmbeddingSource` of the variables bound last."""
 
     def __init__(
         self,
         encoder: Encoder,
         tokenizer: Tokenizer,
-        data_dir: str,
+        open_split: Callable[[Dataset, str], Source],
+        *,
         threads: int,
-        fallback_dir: epath.Path | None,
+        views: ConfigDict,
+        seed: int,
     ):
         """Reads nothing yet.
 
         Args:
-          encoder: over all devices of all hosts.
-          tokenizer: of texts.
-          data_dir: of the data sets.
-          threads: that read; 0: one per CPU core.
-          fallback_dir: directory for indices of shards whose own cannot be written to.
+          encoder: embeds over all devices of all hosts.
+          tokenizer: tokenizer of texts.
+          open_split: opens a split of a data set.
+          threads: threads that read; 0: one per CPU core.
+          views: strengths of the changes between two views; `data.views` in configs/default.py.
+          seed: seed of the views.
         """
-        self.mesh, self.scale = encoder.mesh, 1.0
+        self.mesh, self.tokenizer, self.scale = encoder.mesh, tokenizer, 1.0
         self.embeds_texts, self.can_score_text = encoder.embeds_texts, encoder.can_score_text
-        self._encoder, self._tokenizer, self._threads = encoder, tokenizer, threads
-        self._data_dir, self._fallback_dir = data_dir, fallback_dir
+        self.detects_duplicates = encoder.detects_duplicates
+        self._encoder, self._open, self._threads = encoder, open_split, threads
+        self._views, self._seed = FrozenConfigDict(views), seed
+        self._with_features: Collection[str] = ()
         self._variables: Variables = {}
         self._sources: dict[tuple[str, str], Source] = {}
         self._tables: dict[tuple[str, str], pa.Table] = {}
-        self._splits: dict[tuple[str, str], Split] = {}
+        self._splits: dict[tuple[str, str], EmbeddedSplit] = {}
 
-    def bind(self, variables: Variables) -> None:
-        """Forgets the embeddings by earlier variables."""
-        self._variables = variables
+    def bind(self, variables: Variables, with_features: Collection[str] = ()) -> None:
+        """Drops the embeddings by earlier variables.
+
+        Args:
+          variables: variables to embed with from now on.
+          with_features: names of the data sets whose pre-projection features are wanted too.
+        """
+        self._variables, self._with_features = variables, with_features
         self._splits.clear()
         if "logit_scale" in variables["params"]:
             self.scale = float(np.exp(to_host(variables["params"]["logit_scale"])))
 
-    def source(self, dataset: Dataset, role: str) -> Source:
-        """The examples of a split; `finding.NotOnDisk` where they are not there."""
-        key = dataset.name, role
+    def source(self, dataset: Dataset, split: str) -> Source:
+        """Opens a split; `finding.NotOnDisk` where it is not there."""
+        key = dataset.name, split
         if key not in self._sources:
-            side = self._encoder.image_size
-            self._sources[key] = finding.open_split(
-                dataset, role, self._data_dir, image_size=side, fallback_dir=self._fallback_dir
-            )
+            self._sources[key] = self._open(dataset, split)
         return self._sources[key]
 
-    def split(self, dataset: Dataset, role: str) -> Split:
-        """A split, embedded by all hosts together."""
-        key = dataset.name, role
+    def embedded(self, dataset: Dataset, split: str) -> EmbeddedSplit:
+        """Returns a split, embedded by all hosts together."""
+        key = dataset.name, split
         if key not in self._splits:
-            source = self.source(dataset, role)
-            batches = list(self._encoder.images(self._variables, source, features=True))
-            if not sum(len(batch["index"]) for batch in batches):
-                raise UserError(f"No image of {dataset.title}, {role}, can be used.")
-            index, embeds, features = (
-                np.concatenate([batch[name] for batch in batches])
-                for name in ("index", "embed", "features")
-            )
-            table = self._table(key, source)
-            usable = pa.array(np.searchsorted(table["index"].to_numpy(), index))
-            skipped = Counter({"unusable example": len(source) - len(index)})
-            rows = np.arange(len(index))
-            self._splits[key] = Split(table.take(usable), embeds, features, +skipped, rows)
+            self._splits[key] = self._embed(dataset, split)
         return self._splits[key]
 
+    def _embed(self, dataset: Dataset, split: str) -> EmbeddedSplit:
+        source, table = self.source(dataset, split), self._tables.get((dataset.name, split))
+        columns: dict[str, np.ndarray] = {}
+        features = dataset.name in self._with_features
+        if self.embeds_texts or features or table is None:
+            if self.embeds_texts or features:
+                found = self._encoder.images(self._variables, source, features=features)
+            else:  # only which examples are usable, and their labels
+                found = self._encoder.each(lambda batch: {}, source)
+            batches = [batch for batch in found if len(batch["index"])]
+            if not batches:
+                raise UserError(f"There is no usable image in {dataset.title}, {split}.")
+            columns = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+            table = self._table(dataset, split, columns["index"], columns["label"])
+        nothing = np.zeros((len(table), 0), np.float32)
+        return EmbeddedSplit(
+            table,
+            columns.get("embed", nothing),
+            columns.get("features", nothing),
+            +Counter({"unusable example": len(source) - len(table)}),
+            np.arange(len(table)),
+        )
+
     def release(self, dataset: Dataset) -> None:
-        """Forgets the embeddings of a data set."""
+        """Drops the embeddings of a data set."""
         for key in [key for key in self._splits if key[0] == dataset.name]:
             del self._splits[key]
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, e], L2-normalised; texts longer than the context are cut."""
-        return self._encoder.texts(self._variables, self._tokenizer(list(texts), truncate=True))
+        """Embeds texts: float32 [n, e], L2-normalised; long ones are cut to the context."""
+        return self._encoder.texts(self._variables, self.tokenizer(list(texts), truncate=True))
 
     def scores(
-        self, dataset: Dataset, role: str, texts: Sequence[str], owners: np.ndarray, classes: int
+        self,
+        dataset: Dataset,
+        split: str,
+        texts: Sequence[str],
+        class_ids: np.ndarray,
+        classes: int,
     ) -> np.ndarray:
-        """Scores of classes for all usable examples of a split; see `material.Material`."""
-        prompts = prepare(self._tokenizer(list(texts), truncate=True))
-        source = self.source(dataset, role)
-        batches = self._encoder.scores(self._variables, source, prompts, owners, classes)
+        """Scores classes for all usable examples of a split; see `EmbeddingSource`."""
+        prompts = prepare(self.tokenizer(list(texts), truncate=True))
+        source = self.source(dataset, split)
+        batches = self._encoder.scores(self._variables, source, prompts, class_ids, classes)
         return np.concatenate([batch["scores"] for batch in batches])
 
-    def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:
-        """An example's image as the model sees it, uint8 [h, w, 3]."""
-        return self._encoder.picture(self.source(dataset, role), index)
+    def views(self, dataset: Dataset, split: str) -> np.ndarray:
+        """Embeds two views of each usable image, the same at every call: float32 [n, 2, e]."""
+        source = self.source(dataset, split)
+        batches = self._encoder.views(self._variables, source, self._views, self._seed)
+        return np.concatenate([batch["embed"] for batch in batches])
 
-    def _table(self, key: tuple[str, str], source: Source) -> pa.Table:
-        """What is known of each example; every host reads them all, once."""
-        if key not in self._tables:
-            found = reading.by_threads(_row, source, range(len(source)), self._threads)
-            rows = [{"index": index, **row} for index, row in enumerate(found) if row]
-            self._tables[key] = pa.Table.from_pylist(rows, schema=_SCHEMA)
-        return self._tables[key]
+    def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:
+        """Returns the image of an example as the model sees it, uint8 [h, w, 3]."""
+        return self._encoder.picture(self.source(dataset, split), index)
+
+    def _table(
+        self, dataset: Dataset, split: str, index: np.ndarray, label: np.ndarray
+    ) -> pa.Table:
+        """Returns what is known of the usable examples; made once a run.
+
+        The batches tell index and first label. Only for what they do not carry does every host
+        read the whole split by itself.
+        """
+        key = dataset.name, split
+        held = self._tables.get(key)
+        if held is None or not np.array_equal(held["index"].to_numpy(), index):
+            labels_suffice = not (dataset.multi_label or dataset.group_keys)
+            if dataset.kind == "classification" and labels_suffice:
+                held = _of_labels(index, label)
+            else:
+                source = self.source(dataset, split)
+                found = reading.by_threads(_row, source, range(len(source)), self._threads)
+                rows = [{"index": number, **row} for number, row in enumerate(found) if row]
+                whole = pa.Table.from_pylist(rows, schema=_SCHEMA)
+                places = np.searchsorted(whole["index"].to_numpy(), index)
+                held = whole.take(pa.array(places))
+            self._tables[key] = held
+        return held
+
+
+def _of_labels(index: np.ndarray, label: np.ndarray) -> pa.Table:
+    """Returns the columns "index" and "labels", a list with the label, or none where it is -1."""
+    ends = np.concatenate([[0], np.cumsum(label >= 0)]).astype(np.int32)
+    labels = pa.ListArray.from_arrays(pa.array(ends), pa.array(label[label >= 0], pa.int32()))
+    return pa.table({"index": pa.array(index, pa.int64()), "labels": labels})
 
 
 def _row(read: Callable[[], Example]) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: made once, shared by all tasks, resumed where a killed run ended."""
+"""Embeddings kept on disk: made once, shared by all tasks, resumed where a killed command ended."""
 
 import contextlib
 import hashlib
@@ -11,26 +11,28 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from clip_jax.api import Model
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.sources.captions import Captions
 from clip_jax.embed import making
 from clip_jax.embed.encoder import to_host
-from clip_jax.embed.store import Store
+from clip_jax.embed.store import BLOCK, Store
 from clip_jax.errors import UserError
-from clip_jax.evaluate.embedding_source import Split
+from clip_jax.evaluate.embedding_source import TEST, EmbeddedSplit, Nearest
 from clip_jax.evaluate.sets import finding
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.models.prompts import prepare
+from clip_jax.search import exact
 from clip_jax.storage import locations, ranges, writing
 
 _ROWS = 16_384  # examples in a part: what a killed evaluation loses at most
 _POLL = 5.0  # seconds between looks at what other hosts have made
 
 
-class Stored:
-    """`Material` of one model, under one directory."""
+class OnDiskEmbeddings:
+    """An `EmbeddingSource` of one model, under one directory."""
 
     def __init__(
         self,
@@ -40,85 +42,91 @@ class Stored:
         *,
         batch_size: int,
         threads: int,
+        views: ConfigDict,
         process: int = 0,
         processes: int = 1,
     ):
         """Reads nothing yet.
 
         Args:
-          model: with a tokenizer.
-          directory: for the embeddings.
-          data_dir: of the data sets.
+          model: a model with a tokenizer.
+          directory: directory for the embeddings.
+          data_dir: directory of the data sets.
           batch_size: images or texts per step, over the devices of a host.
-          threads: that read and decode; 0: one per CPU core.
-          process: which host this is.
-          processes: how many share the work.
+          threads: threads that read and decode; 0: one per CPU core.
+          views: strengths of the changes between two views; `data.views` in configs/default.py.
+          process: number of this host.
+          processes: number of hosts that share the work.
         """
-        self.model, self.parameters = model, making.fingerprint(model)
+        assert model.tokenizer is not None
+        self.model, self.tokenizer = model, model.tokenizer
+        self.parameters = making.fingerprint(model)
         self._maker = making.Maker(model, batch_size, threads)
         self._directory, self._data_dir = locations.parse(directory), data_dir
-        self._share = process, processes
+        self._hosts = process, processes
+        self._views = FrozenConfigDict(views)
         self._sources: dict[tuple[str, str], Source] = {}
-        self._held: dict[tuple[str, str], Split] = {}
+        self._held: dict[tuple[str, str], EmbeddedSplit] = {}
         encoder, params = self._maker.encoder, model.variables["params"]
         self.mesh = encoder.mesh
         self.embeds_texts, self.can_score_text = encoder.embeds_texts, encoder.can_score_text
+        self.detects_duplicates = encoder.detects_duplicates
         self.scale = (
             float(np.exp(to_host(params["logit_scale"]))) if "logit_scale" in params else 1.0
         )
 
-    def source(self, dataset: Dataset, role: str) -> Source:
-        """The examples of a split; `finding.NotOnDisk` where they are not there."""
-        key = dataset.name, role
+    def source(self, dataset: Dataset, split: str) -> Source:
+        """Opens a split; `finding.NotOnDisk` where it is not there."""
+        key = dataset.name, split
         if key not in self._sources:
             self._sources[key] = finding.open_split(
                 dataset,
-                role,
+                split,
                 self._data_dir,
                 image_size=self.model.net.size.image_size,
                 fallback_dir=self._directory / "index",
             )
         return self._sources[key]
 
-    def split(self, dataset: Dataset, role: str) -> Split:
-        """A split, embedded; waits for what other hosts make of it."""
-        name = f"{dataset.name}-{role}"
-        if (dataset.name, role) not in self._held:
-            source = self.source(dataset, role)
+    def embedded(self, dataset: Dataset, split: str) -> EmbeddedSplit:
+        """Returns a split, embedded; waits for the parts that other hosts embed."""
+        name = f"{dataset.name}-{split}"
+        if (dataset.name, split) not in self._held:
+            source = self.source(dataset, split)
             columns = ("image_embed", "image_features")
-            store = self.fill(name, {"dataset": dataset.name, "split": role}, source, columns)
+            store = self.fill(name, {"dataset": dataset.name, "split": split}, source, columns)
             if not sum(store.counts()):
-                raise UserError(f"No image of {dataset.title}, {role}, can be used.")
+                raise UserError(f"No image of {dataset.title}, {split}, can be used.")
             table = store.table()
-            self._held[dataset.name, role] = Split(
+            self._held[dataset.name, split] = EmbeddedSplit(
                 table=table,
                 embeds=read(store, "image_embed"),
                 features=read(store, "image_features"),
                 skipped=Counter(bad["reason"] for bad in store.finish()),
                 rows=np.arange(table.num_rows),
             )
-        return self._held[dataset.name, role]
+        return self._held[dataset.name, split]
 
     def release(self, dataset: Dataset) -> None:
-        """Forgets what is held in memory of a data set; it stays on disk."""
+        """Frees the memory that a data set takes; its embeddings stay on disk."""
         for held in (self._sources, self._held):
             for key in [key for key in held if key[0] == dataset.name]:
                 del held[key]
 
-    def alone(self) -> None:
-        """From here on, this host makes what is missing by itself."""
-        self._share = 0, 1
+    def work_alone(self) -> None:
+        """Has this host embed by itself what is missing from here on."""
+        self._hosts = 0, 1
 
     def fill(
         self, name: str, data: Mapping[str, str], source: Source, columns: Sequence[str]
     ) -> Store:
-        """A complete store of these examples.
+        """Completes a store of the embeddings of a source, and returns it.
 
         Args:
-          name: of its directory.
+          name: name of its directory.
           data: names the examples.
-          source: of them.
-          columns: of `store.COLUMNS`.
+          source: examples.
+          columns: some of `store.COLUMNS`.
 
         Raises:
           UserError: the directory holds embeddings of something else.
@@ -133,13 +141,13 @@ class Stored:
             format="npy",
             rows=_ROWS,
         )
-        self._maker.fill(store, source, *self._share, label=name)
+        self._maker.fill(store, source, *self._hosts, label=name)
         while store.missing():
             time.sleep(_POLL)
         return store
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 [n, e], L2-normalised; kept on disk, texts longer than the context are cut."""
+        """Embeds texts: float32 [n, e], L2-normalised; kept on disk, long ones are cut."""
         digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:24]
         path = self._directory / "texts" / f"{self.parameters[:12]}-{digest}.npy"
         with contextlib.suppress(FileNotFoundError):
@@ -149,34 +157,75 @@ class Stored:
             embeds = np.zeros((len(texts), made.manifest.columns["text_embed"]), np.float32)
             embeds[made.table()["index"].to_numpy()] = read(made, "text_embed")
             return embeds
-        assert self.model.tokenizer is not None
-        tokens = self.model.tokenizer(list(texts), truncate=True)
+        tokens = self.tokenizer(list(texts), truncate=True)
         embeds = self._maker.encoder.texts(self.model.variables, tokens, by_length=True)
         with writing.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, embeds)
         return embeds
 
     def scores(
-        self, dataset: Dataset, role: str, texts: Sequence[str], owners: np.ndarray, classes: int
+        self,
+        dataset: Dataset,
+        split: str,
+        texts: Sequence[str],
+        class_ids: np.ndarray,
+        classes: int,
     ) -> np.ndarray:
-        """Scores of classes for all usable examples of a split; see `material.Material`."""
-        assert self.model.tokenizer is not None
-        prompts = prepare(self.model.tokenizer(list(texts), truncate=True))
-        source = self.source(dataset, role)
-        batches = self._maker.encoder.scores(self.model.variables, source, prompts, owners, classes)
+        """Scores classes for all usable examples of a split; see `EmbeddingSource`."""
+        prompts = prepare(self.tokenizer(list(texts), truncate=True))
+        source = self.source(dataset, split)
+        batches = self._maker.encoder.scores(
+            self.model.variables, source, prompts, class_ids, classes
+        )
         return np.concatenate([batch["scores"] for batch in batches])
 
-    def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:
-        """An example's image as the model sees it, uint8 [h, w, 3]."""
-        return self.pixels(self.source(dataset, role), index)
+    def views(self, dataset: Dataset, split: str) -> np.ndarray:
+        """Embeds two views of each usable image: float32 [n, 2, e]; not kept on disk."""
+        source, variables = self.source(dataset, split), self.model.variables
+        batches = list(self._maker.encoder.views(variables, source, self._views, seed=0))
+        return np.concatenate([batch["embed"] for batch in batches])
+
+    def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:
+        """Returns the image of an example as the model sees it, uint8 [h, w, 3]."""
+        return self.pixels(self.source(dataset, split), index)
 
     def pixels(self, source: Source, index: int) -> np.ndarray:
-        """The same of any source."""
+        """Returns the image of an example of any source, uint8 [h, w, 3]."""
         return self._maker.encoder.picture(source, index)
 
 
+class TrainingImages:
+    """Training images, embedded by a detector of near-duplicates; a `TrainingData`."""
+
+    def __init__(self, name: str, source: Source, detector: OnDiskEmbeddings):
+        """Embeds what is not embedded yet.
+
+        Args:
+          name: name of the data, for people.
+          source: training images.
+          detector: embeddings by a model that has near-duplicates close together.
+        """
+        self.name, self.parameters = name, detector.parameters
+        self._source, self._detector = source, detector
+        self._store = detector.fill("training", {"data": name}, source, ("image_embed",))
+
+    def nearest(self, dataset: Dataset, split: EmbeddedSplit) -> Nearest:
+        """Finds the nearest training images of examples of a data set's test split."""
+        seen = self._detector.embedded(dataset, TEST)
+        embeds = seen.embeds[np.searchsorted(seen.indices, split.indices)]
+        mesh = self._detector.mesh
+        blocks = exact.put_blocks(self._store.blocks("image_embed"), BLOCK, mesh)
+        best = exact.search(blocks, embeds, 1, mesh)
+        return Nearest(best.scores[:, 0], best.rows[:, 0])
+
+    def picture(self, row: int) -> tuple[str, np.ndarray]:
+        """Returns key and image, uint8 [h, w, 3], of a training example."""
+        (found,) = self._store.rows([row])
+        return found.key, self._detector.pixels(self._source, found.index)
+
+
 class Texts:
-    """Texts as a source, so that they are embedded like everything else."""
+    """Texts as a source, so that they are embedded like images."""
 
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
@@ -192,6 +241,6 @@ class Texts:
 
 
 def read(store: Store, column: str) -> np.ndarray:
-    """All rows of a column, [n, width]."""
+    """Reads all rows of a column, float32 [n, width]."""
     blocks: list[Any] = list(store.blocks(column))
     return np.concatenate(blocks) if blocks else np.zeros((0, store.manifest.columns[column]))

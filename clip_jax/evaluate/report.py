@@ -1,4 +1,4 @@
-"""report.html of an evaluation, and the pages by which thresholds of overlap are set."""
+"""Pages of results: report.html of an evaluation, its sections, pairs of overlapping images."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -8,42 +8,42 @@ from typing import Any
 from etils import epath
 
 from clip_jax.common.pages import page
-from clip_jax.common.pages.page import Thumbnail
-from clip_jax.evaluate import confusion, figures
-from clip_jax.evaluate.folder import Evaluation
+from clip_jax.common.pages.pictures import Thumbnail
+from clip_jax.evaluate import confusion, figures, tasks
 from clip_jax.evaluate.measures import overlap
 from clip_jax.evaluate.measures.intervals import Share
-from clip_jax.evaluate.results import Result, Score
-from clip_jax.evaluate.run_report import zeroshot_view
-from clip_jax.evaluate.tasks import TASKS
+from clip_jax.evaluate.results import Evaluation, Result, Score
 
-_HERE = Path(__file__).parent
-_TEMPLATES = _HERE.parent / "evals"  # of confusions and galleries
+TEMPLATES = Path(__file__).parent  # sections.html.jinja among them
 
 
 def write(directory: epath.Path, evaluation: Evaluation) -> list[epath.Path]:
-    """Writes all pages; returns their paths, that of the report first."""
+    """Writes all pages of an evaluation; returns their paths, that of the report first."""
     path = directory / "report.html"
     page.write(
         path,
-        _HERE / "report.html.jinja",
-        _TEMPLATES,
+        TEMPLATES / "report.html.jinja",
         title=f"{evaluation.model.name}: evaluation",
         evaluation=evaluation,
         model=evaluation.model,
-        sections=[
-            {"name": name, "title": TASKS[name].title, "view": view(evaluation.of(name))}
-            for name, view in SECTIONS.items()
-            if evaluation.of(name)
-        ],
+        sections=sections(evaluation.results),
         stats=_stats(evaluation),
         summary=_summary(evaluation),
     )
     return [path, *(_write_pairs(directory, result) for result in evaluation.of("overlap"))]
 
 
+def sections(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Returns a section for each task that has results, as sections.html.jinja shows it."""
+    found = []
+    for name, view in _VIEWS.items():
+        if own := [result for result in results if result.task == name]:
+            found.append({"name": name, "title": tasks.get(name).title, "view": view(own)})
+    return found
+
+
 def _stats(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """The few figures on top."""
+    """Returns the few figures on top."""
     stats = []
     for name, label in (
         ("zeroshot", "zero-shot"),
@@ -59,7 +59,7 @@ def _stats(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _summary(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A row for each classified data set: its scores by kind of classifier."""
+    """Returns a row for each classified data set: its scores by kind of classifier."""
     rows: dict[str, dict[str, Any]] = {}
     for name in ("zeroshot", "linear_probe"):
         for result in evaluation.of(name):
@@ -68,7 +68,8 @@ def _summary(evaluation: Evaluation) -> list[dict[str, Any]]:
             row["n"] = result.headline.n
             row["chance"] = result.headline.chance
             for score in result.scores if name == "zeroshot" else result.scores[:1]:
-                row["scores"][score.variant] = score
+                if score.metric == result.headline.metric:
+                    row["scores"][score.variant] = score
     return list(rows.values())
 
 
@@ -79,7 +80,8 @@ def _zeroshot(results: Sequence[Result]) -> dict[str, Any]:
     sets = [
         {
             "result": result,
-            "view": zeroshot_view(confusion.from_json(result.details["classes"]))
+            "top5": next((score for score in result.quoted if score.metric == "top5"), None),
+            "confusion": confusion.view(confusion.from_json(result.details["classes"]))
             if "classes" in result.details
             else None,
         }
@@ -106,12 +108,16 @@ def _retrieval(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def _by_metric(scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """A row for each metric, with its score in each variant."""
+    """Returns a row for each metric, with its score in each variant."""
     rows: dict[str, dict[str, Any]] = {}
     for score in scores:
         row = rows.setdefault(score.metric, {"metric": score.metric, "scores": {}})
         row["scores"][score.variant] = score
     return list(rows.values())
+
+
+def _near_duplicates(results: Sequence[Result]) -> dict[str, Any]:
+    return {"results": results}
 
 
 def _linear_probe(results: Sequence[Result]) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def _overlap(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def overlap_row(result: Result) -> overlap.Overlap:
-    """The row of a data set, as it was before it became JSON."""
+    """Restores the row of a data set from JSON."""
     fields = _numbers(result.details["row"])
     parts: dict[str, Any] = {
         name: Share(**_numbers(fields[name])) for name in ("all", "overlap", "clean")
@@ -146,7 +152,7 @@ def overlap_row(result: Result) -> overlap.Overlap:
 
 
 def _numbers(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """With NaN where JSON has nothing."""
+    """Puts NaN where JSON has null."""
     return {name: math.nan if value is None else value for name, value in fields.items()}
 
 
@@ -154,9 +160,10 @@ def _bias(results: Sequence[Result]) -> dict[str, Any]:
     return {"results": results}
 
 
-SECTIONS: dict[str, Callable[[Sequence[Result]], dict[str, Any]]] = {
+_VIEWS: dict[str, Callable[[Sequence[Result]], dict[str, Any]]] = {
     "zeroshot": _zeroshot,
     "retrieval": _retrieval,
+    "near_duplicates": _near_duplicates,
     "linear_probe": _linear_probe,
     "few_shot": _few_shot,
     "robustness": _robustness,
@@ -169,7 +176,7 @@ def _write_pairs(directory: epath.Path, result: Result) -> epath.Path:
     path = directory / f"overlap-{result.dataset}.html"
     page.write(
         path,
-        _HERE / "overlap.html.jinja",
+        TEMPLATES / "overlap.html.jinja",
         title=f"{result.title}: nearest training images",
         result=result,
         row=overlap_row(result),

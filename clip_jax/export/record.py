@@ -1,6 +1,7 @@
 """The facts of a model card: the model, and its training where that was recorded."""
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ from clip_jax.weights.model import Weights
 
 _ROWS = 8  # in the training curve
 _FEW = 4  # evaluations that make a curve by themselves
-_SCORES = ("zeroshot/", "retrieval/")  # how the names of evaluations begin
+# Scores of the data that the config describes; those of data sets by name are not told apart here.
+_SCORE = re.compile(r"zeroshot/top\d|retrieval/(text_to_image|image_to_text)/recall@\d+")
 
 Row = Mapping[str, float]
 
@@ -96,7 +98,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
     with checkpoint.Checkpoints(workdir, create=False) as store:
         meta = store.read_meta(origin["step"])
     rows = _by_step(metrics.read_history(workdir), meta["step"])
-    evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
+    evaluated = [row for row in rows if any(map(_SCORE.fullmatch, row))]
     last = evaluated[-1] if evaluated else {"step": 0}
     return Training(
         step=meta["step"],
@@ -108,7 +110,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
         truncated=meta["truncated"],
         config=meta["config"],
         curve=_curve(rows),
-        scores={name: value for name, value in last.items() if name.startswith(_SCORES)},
+        scores={name: value for name, value in last.items() if _SCORE.fullmatch(name)},
         scored_at=int(last["step"]),
     )
 
@@ -125,7 +127,7 @@ def _by_step(history: Sequence[Row], last: int) -> list[Row]:
 def _curve(rows: list[Row]) -> list[Row]:
     """Picks at most `_ROWS` rows with a loss, evenly spaced; evaluated ones if there are enough."""
     rows = [row for row in rows if "train/loss" in row]
-    evaluated = [row for row in rows if any(name.startswith(_SCORES) for name in row)]
+    evaluated = [row for row in rows if any(map(_SCORE.fullmatch, row))]
     rows = evaluated if len(evaluated) >= _FEW else rows
     if len(rows) <= _ROWS:
         return rows

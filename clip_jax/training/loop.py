@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from etils import epath
@@ -22,14 +22,11 @@ from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
-from clip_jax.evaluate.evaluators import Evaluators
+from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
 from clip_jax.training import step as train_step
 from clip_jax.training import workdir
 from clip_jax.training.program import Program
-
-if TYPE_CHECKING:
-    from clip_jax.evaluate.suite import Suite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +37,10 @@ class Run:
     tokenizer: Tokenizer
     source: Source
     order: Order
-    evaluators: Evaluators
-    suite: "Suite | None"  # None: none is asked for
+    evaluator: Evaluator
     total: int  # steps
-    log_every: int  # steps, as the next three
+    log_every: int  # steps, as the next two
     eval_every: int
-    suite_every: int
     checkpoint_every: int
 
     @property
@@ -156,7 +151,7 @@ class Loop:
                     while step == run.total and not self._store.finish():
                         self._save(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
-            evaluated = run.evaluators.run(state.variables)
+            evaluated = run.evaluator.run(state.variables)
         return evaluated
 
     @contextlib.contextmanager
@@ -195,24 +190,20 @@ class Loop:
         self._progress.show(step, values["loss"], rate, waited)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
-        """What is due of the evaluations; empty: nothing."""
+        """Evaluates where it is due; returns what was found, nothing where it is not."""
         run = self._run
-        due = [run.evaluators.run] if clock.is_due(step, run.eval_every, run.total) else []
-        if run.suite is not None and clock.is_due(step, run.suite_every, run.total):
-            due.append(run.suite.run)
-        if not due:
+        if not clock.is_due(step, run.eval_every, run.total):
             return {}
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
         paused = self._progress.pause()
-        found: dict[str, float] = {}
-        for evaluate in due:
-            found |= evaluate(state.variables)
+        found = run.evaluator.run(state.variables)
         if found:
             # Not step times batch size where the batch size was changed on the way.
             seen = {"eval/images_seen": self._examples_seen(step)}
             self._writer.write(step, {**found, **seen})
-            shown = [f"{name} {value:.1%}" for name, value in found.items() if _is_shown(name)]
+            brief = [*run.evaluator.headlines(), *run.evaluator.means]
+            shown = [f"{name} {found[name]:.1%}" for name in brief]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
         self._progress.resume(paused)
         return found
@@ -242,12 +233,6 @@ class Loop:
         self._writer.flush()  # so that a resumed run finds the rows up to here
         self._store.save(state, step, meta, found)
         self._progress.resume(paused)
-
-
-def _is_shown(metric: str) -> bool:
-    """Whether the progress line has room for it."""
-    brief = metric.endswith(("/top1", "/recall@1")) and metric.count("/") < 3
-    return brief or metric.startswith("suite/")
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

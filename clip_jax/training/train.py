@@ -15,9 +15,7 @@ from clip_jax import state as train_state
 from clip_jax.common import clock, hosts, metrics
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
-from clip_jax.evaluate import run_report as report
-from clip_jax.evaluate.evaluators import Evaluators
-from clip_jax.evaluate.run_results import RunSummary
+from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
 from clip_jax.training import program, workdir
 from clip_jax.training.loop import Loop, Past, Run, hardware, list_counts
@@ -89,12 +87,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             parts=sharding.process_part(mesh)[1],
             fallback_dir=fallback_dir,
         )
-        evaluators = Evaluators(config, net, mesh, tokens, fallback_dir)
-        suite = None
-        if config.eval.suite.datasets:
-            from clip_jax.evaluate.suite import Suite  # with solvers, and the registry of data sets
-
-            suite = Suite(config, net, mesh, tokens, fallback_dir)
+        evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
     steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
     total = clock.to_steps(config.duration, **steps)
     if not total:
@@ -106,12 +99,10 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         tokenizer=tokens,
         source=source,
         order=order,
-        evaluators=evaluators,
-        suite=suite,
+        evaluator=evaluator,
         total=total,
         log_every=clock.to_steps(config.log.every, **steps),
         eval_every=clock.to_steps(config.eval.every, **steps),
-        suite_every=clock.to_steps(config.eval.suite.every, **steps),
         checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
     )
 
@@ -208,7 +199,7 @@ def _announce(run: Run, config: ConfigDict) -> None:
     )
     if problems := getattr(run.source, "problems", None):
         _say(f"Found in the training data: {list_counts(problems)}.")
-    for note in run.evaluators.notes:
+    for note in run.evaluator.notes:
         _say(note)
     epochs = run.total * config.batch_size / len(run.source)
     _say(
@@ -227,9 +218,11 @@ def _report(
 ) -> None:
     if jax.process_index() != 0:
         return
+    from clip_jax.training import report  # with matplotlib
+
     history = metrics.read_history(directory)
     rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
-    summary = RunSummary(
+    summary = report.RunSummary(
         title=f"{run.net.size} on {_named(config.data)}",
         command=command,
         started=started,
@@ -243,12 +236,13 @@ def _report(
         skipped=done.skipped,
         truncated=done.truncated,
         config_text=str(config),
+        notes=run.evaluator.notes,
     )
     if failures := faults.counts():
         _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
     path = epath.Path(directory) / "report.html"
-    found = run.evaluators
-    report.write_report(path, summary, history, found.zeroshot, found.retrieval)
+    found = run.evaluator
+    report.write_report(path, summary, history, found.results, found.scores, found.headlines())
     _say(f"Done in {clock.format_seconds(done.seconds)}. Report: {path}")
 
 

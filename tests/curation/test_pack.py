@@ -12,11 +12,11 @@ from PIL import Image
 from shards import write_tar
 from tiny_data import encoded, picture, sample
 
+from clip_jax.configs import default
 from clip_jax.curation import cli, pack
 from clip_jax.data.sources import opening
 from clip_jax.data.sources.tar import TarShards
 from clip_jax.errors import UserError
-from configs import default
 
 
 def run(*argv) -> None:

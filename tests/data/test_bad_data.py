@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from shards import picture, sample, write_tar
 
+from clip_jax.configs import default
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.storage import faults
-from configs import default
 
 TOKENIZER = tokenizer.create("openai", 16)
 GOOD = 6  # sound samples in each shard

@@ -15,11 +15,11 @@ from PIL import Image
 from shards import open_source, write_tar
 from test_sources import store
 
+from clip_jax.configs import default
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.data.sources import shard_index, tar, tar_index
 from clip_jax.errors import BadExample, StorageError, UserError
 from clip_jax.storage import faults, locations, ranges
-from configs import default
 
 SHARDS, EACH, BATCH, SIZE = 6, 40, 24, 16
 

@@ -9,10 +9,10 @@ import pytest
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from clip_jax.configs import quickstart
 from clip_jax.data import tokenizer
 from clip_jax.data.sources.digits import SHIFTS, DigitScenes
 from clip_jax.errors import UserError
-from configs import quickstart
 
 SCANS = load_digits()
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 from shards import sample, write_tar
 
+from clip_jax.configs import default
 from clip_jax.data import mixture, pipeline, rows, tokenizer
-from configs import default
 
 SHARDS, EACH, BATCH = 5, 13, 12
 TOTAL = SHARDS * EACH

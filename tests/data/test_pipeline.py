@@ -10,11 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
+from clip_jax.configs import default
 from clip_jax.data import order, pipeline, rows, tokenizer
 from clip_jax.data.sources.base import Example
 from clip_jax.data.sources.captions import Captions
 from clip_jax.errors import BadExample, UserError
-from configs import default
 
 TOKENIZER = tokenizer.create("openai", 16)
 SIZE = 8

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from shards import sample, write_tar
 
+from clip_jax.configs import default
 from clip_jax.data import mixture, order, pipeline, rows, tokenizer
 from clip_jax.data.feed import Feed
 from clip_jax.data.sources import base, opening, tar
 from clip_jax.errors import DataStalled, UserError
-from configs import default
 
 BATCH, EACH = 20, 25  # rows; samples in each of 4 shards
 SHAPE = {"image_size": 8, "seed": 3, "batch_size": BATCH}

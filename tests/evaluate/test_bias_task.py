@@ -14,7 +14,7 @@ from scipy import stats
 
 import clip_jax
 from clip_jax.evaluate import cli
-from clip_jax.evaluate.folder import read_evaluation
+from clip_jax.evaluate.results import read_evaluation
 
 pytestmark = pytest.mark.slow  # test_bias.py holds the statistics
 CLASSES = ("zero|0", "one|1", "two|2", "three|3")

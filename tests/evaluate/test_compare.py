@@ -12,8 +12,7 @@ import pytest
 
 from clip_jax.evaluate import compare, comparison
 from clip_jax.evaluate.comparison import Compared
-from clip_jax.evaluate.folder import About, Evaluation, Folder
-from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.results import About, Evaluation, Folder, Result, Score
 
 
 def evaluation(name: str, flops: float, values: dict[str, float], **probes: float) -> Evaluation:

@@ -19,10 +19,9 @@ import clip_jax
 from clip_jax.data.sources.digits import DigitScenes
 from clip_jax.embed.encoder import Encoder
 from clip_jax.errors import StorageError
-from clip_jax.evaluate import cli
-from clip_jax.evaluate.folder import Folder, read_evaluation
+from clip_jax.evaluate import cli, tasks
+from clip_jax.evaluate.results import Folder, read_evaluation
 from clip_jax.evaluate.sets import registry
-from clip_jax.evaluate.tasks import TASKS
 
 SIDE = 16
 
@@ -158,7 +157,11 @@ def test_few_shot_lies_beside_zero_shot(evaluated):
 def test_the_report_shows_every_score(evaluated):
     page = html_page.check((evaluated / "report.html").read_text())
     sections = [section["attrs"]["id"] for section in page.find("section")]
-    assert sections == ["scores", *(n for n in TASKS if n != "bias"), "settings"]
+    assert sections == [
+        "scores",
+        *(n for n in tasks.NAMES if n not in ("bias", "near_duplicates")),
+        "settings",
+    ]
     evaluation = read_evaluation(evaluated)
     titles = [row[0] for row in page.rows("summary")]
     assert titles == [result.title for result in evaluation.of("zeroshot")]

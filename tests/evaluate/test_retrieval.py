@@ -1,15 +1,18 @@
 """Retrieval against Python's sort and exact chances."""
 
+import base64
+import io
 import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from lookup import Cards, Words, encoder, stub
+from lookup import Cards, Words, encoder, evaluate, stub
+from PIL import Image
 
 from clip_jax.errors import UserError
-from clip_jax.evaluate import retrieval
-from clip_jax.evaluate.retrieval import Retrieval
+from clip_jax.evaluate.results import Result
+from clip_jax.evaluate.tasks import retrieval
 
 
 def reference_ranks(queries, query_group, candidates, candidate_group) -> list[int]:
@@ -43,10 +46,27 @@ def captioned() -> tuple[Cards, np.ndarray, np.ndarray]:
     return Cards(texts), small_integers(rng, 41, 4), small_integers(rng, 64, 4)
 
 
-def retrieve(source: Cards, images, texts, mesh, limit=None):
+def retrieve(source: Cards, images, texts, mesh) -> tuple[Result, Words]:
     words = Words(filter(None, source.texts))
-    found = Retrieval(encoder(mesh), source, words, limit).run(stub(images, texts))
-    return found, words
+    return evaluate("retrieval", source, words, stub(images, texts), encoder(mesh)), words
+
+
+def values(result: Result) -> dict[str, float]:
+    return {score.metric: score.value for score in result.scores}
+
+
+def chances(result: Result) -> dict[str, float | None]:
+    return {score.metric: score.chance for score in result.scores}
+
+
+def numbers_shown(row: dict) -> list[int]:
+    """Numbers of the cards in a row of the gallery."""
+    shown = []
+    for image in row["images"]:
+        data = base64.b64decode(image["src"].partition(";base64,")[2])
+        red, green, _ = np.asarray(Image.open(io.BytesIO(data)))[0, 0]
+        shown.append(int(red) * 256 + int(green))
+    return shown
 
 
 def test_retrieval_with_several_captions_equals_the_definition(mesh):
@@ -57,7 +77,7 @@ def test_retrieval_with_several_captions_equals_the_definition(mesh):
     texts[7], texts[9], texts[11] = None, (), ("caption 44", " ")
     images, table = small_integers(rng, 31, 4), small_integers(rng, 155, 4)
     words = Words(f"caption {i}" for i in range(155))
-    found = Retrieval(encoder(mesh), Cards(texts), words, None).run(stub(images, table))
+    found = evaluate("retrieval", Cards(texts), words, stub(images, table), encoder(mesh))
     used = [i for i in range(31) if i not in (7, 9)]
     owned = {i: {text for text in texts[i] if text.strip()} for i in used}
     captions = sorted(set.union(*owned.values()), key=words.texts.index)
@@ -80,20 +100,19 @@ def test_retrieval_with_several_captions_equals_the_definition(mesh):
         candidates, matches = sizes[way]
         for k in (1, 5, 10):
             share = sum(place < k for place in places) / len(places)
-            assert found.metrics[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
+            assert values(found)[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
             wanted = np.mean([float(exact_chance(candidates, m, k)) for m in matches])
-            assert found.chance[f"{way}/recall@{k}"] == pytest.approx(wanted)
-    assert 0 < found.metrics["text_to_image/recall@1"] < found.metrics["image_to_text/recall@10"]
-    for row in found.gallery:
-        shown = [int(image[0, 0, 0]) * 256 + int(image[0, 0, 1]) for image in row.images]
-        assert row.hits == [row.query in owned[i] for i in shown]
+            assert chances(found)[f"{way}/recall@{k}"] == pytest.approx(wanted)
+    assert 0 < values(found)["text_to_image/recall@1"] < values(found)["image_to_text/recall@10"]
+    for row in found.details["gallery"]:
+        assert row["hits"] == [row["query"] in owned[i] for i in numbers_shown(row)]
 
 
-@pytest.mark.parametrize("limit", [None, 30, 1000])
-def test_retrieval_equals_the_definition(captioned, mesh, limit):
+def test_retrieval_equals_the_definition(captioned, mesh):
     source, images, table = captioned
-    found, words = retrieve(source, images, table, mesh, limit)
-    used = [i for i in range(min(limit or 41, 41)) if i not in (5, 11)]
+    found, words = retrieve(source, images, table, mesh)
+    used = [i for i in range(41) if i not in (5, 11)]
+    assert (found.details["images"], found.details["skipped"]) == (39, {"unusable example": 1})
     captions = sorted({source.texts[i] for i in used}, key=words.texts.index)
     assert len(captions) < len(used)
     group = np.array([captions.index(source.texts[i]) for i in used])
@@ -103,47 +122,62 @@ def test_retrieval_equals_the_definition(captioned, mesh, limit):
         "image_to_text": reference_ranks(images[used], group, texts, numbers),
         "text_to_image": reference_ranks(texts, numbers, images[used], group),
     }
-    assert set(found.metrics) == {f"{way}/recall@{k}" for way in ranks for k in (1, 5, 10)}
-    assert set(found.chance) == set(found.metrics)
+    assert set(values(found)) == {f"{way}/recall@{k}" for way in ranks for k in (1, 5, 10)}
+    assert found.headline.metric == "text_to_image/recall@1"
     for way, places in ranks.items():
         for k in (1, 5, 10):
             share = sum(place < k for place in places) / len(places)
-            assert found.metrics[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
-    assert 0 < found.metrics["text_to_image/recall@1"] < found.metrics["text_to_image/recall@10"]
+            assert values(found)[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
+    assert 0 < values(found)["text_to_image/recall@1"] < values(found)["text_to_image/recall@10"]
     # What chance reaches, too, counts every caption once.
     sizes = np.bincount(group)
     wanted = np.mean([float(exact_chance(len(used), int(m), 5)) for m in sizes])
-    assert found.chance["text_to_image/recall@5"] == pytest.approx(wanted)
+    assert chances(found)["text_to_image/recall@5"] == pytest.approx(wanted)
     wanted = float(exact_chance(len(captions), 1, 5))
-    assert found.chance["image_to_text/recall@5"] == pytest.approx(wanted)
+    assert chances(found)["image_to_text/recall@5"] == pytest.approx(wanted)
 
 
 def test_gallery_shows_the_nearest_images(captioned, mesh):
     source, images, table = captioned
     found, words = retrieve(source, images, table, mesh)
     used = [i for i in range(41) if i not in (5, 11)]
-    assert len(found.gallery) == 12
-    assert len({row.query for row in found.gallery}) == 12
-    for row in found.gallery:
-        text = table[words.texts.index(row.query)]
+    gallery = found.details["gallery"]
+    assert len(gallery) == len({row["query"] for row in gallery}) == 12
+    for row in gallery:
+        text = table[words.texts.index(row["query"])]
         # Which of several images of one score comes first is open; the scores are not.
         scores = sorted((images[i] @ text for i in used), reverse=True)[:5]
-        shown = [int(image[0, 0, 0]) * 256 + int(image[0, 0, 1]) for image in row.images]
+        shown = numbers_shown(row)
         assert [float(images[i] @ text) for i in shown] == [float(score) for score in scores]
-        assert row.hits == [source.texts[i] == row.query for i in shown]
+        assert row["hits"] == [source.texts[i] == row["query"] for i in shown]
+
+
+def test_captions_behind_a_prompt_are_tried_too(mesh1):
+    eye = np.eye(24, dtype=np.float32)
+    words = Words([f"text {i}" for i in range(12)])
+    words([f"a photo of text {11 - i}" for i in range(12)])  # embedded as if in reverse order
+    table = np.concatenate([eye[:12], eye[:12]])
+    source = Cards([f"text {i}" for i in range(12)])
+    found = evaluate("retrieval", source, words, stub(eye[:12], table), encoder(mesh1), whole=True)
+    recall = {s.variant: s.value for s in found.scores if s.metric == "text_to_image/recall@1"}
+    assert recall == {"captions": 1.0, "captions behind a prompt": 0.0}
+    assert found.details["prompt"] == "a photo of {}"
 
 
 def test_perfect_retrieval(mesh):
     eye = np.eye(24, dtype=np.float32)
     found, _ = retrieve(Cards([f"text {i}" for i in range(24)]), eye, eye, mesh)
-    assert set(found.metrics.values()) == {1.0}
-    assert all(row.hits[0] and not any(row.hits[1:]) for row in found.gallery)
+    assert set(values(found).values()) == {1.0}
+    assert all(row["hits"][0] and not any(row["hits"][1:]) for row in found.details["gallery"])
 
 
-def test_retrieval_without_a_usable_example(mesh1):
+@pytest.mark.parametrize(
+    ("texts", "message"), [([None, None], "no usable image"), ([None, "", " "], "has a caption")]
+)
+def test_retrieval_without_a_usable_example(mesh1, texts, message):
     eye = np.eye(4, dtype=np.float32)
-    with pytest.raises(UserError, match="no usable image"):
-        retrieve(Cards([None, "", " "]), eye, eye, mesh1)
+    with pytest.raises(UserError, match=message):
+        retrieve(Cards(texts), eye, eye, mesh1)
 
 
 def exact_chance(candidates: int, matches: int, k: int) -> Fraction:

@@ -1,17 +1,22 @@
 """Zero-shot classification against float64 loops and scikit-learn."""
 
+import base64
 import dataclasses
+import io
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lookup import WIDTH, Cards, Likelihoods, Words, encoder, stub, unit
+from lookup import WIDTH, Cards, Likelihoods, Words, encoder, evaluate, stub, unit
+from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from clip_jax.embed.encoder import Encoder
 from clip_jax.errors import UserError
-from clip_jax.evaluate.zeroshot import Zeroshot
+from clip_jax.evaluate import confusion
+from clip_jax.evaluate.confusion import Confusion
+from clip_jax.evaluate.results import Result
 from clip_jax.models.prompts import class_prompts
 
 CLASS_NAMES = ("zero|none", "one", "two|pair|couple", "three", "four", "five", "six")
@@ -58,18 +63,31 @@ def reference_probabilities(task: Task, words: Words, scale: float) -> np.ndarra
     return np.array(rows)
 
 
+def confusions(result: Result) -> Confusion:
+    return confusion.from_json(result.details["classes"])
+
+
+def pixels(thumbnail) -> np.ndarray:
+    data = thumbnail.src.partition(";base64,")[2]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
 def test_zeroshot_equals_the_definition(task, mesh):
     words = Words()
-    found = Zeroshot(encoder(mesh), task.source, words).run(stub(task.images, task.texts))
+    variables = stub(task.images, task.texts)
+    result = evaluate("zeroshot", task.source, words, variables, encoder(mesh))
+    found = confusions(result)
     assert len(words.texts) == 2 * 10  # every name in every template
     wanted = reference_probabilities(task, words, scale=10.0)
     predicted = wanted.argmax(axis=1)
     classes = range(len(CLASS_NAMES))
-    assert found.n == 34
+    assert result.headline.n == 34
+    assert result.headline.chance == 1 / 7
+    assert result.details["skipped"] == {"unusable example": 1}
     assert found.class_names == tuple(names.split("|")[0] for names in CLASS_NAMES)
-    assert found.templates == Cards.templates
+    assert result.details["templates"] == list(Cards.templates)
     np.testing.assert_array_equal(
-        found.confusion,
+        found.counts,
         sklearn_metrics.confusion_matrix(task.labels, predicted, labels=classes),
     )
     top1, top5 = (
@@ -77,8 +95,9 @@ def test_zeroshot_equals_the_definition(task, mesh):
         for k in (1, 5)
     )
     assert 0 < top1 < top5 < 1
-    assert found.top1 == pytest.approx(top1, abs=1e-12)
-    assert found.top5 == pytest.approx(top5, abs=1e-12)
+    values = {score.metric: score.value for score in result.scores}
+    assert values == pytest.approx({"accuracy": top1, "top5": top5}, abs=1e-12)
+    assert {score.variant for score in result.scores} == {"ensemble"}
     recall = sklearn_metrics.recall_score(
         task.labels, predicted, labels=classes, average=None, zero_division=np.nan
     )
@@ -89,7 +108,9 @@ def test_zeroshot_equals_the_definition(task, mesh):
 def test_zeroshot_by_the_likelihood_of_prompts(task, mesh):
     words, table = Words(), np.random.default_rng(5).normal(-20, 3, (37, 64)).astype(np.float32)
     encoder = Encoder(Likelihoods(), mesh, 16, threads=2)
-    found = Zeroshot(encoder, task.source, words).run({"scores": jnp.asarray(table), "params": {}})
+    variables = {"scores": jnp.asarray(table), "params": {}}
+    result = evaluate("zeroshot", task.source, words, variables, encoder)
+    found = confusions(result)
     wanted = []
     for i in task.used:
         likely = [
@@ -105,19 +126,20 @@ def test_zeroshot_by_the_likelihood_of_prompts(task, mesh):
         wanted.append(np.array(likely) / sum(likely))
     predicted = np.argmax(wanted, axis=1)
     np.testing.assert_array_equal(
-        found.confusion,
+        found.counts,
         sklearn_metrics.confusion_matrix(task.labels, predicted, labels=range(len(CLASS_NAMES))),
     )
-    assert found.by_score
-    assert 0 < found.top1 < found.top5 < 1
+    assert result.details["by_likelihood"]
+    top1, top5 = (score.value for score in result.scores)
+    assert 0 < top1 < top5 < 1
     wrong = np.flatnonzero(predicted != task.labels)
     best = max(np.max(wanted[i]) for i in wrong)
     assert found.mistakes[0].probability == pytest.approx(best, rel=1e-4)
 
 
 def test_zeroshot_lists_the_most_confident_mistakes(task, mesh):
-    words = Words()
-    found = Zeroshot(encoder(mesh), task.source, words).run(stub(task.images, task.texts))
+    words, variables = Words(), stub(task.images, task.texts)
+    found = confusions(evaluate("zeroshot", task.source, words, variables, encoder(mesh)))
     wanted = reference_probabilities(task, words, scale=10.0)
     predicted, best = wanted.argmax(axis=1), wanted.max(axis=1)
     wrong = np.flatnonzero(predicted != task.labels)
@@ -127,27 +149,27 @@ def test_zeroshot_lists_the_most_confident_mistakes(task, mesh):
     for mistake, i in zip(found.mistakes, worst, strict=True):
         assert mistake.probability == pytest.approx(best[i], rel=1e-4)
         assert (mistake.true, mistake.predicted) == (short[task.labels[i]], short[predicted[i]])
-        np.testing.assert_array_equal(mistake.image, task.source[int(task.used[i])].image)
+        np.testing.assert_array_equal(pixels(mistake.image), task.source[int(task.used[i])].image)
 
 
-def test_zeroshot_takes_the_configs_names_before_the_sources(task, mesh1):
-    words = Words()
-    names, templates = ("x", "y", "z", "u", "v", "w"), ("one {} only",)
-    found = Zeroshot(encoder(mesh1), task.source, words, names, templates).run(
-        stub(task.images, task.texts)
-    )
-    assert words.texts == [f"one {name} only" for name in names]
-    assert (found.class_names, found.templates) == (names, templates)
+def test_variants_have_less_and_less_context(task, mesh1):
+    words, variables = Words(), stub(task.images, task.texts)
+    result = evaluate("zeroshot", task.source, words, variables, encoder(mesh1), whole=True)
+    names = [(score.variant, score.metric) for score in result.scores]
+    variants = ["ensemble", "one prompt", "bare names"]
+    assert names == [*((variant, "accuracy") for variant in variants), ("ensemble", "top5")]
+    assert {"a photo of a pair.", "pair", "the pair"} <= set(words.texts)
+    alone = evaluate("zeroshot", task.source, Words(), variables, encoder(mesh1))
+    assert alone.headline == result.headline
 
 
 def test_top5_is_left_out_where_it_means_nothing(mesh1):
     rng = np.random.default_rng(1)
     source = Cards(["x"] * 9, rng.integers(0, 5, 9), "abcde")
-    found = Zeroshot(encoder(mesh1), source, Words()).run(
-        stub(unit(rng, 9, WIDTH), unit(rng, 10, WIDTH))
-    )
-    assert found.top5 is None
-    assert found.confusion.sum() == 9
+    variables = stub(unit(rng, 9, WIDTH), unit(rng, 10, WIDTH))
+    result = evaluate("zeroshot", source, Words(), variables, encoder(mesh1))
+    assert [score.metric for score in result.scores] == ["accuracy"]
+    assert confusions(result).counts.sum() == 9
 
 
 def test_class_prompts_by_hand():
@@ -181,15 +203,21 @@ def test_class_prompts_with_other_braces(template):
         assert prompts == [template.replace("{}", "cat")]
 
 
-def test_zeroshot_without_labels(mesh1):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "set label_key"),
+        ([0, 1, 0, 2, 1], "label 2.*but only 2 class names.*eval.zeroshot.class_names"),
+    ],
+)
+def test_labels_that_cannot_be_used(mesh1, labels, message):
     variables = stub(np.eye(WIDTH, dtype=np.float32), np.eye(WIDTH, dtype=np.float32))
-    source = Cards(["x"] * 5, None, ("a", "b"))
-    with pytest.raises(UserError, match="label_key"):
-        Zeroshot(encoder(mesh1), source, Words()).run(variables)
+    source = Cards(["x"] * 5, labels, ("a", "b"))
+    with pytest.raises(UserError, match=message):
+        evaluate("zeroshot", source, Words(), variables, encoder(mesh1))
 
 
-def test_zeroshot_with_a_label_beyond_the_class_names(mesh1):
+def test_without_a_usable_image(mesh1):
     variables = stub(np.eye(WIDTH, dtype=np.float32), np.eye(WIDTH, dtype=np.float32))
-    source = Cards(["x"] * 5, [0, 1, 0, 2, 1], ("a", "b"))
-    with pytest.raises(UserError, match="label 2, but only 2 class names"):
-        Zeroshot(encoder(mesh1), source, Words()).run(variables)
+    with pytest.raises(UserError, match="no usable image in Cards"):
+        evaluate("zeroshot", Cards([None] * 3, None, "ab"), Words(), variables, encoder(mesh1))

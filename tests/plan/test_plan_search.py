@@ -8,11 +8,11 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_plan import TINY, V5E_8, needs_compiler, tiny_config
 
+from clip_jax.configs import rn50, vit_b32
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES, Size
 from clip_jax.plan import estimate, make, search, suggest, table, topology
 from clip_jax.training import program
-from configs import rn50, vit_b32
 
 # ---- What does not fit -------------------------------------------------------------------------
 

@@ -6,10 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from clip_jax.configs import default
 from clip_jax.data.sources.base import Example
 from clip_jax.data.sources.captions import Captions
 from clip_jax.embed.encoder import Encoder
 from clip_jax.errors import BadExample
+from clip_jax.evaluate import tasks
+from clip_jax.evaluate.in_memory import InMemoryEmbeddings
+from clip_jax.evaluate.results import Result
+from clip_jax.evaluate.sets.dataset import Dataset
 
 SIDE, WIDTH = 4, 8  # of the stub's images and embeddings
 
@@ -22,6 +27,10 @@ class Table:
         image_size = SIDE
         image_crop = "center"
         context_length = 3
+        objective = "contrastive"
+
+    def encode_text(self):
+        raise AssertionError("called by name only")
 
     def apply(self, variables, values, method):
         if method == "encode_image":
@@ -62,7 +71,11 @@ class Words:
             return np.array([998, 999, 0], np.int32), False
         return np.array([998, self.texts.index(text), 999], np.int32), False
 
-    def __call__(self, texts) -> np.ndarray:
+    def encode_batch(self, texts) -> tuple[np.ndarray, np.ndarray]:
+        rows = [self.encode(text)[0] for text in texts]
+        return np.array(rows, np.int32).reshape(-1, 3), np.full(len(rows), 3)
+
+    def __call__(self, texts, truncate=False) -> np.ndarray:
         self.texts += [text for text in texts if text not in self.texts]
         return np.stack([self.encode(text)[0] for text in texts])
 
@@ -108,6 +121,32 @@ def stub(images: np.ndarray, texts: np.ndarray, scale: float = 10.0) -> dict:
     """Variables of a `Table`."""
     params = {"logit_scale": jnp.log(jnp.float32(scale))}
     return {"images": jnp.asarray(images), "texts": jnp.asarray(texts), "params": params}
+
+
+def evaluate(
+    task: str,
+    source: Cards,
+    words: Words,
+    variables: dict,
+    encoder: Encoder,
+    *,
+    templates: tuple[str, ...] = Cards.templates,
+    whole: bool = False,
+) -> Result:
+    """The result of a task on a source; `whole`: with all variants, as the command has it."""
+    kind = "classification" if task == "zeroshot" else "retrieval"
+    metric = "accuracy" if task == "zeroshot" else ""
+    dataset = Dataset("cards", "Cards", kind, metric, source.class_names, {"own": templates})
+    dataset = dataclasses.replace(dataset, partial=True)
+    config = default.get_config()
+    embeddings = InMemoryEmbeddings(
+        encoder, words, lambda *_: source, threads=2, views=config.data.views, seed=7
+    )
+    embeddings.bind(variables)
+    settings = tasks.Settings.from_config(config.eval, seed=0)
+    context = tasks.Context(embeddings, settings, [dataset], headline_only=not whole)
+    assert tasks.get(task).supports(context, dataset)
+    return tasks.run(context, task, dataset)
 
 
 def encoder(mesh: Mesh, batch_size: int = 16) -> Encoder:

@@ -6,8 +6,8 @@ import tarfile
 
 from PIL import Image
 
+from clip_jax.configs import default
 from clip_jax.data.sources import base, opening
-from configs import default
 
 
 def open_source(**spec) -> base.Source:

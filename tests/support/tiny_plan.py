@@ -5,9 +5,9 @@ import importlib.util
 import pytest
 from ml_collections import ConfigDict
 
+from clip_jax.configs import vit_b32
 from clip_jax.models.sizes import Size
 from clip_jax.plan import topology
-from configs import vit_b32
 
 TINY = {
     "embed_dim": 16,

@@ -11,8 +11,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from clip_jax.configs import vit_b32
 from clip_jax.training import train
-from configs import vit_b32
 
 # By dotted name, so that they can be given on a command line as well.
 SETTINGS = {

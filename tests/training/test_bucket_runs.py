@@ -17,10 +17,10 @@ from test_distributed import TOLERANCE, free_port, launch, outputs
 
 import clip_jax
 from clip_jax import checkpoint
+from clip_jax.configs import default, vit_b32
 from clip_jax.errors import StorageError
 from clip_jax.storage import faults
 from clip_jax.training import train
-from configs import default, vit_b32
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARDS, EACH = 4, 20

@@ -5,22 +5,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import lookup
 import numpy as np
 import numpy_models
 import pytest
 import tiny
 
 from clip_jax import losses, sharding, weights
+from clip_jax.configs import default, overlap_detector
 from clip_jax.data.sources.base import Example
 from clip_jax.data.sources.captions import Captions
 from clip_jax.embed.encoder import Encoder
 from clip_jax.errors import BadExample, UserError
-from clip_jax.evaluate.near_duplicates import NearDuplicates
 from clip_jax.models import views
 from clip_jax.training import program
 from clip_jax.weights.convert import tokens
 from clip_jax.weights.model import Tensors, Weights, variable_shapes
-from configs import default, overlap_detector
 
 DETECTOR = {
     **{"objective": "near_duplicates", "resnet_activation": "gelu", "resnet_norm": "weight"},
@@ -153,6 +153,7 @@ class Colours:
     class size:
         image_size = SIDE
         image_crop = "center"
+        objective = "near_duplicates"
 
     def apply(self, variables, images, method):
         assert method == "encode_image"
@@ -183,12 +184,15 @@ def picture(index: int) -> np.ndarray:
 @pytest.mark.slow
 def test_recall_of_the_second_view(devices: int):
     mesh, net = tiny.make_mesh(devices, 1), Colours()
-    variables = {"grey": jnp.float32(128)}
+    variables = {"grey": jnp.float32(128), "params": {}}
     encoder = Encoder(net, mesh, 8, threads=2)
-    evaluator = NearDuplicates(net, encoder, Pictures(), STRENGTHS, 7, 19)
-    found = evaluator.run(variables)
-    assert found == evaluator.run(variables)
-    used = [i for i in range(19) if i != 3]
+    first, again = (
+        lookup.evaluate("near_duplicates", Pictures(), lookup.Words(), variables, encoder)
+        for _ in range(2)
+    )
+    found, used = first.headline.value, [i for i in range(COUNT) if i != 3]
+    assert found == again.headline.value
+    assert (first.headline.n, first.headline.chance) == (20, 1 / 20)
     images = np.stack([picture(i) for i in used])
     make = jax.jit(lambda *of: views.two_views(of[0], jax.random.key(7), STRENGTHS, of[1]))
     pairs = np.asarray(make(images, jnp.array(used)), np.float64).reshape(len(used), 2, -1) - 128

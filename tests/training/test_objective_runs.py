@@ -53,7 +53,7 @@ def test_a_run(objective: str, capsys):
     evaluated = [row for row in rows if "zeroshot/top1" in row]
     assert [(row["step"], row["eval/images_seen"]) for row in evaluated] == [(6, 96)]
     page = (workdir / "report.html").read_text()
-    assert "the model finds likeliest" in page
+    assert "are the most likely to the model" in page
     meta = json.loads((workdir / "checkpoints/6/meta/metadata").read_text())
     assert meta["size"]["objective"] == objective
 
@@ -124,7 +124,7 @@ def test_using_the_result(objective: str, tmp_path):
 
 
 def test_evaluate_says_what_a_model_cannot_do(tmp_path, capsys):
-    """Tasks of the suite, on models that embed no texts; overlap, by the detector."""
+    """Tasks on models that embed no texts; overlap, by the detector."""
 
     def evaluate(objective: str, *arguments: str) -> dict:
         out = tmp_path / objective

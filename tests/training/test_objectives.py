@@ -13,11 +13,11 @@ import tiny
 
 from clip_jax import choices, losses, models, sharding
 from clip_jax import state as train_state
+from clip_jax.configs import default, figure2
 from clip_jax.errors import UserError
 from clip_jax.models import captioner
 from clip_jax.models import prompts as prompts_module
 from clip_jax.training import program
-from configs import default, figure2
 
 BAG = {"text_pool": "bag", "text_layers": 0}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}

@@ -1,6 +1,7 @@
 """report.html, read back with the standard library's HTML parser."""
 
 import base64
+import dataclasses
 import io
 import re
 from dataclasses import replace
@@ -12,14 +13,11 @@ from html_page import Page
 from PIL import Image
 
 from clip_jax.common.pages.page import duration, percent
-from clip_jax.evaluate.run_report import write_report
-from clip_jax.evaluate.run_results import (
-    GalleryRow,
-    Mistake,
-    RetrievalResult,
-    RunSummary,
-    ZeroshotResult,
-)
+from clip_jax.common.pages.pictures import thumbnail
+from clip_jax.evaluate import confusion
+from clip_jax.evaluate.confusion import Confusion, Mistake
+from clip_jax.evaluate.results import Result, Score
+from clip_jax.training.report import RunSummary, write_report
 
 SECTIONS = ["curves", "zeroshot", "retrieval", "data", "run"]
 EVIL = "<script>alert(1)</script>"
@@ -43,9 +41,14 @@ SUMMARY = RunSummary(
 
 @pytest.fixture
 def page(tmp_path):
-    def render(summary=SUMMARY, history=(), zeroshot=None, retrieval=None) -> tuple[str, Page]:
+    def render(summary=SUMMARY, history=(), *results: Result) -> tuple[str, Page]:
         path = tmp_path / "report.html"
-        write_report(path, summary, history, zeroshot, retrieval)
+        # The names that evaluator.logged_name gives them.
+        scores = {
+            f"{s.task}/{s.metric.replace('accuracy', 'top1')}": s for r in results for s in r.scores
+        }
+        headlines = {n: s for n, s in scores.items() if n.endswith(("top1", "recall@1"))}
+        write_report(path, summary, history, results, scores, headlines)
         text = path.read_text("utf-8")
         return text, Page(text)
 
@@ -56,35 +59,46 @@ def picture(seed: int, size: int = 24) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def classified(classes: int, seed: int = 0, **changes) -> ZeroshotResult:
+def confused(classes: int, seed: int = 0) -> Confusion:
     rng = np.random.default_rng(seed)
-    confusion = rng.poisson(0.3, (classes, classes)).astype(np.int64)
-    confusion[np.diag_indices(classes)] = rng.integers(20, 1500, classes)
-    result = ZeroshotResult(
-        class_names=tuple(f"class {i}" for i in range(classes)),
-        templates=("a photo of a {}.",),
-        confusion=confusion,
-        top1=float(np.trace(confusion) / confusion.sum()),
-        top5=0.9876,
-        per_class=np.diag(confusion) / confusion.sum(1),
-        n=int(confusion.sum()),
-        mistakes=[Mistake(picture(i), "class 1", "class 2", 0.9 - 0.1 * i) for i in range(3)],
-    )
-    return replace(result, **changes)
+    counts = rng.poisson(0.3, (classes, classes)).astype(np.int64)
+    counts[np.diag_indices(classes)] = rng.integers(20, 1500, classes)
+    mistakes = [Mistake(picture(i), "class 1", "class 2", 0.9 - 0.1 * i) for i in range(3)]
+    return Confusion(tuple(f"class {i}" for i in range(classes)), counts, mistakes)
 
 
-def retrieved(**changes) -> RetrievalResult:
-    result = RetrievalResult(
-        metrics={"text_to_image/recall@1": 0.214, "image_to_text/recall@1": 0.3},
-        chance={"text_to_image/recall@1": 0.002, "image_to_text/recall@1": 0.004},
-        gallery=[
-            GalleryRow(
-                f"caption {i}", [picture(5 * i + k) for k in range(5)], [k == i for k in range(5)]
-            )
-            for i in range(3)
-        ],
+def classified(found: Confusion, templates: tuple[str, ...] = ("a photo of a {}.",)) -> Result:
+    n, classes = int(found.counts.sum()), len(found.class_names)
+    top1 = float(np.trace(found.counts) / n)
+    chance = 1 / classes
+    scores = [Score("zeroshot", "D", "ensemble", "accuracy", top1, 0.2, 0.99, n, chance)]
+    if classes > 5:
+        top5 = Score("zeroshot", "D", "ensemble", "top5", 0.9876, 0.9, 0.99, n, 5 / classes)
+        scores.append(top5)
+    details = {"templates": list(templates), "prompts": "own", "by_likelihood": False}
+    details["classes"] = confusion.to_json(found)
+    return Result("zeroshot", "D", "Digits", "", "", tuple(scores), details, 1.0)
+
+
+def gallery_row(query: str, pictures: list[np.ndarray], hits: list[bool]) -> dict:
+    images = [dataclasses.asdict(thumbnail(picture)) for picture in pictures]
+    return {"query": query, "images": images, "hits": hits}
+
+
+def retrieved(gallery: list[dict] | None = None) -> Result:
+    found = (("text_to_image", 0.214, 0.002), ("image_to_text", 0.3, 0.004))
+    scores = tuple(
+        Score("retrieval", "S", "captions", f"{way}/recall@1", value, 0.1, 0.4, 500, chance)
+        for way, value, chance in found
     )
-    return replace(result, **changes)
+    rows = [
+        gallery_row(
+            f"caption {i}", [picture(5 * i + k) for k in range(5)], [k == i for k in range(5)]
+        )
+        for i in range(3)
+    ]
+    details = {"images": 500, "captions": 250, "prompt": "", "gallery": gallery or rows}
+    return Result("retrieval", "S", "Scenes", "", "", scores, details, 1.0)
 
 
 def curves(steps: int = 30) -> list[dict[str, float]]:
@@ -98,7 +112,7 @@ def curves(steps: int = 30) -> list[dict[str, float]]:
 
 
 def test_stands_alone(page):
-    text, parsed = page(SUMMARY, curves(), classified(10), retrieved())
+    text, parsed = page(SUMMARY, curves(), classified(confused(10)), retrieved())
     assert "http" not in text
     assert not parsed.unbalanced
     references = [
@@ -124,16 +138,16 @@ def test_stands_alone(page):
 
 
 def test_ids_are_unique(page):
-    _, parsed = page(SUMMARY, curves(), classified(10), retrieved())
+    _, parsed = page(SUMMARY, curves(), classified(confused(10)), retrieved())
     ids = [element["attrs"]["id"] for element in parsed.elements if "id" in element["attrs"]]
     assert len(ids) == len(set(ids))
 
 
 def test_figures_are_those_given(page):
-    zeroshot, retrieval = classified(10), retrieved()
+    zeroshot, retrieval = classified(confused(10)), retrieved()
     text, parsed = page(SUMMARY, curves(), zeroshot, retrieval)
     figures = [e["text"] for e in parsed.find("dd", "headline") if e["attrs"].get("class")]
-    assert figures[0] == f"{100 * zeroshot.top1:.1f}\xa0%"
+    assert figures[0] == f"{100 * zeroshot.headline.value:.1f}\xa0%"
     assert figures[1:] == ["21.4\xa0%", "30.0\xa0%", "3\xa0min 43\xa0s", "812.3"]
     assert "107 × the chance of 0.2\xa0%" in text
     assert "98.8\xa0%" in text  # top-5
@@ -142,59 +156,59 @@ def test_figures_are_those_given(page):
     assert parsed.rows("skipped") == [["unreadable image", "1,200"], ["empty caption", "3"]]
     assert "7 captions were" in text
     assert parsed.find("pre", "config")[0]["text"] == SUMMARY.config_text
-    assert ["recall@1", "21.4 %", "0.2 %", "107"] in parsed.rows("recall")
+    recalls = [" ".join(row).replace("\xa0", " ") for row in parsed.rows("recall-S")]
+    assert recalls[0] == "text to image, recall@1 21.4 % 10.0 % – 40.0 % 0.2 % 107"
+    assert "500 images, 250 captions." in text
 
 
 def test_class_table_and_heat_map_hold_the_confusion_matrix(page):
-    zeroshot = classified(10, seed=1)
-    _, parsed = page(SUMMARY, [], zeroshot, None)
-    rows = parsed.rows("classes")
-    assert [row[0] for row in rows] == list(zeroshot.class_names)
+    found = confused(10, seed=1)
+    _, parsed = page(SUMMARY, [], classified(found))
+    rows = parsed.rows("classes-D")
+    assert [row[0] for row in rows] == list(found.class_names)
     right = [int(row[1].replace(",", "")) for row in rows]
-    assert right == [int(zeroshot.confusion[i][i]) for i in range(10)]
+    assert right == [int(found.counts[i][i]) for i in range(10)]
     total = [int(row[2].replace(",", "")) for row in rows]
-    assert total == [sum(int(x) for x in line) for line in zeroshot.confusion]
+    assert total == [sum(int(x) for x in line) for line in found.counts]
     shares = [float(row[3].removesuffix(" %")) for row in rows]
     np.testing.assert_allclose(shares, 100 * np.divide(right, total), atol=0.051)
-    read = [[int(cell or 0) for cell in row[1:]] for row in parsed.rows("confusion")]
-    np.testing.assert_array_equal(read, zeroshot.confusion)
+    read = [[int(cell or 0) for cell in row[1:]] for row in parsed.rows("confusion-D")]
+    np.testing.assert_array_equal(read, found.counts)
     diagonal = [
-        cell for cell in parsed.find("td", "confusion") if "right" in cell["attrs"].get("class", "")
+        cell
+        for cell in parsed.find("td", "confusion-D")
+        if "right" in cell["attrs"].get("class", "")
     ]
     assert [int(cell["text"]) for cell in diagonal] == right
 
 
 def test_many_classes_list_the_most_confused_pairs(page):
-    zeroshot = classified(1000, seed=2)
-    confusion = zeroshot.confusion.copy()
-    confusion[17, 903], confusion[903, 17] = 777, 55
-    zeroshot = replace(
-        zeroshot, confusion=confusion, per_class=np.diag(confusion) / confusion.sum(1)
-    )
-    text, parsed = page(SUMMARY, curves(), zeroshot, retrieved())
-    assert not parsed.rows("confusion")
-    assert len(parsed.rows("classes")) == 1000
-    pairs = parsed.rows("pairs")
+    found = confused(1000, seed=2)
+    found.counts[17, 903], found.counts[903, 17] = 777, 55
+    text, parsed = page(SUMMARY, curves(), classified(found), retrieved())
+    assert not parsed.rows("confusion-D")
+    assert len(parsed.rows("classes-D")) == 1000
+    pairs = parsed.rows("pairs-D")
     assert [row[:3] for row in pairs[:2]] == [
         ["class 17", "class 903", "777"],
         ["class 903", "class 17", "55"],
     ]
     counts = [int(row[2]) for row in pairs]
-    off_diagonal = sorted(confusion[~np.eye(1000, dtype=bool)].tolist(), reverse=True)
+    off_diagonal = sorted(found.counts[~np.eye(1000, dtype=bool)].tolist(), reverse=True)
     assert counts == off_diagonal[: len(counts)]
     assert not parsed.unbalanced
     assert len(text) < 1_500_000
 
 
 def test_gallery_marks_hits_without_colour(page):
-    _, parsed = page(SUMMARY, [], None, retrieved())
-    items = parsed.find("li", "gallery")
+    _, parsed = page(SUMMARY, [], retrieved())
+    items = parsed.find("li", "gallery-S")
     marks = ["✓" in item["text"] for item in items]
     assert marks == [k == i for i in range(3) for k in range(5)]
-    alts = ["belongs to it" in image["attrs"]["alt"] for image in parsed.find("img", "gallery")]
+    alts = ["belongs to it" in image["attrs"]["alt"] for image in parsed.find("img", "gallery-S")]
     assert alts == marks
     assert [
-        p["text"] for p in parsed.find("p", "gallery") if p["attrs"].get("class") == "query"
+        p["text"] for p in parsed.find("p", "gallery-S") if p["attrs"].get("class") == "query"
     ] == [
         "caption 0",
         "caption 1",
@@ -206,9 +220,9 @@ def test_gallery_marks_hits_without_colour(page):
 def test_images_are_the_pixels_given(page, size):
     image = np.full((size, size, 3), (200, 30, 60), np.uint8)
     image[: size // 2] = (10, 90, 220)
-    mistakes = [Mistake(image, "cat", "dog", 0.7512)]
-    _, parsed = page(SUMMARY, [], classified(10, mistakes=mistakes), None)
-    (shown,) = parsed.find("img", "mistakes")
+    found = replace(confused(10), mistakes=[Mistake(image, "cat", "dog", 0.7512)])
+    _, parsed = page(SUMMARY, [], classified(found))
+    (shown,) = parsed.find("img", "mistakes-D")
     kind, data = shown["attrs"]["src"].split(";base64,")
     decoded = Image.open(io.BytesIO(base64.b64decode(data)))
     assert kind == f"data:image/{decoded.format.lower()}"
@@ -217,18 +231,18 @@ def test_images_are_the_pixels_given(page, size):
     if size == 24:
         np.testing.assert_array_equal(back, image)
     assert np.abs(back - image).mean() < 4
-    (item,) = parsed.find("li", "mistakes")
+    (item,) = parsed.find("li", "mistakes-D")
     assert " ".join(item["text"].split()) == "cat, taken for dog (75.1 %)"
 
 
 def test_texts_are_escaped(page):
-    zeroshot = classified(
-        2,
+    found = replace(
+        confused(2),
         class_names=(EVIL, '"><img src=x>'),
-        templates=(EVIL,),
         mistakes=[Mistake(picture(0), '" onload="alert(1)', EVIL, 0.5)],
     )
-    retrieval = retrieved(gallery=[GalleryRow(f"{EVIL} \ud800 &amp;", [picture(1)], [False])])
+    zeroshot = replace(classified(found, (EVIL,)), title=EVIL)
+    retrieval = retrieved([gallery_row(f"{EVIL} \ud800 &amp;", [picture(1)], [False])])
     summary = replace(
         SUMMARY, title=EVIL, command=EVIL, hardware=EVIL, config_text=EVIL, skipped={EVIL: 1}
     )
@@ -246,12 +260,12 @@ def test_texts_are_escaped(page):
 @pytest.mark.parametrize("history", [[], [{"step": 5}]])
 def test_nothing_to_show_is_said(page, history):
     summary = replace(SUMMARY, skipped={}, truncated=0)
-    text, parsed = page(summary, history, None, None)
-    assert [section["attrs"]["id"] for section in parsed.find("section")] == SECTIONS
+    text, parsed = page(summary, history)
+    sections = [section["attrs"]["id"] for section in parsed.find("section")]
+    assert sections == ["curves", "not-evaluated", "data", "run"]
     for sentence in (
         "logged no metrics",
-        "no zero-shot evaluation",
-        "no retrieval evaluation",
+        "The run had no evaluation.",
         "No example was skipped",
         "No caption was longer",
     ):
@@ -260,25 +274,32 @@ def test_nothing_to_show_is_said(page, history):
     assert not parsed.unbalanced
 
 
+def test_what_the_model_cannot_do_is_said(page):
+    summary = replace(SUMMARY, notes=["No retrieval evaluation: a model of words."])
+    text, _ = page(summary, [], classified(confused(3)))
+    assert "No retrieval evaluation: a model of words." in text
+    assert "no evaluation." not in text
+
+
 def test_class_without_examples_and_perfect_result(page):
-    confusion = np.diag([4, 0, 3]).astype(np.int64)
-    zeroshot = ZeroshotResult(
-        ("a", "b", "c"), (), confusion, 1.0, None, np.array([1, np.nan, 1.0]), 7
-    )
-    _, parsed = page(SUMMARY, [], zeroshot, None)
-    assert [row[:4] for row in parsed.rows("classes")][1] == ["b", "0", "0", "–"]
+    counts = np.diag([4, 0, 3]).astype(np.int64)
+    _, parsed = page(SUMMARY, [], classified(Confusion(("a", "b", "c"), counts)))
+    assert [row[:4] for row in parsed.rows("classes-D")][1] == ["b", "0", "0", "–"]
 
 
 def test_each_metric_is_shown_once_with_its_last_value_and_chance(page):
-    history = [*curves(), {"step": 800, "data/queue_length": 3.0}]
-    _, parsed = page(SUMMARY, history, classified(10), retrieved())
+    last = {"zeroshot/imagenet/top1": 0.4, "zeroshot/mean": 0.3, "linear_probe/mean": 0.6}
+    history = [*curves(), {"step": 800, "data/queue_length": 3.0, **last}]
+    _, parsed = page(SUMMARY, history, classified(confused(10)), retrieved())
     figures = {f["text"].split("\n")[1].strip(): f["text"] for f in parsed.find("figure")}
     assert list(figures) == [
         "loss",
         "zero-shot accuracy",
         "retrieval: text to image",
+        "mean over data sets",
         "grad norm",
         "data: queue length",
+        "zero-shot accuracy: imagenet: top1",
     ]
     assert "50.0\xa0% chance 10.0\xa0%" in " ".join(figures["zero-shot accuracy"].split(" "))
     assert "chance 0.2\xa0%" in figures["retrieval: text to image"]
@@ -289,15 +310,15 @@ def test_each_metric_is_shown_once_with_its_last_value_and_chance(page):
 def test_diverged_run_is_drawn(page):
     values = [1.0, float("nan"), float("inf"), 2.0, float("nan")]
     history = [{"step": i, "train/loss": value} for i, value in enumerate(values)]
-    text, _ = page(SUMMARY, history, None, None)
+    text, _ = page(SUMMARY, history)
     assert "<b>not finite</b>" in text
     assert not re.search(r"\b(nan|inf)\b", text)
-    page(SUMMARY, [{"step": 1, "train/loss": float("nan")}], None, None)
+    page(SUMMARY, [{"step": 1, "train/loss": float("nan")}])
 
 
 def test_same_input_same_bytes(page):
-    first, _ = page(SUMMARY, curves(), classified(10), retrieved())
-    second, _ = page(SUMMARY, curves(), classified(10), retrieved())
+    first, _ = page(SUMMARY, curves(), classified(confused(10)), retrieved())
+    second, _ = page(SUMMARY, curves(), classified(confused(10)), retrieved())
     assert first == second
 
 

@@ -13,10 +13,10 @@ from tiny_tokenizer import write_tokenizer
 
 import clip_jax
 from clip_jax import weights
+from clip_jax.configs import siglip_b16
 from clip_jax.errors import UserError
 from clip_jax.models.resize import image_positions, resize_positions
 from clip_jax.training import train
-from configs import siglip_b16
 
 pytestmark = pytest.mark.slow
 

@@ -1,23 +1,16 @@
 """Templates to files. A template extends base.html.jinja, which has the style of all pages."""
 
-import base64
-import io
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from etils import epath
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
 
 from clip_jax.common.pages import svg
+from clip_jax.common.pages.pictures import Picture, thumbnail
 from clip_jax.storage import writing
-
-_CRISP = 64  # pixels: images up to this size are kept exactly and enlarged without smoothing
-_LARGEST = 160  # pixels: larger images are reduced to it, for the size of the file
 
 
 def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) -> None:
@@ -66,42 +59,6 @@ def duration(seconds: float) -> str:
         if count or (unit == "s" and not parts):
             parts.append(f"{count}\N{NO-BREAK SPACE}{unit}")
     return " ".join(parts[:2])
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A picture as a page holds it.
-
-    Attributes:
-      src: data URI.
-      width, height: pixels.
-      crisp: kept exactly, to be enlarged without smoothing.
-    """
-
-    src: str
-    width: int
-    height: int
-    crisp: bool
-
-
-Picture = np.ndarray | Image.Image | Thumbnail  # arrays are uint8 [h, w, 3]
-
-
-def thumbnail(picture: Picture) -> Thumbnail:
-    """A picture, reduced if it is large, for the size of the file."""
-    if isinstance(picture, Thumbnail):
-        return picture
-    small = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
-    small, file = small.copy(), io.BytesIO()
-    crisp = max(small.size) <= _CRISP
-    if crisp:
-        small.save(file, "PNG", optimize=True)
-    else:
-        small.thumbnail((_LARGEST, _LARGEST))
-        small.save(file, "JPEG", quality=80, optimize=True)
-    data = base64.b64encode(file.getvalue()).decode()
-    kind = "png" if crisp else "jpeg"
-    return Thumbnail(f"data:image/{kind};base64,{data}", *small.size, crisp)
 
 
 def image(picture: Picture) -> Markup:

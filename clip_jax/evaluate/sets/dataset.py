@@ -114,6 +114,7 @@ class Dataset:
       prompts: sets of templates with one {} each, by name: "paper", "clip_benchmark", ...
       class_sets: class names in the same order, where a set of prompts has its own.
       multi_label: whether an image has any number of classes.
+      partial: whether classes may have no image.
       collections: that it belongs to.
       base: the set that this one is a shift of; "": none.
       base_classes: for each class, the classes of the base that it stands for.
@@ -133,6 +134,7 @@ class Dataset:
     prompts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     class_sets: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     multi_label: bool = False
+    partial: bool = False
     collections: tuple[str, ...] = ()
     base: str = ""
     base_classes: tuple[tuple[int, ...], ...] = ()

@@ -1,26 +1,80 @@
-"""The paper's protocols, one file each."""
+"""The tasks that models are evaluated by, one file each; loaded when they are asked for."""
 
-from collections.abc import Mapping
+import functools
+import importlib
+import time
+from collections.abc import Sequence
 
-from clip_jax.evaluate.tasks import (
-    bias,
-    few_shot,
-    linear_probe,
-    overlap,
-    retrieval,
-    robustness,
-    zeroshot,
+from clip_jax.errors import UserError
+from clip_jax.evaluate.results import Result
+from clip_jax.evaluate.sets.dataset import Dataset
+from clip_jax.evaluate.tasks.context import Context, Settings, Task
+
+__all__ = ["NAMES", "Context", "Settings", "Task", "get", "parse_names", "run", "skipped_tasks"]
+
+NAMES = (
+    "zeroshot",
+    "retrieval",
+    "near_duplicates",
+    "linear_probe",
+    "few_shot",
+    "robustness",
+    "overlap",
+    "bias",
 )
-from clip_jax.evaluate.tasks.context import Context, Task
 
-__all__ = ["TASKS", "Context", "Task"]
 
-TASKS: Mapping[str, Task] = {
-    "zeroshot": zeroshot.TASK,
-    "retrieval": retrieval.TASK,
-    "linear_probe": linear_probe.TASK,
-    "few_shot": few_shot.TASK,
-    "robustness": robustness.TASK,
-    "overlap": overlap.TASK,
-    "bias": bias.TASK,
-}
+@functools.cache
+def get(name: str) -> Task:
+    """Returns a task; solvers and statistics are imported with those that need them."""
+    return importlib.import_module(f"{__name__}.{name}").TASK
+
+
+def parse_names(listed: str, setting: str) -> list[str]:
+    """Parses a comma-separated list of tasks.
+
+    Args:
+      listed: the list.
+      setting: where it was given, for the message.
+
+    Raises:
+      UserError: there is no such task.
+    """
+    names = [name.strip() for name in listed.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in NAMES]:
+        raise UserError(
+            f"There is no task {unknown[0]!r}: {setting} takes {', '.join(NAMES)}, comma-separated."
+        )
+    return names
+
+
+def skipped_tasks(context: Context, names: Sequence[str]) -> dict[str, str]:
+    """Returns the tasks that no data set or not this model supports, and a sentence about each."""
+    return {
+        name: f"Task {name} is not done here: it takes {get(name).requires}."
+        for name in names
+        if not any(get(name).supports(context, dataset) for dataset in context.datasets)
+    }
+
+
+def run(context: Context, name: str, dataset: Dataset, made_of: str = "") -> Result:
+    """Runs a task on a data set.
+
+    Args:
+      context: the model and the settings.
+      name: name of the task.
+      dataset: data set that it supports.
+      made_of: checksum to keep with the result.
+    """
+    began = time.monotonic()
+    scores, details = get(name).run(context, dataset)
+    return Result(
+        task=name,
+        dataset=dataset.name,
+        title=dataset.title,
+        base=dataset.base,
+        made_of=made_of,
+        scores=tuple(scores),
+        details=details,
+        seconds=time.monotonic() - began,
+    )

@@ -11,7 +11,7 @@ from scipy import special
 from clip_jax.errors import UserError
 from clip_jax.evaluate.embedding_source import TEST, labelled
 from clip_jax.evaluate.measures import bias
-from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks import zeroshot
 from clip_jax.evaluate.tasks.context import Context, Task, recognizes
@@ -19,10 +19,10 @@ from clip_jax.evaluate.tasks.context import Context, Task, recognizes
 _LISTED = 10  # labels that differ most between groups
 
 
-def run(context: Context, dataset: Dataset) -> Found:
-    """Misclassification by group, with and without added classes; labels by group."""
-    material, settings = context.material, context.settings
-    split, targets = labelled(material, dataset, TEST)
+def run(context: Context, dataset: Dataset) -> Findings:
+    """Measures misclassification by group, with and without added classes, and labels by group."""
+    embeddings, settings = context.embeddings, context.settings
+    split, targets = labelled(embeddings, dataset, TEST)
     groups = _groups(dataset, split.groups)
     prompts = dataset.prompt_set(settings.prompts)
     own = [name.split("|")[0] for name in prompts.class_names]
@@ -30,22 +30,22 @@ def run(context: Context, dataset: Dataset) -> Found:
     for added in _steps(dataset):
         offered = (*prompts.class_names, *itertools.chain.from_iterable(added.values()))
         some = prompts._replace(class_names=offered)
-        cosines = zeroshot.similarities(material, dataset, split, some)
-        odds = special.softmax(material.scale * cosines.astype(np.float64), axis=1)
-        wrong = {"misclassified": odds.argmax(axis=1) != targets}
+        cosines = zeroshot.similarities(embeddings, dataset, split, some)
+        probabilities = special.softmax(embeddings.scale * cosines.astype(np.float64), axis=1)
+        wrong = {"misclassified": probabilities.argmax(axis=1) != targets}
         for key, members in groups.items():
             table = bias.shares(wrong, members, settings.confidence)
             if added:
                 spoken = [name.split("|")[0] for name in offered]
-                landed = bias.categories(odds, spoken, added, members, settings.confidence)
+                landed = bias.categories(probabilities, spoken, added, members, settings.confidence)
                 table = _beside(table, landed)
             tables.append(_table(f"By {key}", added, table))
             scores += _scores(dataset, key, added, table)
     differences = []
-    cosines = zeroshot.similarities(material, dataset, split, prompts)
-    odds = special.softmax(material.scale * cosines.astype(np.float64), axis=1)
+    cosines = zeroshot.similarities(embeddings, dataset, split, prompts)
+    probabilities = special.softmax(embeddings.scale * cosines.astype(np.float64), axis=1)
     for (key, members), threshold in itertools.product(groups.items(), settings.label_thresholds):
-        found = bias.label_differences(odds, own, members, threshold, settings.confidence)
+        found = bias.label_differences(probabilities, own, members, threshold, settings.confidence)
         differences.append(
             {
                 "key": key,
@@ -53,11 +53,11 @@ def run(context: Context, dataset: Dataset) -> Found:
                 "rows": [dataclasses.asdict(row) for row in found[:_LISTED]],
             }
         )
-    return Found(scores, {"tables": tables, "differences": differences})
+    return Findings(scores, {"tables": tables, "differences": differences})
 
 
 def _groups(dataset: Dataset, values: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """The group of each image, by key; and by all keys at once."""
+    """Returns the group of each image, by key; and by all keys at once."""
     keys = dataset.group_keys
     if not any(any(row) for row in values):
         raise UserError(
@@ -71,7 +71,7 @@ def _groups(dataset: Dataset, values: Sequence[Sequence[str]]) -> dict[str, list
 
 
 def _steps(dataset: Dataset) -> list[dict[str, tuple[str, ...]]]:
-    """Categories of added classes: none, those that the data set adds, and further ones besides."""
+    """Returns categories of added classes: none, the data set's, and further ones besides."""
     steps: list[dict[str, tuple[str, ...]]] = [{}]
     for more in (dataset.added_classes, dataset.further_classes):
         if more:
@@ -114,8 +114,8 @@ def _scores(
 
 TASK = Task(
     title="Bias probes",
-    roles=(TEST,),
-    takes="images with groups, classes with prompts, and a model that knows texts",
-    applies=lambda context, dataset: bool(dataset.group_keys) and recognizes(context, dataset),
+    splits=(TEST,),
+    requires="images with groups, classes with prompts, and a model that can score text",
+    supports=lambda context, dataset: bool(dataset.group_keys) and recognizes(context, dataset),
     run=run,
 )

@@ -1,16 +1,62 @@
-"""What a task is given, and what all tasks do alike."""
+"""The inputs of a task, and what several tasks compute alike."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from clip_jax.evaluate.embedding_source import Material, Training
-from clip_jax.evaluate.measures import sweep
+from clip_jax.evaluate.embedding_source import EmbeddingSource, TrainingData
 from clip_jax.evaluate.measures.metrics import METRICS
-from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
-from clip_jax.evaluate.settings import Settings
+
+if TYPE_CHECKING:
+    from clip_jax.evaluate.measures.sweep import Probe
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Settings of tasks; see the fields of the same names under `eval` in configs/default.py.
+
+    Attributes:
+      thresholds: overlap thresholds of single data sets, by name; of the command alone.
+      testbed: path of a table of other models' accuracies; of the command alone.
+    """
+
+    prompts: str
+    confidence: float
+    shots: tuple[int, ...]
+    repeats: int
+    retrieval_prompt: str
+    label_thresholds: tuple[float, ...]
+    overlap_threshold: float
+    seed: int
+    thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    testbed: str = ""
+
+    @classmethod
+    def from_config(
+        cls,
+        evals: ConfigDict,
+        seed: int,
+        thresholds: Mapping[str, float] | None = None,
+        testbed: str = "",
+    ) -> "Settings":
+        """Takes them from config.eval."""
+        return cls(
+            prompts=evals.prompts,
+            confidence=evals.confidence,
+            shots=evals.shots,
+            repeats=evals.repeats,
+            retrieval_prompt=evals.retrieval_prompt,
+            label_thresholds=evals.label_thresholds,
+            overlap_threshold=evals.overlap_threshold,
+            seed=seed,
+            thresholds=thresholds or {},
+            testbed=testbed,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,18 +64,21 @@ class Context:
     """What stays the same over all data sets.
 
     Attributes:
-      material: the model's view of them.
-      settings: of the evaluation.
-      datasets: all that are evaluated.
+      embeddings: the model's view of them.
+      settings: settings of the tasks.
+      datasets: data sets of the evaluation; shifts and their reference sets find each other there.
       training: the training data, for the analysis of overlap; None: not given.
-      probes: of data sets, filled as they are made.
+      headline_only: leave out the variants that are not quoted, such as single prompts beside the
+        ensemble; for evaluation in training.
+      probes: linear probes by data set, filled as they are made.
     """
 
-    material: Material
+    embeddings: EmbeddingSource
     settings: Settings
     datasets: Sequence[Dataset]
-    training: Training | None = None
-    probes: dict[str, sweep.Probe] = dataclasses.field(default_factory=dict)
+    training: TrainingData | None = None
+    headline_only: bool = False
+    probes: dict[str, "Probe"] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +86,26 @@ class Task:
     """One of the paper's protocols.
 
     Attributes:
-      title: for people.
-      roles: splits that it needs of a data set.
-      takes: what it can be done with, for people.
-      applies: whether it can be done on a data set at all.
-      run: does it.
+      title: title for people.
+      splits: splits that it needs of a data set.
+      requires: what it can be done with, for people.
+      supports: whether it can be done on a data set at all.
+      run: runs it.
+      needs_features: whether it reads pre-projection features.
     """
 
     title: str
-    roles: tuple[str, ...]
-    takes: str
-    applies: Callable[[Context, Dataset], bool]
-    run: Callable[[Context, Dataset], Found]
+    splits: tuple[str, ...]
+    requires: str
+    supports: Callable[[Context, Dataset], bool]
+    run: Callable[[Context, Dataset], Findings]
+    needs_features: bool = False
 
 
 def recognizes(context: Context, dataset: Dataset) -> bool:
-    """Whether the model can be asked, by prompts, which class an image has."""
+    """Returns whether the model can be asked, by prompts, which class an image has."""
     named = dataset.kind == "classification" and bool(dataset.prompts)
-    return named and context.material.can_score_text
+    return named and context.embeddings.can_score_text
 
 
 def measure(
@@ -65,7 +116,7 @@ def measure(
     targets: np.ndarray,
     settings: Settings,
 ) -> Score:
-    """The data set's metric of scores [n, classes], with its interval and what guessing reaches."""
+    """Computes the data set's metric of scores [n, classes], with its interval and chance."""
     metric = METRICS[dataset.metric]
     low, high = metric.interval(scores, targets, settings.confidence)
     return Score(
@@ -82,7 +133,7 @@ def measure(
 
 
 def chance(dataset: Dataset) -> float | None:
-    """What guessing reaches, where that does not depend on the data; None: it does."""
+    """Returns what guessing reaches; None where that depends on the data."""
     classes = len(dataset.class_names)
     if dataset.metric in ("accuracy", "mean_per_class"):
         return 1 / classes

@@ -7,17 +7,17 @@ import numpy as np
 from clip_jax.evaluate.embedding_source import TEST, TRAIN, VALIDATION, labelled
 from clip_jax.evaluate.measures import few_shot
 from clip_jax.evaluate.measures.metrics import METRICS
-from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks import linear_probe, zeroshot
 from clip_jax.evaluate.tasks.context import Context, Task, recognizes
 
 
-def run(context: Context, dataset: Dataset) -> Found:
-    """Probes on some examples of each class; how many of them equal zero-shot."""
+def run(context: Context, dataset: Dataset) -> Findings:
+    """Fits probes to some examples of each class; finds how many of them equal zero-shot."""
     settings, metric = context.settings, METRICS[dataset.metric]
     train, validation, test = (
-        linear_probe.split(context, dataset, role) for role in (TRAIN, VALIDATION, TEST)
+        linear_probe.features(context, dataset, split) for split in (TRAIN, VALIDATION, TEST)
     )
     points = few_shot.curve(
         train,
@@ -25,14 +25,14 @@ def run(context: Context, dataset: Dataset) -> Found:
         test,
         metric,
         len(dataset.class_names),
-        context.material.mesh,
+        context.embeddings.mesh,
         settings.shots,
         settings.repeats,
         settings.seed,
     )
-    split, targets = labelled(context.material, dataset, TEST)
+    split, targets = labelled(context.embeddings, dataset, TEST)
     prompts = dataset.prompt_set(settings.prompts)
-    zero = metric(zeroshot.similarities(context.material, dataset, split, prompts), targets)
+    zero = metric(zeroshot.similarities(context.embeddings, dataset, split, prompts), targets)
     full = linear_probe.probe(context, dataset).score
     shots, means = [p.shots for p in points], [p.mean for p in points]
     per_class = (len(train.targets) + len(validation.targets)) / len(dataset.class_names)
@@ -53,17 +53,18 @@ def run(context: Context, dataset: Dataset) -> Found:
         "full_shots": per_class,
         "labels_needed": needed if np.isfinite(needed) else None,
     }
-    return Found(scores, details)
+    return Findings(scores, details)
 
 
 TASK = Task(
     title="Few-shot probes",
-    roles=(TRAIN, VALIDATION, TEST),
-    takes="classes with prompts, one to an image, and examples to train on",
-    applies=lambda context, dataset: (
-        linear_probe.TASK.applies(context, dataset)
+    splits=(TRAIN, VALIDATION, TEST),
+    requires="classes with prompts, one to an image, and examples to train on",
+    supports=lambda context, dataset: (
+        linear_probe.TASK.supports(context, dataset)
         and recognizes(context, dataset)
         and not dataset.multi_label
     ),
     run=run,
+    needs_features=True,
 )

@@ -3,34 +3,36 @@
 from clip_jax.evaluate.embedding_source import TEST, TRAIN, VALIDATION, labelled
 from clip_jax.evaluate.measures import sweep
 from clip_jax.evaluate.measures.metrics import METRICS
-from clip_jax.evaluate.results import Found
+from clip_jax.evaluate.results import Findings
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks.context import Context, Task, measure
 
 
-def split(context: Context, dataset: Dataset, role: str) -> sweep.Split:
-    """Features and targets of a split."""
-    examples, targets = labelled(context.material, dataset, role)
+def features(context: Context, dataset: Dataset, split: str) -> sweep.Split:
+    """Returns features and targets of a split."""
+    examples, targets = labelled(context.embeddings, dataset, split)
     return sweep.Split(examples.features, targets)
 
 
 def probe(context: Context, dataset: Dataset) -> sweep.Probe:
-    """The probe of a data set; made once, as others build on it."""
+    """Returns the probe of a data set; fitted once, since other tasks build on it."""
     if dataset.name not in context.probes:
         train, validation, test = (
-            split(context, dataset, role) for role in (TRAIN, VALIDATION, TEST)
+            features(context, dataset, split) for split in (TRAIN, VALIDATION, TEST)
         )
         metric, classes = METRICS[dataset.metric], len(dataset.class_names)
         context.probes[dataset.name] = sweep.probe(
-            train, validation, test, metric, classes, context.material.mesh
+            train, validation, test, metric, classes, context.embeddings.mesh
         )
     return context.probes[dataset.name]
 
 
-def run(context: Context, dataset: Dataset) -> Found:
-    """The strength that does best on validation, then fitted to training and validation data."""
+def run(context: Context, dataset: Dataset) -> Findings:
+    """Chooses the L2 strength on validation data, then fits to training and validation data."""
     found = probe(context, dataset)
-    train, validation, test = (split(context, dataset, role) for role in (TRAIN, VALIDATION, TEST))
+    train, validation, test = (
+        features(context, dataset, split) for split in (TRAIN, VALIDATION, TEST)
+    )
     score = measure(
         "linear_probe",
         dataset,
@@ -47,15 +49,16 @@ def run(context: Context, dataset: Dataset) -> Found:
         "validation": len(validation.targets),
         "width": train.features.shape[1],
     }
-    return Found([score], details)
+    return Findings([score], details)
 
 
 TASK = Task(
     title="Linear probe",
-    roles=(TRAIN, VALIDATION, TEST),
-    takes="classes, and examples to train on",
-    applies=lambda context, dataset: (
+    splits=(TRAIN, VALIDATION, TEST),
+    requires="classes, and examples to train on",
+    supports=lambda context, dataset: (
         dataset.kind == "classification" and {TRAIN, VALIDATION, TEST} <= set(dataset.roles)
     ),
     run=run,
+    needs_features=True,
 )

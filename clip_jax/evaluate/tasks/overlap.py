@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.common.pages.page import thumbnail
-from clip_jax.evaluate.embedding_source import TEST, Nearest, Split, Training, labelled
+from clip_jax.common.pages.pictures import thumbnail
+from clip_jax.evaluate.embedding_source import TEST, EmbeddedSplit, Nearest, TrainingData, labelled
 from clip_jax.evaluate.measures import metrics, overlap
-from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks import zeroshot
 from clip_jax.evaluate.tasks.context import Context, Task, recognizes
@@ -17,13 +17,13 @@ _PAIRS = 60  # shown on the page of a data set, to find the right threshold by
 _STEPS = 200  # thresholds of the table behind it
 
 
-def run(context: Context, dataset: Dataset) -> Found:
-    """Splits the test split by similarity to the training data; accuracy on each part."""
+def run(context: Context, dataset: Dataset) -> Findings:
+    """Divides the test split by similarity to the training data; measures accuracy on each part."""
     training, settings = context.training, context.settings
     assert training is not None
-    split, targets = labelled(context.material, dataset, TEST)
+    split, targets = labelled(context.embeddings, dataset, TEST)
     prompts = dataset.prompt_set(settings.prompts)
-    similar = zeroshot.similarities(context.material, dataset, split, prompts)
+    similar = zeroshot.similarities(context.embeddings, dataset, split, prompts)
     correct = metrics.correct(similar, targets)
     nearest = training.nearest(dataset, split)
     threshold = settings.thresholds.get(dataset.name, settings.overlap_threshold)
@@ -39,7 +39,7 @@ def run(context: Context, dataset: Dataset) -> Found:
         ],
         "pairs": _pairs(context, dataset, split, training, nearest),
     }
-    return Found(_scores(dataset, row), details)
+    return Findings(_scores(dataset, row), details)
 
 
 def _scores(dataset: Dataset, row: overlap.Overlap) -> list[Score]:
@@ -65,17 +65,21 @@ def _scores(dataset: Dataset, row: overlap.Overlap) -> list[Score]:
 
 
 def _pairs(
-    context: Context, dataset: Dataset, split: Split, training: Training, nearest: Nearest
+    context: Context,
+    dataset: Dataset,
+    split: EmbeddedSplit,
+    training: TrainingData,
+    nearest: Nearest,
 ) -> list[dict[str, Any]]:
-    """Test images beside the training images nearest to them: the likest, and some of the rest."""
+    """Returns test images beside their nearest training images, most similar first."""
     order = np.argsort(-nearest.similarity, kind="stable")
-    likest, rest = order[: _PAIRS // 2], order[_PAIRS // 2 :]
+    most_similar, others = order[: _PAIRS // 2], order[_PAIRS // 2 :]
     # Ever sparser, since near-duplicates are few among many.
-    places = np.geomspace(1, max(len(rest), 1), min(_PAIRS // 2, len(rest))).astype(int) - 1
+    places = np.geomspace(1, max(len(others), 1), min(_PAIRS // 2, len(others))).astype(int) - 1
     pairs = []
-    for at in [*likest, *rest[np.unique(places)]]:
+    for at in [*most_similar, *others[np.unique(places)]]:
         key, image = training.picture(int(nearest.rows[at]))
-        own = context.material.picture(dataset, TEST, int(split.indices[at]))
+        own = context.embeddings.picture(dataset, TEST, int(split.indices[at]))
         pairs.append(
             {
                 "similarity": float(nearest.similarity[at]),
@@ -90,9 +94,9 @@ def _pairs(
 
 TASK = Task(
     title="Overlap with the training data",
-    roles=(TEST,),
-    takes="--train_data, classes with prompts, and a model that knows texts",
-    applies=lambda context, dataset: (
+    splits=(TEST,),
+    requires="--train_data, classes with prompts, and a model that can score text",
+    supports=lambda context, dataset: (
         context.training is not None and recognizes(context, dataset) and not dataset.multi_label
     ),
     run=run,

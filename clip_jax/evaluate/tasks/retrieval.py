@@ -1,64 +1,118 @@
-"""Retrieval between images and captions, with the captions as they are and behind a prompt."""
+"""Retrieval between images and captions: recall@1, 5, 10, also with captions behind a prompt."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from clip_jax.common.pages.page import thumbnail
+from clip_jax.common.pages.pictures import thumbnail
 from clip_jax.errors import UserError
-from clip_jax.evaluate import retrieval
-from clip_jax.evaluate.embedding_source import TEST, Material, Split
+from clip_jax.evaluate.embedding_source import TEST, EmbeddedSplit, EmbeddingSource
 from clip_jax.evaluate.measures import intervals
 from clip_jax.evaluate.measures.ranks import Ranks, match_ranks
-from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks.context import Context, Task
 
 PLAIN, PROMPTED = "captions", "captions behind a prompt"
+CUTOFFS = (1, 5, 10)
 _QUERIES, _NEAREST = 12, 5  # of the gallery
 
 
-def distinct(split: Split) -> tuple[list[str], np.ndarray]:
-    """Every caption once; and the pairs (image, caption) that belong together, int64 [p, 2]."""
-    numbers: dict[str, int] = {}
-    pairs = [
-        (image, numbers.setdefault(text, len(numbers)))
-        for image, texts in enumerate(split.captions)
-        for text in dict.fromkeys(texts)
-    ]
-    return list(numbers), np.array(pairs, np.int64).reshape(-1, 2)
+class Captions(NamedTuple):
+    """The captions of a split.
+
+    Attributes:
+      texts: every caption once, in order of first appearance; m of them.
+      pairs: (image, caption) that belong together, each once, int64 [p, 2], ascending. Images are
+        numbered among `images`.
+      images: rows of the split that have a caption, int64 [n].
+    """
+
+    texts: list[str]
+    pairs: np.ndarray
+    images: np.ndarray
 
 
-def run(context: Context, dataset: Dataset) -> Found:
+def captions(embeddings: EmbeddingSource, split: EmbeddedSplit) -> Captions:
+    """Collects the captions of a split.
+
+    Captions that the tokenizer makes the same ids of count as one, and all images that carry it as
+    its matches. An image without a caption, or whose captions have no text, is left out.
+    """
+    tokenizer, lists = embeddings.tokenizer, split.captions
+    flat = [text for texts in lists for text in texts]
+    ids, _ = tokenizer.encode_batch(flat)
+    numbers: dict[bytes, int] = {}
+    texts, pairs, images, at = [], set(), [], 0
+    for row, own in enumerate(lists):
+        rows, at = range(at, at + len(own)), at + len(own)
+        full = [i for i in rows if not tokenizer.is_empty(ids[i])]
+        for i in full:
+            number = numbers.setdefault(ids[i].tobytes(), len(numbers))
+            if number == len(texts):
+                texts.append(flat[i])
+            pairs.add((len(images), number))
+        if full:
+            images.append(row)
+    ordered = np.array(sorted(pairs), np.int64).reshape(-1, 2)
+    return Captions(texts, ordered, np.array(images, np.int64))
+
+
+def run(context: Context, dataset: Dataset) -> Findings:
     """Ranks all captions for each image and all images for each caption."""
-    material, settings = context.material, context.settings
-    split = material.split(dataset, TEST)
-    texts, pairs = distinct(split)
+    embeddings, settings = context.embeddings, context.settings
+    whole = embeddings.embedded(dataset, TEST)
+    texts, pairs, images = captions(embeddings, whole)
     if not texts:
-        raise UserError(f"No image of {dataset.title} has a caption: set text_key of its source.")
-    variants = {PLAIN: "{}", PROMPTED: settings.retrieval_prompt}
-    scores: list[Score] = []
-    for variant, prompt in variants.items():
-        embeds = material.texts([prompt.replace("{}", text) for text in texts])
-        ranks = match_ranks(split.embeds, embeds, pairs, material.mesh)
-        scores += _scores(dataset, variant, ranks, pairs, settings.confidence)
-    plain = material.texts(texts)
+        raise UserError(
+            f"No usable image of {dataset.title} has a caption: set text_key of its source."
+        )
+    split = whole.take(images)
+    plain = embeddings.texts(texts)
+    ranks = match_ranks(split.embeds, plain, pairs, embeddings.mesh)
+    scores = _scores(dataset, PLAIN, ranks, pairs, settings.confidence)
     details: dict[str, Any] = {
         "images": len(split),
         "captions": len(texts),
-        "prompt": settings.retrieval_prompt,
-        "skipped": dict(split.skipped),
-        "gallery": _gallery(material, dataset, split, texts, plain, pairs),
+        "prompt": "" if context.headline_only else settings.retrieval_prompt,
+        "skipped": dict(whole.skipped),
+        "gallery": _gallery(embeddings, dataset, split, texts, plain, pairs),
     }
-    return Found(scores, details)
+    if not context.headline_only:
+        prompted = embeddings.texts([details["prompt"].replace("{}", text) for text in texts])
+        ranks = match_ranks(split.embeds, prompted, pairs, embeddings.mesh)
+        scores += _scores(dataset, PROMPTED, ranks, pairs, settings.confidence)
+    return Findings(scores, details)
+
+
+def recalls(direction: str, ranks: np.ndarray) -> dict[str, float]:
+    """Computes the fraction of queries with a match among the first k, for each cutoff."""
+    return {f"{direction}/recall@{k}": float(np.mean(ranks < k)) for k in CUTOFFS}
+
+
+def chance(direction: str, matches: np.ndarray, candidates: int) -> dict[str, float]:
+    """Computes the recalls that a random order reaches.
+
+    Args:
+      direction: first part of the metrics' names.
+      matches: number of right candidates of each query, int [q].
+      candidates: number of candidates.
+    """
+    missed, result = np.ones(len(matches)), {}
+    for k in range(1, max(CUTOFFS) + 1):
+        wrong_left = candidates - matches - (k - 1)
+        missed = missed * np.clip(wrong_left / max(candidates - (k - 1), 1), 0, 1)
+        if k in CUTOFFS:
+            result[f"{direction}/recall@{k}"] = float(1 - missed.mean())
+    return result
 
 
 def _scores(
     dataset: Dataset, variant: str, ranks: Ranks, pairs: np.ndarray, confidence: float
 ) -> list[Score]:
-    """Recalls in both directions; text to image first, as the one that people quote."""
+    """Returns the recalls in both directions; text to image first, as the one that is quoted."""
     images, texts = len(ranks.image_to_text), len(ranks.text_to_image)
     found = []
     for direction, own, axis, candidates in (
@@ -66,28 +120,39 @@ def _scores(
         ("image_to_text", ranks.image_to_text, 0, texts),
     ):
         matches = np.bincount(pairs[:, axis], minlength=len(own))
-        guessed = retrieval.chance(direction, matches, candidates)
-        for name, value in retrieval.recalls(direction, own).items():
+        guessed = chance(direction, matches, candidates)
+        for name, value in recalls(direction, own).items():
             low, high = intervals.clopper_pearson(round(value * len(own)), len(own), confidence)
-            score = Score("retrieval", dataset.name, variant, name, value, low, high, len(own))
-            found.append(dataclasses.replace(score, chance=guessed[name]))
+            found.append(
+                Score(
+                    task="retrieval",
+                    dataset=dataset.name,
+                    variant=variant,
+                    metric=name,
+                    value=value,
+                    low=low,
+                    high=high,
+                    n=len(own),
+                    chance=guessed[name],
+                )
+            )
     return found
 
 
 def _gallery(
-    material: Material,
+    embeddings: EmbeddingSource,
     dataset: Dataset,
-    split: Split,
+    split: EmbeddedSplit,
     texts: Sequence[str],
     embeds: np.ndarray,
     pairs: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """Some captions with the images nearest to them."""
+    """Returns some captions with the images nearest to them."""
     rows = []
     for number in np.linspace(0, len(texts) - 1, min(_QUERIES, len(texts)), dtype=int):
         own = set(pairs[pairs[:, 1] == number, 0].tolist())
         nearest = np.argsort(-(split.embeds @ embeds[number]), kind="stable")[:_NEAREST].tolist()
-        pictures = [material.picture(dataset, TEST, int(split.indices[i])) for i in nearest]
+        pictures = [embeddings.picture(dataset, TEST, int(split.indices[i])) for i in nearest]
         rows.append(
             {
                 "query": texts[number],
@@ -100,8 +165,10 @@ def _gallery(
 
 TASK = Task(
     title="Retrieval",
-    roles=(TEST,),
-    takes="images with captions, and a model that embeds texts",
-    applies=lambda context, dataset: dataset.kind == "retrieval" and context.material.embeds_texts,
+    splits=(TEST,),
+    requires="images with captions, and a model that embeds texts",
+    supports=lambda context, dataset: (
+        dataset.kind == "retrieval" and context.embeddings.embeds_texts
+    ),
     run=run,
 )

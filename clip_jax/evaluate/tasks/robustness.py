@@ -10,7 +10,7 @@ import numpy as np
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.embedding_source import TEST, labelled
 from clip_jax.evaluate.measures import intervals, logistic, metrics, robustness
-from clip_jax.evaluate.results import Found, Score
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks import linear_probe, zeroshot
 from clip_jax.evaluate.tasks.context import Context, Task, recognizes
@@ -18,11 +18,11 @@ from clip_jax.storage import locations, ranges
 
 
 class Shifted(NamedTuple):
-    """How one classifier does on a shift: accuracies, fractions.
+    """Accuracies of one classifier.
 
     Attributes:
-      reference: on the reference set, among the classes of the shift alone.
-      shifted: on the shift.
+      reference: accuracy on the reference set, among the classes of the shift alone.
+      shifted: accuracy on the shift.
     """
 
     reference: Score
@@ -30,31 +30,31 @@ class Shifted(NamedTuple):
 
 
 def shifts(context: Context, dataset: Dataset) -> list[Dataset]:
-    """The shifts of a data set among those that are evaluated."""
+    """Returns the shifts of a data set among those that are evaluated."""
     return [each for each in context.datasets if each.base == dataset.name]
 
 
-def run(context: Context, dataset: Dataset) -> Found:
-    """Accuracy of the zero-shot classifier, and of the linear probe where there is training data.
+def run(context: Context, dataset: Dataset) -> Findings:
+    """Measures the zero-shot classifier, and the linear probe where there is training data.
 
     Both choose among the classes of the shift, on both sets, so that they can be compared.
     """
     names = dataset.prompt_set(context.settings.prompts)
-    material = context.material
+    embeddings = context.embeddings
     classifiers = {
-        "zero-shot": lambda which, split: zeroshot.similarities(material, which, split, names)
+        "zero-shot": lambda which, split: zeroshot.similarities(embeddings, which, split, names)
     }
-    if linear_probe.TASK.applies(context, dataset):
+    if linear_probe.TASK.supports(context, dataset):
         fitted = linear_probe.probe(context, dataset).fitted
         classifiers["linear probe"] = lambda which, split: logistic.scores(
-            fitted, split.features, material.mesh
+            fitted, split.features, embeddings.mesh
         )[0]
-    base, targets = labelled(material, dataset, TEST)
+    base, targets = labelled(embeddings, dataset, TEST)
     on_base = {name: classify(dataset, base) for name, classify in classifiers.items()}
     scores, rows = [], []
     testbed = read_testbed(context.settings.testbed)
     for shift in shifts(context, dataset):
-        split, own_targets = labelled(material, shift, TEST)
+        split, own_targets = labelled(embeddings, shift, TEST)
         common = Common.of(shift, dataset)
         for name, classify in classifiers.items():
             on_shift = common.judge(classify(shift, split), own_targets, common.of_shift)
@@ -68,15 +68,15 @@ def run(context: Context, dataset: Dataset) -> Found:
     mean = Score(
         "robustness", dataset.name, "zero-shot, mean of shifts", "accuracy", float(np.mean(shifted))
     )
-    return Found([mean, *scores], {"rows": rows, "testbed": testbed})
+    return Findings([mean, *scores], {"rows": rows, "testbed": testbed})
 
 
 class Common(NamedTuple):
     """The classes that a shift and its reference set have in common, c of them.
 
     Attributes:
-      groups: for each, its classes in the reference set.
-      of_reference, of_shift: the number of each class of either among them.
+      groups: classes in the reference set, for each of the c.
+      of_reference, of_shift: number among the c, by class of either set.
     """
 
     groups: list[Sequence[int]]
@@ -96,11 +96,11 @@ class Common(NamedTuple):
     def judge(
         self, scores: np.ndarray, targets: np.ndarray, numbers: Mapping[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The examples of these classes, and scores among these classes alone.
+        """Returns the examples of these classes, and scores among these classes alone.
 
         Args:
           scores: [n, classes of the reference set].
-          targets: int [n], as one of the two sets counts its classes.
+          targets: classes as one of the two sets numbers them, int [n].
           numbers: `of_reference` or `of_shift`.
 
         Returns:
@@ -138,13 +138,14 @@ def _row(
 
 
 def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
-    """Accuracies of other models, for the trend that robustness is measured against.
+    """Reads accuracies of other models, for the trend that robustness is measured against.
 
     Args:
-      path: of a .csv file with columns model, dataset, reference, shifted; fractions. "": none.
+      path: path of a .csv file with columns model, dataset, reference, shifted; fractions. "":
+        none.
 
     Returns:
-      By data set, (reference, shifted) of each model.
+      (reference, shifted) of each model, by data set.
 
     Raises:
       UserError: it cannot be read so.
@@ -172,10 +173,11 @@ def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
 
 TASK = Task(
     title="Robustness",
-    roles=(TEST,),
-    takes="a reference set with prompts beside shifts of it, and a model that knows texts",
-    applies=lambda context, dataset: (
+    splits=(TEST,),
+    requires="a reference set with prompts beside shifts of it, and a model that can score text",
+    supports=lambda context, dataset: (
         bool(shifts(context, dataset)) and recognizes(context, dataset)
     ),
     run=run,
+    needs_features=True,
 )

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.common.pages.page import thumbnail
+from clip_jax.common.pages.pictures import thumbnail
 from clip_jax.evaluate import confusion
-from clip_jax.evaluate.embedding_source import TEST, Material, Split, labelled
-from clip_jax.evaluate.results import Found
+from clip_jax.evaluate.embedding_source import TEST, EmbeddedSplit, EmbeddingSource, labelled
+from clip_jax.evaluate.measures import intervals, metrics
+from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset, PromptSet
-from clip_jax.evaluate.tasks.context import Context, Task, measure, recognizes
+from clip_jax.evaluate.tasks.context import Context, Settings, Task, measure, recognizes
 from clip_jax.models.prompts import average_classes, class_prompts
 
 ENSEMBLE, SINGLE, BARE = "ensemble", "one prompt", "bare names"
@@ -18,7 +19,7 @@ _SINGLE = "a photo of a {}."  # the paper's default prompt
 
 
 def variants(prompts: PromptSet) -> Mapping[str, PromptSet]:
-    """The ensemble of all templates first, then less and less context."""
+    """Returns the ensemble of all templates first, then less and less context."""
     return {
         ENSEMBLE: prompts,
         SINGLE: prompts._replace(templates=(_SINGLE,)),
@@ -27,52 +28,63 @@ def variants(prompts: PromptSet) -> Mapping[str, PromptSet]:
 
 
 def similarities(
-    material: Material, dataset: Dataset, split: Split, prompts: PromptSet
+    embeddings: EmbeddingSource, dataset: Dataset, split: EmbeddedSplit, prompts: PromptSet
 ) -> np.ndarray:
-    """How well classes fit the images of a test split.
+    """Computes how well classes fit the images of a test split.
 
     Returns:
       float32 [n, classes]: cosines, or log-likelihoods where the model embeds no texts.
     """
     names = prompts.class_names
-    texts, owners = class_prompts(names, prompts.templates)
-    if not material.embeds_texts:
-        return material.scores(dataset, TEST, texts, owners, len(names))[split.rows]
-    classes = average_classes(material.texts(texts), owners, len(names))
+    texts, class_ids = class_prompts(names, prompts.templates)
+    if not embeddings.embeds_texts:
+        return embeddings.scores(dataset, TEST, texts, class_ids, len(names))[split.rows]
+    classes = average_classes(embeddings.texts(texts), class_ids, len(names))
     return split.embeds @ classes.T
 
 
-def run(context: Context, dataset: Dataset) -> Found:
+def run(context: Context, dataset: Dataset) -> Findings:
     """Classifies the test split by the prompts of its classes."""
-    material, settings = context.material, context.settings
-    split, targets = labelled(material, dataset, TEST)
+    embeddings, settings = context.embeddings, context.settings
+    split, targets = labelled(embeddings, dataset, TEST)
     prompts = dataset.prompt_set(settings.prompts)
+    tried = {ENSEMBLE: prompts} if context.headline_only else variants(prompts)
     scores, best = [], np.zeros((0, 0), np.float32)
-    for variant, some in variants(prompts).items():
-        similar = similarities(material, dataset, split, some)
+    for variant, some in tried.items():
+        similar = similarities(embeddings, dataset, split, some)
         scores.append(measure("zeroshot", dataset, variant, similar, targets, settings))
         best = similar if variant == ENSEMBLE else best
     details: dict[str, Any] = {
         "prompts": prompts.name,
         "templates": list(prompts.templates),
+        "by_likelihood": not embeddings.embeds_texts,
         "skipped": dict(split.skipped),
     }
     if not dataset.multi_label:
+        if len(prompts.class_names) > confusion.BEST:
+            scores.append(_top5(dataset, best, targets, settings))
         found = confusion.summarize(
             targets,
-            *confusion.rank(material.scale * best),
+            *confusion.rank(embeddings.scale * best),
             [names.split("|")[0] for names in prompts.class_names],
-            prompts.templates,
-            lambda row: thumbnail(material.picture(dataset, TEST, int(split.indices[row]))),
+            lambda row: thumbnail(embeddings.picture(dataset, TEST, int(split.indices[row]))),
         )
         details["classes"] = confusion.to_json(found)
-    return Found(scores, details)
+    return Findings(scores, details)
+
+
+def _top5(dataset: Dataset, similar: np.ndarray, targets: np.ndarray, settings: Settings) -> Score:
+    """Returns how often the right class is among the best five."""
+    right, n = int(metrics.correct(similar, targets, k=5).sum()), len(targets)
+    low, high = intervals.clopper_pearson(right, n, settings.confidence)
+    guessed = 5 / similar.shape[1]
+    return Score("zeroshot", dataset.name, ENSEMBLE, "top5", right / n, low, high, n, guessed)
 
 
 TASK = Task(
     title="Zero-shot classification",
-    roles=(TEST,),
-    takes="classes with prompts, and a model that knows texts",
-    applies=recognizes,
+    splits=(TEST,),
+    requires="classes with prompts, and a model that can score text",
+    supports=recognizes,
     run=run,
 )
