@@ -161,6 +161,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def to_host(array: jax.Array) -> np.ndarray:
+    """Copies a replicated array to the host, also where other hosts hold replicas of it."""
+    return np.asarray(array.addressable_data(0))
+
+
 def constrain_batch(x: jax.Array, spec: PartitionSpec = BATCH) -> jax.Array:
     """Keeps the batch dimension of an activation split; no effect outside `jax.set_mesh`."""
     if set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):

@@ -1,4 +1,4 @@
-"""Commands by name, loaded only when asked for, and what all of them do alike."""
+"""Commands by name, loaded on demand, with a common parser and common error messages."""
 
 import argparse
 import contextlib
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from clip_jax.errors import UserError
 
-# Name: (module whose main(arguments) runs it, what it is for).
+# Name: (module whose main(arguments) runs it, purpose).
 Table = Mapping[str, tuple[str, str]]
 
 
@@ -16,9 +16,9 @@ def dispatch(table: Table, arguments: list[str], prefix: str, footer: str = "") 
     """Runs the command that the first argument names, or lists all of them.
 
     Args:
-      table: of the commands.
-      arguments: of the command line, behind `prefix`.
-      prefix: what stands before them, for the usage.
+      table: the commands.
+      arguments: words of the command line behind `prefix`.
+      prefix: words before the arguments, for the usage.
       footer: last line of the usage.
     """
     name = arguments[0] if arguments else "--help"
@@ -34,7 +34,7 @@ def dispatch(table: Table, arguments: list[str], prefix: str, footer: str = "") 
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Within it, a mistake of the user ends the process with a paragraph and status 2."""
+    """Ends the process on a user error, with a paragraph and status 2."""
     try:
         yield
     except UserError as error:
@@ -52,7 +52,7 @@ def plain_errors() -> Iterator[None]:
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser for "python -m clip_jax COMMAND"; the description is shown as it stands."""
+    """Creates the parser of "python -m clip_jax COMMAND"; the description keeps its lines."""
     return argparse.ArgumentParser(
         prog=f"python -m clip_jax {command}",
         description=description,

@@ -1,4 +1,4 @@
-"""What a process does first that another one has started to work for it."""
+"""The start of a worker process: signals, and the death of its parent."""
 
 import multiprocessing
 import os
@@ -7,7 +7,10 @@ import threading
 
 
 def begin() -> None:
-    """Leaves Ctrl-C to the parent, which ends its workers; and ends when the parent is killed."""
+    """Prepares a worker process.
+
+    It leaves Ctrl-C to the parent, which ends its workers, and ends when the parent is killed.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -152,7 +152,7 @@ def _check_part(tokenizer: str, source: "Source", part: Sequence[int]) -> list[d
 
 
 def _table(summary: Summary) -> str:
-    from clip_jax.common.tables import aligned
+    from clip_jax.common.formatting import aligned
 
     rate = summary.examples / max(summary.seconds, 1e-9)
     unusable = summary.reasons.total()

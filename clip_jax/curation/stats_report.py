@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax.common.pages import curves, page, svg
-from clip_jax.common.tables import aligned
+from clip_jax.common.formatting import aligned, percent, short
 from clip_jax.curation.tally import POINTS, QUANTITIES, Tally
 
 _BINS = 60
@@ -50,8 +50,8 @@ def write_page(path: epath.Path, summary: Mapping[str, Any], tallies: Mapping[st
 
 def _histogram(tally: Tally, title: str):
     middles, shares = tally.histogram(_BINS)
-    label = f"{title}: median {svg.short(tally.percentiles([50])[0])}"
-    return curves.draw([curves.Series(title, middles, shares)], label, share=True)
+    label = f"{title}: median {short(tally.percentiles([50])[0])}"
+    return curves.draw([curves.Series(title, middles, shares)], label, percent=True)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[str]:
@@ -60,14 +60,14 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
         seen = f"{seen} (drawn from {total})"
     usable, captions = summary["usable"], summary["captions"]
     formats = ", ".join(
-        f"{name} {_percent(count / usable)}" for name, count in summary["formats"].items()
+        f"{name} {percent(count / usable)}" for name, count in summary["formats"].items()
     )
     lines = [
         f"{summary['data']}: {seen} examples, {usable:,} usable; {captions:,} "
         f"captions; {summary['image_bytes'] / 2**20:,.1f} MiB of images ({formats})",
-        f"Images that repeat the bytes of another: {_percent(summary['duplicate_images'])}. "
-        f"Captions that repeat another: {_percent(summary['duplicate_captions'])}. "
-        f"Longer than {summary['context_length']} ids, cut: {_percent(summary['cut_captions'])}",
+        f"Images that repeat the bytes of another: {percent(summary['duplicate_images'])}. "
+        f"Captions that repeat another: {percent(summary['duplicate_captions'])}. "
+        f"Longer than {summary['context_length']} ids, cut: {percent(summary['cut_captions'])}",
     ]
     for name, title in (("unusable", "Unusable"), ("left_out_by_index", "Found by the index")):
         if summary[name]:
@@ -79,7 +79,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
     columns = [f"p{point}" for point in POINTS] + ["mean"]
     spread = [
-        [QUANTITIES[name], *(svg.short(values[column]) for column in columns)]
+        [QUANTITIES[name], *(short(values[column]) for column in columns)]
         for name, values in summary["percentiles"].items()
     ]
     titles = ["least", *(f"{point} %" for point in POINTS[1:-1]), "most", "mean"]
@@ -99,7 +99,3 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
         title = "model.packing.rows by model.packing.length: suffices for 99 of 100 batches"
         tables.append(Table(title, [header, *rows]))
     return tables
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -21,8 +21,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from clip_jax.common import commands
-from clip_jax.common import host_flags as hosts
+from clip_jax.common import commands, hosts
 from clip_jax.data.arguments import at_least
 from clip_jax.errors import UserError
 from clip_jax.storage import locations

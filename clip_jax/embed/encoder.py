@@ -17,6 +17,7 @@ from clip_jax.data.sources.base import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.models import buckets, scores
 from clip_jax.models.prompts import Prompts
+from clip_jax.sharding import to_host
 
 Variables = Mapping[str, Any]
 
@@ -199,8 +200,3 @@ def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(
         padded.shape, sharding.batch_sharding(mesh), lambda index: padded[index]
     )
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """A replicated array as NumPy, also where other hosts hold copies."""
-    return np.asarray(array.addressable_data(0))

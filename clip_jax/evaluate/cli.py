@@ -33,8 +33,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from clip_jax.common import commands
-from clip_jax.common import host_flags as hosts
+from clip_jax.common import commands, hosts
 from clip_jax.data.arguments import at_least, share
 from clip_jax.errors import UserError
 from clip_jax.storage import locations
@@ -270,7 +269,7 @@ def _wait(options: argparse.Namespace) -> None:
 
 
 def _list() -> None:
-    from clip_jax.common.tables import aligned
+    from clip_jax.common.formatting import aligned
     from clip_jax.evaluate.sets import registry
 
     rows = [("name", "data set", "metric or kind", "in")]

@@ -16,13 +16,13 @@ from clip_jax.api import Model
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.sources.captions import Captions
 from clip_jax.embed import making
-from clip_jax.embed.encoder import to_host
 from clip_jax.embed.store import Store
 from clip_jax.errors import UserError
 from clip_jax.evaluate.embedding_source import Split
 from clip_jax.evaluate.sets import finding
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.models.prompts import prepare
+from clip_jax.sharding import to_host
 from clip_jax.storage import locations, ranges, writing
 
 _ROWS = 16_384  # examples in a part: what a killed evaluation loses at most

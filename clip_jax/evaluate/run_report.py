@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clip_jax.common.pages import curves, page, svg
-from clip_jax.common.pages.panel import Line, Panel
+from clip_jax.common.formatting import percent, short
+from clip_jax.common.pages import curves, page
+from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.evaluate.measures import intervals
 from clip_jax.evaluate.run_results import RetrievalResult, RunSummary, ZeroshotResult
 
@@ -52,7 +53,7 @@ def write_report(
 
 
 def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> Panel:
-    show = page.percent if share else svg.short
+    show = percent if share else short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
     legend = [
@@ -67,7 +68,7 @@ def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> 
         f"{one.label} from {show(one.first)} to {show(one.last)} at step {one.steps[-1]}"
         for one in series
     )
-    return Panel(title, curves.draw(series, f"{title}: {text}", share=share), legend)
+    return Panel(title, curves.draw(series, f"{title}: {text}", percent=share), legend)
 
 
 def _panels(
@@ -174,7 +175,7 @@ def retrieval_view(result: RetrievalResult) -> dict:
             {
                 "group": _title(group),
                 "name": leaf.replace("_", " "),
-                "value": page.percent(value) if share else svg.short(value),
+                "value": percent(value) if share else short(value),
                 "chance": chance,
                 "times": value / chance if chance else None,
                 "headline": leaf == "recall@1",

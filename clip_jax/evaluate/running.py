@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from clip_jax.common.pages.page import duration, percent
+from clip_jax.common.formatting import format_seconds, percent
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.embedding_source import TEST
 from clip_jax.evaluate.folder import Folder
@@ -83,7 +83,7 @@ def run_all(
                 if result is None:
                     result = _run(context, name, task, dataset, made_of)
                     folder.write(result)
-                    say(_line(result, width, duration(result.seconds)))
+                    say(_line(result, width, format_seconds(result.seconds)))
                 else:
                     say(_line(result, width, "done before"))
                 results.append(result)

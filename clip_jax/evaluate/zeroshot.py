@@ -11,6 +11,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluate import confusion
 from clip_jax.evaluate.run_results import ZeroshotResult
 from clip_jax.models.prompts import average_classes, class_prompts, prepare
+from clip_jax.sharding import to_host
 
 
 class Zeroshot:
@@ -68,7 +69,7 @@ class Zeroshot:
             return
         embeds = encoder.texts(variables, self._tokens)
         class_embeds = average_classes(embeds, self._owners, classes)
-        scale = float(np.exp(np.asarray(variables["params"]["logit_scale"].addressable_data(0))))
+        scale = float(np.exp(to_host(variables["params"]["logit_scale"])))
         for batch in map(_labelled, encoder.images(variables, self._source)):
             yield batch["label"], batch["index"], scale * batch["embed"] @ class_embeds.T
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from clip_jax.common.clock import format_seconds
+from clip_jax.common.formatting import format_seconds
 from clip_jax.errors import UserError
 from clip_jax.plan import make
 from clip_jax.plan.chips import GIB

@@ -1,8 +1,6 @@
 """A plan as text for people."""
 
-from collections.abc import Sequence
-
-from clip_jax.common.clock import format_seconds
+from clip_jax.common.formatting import aligned, format_seconds
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.make import Memory, Plan, Step
 
@@ -100,7 +98,7 @@ def _collectives(step: Step) -> str:
         how = "overlapped" if x.overlapped else "waited for"
         mib = f"{x.bytes / 2**20:,.1f}"
         rows.append((f"  {x.kind}", over, f"{x.count:,.0f}", mib, f"{x.seconds * 1e3:.2f}", how))
-    return _aligned(rows, "<<>>><")
+    return aligned(rows, "<<>>><")
 
 
 def _parts(step: Step) -> str:
@@ -112,7 +110,7 @@ def _parts(step: Step) -> str:
             share = f"{seconds / step.compute_seconds:.1%}"
             work = f"{flops / 1e12:.3f}" if flops else ""
             rows.append((f"  {name}", f"{seconds * 1e3:.2f}", share, work, used))
-    return _aligned(rows, "<>>>>")
+    return aligned(rows, "<>>>>")
 
 
 def _top(step: Step) -> str:
@@ -122,13 +120,4 @@ def _top(step: Step) -> str:
         work = f"{flops / 1e12:.3f}" if flops else ""
         cells = f"{times:,.0f}", f"{seconds * 1e3:.2f}", work, f"{size / GIB:.2f}", place
         rows.append((f"  {name}", *cells))
-    return _aligned(rows, "<>>>><")
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], sides: str) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(rows, "<>>>><")

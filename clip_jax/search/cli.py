@@ -84,7 +84,7 @@ def _record(query: str, hit: "Hit") -> dict:
 
 
 def _table(hits: "list[Hit]") -> str:
-    from clip_jax.common.tables import aligned
+    from clip_jax.common.formatting import aligned
 
     rows = [("  score", "key", "path", "caption")]
     for hit in hits:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, hosts, metrics
+from clip_jax.common import clock, formatting, hosts, metrics
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate import run_report as report
@@ -171,7 +171,7 @@ def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
     began = time.monotonic()
     compiled = run.program.lower().compile()
     _check_memory(compiled.memory_analysis(), config.batch_size)
-    _say(f"Compiled the training step in {clock.format_seconds(time.monotonic() - began)}.")
+    _say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
     return compiled
 
 
@@ -258,7 +258,7 @@ def _report(
     path = epath.Path(directory) / "report.html"
     found = run.evaluators
     report.write_report(path, summary, history, found.zeroshot, found.retrieval)
-    _say(f"Done in {clock.format_seconds(done.seconds)}. Report: {path}")
+    _say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
 
 
 def _named(data: ConfigDict) -> str:

@@ -1,33 +1,34 @@
-"""Templates to files. A template extends base.html.jinja, which has the style of all pages."""
+"""Pages from templates, which extend base.html.jinja and its style."""
 
 import base64
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from clip_jax.common import formatting
 from clip_jax.common.pages import svg
 from clip_jax.storage import writing
 
-_CRISP = 64  # pixels: images up to this size are kept exactly and enlarged without smoothing
-_LARGEST = 160  # pixels: larger images are reduced to it, for the size of the file
+_CRISP = 64  # pixels: images up to this size are stored exactly and enlarged without smoothing
+_LARGEST = 160  # pixels: larger images are reduced to this, to keep the page small
 
 
 def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) -> None:
-    """Writes a page.
+    """Renders a template to a file.
 
     Args:
       path: local, gs:// or s3://.
-      template: the file.
-      *others: directories of templates that it imports, besides its own and this one.
-      **values: for its variables.
+      template: path of the template.
+      *others: directories of further templates that it imports.
+      **values: variables of the template.
     """
     folders = [template.parent, *others, Path(__file__).parent]
     environment = Environment(
@@ -38,9 +39,9 @@ def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) ->
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
-        "duration": duration,
-        "short": svg.short,
+        "percent": formatting.percent,
+        "duration": formatting.format_seconds,
+        "short": formatting.short,
         "image": image,
         "number": lambda value: f"{value:,}",
     }
@@ -49,33 +50,14 @@ def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) ->
     writing.write(epath.Path(path), text.encode("utf-8", "replace"))
 
 
-def percent(share: float) -> str:
-    """A fraction in per cent: "95.8 %"; more digits where it is tiny; a dash for NaN."""
-    if math.isnan(share):
-        return "–"
-    points = 100 * share
-    text = f"{points:.1f}" if points == 0 or abs(points) >= 1 else f"{points:.2g}"
-    return f"{text}\N{NO-BREAK SPACE}%"
-
-
-def duration(seconds: float) -> str:
-    """Two units of time at most: "42 s", "3 min 42 s", "2 d 4 h"."""
-    left, parts = round(seconds), []
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count}\N{NO-BREAK SPACE}{unit}")
-    return " ".join(parts[:2])
-
-
 @dataclass(frozen=True)
 class Thumbnail:
-    """A picture as a page holds it.
+    """A picture inside a page.
 
     Attributes:
       src: data URI.
       width, height: pixels.
-      crisp: kept exactly, to be enlarged without smoothing.
+      crisp: whether it is stored exactly and enlarged without smoothing.
     """
 
     src: str
@@ -84,11 +66,11 @@ class Thumbnail:
     crisp: bool
 
 
-Picture = np.ndarray | Image.Image | Thumbnail  # arrays are uint8 [h, w, 3]
+Picture = UInt8[np.ndarray, "h w 3"] | Image.Image | Thumbnail
 
 
 def thumbnail(picture: Picture) -> Thumbnail:
-    """A picture, reduced if it is large, for the size of the file."""
+    """Reduces a large picture, to keep the page small."""
     if isinstance(picture, Thumbnail):
         return picture
     small = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
@@ -105,7 +87,7 @@ def thumbnail(picture: Picture) -> Thumbnail:
 
 
 def image(picture: Picture) -> Markup:
-    """The attributes src, width and height (and class) of <img>."""
+    """Returns the attributes src, width, height and class of an <img>."""
     small = thumbnail(picture)
     text = Markup('src="{}" width="{}" height="{}"{}')
     return text.format(small.src, small.width, small.height, " class=crisp" * small.crisp)
