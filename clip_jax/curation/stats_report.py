@@ -7,8 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.common.pages import curves, page, svg
 from clip_jax.common.formatting import aligned, percent, short
+from clip_jax.common.pages import curves, page
 from clip_jax.curation.tally import POINTS, QUANTITIES, Tally
 
 _BINS = 60

@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.common.formatting import aligned, percent, short
 from clip_jax.common.pages import charts
 from clip_jax.common.pages.charts import Axis, Points
 from clip_jax.common.pages.svg import Panel
-from clip_jax.common.formatting import aligned, percent, short
 from clip_jax.errors import UserError
 from clip_jax.evaluate.figures import legend
 from clip_jax.evaluate.folder import Evaluation
-from clip_jax.evaluate.measures import robustness, scaling
+from clip_jax.evaluate.measures import robustness
+from clip_jax.evaluate.measures.lines import fit_power_law
 from clip_jax.evaluate.results import Result, Score
 from clip_jax.evaluate.tasks import TASKS
 from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE
@@ -228,7 +229,7 @@ def power_law(found: Sequence[Compared]) -> Panel | None:
         points.append(Points(kind, x, 1 - y, names=names))
         if len(set(x)) < 2:
             continue
-        law = scaling.fit(x, 1 - y)
+        law = fit_power_law(x, 1 - y)
         ends = np.geomspace(x.min(), x.max(), 30)
         line = law.constant * ends**law.exponent
         points.append(Points(f"{kind}, fit", ends, line, joined=True, marked=False, quiet=True))
@@ -237,7 +238,10 @@ def power_law(found: Sequence[Compared]) -> Panel | None:
         notes.append(f"{kind}: error falls as compute to the power {law.exponent:.3f}{within}.")
     if not notes:
         return None
-    x_axis, y_axis = Axis("GFLOP per image", "log"), Axis("mean zero-shot error", "log", percent=True)
+    x_axis, y_axis = (
+        Axis("GFLOP per image", "log"),
+        Axis("mean zero-shot error", "log", percent=True),
+    )
     title = "Error against compute"
     svg = charts.draw(points, x_axis, y_axis, title)
     return Panel(title, svg, legend(points), " ".join(notes))

@@ -155,7 +155,10 @@ def _shift(
     title = rows[0]["shift"]
     gains = ", ".join(f"{row['classifier']} {percent(row['effective'])}" for row in rows)
     note = f"Effective robustness, accuracy above the trend of {len(x)} models: {gains}."
-    axes = Axis(f"{reference}, same classes", "logit", percent=True), Axis(title, "logit", percent=True)
+    axes = (
+        Axis(f"{reference}, same classes", "logit", percent=True),
+        Axis(title, "logit", percent=True),
+    )
     svg = charts.draw(points, *axes, f"{title} against {reference}", diagonal=True)
     return Panel(title, svg, legend(points), note)
 
@@ -165,7 +168,7 @@ def overlaps(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     found: list[Overlap] = [each["row"] for each in rows]
     points = Points(
         "data sets",
-        [row.share for row in found],
+        [row.fraction for row in found],
         [row.overlap.value - row.clean.value for row in found],
         low=[row.overlap.low - row.clean.value for row in found],
         high=[row.overlap.high - row.clean.value for row in found],

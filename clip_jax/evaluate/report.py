@@ -12,7 +12,7 @@ from clip_jax.common.pages.page import Thumbnail
 from clip_jax.evaluate import confusion, figures
 from clip_jax.evaluate.folder import Evaluation
 from clip_jax.evaluate.measures import overlap
-from clip_jax.evaluate.measures.intervals import Share
+from clip_jax.evaluate.measures.intervals import Proportion
 from clip_jax.evaluate.results import Result, Score
 from clip_jax.evaluate.run_report import zeroshot_view
 from clip_jax.evaluate.tasks import TASKS
@@ -140,7 +140,7 @@ def overlap_row(result: Result) -> overlap.Overlap:
     """The row of a data set, as it was before it became JSON."""
     fields = _numbers(result.details["row"])
     parts: dict[str, Any] = {
-        name: Share(**_numbers(fields[name])) for name in ("all", "overlap", "clean")
+        name: Proportion(**_numbers(fields[name])) for name in ("all", "overlap", "clean")
     }
     return overlap.Overlap(**fields | parts)
 

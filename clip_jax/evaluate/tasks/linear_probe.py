@@ -40,7 +40,7 @@ def run(context: Context, dataset: Dataset) -> Found:
         context.settings,
     )
     details = {
-        "strength": found.strength,
+        "strength": found.l2,
         "validation_score": max(point.score for point in found.points),
         "points": [list(point) for point in found.points],
         "train": len(train.targets),

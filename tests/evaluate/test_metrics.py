@@ -1,4 +1,4 @@
-"""Every metric and its interval against scikit-learn, loops and numbers worked by hand."""
+"""Metrics and their intervals against scikit-learn, loops and numbers worked by hand."""
 
 import warnings
 from fractions import Fraction
@@ -83,7 +83,7 @@ def example_of(name: str, seed: int):
 def test_names():
     assert set(METRICS) == set(INDEPENDENT) == NAMES
     assert [name for name, metric in METRICS.items() if metric.multi_label] == ["map_11_point"]
-    assert [name for name, metric in METRICS.items() if metric.is_share] == ["accuracy"]
+    assert [name for name, metric in METRICS.items() if metric.is_proportion] == ["accuracy"]
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -169,7 +169,7 @@ def test_ties_count_against_the_model():
     assert METRICS["mean_per_class"](scores, targets) == pytest.approx(0.5 / 3)
     assert METRICS["roc_auc"](np.zeros((6, 2)), np.array([0, 1] * 3)) == 0.5
     tied = METRICS["map_11_point"](np.zeros((8, 1)), np.array([[True], [False]] * 4))
-    assert tied == 0.5  # the share of positives
+    assert tied == 0.5  # the fraction of positives
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -183,7 +183,7 @@ def test_a_broken_model_reaches_nothing(value):
         assert high < 0.5
     assert METRICS["roc_auc"](scores[:, :2], targets % 2) == 0
     found = METRICS["map_11_point"](np.full((n, 1), value), np.arange(n)[:, None] < 3)
-    # At best the share of positives; where all is NaN each positive comes after all negatives.
+    # At best the fraction of positives; where all is NaN each positive comes after all negatives.
     assert found == pytest.approx(3 / 12)
 
 
