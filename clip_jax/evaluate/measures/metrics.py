@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, Real
+from jaxtyping import Bool, Float, Integer, Shaped
 
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import intervals
@@ -101,7 +101,7 @@ def _mean_top1_top5(scores: Scores, targets: Targets) -> WeightedMetric:
     return _mean((correct(scores, targets).astype(float) + correct(scores, targets, k=5)) / 2)
 
 
-def _mean(values: Real[np.ndarray, " n"]) -> WeightedMetric:
+def _mean(values: Shaped[np.ndarray, " n"]) -> WeightedMetric:
     return lambda weights: float(weights @ values / weights.sum())
 
 

@@ -55,7 +55,7 @@ TASK = Task(
     roles=(TRAIN, VALIDATION, TEST),
     takes="classes, and examples to train on",
     applies=lambda context, dataset: (
-        dataset.kind == "classification" and {TRAIN, VALIDATION, TEST} <= set(dataset.roles)
+        dataset.kind == "classification" and {TRAIN, VALIDATION, TEST} <= set(dataset.splits)
     ),
     run=run,
 )
