@@ -15,7 +15,7 @@ from etils import epath
 from clip_jax.api import Model
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.sources.captions import Captions
-from clip_jax.embed import making
+from clip_jax.embed import embedder
 from clip_jax.embed.store import Store
 from clip_jax.errors import UserError
 from clip_jax.evaluate.embedding_source import Split
@@ -54,13 +54,13 @@ class Stored:
           process: which host this is.
           processes: how many share the work.
         """
-        self.model, self.parameters = model, making.fingerprint(model)
-        self._maker = making.Maker(model, batch_size, threads)
+        self.model, self.parameters = model, embedder.fingerprint(model)
+        self._embedder = embedder.Embedder(model, batch_size, threads)
         self._directory, self._data_dir = locations.parse(directory), data_dir
         self._share = process, processes
         self._sources: dict[tuple[str, str], Source] = {}
         self._held: dict[tuple[str, str], Split] = {}
-        encoder, params = self._maker.encoder, model.variables["params"]
+        encoder, params = self._embedder.encoder, model.variables["params"]
         self.mesh = encoder.mesh
         self.embeds_texts, self.can_score_text = encoder.embeds_texts, encoder.can_score_text
         self.scale = (
@@ -123,7 +123,7 @@ class Stored:
         Raises:
           UserError: the directory holds embeddings of something else.
         """
-        store = making.begin(
+        store = embedder.begin_store(
             self._directory / name,
             data,
             len(source),
@@ -133,7 +133,7 @@ class Stored:
             format="npy",
             rows=_ROWS,
         )
-        self._maker.fill(store, source, *self._share, label=name)
+        self._embedder.embed_missing(store, source, *self._share, label=name)
         while store.missing():
             time.sleep(_POLL)
         return store
@@ -151,7 +151,7 @@ class Stored:
             return embeds
         assert self.model.tokenizer is not None
         tokens = self.model.tokenizer(list(texts), truncate=True)
-        embeds = self._maker.encoder.texts(self.model.variables, tokens, by_length=True)
+        embeds = self._embedder.encoder.texts(self.model.variables, tokens, by_length=True)
         with writing.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, embeds)
         return embeds
@@ -163,7 +163,9 @@ class Stored:
         assert self.model.tokenizer is not None
         prompts = prepare(self.model.tokenizer(list(texts), truncate=True))
         source = self.source(dataset, role)
-        batches = self._maker.encoder.scores(self.model.variables, source, prompts, owners, classes)
+        batches = self._embedder.encoder.scores(
+            self.model.variables, source, prompts, owners, classes
+        )
         return np.concatenate([batch["scores"] for batch in batches])
 
     def picture(self, dataset: Dataset, role: str, index: int) -> np.ndarray:
@@ -172,7 +174,7 @@ class Stored:
 
     def pixels(self, source: Source, index: int) -> np.ndarray:
         """The same of any source."""
-        return self._maker.encoder.picture(source, index)
+        return self._embedder.encoder.picture(source, index)
 
 
 class Texts:

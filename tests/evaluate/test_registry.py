@@ -257,9 +257,8 @@ def test_packaged_files_suffice():
     """All data files are installed with the package."""
     wanted = '"clip_jax.evaluate.sets" = ["definitions/*"'
     assert wanted in (ROOT / "pyproject.toml").read_text()
-    licences = {
-        path.name for path in (ROOT / "clip_jax/evaluate/sets/definitions").glob("LICENSE*")
-    }
+    definitions = ROOT / "clip_jax/evaluate/sets/definitions"
+    licences = {path.name for path in definitions.glob("LICENSE*")}
     named = {
         word.strip("(),.")
         for n in registry.names()

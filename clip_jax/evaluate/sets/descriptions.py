@@ -135,7 +135,8 @@ def _classes(root: epath.Path, found: Dataset) -> dict:
         raise UserError(
             f"The classes of {root} are not known: it has neither folders named by class (with "
             "images, and none or train/ and test/ above them) nor a classnames.txt, one name in a "
-            "line. A JSON file with class_names can describe it; see clip_jax/evaluate/sets/README.md."
+            "line. A JSON file with class_names can describe it; see "
+            "clip_jax/evaluate/sets/README.md."
         )
     # The folder is an identifier; its name is what a prompt says.
     spoken = tuple(name.replace("/", " ").replace("_", " ") for name in folders)
