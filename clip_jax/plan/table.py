@@ -6,7 +6,7 @@ from clip_jax.plan.make import Memory, Plan, Step
 
 
 def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
-    """The whole table, ready to print."""
+    """Formats the whole plan, ready to print."""
     blocks = [_head(plan), _memory(plan)]
     if plan.step:
         blocks += [_speed(plan, plan.step), _collectives(plan.step), _parts(plan.step)]
@@ -55,6 +55,7 @@ def _verdict(plan: Plan, memory: Memory) -> str:
 
 
 def gib(size: float | None) -> str:
+    """Formats bytes in GiB; "?": not known."""
     return "?" if size is None else f"{size / GIB:.2f}"
 
 
@@ -102,19 +103,19 @@ def _collectives(step: Step) -> str:
 
 
 def _parts(step: Step) -> str:
-    rows = [("Where the time goes", "ms", "share", "TFLOP", "of peak")]
+    rows = [("Where the time goes", "ms", "fraction", "TFLOP", "of peak")]
     peak = step.hardware_flops / step.hfu / step.seconds if step.hfu else 0.0
     for name, seconds, flops in step.parts:
         if seconds >= 0.003 * step.compute_seconds:
             used = f"{flops / seconds / peak:.2f}" if flops and peak else ""
-            share = f"{seconds / step.compute_seconds:.1%}"
+            fraction = f"{seconds / step.compute_seconds:.1%}"
             work = f"{flops / 1e12:.3f}" if flops else ""
-            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", share, work, used))
+            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", fraction, work, used))
     return aligned(rows, "<>>>>")
 
 
 def _top(step: Step) -> str:
-    rows = [("Longest instructions", "turns", "ms", "TFLOP", "GiB", "origin")]
+    rows = [("Longest instructions", "runs", "ms", "TFLOP", "GiB", "origin")]
     for name, origin, times, seconds, flops, size in step.top:
         place = "/".join(origin.split("/")[1:])[-90:]
         work = f"{flops / 1e12:.3f}" if flops else ""

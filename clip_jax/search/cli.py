@@ -6,8 +6,9 @@
     python -m clip_jax search --model=runs/quickstart --embeddings=embeddings --serve
 
 Every query is compared with every embedding, on the accelerator where there is one. With --index
-an approximate index (usearch) is built beside the embeddings, once, and searched instead, which
-pays for many millions of them. Captions are found as well: --column=text_embed, or embeddings of texts alone.
+an approximate index (usearch) is built beside the embeddings, once, and searched instead; it pays
+for many millions of them. Captions are found as well: --column=text_embed, or embeddings of texts
+alone.
 
 --serve shows a page with a search box, thumbnails, a place to drop a picture, and its labels by
 zero-shot classification; it needs pip install -r requirements-page.txt.
