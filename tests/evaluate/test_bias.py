@@ -112,7 +112,7 @@ def test_labels_that_differ_equal_scipys_test(images, threshold, attribute):
     assert {row.label for row in found[:4]} <= {f"label {i}" for i in range(5, 9)}
 
 
-def test_what_cannot_be_probed(images):
+def test_user_errors(images):
     logits, race, _ = images
     with pytest.raises(UserError, match="no class 'ape'"):
         bias.categories(logits, CLASSES, {"non-human": ["ape"]}, race)

@@ -41,7 +41,7 @@ def test_few_shot_probes_are_scikit_learns(mesh8):
 
 def test_labels_that_zero_shot_is_worth():
     """Accuracy 0.5, 0.6, 0.8 at 1, 2, 8 shots and 0.9 at 128; linear in the logarithm between."""
-    known = ([1, 2, 8], [0.5, 0.6, 0.8], 128, 0.9)
+    known = ([1, 2, 8], [0.5, 0.6, 0.8], 128.0, 0.9)
     for zero_shot, wanted in (
         (0.4, 1.0),  # a bound: one is too many already
         (0.5, 1.0),
@@ -53,5 +53,7 @@ def test_labels_that_zero_shot_is_worth():
         (0.91, math.inf),
     ):
         assert few_shot.labels_needed(zero_shot, *known) == pytest.approx(wanted)
-    # Where it falls again, the first crossing counts.
-    assert few_shot.labels_needed(0.6, [1, 2, 4], [0.5, 0.7, 0.4], 8, 0.9) == pytest.approx(2**0.5)
+    # The curve falls again: the first crossing counts.
+    assert few_shot.labels_needed(0.6, [1, 2, 4], [0.5, 0.7, 0.4], 8.0, 0.9) == pytest.approx(
+        2**0.5
+    )

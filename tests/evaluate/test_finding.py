@@ -167,7 +167,7 @@ def test_country_codes(tmp_path):
 
 
 def test_tables_with_numbers(tmp_path):
-    """As Hateful Memes come."""
+    """The form of Hateful Memes."""
     root = tmp_path / "hateful_memes"
     (root / "img").mkdir(parents=True)
     rows = [{"id": i, "img": f"img/{i}.png", "label": i % 2, "text": f"text {i}"} for i in range(3)]
@@ -185,7 +185,7 @@ def test_tables_with_numbers(tmp_path):
     ("name", "wanted"), [("fairface_race", (6, 3)), ("fairface_gender", (1, 0))]
 )
 def test_tables_with_groups(tmp_path, name, wanted):
-    """As FairFace comes; its directory "val" is for testing."""
+    """The form of FairFace; its directory "val" is for testing."""
     root = tmp_path / "fairface"
     (root / "val").mkdir(parents=True)
     for i in range(2):

@@ -14,7 +14,7 @@ from clip_jax import sharding
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import logistic
 
-PENALTIES = [1e-4, 1e-2, 1, 100, 1e4]
+PENALTIES = [1e-4, 1e-2, 1.0, 100.0, 1e4]
 SETS = ("digits", "breast_cancer", "wine")
 
 

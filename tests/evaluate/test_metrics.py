@@ -98,7 +98,7 @@ def test_metric_equals_an_independent_one(name):
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"accuracy"}))
 def test_interval_is_that_of_explicit_resamples(name):
-    """The same draws, each made into a data set of its own and given to the independent metric."""
+    """The independent metric of each resample, made into a data set of its own, agrees."""
     scores, targets = example_of(name, 7)
     rng, n, found = np.random.default_rng(0), len(scores), []
     for _ in range(60):
@@ -121,7 +121,7 @@ def test_interval_of_accuracy_is_exact():
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_interval_contains_the_truth_as_often_as_it_says(name):
-    """Of 60 data sets drawn from one distribution; an interval that is too short would miss."""
+    """The interval covers the truth for most of 60 data sets drawn from one distribution."""
     scores, targets = (np.concatenate([part] * 8) for part in example_of(name, 3))
     truth, rng, inside = METRICS[name](scores, targets), np.random.default_rng(5), 0
     for _ in range(60):
@@ -219,6 +219,6 @@ def test_resamples_without_a_class_are_left_out():
         ("map_11_point", np.zeros((2, 3)), np.zeros((2, 3), bool), "at least one entry"),
     ],
 )
-def test_what_a_metric_is_not_defined_for(name, scores, targets, message):
+def test_undefined_metrics(name, scores, targets, message):
     with pytest.raises(UserError, match=message):
         METRICS[name](scores, targets)

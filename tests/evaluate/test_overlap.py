@@ -47,7 +47,7 @@ def test_row_by_hand():
 
 def test_parts_that_are_empty():
     correct, similarity = case(0)
-    none, everything = overlap.sweep(correct, similarity, [2, -1])
+    none, everything = overlap.sweep(correct, similarity, [2.0, -1.0])
     assert (none.fraction, everything.fraction) == (0, 1)
     assert none.inflation == 0
     assert math.isnan(everything.inflation)

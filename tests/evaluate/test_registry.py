@@ -166,7 +166,7 @@ def test_label_orders_of_tfds(name):
 
 
 def test_label_orders_differ():
-    """Where taking the numbers as they are would be wrong."""
+    """Some sets number their classes in another order than TFDS."""
     differing = set()
     for name, (load, _) in TFDS_NAMES.items():
         numbers = classes.match(registry.get(name), None, load(), "TFDS")
@@ -176,7 +176,7 @@ def test_label_orders_differ():
     }
 
 
-# As CLIP_benchmark numbers them (en_classnames.json).
+# CLIP_benchmark's order (en_classnames.json).
 BENCHMARK_NAMES = {
     "fer2013": "angry disgusted fearful happy neutral sad surprised",
     "clevr_counts": "three four five six seven eight nine ten",

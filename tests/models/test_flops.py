@@ -62,7 +62,7 @@ def test_model_flops(name, overrides):
     assert found == pytest.approx(traced, rel=1e-9)
 
 
-# Of one image and one caption, by open_clip's docs/model_profile.csv; for a ResNet it counts
+# Counts of one image and one caption in open_clip's docs/model_profile.csv; for a ResNet it counts
 # normalisation and pooling as well.
 @pytest.mark.parametrize(
     ("name", "image", "text", "tolerance"),

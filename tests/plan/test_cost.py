@@ -131,7 +131,7 @@ def test_operations_of_batched_products():
     assert total.flops == 2 * (2 * 3 * 5 * 7 * 8)
 
 
-# As the TPU compiler writes products: a batch dimension is a spatial one with a single valid pair
+# Products in the TPU compiler's form: a batch dimension is a spatial one with a single valid pair
 # per output; and a real convolution, whose padding is not counted.
 @pytest.mark.parametrize(
     ("line", "left", "right", "products"),
@@ -367,7 +367,7 @@ def test_collectives_that_the_partitioner_adds(grid):
 
 @pytest.mark.parametrize("cycles", [1500, 1_500_000])
 def test_a_collective_beside_computation(cycles):
-    """As the TPU compiler writes it: started, carried through a product, awaited; counted once."""
+    """An asynchronous collective in the TPU compiler's form counts once."""
     module = hlo.parse_module(stored("async_all_gather").replace("CYCLES", str(cycles)))
     total = cost.program_cost(module, network({"data": 4}, "v5e:2x2"))
     ((what, count, size, seconds),) = cost.by_exchange(total)

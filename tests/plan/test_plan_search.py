@@ -35,7 +35,7 @@ def test_too_large(too_large):
 
 
 @needs_compiler
-def test_what_would_fit(too_large):
+def test_suggestions(too_large):
     config, found = too_large
     lines = suggest.suggestions(config, V5E_8, found)
     assert 2 <= len(lines) <= 8

@@ -122,8 +122,8 @@ def _write_names(axes, one: Points, scales: tuple[str, str]) -> None:
     """Writes names beside the points, where there is room; call it once all are drawn."""
     x, y = np.asarray(one.x, np.float64), np.asarray(one.y, np.float64)
     for at in np.flatnonzero(_showable(x, scales[0]) & _showable(y, scales[1])):
-        place = axes.transAxes.inverted().transform(axes.transData.transform((x[at], y[at])))
-        left = place[0] > 0.7
+        position = axes.transAxes.inverted().transform(axes.transData.transform((x[at], y[at])))
+        left = position[0] > 0.7
         axes.annotate(
             one.names[int(at)],
             (x[at], y[at]),

@@ -108,7 +108,7 @@ def number_ticks(axis: Any, *, percent: bool = False, integer: bool = False) -> 
     """Sets at most six ticks.
 
     Args:
-      axis: of matplotlib.
+      axis: axis of matplotlib.
       percent: whether values are fractions, shown as percentages.
       integer: whether ticks are whole numbers.
     """

@@ -126,7 +126,7 @@ def draw(
 
 def labels_needed(
     zero_shot: float,
-    shots: Sequence[float],
+    shots: Sequence[int],
     accuracies: Sequence[float],
     full_shots: float,
     full_accuracy: float,
