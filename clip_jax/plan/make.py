@@ -388,8 +388,8 @@ def _notes(total: cost.Cost, topology: Topology) -> list[str]:
         silent = sum(not op.flops for op in kernels)
         notes.append(
             f"{len(kernels)} Pallas kernel(s) count at {chips.KERNEL_EFFICIENCY:.0%} of the peak, "
-            f"or at the bandwidth of HBM where that is slower, by the cost they declare; {silent} of "
-            "them declare no operations."
+            f"or at the bandwidth of HBM where that is slower, by the cost they declare; {silent} "
+            "of them declare no operations."
         )
     if total.open_loops:
         notes.append(
