@@ -141,7 +141,7 @@ class Embedder:
 
     def _images(
         self, reader: Reader, features: bool, bar: Any
-    ) -> dict[str, Float32[np.ndarray, "usable width"]]:
+    ) -> dict[str, Float32[np.ndarray, "usable _"]]:
         """Embeds the images of the usable examples, by column."""
         size = self._model.net.size
         found = {"image_embed": np.zeros((len(reader), size.embed_dim), np.float32)}

@@ -113,7 +113,7 @@ class Store:
         self,
         part: int,
         rows: Sequence[Row],
-        embeds: Mapping[str, Float[np.ndarray, "rows width"]],
+        embeds: Mapping[str, Float[np.ndarray, "rows _"]],
         skipped: Mapping[int, BadExample],
     ) -> None:
         """Writes a part; its table comes last, and marks it as done.
@@ -161,7 +161,7 @@ class Store:
         """Returns the number of rows of each part."""
         return self._read_parts(range(self.manifest.parts), lambda _, file: file.metadata.num_rows)
 
-    def blocks(self, column: str) -> Iterator[Float[np.ndarray, "rows width"]]:
+    def blocks(self, column: str) -> Iterator[Float[np.ndarray, "_ width"]]:
         """Yields the embeddings of a column in order, at most `BLOCK` rows at a time."""
         for part in range(self.manifest.parts):
             if self.manifest.format == "npy":
@@ -193,7 +193,7 @@ class Store:
         return [found[number] for number in numbers]
 
     @functools.cached_property
-    def _firsts(self) -> Int64[np.ndarray, " parts+1"]:
+    def _firsts(self) -> Int64[np.ndarray, " bounds"]:
         """The number of the first row of each part, and the number of all rows."""
         return np.cumsum([0, *self.counts()])
 

@@ -1,6 +1,7 @@
 """The groups of devices of a collective, and the axes of the mesh that it crosses."""
 
 import re
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -65,7 +66,7 @@ def _split_axes(
     return ids.reshape(shape), names
 
 
-def _match(pattern: str, text: str) -> tuple[str, ...]:
+def _match(pattern: str, text: str) -> tuple[Any, ...]:
     found = re.match(pattern, text)
     if not found:
         raise ValueError(f"Groups of devices in a form that is not known: {text[:80]!r}.")

@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 
 def put_blocks(
-    blocks: Iterable[Float[np.ndarray, "n embed"]], rows: int, mesh: Mesh
+    blocks: Iterable[Float[np.ndarray, "_ embed"]], rows: int, mesh: Mesh
 ) -> Iterator[Block]:
     """Moves embeddings onto the devices, one block at a time.
 

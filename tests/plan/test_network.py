@@ -63,7 +63,7 @@ def grid(name: str, **shape: int) -> Network:
 
 def test_a_whole_pod_uses_both_rings():
     net = grid("v5e:16x16", data=256)
-    link, size = net.topology.chip.ici_link, 2**30
+    link, size = net.topology.chip.ici_link, 2.0**30
     everyone = np.arange(256)[None]
     gather = net.seconds("all-gather", size, everyone)
     assert gather == pytest.approx(size * 255 / 256 / (4 * link), rel=0.02)
@@ -74,7 +74,7 @@ def test_a_whole_pod_uses_both_rings():
 
 def test_a_part_of_a_pod_has_no_rings():
     net = grid("v5e:4x4", data=16)
-    size, link = 2**30, net.topology.chip.ici_link
+    size, link = 2.0**30, net.topology.chip.ici_link
     row = np.arange(4)[None]
     assert net.seconds("reduce-scatter", size, row) == pytest.approx(size * 3 / 4 / link, rel=0.01)
     # Every other chip: two groups share the links between.
@@ -83,7 +83,7 @@ def test_a_part_of_a_pod_has_no_rings():
 
 
 def test_neighbours_and_the_way_round():
-    size = 2**20
+    size = 2.0**20
     for name, hops in (("v5e:4x4", 3), ("v5e:16x16", 1), ("v5p:4x4x4", 1)):
         net = grid(name, data=topology.parse_topology(name).size)
         side = net.topology.shape[-1]
@@ -94,5 +94,5 @@ def test_neighbours_and_the_way_round():
 
 def test_nothing_to_exchange():
     net = grid("v5e:2x2", data=4)
-    assert net.seconds("all-reduce", 100, np.arange(4)[:, None]) == 0
-    assert net.seconds("collective-permute", 100, np.zeros((0, 2), int)) == 0
+    assert net.seconds("all-reduce", 100.0, np.arange(4)[:, None]) == 0
+    assert net.seconds("collective-permute", 100.0, np.zeros((0, 2), int)) == 0
