@@ -36,7 +36,7 @@ class Tried:
 
 
 @dataclasses.dataclass
-class Found:
+class SearchResult:
     """The outcome of a search.
 
     Attributes:
@@ -79,7 +79,7 @@ def search(
     top: int = 10,
     most: int = 24,
     report: Callable[[str], None] = print,
-) -> Found:
+) -> SearchResult:
     """Tries meshes, micro-batches, rematerialisation and loss methods, the promising ones first.
 
     Args:
@@ -115,7 +115,7 @@ def search(
         left = min(len(_promising(choices, tried, task, correction)), most - len(tried))
         report(_progress(tried[-1], len(tried), left, time.monotonic() - began, minutes * 60))
     tried.sort(key=lambda t: (t.seconds, t.plan.missing))
-    return Found(tried, len(choices), len(open_))
+    return SearchResult(tried, len(choices), len(open_))
 
 
 def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
@@ -197,7 +197,7 @@ def _progress(tried: Tried, done: int, left: int, spent: float, budget: float) -
     )
 
 
-def format_search(found: Found, command: str) -> str:
+def format_search(found: SearchResult, command: str) -> str:
     """Formats the ranked choices, and the command with the best."""
     lines = ["       ms    MFU    GiB  settings"]
     for tried in found.tried:

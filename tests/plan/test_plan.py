@@ -227,7 +227,7 @@ def test_the_recommendation_of_a_search(capsys, monkeypatch):
         step = make.Step(1, 1, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [])
         tail = memory, step, 0.0, "", 1, 1.0, "1 steps", 1.0
         plan = make.Plan("m", 8, 1, "none", "ring", "v5e:2x2", 2, 8, {"fsdp": 2}, *tail)
-        return search.Found([search.Tried(choice, plan)], 1, 0)
+        return search.SearchResult([search.Tried(choice, plan)], 1, 0)
 
     monkeypatch.setattr(search, "search", found)
     arguments = ["--topology=v5e:2x2", "--slices=2", "--search", "--config.batch_size=64"]
