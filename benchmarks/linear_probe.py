@@ -91,7 +91,7 @@ def clip_jax_sweep():
 
     def run() -> tuple[float, float]:
         best = sweep.choose(train, validation, accuracy, CLASSES, mesh).best
-        return best.score, best.strength
+        return best.score, best.l2
 
     return run
 

@@ -163,6 +163,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def to_host(array: Shaped[Array, "*shape"]) -> Shaped[np.ndarray, "*shape"]:
+    """Copies a replicated array to the host, also where other hosts hold replicas of it."""
+    return np.asarray(array.addressable_data(0))
+
+
 def constrain_batch(
     x: Shaped[Array, "*shape"], spec: PartitionSpec = BATCH
 ) -> Shaped[Array, "*shape"]:

@@ -1,1 +1,1 @@
-"""Helpers that every part may use: commands, hosts, time, metrics, tables, pages."""
+"""Helpers that every part may use: commands, hosts, clock, metrics, formatting, pages."""

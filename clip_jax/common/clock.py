@@ -1,4 +1,4 @@
-"""Durations with a unit ("32 epochs") turned into steps, and when something periodic is due."""
+"""Converts durations such as "32 epochs" to steps, and schedules periodic work."""
 
 import math
 
@@ -14,16 +14,16 @@ def to_steps(
     examples_per_epoch: int,
     total_steps: int | None = None,
 ) -> int:
-    """Steps that a duration lasts, rounded to the nearest and at least 1 (0 stays 0).
+    """Converts a duration to steps, rounded to the nearest and at least 1 (0 stays 0).
 
     Args:
       duration: "N steps", "N examples", "N epochs" or "N percent"; N may be written 12.8e9.
       batch_size: examples per step, over all devices.
       examples_per_epoch: size of the training set.
-      total_steps: of the run; None where percent has no meaning.
+      total_steps: length of the run; None where percent has no meaning.
 
     Raises:
-      UserError: not a number and a unit, negative, or percent without a total.
+      UserError: not a number and a unit, negative, or percent without `total_steps`.
     """
     number, unit = _parse(duration)
     if unit == "percent" and total_steps is None:
@@ -53,17 +53,5 @@ def _parse(duration: str) -> tuple[float, str]:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether something done every so many steps, and after the last, is due after `step`."""
+    """Tells whether work done every `every` steps, and after the last, is due after `step`."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def format_seconds(seconds: float) -> str:
-    """ "42s", "3m 07s", "2h 05m" or "4d 03h"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d {h:02}h"
-    if hours:
-        return f"{h}h {m:02}m"
-    return f"{m}m {s:02}s" if minutes else f"{s}s"

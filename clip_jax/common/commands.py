@@ -1,4 +1,4 @@
-"""The commands by name, loaded only when asked for, and their common parsers and errors."""
+"""Commands by name, loaded on demand, with a common parser and common error messages."""
 
 import argparse
 import contextlib
@@ -25,8 +25,8 @@ def dispatch(table: Table, arguments: list[str], prefix: str) -> None:
 
     Args:
       table: the commands.
-      arguments: those of the command line, behind `prefix`.
-      prefix: the words before them, for the usage.
+      arguments: words of the command line behind `prefix`.
+      prefix: words before the arguments, for the usage.
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
@@ -41,7 +41,7 @@ def dispatch(table: Table, arguments: list[str], prefix: str) -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Ends the process with a paragraph and status 2 on a user error within it."""
+    """Ends the process on a user error, with a paragraph and status 2."""
     try:
         yield
     except UserError as error:
@@ -70,7 +70,7 @@ def explained(error: Exception) -> str:
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """A parser for "python -m clip_jax COMMAND"; the description is shown as it stands."""
+    """Creates the parser of "python -m clip_jax COMMAND"; the description keeps its lines."""
     return argparse.ArgumentParser(
         prog=f"python -m clip_jax {command}",
         description=description,

@@ -1,33 +1,80 @@
-"""The hosts of a run, and what they do one before the others."""
+"""The hosts of a pod: the flags that name them, how they join, and who goes first."""
 
+import argparse
 import contextlib
 from collections.abc import Iterator
 
-import jax
+from clip_jax.errors import UserError
 
-_LONGEST = 24 * 3600  # seconds that hosts wait for the first; an index of a large set takes hours
+# Seconds that hosts wait for the first one: the index of a large data set takes hours.
+_BARRIER_TIMEOUT = 24 * 3600
+
+
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags by which a command finds the other hosts."""
+    add = parser.add_argument
+    add(
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help='on a pod: of its first host, or "auto" where the cluster tells (Cloud TPU, SLURM); '
+        "not needed where hosts have accelerators of their own",
+    )
+    add("--processes", type=int, default=1, metavar="N", help="hosts; not with auto")
+    add("--process", type=int, default=0, metavar="I", help="which this is, from 0; not with auto")
+
+
+def join_hosts(options: argparse.Namespace) -> tuple[int, int]:
+    """Joins the other hosts where a coordinator is named.
+
+    Returns:
+      This host's number, and the number of hosts.
+
+    Raises:
+      UserError: --process is not below --processes.
+    """
+    import jax  # late, since --help needs the flags alone
+
+    if options.coordinator == "auto":
+        jax.distributed.initialize()
+        return jax.process_index(), jax.process_count()
+    if not 0 <= options.process < options.processes:
+        raise UserError(
+            f"--process={options.process} is none of --processes={options.processes} hosts: they "
+            f"are numbered from 0 to {options.processes - 1}."
+        )
+    if options.coordinator:
+        jax.distributed.initialize(options.coordinator, options.processes, options.process)
+    return options.process, options.processes
 
 
 @contextlib.contextmanager
-def first_host_first(what: str) -> Iterator[None]:
-    """Has the first host do something that the others then find done, such as an index.
+def first_host_first(key: str) -> Iterator[None]:
+    """Runs its body on the first host, then on the others.
+
+    The others find done what the first did, such as an index.
 
     Args:
-      what: it is, unique within a run.
+      key: name of the work, unique within a run.
     """
-    if jax.process_index() != 0:
-        _meet(what)
+    import jax  # late, since --help needs the flags alone
+
+    if jax.process_count() == 1:
+        yield
+        return
+    first = jax.process_index() == 0
+    if not first:
+        _barrier(key)
     try:
         yield
     finally:  # the others meet the same error by themselves
-        if jax.process_index() == 0:
-            _meet(what)
+        if first:
+            _barrier(key)
 
 
-def _meet(what: str) -> None:
-    if jax.process_count() == 1:
-        return
+def _barrier(key: str) -> None:
     # Not by a collective of the devices: those give up after some minutes.
     from orbax.checkpoint import multihost
 
-    multihost.get_barrier_sync_fn()(key=f"clip_jax: {what}", timeout_ms=_LONGEST * 1000)
+    wait = multihost.get_barrier_sync_fn()
+    wait(key=f"clip_jax: {key}", timeout_ms=_BARRIER_TIMEOUT * 1000)

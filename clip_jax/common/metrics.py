@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from clip_jax.common import clock
+from clip_jax.common.formatting import format_seconds
 from clip_jax.storage import locations, ranges, writing
 
 FILE = "metrics.jsonl"  # inside the workdir
@@ -162,7 +162,7 @@ class Progress:
         starved = f"  {waited:.0%} waiting for data" if waited >= _STARVED else ""
         self._print(
             f"step {step:,}/{self._total:,} {step / self._total:4.0%}  loss {loss:.3f}  "
-            f"{rate:,.0f} images/s{starved}  ETA {clock.format_seconds(left)}",
+            f"{rate:,.0f} images/s{starved}  ETA {format_seconds(left)}",
             end="\r" if self._live and step < self._total else "\n",
         )
 

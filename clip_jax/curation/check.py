@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from clip_jax.common import commands
-from clip_jax.common.tables import aligned
+from clip_jax.common.formatting import aligned
 from clip_jax.curation import parallel
 from clip_jax.data import arguments, images, tokenizer
 from clip_jax.data.sources import reading

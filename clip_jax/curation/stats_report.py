@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float64, Int64
 
-from clip_jax.common.tables import aligned
+from clip_jax.common.formatting import aligned, percent, short
 
 _BINS = 60
 
@@ -112,8 +112,8 @@ def write_page(
         histogram = histograms[name]
         if len(histogram.values()[0]) > 1:
             middles, fractions = histogram.bin(_BINS)
-            label = f"{title}: median {_short(histogram.percentiles([50])[0])}"
-            plot = curves.draw([curves.Series(title, middles, fractions)], label, share=True)
+            label = f"{title}: median {short(histogram.percentiles([50])[0])}"
+            plot = curves.draw([curves.Series(title, middles, fractions)], label, percent=True)
             drawn.append({"title": title, "svg": plot})
     page.write(
         path,
@@ -131,14 +131,14 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
         seen = f"{seen} (drawn from {total})"
     usable, captions = summary["usable"], summary["captions"]
     formats = ", ".join(
-        f"{name} {_percent(count / usable)}" for name, count in summary["formats"].items()
+        f"{name} {percent(count / usable)}" for name, count in summary["formats"].items()
     )
     lines = [
         f"{summary['data']}: {seen} examples, {usable:,} usable; {captions:,} "
         f"captions; {summary['image_bytes'] / 2**20:,.1f} MiB of images ({formats})",
-        f"Images that repeat the bytes of another: {_percent(summary['duplicate_images'])}. "
-        f"Captions that repeat another: {_percent(summary['duplicate_captions'])}. "
-        f"Longer than {summary['context_length']} ids, cut: {_percent(summary['cut_captions'])}",
+        f"Images that repeat the bytes of another: {percent(summary['duplicate_images'])}. "
+        f"Captions that repeat another: {percent(summary['duplicate_captions'])}. "
+        f"Longer than {summary['context_length']} ids, cut: {percent(summary['cut_captions'])}",
     ]
     for name, title in (("unusable", "Unusable"), ("left_out_by_index", "Found by the index")):
         if summary[name]:
@@ -150,7 +150,7 @@ def _facts(summary: Mapping[str, Any]) -> list[str]:
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
     columns = [f"p{point}" for point in POINTS] + ["mean"]
     spread = [
-        [QUANTITIES[name], *(_short(values[column]) for column in columns)]
+        [QUANTITIES[name], *(short(values[column]) for column in columns)]
         for name, values in summary["percentiles"].items()
     ]
     titles = ["least", *(f"{point} %" for point in POINTS[1:-1]), "most", "mean"]
@@ -170,13 +170,3 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
         title = "model.packing.rows by model.packing.length: suffices for 99 of 100 batches"
         tables.append(Table(title, [header, *rows]))
     return tables
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.3g} %"
-
-
-def _short(value: float) -> str:
-    from clip_jax.common.pages import svg  # with matplotlib
-
-    return svg.short(value)

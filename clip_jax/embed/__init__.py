@@ -1,1 +1,1 @@
-"""Embeddings of whole data sets: made by all hosts together, kept on disk."""
+"""Embeds whole data sets, on all hosts together, into stores on disk."""

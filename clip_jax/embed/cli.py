@@ -6,23 +6,22 @@
     python -m clip_jax embed --model=gs://BUCKET/run "gs://BUCKET/{00000..00099}.tar" \\
         --out=gs://BUCKET/embeddings --coordinator=auto         # on every host of a pod
 
-Every device of a host takes its share of each batch, every host its share of the parts. Run the
-same command again to go on: parts that are there are not made again.
+The devices of a host split each batch, the hosts split the parts. Run the same command again to
+resume: parts that exist are not made again.
 
 Writes to --out:
     part-*.parquet   index, key, captions, labels and groups of each example, and image_embed,
                      text_embed: unit vectors; with --format=npy these lie in
                      part-*.image_embed.npy, ...
-    skipped.jsonl    index, key, reason and detail of every example that cannot be used
-    embeddings.json  what they were made of
+    skipped.jsonl    index, key, reason and detail of every unusable example
+    embeddings.json  the data, the model and the format
 """
 
 import argparse
 import time
 from typing import TYPE_CHECKING
 
-from clip_jax.common import commands
-from clip_jax.common import host_flags as hosts
+from clip_jax.common import commands, hosts
 from clip_jax.common.commands import at_least
 from clip_jax.errors import UserError
 from clip_jax.storage import locations
@@ -30,7 +29,7 @@ from clip_jax.storage import locations
 if TYPE_CHECKING:
     from clip_jax.embed.store import Store
 
-_POLL = 5.0  # seconds between looks at what other hosts have made
+_POLL = 5.0  # seconds between looks at the parts of other hosts
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "images": ("image_embed",),
     "features": ("image_embed", "image_features"),
@@ -56,8 +55,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add(
         "--of",
         choices=_COLUMNS,
-        help="what to embed; features: images, and what linear probes read of them; texts: the "
-        "first caption of each example, cut to the context. "
+        help="what to embed; features: images, with their features before the projection too; "
+        "texts: the first caption of each example, cut to the context. "
         "Default: images, or texts where there are no others",
     )
     add("--format", choices=("parquet", "npy"), default="parquet", help="of the embeddings")
@@ -78,7 +77,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> None:
     process, processes = hosts.join_hosts(options)
     from clip_jax import api
-    from clip_jax.embed import inputs, making
+    from clip_jax.embed import embedder, inputs
 
     out = locations.reachable(options.out)
     fields = {name: getattr(options, name) for name in inputs.FIELDS}
@@ -94,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
             f"{options.model} was trained for {model.net.size.objective} and embeds no texts: "
             "embed images alone, by --of=images."
         )
-    store = making.begin(
+    store = embedder.begin_store(
         out,
         fields,
         len(source),
@@ -104,15 +103,15 @@ def _run(options: argparse.Namespace) -> None:
         format=options.format,
         rows=options.rows,
     )
-    maker = making.Maker(model, options.batch_size, options.threads)
-    made = maker.fill(store, source, process, processes)
+    embed = embedder.Embedder(model, options.batch_size, options.threads)
+    made = embed.embed_missing(store, source, process, processes)
     while options.coordinator and store.missing():  # hosts that end take the others with them
         time.sleep(_POLL)
     _report(store, made)
 
 
 def _report(store: "Store", made: int) -> None:
-    """Says what has been done, and lists what was skipped once all hosts are through."""
+    """Prints a summary, and lists the skipped examples once all hosts are done."""
     parts = store.manifest.parts
     if missing := store.missing():
         print(f"{made} parts made here; {len(missing)} of {parts} are still missing: other hosts'.")

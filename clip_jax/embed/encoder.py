@@ -18,6 +18,7 @@ from clip_jax.data.sources.base import Source
 from clip_jax.models import buckets
 from clip_jax.models.prompts import Prompts, class_scores
 from clip_jax.models.views import two_views
+from clip_jax.sharding import to_host
 
 Variables = Mapping[str, Any]
 
@@ -218,8 +219,3 @@ def put_rows(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_callback(
         padded.shape, sharding.batch_sharding(mesh), lambda index: padded[index]
     )
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """Converts a replicated array to NumPy, also where other hosts hold copies."""
-    return np.asarray(array.addressable_data(0))

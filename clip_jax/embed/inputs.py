@@ -1,4 +1,4 @@
-"""What can be embedded: every data set that can be trained on, plain folders, caption files."""
+"""The inputs of `embed`: every data set that can be trained on, plain folders, caption files."""
 
 import argparse
 import functools
@@ -13,7 +13,7 @@ from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Source
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges
 
-# Of the command line; what a store keeps of its data, so that they can be opened again.
+# Arguments of the command line. A store keeps their values, to open its data again.
 FIELDS = ("data", "split", "data_dir", "image_key", "text_key", "label_key", "group_keys")
 _KEYS = ("key", "id", "image_id", *tables.IMAGE_COLUMNS)
 
@@ -59,7 +59,7 @@ def _holds_images(data: str, image_key: str) -> bool:
 
 
 def picture_root(data: str, image_key: str = "") -> str:
-    """The directory that keys are relative to; "" where the images are no files of their own."""
+    """Returns the directory that keys are relative to; "": the images are no files of their own."""
     path = locations.parse(data)
     if not path.is_dir() or arguments.kind_of_shards(path):
         return ""
@@ -74,7 +74,7 @@ def _has_table(root: epath.Path) -> bool:
 
 
 def open_source(fields: Mapping[str, str]) -> Source:
-    """The source that the values of `FIELDS` name.
+    """Opens the source that the values of `FIELDS` name.
 
     Raises:
       UserError: the data are not there, or not in an expected form.
@@ -95,11 +95,11 @@ def open_source(fields: Mapping[str, str]) -> Source:
 
 
 class Pictures:
-    """Every image of a directory, at any depth, with the text of KEY.txt beside it if any.
+    """The images of a directory, at any depth, each with the text of KEY.txt if there is one.
 
     Attributes:
-      are_pairs: whether all have captions, or all classes for want of any caption, so that
-        `ImageFolder` leaves none out.
+      are_pairs: whether `ImageFolder` can read all of them: every image has a caption, or none has
+        and every image has a class.
     """
 
     class_names: tuple[str, ...] = ()
@@ -128,7 +128,7 @@ class Pictures:
         return self.start([index])[0]()
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
-        """Begins to read pictures and texts, as `reading.start` does."""
+        """Starts to read pictures and texts, as `reading.start` does."""
         return [self._start(self._names[index]) for index in indices]
 
     def _start(self, key: str) -> Callable[[], Example]:
@@ -147,10 +147,10 @@ class Pictures:
 
 
 class CaptionFile:
-    """The texts of a file, without images: the lines of a .txt file, or the rows of a table.
+    """The texts of a file without images: the lines of a .txt file, or the rows of a table.
 
-    The key of a text is what the table has under one of the usual names of identifiers or image
-    paths, or else its number, from 0.
+    The key of a text is the value of the table's column of identifiers or image paths, by one of
+    the usual names; without such a column its number, from 0.
     """
 
     class_names: tuple[str, ...] = ()
@@ -160,7 +160,7 @@ class CaptionFile:
         """Reads the file.
 
         Args:
-          path: of a .txt, .csv, .tsv, .jsonl or .parquet file.
+          path: a .txt, .csv, .tsv, .jsonl or .parquet file.
           text_key: column with the texts; "": the usual names.
 
         Raises:

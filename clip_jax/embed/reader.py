@@ -1,4 +1,4 @@
-"""Part of a source as the encoder reads it; what cannot be used is noted with its reason."""
+"""A part of a source as the encoder reads it, with the reasons of unusable examples."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64, UInt8
 
 from clip_jax.data import crops, images
 from clip_jax.data.sources import reading
@@ -17,7 +18,12 @@ from clip_jax.models import Size
 
 
 class Row(NamedTuple):
-    """What a store keeps of an example; `index` is its place in the source, the rest its own."""
+    """The fields of an example that a store keeps.
+
+    Attributes:
+      index: position in the source.
+      key, captions, labels, groups: fields of the example.
+    """
 
     index: int
     key: str
@@ -27,18 +33,18 @@ class Row(NamedTuple):
 
     @property
     def caption(self) -> str:
-        """The first one; "": it has none."""
+        """The first caption; "": none."""
         return self.captions[0] if self.captions else ""
 
 
 class Reader:
     """The examples first to stop of a source. Safe to use from several threads.
 
-    In the place of one that cannot be used it gives a black image, and leaves it out of `rows`.
+    An unusable example reads as a black image, and is missing from `rows`.
 
     Attributes:
-      class_names, templates: of the source.
-      skipped: by place in the source, why an example cannot be used.
+      class_names, templates: those of the source.
+      skipped: by position in the source, the reason why an example is unusable.
     """
 
     def __init__(
@@ -52,10 +58,10 @@ class Reader:
         """Reads nothing yet.
 
         Args:
-          source: of the examples.
-          first, stop: a range of it.
-          size: of the model; None: images are not needed.
-          tokenizer: None: captions are not needed, and may be missing.
+          source: the whole source.
+          first, stop: range of positions in it.
+          size: size of the model; None: images are not needed.
+          tokenizer: the model's tokenizer; None: captions are not needed, and may be missing.
         """
         self.class_names, self.templates = source.class_names, source.templates
         self.skipped: dict[int, BadExample] = {}
@@ -69,24 +75,24 @@ class Reader:
         return len(self._range)
 
     def __getitem__(self, index: int) -> Example:
-        """The example at `index` of the range, its image decoded and cropped."""
+        """Reads the example at `index` of the range, its image decoded and cropped."""
         return self.start([index])[0]()
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
-        """Begins to read examples, as `reading.start` does."""
-        places = [self._range[index] for index in indices]
-        begun = zip(places, reading.start(self._source, places))
-        return [functools.partial(self._example, place, read) for place, read in begun]
+        """Starts to read examples, as `reading.start` does."""
+        positions = [self._range[index] for index in indices]
+        started = zip(positions, reading.start(self._source, positions))
+        return [functools.partial(self._example, position, read) for position, read in started]
 
-    def _example(self, place: int, read: Callable[[], Example]) -> Example:
+    def _example(self, position: int, read: Callable[[], Example]) -> Example:
         try:
             example = read()
             pixels = self._check(example)
         except BadExample as bad:
-            self.skipped[place] = bad
+            self.skipped[position] = bad
             return Example(self._black, Captions((), ()), (), bad.key)
-        self._rows[place] = Row(
-            index=place,
+        self._rows[position] = Row(
+            index=position,
             key=example.key,
             captions=list(example.captions.texts),
             labels=list(example.labels),
@@ -95,7 +101,7 @@ class Reader:
         return dataclasses.replace(example, image=pixels)
 
     def read_all(self, threads: int) -> Iterator[int]:
-        """Reads every example; yields their numbers. `threads`: 0: one per CPU core."""
+        """Reads every example and yields their numbers; `threads` 0: one per CPU core."""
         done = reading.by_threads(lambda read: read(), self, range(len(self)), threads)
         for number, _ in enumerate(done):
             yield number
@@ -103,15 +109,15 @@ class Reader:
     @property
     def rows(self) -> list[Row]:
         """The usable examples that have been read, in the order of the source."""
-        return [self._rows[place] for place in sorted(self._rows)]
+        return [self._rows[position] for position in sorted(self._rows)]
 
     @property
-    def numbers(self) -> np.ndarray:
-        """Where in the range those stand, int64 [n]."""
+    def indices(self) -> Int64[np.ndarray, " rows"]:
+        """The positions of `rows` in the range."""
         return np.array(sorted(self._rows), np.int64) - self._range.start
 
-    def _check(self, example: Example) -> np.ndarray:
-        """The pixels that the model takes; BadExample where image or caption is unusable."""
+    def _check(self, example: Example) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns the model's pixels; BadExample where image or caption is unusable."""
         if self._tokenizer is not None:
             tokens, _ = self._tokenizer.encode(example.text)
             if self._tokenizer.is_empty(tokens):  # as after "&nbsp;"

@@ -1,10 +1,10 @@
-"""Embeddings on disk: parts of a data set that are either whole or not there.
+"""Embeddings on disk: parts of a data set, each of which is whole or absent.
 
 A directory holds
-    embeddings.json                       what they were made of
+    embeddings.json                       the manifest
     part-00000-of-00012.parquet           the fields of Row; and, by column, embeddings
-    part-00000-of-00012.image_embed.npy   the embeddings, where they are kept apart
-    skipped.jsonl                         what could not be used, once all parts are there
+    part-00000-of-00012.image_embed.npy   the embeddings in the format npy
+    skipped.jsonl                         the unusable examples, once all parts are there
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
+from jaxtyping import Float, Int64
 
 from clip_jax.embed.reader import Row
 from clip_jax.errors import BadExample, UserError
@@ -28,27 +29,27 @@ from clip_jax.storage import locations, ranges, writing
 COLUMNS = ("image_embed", "image_features", "text_embed")
 FORMATS = ("parquet", "npy")
 DTYPES = ("float16", "float32")
-BLOCK = 16_384  # rows of a block; also of a row group
+BLOCK = 16_384  # rows of a block, and of a Parquet row group
 _MANIFEST = "embeddings.json"
 _SKIPPED = b"skipped"  # metadata of a part: JSON
-_THREADS = 32  # that read of parts beside each other, since a bucket takes its time to answer
+_THREADS = 32  # parts read at a time, since a bucket has a long latency
 
 Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What embeddings were made of.
+    """The data, the model and the format of a store.
 
     Attributes:
-      data: the values of `inputs.FIELDS`.
-      examples: of the data, usable or not.
-      columns: of `COLUMNS`, with their widths.
-      dtype: of `DTYPES`.
-      format: of `FORMATS`.
-      part_rows: examples in a part; the last has what remains.
-      model: its name, for people.
-      parameters: a checksum of the model's parameters and tokenizer.
+      data: values of `inputs.FIELDS`.
+      examples: number of examples, usable or not.
+      columns: by column of `COLUMNS`, its width.
+      dtype: one of `DTYPES`.
+      format: one of `FORMATS`.
+      part_rows: examples in a part; the last part has the remainder.
+      model: name of the model, for people.
+      parameters: checksum of the model's parameters and tokenizer.
     """
 
     data: Mapping[str, str]
@@ -62,11 +63,12 @@ class Manifest:
 
     @property
     def parts(self) -> int:
+        """The number of parts."""
         return -(-self.examples // self.part_rows)
 
     @property
     def fingerprint(self) -> str:
-        """Of all of it, hexadecimal."""
+        """A checksum of all fields, hexadecimal."""
         text = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -84,7 +86,7 @@ class Store:
         """Writes the manifest; every host may.
 
         Raises:
-          UserError: the directory has embeddings made of something else.
+          UserError: the directory has another manifest.
         """
         path = self.directory / _MANIFEST
         if locations.stat(path) is not None:
@@ -93,16 +95,17 @@ class Store:
         writing.write(path, json.dumps(dataclasses.asdict(self.manifest), indent=2) + "\n")
 
     def path(self, part: int) -> epath.Path:
-        """Of a part's table."""
+        """Returns the path of a part's table."""
         return self.directory / f"part-{part:05d}-of-{self.manifest.parts:05d}.parquet"
 
     def missing(self) -> list[int]:
-        """The parts that are not there yet."""
-        there = locations.listing(self.directory)
-        return [part for part in range(self.manifest.parts) if self.path(part).name not in there]
+        """Returns the parts that do not exist yet."""
+        existing = locations.listing(self.directory)
+        parts = range(self.manifest.parts)
+        return [part for part in parts if self.path(part).name not in existing]
 
     def range(self, part: int) -> tuple[int, int]:
-        """First example of a part, and the one behind its last."""
+        """Returns the first example of a part, and the one behind its last."""
         first = part * self.manifest.part_rows
         return first, min(first + self.manifest.part_rows, self.manifest.examples)
 
@@ -110,16 +113,16 @@ class Store:
         self,
         part: int,
         rows: Sequence[Row],
-        embeds: Mapping[str, np.ndarray],
+        embeds: Mapping[str, Float[np.ndarray, "rows _"]],
         skipped: Mapping[int, BadExample],
     ) -> None:
         """Writes a part; its table comes last, and marks it as done.
 
         Args:
-          part: its number.
-          rows: of the n usable examples.
-          embeds: by column, [n, its width] of any float dtype.
-          skipped: by index in the source, the others.
+          part: number of the part.
+          rows: rows of the usable examples.
+          embeds: embeddings of these, by column, of any float dtype.
+          skipped: the other examples, by index in the source.
         """
         columns = {name: [getattr(row, name) for row in rows] for name in Row._fields}
         table = pa.table(columns, schema=_SCHEMA)
@@ -142,9 +145,11 @@ class Store:
             pq.write_table(table, temporary, compression="zstd", row_group_size=BLOCK)
 
     def finish(self) -> list[dict[str, Any]]:
-        """Writes and returns the list of what was skipped; all parts must be there."""
+        """Writes and returns the list of skipped examples; all parts must exist."""
         parts = range(self.manifest.parts)
-        lists = self._look(parts, lambda _, file: json.loads(file.metadata.metadata[_SKIPPED]))
+        lists = self._read_parts(
+            parts, lambda _, file: json.loads(file.metadata.metadata[_SKIPPED])
+        )
         skipped = [bad for each in lists for bad in each]
         lines = "".join(json.dumps(bad) + "\n" for bad in skipped)
         writing.write(self.directory / "skipped.jsonl", lines)
@@ -153,11 +158,11 @@ class Store:
     # ---- Reading --------------------------------------------------------------------------------
 
     def counts(self) -> list[int]:
-        """Rows of each part."""
-        return self._look(range(self.manifest.parts), lambda _, file: file.metadata.num_rows)
+        """Returns the number of rows of each part."""
+        return self._read_parts(range(self.manifest.parts), lambda _, file: file.metadata.num_rows)
 
-    def blocks(self, column: str) -> Iterator[np.ndarray]:
-        """The embeddings of a column in order, [n, width] as stored, n at most `BLOCK`."""
+    def blocks(self, column: str) -> Iterator[Float[np.ndarray, "_ width"]]:
+        """Yields the embeddings of a column in order, at most `BLOCK` rows at a time."""
         for part in range(self.manifest.parts):
             if self.manifest.format == "npy":
                 values = np.load(io.BytesIO(ranges.read(self._array_path(part, column))))
@@ -170,39 +175,39 @@ class Store:
                         yield flat.reshape(-1, self.manifest.columns[column])
 
     def table(self) -> pa.Table:
-        """The fields of `Row` of all rows, in order."""
+        """Reads the fields of all rows, in order."""
         parts, columns = range(self.manifest.parts), list(Row._fields)
-        return pa.concat_tables(self._look(parts, lambda _, file: file.read(columns)))
+        return pa.concat_tables(self._read_parts(parts, lambda _, file: file.read(columns)))
 
     def rows(self, numbers: Sequence[int]) -> list[Row]:
-        """Rows by their numbers, in the order given; reads only the row groups they lie in."""
+        """Reads rows by their numbers, in the order given, and only their row groups."""
         parts = np.searchsorted(self._firsts, numbers, side="right") - 1
-        wanted: dict[int, dict[int, int]] = {}  # numbers, by part and place in it
+        wanted: dict[int, dict[int, int]] = {}  # numbers, by part and position in it
         for part, number in zip(parts.tolist(), numbers):
             wanted.setdefault(part, {})[number - int(self._firsts[part])] = number
 
         def read(part: int, file: pq.ParquetFile) -> list[tuple[int, Row]]:
             return [(wanted[part][at], row) for at, row in _read_rows(file, wanted[part])]
 
-        found = dict(pair for pairs in self._look(wanted, read) for pair in pairs)
+        found = dict(pair for pairs in self._read_parts(wanted, read) for pair in pairs)
         return [found[number] for number in numbers]
 
     @functools.cached_property
-    def _firsts(self) -> np.ndarray:
-        """Number of the first row of each part, and of all rows."""
+    def _firsts(self) -> Int64[np.ndarray, " bounds"]:
+        """The number of the first row of each part, and the number of all rows."""
         return np.cumsum([0, *self.counts()])
 
-    def _look(
+    def _read_parts(
         self, parts: Iterable[int], read: Callable[[int, pq.ParquetFile], Result]
     ) -> list[Result]:
-        """What `read` finds in the tables of some parts, given their number too."""
+        """Applies `read` to the tables of some parts; it takes their number too."""
 
-        def look(part: int) -> Result:
+        def open_and_read(part: int) -> Result:
             with self.path(part).open("rb") as file:
                 return read(part, pq.ParquetFile(file))
 
         with futures.ThreadPoolExecutor(_THREADS) as pool:
-            return list(pool.map(look, parts))
+            return list(pool.map(open_and_read, parts))
 
     def _array_path(self, part: int, column: str) -> epath.Path:
         return self.path(part).with_suffix(f".{column}.npy")
@@ -220,7 +225,7 @@ _SCHEMA = pa.schema(
 
 
 def open_store(directory: epath.PathLike) -> Store:
-    """Embeddings that are complete; UserError where there are none, or parts are missing."""
+    """Opens a complete store; UserError where there is none, or parts are missing."""
     path = locations.parse(directory)
     store = Store(path, _read_manifest(path))
     if missing := store.missing():
@@ -249,27 +254,27 @@ def _read_manifest(directory: epath.Path) -> Manifest:
         ) from None
 
 
-def _check_same(there: Manifest, wanted: Manifest, directory: epath.Path) -> None:
+def _check_same(stored: Manifest, wanted: Manifest, directory: epath.Path) -> None:
     differing = [
-        f"{field.name} {getattr(there, field.name)!r}, not {getattr(wanted, field.name)!r}"
+        f"{field.name} {getattr(stored, field.name)!r}, not {getattr(wanted, field.name)!r}"
         for field in dataclasses.fields(Manifest)
-        if getattr(there, field.name) != getattr(wanted, field.name)
+        if getattr(stored, field.name) != getattr(wanted, field.name)
     ]
     if differing:
         raise UserError(
             f"{directory} holds embeddings made otherwise: {'; '.join(differing)}. Give the same "
-            "arguments to go on with them, another --out, or delete that directory."
+            "arguments to resume them, another --out, or delete that directory."
         )
 
 
 def _read_rows(file: pq.ParquetFile, wanted: Iterable[int]) -> Iterator[tuple[int, Row]]:
-    """The rows of one part at some places, with these."""
+    """Yields the rows of one part at some positions, with these."""
     first = 0
     for group in range(file.num_row_groups):
         count = file.metadata.row_group(group).num_rows
-        places = [place for place in wanted if first <= place < first + count]
-        if places:
+        inside = [position for position in wanted if first <= position < first + count]
+        if inside:
             table = file.read_row_group(group, columns=list(Row._fields))
-            for place in places:
-                yield place, Row(**table.slice(place - first, 1).to_pylist()[0])
+            for position in inside:
+                yield position, Row(**table.slice(position - first, 1).to_pylist()[0])
         first += count

@@ -29,8 +29,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
-from clip_jax.common import commands
-from clip_jax.common import host_flags as hosts
+from clip_jax.common import commands, hosts
 from clip_jax.common.commands import at_least
 from clip_jax.configs import default
 from clip_jax.errors import UserError

@@ -14,10 +14,9 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from clip_jax import api, weights
-from clip_jax.common import host_flags as hosts
+from clip_jax.common import hosts
 from clip_jax.common.commands import fraction
-from clip_jax.common.pages.page import duration, percent
-from clip_jax.common.tables import aligned
+from clip_jax.common.formatting import aligned, format_seconds, percent
 from clip_jax.configs import default
 from clip_jax.embed import inputs
 from clip_jax.errors import StorageError, UserError
@@ -242,7 +241,7 @@ def run_all(
                 if result is None:
                     result = tasks.run(context, name, dataset, made_of)
                     folder.write(result)
-                    say(_line(result, width, duration(result.seconds)))
+                    say(_line(result, width, format_seconds(result.seconds)))
                 else:
                     say(_line(result, width, "done before"))
                 results.append(result)

@@ -6,16 +6,15 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.common.formatting import aligned, percent, short
 from clip_jax.common.pages import charts
 from clip_jax.common.pages.charts import Axis, Points
-from clip_jax.common.pages.page import percent
-from clip_jax.common.pages.panel import Panel
-from clip_jax.common.pages.svg import short
-from clip_jax.common.tables import aligned
+from clip_jax.common.pages.svg import Panel
 from clip_jax.errors import UserError
 from clip_jax.evaluate import tasks
 from clip_jax.evaluate.figures import legend
-from clip_jax.evaluate.measures import robustness, scaling
+from clip_jax.evaluate.measures import robustness
+from clip_jax.evaluate.measures.lines import fit_power_law
 from clip_jax.evaluate.results import Evaluation, Result, Score
 from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE
 
@@ -139,7 +138,7 @@ def learning(found: Sequence[Compared]) -> Panel | None:
     if not curves:
         return None
     points = [Points(one.name, *zip(*one.curve), joined=True) for one in curves]
-    x, y = Axis("images processed"), Axis("zero-shot accuracy", share=True)
+    x, y = Axis("images processed"), Axis("zero-shot accuracy", percent=True)
     title = "Zero-shot accuracy against images processed"
     return Panel(title, charts.draw(points, x, y, title), legend(points), "Paper figure 2.")
 
@@ -216,7 +215,7 @@ def by_compute(found: Sequence[Compared], task: str, title: str) -> Panel | None
         Points(kind, [flops[n] for n in names], [means[n] for n in names], names=names, joined=True)
         for kind, names in _by_family(found, list(means)).items()
     ]
-    x, y = Axis("GFLOP per image", "log"), Axis("mean score", share=True)
+    x, y = Axis("GFLOP per image", "log"), Axis("mean score", percent=True)
     return Panel(title, charts.draw(points, x, y, title), legend(points))
 
 
@@ -229,7 +228,7 @@ def power_law(found: Sequence[Compared]) -> Panel | None:
         points.append(Points(kind, x, 1 - y, names=names))
         if len(set(x)) < 2:
             continue
-        law = scaling.fit(x, 1 - y)
+        law = fit_power_law(x, 1 - y)
         ends = np.geomspace(x.min(), x.max(), 30)
         line = law.constant * ends**law.exponent
         points.append(Points(f"{kind}, fit", ends, line, joined=True, marked=False, quiet=True))
@@ -238,7 +237,10 @@ def power_law(found: Sequence[Compared]) -> Panel | None:
         notes.append(f"{kind}: error falls as compute to the power {law.exponent:.3f}{within}.")
     if not notes:
         return None
-    x_axis, y_axis = Axis("GFLOP per image", "log"), Axis("mean zero-shot error", "log", share=True)
+    x_axis, y_axis = (
+        Axis("GFLOP per image", "log"),
+        Axis("mean zero-shot error", "log", percent=True),
+    )
     title = "Error against compute"
     svg = charts.draw(points, x_axis, y_axis, title)
     return Panel(title, svg, legend(points), " ".join(notes))
@@ -265,7 +267,7 @@ def prompting(found: Sequence[Compared]) -> Panel | None:
         Points("ensemble of prompts", flops, ensemble, names=names, joined=True),
         Points("bare class names", flops, bare, joined=True),
     ]
-    x, y = Axis("GFLOP per image", "log"), Axis("mean score", share=True)
+    x, y = Axis("GFLOP per image", "log"), Axis("mean score", percent=True)
     title = "What prompts add"
     return Panel(title, charts.draw(points, x, y, title), legend(points), "Paper figure 4.")
 
@@ -282,7 +284,7 @@ def zeroshot_against_probe(found: Sequence[Compared]) -> Panel | None:
             )
     if not points:
         return None
-    x, y = Axis("linear probe", share=True), Axis("zero-shot", share=True)
+    x, y = Axis("linear probe", percent=True), Axis("zero-shot", percent=True)
     title = "Zero-shot against linear probe"
     svg = charts.draw(points, x, y, title, diagonal=True)
     return Panel(title, svg, legend(points), "Each mark is a data set.")
@@ -323,6 +325,6 @@ def _shift(name: str, rows: Sequence[Mapping[str, Any]]) -> Panel | None:
             )
         )
         note += f"{classifier}: slope {short(trend.line.slope)} in log-odds. "
-    x_axis, y_axis = Axis("reference", "logit", share=True), Axis(name, "logit", share=True)
+    x_axis, y_axis = Axis("reference", "logit", percent=True), Axis(name, "logit", percent=True)
     svg = charts.draw(points, x_axis, y_axis, name, diagonal=True)
     return Panel(name, svg, legend(points), note.strip())

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from clip_jax.common.formatting import percent, short
 from clip_jax.common.pages import charts
 from clip_jax.common.pages.charts import Axis, Points
-from clip_jax.common.pages.page import percent
-from clip_jax.common.pages.panel import Line, Panel
-from clip_jax.common.pages.svg import short
+from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.evaluate.measures import robustness as robust
 from clip_jax.evaluate.measures.overlap import Overlap
 from clip_jax.evaluate.results import Result
@@ -61,7 +60,7 @@ def probe_against_zeroshot(zeroshot: Sequence[Result], probes: Sequence[Result])
         [result.headline.value for result in both],
         names=[result.title for result in both],
     )
-    x, y = Axis("linear probe", share=True), Axis("zero-shot", share=True)
+    x, y = Axis("linear probe", percent=True), Axis("zero-shot", percent=True)
     svg = charts.draw([points], x, y, "Zero-shot against linear probe", diagonal=True)
     return Panel("Zero-shot against linear probe", svg, [], "Dotted: where both are the same.")
 
@@ -74,7 +73,7 @@ def strengths(result: Result) -> Panel:
         Points("validation", [p[0] for p in tried], [p[1] for p in tried], joined=True),
         Points("chosen", [details["strength"]], [details["validation_score"]]),
     ]
-    x, y = Axis("L2 strength (1/C)", "log"), Axis("score on validation", share=True)
+    x, y = Axis("L2 strength (1/C)", "log"), Axis("score on validation", percent=True)
     label = f"{result.title}: chosen {short(details['strength'])}"
     note = f"{details['train']:,} examples and {details['validation']:,} for validation."
     return Panel(result.title, charts.draw(points, x, y, label), legend(points), note)
@@ -120,7 +119,7 @@ def few_shot_mean(results: Sequence[Result]) -> Panel:
 
 def _shots_panel(title: str, points: list[Points], shots: Sequence[int], note: str) -> Panel:
     x = Axis("examples per class", "log", ticks=tuple(shots))
-    svg = charts.draw(points, x, Axis("score", share=True), f"{title}: {note}")
+    svg = charts.draw(points, x, Axis("score", percent=True), f"{title}: {note}")
     return Panel(title, svg, legend(points), note)
 
 
@@ -164,7 +163,10 @@ def _shift(
     title = rows[0]["shift"]
     gains = ", ".join(f"{row['classifier']} {percent(row['effective'])}" for row in rows)
     note = f"Effective robustness, accuracy above the trend of {len(x)} models: {gains}."
-    axes = Axis(f"{reference}, same classes", "logit", share=True), Axis(title, "logit", share=True)
+    axes = (
+        Axis(f"{reference}, same classes", "logit", percent=True),
+        Axis(title, "logit", percent=True),
+    )
     svg = charts.draw(points, *axes, f"{title} against {reference}", diagonal=True)
     return Panel(title, svg, legend(points), note)
 
@@ -174,7 +176,7 @@ def overlaps(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     found: list[Overlap] = [each["row"] for each in rows]
     points = Points(
         "data sets",
-        [row.share for row in found],
+        [row.fraction for row in found],
         [row.overlap.value - row.clean.value for row in found],
         low=[row.overlap.low - row.clean.value for row in found],
         high=[row.overlap.high - row.clean.value for row in found],
@@ -182,7 +184,7 @@ def overlaps(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     )
     if not any(row.overlap.trials and row.clean.trials for row in found):
         return []
-    x = Axis("share of images that overlap", share=True)
-    y = Axis("accuracy, overlap minus clean", share=True)
+    x = Axis("share of images that overlap", percent=True)
+    y = Axis("accuracy, overlap minus clean", percent=True)
     svg = charts.draw([points], x, y, "Difference in accuracy by overlap")
     return [Panel("Does overlap help?", svg, [], "Bars: intervals of the overlapping part.")]

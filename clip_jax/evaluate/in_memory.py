@@ -11,11 +11,12 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from clip_jax.data.sources import reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
-from clip_jax.embed.encoder import Encoder, Variables, to_host
+from clip_jax.embed.encoder import Encoder, Variables
 from clip_jax.errors import BadExample, UserError
 from clip_jax.evaluate.embedding_source import EmbeddedSplit
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.models.prompts import prepare
+from clip_jax.sharding import to_host
 
 _SCHEMA = pa.schema(
     [

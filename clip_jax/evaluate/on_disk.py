@@ -16,8 +16,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from clip_jax.api import Model
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.sources.captions import Captions
-from clip_jax.embed import making
-from clip_jax.embed.encoder import to_host
+from clip_jax.embed import embedder
 from clip_jax.embed.store import BLOCK, Store
 from clip_jax.errors import UserError
 from clip_jax.evaluate.embedding_source import TEST, EmbeddedSplit, Nearest
@@ -25,6 +24,7 @@ from clip_jax.evaluate.sets import finding
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.models.prompts import prepare
 from clip_jax.search import exact
+from clip_jax.sharding import to_host
 from clip_jax.storage import locations, ranges, writing
 
 _ROWS = 16_384  # examples in a part: what a killed evaluation loses at most
@@ -60,14 +60,14 @@ class OnDiskEmbeddings:
         """
         assert model.tokenizer is not None
         self.model, self.tokenizer = model, model.tokenizer
-        self.parameters = making.fingerprint(model)
-        self._maker = making.Maker(model, batch_size, threads)
+        self.parameters = embedder.fingerprint(model)
+        self._embedder = embedder.Embedder(model, batch_size, threads)
         self._directory, self._data_dir = locations.parse(directory), data_dir
         self._hosts = process, processes
         self._views = FrozenConfigDict(views)
         self._sources: dict[tuple[str, str], Source] = {}
         self._held: dict[tuple[str, str], EmbeddedSplit] = {}
-        encoder, params = self._maker.encoder, model.variables["params"]
+        encoder, params = self._embedder.encoder, model.variables["params"]
         self.mesh = encoder.mesh
         self.embeds_texts, self.can_score_text = encoder.embeds_texts, encoder.can_score_text
         self.detects_duplicates = encoder.detects_duplicates
@@ -131,7 +131,7 @@ class OnDiskEmbeddings:
         Raises:
           UserError: the directory holds embeddings of something else.
         """
-        store = making.begin(
+        store = embedder.begin_store(
             self._directory / name,
             data,
             len(source),
@@ -141,7 +141,7 @@ class OnDiskEmbeddings:
             format="npy",
             rows=_ROWS,
         )
-        self._maker.fill(store, source, *self._hosts, label=name)
+        self._embedder.embed_missing(store, source, *self._hosts, label=name)
         while store.missing():
             time.sleep(_POLL)
         return store
@@ -158,7 +158,7 @@ class OnDiskEmbeddings:
             embeds[made.table()["index"].to_numpy()] = read(made, "text_embed")
             return embeds
         tokens = self.tokenizer(list(texts), truncate=True)
-        embeds = self._maker.encoder.texts(self.model.variables, tokens, by_length=True)
+        embeds = self._embedder.encoder.texts(self.model.variables, tokens, by_length=True)
         with writing.replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, embeds)
         return embeds
@@ -174,7 +174,7 @@ class OnDiskEmbeddings:
         """Scores classes for all usable examples of a split; see `EmbeddingSource`."""
         prompts = prepare(self.tokenizer(list(texts), truncate=True))
         source = self.source(dataset, split)
-        batches = self._maker.encoder.scores(
+        batches = self._embedder.encoder.scores(
             self.model.variables, source, prompts, class_ids, classes
         )
         return np.concatenate([batch["scores"] for batch in batches])
@@ -182,7 +182,7 @@ class OnDiskEmbeddings:
     def views(self, dataset: Dataset, split: str) -> np.ndarray:
         """Embeds two views of each usable image: float32 [n, 2, e]; not kept on disk."""
         source, variables = self.source(dataset, split), self.model.variables
-        batches = list(self._maker.encoder.views(variables, source, self._views, seed=0))
+        batches = list(self._embedder.encoder.views(variables, source, self._views, seed=0))
         return np.concatenate([batch["embed"] for batch in batches])
 
     def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:
@@ -191,7 +191,7 @@ class OnDiskEmbeddings:
 
     def pixels(self, source: Source, index: int) -> np.ndarray:
         """Returns the image of an example of any source, uint8 [h, w, 3]."""
-        return self._maker.encoder.picture(source, index)
+        return self._embedder.encoder.picture(source, index)
 
 
 class TrainingImages:

@@ -11,7 +11,7 @@ from clip_jax.common.pages import page
 from clip_jax.common.pages.pictures import Thumbnail
 from clip_jax.evaluate import confusion, figures, tasks
 from clip_jax.evaluate.measures import overlap
-from clip_jax.evaluate.measures.intervals import Share
+from clip_jax.evaluate.measures.intervals import Proportion
 from clip_jax.evaluate.results import Evaluation, Result, Score
 
 TEMPLATES = Path(__file__).parent  # sections.html.jinja among them
@@ -146,7 +146,7 @@ def overlap_row(result: Result) -> overlap.Overlap:
     """Restores the row of a data set from JSON."""
     fields = _numbers(result.details["row"])
     parts: dict[str, Any] = {
-        name: Share(**_numbers(fields[name])) for name in ("all", "overlap", "clean")
+        name: Proportion(**_numbers(fields[name])) for name in ("all", "overlap", "clean")
     }
     return overlap.Overlap(**fields | parts)
 

@@ -9,7 +9,7 @@ from etils import epath
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from clip_jax.common.clock import format_seconds
+from clip_jax.common.formatting import format_seconds
 from clip_jax.export.programs import ONNX
 from clip_jax.export.record import Record, Training
 from clip_jax.export.runtime import STABLEHLO, TOWERS

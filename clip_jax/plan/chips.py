@@ -1,40 +1,39 @@
-"""The table of TPU generations: what a chip can do, and how chips are joined."""
+"""The table of TPU generations: rates of a chip, and the network between chips."""
 
 import dataclasses
 from typing import Any
 
 GIB = 2**30
 
-# Share of the nominal HBM bandwidth that plain copies reach in XLA's own cycle estimates (0.71 to
-# 0.81 over the four generations); used for instructions that carry no estimate.
-HBM_SHARE = 0.77
-# Share of the peak that a Pallas kernel is taken to reach, for which XLA gives no estimate: heads
+# Fraction of the nominal HBM bandwidth that plain copies reach in XLA's own cycle estimates (0.71
+# to 0.81 over the four generations); used for instructions that carry no estimate.
+HBM_EFFICIENCY = 0.77
+# Assumed fraction of the peak that a Pallas kernel reaches, for which XLA gives no estimate: heads
 # of 64 channels fill half of a matrix unit.
-KERNEL_SHARE = 0.5
-# What a message needs per hop between neighbouring chips, and between slices, whatever its size.
+KERNEL_EFFICIENCY = 0.5
+# Latency of a message per hop between neighbouring chips, and between slices.
 ICI_HOP_SECONDS = 1e-6
 DCN_SECONDS = 20e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One generation. A chip is one JAX device here, its two TensorCores joined where it has two.
+    """One generation. A chip is one JAX device: two TensorCores count as one.
 
     Attributes:
-      name: as in a topology name.
+      name: prefix of a topology name.
       flops: peak bfloat16 operations per second.
-      clock: of the TensorCores, hertz; XLA's estimated cycles are divided by it.
-      hbm: bytes that the compiler lets a program use.
+      clock: frequency of the TensorCores, hertz; XLA's estimated cycles are divided by it.
+      hbm: bytes of memory that the compiler lets a program use.
       hbm_bandwidth: bytes per second.
       ici_link: bytes per second of one link between neighbours, in one direction.
-      dcn: bytes per second that leave a chip over the network between slices, its share of the
-        host's.
-      dims: of the network inside a slice.
-      wraps: chips along a dimension at which, or at multiples of which, the network closes to a
-        ring; 16 is the side of a whole pod of v5e and v6e.
+      dcn: bytes per second of a chip over the network between slices: its part of the host's.
+      dims: dimensions of the network inside a slice.
+      wraps: the network closes to a ring along a dimension of this many chips, or a multiple of
+        it; 16 is the side of a whole pod of v5e and v6e.
       largest: most chips of a slice.
       host: chips of a host along each dimension.
-      options: that libtpu needs to describe the topology.
+      options: libtpu's options that describe the topology.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Chip:
 
 # Peak, HBM bandwidth, links: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; a chip's bandwidth
 # there is over its four (v5e, v6e) or six (v4, v5p) links in both directions. Links as used in
-# practice and the share of the data-centre network: jax-ml.github.io/scaling-book/tpus, and for
+# practice and the part of the data-centre network: jax-ml.github.io/scaling-book/tpus, and for
 # v5e and v6e the hosts' network cards (2 x 100 and 4 x 200 Gbit/s for 8 chips). HBM: what the
 # compiler of libtpu 0.0.42 names as available. Clocks: v5e from the scaling book; v4 from Jouppi
 # et al. 2023 (1,050 MHz); v5p and v6e follow from the peak (2 x 4 matrix units of 128 x 128, and

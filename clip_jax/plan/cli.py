@@ -8,7 +8,7 @@ time a step is predicted to take. Needs no TPU, but libtpu: pip install "jax[tpu
     python -m clip_jax plan --config=vit_b32 --topology=v5e:4x4 --search
 
 Any setting can be given, as in --config.batch_size=4096. The data are not looked at. Exit status: 0
-if it fits, 1 if it does not, 2 for a mistake.
+if it fits, 1 if it does not, 2 for a user error.
 """
 
 import copy
@@ -33,10 +33,10 @@ _COMMAND = "python -m clip_jax plan"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for; the flags' help texts say more.
+    """The arguments of the command; the flags' help texts describe them.
 
     Attributes:
-      settings: what of it trains the same on these slices, as arguments of main.py.
+      settings: arguments of main.py that train with the same settings on these slices.
     """
 
     config: ConfigDict
@@ -125,7 +125,7 @@ def _settings(arguments: list[str], config: ConfigDict) -> list[str]:
 
 
 def _plan(request: Request) -> bool:
-    # Imported late: a mistake on the command line is answered at once.
+    # Imported late: a user error on the command line is answered at once.
     from clip_jax.plan import make, suggest, table
 
     config, topology = request.config, request.topology
@@ -134,7 +134,7 @@ def _plan(request: Request) -> bool:
         topology,
         examples=request.examples,
         top=request.top,
-        report=_tell,
+        report=_report,
         hlo_file=request.hlo,
     )
     suggestions = [] if plan.fits else suggest.suggestions(config, topology, plan)
@@ -152,7 +152,7 @@ def _search(request: Request) -> bool:
         minutes=request.budget,
         examples=request.examples,
         top=request.top,
-        report=_tell,
+        report=_report,
     )
     if _write_json(request.json, found.to_json()):
         print(search.format_search(found, shlex.join(["python", "main.py", *request.settings])))
@@ -162,7 +162,7 @@ def _search(request: Request) -> bool:
 
 
 def _check(get: dict[str, Any]) -> None:
-    """What would otherwise fail only after minutes of compilation."""
+    """Checks the arguments that would fail only after minutes of compilation."""
     for name in ("json", "hlo"):
         folder = pathlib.Path(get[name] or "-").parent
         if not folder.is_dir():
@@ -171,12 +171,12 @@ def _check(get: dict[str, Any]) -> None:
         raise UserError("--examples is 1 or more, and --budget and --top are not negative.")
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _validate(config: ConfigDict) -> None:
-    """What holds for a run, except that a plan needs no data."""
+    """Checks a config as for a run, except that a plan needs no data."""
     from clip_jax.configs import default
 
     checked = copy.deepcopy(config)
@@ -185,7 +185,7 @@ def _validate(config: ConfigDict) -> None:
 
 
 def _write_json(target: str | None, fields: dict[str, Any]) -> bool:
-    """Writes the figures where they are wanted; returns whether the table is wanted too."""
+    """Writes the figures as JSON if asked; returns whether the table is wanted too."""
     if target is None:
         return True
     text = json.dumps(fields, indent=2)
@@ -197,7 +197,7 @@ def _write_json(target: str | None, fields: dict[str, Any]) -> bool:
 
 
 def _silence() -> None:
-    """jax warns of CPUs and of compilation details that mean nothing for a plan."""
+    """Silences JAX's warnings of CPUs and compilation, which mean nothing for a plan."""
     import warnings
 
     warnings.filterwarnings("ignore", module="jax.*")

@@ -1,9 +1,10 @@
-"""Adds up what one step of a compiled program does, loops included.
+"""Adds up the costs of one step of a compiled program, loops included.
 
-Computation goes instruction by instruction at the compiler's own estimate of cycles. Collectives
-take the time of the interconnect model: one that is started and awaited apart runs beside the
-instructions scheduled between, one at a time on each network, and only what is left when its result
-is awaited delays the step; any other delays the step by all of its time.
+Computation takes the compiler's own estimate of cycles, one instruction after the other.
+Collectives take the time of the interconnect model. An asynchronous one, which has separate start
+and done instructions, runs beside the instructions scheduled between them; each network runs one
+collective at a time, and the done instruction waits for the rest. A synchronous one delays the step
+by all of its time.
 """
 
 import dataclasses
@@ -29,13 +30,13 @@ COLLECTIVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What a collective is, apart from where it stands.
+    """A kind of collective.
 
     Attributes:
       kind: "all-gather", ...
-      axes: of the mesh that it crosses, joined by "+".
+      axes: mesh axes that it crosses, joined by "+".
       network: "ici" within a slice, "dcn" between slices.
-      overlapped: whether it is started and awaited apart.
+      overlapped: whether it is asynchronous: started and awaited apart.
     """
 
     kind: str
@@ -46,17 +47,17 @@ class Exchange:
 
 @dataclasses.dataclass
 class Op:
-    """An instruction with all its turns.
+    """An instruction with all its executions in a step.
 
     Attributes:
-      instruction: of the scheduled program.
-      title: the instruction inside it that says best what it is.
-      times: that it runs in a step.
-      seconds: of computation, all turns together; of a collective its own time.
-      flops, bytes: likewise; operations of matrix products and convolutions, traffic to HBM.
-      exchange: of a collective.
-      volume: bytes that it moves, all turns together.
-      channel: what it occupies: "" for the cores, "hbm" for a copy beside them, "ici" or "dcn".
+      instruction: instruction of the scheduled program.
+      title: instruction inside it whose name describes it best.
+      times: number of executions in a step.
+      seconds: time of computation, or of the collective, over all executions.
+      flops: operations of matrix products and convolutions, over all executions.
+      bytes: traffic to HBM, over all executions.
+      exchange: kind of the collective; None: computation.
+      volume: bytes that a collective moves, over all executions.
     """
 
     instruction: Instruction
@@ -70,11 +71,13 @@ class Op:
 
     @property
     def channel(self) -> str:
+        """The occupied resource: "" for the cores, "hbm" for a copy beside them, "ici" or "dcn"."""
         if self.exchange:
             return self.exchange.network
         return "hbm" if self.instruction.opcode.endswith("-start") else ""
 
     def scaled(self, by: float) -> "Op":
+        """Multiplies all executions."""
         return dataclasses.replace(
             self,
             times=self.times * by,
@@ -86,15 +89,15 @@ class Op:
 
 
 @dataclasses.dataclass
-class Tally:
-    """What a computation does when it runs once.
+class Cost:
+    """The cost of one run of a computation.
 
     Attributes:
-      ops: executed instructions that cost something.
+      ops: executed instructions with a cost.
       elapsed: seconds from first to last, waiting included.
-      open_loops: loops whose turns depend on the data; none is counted.
-      branches: (seconds of the cheapest branch, of the dearest) of conditionals; the cheapest is
-        counted.
+      open_loops: number of loops whose trip count depends on the data; they count as not run.
+      branches: seconds of the cheapest and of the most expensive branch of each conditional; the
+        cheapest is counted.
     """
 
     ops: list[Op] = dataclasses.field(default_factory=list)
@@ -102,7 +105,8 @@ class Tally:
     open_loops: int = 0
     branches: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
-    def include(self, other: "Tally", times: float = 1.0) -> None:
+    def include(self, other: "Cost", times: float = 1.0) -> None:
+        """Adds the cost of another computation that runs `times` times."""
         self.ops += other.ops if times == 1 else [op.scaled(times) for op in other.ops]
         self.elapsed += other.elapsed * times
         self.open_loops += other.open_loops
@@ -125,30 +129,32 @@ class Tally:
         return sum(op.seconds for op in self.ops if op.exchange)
 
 
-def tally(module: Module, network: Network) -> Tally:
-    """One step of a program on the chips of a network."""
+def program_cost(module: Module, network: Network) -> Cost:
+    """Computes the cost of one step of a program on the chips of a network."""
     return _Walk(module, network).run(module.entry)
 
 
 def is_kernel(x: Instruction) -> bool:
-    """Whether it is a Pallas kernel, whose inside XLA does not know."""
+    """Tells whether an instruction is a Pallas kernel, whose inside XLA does not know."""
     return x.opcode == "custom-call" and '"tpu_custom_call"' in x.attributes
 
 
 class _Walk:
+    """A walk over the computations of a program, each of which is costed once."""
+
     def __init__(self, module: Module, network: Network):
         self.module = module
         self.network = network
-        self.done: dict[str, Tally] = {}
+        self.done: dict[str, Cost] = {}
         self.inner: dict[str, list[tuple[Computation, Instruction]]] = {}
 
-    def run(self, computation: Computation) -> Tally:
+    def run(self, computation: Computation) -> Cost:
         if computation.name not in self.done:
             self.done[computation.name] = self._run(computation)
         return self.done[computation.name]
 
-    def _run(self, computation: Computation) -> Tally:
-        total, timeline = Tally(), _Timeline()
+    def _run(self, computation: Computation) -> Cost:
+        total, timeline = Cost(), _Timeline()
         for x in computation:
             if x.opcode in ("while", "conditional", "call"):
                 part = self._control(x, computation)
@@ -162,13 +168,13 @@ class _Walk:
         total.elapsed = timeline.finish()
         return total
 
-    def _control(self, x: Instruction, computation: Computation) -> Tally:
-        part = Tally()
+    def _control(self, x: Instruction, computation: Computation) -> Cost:
+        part = Cost()
         if x.opcode == "while":
-            turns = loops.trip_count(x, computation, self.module)
+            trips = loops.trip_count(x, computation, self.module)
             for name in (*x.called("body"), *x.called("condition")):
-                part.include(self.run(self.module.computations[name]), turns or 0)
-            part.open_loops += turns is None
+                part.include(self.run(self.module.computations[name]), trips or 0)
+            part.open_loops += trips is None
         elif x.opcode == "call":
             part.include(self.run(self.module.computations[x.called("to_apply")[0]]))
         else:
@@ -177,6 +183,7 @@ class _Walk:
                 *x.called("true_computation"),
                 *x.called("false_computation"),
             ]
+            # The cheapest branch is the common case; a note of the plan prices the others.
             choices = [self.run(self.module.computations[name]) for name in names]
             choices.sort(key=lambda choice: (choice.elapsed, choice.flops))
             part.include(choices[0])
@@ -194,21 +201,21 @@ class _Walk:
         work += flops.matmul_flops(x, computation)
         traffic = flops.memory_traffic(x, computation, self.module)
         chip = self.network.topology.chip
-        if is_kernel(x):
+        if is_kernel(x):  # as the kernel declares, since XLA does not look inside
             declared = flops.kernel_cost(x)
             work += declared[0]
             traffic = max(traffic, declared[1])
         if x.cycles is not None:
             seconds = x.cycles / chip.clock
         else:
-            moving = traffic / (chip.hbm_bandwidth * chips.HBM_SHARE)
-            seconds = max(moving, work / (chip.flops * chips.KERNEL_SHARE))
+            moving = traffic / (chip.hbm_bandwidth * chips.HBM_EFFICIENCY)
+            seconds = max(moving, work / (chip.flops * chips.KERNEL_EFFICIENCY))
         if not (seconds or work or traffic):
             return None
         return Op(x, _title(x, products, inside), seconds=seconds, flops=work, bytes=traffic)
 
     def _inside(self, x: Instruction) -> list[tuple[Computation, Instruction]]:
-        """Instructions of a fusion, those of fusions in it too."""
+        """Lists the instructions of a fusion, those of nested fusions too."""
         found = []
         for name in x.called("calls") if x.opcode in ("fusion", "async-start") else ():
             if name not in self.inner:
@@ -232,16 +239,17 @@ class _Walk:
                 continue
             started = _feeds(y, home, "AsyncCollectiveStart")
             if not started and ("async_collective_fusion_config" in y.attributes):
-                return None  # a part of one that was counted where it started
+                return None  # a later part of a collective that was counted where it started
+            # A fusion that keeps a part of the sum on every device is a reduce-scatter.
             if kind == "all-reduce" and x.bytes < _payload(y, home):
-                kind = "reduce-scatter"  # every device keeps its part of the sum
+                kind = "reduce-scatter"
             return self._exchange(x, kind, y, home, started or x.opcode == "async-start")
         return None
 
     def _exchange(
         self, x: Instruction, kind: str, y: Instruction, home: Computation, overlapped: bool
     ) -> Op:
-        """A collective y, which is x or stands inside x."""
+        """Costs a collective y, which is x or inside x."""
         if kind == "collective-permute":
             members = groups.source_target_pairs(y)
             volume = float(home.instructions[y.operands[0]].bytes)
@@ -262,7 +270,7 @@ class _Walk:
         return Op(x, x, seconds=seconds, exchange=exchange, volume=volume)
 
     def _awaits(self, x: Instruction, computation: Computation, timeline: "_Timeline") -> str:
-        """The name of what was started and is awaited here; "" for other instructions."""
+        """Returns the name of the start that an instruction awaits; "": it awaits nothing."""
         if x.opcode in ("send-done", "recv-done"):
             return _rendezvous(computation.instructions[x.operands[0]])
         done = x.opcode.endswith("-done") or any(
@@ -274,21 +282,28 @@ class _Walk:
 
 
 class _Timeline:
-    """The order of events on a chip."""
+    """The order of events on a chip.
+
+    Attributes:
+      now: seconds since the start of the computation, on the cores.
+      free: by channel, when it has finished its work.
+      ends: by start instruction, when its transfer ends.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.free: dict[str, float] = {}  # when a channel has done all it was given
-        self.ends: dict[str, float] = {}  # when what was started is done
+        self.free: dict[str, float] = {}
+        self.ends: dict[str, float] = {}
 
     def add(self, op: Op) -> None:
         if not op.channel:
             self.now += op.seconds
             return
+        # A channel carries one transfer at a time.
         end = max(self.now, self.free.get(op.channel, 0.0)) + op.seconds
         self.free[op.channel] = end
         self.ends[op.instruction.name] = self.ends[_rendezvous(op.instruction)] = end
-        if op.exchange and not op.exchange.overlapped:
+        if op.exchange and not op.exchange.overlapped:  # the cores wait for a synchronous one
             self.now = end
 
     def wait(self, name: str) -> None:
@@ -299,12 +314,12 @@ class _Timeline:
 
 
 def _rendezvous(x: Instruction) -> str:
-    """What a send and a receive that belong together share."""
+    """Returns the common name of a send and its receive."""
     return x.attribute("_xla_host_transfer_rendezvous") or f"{x.name} alone"
 
 
 def _carried(x: Instruction, computation: Computation) -> Instruction:
-    """Where the state of a running transfer comes from, one instruction back."""
+    """Follows the state of a running transfer one instruction back."""
     source = computation.instructions[x.operands[0]]
     if x.opcode == "get-tuple-element" and source.opcode == "fusion":
         index = x.attribute("index")
@@ -317,7 +332,7 @@ def _carried(x: Instruction, computation: Computation) -> Instruction:
 
 
 def _payload(y: Instruction, home: Computation) -> float:
-    """Bytes that a device puts into a collective."""
+    """Returns the bytes that a device puts into a collective."""
     return float(sum(home.instructions[name].bytes for name in y.operands))
 
 
@@ -330,7 +345,7 @@ def _title(
     products: Iterable[tuple[Computation, Instruction]],
     inside: Iterable[tuple[Computation, Instruction]],
 ) -> Instruction:
-    """Of a fusion: its matrix product, else whatever knows its origin."""
+    """Picks the title of a fusion: its matrix product, else an instruction with an origin."""
     for candidates in (products, [(None, x)], reversed(list(inside))):
         for _, y in candidates:
             if y.op_name:
@@ -338,12 +353,16 @@ def _title(
     return x
 
 
-def by_exchange(total: Tally) -> list[tuple[Exchange, float, float, float]]:
-    """(what, number, bytes, seconds) of all collectives of a step, the longest first."""
+def by_exchange(total: Cost) -> list[tuple[Exchange, float, float, float]]:
+    """Sums the collectives of a step by kind, the longest first.
+
+    Returns:
+      (kind, number, bytes, seconds) of each.
+    """
     sums: dict[Exchange, np.ndarray] = {}
     for op in total.ops:
         if op.exchange:
             row = np.array([op.times, op.volume, op.seconds])
             sums[op.exchange] = sums.get(op.exchange, np.zeros(3)) + row
-    rows = [(what, float(x[0]), float(x[1]), float(x[2])) for what, x in sums.items()]
+    rows = [(exchange, float(x[0]), float(x[1]), float(x[2])) for exchange, x in sums.items()]
     return sorted(rows, key=lambda row: row[3], reverse=True)

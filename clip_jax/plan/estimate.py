@@ -1,7 +1,7 @@
-"""What a choice of settings roughly needs, before anything is compiled.
+"""Rough estimates of the memory and time of settings, before anything is compiled.
 
-Good enough to leave out the hopeless and to try the promising first: the compiler has the last
-word, and what it says of one choice corrects the estimate of its neighbours (see `Correction`).
+They are good enough to skip hopeless settings and to try promising ones first. The compiler has the
+last word, and its figures for one choice correct the estimates of its neighbours (`Correction`).
 """
 
 import copy
@@ -15,24 +15,24 @@ from clip_jax.models.captioner import POSITIONS
 from clip_jax.models.sizes import Size
 from clip_jax.plan.topology import Topology
 
-# By model.remat: numbers kept per token, channel and layer, in the compute dtype; and how much of
-# the forward pass is computed again.
+# By model.remat: numbers kept per token, channel and layer, in the compute dtype; and the fraction
+# of the forward pass that is recomputed.
 REMAT: Mapping[str, tuple[float, float]] = {
     "none": (42.0, 0.0),
     "dots_saveable": (22.0, 0.1),
     "dots_with_no_batch_dims_saveable": (14.0, 0.15),
     "full": (1.0, 1.0),
 }
-_LAYER = 60.0  # numbers per token and channel that the layer at work holds
-_LOGITS = 3  # float32 copies of a device's logits that are held at a time
-_USUAL_SHARE = 0.35  # of the peak, that matrix products and all around them reach
+_LAYER = 60.0  # numbers per token and channel that the active layer holds
+_LOGITS = 3  # float32 copies of a device's logits that are alive at a time
+_USUAL_MFU = 0.35  # fraction of the peak that a step usually reaches, memory traffic included
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Settings that change memory and speed, and nothing of what is learned.
+    """Settings that change memory and speed, but not the result of training.
 
-    Attributes: as in configs/default.py.
+    configs/default.py describes the fields.
     """
 
     fsdp: int = 1
@@ -43,13 +43,14 @@ class Choice:
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Choice":
+        """Reads the settings of a config."""
         mesh = config.mesh
         return cls(
             mesh.fsdp, mesh.tensor, config.accum_steps, config.model.remat, config.loss.method
         )
 
     def apply(self, config: ConfigDict) -> ConfigDict:
-        """A config with these settings."""
+        """Returns a copy of a config with these settings."""
         config = copy.deepcopy(config).unlock()
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, self.fsdp, self.tensor
         config.accum_steps, config.model.remat = self.accum_steps, self.remat
@@ -58,7 +59,7 @@ class Choice:
 
     @property
     def flags(self) -> str:
-        """What to type."""
+        """The flags that set them."""
         return (
             f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
             f"--config.accum_steps={self.accum_steps} --config.model.remat={self.remat} "
@@ -74,14 +75,14 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What stays the same over all choices.
+    """The properties that all choices have in common.
 
     Attributes:
-      size: of the model.
+      size: size of the model.
       batch_size: pairs of a step.
-      parameters: their number.
-      state_bytes: of parameters and optimiser state, for each parameter.
-      topology: to run on.
+      parameters: number of parameters.
+      state_bytes: bytes of parameter and optimiser state for each parameter.
+      topology: topology to run on.
     """
 
     size: Size
@@ -92,11 +93,12 @@ class Task:
 
     @property
     def image_bytes(self) -> float:
+        """The bytes of one image."""
         return 3.0 * self.size.image_size**2
 
 
 def activations(size: Size) -> float:
-    """Tokens times channels times layers of both towers, for one pair."""
+    """Computes tokens times channels times layers of both towers, for one pair."""
     views = 2 if size.objective == "near_duplicates" else 1
     text = size.context_length * size.text_width * size.text_layers * size.has_text_blocks
     if size.patch_size is not None:
@@ -105,60 +107,62 @@ def activations(size: Size) -> float:
     total, side = 0.0, size.image_size // 4
     for stage, blocks in enumerate(size.image_layers):
         inner = size.image_width * 2**stage
-        total += blocks * side**2 * inner * 0.5  # three convolutions each, a part of a block's
+        # Three convolutions a block keep about half of what a transformer block of the width keeps.
+        total += blocks * side**2 * inner * 0.5
         side //= 2
     return views * total + text
 
 
 def temporaries(choice: Choice, task: Task) -> float:
-    """Bytes of one chip that are alive only inside the step."""
+    """Estimates the bytes of one chip that live only inside the step."""
     chips, size = task.topology.size, task.size
     examples = task.batch_size * choice.tensor / chips / choice.accum_steps
     kept = REMAT.get(choice.remat, REMAT["none"])[0]
     layers = size.text_layers * size.has_text_blocks
     layers += sum(size.image_layers) if not size.is_resnet else 0
-    # Inside a block the tensor axis splits about three quarters of what is kept.
+    # The tensor axis splits about three quarters of the kept numbers: those inside a block.
     split = 0.25 + 0.75 / choice.tensor if choice.remat != "full" else 1.0
     held = activations(size) * (kept * split + _LAYER / max(layers / 2, 1)) * 2
     gradients = task.parameters * 4 / choice.fsdp / choice.tensor
     total = examples * held + gradients
-    if choice.accum_steps > 1:
+    if choice.accum_steps > 1:  # the sum of the gradients, beside those of a micro-batch
         total += gradients
     return total + _loss(choice, task)
 
 
 def _loss(choice: Choice, task: Task) -> float:
-    """Bytes of one chip that the logits take."""
-    size, share = task.size, task.batch_size / task.topology.size
+    """Estimates the bytes of one chip's logits."""
+    size, examples = task.size, task.batch_size / task.topology.size
     if size.objective in ("captioning", "bag_of_words"):
         words = size.vocab_size * (POSITIONS if size.objective == "captioning" else 1)
-        return _LOGITS * 4 * share / choice.accum_steps * words
-    if choice.method == "ring":
+        return _LOGITS * 4 * examples / choice.accum_steps * words
+    if choice.method == "ring":  # it holds one tile of logits at a time
         return 0.0
-    return _LOGITS * 4 * share * task.batch_size + 6.0 * task.batch_size * size.embed_dim
+    return _LOGITS * 4 * examples * task.batch_size + 6.0 * task.batch_size * size.embed_dim
 
 
 def resident(choice: Choice, task: Task) -> float:
-    """Bytes of one chip that stay: training state and batch."""
+    """Computes the bytes of one chip that stay: training state and batch."""
     state = task.parameters * task.state_bytes / choice.fsdp / choice.tensor
     shards = task.topology.size / choice.tensor
     return state + task.batch_size / shards * (task.image_bytes + 4 * task.size.context_length)
 
 
 def seconds(choice: Choice, task: Task) -> float:
-    """Of one step; right in the ratios, hardly in the value."""
+    """Estimates the seconds of one step; the ratios between choices are better than the value."""
     chip, size = task.topology.chip, task.size
     towers = 3 * task.batch_size * (model_flops.image_flops(size) + model_flops.text_flops(size))
     loss = model_flops.step_flops(size, task.batch_size) - towers
     again = REMAT.get(choice.remat, REMAT["none"])[1] + (choice.accum_steps > 1)
+    # Forward is a third of a step. A ring computes its logits once more in the backward pass.
     work = towers * (1 + again / 3) + loss * (4 / 3 if choice.method == "ring" else 1)
-    computing = work / task.topology.size / chip.flops / _USUAL_SHARE
-    # Weights are gathered for every pass over the layers, gradients scattered once a micro-batch.
+    computing = work / task.topology.size / chip.flops / _USUAL_MFU
+    # Weights are gathered for every pass over the layers: forward, backward, and recomputation.
     passes = choice.accum_steps * (3 if again >= 1 else 2)
     weights = task.parameters / choice.tensor * 4
     link = 4 * chip.ici_link
     moving = weights * (2 + (passes if choice.fsdp > 1 else 0)) / link
-    if choice.tensor > 1:  # four all-reduces a layer of what the tower carries, forward and back
+    if choice.tensor > 1:  # four all-reduces of the activations per layer, forward and backward
         examples = task.batch_size * choice.tensor / task.topology.size
         moving += 8 * 2 * examples * activations(size) / link
     return computing + moving + 1e-3 * choice.accum_steps
@@ -166,7 +170,12 @@ def seconds(choice: Choice, task: Task) -> float:
 
 @dataclasses.dataclass
 class Correction:
-    """Ratios of what the compiler said to what was estimated, by remat; 1 until it has spoken."""
+    """Ratios of the compiler's figures to the estimates, by remat; 1 before the first figure.
+
+    Attributes:
+      memory: ratios of the temporaries.
+      speed: ratios of the seconds of a step.
+    """
 
     memory: dict[str, float] = dataclasses.field(default_factory=dict)
     speed: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -174,9 +183,13 @@ class Correction:
     def learn(
         self, choice: Choice, task: Task, found: float | None, time: float | None = None
     ) -> None:
-        """Takes in the temporaries that a choice came out with, and its seconds.
+        """Learns from the compiler's figures for a choice.
 
-        Without seconds it did not fit, and the compiler gave up at `found` bytes or more.
+        Args:
+          choice: the compiled settings.
+          task: the common properties.
+          found: bytes of the temporaries; where it did not fit, a lower bound.
+          time: seconds of a step; None: it did not fit.
         """
         if found:
             ratio = found / temporaries(choice, task)
@@ -185,10 +198,11 @@ class Correction:
             self.speed[choice.remat] = time / seconds(choice, task)
 
     def need(self, choice: Choice, task: Task) -> float:
-        """Bytes of a chip in all."""
+        """Returns the corrected bytes of a chip in all."""
         return resident(choice, task) + temporaries(choice, task) * self._memory(choice)
 
     def time(self, choice: Choice, task: Task) -> float:
+        """Returns the corrected seconds of a step."""
         return seconds(choice, task) * self._of(self.speed, choice.remat)
 
     def _memory(self, choice: Choice) -> float:
@@ -198,4 +212,4 @@ class Correction:
     def _of(known: dict[str, float], remat: str) -> float:
         if remat in known:
             return known[remat]
-        return sum(known.values()) / len(known) if known else 1.0
+        return sum(known.values()) / len(known) if known else 1.0  # the mean of other policies

@@ -1,4 +1,4 @@
-"""Operations and memory traffic of single instructions, from their shapes."""
+"""Operations and memory traffic of single instructions, by their shapes."""
 
 import functools
 import math
@@ -8,7 +8,7 @@ import numpy as np
 
 from clip_jax.plan.hlo import Array, Computation, Instruction, Module
 
-# Read or write nothing of their own: names for what is there already, or for what others do.
+# No memory traffic of their own: names of existing values, or calls whose parts are counted.
 FREE = frozenset(
     [
         "parameter",
@@ -28,14 +28,14 @@ FREE = frozenset(
         "iota",
     ]
 )
-# Leave over a network, or come from it.
+# Transfers over a network.
 _ELSEWHERE = frozenset(("send", "recv"))
-# Inside a fusion, what passes a parameter on as it is.
+# Inside a fusion, instructions that pass a parameter on unchanged.
 _VIEWS = frozenset(("bitcast", "reshape", "get-tuple-element"))
 
 
 def matmul_flops(instruction: Instruction, computation: Computation) -> float:
-    """Multiplications and additions of a dot or a convolution; 0 for other instructions."""
+    """Counts multiplications and additions of a dot or a convolution; 0: another instruction."""
     if instruction.opcode == "dot":
         left = _operand(instruction, computation, 0)
         dims = instruction.attribute("lhs_contracting_dims")
@@ -47,10 +47,11 @@ def matmul_flops(instruction: Instruction, computation: Computation) -> float:
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """Pairs that meet the padding or a hole of a dilation are not counted: the chip skips them.
+    """Counts the operations of a convolution that meet elements of the input.
 
-    On a TPU every matrix product is a convolution, a batch dimension being a spatial one whose
-    window leaves a single valid pair per output.
+    Those that meet the padding or a hole of a dilation do not count: the chip skips them. On a TPU
+    every matrix product is a convolution; a batch dimension is a spatial one whose window leaves a
+    single valid pair per output.
     """
     left, right = (_operand(instruction, computation, i) for i in (0, 1))
     labels = re.match(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
@@ -76,7 +77,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 
 def _field(window: dict[str, str], name: str, i: int, default: int) -> int:
-    """Of a window "size=2x3 pad=1_1x0_0": the i-th number, of padding that in front."""
+    """Reads the i-th number of a window "size=2x3 pad=1_1x0_0"; of padding the one in front."""
     if name not in window:
         return default
     return int(window[name].split("x")[i].split("_")[0])
@@ -86,7 +87,7 @@ def _field(window: dict[str, str], name: str, i: int, default: int) -> int:
 def _valid_positions(
     size: int, kernel: int, outputs: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
 ) -> int:
-    """(output, kernel) pairs of one spatial dimension that meet an element of the input."""
+    """Counts (output, kernel) pairs of one spatial dimension that meet an input element."""
     at = np.arange(outputs)[:, None] * stride + np.arange(kernel)[None] * rhs_dilate - pad
     inside = (at >= 0) & (at <= (size - 1) * lhs_dilate) & (at % lhs_dilate == 0)
     return int(inside.sum())
@@ -97,16 +98,16 @@ def _operand(instruction: Instruction, computation: Computation, i: int) -> Arra
 
 
 def kernel_cost(instruction: Instruction) -> tuple[float, float]:
-    """(operations, bytes) that a Pallas kernel was declared to need; zeros where it was not."""
+    """Reads the declared (operations, bytes) of a Pallas kernel; zeros: none declared."""
     found = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
     fields = dict(re.findall(r'"(\w+)":"?([\d.]+)', found.group(1))) if found else {}
     return float(fields.get("flops", 0)), float(fields.get("bytes_accessed", 0))
 
 
 def memory_traffic(instruction: Instruction, computation: Computation, module: Module) -> float:
-    """Bytes that an executed instruction reads from and writes to HBM.
+    """Counts the bytes that an executed instruction reads from and writes to HBM.
 
-    What the compiler keeps in a core's vector memory is not counted. A fusion that takes a slice
+    Arrays in a core's vector memory do not count. A fusion that takes a slice
     of an operand reads the slice, and one that updates a slice in place writes the slice.
     """
     if instruction.opcode in FREE | _ELSEWHERE or instruction.opcode.endswith("-done"):
@@ -143,14 +144,14 @@ def _fusion_reads(inner: Computation, number: int, operand: Instruction) -> floa
         if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == source:
             parts += user.bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == source:
-            continue  # in place: what is not updated is not touched
+            continue  # in place: the rest of the array is not touched
         else:
             return whole
     return min(parts, whole)
 
 
 def _real_users(inner: Computation, value: Instruction) -> list[tuple[Instruction, str]]:
-    """Users of a value or of a view of it, each with the name it knows the value by."""
+    """Lists the users of a value or of a view of it, each with the name of that operand."""
     found = []
     for user in inner.users[value.name]:
         found += _real_users(inner, user) if user.opcode in _VIEWS else [(user, value.name)]

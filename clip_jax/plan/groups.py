@@ -1,20 +1,22 @@
-"""Which devices a collective joins, and which axes of the mesh it therefore crosses."""
+"""The groups of devices of a collective, and the axes of the mesh that it crosses."""
 
 import re
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 from clip_jax.plan.hlo import Instruction
 
 
-def device_groups(instruction: Instruction, devices: int) -> np.ndarray:
-    """The groups of a collective, as an array of ids [groups, devices of a group].
+def device_groups(instruction: Instruction, devices: int) -> Int[np.ndarray, "groups members"]:
+    """Reads the groups of a collective as device ids.
 
     Ids count the devices of the program in its own order, which is that of mesh.devices.flat.
 
     Args:
       instruction: an all-gather, all-reduce, reduce-scatter or all-to-all.
-      devices: that run the program.
+      devices: number of devices of the program.
     """
     text = instruction.attributes
     start = text.find("replica_groups=")
@@ -33,13 +35,13 @@ def device_groups(instruction: Instruction, devices: int) -> np.ndarray:
     return np.array([[int(n) for n in row] for row in rows])
 
 
-def _mesh_groups(text: str) -> np.ndarray:
-    """Reads mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}: the groups along some axes."""
+def _mesh_groups(text: str) -> Int[np.ndarray, "groups members"]:
+    """Reads the groups along some axes: mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}."""
     axes, order, along = _match(r"mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? ?\{([^}]*)\}", text)
     sizes = [(name, int(size)) for name, size in re.findall(r"'([^']*)'=(\d+)", axes)]
     shape = [size for _, size in sizes]
     ids = (_iota(order) if order else np.arange(np.prod(shape))).reshape(shape)
-    # An axis may be named in part, as in 'a':(2)4: of its size, 4 in the place behind the first 2.
+    # A part of an axis may be named, as in 'a':(2)4: an axis of size 2 x 4 x rest, its middle.
     ids, names = _split_axes(ids, [name for name, _ in sizes], along)
     wanted = [names.index(name) for name in re.findall(r"'[^']*'(?::\(\d+\)\d+)?", along)]
     others = [i for i in range(ids.ndim) if i not in wanted]
@@ -47,8 +49,10 @@ def _mesh_groups(text: str) -> np.ndarray:
     return ids.transpose(others + wanted).reshape(-1, size)
 
 
-def _split_axes(ids: np.ndarray, axes: list[str], along: str) -> tuple[np.ndarray, list[str]]:
-    """Splits the axes that are named in part, so that every name stands for one dimension."""
+def _split_axes(
+    ids: Int[np.ndarray, "*axes"], axes: list[str], along: str
+) -> tuple[Int[np.ndarray, "*split_axes"], list[str]]:
+    """Splits the axes that are named in part: then every name stands for one dimension."""
     shape, names = [], []
     for name, size in zip(axes, ids.shape):
         part = re.search(rf"'{re.escape(name)}':\((\d+)\)(\d+)", along)
@@ -62,15 +66,15 @@ def _split_axes(ids: np.ndarray, axes: list[str], along: str) -> tuple[np.ndarra
     return ids.reshape(shape), names
 
 
-def _match(pattern: str, text: str) -> tuple[str, ...]:
+def _match(pattern: str, text: str) -> tuple[Any, ...]:
     found = re.match(pattern, text)
     if not found:
         raise ValueError(f"Groups of devices in a form that is not known: {text[:80]!r}.")
     return found.groups()
 
 
-def _iota(text: str) -> np.ndarray:
-    """Ids in the order that [8,4]T(1,0) tells: counted in rows of 8 x 4, then transposed."""
+def _iota(text: str) -> Int[np.ndarray, " devices"]:
+    """Reads the order [8,4]T(1,0): ids counted in rows of 8 x 4, then transposed."""
     shape, transposed = _match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     sizes = [int(n) for n in shape.split(",")]
     ids = np.arange(np.prod(sizes)).reshape(sizes)
@@ -79,17 +83,19 @@ def _iota(text: str) -> np.ndarray:
     return ids.ravel()
 
 
-def source_target_pairs(instruction: Instruction) -> np.ndarray:
-    """Who sends to whom in a collective-permute, as ids [pairs, 2]."""
+def source_target_pairs(instruction: Instruction) -> Int[np.ndarray, "pairs 2"]:
+    """Reads the pairs (sender, receiver) of a collective-permute as device ids."""
     pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attribute("source_target_pairs"))
     return np.array([[int(a), int(b)] for a, b in pairs], int).reshape(-1, 2)
 
 
-def axes_crossed(groups: np.ndarray, shape: dict[str, int]) -> tuple[str, ...]:
-    """Axes of a mesh along which members of a group differ.
+def axes_crossed(
+    groups: Int[np.ndarray, "groups members"], shape: dict[str, int]
+) -> tuple[str, ...]:
+    """Finds the axes of a mesh along which members of a group differ.
 
     Args:
-      groups: ids [groups, members].
+      groups: device ids.
       shape: sizes of the mesh by axis, in order; their product covers the ids.
     """
     if groups.size == 0:

@@ -1,6 +1,6 @@
 """Reads the text of a compiled program: computations, instructions, shapes.
 
-Only the structure is read here; what it means is up to `loops`, `groups`, `flops` and `cost`.
+This file reads the structure alone; `loops`, `groups`, `flops` and `cost` interpret it.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ class Array:
     """One array of a shape.
 
     Attributes:
-      dtype: as HLO writes it ("bf16").
-      dims: its dimensions.
+      dtype: name in HLO ("bf16").
+      dims: dimensions.
       space: memory space; 0 is HBM, 1 the vector memory of a TensorCore.
     """
 
@@ -36,17 +36,18 @@ class Array:
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
+        """The size in bytes."""
         return self.size * item_bytes(self.dtype)
 
 
 @functools.cache
 def item_bytes(dtype: str) -> int:
-    """Bytes of one element: "f32" -> 4, "f8e4m3fn" -> 1."""
+    """Returns the bytes of one element: "f32" -> 4, "f8e4m3fn" -> 1."""
     if dtype in _ITEM_BYTES:
         return _ITEM_BYTES[dtype]
     bits = re.match(r"[a-z]+(\d+)", dtype)
@@ -58,13 +59,13 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name: without the percent sign.
+      name: name without the percent sign.
       opcode: "fusion", "all-gather-start", ...
-      type_text: its shape as written.
-      operands: names of the instructions it reads, all of its own computation.
-      literal: what stands between the parentheses, for constants and parameters.
-      attributes: the rest of the line.
-      root: whether it is what the computation returns.
+      type_text: text of the shape.
+      operands: names of the operands, all in the same computation.
+      literal: text between the parentheses, for constants and parameters.
+      attributes: rest of the line.
+      root: whether the computation returns it.
     """
 
     name: str
@@ -82,21 +83,21 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of all arrays it returns."""
+        """The bytes of all arrays that it returns."""
         return sum(array.bytes for array in self.arrays)
 
     def attribute(self, name: str) -> str:
-        """The value of NAME=VALUE, up to the comma or balanced brackets; "" where it is absent."""
+        """Returns the value of NAME=VALUE, up to the comma or balanced brackets; "": absent."""
         found = re.search(rf"(?:^|[\s,{{]){re.escape(name)}=", self.attributes)
         return _balanced(self.attributes, found.end()) if found else ""
 
     def called(self, name: str) -> tuple[str, ...]:
-        """Computations that an attribute such as calls, body or branch_computations names."""
+        """Returns the computations of an attribute: calls, body, branch_computations, ..."""
         return tuple(re.findall(r"%([\w.\-]+)", self.attribute(name)))
 
     @functools.cached_property
     def op_name(self) -> str:
-        """Where in the traced function it comes from; "" where the compiler made it up."""
+        """The path in the traced function; "": the compiler created the instruction."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
@@ -109,24 +110,25 @@ class Instruction:
 
 @dataclasses.dataclass(eq=False)
 class Computation:
-    """A list of instructions, in the order they are executed in where the module is scheduled."""
+    """A list of instructions, in order of execution where the module is scheduled."""
 
     name: str
     instructions: dict[str, Instruction]
 
     @functools.cached_property
     def root(self) -> Instruction:
+        """The instruction that the computation returns."""
         return next(x for x in reversed(self.instructions.values()) if x.root)
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
-        """By their number."""
+        """The parameters by number."""
         found = (x for x in self if x.opcode == "parameter")
         return {int(x.literal): x for x in found}
 
     @functools.cached_property
     def users(self) -> Mapping[str, list[Instruction]]:
-        """By the name of what they read."""
+        """The users of each instruction, by its name."""
         found: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self:
             for operand in dict.fromkeys(instruction.operands):
@@ -142,10 +144,10 @@ class Module:
     """A compiled program for one device, or for all devices of one slice.
 
     Attributes:
-      entry: the computation that runs.
-      computations: all of them by name.
-      partitions: devices that run it together.
-      frames: of the source, see `Frames.stack`.
+      entry: computation that runs.
+      computations: all computations by name.
+      partitions: number of devices that run it together.
+      frames: calls of the source, see `Frames.stack`.
     """
 
     entry: Computation
@@ -156,33 +158,33 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The tables behind stack_frame_id: which call of the source made an instruction.
+    """The tables behind stack_frame_id, which lead from an instruction to calls of the source.
 
     Attributes:
       files, functions: names by number.
-      places: (file, function) by location number.
+      locations: (file, function) by location number.
       parents: (location, parent frame) by frame number.
     """
 
     files: Mapping[int, str]
     functions: Mapping[int, str]
-    places: Mapping[int, tuple[int, int]]
+    locations: Mapping[int, tuple[int, int]]
     parents: Mapping[int, tuple[int, int]]
 
     def stack(self, instruction: Instruction) -> list[tuple[str, str]]:
-        """(file, function) of the call that made an instruction, innermost first."""
+        """Returns (file, function) of the calls behind an instruction, innermost first."""
         found = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         frame, calls = int(found.group(1)) if found else 0, []
         while frame in self.parents:
             location, parent = self.parents[frame]
-            file, function = self.places.get(location, (0, 0))
+            file, function = self.locations.get(location, (0, 0))
             calls.append((self.files.get(file, ""), self.functions.get(function, "")))
             frame = parent
         return calls
 
 
 def parse_module(text: str) -> Module:
-    """Reads the text of a compiled program, as `compiled.as_text()` gives it."""
+    """Parses the text of a compiled program, as `compiled.as_text()` returns it."""
     computations: dict[str, Computation] = {}
     entry = None
     lines = iter(text.splitlines())
@@ -204,7 +206,7 @@ def parse_module(text: str) -> Module:
 
 
 def parse_shape(text: str) -> tuple[Array, ...]:
-    """ "(f32[2,3]{1,0:T(8,128)S(1)}, s32[])" -> its arrays."""
+    """Parses the arrays of a shape such as "(f32[2,3]{1,0:T(8,128)S(1)}, s32[])"."""
     found = re.findall(r"([a-z][a-z0-9]*)\[([\d,<=]*)\](\{[^}]*\})?", text)
     arrays = []
     for dtype, dims, layout in found:
@@ -254,7 +256,7 @@ _CLOSING = {"(": ")", "{": "}", "[": "]"}
 
 
 def _balanced(text: str, start: int) -> str:
-    """From `start` to the end of a bracketed group, or to a comma or space outside of any."""
+    """Returns the text from `start` to the end of its bracketed group, or to a comma or space."""
     depth, quoted, at = 0, False, start
     while at < len(text):
         char = text[at]
@@ -277,7 +279,7 @@ def _balanced(text: str, start: int) -> str:
 
 
 def _parse_frames(header: list[str]) -> Frames:
-    """Reads FileNames, FunctionNames, FileLocations and StackFrames in front of a module."""
+    """Parses FileNames, FunctionNames, FileLocations and StackFrames in front of a module."""
     tables: dict[str, dict[int, str]] = {}
     current: dict[int, str] = {}
     for line in header:

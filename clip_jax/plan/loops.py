@@ -1,27 +1,27 @@
-"""How often the body of a while loop runs."""
+"""Trip counts of while loops."""
 
 import re
 
 from clip_jax.plan.hlo import Computation, Instruction, Module
 
-# Instructions that hand on their only operand.
+# Instructions that pass on their only operand.
 _SAME = frozenset(("copy", "bitcast", "convert", "reshape", "copy-done", "opt-barrier"))
 
 
 def trip_count(loop: Instruction, computation: Computation, module: Module) -> int | None:
-    """Turns of a while loop; None where they are known at run time only.
+    """Finds the trip count of a while loop; None where it is known at run time only.
 
-    Read from what XLA noted, or from the loop itself: a counter that starts at a constant, grows
-    by a constant and is compared with a constant.
+    It is read from XLA's annotation, or from the loop itself: a counter that starts at a constant,
+    grows by a constant and is compared with a constant.
 
     Args:
       loop: the while instruction.
-      computation: it stands in.
-      module: of both.
+      computation: computation of the instruction.
+      module: program of both.
     """
-    noted = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes)
-    if noted:
-        return int(noted.group(1))
+    annotated = re.search(r'"known_trip_count":\{"n":"?(\d+)', loop.attributes)
+    if annotated:
+        return int(annotated.group(1))
     test = _Scope(module.computations[loop.called("condition")[0]], module)
     body = _Scope(module.computations[loop.called("body")[0]], module)
     start = _Scope(computation, module)
@@ -29,6 +29,7 @@ def trip_count(loop: Instruction, computation: Computation, module: Module) -> i
     if compared is None:
         return None
     left, right, direction = compared
+    # The counter may stand on either side of the comparison.
     if body.grows(left) == 0:
         left, right = right, left
         direction = {"LT": "GT", "GT": "LT", "LE": "GE", "GE": "LE"}.get(direction, direction)
@@ -36,11 +37,11 @@ def trip_count(loop: Instruction, computation: Computation, module: Module) -> i
     first, last = (start.first(side, loop.operands[0]) for side in (left, right))
     if not step or body.grows(right) != 0 or first is None or last is None:
         return None
-    return _turns(first, last, step, direction)
+    return _iterations(first, last, step, direction)
 
 
-def _turns(first: int, last: int, step: int, direction: str) -> int | None:
-    """Turns of `for (i = first; i DIRECTION last; i += step)`."""
+def _iterations(first: int, last: int, step: int, direction: str) -> int | None:
+    """Counts the iterations of `for (i = first; i DIRECTION last; i += step)`."""
     if direction in ("GT", "GE"):
         first, last, step = -first, -last, -step
         direction = {"GT": "LT", "GE": "LE"}[direction]
@@ -57,10 +58,10 @@ class _Scope:
     def __init__(self, computation: Computation, module: Module, bound: tuple = ()):
         self.computation = computation
         self.module = module
-        self.bound = bound  # of a fusion: what its parameters stand for
+        self.bound = bound  # values of the parameters, in a fusion
 
     def value(self, name: str) -> tuple[str, int] | None:
-        """("constant", its value), ("state", place in the loop's tuple), or None."""
+        """Returns ("constant", its value), ("state", position in the loop's tuple), or None."""
         x = self.computation.instructions[name]
         if x.opcode == "constant":
             return ("constant", int(x.literal)) if re.fullmatch(r"-?\d+", x.literal) else None
@@ -75,12 +76,12 @@ class _Scope:
         return None
 
     def inside(self, x: Instruction) -> "_Scope":
-        """The computation that a fusion or a call runs."""
+        """Returns the scope of a fusion or a call."""
         inner = self.module.computations[(x.called("calls") or x.called("to_apply"))[0]]
         return _Scope(inner, self.module, tuple(self.value(name) for name in x.operands))
 
     def comparison(self) -> tuple[tuple[str, int], tuple[str, int], str] | None:
-        """The two sides and the direction of the comparison that is returned."""
+        """Returns the two sides and the direction of the comparison at the root."""
         x = self.computation.root
         while x.opcode in _SAME:
             x = self.computation.instructions[x.operands[0]]
@@ -94,7 +95,7 @@ class _Scope:
         return left, right, x.attribute("direction")
 
     def grows(self, side: tuple[str, int]) -> int | None:
-        """By how much a turn of this body changes what is compared; None: not by a constant."""
+        """Returns the change of a side in one iteration; None: it is not a constant."""
         kind, index = side
         if kind == "constant":
             return 0
@@ -119,7 +120,12 @@ class _Scope:
         return 0 if self.value(name) == ("state", index) else None
 
     def first(self, side: tuple[str, int], state: str) -> int | None:
-        """What is compared before the first turn of a loop over the tuple `state`, if constant."""
+        """Returns the value of a side before the first iteration, if it is a constant.
+
+        Args:
+          side: a side of the comparison.
+          state: name of the loop's initial tuple.
+        """
         kind, number = side
         if kind == "constant":
             return number

@@ -1,4 +1,4 @@
-"""Compiles the training step of a config for a topology and gathers what there is to know."""
+"""Compiles the training step of a config for a topology, and gathers its figures."""
 
 import dataclasses
 import math
@@ -26,14 +26,14 @@ class Memory:
     """Bytes of one chip's HBM.
 
     Attributes:
-      parameters, optimizer, other: of the training state; other are BatchNorm statistics and the
+      parameters, optimizer, other: the training state; other are BatchNorm statistics and the
         step.
-      batch: a batch's share.
-      padding: what the layout of all these adds.
-      temporaries: everything alive only inside the step; None where the compiler gave up.
+      batch: a chip's part of a batch.
+      padding: overhead of the layout of all these.
+      temporaries: arrays that live only inside the step; None: the compiler gave up.
       results: outputs that do not take the place of an input.
       code: the program.
-      available: to a program.
+      available: memory that a program can use.
     """
 
     parameters: float
@@ -48,7 +48,7 @@ class Memory:
 
     @property
     def resident(self) -> float:
-        """What lives in HBM between steps and a batch."""
+        """The bytes that stay between steps, and a batch."""
         return self.parameters + self.optimizer + self.other + self.batch + self.padding
 
     @property
@@ -64,16 +64,16 @@ class Memory:
 
 @dataclasses.dataclass
 class Collective:
-    """A kind of exchange in one step, seen by one chip.
+    """The collectives of one kind in a step, as one chip sees them.
 
     Attributes:
       kind: "all-gather", ...
-      axes: of the mesh that it crosses, joined by "+".
+      axes: mesh axes that it crosses, joined by "+".
       network: "ici" within a slice, "dcn" between slices.
       overlapped: whether the compiler runs it beside computation.
-      count: how often.
-      bytes: of the whole gathered, reduced or scattered array, or of what a chip sends.
-      seconds: by the interconnect model.
+      count: number in a step.
+      bytes: size of the whole gathered, reduced or scattered array, or of a chip's message.
+      seconds: time by the interconnect model.
     """
 
     kind: str
@@ -87,20 +87,20 @@ class Collective:
 
 @dataclasses.dataclass
 class Step:
-    """What one step costs one chip.
+    """The cost of one step on one chip.
 
     Attributes:
-      seconds: predicted, from the first instruction to the last.
-      compute_seconds: of all computation, by XLA's estimate of cycles.
-      network_seconds: of all collectives, by the interconnect model.
-      model_flops: operations that the model needs (see `model_flops`), a chip's share.
-      hardware_flops: operations executed, recomputation included.
-      bytes: read from and written to HBM.
-      mfu, hfu: model and hardware operations as a share of the peak.
+      seconds: predicted time from the first instruction to the last.
+      compute_seconds: time of all computation, by XLA's estimate of cycles.
+      network_seconds: time of all collectives, by the interconnect model.
+      model_flops: a chip's part of the operations that the model needs (`models.flops`).
+      hardware_flops: executed operations, recomputation included.
+      bytes: traffic to HBM.
+      mfu, hfu: model and hardware operations as a fraction of the peak.
       collectives: by kind and axes, the longest first.
       parts: (name, seconds, operations) of computation, the longest first.
-      top: (instruction, origin, turns, seconds, operations, bytes) of single ones.
-      notes: what the figures assume.
+      top: (instruction, origin, executions, seconds, operations, bytes) of single instructions.
+      notes: assumptions behind the figures.
     """
 
     seconds: float
@@ -119,22 +119,22 @@ class Step:
 
 @dataclasses.dataclass
 class Plan:
-    """All of it.
+    """The plan of a run.
 
     Attributes:
-      model, batch_size, accum_steps, remat, loss: of the config.
-      topology: its name.
-      slices: joined by the data-centre network.
-      chips: devices in all.
+      model, batch_size, accum_steps, remat, loss: settings of the config.
+      topology: name of the topology.
+      slices: number of slices, joined by the data-centre network.
+      chips: number of devices.
       mesh: size of each axis.
-      memory: of one chip.
-      step: None where the program does not fit.
+      memory: memory of one chip.
+      step: cost of a step; None: the program does not fit.
       missing: bytes by which it does not fit.
-      report: the compiler's own words then.
-      total_steps: of the schedule.
-      examples: of an epoch.
-      duration: of the schedule, as the config has it.
-      compile_seconds: that it took to find out.
+      report: the compiler's own message then.
+      total_steps: steps of the schedule.
+      examples: examples of an epoch.
+      duration: length of the schedule in the config's words.
+      compile_seconds: time of compilation.
     """
 
     model: str
@@ -165,10 +165,11 @@ class Plan:
 
     @property
     def run_seconds(self) -> float | None:
-        """Of all steps of the schedule; evaluation and checkpoints not included."""
+        """The time of all steps of the schedule, without evaluation and checkpoints."""
         return self.total_steps * self.step.seconds if self.step else None
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all figures as JSON fields."""
         fields = dataclasses.asdict(self)
         fields["fits"] = self.fits
         fields["examples_per_second"] = self.examples_per_second
@@ -197,12 +198,12 @@ def make_plan(
     """Compiles the training step; takes from seconds to minutes.
 
     Args:
-      config: as in configs/default.py; the data are not looked at.
-      topology: to compile for.
-      examples: of an epoch.
-      top: how many single instructions are listed.
-      report: told what takes so long, once all that can be checked at once is.
-      hlo_file: where the text of the compiled program is written; None: nowhere.
+      config: config with the fields of configs/default.py; the data are not looked at.
+      topology: topology to compile for.
+      examples: examples of an epoch.
+      top: number of single instructions to list.
+      report: called with a line before the compilation.
+      hlo_file: file for the text of the compiled program; None: none.
 
     Raises:
       UserError: config, mesh and topology do not go together, or libtpu is missing.
@@ -252,7 +253,7 @@ def make_plan(
 
 
 def _loss(config: ConfigDict) -> str:
-    """What the config minimises, and how."""
+    """Describes the objective and its method."""
     if config.objective == "contrastive":
         return f"{config.loss.name}, {config.loss.method}"
     pairs = f", {config.loss.method}" if config.objective == "near_duplicates" else ""
@@ -260,7 +261,7 @@ def _loss(config: ConfigDict) -> str:
 
 
 def build(config: ConfigDict, topology: Topology, examples: float) -> tuple[program.Program, int]:
-    """The program of a config for a topology, and the steps of its schedule."""
+    """Builds the program of a config for a topology, and counts the steps of its schedule."""
     if config.mesh.slices != topology.slices:
         raise UserError(
             f"The config's mesh has {config.mesh.slices} slice(s), the topology {topology.slices}: "
@@ -274,7 +275,7 @@ def build(config: ConfigDict, topology: Topology, examples: float) -> tuple[prog
 
 
 def _resident(built: program.Program, topology: Topology) -> Memory:
-    """What is known before compiling."""
+    """Computes the memory that is known before compiling."""
     state = built.state
     parameters, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
     return Memory(
@@ -291,7 +292,7 @@ def _resident(built: program.Program, topology: Topology) -> Memory:
 
 
 def shard_bytes(tree: Any) -> float:
-    """Bytes of one device's part of a tree of shapes with shardings."""
+    """Sums the bytes of one device's part of a tree of shapes with shardings."""
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -301,6 +302,7 @@ def shard_bytes(tree: Any) -> float:
 
 
 def _complete(memory: Memory, compiled: jax.stages.Compiled) -> None:
+    """Fills in the memory that the compiler reports."""
     found = compiled.memory_analysis()
     assert found is not None
     memory.padding = max(found.argument_size_in_bytes - memory.resident, 0.0)
@@ -313,7 +315,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 def read_shortage(report: str, memory: Memory) -> float:
-    """Bytes that are missing, by the compiler's report; notes the temporaries where it has them."""
+    """Reads the missing bytes from the compiler's report, and the temporaries into `memory`."""
 
     def size(pattern: str) -> float | None:
         found = re.search(pattern.replace("SIZE", r"([\d.]+)([KMGT]?)i?B?"), report)
@@ -331,7 +333,7 @@ def read_shortage(report: str, memory: Memory) -> float:
 
 def _step(text: str, built: program.Program, topology: Topology, top: int) -> Step:
     module = hlo.parse_module(text)
-    total = cost.tally(module, Network.of(built.mesh, topology, module.partitions))
+    total = cost.program_cost(module, Network.of(built.mesh, topology, module.partitions))
     needed = model_flops.step_flops(built.net.size, built.config.batch_size) / topology.size
     peak = topology.chip.flops * total.elapsed
     return Step(
@@ -344,8 +346,8 @@ def _step(text: str, built: program.Program, topology: Topology, top: int) -> St
         mfu=needed / peak,
         hfu=total.flops / peak,
         collectives=[
-            Collective(what.kind, what.axes, what.network, what.overlapped, *amounts)
-            for what, *amounts in cost.by_exchange(total)
+            Collective(kind.kind, kind.axes, kind.network, kind.overlapped, *amounts)
+            for kind, *amounts in cost.by_exchange(total)
         ],
         parts=parts.by_part(total, module.frames),
         top=_top(total, top),
@@ -353,7 +355,7 @@ def _step(text: str, built: program.Program, topology: Topology, top: int) -> St
     )
 
 
-def _top(total: cost.Tally, count: int) -> list[tuple[str, str, float, float, float, float]]:
+def _top(total: cost.Cost, count: int) -> list[tuple[str, str, float, float, float, float]]:
     ops = sorted(total.ops, key=lambda op: -op.seconds)
     ops = [op for op in ops if op.channel != "hbm"][:count]
     return [
@@ -362,36 +364,36 @@ def _top(total: cost.Tally, count: int) -> list[tuple[str, str, float, float, fl
     ]
 
 
-def _notes(total: cost.Tally, topology: Topology) -> list[str]:
+def _notes(total: cost.Cost, topology: Topology) -> list[str]:
     chip = topology.chip
     notes = [
-        f"Computation: XLA's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop turns counted; a "
-        "model of the chip, good for comparing programs, not a promise.",
+        f"Computation: XLA's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop iterations "
+        "counted; a model of the chip, good for comparing programs, not a promise.",
         f"Interconnect: {chip.ici_link / 1e9:.0f} GB/s per link and direction, every dimension of "
-        "the chips' box in use at once, 1 us a hop. What is started and awaited apart runs beside "
-        "the computation scheduled between, one at a time; all else is waited for.",
+        "the chips' box in use at once, 1 us a hop. Asynchronous collectives run beside the "
+        "computation scheduled between start and done, one at a time; all others are waited for.",
     ]
     if topology.slices > 1:
         notes.append(
-            f"Between slices: {chip.dcn / 1e9:.2f} GB/s per chip, its share of the host's cards."
+            f"Between slices: {chip.dcn / 1e9:.2f} GB/s per chip, its part of the host's cards."
         )
     if total.branches:
-        dearest = sum(b[1] - b[0] for b in total.branches)
+        extra = sum(high - low for low, high in total.branches)
         notes.append(
             f"{len(total.branches)} conditional(s) count as their cheapest branch, which is the "
-            f"common case; one turn of all the dearest adds {dearest * 1e3:.2f} ms."
+            f"common case; the most expensive branches would add {extra * 1e3:.2f} ms."
         )
     kernels = [op for op in total.ops if cost.is_kernel(op.instruction)]
     if kernels:
         silent = sum(not op.flops for op in kernels)
         notes.append(
-            f"{len(kernels)} Pallas kernel(s) count at {chips.KERNEL_SHARE:.0%} of the peak, or at "
-            f"the bandwidth of HBM where that is slower, by the cost they declare; {silent} of "
-            "them declare no operations."
+            f"{len(kernels)} Pallas kernel(s) count at {chips.KERNEL_EFFICIENCY:.0%} of the peak, "
+            f"or at the bandwidth of HBM where that is slower, by the cost they declare; {silent} "
+            "of them declare no operations."
         )
     if total.open_loops:
         notes.append(
-            f"{total.open_loops} loop(s) whose turns depend on the data count as none, which is "
-            "what text packing's further turns are for most batches."
+            f"{total.open_loops} loop(s) whose trip count depends on the data count as not run: "
+            "text packing needs no further iterations for most batches."
         )
     return notes

@@ -1,17 +1,17 @@
-"""Names for what an instruction belongs to: "image tower, attention", "loss", "optimiser"."""
+"""Attributes instructions to parts of the step: "image tower, attention", "loss", "optimiser"."""
 
 import re
 
-from clip_jax.plan.cost import Op, Tally
+from clip_jax.plan.cost import Cost, Op
 from clip_jax.plan.hlo import Frames
 
-# (regular expression on the place in the traced function, part); the first that matches holds.
+# (regular expression on the path in the traced function, part); the first match counts.
 _OWNERS = (
     (r"encode_image|image_features", "image tower"),
     (r"encode_text|CaptionTransformer", "text tower"),
     (r"l2_normalize|normalize_images", "embedding"),
 )
-# The same on file and function of the calls that made an instruction, for what names no tower.
+# The same on file and function of the calls behind an instruction, if its path names no tower.
 _FILES = (
     (r"clip_jax/losses", "loss"),
     (r"clip_jax/training/step\.py:(_split|_join|_accumulated)", "micro-batches"),
@@ -20,7 +20,7 @@ _FILES = (
     (r"clip_jax/models/bag_of_words\.py", "loss"),
     (r"clip_jax/(training/augment|models/views)\.py", "augmentation"),
     (r"clip_jax/optim\.py|optax/", "optimiser"),
-    # What is left of the step: norms, clipping, metrics.
+    # The rest of the step: norms, clipping, metrics.
     (r"clip_jax/training/step\.py", "optimiser"),
 )
 # Inside a tower.
@@ -37,17 +37,17 @@ _PIECES = (
     (r"/(bn|BatchNorm)\w*", "BatchNorm"),
     (r"dynamic_(update_)?(index|slice)", "layers' activations and weights, kept and read"),
 )
-# What has a forward and a backward pass.
+# Parts with a forward and a backward pass.
 _TWO_WAYS = ("image tower", "text tower", "loss")
 COMPILER = "copies and layouts of the compiler"
 
 
 def part_of(op: Op, frames: Frames) -> tuple[str, str, str]:
-    """(owner, piece, pass) of an executed instruction.
+    """Attributes an executed instruction.
 
     Returns:
       owner: "image tower", "text tower", "loss", "micro-batches", "optimiser" or `COMPILER`.
-      piece: of a tower ("attention"); "" elsewhere.
+      piece: part of a tower ("attention"); "" elsewhere.
       pass: "forward", "backward" or "recomputed".
     """
     name = op.title.op_name
@@ -71,8 +71,12 @@ def _first(rules: tuple[tuple[str, str], ...], text: str) -> str:
     return next((part for rule, part in rules if re.search(rule, text)), "")
 
 
-def by_part(total: Tally, frames: Frames) -> list[tuple[str, float, float]]:
-    """(part, seconds of computation, operations) of a step, the longest first."""
+def by_part(total: Cost, frames: Frames) -> list[tuple[str, float, float]]:
+    """Sums the computation of a step by part, the longest first.
+
+    Returns:
+      (part, seconds, operations) of each.
+    """
     sums: dict[str, list[float]] = {}
     for op in total.ops:
         if not op.channel and op.seconds:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from clip_jax.common.clock import format_seconds
+from clip_jax.common.formatting import format_seconds
 from clip_jax.errors import UserError
 from clip_jax.plan import make
 from clip_jax.plan.chips import GIB
@@ -16,32 +16,33 @@ from clip_jax.plan.estimate import REMAT, Choice, Correction, Task
 from clip_jax.plan.topology import Topology
 from clip_jax.training.program import split_by_tensor
 
-# What is estimated to need this much more than there is, is not tried: estimates err.
-_HOPE = 1.15
-# What is estimated to be this much slower than the best found cannot win any more.
-_SLOWER = 1.25
+# Choices up to this factor above the available memory are tried, since estimates err.
+_MEMORY_MARGIN = 1.15
+# Choices estimated slower than the best by more than this factor are not tried.
+_TIME_MARGIN = 1.25
 
 
 @dataclasses.dataclass
 class Tried:
-    """A choice and what the compiler said of it."""
+    """A choice and its plan by the compiler."""
 
     choice: Choice
     plan: make.Plan
 
     @property
     def seconds(self) -> float:
+        """The seconds of a step; infinity: it does not fit."""
         return self.plan.step.seconds if self.plan.fits and self.plan.step else math.inf
 
 
 @dataclasses.dataclass
-class Found:
+class SearchResult:
     """The outcome of a search.
 
     Attributes:
-      tried: compiled choices, the fastest first, what does not fit at the end.
-      candidates: choices that the mesh and the batch allow.
-      left: of those, how many might still fit and be faster.
+      tried: compiled choices, the fastest first, those that do not fit last.
+      candidates: number of choices that the mesh and the batch allow.
+      left: number of those that might still fit and be faster.
     """
 
     tried: list[Tried]
@@ -50,9 +51,11 @@ class Found:
 
     @property
     def best(self) -> Tried | None:
+        """The fastest choice that fits; None: none fits."""
         return self.tried[0] if self.tried and self.tried[0].plan.fits else None
 
     def to_json(self) -> dict[str, Any]:
+        """Returns all plans as JSON fields."""
         return {
             "candidates": self.candidates,
             "left": self.left,
@@ -76,16 +79,16 @@ def search(
     top: int = 10,
     most: int = 24,
     report: Callable[[str], None] = print,
-) -> Found:
+) -> SearchResult:
     """Tries meshes, micro-batches, rematerialisation and loss methods, the promising ones first.
 
     Args:
-      config: everything else is taken from it.
-      topology: to compile for.
-      minutes: that it may take; no compilation is begun that would likely end later.
-      examples, top: as for `make.make_plan`.
-      most: compilations, however long the budget.
-      report: told about progress.
+      config: all other settings.
+      topology: topology to compile for.
+      minutes: budget; no compilation starts that would likely end later.
+      examples, top: arguments of `make.make_plan`.
+      most: most compilations, whatever the budget.
+      report: called with lines of progress.
 
     Raises:
       UserError: nothing can be tried.
@@ -112,11 +115,11 @@ def search(
         left = min(len(_promising(choices, tried, task, correction)), most - len(tried))
         report(_progress(tried[-1], len(tried), left, time.monotonic() - began, minutes * 60))
     tried.sort(key=lambda t: (t.seconds, t.plan.missing))
-    return Found(tried, len(choices), len(open_))
+    return SearchResult(tried, len(choices), len(open_))
 
 
 def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
-    """What all choices have in common."""
+    """Builds the common properties of all choices."""
     plain = Choice().apply(config)
     plain.batch_size = topology.size  # any that divides: the parameters do not depend on it
     built, _ = make.build(plain, topology, examples)
@@ -138,7 +141,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def candidates(task: Task) -> Iterator[Choice]:
-    """All choices that the chips, the heads and the batch allow."""
+    """Yields all choices that the chips, the heads and the batch allow."""
     size, chips = task.size, task.topology.size
     inside = chips // task.topology.slices
     split = split_by_tensor(size).values()
@@ -155,15 +158,15 @@ def candidates(task: Task) -> Iterator[Choice]:
 
 
 def _powers(limit: int) -> list[int]:
-    """1, 2, 4, ... that divide a number."""
+    """Returns the powers of two that divide a number."""
     return [2**i for i in range(limit.bit_length()) if limit % 2**i == 0]
 
 
 def _promising(
     choices: list[Choice], tried: list[Tried], task: Task, correction: Correction
 ) -> list[Choice]:
-    """Those not tried that may fit and may be the fastest, the most promising first."""
-    room = task.topology.chip.hbm
+    """Returns the untried choices that may fit and be the fastest, the most promising first."""
+    available = task.topology.chip.hbm
     best = min((t.seconds for t in tried), default=math.inf)
     known = {t.choice for t in tried}
     kept = []
@@ -171,13 +174,13 @@ def _promising(
         if choice in known:
             continue
         need, seconds = correction.need(choice, task), correction.time(choice, task)
-        if choice.remat in correction.memory:  # the compiler has spoken of something like it
-            fits = need <= room * (_HOPE + 1) / 2
+        if choice.remat in correction.memory:  # a corrected estimate errs less
+            fits = need <= available * (_MEMORY_MARGIN + 1) / 2
         else:
-            fits = need <= room * _HOPE
-        if fits and seconds <= best * _SLOWER:
-            # Among equals in speed, the simpler settings.
-            kept.append((seconds * (1 + 0.2 * max(need / room - 0.9, 0)), str(choice), choice))
+            fits = need <= available * _MEMORY_MARGIN
+        if fits and seconds <= best * _TIME_MARGIN:
+            # A choice that nearly fills the memory ranks behind equally fast ones: it may not fit.
+            kept.append((seconds * (1 + 0.2 * max(need / available - 0.9, 0)), str(choice), choice))
     return [choice for *_, choice in sorted(kept, key=lambda row: row[:2])]
 
 
@@ -194,8 +197,8 @@ def _progress(tried: Tried, done: int, left: int, spent: float, budget: float) -
     )
 
 
-def format_search(found: Found, command: str) -> str:
-    """The ranked choices, and what to type for the best."""
+def format_search(found: SearchResult, command: str) -> str:
+    """Formats the ranked choices, and the command with the best."""
     lines = ["       ms    MFU    GiB  settings"]
     for tried in found.tried:
         plan = tried.plan
@@ -209,7 +212,7 @@ def format_search(found: Found, command: str) -> str:
     left = f"; {found.left:,} might still be faster: a larger --budget" if found.left else ""
     lines.append(f"{count}{left}.")
     if found.best:
-        # Of a flag given twice, the last counts.
+        # The flags follow the user's: of a flag given twice, the last counts.
         lines.append(f"Fastest:\n  {command} {found.best.choice.flags}")
     else:
         lines.append("None of them fits: take more chips, or a smaller batch.")

@@ -1,4 +1,4 @@
-"""What would make a program fit that does not."""
+"""Suggests settings with which a program fits that does not."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -15,28 +15,28 @@ _COUNT = 5
 
 
 def suggestions(config: ConfigDict, topology: Topology, plan: Plan) -> list[str]:
-    """Settings that are estimated to fit, the fastest first, as lines to print.
+    """Returns settings that are estimated to fit, the fastest first, as lines to print.
 
-    The estimate is scaled by what the compiler said of the settings that do not fit.
+    The compiler's figures for the settings that do not fit correct the estimate.
     """
     task = search.make_task(config, topology, plan.examples)
     current, correction = Choice.of(config), Correction()
     correction.learn(current, task, plan.memory.temporaries)
-    room = topology.chip.hbm * 0.95
-    fitting = [c for c in search.candidates(task) if correction.need(c, task) <= room]
+    available = topology.chip.hbm * 0.95  # estimates err
+    fitting = [c for c in search.candidates(task) if correction.need(c, task) <= available]
     fitting.sort(key=lambda c: correction.time(c, task))
     lines = [
         f"{_changes(current, choice)}  (about {correction.need(choice, task) / GIB:.1f} GiB)"
         for choice in _varied(fitting, current)
     ][:_COUNT]
-    lines += _chips(task, current, correction, room)
+    lines += _chips(task, current, correction, available)
     if lines:
         lines.append("These are estimates; --search compiles such settings and finds the fastest.")
     return lines
 
 
 def _varied(fitting: list[Choice], current: Choice) -> Iterator[Choice]:
-    """First what changes one setting only, then the fastest of all."""
+    """Yields choices that change one setting first, then those that change two."""
     single = [c for c in fitting if _differences(current, c) == 1]
     seen = set()
     for choice in single:
@@ -70,8 +70,8 @@ def _changes(current: Choice, choice: Choice) -> str:
     )
 
 
-def _chips(task: Task, current: Choice, correction: Correction, room: float) -> list[str]:
-    """The smallest larger slice that the settings fit as they are."""
+def _chips(task: Task, current: Choice, correction: Correction, available: float) -> list[str]:
+    """Finds the smallest larger slice on which the settings fit unchanged."""
     shape = list(task.topology.shape)
     for _ in range(8):
         smallest = min(range(len(shape)), key=lambda i: shape[i])
@@ -80,7 +80,7 @@ def _chips(task: Task, current: Choice, correction: Correction, room: float) -> 
         grown = dataclasses.replace(task, topology=larger)
         if larger.size // larger.slices > larger.chip.largest or task.batch_size % larger.size:
             break
-        if correction.need(current, grown) <= room:
+        if correction.need(current, grown) <= available:
             need = correction.need(current, grown) / GIB
             return [f"as it is, on {larger}  (about {need:.1f} GiB)"]
     return []

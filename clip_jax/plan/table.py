@@ -1,14 +1,12 @@
 """A plan as text for people."""
 
-from collections.abc import Sequence
-
-from clip_jax.common.clock import format_seconds
+from clip_jax.common.formatting import aligned, format_seconds
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.make import Memory, Plan, Step
 
 
 def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
-    """The whole table, ready to print."""
+    """Formats the whole plan, ready to print."""
     blocks = [_head(plan), _memory(plan)]
     if plan.step:
         blocks += [_speed(plan, plan.step), _collectives(plan.step), _parts(plan.step)]
@@ -57,6 +55,7 @@ def _verdict(plan: Plan, memory: Memory) -> str:
 
 
 def gib(size: float | None) -> str:
+    """Formats bytes in GiB; "?": not known."""
     return "?" if size is None else f"{size / GIB:.2f}"
 
 
@@ -100,35 +99,26 @@ def _collectives(step: Step) -> str:
         how = "overlapped" if x.overlapped else "waited for"
         mib = f"{x.bytes / 2**20:,.1f}"
         rows.append((f"  {x.kind}", over, f"{x.count:,.0f}", mib, f"{x.seconds * 1e3:.2f}", how))
-    return _aligned(rows, "<<>>><")
+    return aligned(rows, "<<>>><")
 
 
 def _parts(step: Step) -> str:
-    rows = [("Where the time goes", "ms", "share", "TFLOP", "of peak")]
+    rows = [("Where the time goes", "ms", "fraction", "TFLOP", "of peak")]
     peak = step.hardware_flops / step.hfu / step.seconds if step.hfu else 0.0
     for name, seconds, flops in step.parts:
         if seconds >= 0.003 * step.compute_seconds:
             used = f"{flops / seconds / peak:.2f}" if flops and peak else ""
-            share = f"{seconds / step.compute_seconds:.1%}"
+            fraction = f"{seconds / step.compute_seconds:.1%}"
             work = f"{flops / 1e12:.3f}" if flops else ""
-            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", share, work, used))
-    return _aligned(rows, "<>>>>")
+            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", fraction, work, used))
+    return aligned(rows, "<>>>>")
 
 
 def _top(step: Step) -> str:
-    rows = [("Longest instructions", "turns", "ms", "TFLOP", "GiB", "origin")]
+    rows = [("Longest instructions", "runs", "ms", "TFLOP", "GiB", "origin")]
     for name, origin, times, seconds, flops, size in step.top:
         place = "/".join(origin.split("/")[1:])[-90:]
         work = f"{flops / 1e12:.3f}" if flops else ""
         cells = f"{times:,.0f}", f"{seconds * 1e3:.2f}", work, f"{size / GIB:.2f}", place
         rows.append((f"  {name}", *cells))
-    return _aligned(rows, "<>>>><")
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], sides: str) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(sides))]
-    lines = []
-    for row in rows:
-        cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return aligned(rows, "<>>>><")

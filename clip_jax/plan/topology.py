@@ -1,4 +1,4 @@
-"""Names such as v5e:16x16 turned into devices that programs can be compiled for."""
+"""Turns names such as v5e:16x16 into devices to compile for."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,8 @@ from clip_jax.plan.chips import CHIPS, Chip
 if TYPE_CHECKING:
     import jax
 
-# libtpu asks the machine it runs on which TPU it has; these answer in its place. They must stand
-# before jax is imported. The CPU stays the backend: a plan needs no accelerator and takes none.
+# libtpu asks the machine for its TPU; these variables answer in its place. They must be set before
+# jax is imported. The CPU stays the backend: a plan needs no accelerator and takes none.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -32,12 +32,12 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A TPU reservation.
+    """One or several TPU slices.
 
     Attributes:
-      chip: its generation.
+      chip: generation.
       shape: chips of a slice along each dimension.
-      slices: joined by the data-centre network.
+      slices: number of slices, joined by the data-centre network.
     """
 
     chip: Chip
@@ -46,22 +46,23 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Chips in all, each one JAX device."""
+        """The number of chips, each one JAX device."""
         return math.prod(self.shape) * self.slices
 
     @property
     def name(self) -> str:
+        """The name of a slice."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     def __str__(self) -> str:
         return (f"{self.slices} slices of " if self.slices > 1 else "") + self.name
 
     def wraps(self, dim: int) -> bool:
-        """Whether the network closes to a ring along a dimension."""
+        """Tells whether the network closes to a ring along a dimension."""
         return dim < len(self.shape) and self.shape[dim] % self.chip.wraps == 0
 
     def devices(self) -> "list[jax.Device]":
-        """Devices that can be compiled for, but not computed with.
+        """Creates devices to compile for; they cannot compute.
 
         Raises:
           UserError: libtpu is missing or does not know the topology.
@@ -95,10 +96,10 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """Reads "v5e:16x16" or "v5p:8x16x16".
+    """Parses "v5e:16x16" or "v5p:8x16x16".
 
     Raises:
-      UserError: no such generation or shape; says which there are.
+      UserError: there is no such generation or shape; it names those that there are.
     """
     found = re.fullmatch(r"\s*(\w+)[:\-](\d+(?:x\d+)*)\s*", name.lower())
     if not found or found.group(1) not in CHIPS:
@@ -136,19 +137,19 @@ def _what_works(chip: Chip) -> str:
 
 
 def prepare_environment() -> None:
-    """Sets what libtpu reads, where the user has not; before jax is imported, as it counts then."""
-    os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a TPU: it may be at work
+    """Sets the variables that libtpu reads, unless the user has; call it before importing jax."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # also where there is a TPU: it may be in use
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
 def silenced() -> Iterator[None]:
-    """Swallows what libraries in C++ write to standard error in the meantime."""
+    """Discards what C++ libraries write to standard error in the meantime."""
     try:
         sys.stderr.flush()
         kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except (OSError, AttributeError):  # no such thing, as in some notebooks
+    except (OSError, AttributeError):  # no file descriptor, as in some notebooks
         yield
         return
     try:

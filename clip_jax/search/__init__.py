@@ -1,1 +1,1 @@
-"""Search in embeddings by text or picture: python -m clip_jax search."""
+"""Searches embeddings by text or by picture: python -m clip_jax search."""

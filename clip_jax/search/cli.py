@@ -1,4 +1,4 @@
-"""Finds pictures by text or by picture among those that were embedded.
+"""Finds embedded pictures by text or by picture.
 
     python -m clip_jax embed --model=runs/quickstart pictures --out=embeddings
     python -m clip_jax search --model=runs/quickstart --embeddings=embeddings "a red square"
@@ -6,8 +6,9 @@
     python -m clip_jax search --model=runs/quickstart --embeddings=embeddings --serve
 
 Every query is compared with every embedding, on the accelerator where there is one. With --index
-an approximate index (usearch) is built beside the embeddings, once, and searched instead: for many
-millions of them. Captions are found as well: --column=text_embed, or embeddings of texts alone.
+an approximate index (usearch) is built beside the embeddings, once, and searched instead; it pays
+for many millions of them. Captions are found as well: --column=text_embed, or embeddings of texts
+alone.
 
 --serve shows a page with a search box, thumbnails, a place to drop a picture, and its labels by
 zero-shot classification; it needs pip install -r requirements-page.txt.
@@ -23,7 +24,7 @@ from clip_jax.common.commands import at_least
 if TYPE_CHECKING:
     from clip_jax.search.searcher import Hit, Searcher
 
-_WIDEST = 60  # characters of a caption
+_WIDTH = 60  # characters of a caption
 
 
 def main(arguments: list[str]) -> None:
@@ -32,9 +33,9 @@ def main(arguments: list[str]) -> None:
     with commands.plain_errors():
         searcher = _open(options)
         if options.serve:
-            from clip_jax.search import page
+            from clip_jax.search import web
 
-            page.serve(searcher, options.host, options.port)
+            web.serve(searcher, options.host, options.port)
         else:
             _print(searcher, options)
 
@@ -43,7 +44,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = commands.parser("search", __doc__)
     add = parser.add_argument
     add("queries", nargs="*", metavar="TEXT", help="what to look for; several are answered in turn")
-    add("--model", required=True, help="that made the embeddings; what clip_jax.load takes")
+    add("--model", required=True, help="model of the embeddings; what clip_jax.load takes")
     add("--embeddings", required=True, metavar="DIR", help="as python -m clip_jax embed wrote them")
     add("--image", action="append", default=[], metavar="FILE", help="a picture to look for")
     add("--top", type=at_least(1), default=10, metavar="K", help="results of each query")
@@ -84,12 +85,12 @@ def _record(query: str, hit: "Hit") -> dict:
 
 
 def _table(hits: "list[Hit]") -> str:
-    from clip_jax.common.tables import aligned
+    from clip_jax.common.formatting import aligned
 
     rows = [("  score", "key", "path", "caption")]
     for hit in hits:
         caption = " ".join(hit.row.caption.split())
-        short = caption if len(caption) <= _WIDEST else f"{caption[: _WIDEST - 1]}…"
+        short = caption if len(caption) <= _WIDTH else f"{caption[: _WIDTH - 1]}…"
         rows.append((f"  {hit.score:.3f}", hit.row.key, hit.path, short))
     kept = [i for i in range(4) if i < 2 or any(row[i] for row in rows[1:])]
     return aligned([[row[i] for i in kept] for row in rows], "<" * len(kept))

@@ -1,4 +1,4 @@
-"""Exact search: every query compared with every embedding, block by block on the devices."""
+"""Exact search: compares every query with every embedding, block by block on the devices."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -8,45 +8,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from clip_jax import sharding
 
-_QUERIES = 1024  # compared at a time
+_QUERIES = 1024  # queries at a time
 
 
 class Best(NamedTuple):
-    """For each query the best rows, best first.
+    """The best rows of each query, best first.
 
     Attributes:
-      scores: cosines, float32 [q, k]; -inf where there are fewer rows than k.
-      rows: their numbers, int32 [q, k]; -1 there.
+      scores: cosines; -inf where there are fewer rows than k.
+      rows: numbers of the rows; -1 there.
     """
 
-    scores: np.ndarray
-    rows: np.ndarray
+    scores: Float32[np.ndarray, "queries k"]
+    rows: Int32[np.ndarray, "queries k"]
 
 
 class Block(NamedTuple):
     """Embeddings on the devices of a mesh.
 
     Attributes:
-      embeds: [d, r, e], split over its d devices; float16 or float32.
+      embeds: rows, split over the devices; float16 or float32.
       first: number of the first row.
-      count: rows; the others are zeros.
+      count: number of rows; the others are zeros.
     """
 
-    embeds: jax.Array
+    embeds: Float[Array, "devices rows embed"]
     first: int
     count: int
 
 
-def put_blocks(blocks: Iterable[np.ndarray], rows: int, mesh: Mesh) -> Iterator[Block]:
+def put_blocks(
+    blocks: Iterable[Float[np.ndarray, "_ embed"]], rows: int, mesh: Mesh
+) -> Iterator[Block]:
     """Moves embeddings onto the devices, one block at a time.
 
     Args:
-      blocks: [n, e] each, in order, n at most `rows`; fewer than 2^31 rows in all.
-      rows: of a block once padded, so that all are alike.
-      mesh: of this host's devices.
+      blocks: embeddings in order, at most `rows` each; fewer than 2^31 rows in all.
+      rows: size to which every block is padded, for all to share a program.
+      mesh: this host's devices.
     """
     first, devices = 0, mesh.size
     for block in blocks:
@@ -58,17 +61,19 @@ def put_blocks(blocks: Iterable[np.ndarray], rows: int, mesh: Mesh) -> Iterator[
         first += len(block)
 
 
-def search(blocks: Iterable[Block], queries: np.ndarray, k: int, mesh: Mesh) -> Best:
-    """The k rows with the highest cosine; of equal ones those with the lowest numbers.
+def search(
+    blocks: Iterable[Block], queries: Float32[np.ndarray, "queries embed"], k: int, mesh: Mesh
+) -> Best:
+    """Finds the k rows with the highest cosine; of equal ones those with the lowest numbers.
 
     Products are float32 whatever the dtype of the blocks. Memory on the devices: the queries, two
     blocks, and 1024 rows of scores against it.
 
     Args:
-      blocks: of unit vectors.
-      queries: float32 [q, e], unit vectors.
-      k: at least 1.
-      mesh: that the blocks are on.
+      blocks: unit vectors.
+      queries: unit vectors.
+      k: number of results, at least 1.
+      mesh: devices of the blocks.
     """
     size = min(_QUERIES, len(queries))
     tiles = [queries[start : start + size] for start in range(0, len(queries), size or 1)]
@@ -80,7 +85,7 @@ def search(blocks: Iterable[Block], queries: np.ndarray, k: int, mesh: Mesh) -> 
     best = [jax.device_put(nothing, whole) for _ in tiles]
     held = [jax.device_put(tile, whole) for tile in tiles]
     for block in blocks:
-        jax.block_until_ready(best)  # else blocks would pile up on the devices
+        jax.block_until_ready(best)  # else blocks would pile up in device memory
         for number, tile in enumerate(held):
             best[number] = merge(best[number], tile, block.embeds, block.first, block.count)
     scores, rows = (np.concatenate(parts)[: len(queries)] for parts in zip(*best))
@@ -89,26 +94,27 @@ def search(blocks: Iterable[Block], queries: np.ndarray, k: int, mesh: Mesh) -> 
 
 @functools.cache
 def _program(mesh: Mesh):
-    """`_merge`, jitted; its results are as its arguments, so that it compiles once."""
+    """Compiles `_merge`; its results have the sharding of its arguments, so it compiles once."""
     return jax.jit(_merge, donate_argnums=0, out_shardings=sharding.replicated(mesh))
 
 
 def _merge(
-    best: tuple[jax.Array, jax.Array],
-    queries: jax.Array,
-    embeds: jax.Array,
-    first: jax.Array,
-    count: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The best of those so far, [q, k], and of a block; where equal the former come first."""
+    best: tuple[Float32[Array, "queries k"], Int32[Array, "queries k"]],
+    queries: Float32[Array, "queries embed"],
+    embeds: Float[Array, "devices rows embed"],
+    first: Integer[Array, ""],
+    count: Integer[Array, ""],
+) -> tuple[Float32[Array, "queries k"], Int32[Array, "queries k"]]:
+    """Merges the best so far with those of a block; of equal ones the former come first."""
     devices, rows, _ = embeds.shape
     k = best[0].shape[1]
-    places = jnp.arange(devices * rows, dtype=jnp.int32).reshape(devices, 1, rows)
+    positions = jnp.arange(devices * rows, dtype=jnp.int32).reshape(devices, 1, rows)
     products = jnp.einsum(
         "qe,dre->dqr", queries, embeds.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
     )
-    scores = jnp.where(places < count, products, -jnp.inf)
-    scores, taken = jax.lax.top_k(scores, min(k, rows))  # of each device's own rows
+    scores = jnp.where(positions < count, products, -jnp.inf)
+    # First on each device alone: only k candidates per device cross the network.
+    scores, taken = jax.lax.top_k(scores, min(k, rows))
     numbers = first + taken + (jnp.arange(devices, dtype=jnp.int32) * rows)[:, None, None]
     numbers = jnp.where(scores > -jnp.inf, numbers, -1)
     both = [

@@ -1,4 +1,4 @@
-"""Search in a store by text or by picture."""
+"""Searches a store by text or by picture."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,22 +6,23 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Float32
 
 from clip_jax import sharding
 from clip_jax.api import Model, Pictures
-from clip_jax.embed import inputs, making
+from clip_jax.embed import embedder, inputs
 from clip_jax.embed.store import BLOCK, Row, Store
 from clip_jax.errors import UserError
 from clip_jax.search import exact
 
 
 class Hit(NamedTuple):
-    """What a search finds.
+    """A result of a search.
 
     Attributes:
       score: cosine with the query.
-      row: of the store.
-      path: of the image, "": it is no file of its own.
+      row: row of the store.
+      path: path of the image; "": it is no file of its own.
     """
 
     score: float
@@ -30,22 +31,22 @@ class Hit(NamedTuple):
 
 
 class Searcher:
-    """A model and the embeddings it made."""
+    """A model and its embeddings."""
 
     def __init__(self, model: Model, store: Store, column: str, approximate: bool):
-        """Reads nothing of the embeddings yet, but for an index, which is built where missing.
+        """Opens the index, or builds a missing one; reads no embeddings otherwise.
 
         Args:
-          model: that made the embeddings.
-          store: complete.
-          column: of its columns; "": its first.
-          approximate: search an index, not all rows.
+          model: model of the embeddings.
+          store: complete embeddings.
+          column: one of its columns; "": the first.
+          approximate: whether to search an index instead of all rows.
 
         Raises:
           UserError: the embeddings are another model's, or there is no such column.
         """
         manifest = store.manifest
-        if making.fingerprint(model) != manifest.parameters:
+        if embedder.fingerprint(model) != manifest.parameters:
             raise UserError(
                 f"The embeddings in {store.directory} were made by another model: "
                 f"{manifest.model} with the checksum {manifest.parameters[:12]}. Name that one by "
@@ -68,22 +69,22 @@ class Searcher:
             self._index = Index(store, self.column)
 
     def hold(self) -> None:
-        """Keeps the embeddings on the devices, for many searches; no use with an index."""
+        """Keeps the embeddings on the devices for many searches; with an index it does nothing."""
         if self._index is None:
             self._resident = list(self._blocks())
 
     def texts(self, texts: Sequence[str], k: int) -> list[list[Hit]]:
-        """The best k of each text, best first."""
+        """Finds the k best rows of each text, best first."""
         return self._search(self.model.encode_text(list(texts), truncate=True), k)
 
     def pictures(self, pictures: Pictures, k: int) -> list[list[Hit]]:
-        """The same of each picture."""
+        """Finds the k best rows of each picture, best first."""
         return self._search(self.model.encode_image(pictures), k)
 
     def _blocks(self):
         return exact.put_blocks(self.store.blocks(self.column), BLOCK, self._mesh)
 
-    def _search(self, queries: np.ndarray, k: int) -> list[list[Hit]]:
+    def _search(self, queries: Float32[np.ndarray, "queries embed"], k: int) -> list[list[Hit]]:
         if self._index is not None:
             best = self._index.search(queries, k)
         else:

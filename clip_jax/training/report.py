@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
+from clip_jax.common import formatting
 from clip_jax.common.pages import curves, page, svg
-from clip_jax.common.pages.panel import Line, Panel
+from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.evaluate import report
 from clip_jax.evaluate.results import Result, Score
 
@@ -93,7 +94,7 @@ def write_report(
 
 
 def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> Panel:
-    show = page.percent if share else svg.short
+    show = formatting.percent if share else svg.short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
     legend = [
@@ -108,7 +109,7 @@ def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> 
         f"{one.label} from {show(one.first)} to {show(one.last)} at step {one.steps[-1]}"
         for one in series
     )
-    return Panel(title, curves.draw(series, f"{title}: {text}", share=share), legend)
+    return Panel(title, curves.draw(series, f"{title}: {text}", percent=share), legend)
 
 
 def _panels(

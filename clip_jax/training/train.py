@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, hosts, metrics
+from clip_jax.common import clock, formatting, hosts, metrics
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
@@ -153,7 +153,7 @@ def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
     began = time.monotonic()
     compiled = run.program.lower().compile()
     _check_memory(compiled.memory_analysis(), config.batch_size)
-    _say(f"Compiled the training step in {clock.format_seconds(time.monotonic() - began)}.")
+    _say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
     return compiled
 
 
@@ -243,7 +243,7 @@ def _report(
     path = epath.Path(directory) / "report.html"
     found = run.evaluator
     report.write_report(path, summary, history, found.results, found.scores, found.headlines())
-    _say(f"Done in {clock.format_seconds(done.seconds)}. Report: {path}")
+    _say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
 
 
 def _named(data: ConfigDict) -> str:

@@ -74,19 +74,3 @@ def test_is_due():
     assert [step for step in range(1, 26) if clock.is_due(step, 10, 25)] == [10, 20, 25]
     assert [step for step in range(1, 21) if clock.is_due(step, 10, 20)] == [10, 20]
     assert [step for step in range(1, 5) if clock.is_due(step, 0, 4)] == [4]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [
-        (0, "0s"),
-        (42.4, "42s"),
-        (59.6, "1m 00s"),
-        (187, "3m 07s"),
-        (3599.7, "1h 00m"),
-        (7505, "2h 05m"),
-        (86_400 * 4 + 3600 * 3, "4d 03h"),
-    ],
-)
-def test_format_seconds(seconds: float, shown: str):
-    assert clock.format_seconds(seconds) == shown

@@ -13,18 +13,18 @@ CATEGORIES = {"crime-related": ("thief", "criminal"), "non-human": ("animal", "g
 
 @pytest.fixture(scope="module")
 def images():
-    """Logits of 200 images and their groups, of which some are not known."""
+    """Logits of 200 images and their groups, some of them not known."""
     rng = np.random.default_rng(0)
     race = rng.choice(["Black", "White", "Indian", ""], 200, p=[0.3, 0.4, 0.2, 0.1]).tolist()
     gender = rng.choice(["Male", "Female"], 200).tolist()
     return rng.normal(size=(200, len(CLASSES))), race, gender
 
 
-def assert_share(share, hits: list[bool]) -> None:
-    assert (share.successes, share.trials) == (sum(hits), len(hits))
-    assert share.value == pytest.approx(sum(hits) / len(hits), abs=1e-12)
+def assert_proportion(found, hits: list[bool]) -> None:
+    assert (found.successes, found.trials) == (sum(hits), len(hits))
+    assert found.value == pytest.approx(sum(hits) / len(hits), abs=1e-12)
     ends = stats.binomtest(sum(hits), len(hits)).proportion_ci(0.995, "exact")
-    np.testing.assert_allclose((share.low, share.high), ends, rtol=0, atol=1e-9)
+    np.testing.assert_allclose((found.low, found.high), ends, rtol=0, atol=1e-9)
 
 
 def test_categories_equal_loops(images):
@@ -34,9 +34,9 @@ def test_categories_equal_loops(images):
     assert list(table.rows) == ["all", "Black", "Indian", "White"]
     chosen = [CLASSES[np.argmax(row)] for row in logits]
     for group, row in table.rows.items():
-        for share, names in zip(row, CATEGORIES.values(), strict=True):
+        for found, names in zip(row, CATEGORIES.values(), strict=True):
             mine = [c in names for c, r in zip(chosen, race) if group in ("all", r)]
-            assert_share(share, mine)
+            assert_proportion(found, mine)
 
 
 def test_crossed_groups(images):
@@ -50,7 +50,7 @@ def test_crossed_groups(images):
         for c, r, g in zip(chosen, race, gender)
         if (r, g) == ("Indian", "Female")
     ]
-    assert_share(table.rows["Indian, Female"][1], mine)
+    assert_proportion(table.rows["Indian, Female"][1], mine)
     assert sum(row[0].trials for row in table.rows.values()) == 200 + sum(map(bool, race))
 
 
@@ -70,10 +70,10 @@ def test_a_further_class_takes_images_from_the_others(images):
 def test_accuracy_by_group(images):
     _, race, _ = images
     right = np.random.default_rng(1).random(200) < 0.7
-    table = bias.shares({"accuracy": right}, race)
+    table = bias.proportions({"accuracy": right}, race)
     for group in ("Black", "White", "Indian"):
         mine = [bool(hit) for hit, r in zip(right, race) if r == group]
-        assert_share(table.rows[group][0], mine)
+        assert_proportion(table.rows[group][0], mine)
 
 
 @pytest.mark.parametrize("threshold", bias.LABEL_THRESHOLDS)
@@ -99,7 +99,7 @@ def test_labels_that_differ_equal_scipys_test(images, threshold, attribute):
         counts = []
         for group in names:
             mine = [bool(given) for given, g in zip(column, groups) if g == group]
-            assert_share(row.shares[group], mine)
+            assert_proportion(row.proportions[group], mine)
             counts.append([sum(mine), len(mine) - sum(mine)])
         if all(rest for _, rest in counts) or sum(rest for _, rest in counts):
             wanted = stats.chi2_contingency(counts, correction=False)
@@ -112,7 +112,7 @@ def test_labels_that_differ_equal_scipys_test(images, threshold, attribute):
     assert {row.label for row in found[:4]} <= {f"label {i}" for i in range(5, 9)}
 
 
-def test_what_cannot_be_probed(images):
+def test_user_errors(images):
     logits, race, _ = images
     with pytest.raises(UserError, match="no class 'ape'"):
         bias.categories(logits, CLASSES, {"non-human": ["ape"]}, race)

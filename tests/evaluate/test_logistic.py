@@ -14,7 +14,7 @@ from clip_jax import sharding
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import logistic
 
-STRENGTHS = [1e-4, 1e-2, 1, 100, 1e4]
+PENALTIES = [1e-4, 1e-2, 1.0, 100.0, 1e4]
 SETS = ("digits", "breast_cancer", "wine")
 
 
@@ -31,8 +31,8 @@ def several(classes: np.ndarray) -> np.ndarray:
     return np.stack([classes % 2 == 0, classes > 6, np.isin(classes, [2, 3, 5, 7])], axis=1)
 
 
-def objective(features, targets, weights, bias, strength) -> tuple[float, np.ndarray]:
-    """scikit-learn's, and its gradient [d + 1, c] per example, in float64."""
+def objective(features, targets, weights, bias, l2) -> tuple[float, np.ndarray]:
+    """Computes scikit-learn's objective, and its gradient [d + 1, c] per example, in float64."""
     features, weights = np.float64(features), np.float64(weights)
     logits = features @ weights + bias
     if targets.ndim == 1:
@@ -41,18 +41,18 @@ def objective(features, targets, weights, bias, strength) -> tuple[float, np.nda
         probabilities = np.exp(logits - log_sums)
         wanted = np.eye(logits.shape[1])[targets]
         losses = (log_sums - logits)[wanted == 1]
-        strength = strength * (2 if logits.shape[1] == 2 else 1)  # its one column is their sum
+        l2 = l2 * (2 if logits.shape[1] == 2 else 1)  # its one column is their sum
     else:
         probabilities, wanted = 1 / (1 + np.exp(-logits)), targets
         losses = np.logaddexp(0, np.where(targets, -logits, logits))
     residuals = probabilities - wanted
-    slopes = np.vstack([features.T @ residuals + strength * weights, residuals.sum(axis=0)])
-    return losses.sum() + strength / 2 * (weights**2).sum(), slopes / len(features)
+    slopes = np.vstack([features.T @ residuals + l2 * weights, residuals.sum(axis=0)])
+    return losses.sum() + l2 / 2 * (weights**2).sum(), slopes / len(features)
 
 
-def scikit_learn(features, targets, strength) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [d, c] and bias [c] in float64; of two classes as two columns."""
-    model = LogisticRegression(C=1 / strength, tol=1e-9, max_iter=10_000)
+def scikit_learn(features, targets, l2) -> tuple[np.ndarray, np.ndarray]:
+    """Fits weights [d, c] and bias [c] in float64; two classes have two columns."""
+    model = LogisticRegression(C=1 / l2, tol=1e-9, max_iter=10_000)
     model = OneVsRestClassifier(model) if targets.ndim == 2 else model
     with threadpoolctl.threadpool_limits(1):
         model.fit(np.float64(features), targets)
@@ -74,32 +74,32 @@ def test_equals_scikit_learn(mesh8, name: str):
     features, targets = examples("digits" if name == "labels" else name)
     targets = several(targets) if name == "labels" else targets
     classes = targets.shape[1] if name == "labels" else targets.max() + 1
-    fitted = logistic.fit(features, targets, STRENGTHS, classes, mesh8)
+    fitted = logistic.fit(features, targets, PENALTIES, classes, mesh8)
     assert fitted.converged.all()
     assert fitted.iterations.max() < 1000
     scores = logistic.scores(fitted, features, mesh8)
     assert scores.shape == (5, len(features), classes)
     assert scores.dtype == np.float32
-    for i, strength in enumerate(STRENGTHS):
-        weights, bias = scikit_learn(features, targets, strength)
-        least, _ = objective(features, targets, weights, bias, strength)
-        found, slopes = objective(features, targets, fitted.weights[i], fitted.bias[i], strength)
+    for i, l2 in enumerate(PENALTIES):
+        weights, bias = scikit_learn(features, targets, l2)
+        least, _ = objective(features, targets, weights, bias, l2)
+        found, slopes = objective(features, targets, fitted.weights[i], fitted.bias[i], l2)
         assert np.linalg.norm(slopes) < 3e-6  # per example
         assert (found - least) / len(features) < 1e-6
         theirs = np.float64(features) @ weights + bias
         np.testing.assert_array_equal(scores[i].argmax(axis=1), theirs.argmax(axis=1))
-        if strength >= 1:  # of weak ones the optimum is flat: losses of 1e-5 an example
+        if l2 >= 1:  # the optimum of small ones is flat: losses of 1e-5 an example
             assert distance(fitted.weights[i], weights) < 1e-4  # seen: 3e-5
             np.testing.assert_allclose(scores[i], theirs, atol=1e-2)
 
 
-def test_devices_padding_and_turns_change_nothing(mesh8):
+def test_devices_padding_and_groups_change_nothing(mesh8):
     features, classes = examples("digits")
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    want = logistic.fit(features, classes, STRENGTHS[2:], 10, one)
+    want = logistic.fit(features, classes, PENALTIES[2:], 10, one)
     placed = logistic.place(features, mesh8, rows=700)
     assert {s.data.shape for s in placed.rows.addressable_shards} == {(65, 88)}
-    got = logistic.fit_placed(placed, classes, STRENGTHS[2:], 10, mesh8, at_once=2)
+    got = logistic.fit_placed(placed, classes, PENALTIES[2:], 10, mesh8, at_once=2)
     assert got.weights.shape == want.weights.shape == (3, 64, 10)
     for ours, theirs in zip(got.weights, want.weights):
         assert distance(ours, theirs) < 1e-5  # seen: 1e-6
@@ -125,12 +125,12 @@ def test_entries_that_do_not_count(mesh8):
     targets[::3, 1] = -1
     fitted = logistic.fit(features, targets, [1.0, 10.0], 2, mesh8)
     kept = targets[:, 1] >= 0
-    # The strength is of sums of losses, so fewer examples need no other one.
+    # The penalty is relative to a sum of losses, so fewer examples need no other one.
     weights, _ = scikit_learn(features[kept], targets[kept, 1] == 1, 1.0)
     assert distance(fitted.weights[0][:, 1], 2 * weights[:, 1]) < 1e-4
 
 
-MISTAKES = {
+USER_ERRORS = {
     "no examples": (np.zeros((0, 3)), np.zeros(0, int), 2, r"features \[n, d\]"),
     "not finite": (np.full((4, 3), np.nan), np.zeros(4, int), 2, "finite"),
     "lengths": (np.ones((4, 3)), np.zeros(5, int), 2, r"int \[4\]"),
@@ -139,8 +139,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(mesh8, name: str):
-    features, targets, classes, wanted = MISTAKES[name]
+@pytest.mark.parametrize("name", USER_ERRORS)
+def test_user_errors(mesh8, name: str):
+    features, targets, classes, wanted = USER_ERRORS[name]
     with pytest.raises(UserError, match=wanted):
         logistic.fit(features.astype(np.float32), targets, [1.0], classes, mesh8)

@@ -115,7 +115,7 @@ def test_group_pairs_equal_the_loop():
 
 
 def test_nothing_is_larger_than_a_tile(mesh, monkeypatch):
-    """Of what reaches the devices, what leaves them, and what the compiler needs in between."""
+    """Arguments, results and temporaries of all programs are at most a tile."""
     rng, seen, tile = np.random.default_rng(4), {}, (512, 128)
     programs = ranks._programs(mesh)
 

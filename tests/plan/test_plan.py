@@ -23,7 +23,7 @@ FLAGS = ["--config=configs/vit_b32.py:smoke"] + [
 
 @pytest.fixture(scope="module")
 def plan() -> make.Plan:
-    """Of the tiny model, parameters sharded over half of the chips."""
+    """The tiny model, with parameters sharded over half of the chips."""
     config = tiny_config(**{"mesh.fsdp": 4, "loss.method": "ring"})
     return make.make_plan(config, V5E_8, examples=3200, top=5)
 
@@ -165,7 +165,7 @@ def test_help(capsys):
         assert f"--{name}" in said or f"--[no]{name}" in said
 
 
-MISTAKES = {
+USER_ERRORS = {
     "no topology": (FLAGS, r"--topology is missing.*v5e:16x16"),
     "no config": (["--topology=v5e:2x2"], r"--config is missing"),
     "no such config": (["--config=configs/vit_b33.py", "--topology=v5e:2x2"], r"vit_b33"),
@@ -184,9 +184,9 @@ MISTAKES = {
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_one_paragraph(name, capsys):
-    arguments, wanted = MISTAKES[name]
+@pytest.mark.parametrize("name", USER_ERRORS)
+def test_a_user_error_gets_one_paragraph(name, capsys):
+    arguments, wanted = USER_ERRORS[name]
     with pytest.raises(SystemExit) as caught:
         commands.main(["plan", *arguments])
     said = capsys.readouterr()
@@ -199,7 +199,7 @@ def test_a_mistake_gets_one_paragraph(name, capsys):
 @needs_compiler
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    """A process of its own, in which nothing has set the environment."""
+    """Runs in a process whose environment nothing has set."""
     target = tmp_path / "plan.json"
     command = [sys.executable, "-m", "clip_jax", "plan", *FLAGS, "--topology=v5e:2x2", "--top=3"]
     answer = subprocess.run(
@@ -217,7 +217,7 @@ def test_the_command(tmp_path):
     assert json.loads(target.read_text())["chips"] == 4
 
 
-def test_what_a_search_recommends(capsys, monkeypatch):
+def test_the_recommendation_of_a_search(capsys, monkeypatch):
     """The command to train with: the user's settings, then those found."""
 
     def found(config, topology, **options):
@@ -227,7 +227,7 @@ def test_what_a_search_recommends(capsys, monkeypatch):
         step = make.Step(1, 1, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [])
         tail = memory, step, 0.0, "", 1, 1.0, "1 steps", 1.0
         plan = make.Plan("m", 8, 1, "none", "ring", "v5e:2x2", 2, 8, {"fsdp": 2}, *tail)
-        return search.Found([search.Tried(choice, plan)], 1, 0)
+        return search.SearchResult([search.Tried(choice, plan)], 1, 0)
 
     monkeypatch.setattr(search, "search", found)
     arguments = ["--topology=v5e:2x2", "--slices=2", "--search", "--config.batch_size=64"]

@@ -1,4 +1,4 @@
-"""What does not fit, what would, and the search for the fastest settings that do."""
+"""Programs that do not fit, suggestions that would, and the search for the fastest settings."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from clip_jax.models.sizes import SIZES, Size
 from clip_jax.plan import estimate, make, search, suggest, table, topology
 from clip_jax.training import program
 
-# ---- What does not fit -------------------------------------------------------------------------
+# ---- Programs that do not fit ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_too_large(too_large):
 
 
 @needs_compiler
-def test_what_would_fit(too_large):
+def test_suggestions(too_large):
     config, found = too_large
     lines = suggest.suggestions(config, V5E_8, found)
     assert 2 <= len(lines) <= 8
@@ -99,7 +99,7 @@ def test_search_with_the_compiler():
 
 @pytest.fixture
 def pretended(monkeypatch) -> list[estimate.Choice]:
-    """A compiler that answers at once: 1.7 times the estimated memory, and its own speeds."""
+    """Replaces the compiler: 1.7 times the estimated memory, and speeds of its own."""
     asked: list[estimate.Choice] = []
     speeds = {"none": 1.3, "full": 0.9}
 
@@ -129,7 +129,7 @@ def pretended(monkeypatch) -> list[estimate.Choice]:
 
 
 def test_search_finds_the_fastest_that_fits(pretended):
-    """The same as trying everything, at a fraction of the compilations."""
+    """It finds what trying everything finds, at a fraction of the compilations."""
     config, slice_ = vit_b32.get_config().unlock(), topology.parse_topology("v5e:4x4")
     found = search.search(config, slice_, report=lambda line: None)
     compiled = len(pretended)

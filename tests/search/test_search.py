@@ -1,4 +1,4 @@
-"""Search: against a sort of all products in NumPy; the command; an approximate index."""
+"""Exact and approximate search against a sort of all products in NumPy, and the command."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def by_sorting(rows: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and numbers of the best k, in float64."""
+    """Returns scores and numbers of the best k, in float64."""
     scores = queries.astype(np.float64) @ rows.astype(np.float64).T
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), order
@@ -200,7 +200,7 @@ def test_search_by_picture_finds_itself_first(options, capsys):
 
 
 def test_help_is_quick():
-    """Nothing heavy is imported for it."""
+    """--help imports nothing heavy."""
     for name in ("embed", "search"):
         code = (
             "import sys; from clip_jax import __main__\n"
@@ -223,7 +223,7 @@ def test_help_is_quick():
         ([], "or --serve"),
     ],
 )
-def test_mistakes(options, message, capsys):
+def test_user_errors(options, message, capsys):
     embedded()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:

@@ -1,4 +1,4 @@
-"""A model so small that the TPU compiler is done with its training step in seconds."""
+"""A model whose training step the TPU compiler finishes in seconds."""
 
 import importlib.util
 
@@ -39,7 +39,7 @@ def tiny_config(**overrides) -> ConfigDict:
 
 
 def check_paragraph(text: str) -> None:
-    """What a mistake is answered with."""
+    """Checks that a message is one plain paragraph."""
     assert "\n" not in text.strip()
     assert 30 < len(text) < 700
     assert text.strip().endswith((".", "..."))
@@ -47,8 +47,11 @@ def check_paragraph(text: str) -> None:
 
 
 def unread_flops(size: Size) -> float:
-    """That `model_flops` counts for one pair, but no program executes: of the last layers' tokens
-    that are not read, what follows on attention, and, where all see all, their queries too."""
+    """Counts the operations of one pair that `models.flops` includes, but no program executes.
+
+    They belong to tokens of the last layer that are not read: all that follows attention, and their
+    queries where attention is not causal.
+    """
     total = 0.0
     if not size.is_resnet and size.image_pool == "class":
         others, width = (size.image_size // size.patch_size) ** 2, size.image_width

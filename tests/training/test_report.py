@@ -12,7 +12,6 @@ import pytest
 from html_page import Page
 from PIL import Image
 
-from clip_jax.common.pages.page import duration, percent
 from clip_jax.common.pages.pictures import thumbnail
 from clip_jax.evaluate import confusion
 from clip_jax.evaluate.confusion import Confusion, Mistake
@@ -148,7 +147,7 @@ def test_figures_are_those_given(page):
     text, parsed = page(SUMMARY, curves(), zeroshot, retrieval)
     figures = [e["text"] for e in parsed.find("dd", "headline") if e["attrs"].get("class")]
     assert figures[0] == f"{100 * zeroshot.headline.value:.1f}\xa0%"
-    assert figures[1:] == ["21.4\xa0%", "30.0\xa0%", "3\xa0min 43\xa0s", "812.3"]
+    assert figures[1:] == ["21.4\xa0%", "30.0\xa0%", "3m 43s", "812.3"]
     assert "107 × the chance of 0.2\xa0%" in text
     assert "98.8\xa0%" in text  # top-5
     for expected in ("1,234,567", "96,000", "2 CPU cores", SUMMARY.command):
@@ -320,19 +319,3 @@ def test_same_input_same_bytes(page):
     first, _ = page(SUMMARY, curves(), classified(confused(10)), retrieved())
     second, _ = page(SUMMARY, curves(), classified(confused(10)), retrieved())
     assert first == second
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.3, "0 s"), (59.6, "1 min"), (223, "3 min 43 s"), (7260, "2 h 1 min"), (176_400, "2 d 1 h")],
-)
-def test_duration(seconds, text):
-    assert duration(seconds).replace("\xa0", " ") == text
-
-
-@pytest.mark.parametrize(
-    ("share", "text"),
-    [(0, "0.0 %"), (0.9584, "95.8 %"), (1, "100.0 %"), (2e-4, "0.02 %"), (float("nan"), "–")],
-)
-def test_percent(share, text):
-    assert percent(share).replace("\xa0", " ") == text

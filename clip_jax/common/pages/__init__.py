@@ -1,1 +1,1 @@
-"""Pages that show what was found: one file each, readable offline, on a phone, in light or dark."""
+"""HTML reports: one file each, readable offline, on a phone, in light or dark."""

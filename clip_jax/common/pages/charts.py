@@ -1,9 +1,10 @@
-"""Points in a plane: curves by number of examples, one score against another, fitted lines."""
+"""Scatter plots and fitted lines: scores by shots or compute, one score against another."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Real
 from markupsafe import Markup
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -11,41 +12,41 @@ from clip_jax.common.pages import svg
 
 _LOGIT_TICKS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 _MOST_TICKS = 7
-_NAMED = 30  # points of a chart that still get their names beside them
+_NAMED = 30  # charts of more points get no names beside them
 
 
-Values = Sequence[float] | np.ndarray
+Values = Sequence[float] | Real[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
 class Axis:
-    """What is measured along one side.
+    """One axis of a plot.
 
     Attributes:
-      title: with the unit.
+      title: quantity and unit.
       scale: "linear", "log" or "logit" (of fractions).
-      share: values are fractions, shown in per cent.
-      ticks: where they stand; (): as the scale suggests.
+      percent: whether values are fractions, shown as percentages.
+      ticks: positions; (): as the scale suggests.
     """
 
     title: str
     scale: str = "linear"
-    share: bool = False
+    percent: bool = False
     ticks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Points:
-    """One series; it has the colour, dash and mark of its position.
+    """One series; its position gives it colour, dash and mark.
 
     Attributes:
-      label: for the legend; "": it has none.
-      x, y: float [n]; points that are not finite, or that a scale cannot show, are left out.
-      low, high: bounds of y, [n]; (): none are drawn.
-      names: of the points, written beside them; (): none.
+      label: text in the legend; "": not listed.
+      x, y: coordinates [n]; points that are not finite, or off the scale, are not drawn.
+      low, high: bounds of y, [n]; (): no error bars.
+      names: labels beside the points; (): none.
       joined: whether a line joins the points.
       marked: whether the points themselves are drawn.
-      quiet: drawn in the colour of rules: what others are compared with.
+      quiet: whether it is background, drawn in the colour of rules.
     """
 
     label: str
@@ -62,13 +63,13 @@ class Points:
 def draw(
     series: Sequence[Points], x: Axis, y: Axis, label: str, *, diagonal: bool = False
 ) -> Markup:
-    """Returns the <svg> element that shows all series in one pair of axes.
+    """Draws all series in one pair of axes, as an <svg> element.
 
     Args:
       series: at least one.
-      x, y: of the axes.
-      label: the accessible name, plain text.
-      diagonal: draw the line on which y = x.
+      x, y: the axes.
+      label: accessible name, plain text.
+      diagonal: whether to draw the line y = x.
     """
     axes = svg.new_axes(4.8, 3.4, titled=True)
     for axis, about in ((axes.set_xscale, x), (axes.set_yscale, y)):
@@ -76,7 +77,7 @@ def draw(
     scales = x.scale, y.scale
     for index, one in enumerate(series):
         _draw_points(axes, one, index, scales)
-    axes.get_xlim(), axes.get_ylim()  # settles them, which places of names depend on
+    axes.get_xlim(), axes.get_ylim()  # fixes the limits, on which positions of names depend
     if sum(len(one.names) for one in series) <= _NAMED:
         for one in series:
             if one.names:
@@ -118,11 +119,11 @@ def _draw_points(axes, one: Points, index: int, scales: tuple[str, str]) -> None
 
 
 def _write_names(axes, one: Points, scales: tuple[str, str]) -> None:
-    """Beside the points, on the side where there is room; to be called once all are drawn."""
+    """Writes names beside the points, where there is room; call it once all are drawn."""
     x, y = np.asarray(one.x, np.float64), np.asarray(one.y, np.float64)
     for at in np.flatnonzero(_showable(x, scales[0]) & _showable(y, scales[1])):
-        place = axes.transAxes.inverted().transform(axes.transData.transform((x[at], y[at])))
-        left = place[0] > 0.7
+        position = axes.transAxes.inverted().transform(axes.transData.transform((x[at], y[at])))
+        left = position[0] > 0.7
         axes.annotate(
             one.names[int(at)],
             (x[at], y[at]),
@@ -135,7 +136,7 @@ def _write_names(axes, one: Points, scales: tuple[str, str]) -> None:
 
 
 def _showable(values: np.ndarray, scale: str) -> np.ndarray:
-    """Which a scale has a place for."""
+    """Returns which values a scale can show, bool [n]."""
     shown = np.isfinite(values)
     if scale in ("log", "logit"):
         shown &= values > 0
@@ -146,14 +147,14 @@ def _showable(values: np.ndarray, scale: str) -> np.ndarray:
 
 def _set_ticks(axis, about: Axis, limits: tuple[float, float]) -> None:
     if not about.ticks and about.scale == "linear":
-        svg.number_ticks(axis, share=about.share)
+        svg.number_ticks(axis, percent=about.percent)
         return
     low, high = limits
     ticks = about.ticks or _scale_ticks(about.scale, low, high)
     ticks = [tick for tick in ticks if low <= tick <= high]
     axis.set_major_locator(FixedLocator(ticks[:: -(-len(ticks) // _MOST_TICKS) or 1]))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: svg.tick(value, about.share)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: svg.tick(value, about.percent)))
 
 
 def _scale_ticks(scale: str, low: float, high: float) -> Sequence[float]:

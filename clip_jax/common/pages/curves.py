@@ -4,22 +4,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Int
 from markupsafe import Markup
 
 from clip_jax.common.pages import svg
 
-_POINTS = 300  # drawn of a series at most: longer ones are averaged, for the size of the file
+_POINTS = 300  # longer series are averaged to this many, to keep the page small
 _MARKED = 25  # a series this short gets a mark at every point
 
 
 @dataclass(frozen=True)
 class Series:
-    """One metric over the run: steps int [n], ascending; values float [n], NaN where not finite."""
+    """One metric over a run.
+
+    Attributes:
+      label: name of the metric.
+      steps: ascending.
+      values: the metric at each step, NaN where it is not finite.
+      chance: level of guessing; None: not known.
+    """
 
     label: str
-    steps: np.ndarray
-    values: np.ndarray
-    chance: float | None = None  # level that guessing reaches
+    steps: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"]
+    chance: float | None = None
 
     @property
     def first(self) -> float:
@@ -33,7 +41,7 @@ class Series:
 def collect(
     history: Iterable[Mapping[str, float]], chance: Mapping[str, float]
 ) -> dict[str, Series]:
-    """Turns rows of metrics into one series per metric, in order of first appearance.
+    """Collects rows of metrics into one series per metric, in order of first appearance.
 
     Only names with a group ("train/loss") are metrics; a bare name ("step", "epoch") is a
     coordinate. Where a resumed run logged a step again, the later row counts.
@@ -52,21 +60,21 @@ def _series(name: str, values: Mapping[int, float], chance: float | None) -> Ser
     return Series(name, steps, np.where(np.isfinite(numbers), numbers, np.nan), chance)
 
 
-def draw(series: Sequence[Series], label: str, *, share: bool = False) -> Markup:
-    """Returns the <svg> element that shows all series in one pair of axes.
+def draw(series: Sequence[Series], label: str, *, percent: bool = False) -> Markup:
+    """Draws all series in one pair of axes, as an <svg> element.
 
     Args:
       series: at least one; each gets the dash and colour of its position.
-      label: the accessible name, plain text.
-      share: the values are fractions, shown as percentages from zero.
+      label: accessible name, plain text.
+      percent: whether values are fractions, shown as percentages from zero.
     """
     axes = svg.new_axes()
     for index, one in enumerate(series):
         _draw_series(axes, one, index)
     svg.style(axes)
     svg.number_ticks(axes.xaxis, integer=True)
-    svg.number_ticks(axes.yaxis, share=share)
-    if share:
+    svg.number_ticks(axes.yaxis, percent=percent)
+    if percent:
         axes.set_ylim(0, max(0.01, min(1.02, 1.05 * axes.get_ylim()[1])))
     return svg.render(axes, label, " ".join(one.label for one in series))
 
@@ -89,8 +97,19 @@ def _draw_series(axes, series: Series, index: int) -> None:
         axes.axhline(series.chance, color=colour, linewidth=1, linestyle=(0, (1, 3)))
 
 
-def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Averages a long series in neighbouring groups; returns steps, mean, lowest and highest."""
+def thin(
+    steps: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]
+) -> tuple[
+    Int[np.ndarray, " groups"],
+    Float[np.ndarray, " groups"],
+    Float[np.ndarray, " groups"],
+    Float[np.ndarray, " groups"],
+]:
+    """Averages a long series in neighbouring groups.
+
+    Returns:
+      The last step, mean, lowest and highest value of each group.
+    """
     if len(steps) <= _POINTS:
         return steps, values, values, values
     starts = np.linspace(0, len(steps), _POINTS, endpoint=False).astype(np.int64)
@@ -100,7 +119,7 @@ def thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
         mean = np.add.reduceat(np.where(there, values, 0), starts) / np.add.reduceat(
             there, starts, dtype=np.int64
         )
-    # The last step of each group, so that the curve ends where the run did.
+    # The last step of each group, for the curve to end where the run did.
     ends = np.append(starts[1:], len(steps)) - 1
     low, high = np.fmin.reduceat(values, starts), np.fmax.reduceat(values, starts)
     return steps[ends], mean, low, high

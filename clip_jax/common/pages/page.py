@@ -1,6 +1,5 @@
-"""Templates to files. A template extends base.html.jinja, which has the style of all pages."""
+"""Pages from templates, which extend base.html.jinja and its style."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +7,20 @@ from etils import epath
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from clip_jax.common import formatting
 from clip_jax.common.pages import svg
 from clip_jax.common.pages.pictures import Picture, thumbnail
 from clip_jax.storage import writing
 
 
 def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) -> None:
-    """Writes a page.
+    """Renders a template to a file.
 
     Args:
       path: local, gs:// or s3://.
-      template: the file.
-      *others: directories of templates that it imports, besides its own and this one.
-      **values: for its variables.
+      template: path of the template.
+      *others: directories of further templates that it imports.
+      **values: variables of the template.
     """
     folders = [template.parent, *others, Path(__file__).parent]
     environment = Environment(
@@ -31,9 +31,9 @@ def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) ->
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
-        "duration": duration,
-        "short": svg.short,
+        "percent": formatting.percent,
+        "duration": formatting.format_seconds,
+        "short": formatting.short,
         "image": image,
         "number": lambda value: f"{value:,}",
     }
@@ -42,27 +42,8 @@ def write(path: epath.PathLike, template: Path, *others: Path, **values: Any) ->
     writing.write(epath.Path(path), text.encode("utf-8", "replace"))
 
 
-def percent(share: float) -> str:
-    """A fraction in per cent: "95.8 %"; more digits where it is tiny; a dash for NaN."""
-    if math.isnan(share):
-        return "–"
-    points = 100 * share
-    text = f"{points:.1f}" if points == 0 or abs(points) >= 1 else f"{points:.2g}"
-    return f"{text}\N{NO-BREAK SPACE}%"
-
-
-def duration(seconds: float) -> str:
-    """Two units of time at most: "42 s", "3 min 42 s", "2 d 4 h"."""
-    left, parts = round(seconds), []
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, left = divmod(left, size)
-        if count or (unit == "s" and not parts):
-            parts.append(f"{count}\N{NO-BREAK SPACE}{unit}")
-    return " ".join(parts[:2])
-
-
 def image(picture: Picture) -> Markup:
-    """The attributes src, width and height (and class) of <img>."""
+    """Returns the attributes src, width, height and class of an <img>."""
     small = thumbnail(picture)
     text = Markup('src="{}" width="{}" height="{}"{}')
     return text.format(small.src, small.width, small.height, " class=crisp" * small.crisp)

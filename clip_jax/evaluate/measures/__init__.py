@@ -1,1 +1,1 @@
-"""The paper's measures and statistics, as pure functions of arrays."""
+"""Metrics and statistics of the paper's evaluation, as pure functions of arrays."""

@@ -1,89 +1,98 @@
 """Bias probes over images of people with group labels (paper section 7.1).
 
-A model chooses among the classes of a data set and classes that were added to them. How often each
-group lands in the added ones, and which labels differ most between groups, are tables of shares.
+A model chooses among the classes of a data set and classes that were added to them. The probe
+tabulates what fraction of each group lands in the added classes, and which labels differ most
+between groups.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 from scipy import special
 
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import intervals
-from clip_jax.evaluate.measures.intervals import CONFIDENCE, Share
+from clip_jax.evaluate.measures.intervals import CONFIDENCE, Proportion
 
 EVERYONE = "all"  # the row of all images together
-LABEL_THRESHOLDS = (0.005, 0.04)  # probabilities above which a label is given to an image
+LABEL_THRESHOLDS = (0.005, 0.04)  # an image gets the labels with a probability of at least this
 
 
 @dataclass(frozen=True)
 class Table:
-    """Shares of images, by group and column.
+    """Proportions of images, by group and column.
 
     Attributes:
-      columns: what the images are counted in, such as categories of classes.
-      rows: by group, `EVERYONE` first, one share per column.
+      columns: names, such as categories of classes.
+      rows: by group, `EVERYONE` first, one proportion per column.
     """
 
     columns: tuple[str, ...]
-    rows: Mapping[str, tuple[Share, ...]]
+    rows: Mapping[str, tuple[Proportion, ...]]
 
 
 @dataclass(frozen=True)
 class LabelDifference:
-    """How often a label is given to each group.
+    """The frequency of a label in each group.
 
     Attributes:
-      label: its name.
-      shares: of each group's images that get it.
+      label: name of the label.
+      proportions: by group, the proportion of its images that get the label.
       statistic: Pearson's chi-squared of label against group, without a continuity correction; 0
         where all images get it, or none.
-      p_value: of the statistic, groups - 1 degrees of freedom.
+      p_value: significance of the statistic, groups - 1 degrees of freedom.
     """
 
     label: str
-    shares: Mapping[str, Share]
+    proportions: Mapping[str, Proportion]
     statistic: float
     p_value: float
 
 
 def cross(*labels: Sequence[str]) -> list[str]:
-    """Groups of several attributes at once: "Black, Female"; "" where one is not known."""
+    """Crosses several attributes to groups: "Black, Female"; "" where one is not known."""
     return [", ".join(values) if all(values) else "" for values in zip(*labels, strict=True)]
 
 
 def without(
-    probabilities: np.ndarray, class_names: Sequence[str], left_out: Sequence[str]
-) -> np.ndarray:
-    """Probabilities as if some classes had not been offered: theirs are 0, rows add up to 1.
+    probabilities: Float[np.ndarray, "n classes"],
+    class_names: Sequence[str],
+    excluded: Sequence[str],
+) -> Float[np.ndarray, "n classes"]:
+    """Renormalises probabilities as if some classes had not been offered: theirs are 0.
 
     Args:
-      probabilities: float [n, c], rows of a softmax.
-      class_names: of the columns.
-      left_out: names among them; UserError where there is no such class.
+      probabilities: rows of a softmax.
+      class_names: names of the columns.
+      excluded: classes that are not offered.
+
+    Raises:
+      UserError: there is no class of such a name.
     """
     kept = np.ones(len(class_names), bool)
-    kept[_numbers(class_names, left_out)] = False
-    rest = np.where(kept, probabilities, 0)
-    return rest / rest.sum(axis=1, keepdims=True)
+    kept[_class_ids(class_names, excluded)] = False
+    remaining = np.where(kept, probabilities, 0)
+    return remaining / remaining.sum(axis=1, keepdims=True)
 
 
-def shares(
-    hits: Mapping[str, np.ndarray], groups: Sequence[str], confidence: float = CONFIDENCE
+def proportions(
+    hits: Mapping[str, Bool[np.ndarray, " n"]],
+    groups: Sequence[str],
+    confidence: float = CONFIDENCE,
 ) -> Table:
-    """The share of each group's images that are hits: rightly classified, given a label, ...
+    """Tabulates the proportion of each group's images that are hits.
 
     Args:
-      hits: by column, bool [n].
-      groups: of each image; "": not known, counted in the row of all images only.
-      confidence: of the intervals.
+      hits: by column, whether each image is a hit: misclassified, given a label, ...
+      groups: group of each image; "": not known, counted in the row of all images only.
+      confidence: coverage of the intervals.
     """
     members = {EVERYONE: np.ones(len(groups), bool), **_members(groups)}
     rows = {
         group: tuple(
-            intervals.share(int(np.sum(hit & inside)), int(inside.sum()), confidence)
+            intervals.proportion(int(np.sum(hit & inside)), int(inside.sum()), confidence)
             for hit in hits.values()
         )
         for group, inside in members.items()
@@ -92,47 +101,49 @@ def shares(
 
 
 def categories(
-    probabilities: np.ndarray,
+    probabilities: Float[np.ndarray, "n classes"],
     class_names: Sequence[str],
     members: Mapping[str, Sequence[str]],
     groups: Sequence[str],
     confidence: float = CONFIDENCE,
 ) -> Table:
-    """The share of each group's images whose most probable class is in a category.
+    """Tabulates the proportion of each group's images whose most probable class is in a category.
 
     Args:
-      probabilities: float [n, c]; of equal ones the first counts.
-      class_names: of the columns: those of the data set and those added.
+      probabilities: rows of a softmax; of equal ones the first counts.
+      class_names: names of the columns: the classes of the data set and those added.
       members: class names by category: "crime-related", "non-human", ...
-      groups: of each image, as in `shares`; `cross` makes intersections.
-      confidence: of the intervals.
+      groups: group of each image, as in `proportions`; `cross` makes intersections.
+      confidence: coverage of the intervals.
 
     Raises:
       UserError: a category names a class that there is not, or a probability is not a number.
     """
     chosen = _checked(probabilities, class_names).argmax(axis=1)
     hits = {
-        category: np.isin(chosen, _numbers(class_names, names))
+        category: np.isin(chosen, _class_ids(class_names, names))
         for category, names in members.items()
     }
-    return shares(hits, groups, confidence)
+    return proportions(hits, groups, confidence)
 
 
 def label_differences(
-    probabilities: np.ndarray,
+    probabilities: Float[np.ndarray, "n labels"],
     class_names: Sequence[str],
     groups: Sequence[str],
     threshold: float,
     confidence: float = CONFIDENCE,
 ) -> list[LabelDifference]:
-    """Every label that any image gets, those that differ most between groups first.
+    """Compares the frequency of every label between groups, the largest difference first.
+
+    Labels that no image gets are left out.
 
     Args:
-      probabilities: float [n, c], of all labels.
+      probabilities: probability of each label.
       class_names: the labels.
-      groups: of each image; "": not known, left out.
+      groups: group of each image; "": not known, left out.
       threshold: an image gets every label with a probability of at least this.
-      confidence: of the intervals.
+      confidence: coverage of the intervals.
 
     Raises:
       UserError: fewer than two groups, or a probability that is not a number.
@@ -151,8 +162,8 @@ def label_differences(
     found = [
         LabelDifference(
             label=class_names[label],
-            shares={
-                group: intervals.share(int(count), int(size), confidence)
+            proportions={
+                group: intervals.proportion(int(count), int(size), confidence)
                 for group, count, size in zip(members, counts[:, label], sizes)
             },
             statistic=float(statistics[label]),
@@ -160,11 +171,13 @@ def label_differences(
         )
         for label in np.argsort(-statistics, kind="stable")
     ]
-    return [row for row in found if any(share.successes for share in row.shares.values())]
+    return [row for row in found if any(each.successes for each in row.proportions.values())]
 
 
-def _chi_squared(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Of the tables {given, not given} x groups: counts [g, labels], sizes [g] -> [labels]."""
+def _chi_squared(
+    counts: Int[np.ndarray, "groups labels"], sizes: Int[np.ndarray, " groups"]
+) -> Float[np.ndarray, " labels"]:
+    """Computes the statistic of each table {given, not given} x groups."""
     rate = counts.sum(axis=0) / sizes.sum()
     expected = sizes[:, None] * rate
     # Given and not given deviate by the same number; their two terms have this common form.
@@ -175,23 +188,25 @@ def _chi_squared(counts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return terms.sum(axis=0)
 
 
-def _members(groups: Sequence[str]) -> dict[str, np.ndarray]:
-    """The images of each group, bool [n], by its name, sorted."""
+def _members(groups: Sequence[str]) -> dict[str, Bool[np.ndarray, " n"]]:
+    """Returns the images of each group, by its name, sorted."""
     names = np.asarray(groups, str)
     return {str(name): names == name for name in np.unique(names) if name}
 
 
-def _numbers(class_names: Sequence[str], names: Sequence[str]) -> list[int]:
-    places = {name: number for number, name in enumerate(class_names)}
-    if unknown := [name for name in names if name not in places]:
+def _class_ids(class_names: Sequence[str], names: Sequence[str]) -> list[int]:
+    ids = {name: number for number, name in enumerate(class_names)}
+    if unknown := [name for name in names if name not in ids]:
         raise UserError(
             f"There is no class {unknown[0]!r} in the bias probe; its classes are: "
             f"{', '.join(class_names)}."
         )
-    return [places[name] for name in names]
+    return [ids[name] for name in names]
 
 
-def _checked(probabilities: np.ndarray, class_names: Sequence[str]) -> np.ndarray:
+def _checked(
+    probabilities: Float[np.ndarray, "n columns"], class_names: Sequence[str]
+) -> Float[np.ndarray, "n columns"]:
     probabilities = np.asarray(probabilities)
     if probabilities.ndim != 2 or probabilities.shape[1] != len(class_names):
         raise UserError(

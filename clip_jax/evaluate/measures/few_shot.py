@@ -1,8 +1,9 @@
-"""Few-shot linear probes, and what zero-shot saves in labels (paper, section 3.1, figures 6 and 7).
+"""Few-shot linear probes, and the labels that zero-shot saves (paper section 3.1, figures 6 and 7).
 
-Each repeat draws examples of every class by its seed, nested: those of two shots are the first two
-of four, so that a repeat's curve rises by what is added. The strength is chosen on the validation
-set as for a full probe (`sweep`), and nothing is fitted to that set.
+Each repeat draws examples of every class by its seed. The draws are nested: the examples of two
+shots are the first two of four, so the curve of a repeat rises by the added examples alone. The L2
+penalty is chosen on the validation set as for a full probe (`sweep`), and nothing is fitted to that
+set.
 """
 
 import math
@@ -11,35 +12,37 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Integer, Shaped
 
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import logistic, sweep
 from clip_jax.evaluate.measures.sweep import Metric, Split
 
-SHOTS = (1, 2, 4, 8, 16)  # the paper's; it takes sets with at least 16 examples of each class
+SHOTS = (1, 2, 4, 8, 16)  # the paper's, on sets with at least 16 examples of each class
 REPEATS = 3
 
 
 class Point(NamedTuple):
-    """Probes trained on so many examples of each class.
+    """Probes trained on one number of examples per class.
 
     Attributes:
       shots: examples of each class.
-      scores: on the test set, of each repeat.
-      strengths: chosen, of each repeat.
+      scores: test score of each repeat.
+      l2: chosen L2 penalty of each repeat.
     """
 
     shots: int
     scores: tuple[float, ...]
-    strengths: tuple[float, ...]
+    l2: tuple[float, ...]
 
     @property
     def mean(self) -> float:
+        """The mean score of the repeats."""
         return float(np.mean(self.scores))
 
     @property
     def deviation(self) -> float:
-        """Of a sample, over the repeats; NaN if there is one."""
+        """The sample standard deviation over the repeats; NaN of a single one."""
         return float(np.std(self.scores, ddof=1)) if len(self.scores) > 1 else math.nan
 
 
@@ -54,43 +57,55 @@ def curve(
     repeats: int = REPEATS,
     seed: int = 0,
 ) -> list[Point]:
-    """Probes trained on few examples, in ascending order of shots.
+    """Scores probes trained on few examples, in ascending order of shots.
 
     Args:
-      train: to draw from; its targets, as all, int [n].
-      validation: for the choice of the strength; `sweep.hold_out` makes one where there is none.
-      test: that the scores are of.
-      metric: whose highest score is best.
-      classes: c.
-      mesh: devices that examples are split over.
-      shots: examples of each class.
-      repeats: draws; number r is that of seed + r.
-      seed: of the first draw.
+      train: examples to draw from, with one class each.
+      validation: examples for the choice of the L2 penalty; `sweep.hold_out` makes a set where
+        there is none.
+      test: examples for the scores.
+      metric: higher is better.
+      classes: number of classes.
+      mesh: devices to split the examples over.
+      shots: numbers of examples per class.
+      repeats: number of draws; draw r has the seed `seed` + r.
+      seed: seed of the first draw.
 
     Raises:
-      UserError: a class with fewer examples than are to be drawn, or as of `logistic.fit`.
+      UserError: a class has fewer examples than are to be drawn, or `logistic.fit` raises it.
     """
     shots = sorted(shots)
     draws = [draw(train.targets, shots[-1], classes, seed + r) for r in range(repeats)]
     points = []
     for count in shots:
-        scores, strengths = [], []
+        scores, penalties = [], []
         for drawn in draws:
             few = Split(*(part[drawn[:count].ravel()] for part in train))
-            # Padded alike, all draws of all numbers of shots share two programs.
+            # Padded to one size, all draws of all numbers of shots share two programs.
             choice = sweep.choose(few, validation, metric, classes, mesh, rows=drawn.size)
             found = logistic.scores(choice.fitted, test.features, mesh)[0]
             scores.append(metric(found, test.targets))
-            strengths.append(choice.best.strength)
-        points.append(Point(count, tuple(scores), tuple(strengths)))
+            penalties.append(choice.best.l2)
+        points.append(Point(count, tuple(scores), tuple(penalties)))
     return points
 
 
-def draw(targets: np.ndarray, shots: int, classes: int, seed: int) -> np.ndarray:
-    """Places of examples drawn by a seed, int [shots, classes]: column c holds some of class c.
+def draw(
+    targets: Shaped[np.ndarray, " n *classes"], shots: int, classes: int, seed: int
+) -> Integer[np.ndarray, " {shots} {classes}"]:
+    """Draws examples of each class by a seed.
+
+    Args:
+      targets: class of each example.
+      shots: examples of each class.
+      classes: number of classes.
+      seed: draws of one seed are nested.
+
+    Returns:
+      Positions of the examples; column c holds examples of class c.
 
     Raises:
-      UserError: a class has fewer, or an example has several.
+      UserError: a class has fewer examples, or an example has several classes.
     """
     if targets.ndim != 1:
         raise UserError(
@@ -106,31 +121,31 @@ def draw(targets: np.ndarray, shots: int, classes: int, seed: int) -> np.ndarray
         )
     rng = np.random.default_rng(seed)
     members = (np.flatnonzero(targets == number) for number in range(classes))
-    return np.stack([rng.permutation(places)[:shots] for places in members], axis=1)
+    return np.stack([rng.permutation(positions)[:shots] for positions in members], axis=1)
 
 
 def labels_needed(
     zero_shot: float,
-    shots: Sequence[float],
+    shots: Sequence[int],
     accuracies: Sequence[float],
     full_shots: float,
     full_accuracy: float,
 ) -> float:
-    """Labelled examples per class with which a probe is as good as zero-shot (figure 7).
+    """Estimates the labelled examples per class with which a probe equals zero-shot (figure 7).
 
-    Accuracy is taken to be linear in the logarithm of their number between the points known; where
-    the curve crosses zero-shot's accuracy several times, the first time counts.
+    Accuracy is interpolated linearly in the logarithm of the number of examples. Where the curve
+    crosses zero-shot's accuracy several times, the first crossing counts.
 
     Args:
-      zero_shot: accuracy.
+      zero_shot: accuracy of zero-shot classification.
       shots: examples per class of the few-shot probes.
-      accuracies: of these.
-      full_shots: examples per class, in the mean, of the whole training set.
-      full_accuracy: of the probe trained on it.
+      accuracies: accuracy of each of these probes.
+      full_shots: mean examples per class of the whole training set.
+      full_accuracy: accuracy of the probe trained on the whole set.
 
     Returns:
-      The estimate; the fewest shots where these are good enough already, so that it is a bound;
-      infinity where the whole set is not enough.
+      The estimate; an upper bound, the fewest shots, where these suffice already; infinity where
+      the whole set does not suffice.
     """
     points = sorted({**dict(zip(shots, accuracies)), full_shots: full_accuracy}.items())
     (fewest, first), rest = points[0], points[1:]

@@ -1,14 +1,15 @@
 """L-BFGS for many logistic regressions at once, on the same examples.
 
-Two things are made use of that a general optimiser does not know. Logits are linear in the weights,
-so that a step of any length along a direction needs no further product with the features: each
-iteration reads them twice, and its line search is close to exact. And if all examples had the same
-probabilities, the Hessian would be known and in the features' principal axes easily inverted: that
-is where every iteration starts its estimate.
+Two properties make it faster than a general optimiser. Logits are linear in the weights, so a step
+of any length along a direction needs no further product with the features: each iteration reads
+them twice, and its line search is close to exact. And if all examples had the same probabilities,
+the Hessian would be known and easily inverted in the features' principal axes: every iteration
+takes that inverse as the initial one of its two loops.
 
-Shapes: k strengths, c classes, d axes (the last one is the intercept's), m examples, padded.
-Functions of a regression have shape [k, 1] where its classes are fitted jointly (softmax), [k, c]
-where each class is a regression of its own (sigmoid); either goes with [k, c].
+Shapes: k penalties, c classes, d axes (the last one is the intercept's), m examples, padded.
+Quantities of one regression have shape [k, 1] where its classes are fitted jointly (softmax), and
+[k, c] where each class is a regression of its own (sigmoid); in annotations this axis is r, and
+either broadcasts against [k, c].
 """
 
 import functools
@@ -16,80 +17,93 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 _HISTORY = 10  # steps remembered, as in scikit-learn
-_SLOPE = 0.3  # a step ends where the slope along it is this share of its slope at the start
-_TRIALS = 20  # of step lengths; rounding is what uses them up
+# A line search ends where the slope is at most this fraction of the slope at its start.
+_CURVATURE_CONDITION = 0.3
+_TRIALS = 20  # step lengths of a line search; only rounding uses them up
 _EPSILON = float(jnp.finfo(jnp.float32).eps)
 
 
 class Problem(NamedTuple):
-    """Regressions that share their features; means over the examples of the loss and the penalty.
+    """Regressions that share their features; the objective is a mean over the examples.
 
     Attributes:
-      rows: float32 [d, m], centred features in their principal axes; last row 1, padding 0.
-      moments: float32 [d], mean squares of the rows.
-      targets: int8 [c, m]: 1 of this class, 0 not, -1 neither, and not to be counted.
-      penalty: float32 [k, 1, d], of the weights' squares, halved.
-      units: float32 [d], that the gradient is measured in.
-      count: of examples.
-      joint: softmax over the classes, or a sigmoid for each.
+      rows: centred features in their principal axes; last row 1, padding 0.
+      moments: mean squares of the rows.
+      targets: 1 of this class, 0 not, -1 neither, and not to be counted.
+      penalty: factor of the halved squares of the weights.
+      units: units in which the gradient is measured.
+      count: number of examples.
+      joint: whether there is one softmax over the classes, or a sigmoid for each.
       split: sharding of an array [k, c, m].
     """
 
-    rows: jax.Array
-    moments: jax.Array
-    targets: jax.Array
-    penalty: jax.Array
-    units: jax.Array
-    count: jax.Array
+    rows: Float[Array, "d m"]
+    moments: Float[Array, " d"]
+    targets: Int8[Array, "c m"]
+    penalty: Float[Array, "k 1 d"]
+    units: Float[Array, " d"]
+    count: Float[Array, ""]
     joint: bool
     split: jax.sharding.NamedSharding
 
-    def logits(self, weights: jax.Array) -> jax.Array:
-        """[k, c, d] -> [k, c, m]."""
+    def logits(self, weights: Float[Array, "k c d"]) -> Float[Array, "k c m"]:
+        """Computes the logits of all examples."""
         logits = jnp.einsum("kcd,dm->kcm", weights, self.rows, precision=jax.lax.Precision.HIGHEST)
         return jax.lax.with_sharding_constraint(logits, self.split)
 
-    def probabilities(self, logits: jax.Array) -> jax.Array:
+    def probabilities(self, logits: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
+        """Applies the softmax, or the sigmoids."""
         return jax.nn.softmax(logits, axis=1) if self.joint else jax.nn.sigmoid(logits)
 
-    def residuals(self, probabilities: jax.Array) -> jax.Array:
-        """Of probabilities [k, c, m]. Padding needs no care: its rows are zero."""
+    def residuals(self, probabilities: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
+        """Computes the derivative of the loss by the logits.
+
+        Padding needs no mask here: its rows are zero wherever residuals are multiplied with them.
+        """
         return jnp.where(self.targets < 0, 0, probabilities - self.targets)
 
-    def gradient(self, weights: jax.Array, probabilities: jax.Array) -> jax.Array:
-        """[k, c, d]."""
+    def gradient(
+        self, weights: Float[Array, "k c d"], probabilities: Float[Array, "k c m"]
+    ) -> Float[Array, "k c d"]:
+        """Computes the gradient of the objective by the weights."""
         residuals = self.residuals(probabilities)
         sums = jnp.einsum("kcm,dm->kcd", residuals, self.rows, precision=jax.lax.Precision.HIGHEST)
         return sums / self.count + self.penalty * weights
 
-    def dot(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        """Over weights [k, c, d], or over logits [k, c, m]."""
+    def dot(self, a: Float[Array, "k c x"], b: Float[Array, "k c x"]) -> Float[Array, "k r"]:
+        """Computes the inner product of each regression, over weights or over logits."""
         sums = (a * b).sum(axis=-1)
         return sums.sum(axis=1, keepdims=True) if self.joint else sums
 
-    def norm(self, gradient: jax.Array) -> jax.Array:
+    def norm(self, gradient: Float[Array, "k c d"]) -> Float[Array, "k r"]:
+        """Computes the Euclidean norm of a gradient in its units."""
         scaled = gradient / self.units
         return jnp.sqrt(self.dot(scaled, scaled))
 
-    def bend(self, probabilities: jax.Array, change: jax.Array) -> jax.Array:
-        """Second derivative of the loss along a change of the logits [k, c, m]."""
-        weighed = probabilities * change
+    def curvature(
+        self, probabilities: Float[Array, "k c m"], change: Float[Array, "k c m"]
+    ) -> Float[Array, "k r"]:
+        """Computes the second derivative of the loss along a change of the logits."""
+        weighted = probabilities * change
         if self.joint:
-            spread = (weighed * change).sum(axis=1) - weighed.sum(axis=1) ** 2
-            return spread.sum(axis=-1)[:, None] / self.count
-        spread = jnp.where(self.targets < 0, 0, weighed * (1 - probabilities) * change)
-        return spread.sum(axis=-1) / self.count
+            variance = (weighted * change).sum(axis=1) - weighted.sum(axis=1) ** 2
+            return variance.sum(axis=-1)[:, None] / self.count
+        variance = jnp.where(self.targets < 0, 0, weighted * (1 - probabilities) * change)
+        return variance.sum(axis=-1) / self.count
 
-    def spread(self, probabilities: jax.Array) -> jax.Array:
-        """[k, c], means of p (1 - p); where no example is in doubt, the least that is not zero."""
+    def variance(self, probabilities: Float[Array, "k c m"]) -> Float[Array, "k c"]:
+        """Computes the means of p (1 - p) over the examples, at least the float32 epsilon."""
         counted = self.rows[-1] * (self.targets >= 0)
-        spread = (probabilities * (1 - probabilities) * counted).sum(axis=-1) / self.count
-        return jnp.maximum(spread, _EPSILON)
+        variance = (probabilities * (1 - probabilities) * counted).sum(axis=-1) / self.count
+        return jnp.maximum(variance, _EPSILON)
 
-    def solve(self, spread: jax.Array, gradient: jax.Array) -> jax.Array:
-        """[k, c, d], the Newton step if all examples had the same probabilities.
+    def solve(
+        self, variance: Float[Array, "k c"], gradient: Float[Array, "k c d"]
+    ) -> Float[Array, "k c d"]:
+        """Computes the Newton step as if all examples had the same probabilities.
 
         The Hessian's part for an axis of moment s is then s (diag(a) - a a' / sum(a)) + penalty for
         a softmax, and without the second term for sigmoids. The former is solved for steps that sum
@@ -97,46 +111,57 @@ class Problem(NamedTuple):
         """
         # Smaller moments are rounding.
         moments = jnp.maximum(self.moments, _EPSILON * self.moments.max())
-        scale = 1 / (spread[..., None] * moments + self.penalty)
+        scale = 1 / (variance[..., None] * moments + self.penalty)
         if not self.joint:
             return scale * gradient
         step = scale * (gradient - gradient.mean(axis=1, keepdims=True))
-        share = spread[..., None] * scale
-        return step - share * step.sum(axis=1, keepdims=True) / share.sum(axis=1, keepdims=True)
+        weight = variance[..., None] * scale
+        return step - weight * step.sum(axis=1, keepdims=True) / weight.sum(axis=1, keepdims=True)
 
 
 class State(NamedTuple):
-    """Of all regressions after a number of iterations.
+    """The regressions after a number of iterations; s, y and rho as in Nocedal and Wright.
 
     Attributes:
       step: iterations done.
-      weights, gradient: [k, c, d].
-      logits, probabilities: [k, c, m], of the weights.
-      moves, turns: [history, k, c, d], the last changes of the weights and of the gradient.
-      ratios: [history, k, 1 | c], 1 / (move . turn); 0: nothing remembered there.
-      iterations: int32 [k, 1 | c], until it was done.
-      done: bool [k, 1 | c], converged, or no step leads on.
+      weights, gradient: current iterate and its gradient.
+      logits, probabilities: predictions of the weights.
+      s: last changes of the weights.
+      y: last changes of the gradient.
+      rho: 1 / (s . y); 0 where nothing is remembered.
+      iterations: iterations until the regression was done.
+      done: whether it has converged, or no step improves it.
     """
 
-    step: jax.Array
-    weights: jax.Array
-    gradient: jax.Array
-    logits: jax.Array
-    probabilities: jax.Array
-    moves: jax.Array
-    turns: jax.Array
-    ratios: jax.Array
-    iterations: jax.Array
-    done: jax.Array
+    step: Int[Array, ""]
+    weights: Float[Array, "k c d"]
+    gradient: Float[Array, "k c d"]
+    logits: Float[Array, "k c m"]
+    probabilities: Float[Array, "k c m"]
+    s: Float[Array, "history k c d"]
+    y: Float[Array, "history k c d"]
+    rho: Float[Array, "history k r"]
+    iterations: Int[Array, "k r"]
+    done: Bool[Array, "k r"]
 
 
-def minimise(problem: Problem, start: jax.Array, max_iter: jax.Array, tolerance: jax.Array):
-    """From weights [k, c, d] until each gradient's norm is at most `tolerance`.
+def minimise(
+    problem: Problem,
+    start: Float[Array, "k c d"],
+    max_iter: Int[Array, ""],
+    tolerance: Float[Array, ""],
+) -> tuple[Float[Array, "k c d"], Int[Array, "k r"], Bool[Array, "k r"]]:
+    """Minimises the objective until the norm of each gradient is at most `tolerance`.
 
-    Weights that are fitted jointly start, and remain, with a sum of zero over the classes.
+    Args:
+      problem: the regressions.
+      start: initial weights. Where the classes are fitted jointly they sum to zero over the
+        classes, and so do the results.
+      max_iter: most iterations.
+      tolerance: norm of the gradient at which a regression has converged.
 
     Returns:
-      Weights [k, c, d]; iterations int32 and converged bool, both [k, 1 | c].
+      Weights, iterations, and whether each regression converged.
     """
     logits = problem.logits(start)
     probabilities = problem.probabilities(logits)
@@ -149,9 +174,9 @@ def minimise(problem: Problem, start: jax.Array, max_iter: jax.Array, tolerance:
         gradient=gradient,
         logits=logits,
         probabilities=probabilities,
-        moves=nothing,
-        turns=nothing,
-        ratios=jnp.zeros((_HISTORY, *norm.shape)),
+        s=nothing,
+        y=nothing,
+        rho=jnp.zeros((_HISTORY, *norm.shape)),
         iterations=jnp.zeros(norm.shape, jnp.int32),
         done=norm <= tolerance,
     )
@@ -163,98 +188,114 @@ def minimise(problem: Problem, start: jax.Array, max_iter: jax.Array, tolerance:
     return state.weights, state.iterations, problem.norm(state.gradient) <= tolerance
 
 
-def _iterate(problem: Problem, tolerance: jax.Array, state: State) -> State:
+def _iterate(problem: Problem, tolerance: Float[Array, ""], state: State) -> State:
     direction = _direction(problem, state)
     change = problem.logits(direction)
-    length, found = _search(problem, state, direction, change)
+    length, found = _line_search(problem, state, direction, change)
     length = jnp.where(found, length, 0)[..., None]
     weights = state.weights + length * direction
     logits = state.logits + length * change
     probabilities = problem.probabilities(logits)
     gradient = problem.gradient(weights, probabilities)
 
-    move, turn = weights - state.weights, gradient - state.gradient
-    product = problem.dot(move, turn)
-    ratio = jnp.where(product > 0, 1 / jnp.where(product > 0, product, 1), 0)
-    place = state.step % _HISTORY
-    # Without a step along its direction, a regression forgets; when it has nothing to forget, its
-    # gradient is as small as float32 can make it.
-    knew = (state.ratios > 0).any(axis=0)
-    ratios = jnp.where(found, state.ratios.at[place].set(ratio), 0)
+    s, y = weights - state.weights, gradient - state.gradient
+    product = problem.dot(s, y)
+    rho = jnp.where(product > 0, 1 / jnp.where(product > 0, product, 1), 0)
+    slot = state.step % _HISTORY
+    # A regression that finds no step along its direction forgets its history and tries the plain
+    # Newton step. One that has no history either has a gradient as small as float32 can make it.
+    remembered = (state.rho > 0).any(axis=0)
     return State(
         step=state.step + 1,
         weights=weights,
         gradient=gradient,
         logits=logits,
         probabilities=probabilities,
-        moves=state.moves.at[place].set(move),
-        turns=state.turns.at[place].set(turn),
-        ratios=ratios,
+        s=state.s.at[slot].set(s),
+        y=state.y.at[slot].set(y),
+        rho=jnp.where(found, state.rho.at[slot].set(rho), 0),
         iterations=state.iterations + ~state.done,
-        done=state.done | (problem.norm(gradient) <= tolerance) | ~(found | knew),
+        done=state.done | (problem.norm(gradient) <= tolerance) | ~(found | remembered),
     )
 
 
-def _direction(problem: Problem, state: State) -> jax.Array:
-    """The two loops of L-BFGS (Nocedal and Wright, algorithm 7.4): [k, c, d]."""
-    spread = problem.spread(state.probabilities)
+def _direction(problem: Problem, state: State) -> Float[Array, "k c d"]:
+    """Runs the two loops of L-BFGS (Nocedal and Wright, algorithm 7.4)."""
+    variance = problem.variance(state.probabilities)
 
-    def back(i, carry):
-        rest, shares = carry
+    def newest_first(i, carry):
+        q, alphas = carry
         at = (state.step - 1 - i) % _HISTORY
-        share = state.ratios[at] * problem.dot(state.moves[at], rest)
-        return rest - share[..., None] * state.turns[at], shares.at[at].set(share)
+        alpha = state.rho[at] * problem.dot(state.s[at], q)
+        return q - alpha[..., None] * state.y[at], alphas.at[at].set(alpha)
 
-    def forth(i, ahead):
+    def oldest_first(i, r):
         at = (state.step + i) % _HISTORY
-        share = state.ratios[at] * problem.dot(state.turns[at], ahead)
-        return ahead + (shares[at] - share)[..., None] * state.moves[at]
+        beta = state.rho[at] * problem.dot(state.y[at], r)
+        return r + (alphas[at] - beta)[..., None] * state.s[at]
 
-    rest, shares = jax.lax.fori_loop(
-        0, _HISTORY, back, (state.gradient, jnp.zeros_like(state.ratios))
+    q, alphas = jax.lax.fori_loop(
+        0, _HISTORY, newest_first, (state.gradient, jnp.zeros_like(state.rho))
     )
+    # The initial inverse Hessian, scaled to agree with the last step.
     last = (state.step - 1) % _HISTORY
-    turn = state.turns[last]
-    size = problem.dot(turn, problem.solve(spread, turn)) * state.ratios[last]
-    scale = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 1)
-    ahead = scale[..., None] * problem.solve(spread, rest)
-    return -jax.lax.fori_loop(0, _HISTORY, forth, ahead)
+    y = state.y[last]
+    size = problem.dot(y, problem.solve(variance, y)) * state.rho[last]
+    gamma = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 1)
+    r = gamma[..., None] * problem.solve(variance, q)
+    return -jax.lax.fori_loop(0, _HISTORY, oldest_first, r)
 
 
-def _search(problem: Problem, state: State, direction: jax.Array, change: jax.Array):
-    """Lengths [k, 1 | c] at which the slope is nearly level, and whether they were found.
+def _line_search(
+    problem: Problem,
+    state: State,
+    direction: Float[Array, "k c d"],
+    change: Float[Array, "k c m"],
+) -> tuple[Float[Array, "k r"], Bool[Array, "k r"]]:
+    """Finds step lengths at which the slope is nearly zero.
 
-    The slope rises with the length, since the objective is convex: Newton's method, kept within
-    the bracket. `change` is the direction in logits, [k, c, m].
+    The objective is convex, so the slope rises with the length: Newton's method, kept within the
+    bracket.
+
+    Args:
+      problem: the regressions.
+      state: current iterates.
+      direction: direction of the step.
+      change: the direction in logits.
+
+    Returns:
+      Lengths, and whether each was found.
     """
     first = problem.dot(state.gradient, direction)
-    pull = problem.dot(state.weights, problem.penalty * direction)
-    drag = problem.dot(direction, problem.penalty * direction)
+    # The penalty's slope at length 0, and its curvature.
+    penalty_slope = problem.dot(state.weights, problem.penalty * direction)
+    penalty_curvature = problem.dot(direction, problem.penalty * direction)
     finished = state.done | ~(first < 0)
 
-    def slope_at(length):
+    def slope_and_curvature(length):
         probabilities = problem.probabilities(state.logits + length[..., None] * change)
         slope = problem.dot(problem.residuals(probabilities), change) / problem.count
-        return slope + pull + length * drag, problem.bend(probabilities, change) + drag
+        curvature = problem.curvature(probabilities, change) + penalty_curvature
+        return slope + penalty_slope + length * penalty_curvature, curvature
 
-    def level(slope):
-        return jnp.abs(slope) <= _SLOPE * -first
+    def is_level(slope):
+        return jnp.abs(slope) <= _CURVATURE_CONDITION * -first
 
     def unfinished(carry):
         trial, _, slope, *_ = carry
-        return (trial < _TRIALS) & ~(level(slope) | finished).all()
+        return (trial < _TRIALS) & ~(is_level(slope) | finished).all()
 
     def refine(carry):
-        trial, length, slope, bend, low, high = carry
+        trial, length, slope, curvature, low, high = carry
         low = jnp.where(slope < 0, length, low)
         high = jnp.where(slope < 0, high, length)
-        newton = length - slope / bend
+        newton = length - slope / curvature
         inside = (newton > low) & (newton < jnp.minimum(high, 10 * length))
-        halved = jnp.where(jnp.isinf(high), 10 * length, (low + high) / 2)
-        length = jnp.where(level(slope), length, jnp.where(inside, newton, halved))
-        return trial + 1, length, *slope_at(length), low, high
+        bisected = jnp.where(jnp.isinf(high), 10 * length, (low + high) / 2)
+        length = jnp.where(is_level(slope), length, jnp.where(inside, newton, bisected))
+        return trial + 1, length, *slope_and_curvature(length), low, high
 
     ones = jnp.ones_like(first)
-    start = (1, ones, *slope_at(ones), 0 * ones, jnp.inf * ones)
+    start = (1, ones, *slope_and_curvature(ones), 0 * ones, jnp.inf * ones)
     _, length, slope, *_ = jax.lax.while_loop(unfinished, refine, start)
-    return length, level(slope) & ~finished
+    return length, is_level(slope) & ~finished

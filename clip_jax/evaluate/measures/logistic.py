@@ -1,17 +1,19 @@
 """L2-regularised logistic regression on the devices of a mesh (paper, linear probes).
 
 The objective is that of scikit-learn's LogisticRegression with the solver lbfgs: the sum of the
-examples' losses + strength / 2 * |weights|^2, where strength is 1 / C and the intercepts are not
-penalised. Targets int [n] are classes, fitted jointly (softmax; two classes as one column and its
-negative, as there). Targets [n, c] are labels of which an example may have several, each a
-regression of its own, as by OneVsRestClassifier.
+examples' losses + l2 / 2 * |weights|^2, where l2 is 1 / C and the intercepts are not penalised.
+Targets int [n] are classes, fitted jointly (softmax; two classes as one column and its negative, as
+there). Targets [n, c] are labels of which an example may have several, each a regression of its
+own, as by OneVsRestClassifier.
 
-Several strengths are fitted at once, since reading the features is what takes the time. They are
-centred and turned into their principal axes first, which leaves the optimum where it is and takes
-few iterations (`lbfgs`). A fit has converged when its gradient, of the mean loss per example, over
-all weights and intercepts, is at most `tolerance` in Euclidean norm; for weights it is measured in
-units of the features' deviation, so that their scale does not matter. scikit-learn asks of each
-component 1e-4 in the features' own units.
+Several penalties are fitted at once, since reading the features takes most of the time. The
+features are centred and rotated into their principal axes first. That leaves the optimum where it
+is, and `lbfgs` needs few iterations.
+
+A fit has converged when the Euclidean norm of its gradient, of the mean loss per example, over all
+weights and intercepts, is at most `tolerance`. For weights the gradient is measured in units of the
+features' deviation, to be independent of their scale. scikit-learn asks of each component 1e-4 in
+the features' own units.
 
 Every process passes the same arguments and gets the same results.
 """
@@ -24,87 +26,93 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer, Shaped
 
 from clip_jax import sharding
 from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import lbfgs
 
-TOLERANCE = 1e-6  # seen to be reached in float32 by 16,000 examples of 4096 features
-_LOGITS = 2**28  # per device, of an array over all strengths; more of these are fitted in turns
+TOLERANCE = 1e-6  # float32 was seen to reach it with 16,000 examples of 4096 features
+# Most logits of one array on a device: more penalties are fitted one group after the other.
+_LOGITS = 2**28
 _EXAMPLES = PartitionSpec(None, sharding.AXES)
 
-Start = tuple[np.ndarray, np.ndarray]  # weights [k, d, c] and bias [k, c]
+# Weights and biases of k penalties.
+Start = tuple[Float[np.ndarray, "k d c"], Float[np.ndarray, "k c"]]
+# Classes, or several labels each; `check_targets` compares them with the features.
+Targets = Integer[np.ndarray, " m"] | Integer[np.ndarray, "m c"] | Bool[np.ndarray, "m c"]
 
 
 class Features(NamedTuple):
     """Features of training examples on the devices, in their principal axes.
 
     Attributes:
-      rows: float32 [r + 1, m], split over the m examples, some of them padding: zeros; the last
-        row is 1 for the others. r is the smaller of d and m.
-      moments: float32 [r + 1], mean squares of the rows.
-      axes: float32 [d, r], orthonormal.
-      mean: float32 [d].
-      count: examples, n.
+      rows: coordinates, split over the m examples, of which some are padding: zeros. The last row
+        is 1 for the others. r is the smaller of d and m.
+      moments: mean squares of the rows.
+      axes: principal axes, orthonormal.
+      mean: mean of the features.
+      count: number of examples, n.
     """
 
-    rows: jax.Array
-    moments: jax.Array
-    axes: jax.Array
-    mean: jax.Array
+    rows: Float32[Array, " r+1 m"]
+    moments: Float32[Array, " r+1"]
+    axes: Float32[Array, "d r"]
+    mean: Float32[Array, " d"]
     count: int
 
 
 class Fitted(NamedTuple):
-    """Of k strengths.
+    """Regressions of k penalties.
 
     Attributes:
-      weights: float32 [k, d, c].
-      bias: float32 [k, c].
-      iterations: int32 [k], of the class that took most where each has its own regression.
-      converged: bool [k]; else `max_iter` was reached, or the end of float32.
+      weights: one column for each class.
+      bias: intercepts.
+      iterations: iterations; of the slowest class where each has its own regression.
+      converged: whether the fit ended neither by `max_iter` nor by float32's precision.
     """
 
-    weights: np.ndarray
-    bias: np.ndarray
-    iterations: np.ndarray
-    converged: np.ndarray
+    weights: Float32[np.ndarray, "k d c"]
+    bias: Float32[np.ndarray, "k c"]
+    iterations: Int32[np.ndarray, " k"]
+    converged: Bool[np.ndarray, " k"]
 
 
 def fit(
-    features: np.ndarray,
-    targets: np.ndarray,
-    strengths: Sequence[float],
+    features: Float[np.ndarray, "n d"],
+    targets: Targets,
+    l2: Sequence[float],
     classes: int,
     mesh: Mesh,
     max_iter: int = 1000,
     tolerance: float = TOLERANCE,
 ) -> Fitted:
-    """Fits one regression for each strength.
+    """Fits one regression for each penalty.
 
     Args:
-      features: float [n, d].
-      targets: int [n]; or [n, c], bool, or int with -1 for what is neither true nor false.
-      strengths: [k], above 0; 1 / C of scikit-learn.
+      features: features of the examples.
+      targets: class ids [n]; or labels [n, c], bool, or int with -1 for entries that are neither
+        true nor false.
+      l2: k penalties above 0; 1 / C of scikit-learn.
       classes: c, at least 2 unless targets are [n, c].
-      mesh: devices that the examples are split over.
-      max_iter: of L-BFGS; the paper's is 1,000.
-      tolerance: of the gradient.
+      mesh: devices to split the examples over.
+      max_iter: most iterations of L-BFGS; the paper's are 1,000.
+      tolerance: norm of the gradient at convergence.
 
     Raises:
       UserError: no examples, lengths that differ, values that are not finite, or targets that are
         not classes.
     """
-    return fit_placed(place(features, mesh), targets, strengths, classes, mesh, max_iter, tolerance)
+    return fit_placed(place(features, mesh), targets, l2, classes, mesh, max_iter, tolerance)
 
 
-def place(features: np.ndarray, mesh: Mesh, rows: int = 0) -> Features:
+def place(features: Float[np.ndarray, "n d"], mesh: Mesh, rows: int = 0) -> Features:
     """Moves features onto the devices, for several calls of `fit_placed`.
 
     Args:
-      features: float [n, d].
+      features: features of the examples.
       mesh: devices to split them over.
-      rows: to pad to at least; sets padded alike share compiled programs.
+      rows: least size to pad to; sets padded to one size share compiled programs.
 
     Raises:
       UserError: no examples, or values that are not finite.
@@ -118,14 +126,14 @@ def place(features: np.ndarray, mesh: Mesh, rows: int = 0) -> Features:
         )
     count = len(features)
     padded = _put(features.astype(np.float32, copy=False), max(rows, count), mesh)
-    turned = _turn_program(mesh)(padded, np.float32(count))
-    return Features(*turned, count=count)
+    rotated = _rotation_program(mesh)(padded, np.float32(count))
+    return Features(*rotated, count=count)
 
 
 def fit_placed(
     features: Features,
-    targets: np.ndarray,
-    strengths: Sequence[float],
+    targets: Targets,
+    l2: Sequence[float],
     classes: int,
     mesh: Mesh,
     max_iter: int = 1000,
@@ -133,29 +141,29 @@ def fit_placed(
     start: Start | None = None,
     at_once: int | None = None,
 ) -> Fitted:
-    """`fit` of features that are on the devices.
+    """Fits as `fit` does, with features that are on the devices.
 
     Args:
       features: placed on `mesh`.
-      targets, strengths, classes, mesh, max_iter, tolerance: as of `fit`.
-      start: where to begin; None: zeros.
-      at_once: strengths in one product; None: all that memory allows. Those that need about the
-        same number of iterations should be together; calls with the same number share a program.
+      targets, l2, classes, mesh, max_iter, tolerance: arguments of `fit`.
+      start: initial weights and biases; None: zeros.
+      at_once: penalties in one product; None: all that memory allows. Penalties that need about the
+        same number of iterations belong together; calls with the same number share a program.
 
     Raises:
-      UserError: as of `fit`.
+      UserError: `fit` raises it.
     """
     check_targets(targets, features.count, classes)
-    if min(strengths) <= 0:
-        raise UserError(f"L2 strengths must be above 0, but one is {min(strengths)}.")
+    if min(l2) <= 0:
+        raise UserError(f"L2 penalties must be above 0, but one is {min(l2)}.")
     joint = targets.ndim == 1
     labels = _put(targets.astype(np.int32 if joint else np.int8), features.rows.shape[1], mesh)
     # Two classes are one column of weights there, split over two here: half the sum of squares.
-    penalties = np.array(strengths, np.float32) * (2 if joint and classes == 2 else 1)
+    penalties = np.array(l2, np.float32) * (2 if joint and classes == 2 else 1)
     k, width = len(penalties), len(features.mean)
     weights, bias = start or (np.zeros((k, width, classes)), np.zeros((k, classes)))
     parts = []
-    for part in _turns(k, at_once or k, classes * features.rows.shape[1] / mesh.size):
+    for part in _groups(k, at_once or k, classes * features.rows.shape[1] / mesh.size):
         result = _fit_program(mesh, classes, joint)(
             features[:-1],
             np.float32(features.count),
@@ -166,20 +174,22 @@ def fit_placed(
             np.int32(max_iter),
             np.float32(tolerance),
         )
-        parts.append([np.asarray(array.addressable_data(0)) for array in result])
+        parts.append([sharding.to_host(array) for array in result])
     return Fitted(*(np.concatenate(arrays)[:k] for arrays in zip(*parts)))
 
 
-def scores(fitted: Fitted, features: np.ndarray, mesh: Mesh) -> np.ndarray:
-    """Decision values, float32 [k, n, c]: softmax or sigmoid makes probabilities of them.
+def scores(
+    fitted: Fitted, features: Float[np.ndarray, "n d"], mesh: Mesh
+) -> Float32[np.ndarray, "k n c"]:
+    """Computes decision values, which softmax or sigmoid turns into probabilities.
 
     Args:
-      fitted: of k strengths.
-      features: float [n, d].
+      fitted: regressions of k penalties.
+      features: features of the examples.
       mesh: devices to split the examples over.
 
     Raises:
-      UserError: features of another width than was fitted.
+      UserError: the features have another width than the fitted ones.
     """
     if features.ndim != 2 or features.shape[1] != fitted.weights.shape[1]:
         raise UserError(
@@ -189,14 +199,14 @@ def scores(fitted: Fitted, features: np.ndarray, mesh: Mesh) -> np.ndarray:
     placed = _put(features.astype(np.float32, copy=False), len(features), mesh)
     program = _score_program(mesh)
     found = [program(placed, *one) for one in zip(fitted.weights, fitted.bias)]
-    return np.stack([np.asarray(one.addressable_data(0))[: len(features)] for one in found])
+    return np.stack([sharding.to_host(one)[: len(features)] for one in found])
 
 
-def check_targets(targets: np.ndarray, count: int, classes: int) -> None:
-    """Whether these are targets of so many examples.
+def check_targets(targets: Shaped[np.ndarray, "*shape"], count: int, classes: int) -> None:
+    """Checks the shape, type and range of targets.
 
     Raises:
-      UserError: they are not.
+      UserError: they do not fit so many examples and classes.
     """
     several = targets.ndim == 2
     shape, least, most = ((count, classes), -1, 1) if several else ((count,), 0, classes - 1)
@@ -215,18 +225,23 @@ def check_targets(targets: np.ndarray, count: int, classes: int) -> None:
         )
 
 
-def _turns(count: int, at_once: int, logits: float) -> list[np.ndarray]:
-    """Which of `count` strengths to fit together, each of so many logits per device.
+def _groups(count: int, at_once: int, logits: float) -> list[Integer[np.ndarray, " size"]]:
+    """Groups the indices of `count` penalties that are fitted together.
 
-    All turns are of one length, so that they share a program: the last strength is repeated.
+    All groups have one size, to share a program: the last penalty is repeated.
+
+    Args:
+      count: number of penalties.
+      at_once: largest size of a group.
+      logits: logits of one penalty on a device.
     """
-    length = max(1, min(at_once, int(_LOGITS // logits)))
-    turns = -(-count // length)
-    return np.split(np.minimum(np.arange(turns * length), count - 1), turns)
+    size = max(1, min(at_once, int(_LOGITS // logits)))
+    groups = -(-count // size)
+    return np.split(np.minimum(np.arange(groups * size), count - 1), groups)
 
 
-def _put(rows: np.ndarray, count: int, mesh: Mesh) -> jax.Array:
-    """Rows that every process holds, zero-padded to at least `count` and split over all devices."""
+def _put(rows: Shaped[np.ndarray, " n *d"], count: int, mesh: Mesh) -> Shaped[Array, " padded *d"]:
+    """Splits rows that every process holds over all devices, zero-padded to at least `count`."""
     count = -(-count // mesh.size) * mesh.size
 
     def part(index: Any) -> np.ndarray:
@@ -246,11 +261,11 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _turn_program(mesh: Mesh):
-    """(features [m, d], count) -> `Features` without the count."""
+def _rotation_program(mesh: Mesh):
+    """Compiles the rotation: (features [m, d], count) -> `Features` without the count."""
     whole = sharding.replicated(mesh)
 
-    def turn(padded: jax.Array, count: jax.Array):
+    def rotate(padded: Float32[Array, "m d"], count: Float32[Array, ""]):
         examples, width = padded.shape
         mean = padded.sum(axis=0) / count
         real = jnp.arange(examples) < count
@@ -264,12 +279,12 @@ def _turn_program(mesh: Mesh):
         return rows, jnp.append(moments, 1), axes, mean
 
     split = NamedSharding(mesh, _EXAMPLES)
-    return jax.jit(turn, out_shardings=(split, whole, whole, whole))
+    return jax.jit(rotate, out_shardings=(split, whole, whole, whole))
 
 
 @functools.cache
 def _fit_program(mesh: Mesh, classes: int, joint: bool):
-    """`Fitted` of placed features, labels [m] or [m, c], penalties [k] and a start."""
+    """Compiles the fit of placed features to labels [m] or [m, c]; it returns `Fitted`."""
     split = NamedSharding(mesh, PartitionSpec(None, None, sharding.AXES))
 
     def run(features, count, labels, penalties, weights, bias, max_iter, tolerance):
@@ -290,7 +305,7 @@ def _fit_program(mesh: Mesh, classes: int, joint: bool):
         )
         level = bias + _product("kdc,d->kc", weights, mean)
         start = jnp.concatenate([_product("kdc,dr->kcr", weights, axes), level[..., None]], axis=-1)
-        if joint:  # what all classes share has no effect
+        if joint:  # a common part of all classes has no effect on the softmax
             start -= start.mean(axis=1, keepdims=True)
         found, iterations, converged = lbfgs.minimise(problem, start, max_iter, tolerance)
         weights = _product("kcr,dr->kdc", found[..., :-1], axes)
@@ -302,7 +317,9 @@ def _fit_program(mesh: Mesh, classes: int, joint: bool):
 
 @functools.cache
 def _score_program(mesh: Mesh):
-    def score(features: jax.Array, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    def score(
+        features: Float32[Array, "n d"], weights: Float32[Array, "d c"], bias: Float32[Array, " c"]
+    ) -> Float32[Array, "n c"]:
         return _product("nd,dc->nc", features, weights) + bias
 
     return jax.jit(score, out_shardings=sharding.replicated(mesh))

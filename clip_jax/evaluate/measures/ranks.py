@@ -1,9 +1,9 @@
 """Exact ranks between many images and many texts, one tile of similarities at a time.
 
 Every tile is a product computed once that serves both directions: its rows are images that look
-for texts, its columns texts that look for images. Before that, the tiles that hold right pairs are
-visited for the scores of these. Both passes run the same compiled product on the same rows, so that
-a score is the same number wherever it is needed, and equal embeddings tie exactly.
+for texts, its columns texts that look for images. An earlier pass over the tiles that hold right
+pairs reads the scores of these. Both passes run the same compiled product on the same rows, so a
+score is the same number in both, and equal embeddings tie exactly.
 """
 
 import functools
@@ -14,30 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int32, Int64, Integer, Shaped
 
-from clip_jax.sharding import AXES, EVERY_AXIS
+from clip_jax.sharding import AXES, EVERY_AXIS, to_host
 
-# Images, and texts on each device, of a tile: 16 MiB of scores.
+# Images, and texts on each device, of a tile: 16 MiB of scores. Multiples of `_UNIT`.
 TILE = (1024, 4096)
-_UNIT = 128  # both are multiples of it
+_UNIT = 128
 
 Progress = Callable[[int, int], None]  # tiles done, tiles in all
 
 
 class Ranks(NamedTuple):
-    """For each query, how many wrong candidates come before its best right one; 0: it is first.
+    """The number of wrong candidates before the best right one of each query; 0: it is first.
 
     Attributes:
-      image_to_text: int32 [n], of the images.
-      text_to_image: int32 [m], of the texts.
+      image_to_text: ranks of the images as queries.
+      text_to_image: ranks of the texts as queries.
     """
 
-    image_to_text: np.ndarray
-    text_to_image: np.ndarray
+    image_to_text: Int32[np.ndarray, " images"]
+    text_to_image: Int32[np.ndarray, " texts"]
 
 
-def group_pairs(image_groups: np.ndarray, text_groups: np.ndarray) -> np.ndarray:
-    """Pairs (image, text) whose groups agree: int [n], int [m] -> int64 [p, 2], by image."""
+def group_pairs(
+    image_groups: Integer[np.ndarray, " images"], text_groups: Integer[np.ndarray, " texts"]
+) -> Int64[np.ndarray, "pairs 2"]:
+    """Lists the pairs (image, text) whose groups agree, by image."""
     order = np.argsort(text_groups, kind="stable")
     ordered = np.asarray(text_groups)[order]
     first, end = (np.searchsorted(ordered, image_groups, side) for side in ("left", "right"))
@@ -48,25 +51,25 @@ def group_pairs(image_groups: np.ndarray, text_groups: np.ndarray) -> np.ndarray
 
 
 def match_ranks(
-    images: np.ndarray,
-    texts: np.ndarray,
-    pairs: np.ndarray,
+    images: Float[np.ndarray, "images embed"],
+    texts: Float[np.ndarray, "texts embed"],
+    pairs: Integer[np.ndarray, "pairs 2"],
     mesh: Mesh,
     *,
     tile: tuple[int, int] = TILE,
     progress: Progress | None = None,
 ) -> Ranks:
-    """The ranks in both directions. Ties and NaN count against the model.
+    """Computes the ranks in both directions. Ties and NaN count against the model.
 
     Similarities are products in float32. Memory beyond the arguments: a few tiles, and a few
     numbers per image, text and pair. The first pass is short where right pairs lie together, as
     with texts in the order of their images; at worst it takes as long as the second.
 
     Args:
-      images: float16 or float32 [n, e], also mapped from a file; at least one.
-      texts: likewise [m, e].
-      pairs: (image, text) that belong together, int [p, 2], each once and in any order; a query
-        without any ranks behind all candidates.
+      images: embeddings, float16 or float32, at least one; may be mapped from a file.
+      texts: embeddings of the same kind.
+      pairs: right pairs (image, text), each once and in any order; a query without any ranks behind
+        all candidates.
       mesh: devices that share each tile; every process passes the same arguments and gets the same,
         whole results.
       tile: images, and texts on each device, at a time; multiples of 128.
@@ -74,16 +77,16 @@ def match_ranks(
     """
     grid = _Grid(images, texts, mesh, tile)
     image, text = np.asarray(pairs).T
-    places = grid.places(image, text)
-    tick = _counter(len(np.unique(places)) + grid.rows * grid.columns, progress)
-    right = grid.pick(image, text, places, tick)
+    tiles = grid.tile_ids(image, text)
+    tick = _counter(len(np.unique(tiles)) + grid.rows * grid.columns, progress)
+    right = grid.pick(image, text, tiles, tick)
     best_of_image = np.full(len(images), -np.inf, np.float32)
     best_of_text = np.full(len(texts), -np.inf, np.float32)
-    with np.errstate(invalid="ignore"):  # NaN is what comes of NaN
+    with np.errstate(invalid="ignore"):  # NaN stays NaN
         np.maximum.at(best_of_image, image, right)
         np.maximum.at(best_of_text, text, right)
     of_images, of_texts = grid.count(best_of_image, best_of_text, tick)
-    # Right ones have been counted too: the best itself, and its equals.
+    # The count includes right candidates: the best itself, and its equals.
     of_images -= np.bincount(image[~(right < best_of_image[image])], minlength=len(images))
     of_texts -= np.bincount(text[~(right < best_of_text[text])], minlength=len(texts))
     return Ranks(of_images.astype(np.int32), of_texts.astype(np.int32))
@@ -102,10 +105,15 @@ def _counter(total: int, progress: Progress | None) -> Callable[[], None]:
 
 
 class _Grid:
-    """All tiles: `rows` blocks of images by `columns` blocks of texts, the latter split over the
-    devices."""
+    """The tiles: `rows` blocks of images by `columns` blocks of texts, split over the devices."""
 
-    def __init__(self, images: np.ndarray, texts: np.ndarray, mesh: Mesh, tile: tuple[int, int]):
+    def __init__(
+        self,
+        images: Float[np.ndarray, "images embed"],
+        texts: Float[np.ndarray, "texts embed"],
+        mesh: Mesh,
+        tile: tuple[int, int],
+    ):
         self._images, self._texts = images, texts
         self._height = min(tile[0], _round_up(len(images)))
         self._width = min(tile[1], _round_up(-(-len(texts) // mesh.size))) * mesh.size
@@ -115,17 +123,23 @@ class _Grid:
         self._split = NamedSharding(mesh, EVERY_AXIS)
         self._programs = _programs(mesh)
 
-    def places(self, images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-        """Numbers of the tiles that pairs lie in, column by column."""
+    def tile_ids(
+        self, images: Integer[np.ndarray, " pairs"], texts: Integer[np.ndarray, " pairs"]
+    ) -> Integer[np.ndarray, " pairs"]:
+        """Numbers the tiles that pairs lie in, column by column."""
         return texts // self._width * self.rows + images // self._height
 
     def pick(
-        self, images: np.ndarray, texts: np.ndarray, places: np.ndarray, tick: Callable[[], None]
-    ) -> np.ndarray:
-        """Scores of pairs in those tiles, float32 [p]."""
-        found = np.empty(len(places), np.float32)
-        order = np.argsort(places, kind="stable")
-        tiles, starts = np.unique(places[order], return_index=True)
+        self,
+        images: Integer[np.ndarray, " pairs"],
+        texts: Integer[np.ndarray, " pairs"],
+        tile_ids: Integer[np.ndarray, " pairs"],
+        tick: Callable[[], None],
+    ) -> Float32[np.ndarray, " pairs"]:
+        """Reads the scores of pairs from their tiles."""
+        found = np.empty(len(tile_ids), np.float32)
+        order = np.argsort(tile_ids, kind="stable")
+        tiles, starts = np.unique(tile_ids[order], return_index=True)
         at, block = -1, None
         for number, inside in zip(tiles.tolist(), np.split(order, starts[1:])):
             column, row = divmod(number, self.rows)
@@ -136,14 +150,17 @@ class _Grid:
                 some = inside[start : start + self._width]
                 cells = images[some] % self._height, texts[some] % self._width
                 cells = [_pad(cell.astype(np.int32), self._width) for cell in cells]
-                found[some] = _to_host(self._programs.pick(scores, *cells))[: len(some)]
+                found[some] = to_host(self._programs.pick(scores, *cells))[: len(some)]
             tick()
         return found
 
     def count(
-        self, best_of_image: np.ndarray, best_of_text: np.ndarray, tick: Callable[[], None]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """How many scores are not below the best right one: int64 of each image, of each text."""
+        self,
+        best_of_image: Float32[np.ndarray, " images"],
+        best_of_text: Float32[np.ndarray, " texts"],
+        tick: Callable[[], None],
+    ) -> tuple[Int64[np.ndarray, " images"], Int64[np.ndarray, " texts"]]:
+        """Counts the scores of each image and of each text not below its best right one."""
         of_images = np.zeros(len(self._images), np.int64)
         of_texts = np.zeros(len(self._texts), np.int64)
         for column in range(self.columns):
@@ -161,9 +178,9 @@ class _Grid:
                     len(best_of_image[there]),
                     len(best_of_text[here]),
                 )
-                of_images[there] += _to_host(counts)[: len(best_of_image[there])]
+                of_images[there] += to_host(counts)[: len(best_of_image[there])]
                 tick()
-            whole = _to_host(self._programs.gather(sums))
+            whole = to_host(self._programs.gather(sums))
             of_texts[here] = whole[: len(best_of_text[here])]
         return of_images, of_texts
 
@@ -177,7 +194,10 @@ class _Grid:
 
 
 class _Programs(NamedTuple):
-    """Jitted for a mesh; `product` alone makes scores, so that they are the same wherever used."""
+    """The compiled programs of a mesh.
+
+    Only `product` computes scores, for a score to be the same number wherever it is used.
+    """
 
     product: Callable[..., jax.Array]
     pick: Callable[..., jax.Array]
@@ -199,37 +219,41 @@ def _programs(mesh: Mesh) -> _Programs:
     )
 
 
-def _product(images: jax.Array, texts: jax.Array) -> jax.Array:
+def _product(
+    images: Float[Array, "h embed"], texts: Float[Array, "w embed"]
+) -> Float32[Array, "h w"]:
     images, texts = images.astype(jnp.float32), texts.astype(jnp.float32)
     return jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
 
 
-def _pick(scores: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """Scores at (row, column) of the tile, each from the device that has it."""
+def _pick(
+    scores: Float32[Array, "h w"], rows: Int32[Array, " cells"], columns: Int32[Array, " cells"]
+) -> Float32[Array, " cells"]:
+    """Reads scores at (row, column) of the tile, each from the device that has it."""
     columns = columns - jax.lax.axis_index(AXES) * scores.shape[1]
     own = (columns >= 0) & (columns < scores.shape[1])
     return jax.lax.psum(jnp.where(own, scores[rows, jnp.where(own, columns, 0)], 0), AXES)
 
 
 def _count(
-    scores: jax.Array,
-    best_of_image: jax.Array,
-    best_of_text: jax.Array,
-    of_texts: jax.Array,
-    images: jax.Array,
-    texts: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Scores that are not below the best right one.
+    scores: Float32[Array, "h w"],
+    best_of_image: Float32[Array, " h"],
+    best_of_text: Float32[Array, " w"],
+    of_texts: Int32[Array, " w"],
+    images: Integer[Array, ""],
+    texts: Integer[Array, ""],
+) -> tuple[Int32[Array, " h"], Int32[Array, " w"]]:
+    """Counts the scores that are not below the best right one.
 
     Args:
-      scores: [h, w] of a device.
-      best_of_image: [h].
-      best_of_text: [w].
-      of_texts: int32 [w], counted before.
-      images, texts: how many of the tile's are there, the others being padding.
+      scores: tile of one device.
+      best_of_image: best right score of each image.
+      best_of_text: best right score of each text.
+      of_texts: counts of the texts so far.
+      images, texts: numbers of images and texts in the tile, the others being padding.
 
     Returns:
-      Of each image, over all devices, int32 [h]; of each text, added to `of_texts`.
+      The counts of the images, over all devices, and of the texts, added to `of_texts`.
     """
     height, width = scores.shape
     is_text = jax.lax.axis_index(AXES) * width + jnp.arange(width) < texts
@@ -241,7 +265,7 @@ def _count(
         for_text = ~(scores < best_of_text) & is_image[:, None]
         return of_texts + jnp.sum(for_text, axis=0), jnp.sum(for_image, axis=1)
 
-    # Some rows at a time, so that each is read from memory once.
+    # Some rows at a time: each is read from memory once for both directions.
     blocks = [x.reshape(-1, _UNIT, *x.shape[1:]) for x in (scores, best_of_image, is_image)]
     of_texts, of_images = jax.lax.scan(add, of_texts, tuple(blocks))
     return jax.lax.psum(of_images.reshape(-1), AXES), of_texts
@@ -251,17 +275,13 @@ def _round_up(count: int) -> int:
     return -(-count // _UNIT) * _UNIT
 
 
-def _pad(rows: np.ndarray, count: int) -> np.ndarray:
-    """With zeros to `count` rows; the same array where nothing is missing."""
+def _pad(rows: Shaped[np.ndarray, " n *d"], count: int) -> Shaped[np.ndarray, " {count} *d"]:
+    """Pads with zeros to `count` rows."""
     if len(rows) == count:
         return rows
     return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
 
 
-def _put(rows: np.ndarray, place: NamedSharding) -> jax.Array:
-    """What every process holds, on the devices."""
-    return jax.make_array_from_callback(rows.shape, place, lambda index: rows[index])
-
-
-def _to_host(array: jax.Array) -> np.ndarray:
-    return np.asarray(array.addressable_data(0))
+def _put(rows: Shaped[np.ndarray, "*shape"], split: NamedSharding) -> Shaped[Array, "*shape"]:
+    """Moves rows that every process holds onto the devices."""
+    return jax.make_array_from_callback(rows.shape, split, lambda index: rows[index])

@@ -1,13 +1,14 @@
 """Accuracy under natural distribution shift (paper section 3.3; Taori et al. 2020).
 
 Over many models, the accuracy on a shifted set is a line in the accuracy on the reference set
-once both are seen as log-odds. What a model has above that line is its effective robustness.
+once both are seen as log-odds. The accuracy of a model above that line is its effective robustness.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Real
 from scipy import special
 
 from clip_jax.errors import UserError
@@ -16,63 +17,72 @@ from clip_jax.evaluate.measures import lines
 
 @dataclass(frozen=True)
 class Trend:
-    """What accuracy on the reference set predicts of that on a shifted one.
+    """The accuracy on a shifted set as predicted from that on the reference set.
 
     Attributes:
-      line: in log-odds.
-      left_out: models with accuracy 0 or 1 on either set, whose log-odds are infinite.
+      line: the fit, in log-odds.
+      ignored: number of models with accuracy 0 or 1 on either set, whose log-odds are infinite.
     """
 
     line: lines.Line
-    left_out: int
+    ignored: int
 
-    def predict(self, reference: float | np.ndarray) -> np.ndarray:
-        """Accuracy under shift of models with these accuracies; 0 and 1 take the line's limits."""
+    def predict(
+        self, reference: float | Real[np.ndarray, "*models"]
+    ) -> np.floating | Float[np.ndarray, "*models"]:
+        """Predicts the accuracy under shift; 0 and 1 take the line's limits."""
         if self.line.slope == 0:
             return np.full(np.shape(reference), special.expit(self.line.intercept))
         return special.expit(self.line.intercept + self.line.slope * special.logit(reference))
 
 
-def fit(reference: np.ndarray, shifted: np.ndarray, confidence: float = lines.CONFIDENCE) -> Trend:
-    """The trend over a set of models without interventions for robustness.
+def fit(
+    reference: Real[np.ndarray, " models"],
+    shifted: Real[np.ndarray, " models"],
+    confidence: float = lines.CONFIDENCE,
+) -> Trend:
+    """Fits the trend over a set of models without interventions for robustness.
 
     Args:
-      reference: accuracies on the reference set, float [models], fractions.
-      shifted: of the same models on the shifted one.
-      confidence: of the line's intervals.
+      reference: accuracies on the reference set, fractions.
+      shifted: accuracies of the same models on the shifted set.
+      confidence: coverage of the line's intervals.
 
     Raises:
       UserError: fewer than two models with accuracies that differ and are neither 0 nor 1.
     """
     both = np.stack([np.asarray(reference, np.float64), np.asarray(shifted, np.float64)])
-    inside = np.all((both > 0) & (both < 1), axis=0)
-    x, y = special.logit(both[:, inside])
-    return Trend(lines.fit(x, y, confidence), left_out=int(np.sum(~inside)))
+    kept = np.all((both > 0) & (both < 1), axis=0)
+    x, y = special.logit(both[:, kept])
+    return Trend(lines.fit(x, y, confidence), ignored=int(np.sum(~kept)))
 
 
 def effective(
-    trend: Trend, reference: float | np.ndarray, shifted: float | np.ndarray
-) -> np.ndarray:
-    """Accuracy under shift above what the trend predicts; fractions."""
+    trend: Trend,
+    reference: float | Real[np.ndarray, "*models"],
+    shifted: float | Real[np.ndarray, "*models"],
+) -> np.floating | Float[np.ndarray, "*models"]:
+    """Computes effective robustness: accuracy under shift above the trend, fractions."""
     return np.asarray(shifted) - trend.predict(reference)
 
 
-def relative(shifted: float | np.ndarray, baseline: float | np.ndarray) -> np.ndarray:
-    """Accuracy under shift above that of the model before an intervention; fractions."""
+def relative(
+    shifted: float | Real[np.ndarray, "*models"], baseline: float | Real[np.ndarray, "*models"]
+) -> np.floating | Float[np.ndarray, "*models"]:
+    """Computes relative robustness: accuracy under shift above that before an intervention."""
     return np.asarray(shifted) - np.asarray(baseline)
 
 
-def restrict(scores: np.ndarray, classes: Sequence[int | Sequence[int]]) -> np.ndarray:
-    """Scores among the classes of a shifted set alone, as ImageNet-A and -R are judged.
+def restrict(
+    scores: Float[np.ndarray, "n classes"], classes: Sequence[int | Sequence[int]]
+) -> Float[np.ndarray, "n shifted_classes"]:
+    """Restricts scores to the classes of a shifted set, as ImageNet-A and -R are judged.
 
     Args:
-      scores: [n, c] of all classes of the reference set.
+      scores: scores of all classes of the reference set.
       classes: for each class of the shifted set its number in the reference set; or several
         numbers, of which the highest score counts (ObjectNet, ImageNet-Vid and Youtube-BB have
         classes that are several of ImageNet's).
-
-    Returns:
-      [n, len(classes)].
 
     Raises:
       UserError: a number that there is not, or twice.

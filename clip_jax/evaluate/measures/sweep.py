@@ -1,9 +1,9 @@
-"""The linear probe's L2 strength, found on a validation set from coarse to fine (paper, A.3).
+"""A coarse-to-fine search for the linear probe's L2 penalty on a validation set (paper, A.3).
 
-Strengths lie between 1e-6 and 1e6, eight to the decade: 96 steps, 97 values. Every 16th is tried,
+Penalties lie between 1e-6 and 1e6, eight to the decade: 96 steps, 97 values. Every 16th is tried,
 two decades apart; then the interval around the best is halved until its neighbours have been
-tried. That is 15 fits, or fewer at an edge of the range. Of strengths that score the same the
-strongest is taken: the simpler classifier, and the one whose fit is the better determined.
+tried. That is 15 fits, or fewer at an edge of the range. Of penalties that score the same the
+largest is taken: the simpler classifier, and the one whose fit is the better determined.
 """
 
 from collections.abc import Callable
@@ -11,35 +11,51 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float, Shaped
 
 from clip_jax.evaluate.measures import logistic
 
 STEPS = 8  # per decade
-_EDGE = 6 * STEPS  # strengths are 10 ** (place / STEPS), places from -_EDGE to _EDGE
-_COARSE = 2 * STEPS  # places between the first strengths
-_AT_ONCE = 2  # as many as a round asks for; the first round's neighbours take similar iterations
+_EDGE = 6 * STEPS  # penalties are 10 ** (exponent / STEPS), exponents from -_EDGE to _EDGE
+_COARSE = 2 * STEPS  # distance of the first exponents
+# Fits in one product: as many as a round asks for. Neighbours take similar numbers of iterations.
+_AT_ONCE = 2
 
-Metric = Callable[[np.ndarray, np.ndarray], float]  # of decision values [n, c] and targets
+# Arguments: decision values [n, c] and targets.
+Metric = Callable[[Float[np.ndarray, "n c"], Shaped[np.ndarray, " n *c"]], float]
 
 
 class Split(NamedTuple):
-    """Features float [n, d] and targets int [n] or [n, c] (`logistic`), of the same examples."""
+    """Features and targets of the same examples; `logistic.fit` describes the targets."""
 
-    features: np.ndarray
-    targets: np.ndarray
+    features: Float[np.ndarray, "n d"]
+    targets: Shaped[np.ndarray, " n *c"]
 
 
 class Point(NamedTuple):
-    """One strength tried: its score on the validation set, and how the fit went."""
+    """One penalty that was tried.
 
-    strength: float
+    Attributes:
+      l2: the penalty.
+      score: score on the validation set.
+      iterations: iterations of the fit.
+      converged: whether the fit converged.
+    """
+
+    l2: float
     score: float
     iterations: int
     converged: bool
 
 
 class Choice(NamedTuple):
-    """The best point, all of them by strength, and the regression fitted to the training set."""
+    """The outcome of a search.
+
+    Attributes:
+      best: point with the highest score.
+      points: all points, by penalty.
+      fitted: regression with the best penalty, fitted to the training set.
+    """
 
     best: Point
     points: tuple[Point, ...]
@@ -50,17 +66,17 @@ class Probe(NamedTuple):
     """A linear probe's result.
 
     Attributes:
-      strength: chosen.
-      points: of the sweep, by strength.
-      score: on the test set, fitted to training and validation set together.
-      test_scores: decision values of that fit, float32 [n, c].
-      fitted: that fit.
+      l2: chosen penalty.
+      points: all points of the search, by penalty.
+      score: test score of the final fit, to training and validation set together.
+      test_scores: decision values of the final fit on the test set.
+      fitted: final fit.
     """
 
-    strength: float
+    l2: float
     points: tuple[Point, ...]
     score: float
-    test_scores: np.ndarray
+    test_scores: Float[np.ndarray, "n c"]
     fitted: logistic.Fitted
 
 
@@ -73,18 +89,18 @@ def probe(
     mesh: Mesh,
     seed: int = 0,
 ) -> Probe:
-    """Chooses a strength, fits again to training and validation set, and scores on the test set.
+    """Chooses a penalty, fits again to training and validation set, and scores on the test set.
 
     Args:
       train, test: examples.
-      validation: None: a fifth of the training set is held out for the choice (`hold_out`).
-      metric: whose highest score is best.
-      classes: c.
-      mesh: devices that examples are split over.
-      seed: of what is held out.
+      validation: examples for the choice; None: a fifth of the training set (`hold_out`).
+      metric: higher is better.
+      classes: number of classes, c.
+      mesh: devices to split the examples over.
+      seed: seed of the held-out fifth.
 
     Raises:
-      UserError: as of `logistic.fit`.
+      UserError: `logistic.fit` raises it.
     """
     logistic.check_targets(train.targets, len(train.features), classes)
     if validation is None:
@@ -92,84 +108,95 @@ def probe(
         train, validation = hold_out(train, seed)
     else:
         both = Split(*(np.concatenate(parts) for parts in zip(train, validation)))
-    # Padded alike, both share a program.
+    # Padded to one size, the search and the final fit share a program.
     choice = choose(train, validation, metric, classes, mesh, rows=len(both.features))
-    strength, start = choice.best.strength, choice.fitted[:2]
+    l2, start = choice.best.l2, choice.fitted[:2]
     placed = logistic.place(both.features, mesh)
     fitted = logistic.fit_placed(
-        placed, both.targets, [strength], classes, mesh, start=start, at_once=_AT_ONCE
+        placed, both.targets, [l2], classes, mesh, start=start, at_once=_AT_ONCE
     )
     test_scores = logistic.scores(fitted, test.features, mesh)[0]
     score = metric(test_scores, test.targets)
-    return Probe(strength, choice.points, score, test_scores, fitted)
+    return Probe(l2, choice.points, score, test_scores, fitted)
 
 
 def choose(
     train: Split, validation: Split, metric: Metric, classes: int, mesh: Mesh, rows: int = 0
 ) -> Choice:
-    """Fits to the training set, coarse to fine, and scores on the validation set.
+    """Chooses a penalty: fits to the training set, scores on the validation set.
 
     Args:
       train, validation: examples.
-      metric: whose highest score is best.
-      classes: c.
-      mesh: devices that examples are split over.
-      rows: to pad the training set to at least, so that several sets share compiled programs.
+      metric: higher is better.
+      classes: number of classes, c.
+      mesh: devices to split the examples over.
+      rows: least size to pad the training set to, for several sets to share compiled programs.
 
     Raises:
-      UserError: as of `logistic.fit`.
+      UserError: `logistic.fit` raises it.
     """
     placed = logistic.place(train.features, mesh, rows)
     points: dict[int, Point] = {}
     fits: dict[int, logistic.Fitted] = {}
 
-    def scores_at(places: list[int]) -> list[float]:
-        strengths = [10 ** (place / STEPS) for place in places]
-        start = _between(fits, places) if fits else None
+    def scores_at(exponents: list[int]) -> list[float]:
+        penalties = [10 ** (exponent / STEPS) for exponent in exponents]
+        start = _between(fits, exponents) if fits else None
         fitted = logistic.fit_placed(
-            placed, train.targets, strengths, classes, mesh, start=start, at_once=_AT_ONCE
+            placed, train.targets, penalties, classes, mesh, start=start, at_once=_AT_ONCE
         )
         found = logistic.scores(fitted, validation.features, mesh)
-        for number, place in enumerate(places):
-            fits[place] = logistic.Fitted(*(part[number : number + 1] for part in fitted))
-            score = metric(found[number], validation.targets)
-            went = int(fitted.iterations[number]), bool(fitted.converged[number])
-            points[place] = Point(strengths[number], score, *went)
-        return [points[place].score for place in places]
+        for i, exponent in enumerate(exponents):
+            fits[exponent] = logistic.Fitted(*(part[i : i + 1] for part in fitted))
+            points[exponent] = Point(
+                l2=penalties[i],
+                score=metric(found[i], validation.targets),
+                iterations=int(fitted.iterations[i]),
+                converged=bool(fitted.converged[i]),
+            )
+        return [points[exponent].score for exponent in exponents]
 
     best = search(scores_at)
-    return Choice(points[best], tuple(points[place] for place in sorted(points)), fits[best])
+    return Choice(points[best], tuple(points[exponent] for exponent in sorted(points)), fits[best])
 
 
 def search(scores_at: Callable[[list[int]], list[float]]) -> int:
-    """The place of the best strength, 10 ** (place / STEPS), by scores at places asked for."""
-    places, step, scores = list(range(-_EDGE, _EDGE + 1, _COARSE)), _COARSE, {}
+    """Searches for the best penalty, 10 ** (exponent / STEPS).
+
+    Args:
+      scores_at: returns the scores at some exponents; called with new ones each time.
+
+    Returns:
+      The exponent with the highest score; of equal scores the largest exponent.
+    """
+    exponents, step, scores = list(range(-_EDGE, _EDGE + 1, _COARSE)), _COARSE, {}
     while True:
-        scores |= zip(places, scores_at(places))
-        best = max(scores, key=lambda place: (scores[place], place))
+        scores |= zip(exponents, scores_at(exponents))
+        best = max(scores, key=lambda exponent: (scores[exponent], exponent))
         if step == 1:
             return best
         step //= 2
-        places = [place for place in (best - step, best + step) if abs(place) <= _EDGE]
+        exponents = [each for each in (best - step, best + step) if abs(each) <= _EDGE]
 
 
-def _between(fits: dict[int, logistic.Fitted], places: list[int]) -> logistic.Start:
-    """Means of the fits on either side: the optimum moves smoothly with the strength's logarithm.
+def _between(fits: dict[int, logistic.Fitted], exponents: list[int]) -> logistic.Start:
+    """Averages the fits on either side of each exponent, as starting points.
 
-    They start nearer than either of the two, by a third to three quarters of the iterations.
+    The optimum moves smoothly with the logarithm of the penalty. The averages save a third to three
+    quarters of the iterations of a start from either of the two.
     """
-    weaker = [fits[max(at for at in fits if at < place)] for place in places]
-    stronger = [fits[min(at for at in fits if at > place)] for place in places]
-    weights = [(a.weights + b.weights) / 2 for a, b in zip(weaker, stronger)]
-    bias = [(a.bias + b.bias) / 2 for a, b in zip(weaker, stronger)]
+    below = [fits[max(at for at in fits if at < exponent)] for exponent in exponents]
+    above = [fits[min(at for at in fits if at > exponent)] for exponent in exponents]
+    weights = [(a.weights + b.weights) / 2 for a, b in zip(below, above)]
+    bias = [(a.bias + b.bias) / 2 for a, b in zip(below, above)]
     return np.concatenate(weights), np.concatenate(bias)
 
 
 def hold_out(examples: Split, seed: int) -> tuple[Split, Split]:
-    """A training set, and a fifth of the examples to validate on, drawn by the seed.
+    """Splits examples into a training set and a fifth to validate on, drawn by a seed.
 
-    The fifth is of each class, rounded down but at least one; a class with a single example keeps
-    it for training. Where examples have several labels, it is of all of them together.
+    The fifth is taken of each class, rounded down but at least one; a class with a single example
+    keeps it for training. Where examples have several labels, it is taken of all together.
     """
     rng = np.random.default_rng(seed)
     targets = examples.targets

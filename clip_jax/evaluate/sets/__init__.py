@@ -1,6 +1,10 @@
-"""Evaluation data sets: what is known of each (sets/*.json), and where it lies on disk.
+"""Evaluation data sets: their descriptions (definitions/*.json), and their splits on disk.
 
-dataset: what is known of a set; reading: of a JSON file; own: of a directory of the user's;
-registry: sets by name; classes: how a source's classes become a set's; views: sources cut and
-relabelled; directories, finding: a split as a `clip_jax.data` source, or what fetches it.
+dataset       the description of a set
+descriptions  reads it from a JSON file, or from a directory of the user's own
+registry      sets by name
+classes       maps the classes of a source to those of a set
+views         sources cut and relabelled
+directories   a split in a directory as a `clip_jax.data` source
+finding       a split wherever it lies, or the command that fetches it
 """

@@ -1,4 +1,4 @@
-"""How the classes of a source become those of a data set.
+"""Maps the classes of a source to those of a data set.
 
 Sources number their classes as they please. Where they name them, the names decide: compared
 without case, accents, spaces and punctuation, and with the aliases that the set's file lists.
@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int32
 
 from clip_jax.errors import UserError
 from clip_jax.evaluate.sets.dataset import Dataset
@@ -15,20 +16,22 @@ from clip_jax.evaluate.sets.dataset import Dataset
 _SHOWN = 3  # names in a message
 
 
-def match(dataset: Dataset, base: Dataset | None, names: Sequence[str], where: str) -> np.ndarray:
-    """The class of the set for each class of a source.
+def match(
+    dataset: Dataset, base: Dataset | None, names: Sequence[str], where: str
+) -> Int32[np.ndarray, " source_classes"]:
+    """Matches each class of a source with a class of the set.
 
     Args:
-      dataset: whose classes are wanted.
-      base: the set that it is a shift of; None: none.
-      names: of the source's classes, by label; empty: it has only their numbers.
-      where: names the source in messages.
+      dataset: the set.
+      base: reference set that it is a shift of; None: none.
+      names: names of the source's classes, by label; empty: it has only their numbers.
+      where: name of the source in messages.
 
     Returns:
-      int32 [source's classes], -1: a class that is not evaluated.
+      The label in the set; -1: a class that is not evaluated.
 
     Raises:
-      UserError: names the first classes that are not found.
+      UserError: some classes are not found; it names the first ones.
     """
     classes = len(dataset.class_names)
     if not names:
@@ -48,8 +51,8 @@ def match(dataset: Dataset, base: Dataset | None, names: Sequence[str], where: s
         check_numbers(int(numbers.max()), dataset, where)
         return numbers
     known = lookup(dataset)
-    left_out = {key(name) for name in dataset.naming.left_out} | set(lookup(base) if base else ())
-    if unknown := [n for n, k in zip(names, keys) if k not in known and k not in left_out]:
+    ignored = {key(name) for name in dataset.naming.ignored} | set(lookup(base) if base else ())
+    if unknown := [n for n, k in zip(names, keys) if k not in known and k not in ignored]:
         raise UserError(
             f"{len(unknown)} of {len(names)} classes in {where} are not classes of {dataset.name}: "
             f"{', '.join(map(repr, unknown[:_SHOWN]))}{', ...' if len(unknown) > _SHOWN else ''}. "
@@ -60,7 +63,7 @@ def match(dataset: Dataset, base: Dataset | None, names: Sequence[str], where: s
 
 
 def check_numbers(largest: int, dataset: Dataset, where: str) -> None:
-    """Raises UserError where a label is beyond the classes of the set."""
+    """Checks that the largest label is a class of the set; UserError where it is not."""
     if largest >= len(dataset.class_names):
         raise UserError(
             f"There is a label {largest} in {where}, but {dataset.name} has "
@@ -69,7 +72,7 @@ def check_numbers(largest: int, dataset: Dataset, where: str) -> None:
 
 
 def lookup(dataset: Dataset) -> dict[str, int]:
-    """The label of every name that can stand for one class alone, by its `key`."""
+    """Returns the label of every name that stands for one class alone, by the name's `key`."""
     found: dict[str, set[int]] = {}
     sets = (dataset.class_names, *dataset.class_sets.values(), dataset.naming.ids)
     for names in sets:
@@ -87,13 +90,13 @@ def lookup(dataset: Dataset) -> dict[str, int]:
 
 
 def key(name: str) -> str:
-    """A name for comparison: letters and digits alone, in lower case and without accents."""
+    """Reduces a name to letters and digits, in lower case and without accents, to compare it."""
     plain = unicodedata.normalize("NFKD", name).casefold()
     return "".join(filter(str.isalnum, plain)) or name
 
 
 def _agree(keys: Sequence[str], names: Sequence[str]) -> bool:
-    """Whether these are the same classes in the same order; two may share a name then."""
+    """Tells whether these are the same classes in the same order; two may share a name then."""
     return len(keys) == len(names) and all(
         k == key(name) or k in map(key, name.split("|")) for k, name in zip(keys, names)
     )

@@ -1,4 +1,4 @@
-"""What is known of an evaluation data set: its classes, prompts, splits and where it lies."""
+"""The description of an evaluation data set: classes, prompts, splits and location."""
 
 import dataclasses
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from clip_jax.errors import UserError
 
 KINDS = ("classification", "retrieval")
-ROLES = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 METRICS = ("accuracy", "mean_per_class", "map_11_point", "roc_auc", "mean_top1_top5")
 
 
@@ -17,8 +17,8 @@ class Tfds:
     """A set as TFDS prepares it.
 
     Attributes:
-      name: with its configuration, such as "voc/2007".
-      splits: in TFDS's notation, by role.
+      name: name with its configuration, such as "voc/2007".
+      splits: by split, its name in TFDS's notation.
       image_key, text_key, label_key, group_keys: features; "": the usual one, or none.
     """
 
@@ -35,8 +35,8 @@ class Table:
     """Tables that list the images of a set.
 
     Attributes:
-      files: by role, relative to the set's directory; the first that is there is taken. A pattern
-        stands for several .parquet files.
+      files: by split, paths relative to the set's directory; the first that exists is taken. A
+        pattern stands for several .parquet files.
       image_key, text_key, label_key, group_keys: columns; "": the usual one, or none.
     """
 
@@ -48,25 +48,25 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Where:
-    """Where a set may lie, and how to get it.
+class Location:
+    """The places of a set, and the way to get it.
 
     Attributes:
       path: the set's own directory; "": it is one of `directories` in the data directory.
-      directories: names that its directory may have, CLIP_benchmark's among them.
-      splits: by role, names that the directory of the split may have.
-      validation_share: of the training split, where a directory has none for validation.
-      tfds: as prepared by TFDS; None: TFDS does not have it, or not with these labels.
-      table: that lists the images; None: directories tell.
-      digits: by role, splits of the embedded digits.
-      hub: the repository with tar shards in CLIP_benchmark's layout; "": none.
-      obtain: what a person must do where a command does not suffice; "": nothing.
+      directories: names of its directory, CLIP_benchmark's among them.
+      splits: by split, names of its directory.
+      validation_fraction: part of the training split that stands in for a missing validation split.
+      tfds: the set as TFDS prepares it; None: TFDS does not have it, or not with these labels.
+      table: tables that list the images; None: directories tell.
+      digits: by split, splits of the embedded digits.
+      hub: repository with tar shards in CLIP_benchmark's layout; "": none.
+      obtain: instructions for a person where a command does not suffice; "": none.
     """
 
     path: str = ""
     directories: tuple[str, ...] = ()
     splits: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    validation_share: float = 0.1
+    validation_fraction: float = 0.1
     tfds: Tfds | None = None
     table: Table | None = None
     digits: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -76,25 +76,31 @@ class Where:
 
 @dataclasses.dataclass(frozen=True)
 class Naming:
-    """How sources name the classes, where it is not as `Dataset.class_names` does.
+    """The names of the classes in sources, where they differ from `Dataset.class_names`.
 
     Attributes:
       ids: identifiers of the classes, such as WordNet's, in the order of the class names.
-      aliases: other names of classes, and the class name or its first alternative.
-      left_out: names of classes that are not evaluated: their images have no label.
+      aliases: by further name of a class, its class name or the first alternative of it.
+      ignored: names of classes that are not evaluated: their images have no label.
       same_names: names that several classes share on purpose.
       numbered: whether labels without names count the classes in the order of the class names.
     """
 
     ids: tuple[str, ...] = ()
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    left_out: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     same_names: tuple[str, ...] = ()
     numbered: bool = False
 
 
 class PromptSet(NamedTuple):
-    """Class names and templates that belong together, and what they are called."""
+    """Class names and templates that belong together.
+
+    Attributes:
+      name: name of the set of prompts.
+      class_names: names by label.
+      templates: texts with one {} each.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -106,24 +112,24 @@ class Dataset:
     """An evaluation data set.
 
     Attributes:
-      name: by which it is asked for.
-      title: for people.
-      kind: of `KINDS`.
-      metric: of `METRICS`; "" for retrieval.
-      class_names: by label; alternatives of one class joined by "|". Empty: the source's own.
+      name: name on the command line.
+      title: name in reports.
+      kind: one of `KINDS`.
+      metric: one of `METRICS`; "" for retrieval.
+      class_names: names by label; alternatives of one class joined by "|". Empty: the source's own.
       prompts: sets of templates with one {} each, by name: "paper", "clip_benchmark", ...
-      class_sets: class names in the same order, where a set of prompts has its own.
+      class_sets: by name of a set of prompts, its own class names in the same order.
       multi_label: whether an image has any number of classes.
       partial: whether classes may have no image.
-      collections: that it belongs to.
-      base: the set that this one is a shift of; "": none.
-      base_classes: for each class, the classes of the base that it stands for.
+      collections: collections that it belongs to.
+      base: reference set that this one is a shift of; "": none.
+      base_classes: for each class, its classes in the base.
       added_classes: for a bias probe, names that are offered beside the classes, by category.
       further_classes: likewise, offered beside these once more, as the paper did with "child".
-      where: it is to be found.
-      naming: of its classes in sources.
-      sources: where these facts come from.
-      notes: what one should know of it.
+      where: places of the set.
+      naming: names of the classes in sources.
+      sources: references for these facts.
+      notes: remarks for people who compare numbers.
     """
 
     name: str
@@ -140,35 +146,34 @@ class Dataset:
     base_classes: tuple[tuple[int, ...], ...] = ()
     added_classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     further_classes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    where: Where = dataclasses.field(default_factory=Where)
+    where: Location = dataclasses.field(default_factory=Location)
     naming: Naming = dataclasses.field(default_factory=Naming)
     sources: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
-    def roles(self) -> tuple[str, ...]:
-        """Of `ROLES`, those that it has in some form; a directory may still lack one."""
+    def splits(self) -> tuple[str, ...]:
+        """Those of `SPLITS` that it has in some form; a directory may still lack one."""
         where = self.where
         forms = [where.splits, where.tfds.splits if where.tfds else {}, where.digits]
         forms.append(where.table.files if where.table else {})
-        held = {role for form in forms for role in form}
-        # What has no split for validation lends a part of its training split.
-        return tuple(r for r in ROLES if r in held or (r == "validation" and "train" in held))
+        held = {split for form in forms for split in form}
+        # Without a validation split, a part of the training split stands in.
+        return tuple(s for s in SPLITS if s in held or (s == "validation" and "train" in held))
 
     @property
     def group_keys(self) -> tuple[str, ...]:
-        """What its examples are grouped by, for bias probes."""
+        """The keys of the group labels, for bias probes."""
         forms = [form for form in (self.where.table, self.where.tfds) if form is not None]
         return tuple(filter(None, forms[0].group_keys.split(","))) if forms else ()
 
     def prompt_set(self, name: str) -> PromptSet:
-        """The class names and templates of a set of prompts.
+        """Returns the class names and templates of a set of prompts.
 
-        Where there is a single one, as for sets of the user's own, it is that one, whatever its
-        name.
+        A single set of prompts, as data sets of the user's own have, answers to any name.
 
         Raises:
-          UserError: there is none of this name.
+          UserError: there is no set of this name.
         """
         found = name if name in self.prompts or len(self.prompts) != 1 else next(iter(self.prompts))
         if found not in self.prompts:
@@ -179,10 +184,10 @@ class Dataset:
 
 
 def inherit(shift: Dataset, base: Dataset) -> Dataset:
-    """Class names, identifiers and prompts of the base, for the classes that the shift has.
+    """Completes a shift with the class names, identifiers and prompts of its base.
 
     Raises:
-      UserError: a class stands for several of the base, and so needs a name of its own.
+      UserError: a class stands for several classes of the base, and needs a name of its own.
     """
     numbers = shift.base_classes or tuple((label,) for label in range(len(base.class_names)))
     if any(len(each) != 1 for each in numbers):
@@ -207,7 +212,7 @@ def inherit(shift: Dataset, base: Dataset) -> Dataset:
 
 
 def check_base(shift: Dataset, base: Dataset) -> None:
-    """Raises UserError where a shift has classes that its base does not have."""
+    """Checks that the base has the classes of a shift; UserError where it has not."""
     for number in (number for each in shift.base_classes for number in each):
         if not isinstance(number, int) or not 0 <= number < len(base.class_names):
             raise UserError(
@@ -217,13 +222,13 @@ def check_base(shift: Dataset, base: Dataset) -> None:
 
 
 def check(dataset: Dataset) -> Dataset:
-    """The same set, if its names and prompts can be used.
+    """Checks the names and prompts of a set, and returns it.
 
     Raises:
-      UserError: a template without its slot, class names twice, or lists that do not fit.
+      UserError: a template without its slot, class names twice, or lists of different lengths.
     """
-    for role, templates in dataset.prompts.items():
-        check_templates(templates, f"the prompts {role!r} of {dataset.name}")
+    for name, templates in dataset.prompts.items():
+        check_templates(templates, f"the prompts {name!r} of {dataset.name}")
     lists = {"class_names": dataset.class_names, **dataset.class_sets}
     for which, names in lists.items():
         check_names(names, dataset.naming.same_names, f"{which} of {dataset.name}")
@@ -247,7 +252,7 @@ def check(dataset: Dataset) -> Dataset:
 
 
 def check_templates(templates: Iterable[str], what: str) -> None:
-    """Raises UserError where a template has no slot for the class name, or several."""
+    """Checks that each template has one slot for the class name; UserError where not."""
     for template in templates:
         if template.count("{}") != 1:
             raise UserError(
@@ -257,7 +262,7 @@ def check_templates(templates: Iterable[str], what: str) -> None:
 
 
 def check_names(names: Sequence[str], same_names: Sequence[str], what: str) -> None:
-    """Raises UserError where a class name is empty, or where two classes share one."""
+    """Checks that no class name is empty or stands for two classes; UserError where one does."""
     spoken = [name for alternatives in names for name in set(alternatives.split("|"))]
     if not all(name.strip() for name in spoken):
         raise UserError(f"There is an empty name among the {what}.")
@@ -271,7 +276,7 @@ def check_names(names: Sequence[str], same_names: Sequence[str], what: str) -> N
 
 
 def missing_classes(labels: Iterable[Sequence[int]], class_names: Sequence[str]) -> list[str]:
-    """Names of the classes that none of `labels` (the labels of each example) has."""
+    """Returns the names of the classes that no example has, by the labels of each example."""
     seen = {label for each in labels for label in each}
     return [name for label, name in enumerate(class_names) if label not in seen]
 
@@ -280,12 +285,12 @@ def check_classes(labels: Iterable[Sequence[int]], class_names: Sequence[str], w
     """Checks that every class has images.
 
     Args:
-      labels: of each example, () where it has none.
-      class_names: of all classes.
-      what: names the split in the message, such as "the training split of cifar10".
+      labels: labels of each example, () where it has none.
+      class_names: names of all classes.
+      what: name of the split in the message, such as "the training split of cifar10".
 
     Raises:
-      UserError: names the classes without images, and how many they are.
+      UserError: some classes have no images; it names them.
     """
     if missing := missing_classes(labels, class_names):
         shown = ", ".join(name.split("|")[0] for name in missing[:5])

@@ -15,57 +15,57 @@ from clip_jax.evaluate.sets.views import Part
 from clip_jax.storage import locations
 
 
-def open_role(
-    dataset: Dataset, role: str, root: epath.Path, fallback_dir: epath.Path | None
+def open_split(
+    dataset: Dataset, split: str, root: epath.Path, fallback_dir: epath.Path | None
 ) -> tuple[Source, str] | None:
-    """A split of a set in a directory.
+    """Opens a split of a set in a directory.
 
     Args:
       dataset: the set.
-      role: "train", "validation" or "test".
+      split: "train", "validation" or "test".
       root: the directory.
       fallback_dir: directory for indices of shards whose own cannot be written to.
 
     Returns:
-      The source, labels as stored; and its path, for messages. None: the split is not there.
+      The source, labels as stored, and its path, for messages; None: the split is not there.
 
     Raises:
       UserError: it is there and cannot be used.
     """
     where = dataset.where
-    path = _path(dataset, role, root)
-    if path is None and role == "validation":
+    path = _path(dataset, split, root)
+    if path is None and split == "validation":
         path = _path(dataset, "train", root)
-        share, last = where.validation_share, True
-    elif role == "train" and _path(dataset, "validation", root) is None:
-        share, last = where.validation_share, False
+        fraction, held_out = where.validation_fraction, True
+    elif split == "train" and _path(dataset, "validation", root) is None:
+        fraction, held_out = where.validation_fraction, False
     else:
-        share, last = 0.0, False
+        fraction, held_out = 0.0, False
     if path is None:
         return None
     source = _open(dataset, root, path, fallback_dir)
-    return (Part(source, share, last) if share else source), str(path)
+    return (Part(source, fraction, held_out) if fraction else source), str(path)
 
 
 def class_folders(root: epath.Path, splits: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Names of the class folders of all splits, or of the root if it has none; sorted."""
-    places = [root / name for names in splits.values() for name in names]
-    found = {name for place in places for name in _image_folders(place)}
+    """Returns the class folders of all splits, or of the root if it has none; sorted."""
+    directories = [root / name for names in splits.values() for name in names]
+    found = {name for directory in directories for name in _image_folders(directory)}
     return tuple(sorted(found or _image_folders(root)))
 
 
-def _path(dataset: Dataset, role: str, root: epath.Path) -> epath.Path | None:
-    """The table or directory of a split; None: there is none."""
+def _path(dataset: Dataset, split: str, root: epath.Path) -> epath.Path | None:
+    """Returns the table or directory of a split; None: there is none."""
     where = dataset.where
-    for name in where.table.files.get(role, ()) if where.table else ():
+    for name in where.table.files.get(split, ()) if where.table else ():
         if (root / name).exists() or ("*" in name and locations.expand(str(root / name), "")):
             return root / name
-    for name in where.splits.get(role, ()):
+    for name in where.splits.get(split, ()):
         if (root / name).is_dir():
             return root / name
     everywhere = [root / name for names in where.splits.values() for name in names]
     # A set without splits, such as a shift as it is distributed, is for testing.
-    if role == "test" and role in where.splits and not any(each.is_dir() for each in everywhere):
+    if split == "test" and split in where.splits and not any(each.is_dir() for each in everywhere):
         return root if _image_folders(root) else None
     return None
 
@@ -78,7 +78,7 @@ def _open(
         raise UserError(
             f"The images of {path} have no classes: for {dataset.name} they should lie in folders "
             "named by class, without captions beside them, or stand in a table that a JSON file "
-            "describes (clip_jax/datasets/README.md)."
+            "describes (clip_jax/evaluate/sets/README.md)."
         )
     if source.labels is not None and not source.class_names and dataset.class_names:
         classes.check_numbers(source.labels.largest, dataset, str(path))
@@ -101,7 +101,7 @@ def _source(
 
 
 def _image_folders(root: epath.Path) -> set[str]:
-    """Folders below the root that have images, relative to it."""
+    """Returns the folders below the root that have images, relative to it."""
     visible = (name for name in locations.tree(root) if "/." not in f"/{name}")
     images = (name for name in visible if name.rpartition(".")[2].lower() in IMAGE_SUFFIXES)
     return {name.rpartition("/")[0] for name in images} - {""}

@@ -1,4 +1,4 @@
-"""A split of a data set as a source, wherever it lies; or how to get it."""
+"""Opens a split of a data set wherever it lies, or names the command that fetches it."""
 
 import dataclasses
 import itertools
@@ -16,31 +16,31 @@ from clip_jax.evaluate.sets.views import Part, Relabelled
 from clip_jax.storage import locations, remote
 
 _TFDS_DIR = "~/tensorflow_datasets"  # TFDS's own, unless TFDS_DATA_DIR says otherwise
-_THREADS = 16  # that look for directories
+_THREADS = 16  # look-ups of directories at a time
 
 
 class NotOnDisk(UserError):
-    """A data set or its split is not there; the message names what fetches it."""
+    """A data set or its split is not there; the message says how to fetch it."""
 
 
 def open_split(
     dataset: Dataset,
-    role: str,
+    split: str,
     data_dir: str,
     *,
     image_size: int,
     fallback_dir: epath.Path | None = None,
 ) -> Source:
-    """A split with the data set's classes.
+    """Opens a split with the data set's classes.
 
-    Looked for are, in this order: the directory of the set in `data_dir`, in any of its names;
-    the set as TFDS prepares it, in `data_dir` or TFDS's own directory.
+    It looks first for the directory of the set in `data_dir`, under any of its names, then for the
+    set as TFDS prepares it, in `data_dir` or TFDS's own directory.
 
     Args:
       dataset: the set.
-      role: "train", "validation" or "test".
-      data_dir: where data sets lie, local, gs:// or s3://; "": only TFDS's own directory.
-      image_size: pixels along a side, of embedded sets, which are drawn.
+      split: "train", "validation" or "test".
+      data_dir: directory of data sets, local, gs:// or s3://; "": only TFDS's own directory.
+      image_size: pixels along a side of embedded sets, which are drawn.
       fallback_dir: directory for indices of shards whose own cannot be written to.
 
     Returns:
@@ -50,36 +50,38 @@ def open_split(
       NotOnDisk: it is not there.
       UserError: the set has no such split, or what is there cannot be used.
     """
-    if role not in dataset.roles:
-        have = ", ".join(dataset.roles) or "none"
-        raise UserError(f"The set {dataset.name} has no split for {role}; it has: {have}.")
+    if split not in dataset.splits:
+        have = ", ".join(dataset.splits) or "none"
+        raise UserError(f"The set {dataset.name} has no split for {split}; it has: {have}.")
     if dataset.where.digits:
-        return _digits(dataset, role, image_size)
+        return _digits(dataset, split, image_size)
     roots = _roots(dataset, data_dir)
     for root in roots:
-        if (found := directories.open_role(dataset, role, root, fallback_dir)) is not None:
+        if (found := directories.open_split(dataset, split, root, fallback_dir)) is not None:
             return _relabel(dataset, *found)
-    if (place := _prepared(dataset, role, data_dir)) is not None:
-        return _relabel(dataset, *_tfds(dataset, role, place, fallback_dir))
+    if (tfds_dir := _prepared(dataset, split, data_dir)) is not None:
+        return _relabel(dataset, *_tfds(dataset, split, tfds_dir, fallback_dir))
     if remote.is_remote(data_dir):
         locations.check_bucket(locations.parse(data_dir))
-    raise NotOnDisk(_not_on_disk(dataset, role, data_dir, next(iter(roots), None)))
+    raise NotOnDisk(_not_on_disk(dataset, split, data_dir, next(iter(roots), None)))
 
 
 def with_classes_of(dataset: Dataset, source: Source) -> Dataset:
-    """The same set; if its file names no classes, with those that a source of it has."""
+    """Completes a set that names no classes with those of its source."""
     if dataset.class_names:
         return dataset
     return dataclasses.replace(dataset, class_names=source.class_names)
 
 
 def fetching(dataset: Dataset, data_dir: str) -> str:
-    """What gets a set: commands, or what a person must do; "": nothing is known."""
+    """Returns commands or instructions that fetch a set; "": none are known."""
     where, commands = dataset.where, []
-    place = data_dir or "DIR"
+    target = data_dir or "DIR"
     if where.hub:
         folder = where.hub.rpartition("/")[2]
-        commands.append(f"hf download {where.hub} --repo-type dataset --local-dir {place}/{folder}")
+        commands.append(
+            f"hf download {where.hub} --repo-type dataset --local-dir {target}/{folder}"
+        )
     if where.tfds:
         into = f" --data_dir={data_dir}" if data_dir else ""
         commands.append(f"tfds build {where.tfds.name}{into} --file_format=array_record")
@@ -87,15 +89,16 @@ def fetching(dataset: Dataset, data_dir: str) -> str:
     return " ".join(filter(None, ways))
 
 
-def _digits(dataset: Dataset, role: str, image_size: int) -> Source:
+def _digits(dataset: Dataset, split: str, image_size: int) -> Source:
     splits = dataset.where.digits
-    apart = "validation" not in splits and role != "test"
-    source = DigitScenes(splits["train" if apart else role], image_size, seed=0)
-    return Part(source, dataset.where.validation_share, role == "validation") if apart else source
+    if split == "test" or "validation" in splits:
+        return DigitScenes(splits[split], image_size, seed=0)
+    source = DigitScenes(splits["train"], image_size, seed=0)
+    return Part(source, dataset.where.validation_fraction, split == "validation")
 
 
 def _roots(dataset: Dataset, data_dir: str) -> list[epath.Path]:
-    """Directories of the set, of those that it may have."""
+    """Returns the directories of the set that exist."""
     where, roots = dataset.where, []
     if where.path:
         roots = [locations.parse(where.path)]
@@ -104,24 +107,24 @@ def _roots(dataset: Dataset, data_dir: str) -> list[epath.Path]:
         names |= dict.fromkeys(f"wds_{name.replace('/', '-')}" for name in names)
         roots = [locations.parse(data_dir) / name for name in names]
     with futures.ThreadPoolExecutor(_THREADS) as pool:
-        there = pool.map(lambda root: root.is_dir(), roots)
-        return list(itertools.compress(roots, there))
+        exists = pool.map(lambda root: root.is_dir(), roots)
+        return list(itertools.compress(roots, exists))
 
 
-def _prepared(dataset: Dataset, role: str, data_dir: str) -> str | None:
-    """TFDS's data_dir with the set, found without importing TensorFlow; None: nowhere."""
+def _prepared(dataset: Dataset, split: str, data_dir: str) -> str | None:
+    """Finds TFDS's data_dir with the set, without importing TensorFlow; None: nowhere."""
     tfds = dataset.where.tfds
-    if tfds is None or role not in tfds.splits:
+    if tfds is None or split not in tfds.splits:
         return None
-    for place in filter(None, (data_dir, os.environ.get("TFDS_DATA_DIR", _TFDS_DIR))):
-        root = locations.parse(place) / tfds.name
+    for tfds_dir in filter(None, (data_dir, os.environ.get("TFDS_DATA_DIR", _TFDS_DIR))):
+        root = locations.parse(tfds_dir) / tfds.name
         if root.is_dir() and next(iter(root.glob("*/features.json")), None):
-            return str(locations.parse(place))
+            return str(locations.parse(tfds_dir))
     return None
 
 
 def _tfds(
-    dataset: Dataset, role: str, place: str, fallback_dir: epath.Path | None
+    dataset: Dataset, split: str, tfds_dir: str, fallback_dir: epath.Path | None
 ) -> tuple[Source, str]:
     from clip_jax.configs import default
     from clip_jax.data.sources import opening
@@ -132,8 +135,8 @@ def _tfds(
     spec = default.source(
         type="tfds",
         name=form.name,
-        path=place,
-        split=form.splits[role],
+        path=tfds_dir,
+        split=form.splits[split],
         **{key: getattr(form, key) for key in keys},
     )
     source = opening.create(spec, image_size=0, seed=0, fallback_dir=fallback_dir)
@@ -148,11 +151,11 @@ def _relabel(dataset: Dataset, source: Source, where: str) -> Source:
     return Relabelled(source, numbers, dataset.class_names)
 
 
-def _not_on_disk(dataset: Dataset, role: str, data_dir: str, there: epath.Path | None) -> str:
+def _not_on_disk(dataset: Dataset, split: str, data_dir: str, found: epath.Path | None) -> str:
     name, where = dataset.name, dataset.where
-    if there is not None:
-        message = f"The {role} split of {name} is not in {there}"
-        if names := where.splits.get(role):
+    if found is not None:
+        message = f"The {split} split of {name} is not in {found}"
+        if names := where.splits.get(split):
             message += f", which has no directory {' or '.join(names)}"
     else:
         folder = where.hub.rpartition("/")[2]
@@ -162,5 +165,5 @@ def _not_on_disk(dataset: Dataset, role: str, data_dir: str, there: epath.Path |
         message = f"The set {name} is not on disk (looked for {', '.join(looked) or 'nothing'})"
         if not data_dir:
             message += "; name the directory of data sets by --data_dir"
-    way = fetching(dataset, data_dir)
-    return f"{message}. Fetch it by: {way}" if way else f"{message}."
+    commands = fetching(dataset, data_dir)
+    return f"{message}. Fetch it by: {commands}" if commands else f"{message}."

@@ -8,8 +8,7 @@ import json
 from collections.abc import Mapping
 
 from clip_jax.errors import UserError
-from clip_jax.evaluate.sets import custom as own
-from clip_jax.evaluate.sets import dataset, reading
+from clip_jax.evaluate.sets import dataset, descriptions
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.storage import locations
 
@@ -19,20 +18,20 @@ _COLLECTIONS = "collections.json"
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Of all data sets of this package, sorted."""
+    """Returns the names of all data sets of this package, sorted."""
     files = (file.name for file in _SETS.iterdir() if file.name.endswith(".json"))
     return tuple(sorted(name.removesuffix(".json") for name in files if name != _COLLECTIONS))
 
 
 @functools.cache
 def collections() -> Mapping[str, tuple[str, ...]]:
-    """The names of the data sets of each collection, in the order of their tables."""
+    """Returns the data sets of each collection, in the order of their tables."""
     stored = json.loads((_SETS / _COLLECTIONS).read_text("utf-8"))
     return {name: tuple(members) for name, members in stored.items()}
 
 
 def get(name: str) -> Dataset:
-    """The data set of this name, or the one at this path.
+    """Returns the data set of this name, or the one at this path.
 
     Raises:
       UserError: there is neither; or what is at the path describes no data set.
@@ -41,7 +40,7 @@ def get(name: str) -> Dataset:
         return _load(name)
     path = locations.parse(name)
     if path.exists():
-        return own.read(path, get)
+        return descriptions.read_path(path, get)
     near = difflib.get_close_matches(name, [*names(), *collections()], n=3, cutoff=0.5)
     meant = f" Are these meant: {', '.join(near)}?" if near else ""
     raise UserError(
@@ -52,13 +51,13 @@ def get(name: str) -> Dataset:
 
 
 def resolve(wanted: str) -> list[Dataset]:
-    """The data sets that a comma-separated list names, each once.
+    """Returns the data sets of a comma-separated list, each once.
 
     Args:
       wanted: names of sets and collections, and paths, such as "paper27,digits,my/folder".
 
     Raises:
-      UserError: as `get`, or the list is empty.
+      UserError: `get` raises it, or the list is empty.
     """
     items = [item.strip() for item in wanted.split(",") if item.strip()]
     if not items:
@@ -67,17 +66,17 @@ def resolve(wanted: str) -> list[Dataset]:
     return [get(name) for name in dict.fromkeys(expanded)]
 
 
-def base_of(of: Dataset) -> Dataset | None:
-    """The set that this one is a shift of; None: none."""
-    return get(of.base) if of.base else None
+def base_of(shift: Dataset) -> Dataset | None:
+    """Returns the reference set that this one is a shift of; None: it is no shift."""
+    return get(shift.base) if shift.base else None
 
 
 @functools.cache
 def _load(name: str) -> Dataset:
-    """A set of this package; a shift without names of its own has those of its base."""
-    found = reading.read((_SETS / f"{name}.json").read_bytes(), name, f"{name}.json")
-    held = tuple(which for which, members in collections().items() if name in members)
-    found = dataclasses.replace(found, collections=held)
+    """Loads a set of this package; a shift without class names takes those of its base."""
+    found = descriptions.read((_SETS / f"{name}.json").read_bytes(), name, f"{name}.json")
+    containing = tuple(each for each, members in collections().items() if name in members)
+    found = dataclasses.replace(found, collections=containing)
     base = base_of(found)
     if base is not None and not found.class_names:
         found = dataset.inherit(found, base)

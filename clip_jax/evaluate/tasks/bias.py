@@ -34,7 +34,7 @@ def run(context: Context, dataset: Dataset) -> Findings:
         probabilities = special.softmax(embeddings.scale * cosines.astype(np.float64), axis=1)
         wrong = {"misclassified": probabilities.argmax(axis=1) != targets}
         for key, members in groups.items():
-            table = bias.shares(wrong, members, settings.confidence)
+            table = bias.proportions(wrong, members, settings.confidence)
             if added:
                 spoken = [name.split("|")[0] for name in offered]
                 landed = bias.categories(probabilities, spoken, added, members, settings.confidence)

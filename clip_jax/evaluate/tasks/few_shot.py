@@ -47,7 +47,7 @@ def run(context: Context, dataset: Dataset) -> Findings:
         "shots": shots,
         "mean": means,
         "deviation": [0.0 if math.isnan(p.deviation) else p.deviation for p in points],
-        "strengths": [list(p.strengths) for p in points],
+        "strengths": [list(p.l2) for p in points],
         "zero_shot": zero,
         "full": full,
         "full_shots": per_class,

@@ -42,7 +42,7 @@ def run(context: Context, dataset: Dataset) -> Findings:
         context.settings,
     )
     details = {
-        "strength": found.strength,
+        "strength": found.l2,
         "validation_score": max(point.score for point in found.points),
         "points": [list(point) for point in found.points],
         "train": len(train.targets),
@@ -57,7 +57,7 @@ TASK = Task(
     splits=(TRAIN, VALIDATION, TEST),
     requires="classes, and examples to train on",
     supports=lambda context, dataset: (
-        dataset.kind == "classification" and {TRAIN, VALIDATION, TEST} <= set(dataset.roles)
+        dataset.kind == "classification" and {TRAIN, VALIDATION, TEST} <= set(dataset.splits)
     ),
     run=run,
     needs_features=True,

@@ -59,7 +59,7 @@ def _scores(dataset: Dataset, row: overlap.Overlap) -> list[Score]:
         )
         for name, part in (("all", row.all), ("overlap", row.overlap), ("clean", row.clean))
     ]
-    scores.append(Score("overlap", dataset.name, "overlap", "share of images", row.share, n=n))
+    scores.append(Score("overlap", dataset.name, "overlap", "share of images", row.fraction, n=n))
     scores.append(Score("overlap", dataset.name, "overlap", "p-value", row.p_value, n=n))
     return scores
 

@@ -1,4 +1,4 @@
-"""The page of python -m clip_jax search --serve, in a headless Chromium."""
+"""The web page of python -m clip_jax search --serve, in a headless Chromium."""
 
 import base64
 import pathlib
@@ -16,7 +16,7 @@ import clip_jax
 from clip_jax.embed import cli as embed
 from clip_jax.embed.store import open_store
 from clip_jax.errors import UserError
-from clip_jax.search import page
+from clip_jax.search import web
 from clip_jax.search.searcher import Searcher
 
 pytest.importorskip("gradio")
@@ -70,8 +70,8 @@ def address(searcher) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    made = page.build(searcher)
-    page.launch(made, "127.0.0.1", port, prevent_thread_lock=True)
+    made = web.build(searcher)
+    web.launch(made, "127.0.0.1", port, prevent_thread_lock=True)
     yield f"http://127.0.0.1:{port}"
     made.close()
 
@@ -86,7 +86,7 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def tab(browser, address) -> Iterator:
-    """A tab that saw no error and asked no other machine for anything."""
+    """A tab; fails on errors and on requests to other machines."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened, errors, elsewhere = context.new_page(), [], []
     opened.set_default_timeout(TIMEOUT)
@@ -112,7 +112,7 @@ def ask(tab, text: str) -> None:
 
 
 def captions(tab) -> list[str]:
-    """Of the thumbnails, once there are any."""
+    """Returns the captions of the thumbnails, once there are any."""
     tab.wait_for_selector("#results .caption-label")
     return [
         " ".join(text.split()) for text in tab.locator("#results .caption-label").all_inner_texts()
@@ -148,12 +148,13 @@ def test_a_dropped_picture_is_found_and_classified(tab, folder, searcher):
     tab.wait_for_function("document.querySelector('#labels').innerText.includes('%')")
     text = " ".join(tab.locator("#labels").inner_text().split())
     with Image.open(path) as image:
-        odds = searcher.model.zero_shot(image, ["seven", "three", "nine"], ["the digit {}"])[0]
-    for name, share in zip(("seven", "three", "nine"), odds):
-        assert f"{name} {share * 100:.0f}%" in text
+        names = ["seven", "three", "nine"]
+        probabilities = searcher.model.zero_shot(image, names, ["the digit {}"])[0]
+    for name, probability in zip(names, probabilities):
+        assert f"{name} {probability * 100:.0f}%" in text
 
 
-def test_mistakes_are_told(tab):
+def test_user_errors_are_shown(tab):
     tab.locator("#classify").click()
     tab.get_by_text("name two labels or more").first.wait_for()
 
@@ -174,4 +175,4 @@ def test_nothing_is_wider_than_the_window(width, tab):
 def test_without_gradio_it_says_what_to_install(searcher, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"requirements-page.txt"):
-        page.build(searcher)
+        web.build(searcher)

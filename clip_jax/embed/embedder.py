@@ -1,4 +1,4 @@
-"""Fills stores: what is missing of them, each host its share."""
+"""Embeds the missing parts of stores, each host its own."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import tqdm
 from etils import epath
+from jaxtyping import Float32
 
 from clip_jax import sharding
 from clip_jax.api import Model
@@ -19,7 +20,7 @@ from clip_jax.sharding import path_name
 
 
 def fingerprint(model: Model) -> str:
-    """A checksum of a model's parameters and tokenizer, hexadecimal."""
+    """Computes a checksum of a model's parameters and tokenizer, hexadecimal."""
     digest = hashlib.sha256(model.tokenizer.identity.encode() if model.tokenizer else b"")
     for path, leaf in jax.tree.leaves_with_path(model.variables):
         digest.update(path_name(path).encode())
@@ -27,7 +28,7 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def begin(
+def begin_store(
     directory: epath.Path,
     data: Mapping[str, str],
     examples: int,
@@ -38,19 +39,19 @@ def begin(
     format: str,
     rows: int,
 ) -> Store:
-    """A store with its manifest, in which parts may be there already.
+    """Creates a store with its manifest, or resumes the same one with its finished parts.
 
     Args:
-      directory: of the store.
-      data: names the examples, for people and to tell stores apart.
-      examples: their number.
-      model: that embeds them.
-      columns: of `store.COLUMNS`.
-      dtype, format: of `store.DTYPES` and `store.FORMATS`.
+      directory: directory of the store.
+      data: description of the examples, for people and to tell stores apart.
+      examples: number of examples.
+      model: the model.
+      columns: some of `store.COLUMNS`.
+      dtype, format: one of `store.DTYPES` and one of `store.FORMATS`.
       rows: examples in a part.
 
     Raises:
-      UserError: the directory has embeddings made of something else.
+      UserError: the directory has embeddings of other data, or by another model.
     """
     size = model.net.size
     widths = dict.fromkeys(columns, size.embed_dim)
@@ -71,23 +72,27 @@ def begin(
     return store
 
 
-class Maker:
-    """A model on all devices of this host."""
+class Embedder:
+    """A model on all devices of this host.
+
+    Attributes:
+      encoder: its towers.
+    """
 
     def __init__(self, model: Model, batch_size: int, threads: int):
-        """Moves the model there.
+        """Moves the model to the devices.
 
         Args:
-          model: that embeds.
+          model: the model.
           batch_size: images or captions per step, over the devices.
-          threads: that read and decode; 0: one per CPU core.
+          threads: threads that read and decode; 0: one per CPU core.
         """
         mesh = sharding.make_mesh(devices=jax.local_devices())
         model.variables = jax.device_put(model.variables, sharding.replicated(mesh))
         self.encoder = Encoder(model.net, mesh, batch_size, threads)
         self._model, self._threads = model, threads
 
-    def fill(
+    def embed_missing(
         self,
         store: Store,
         source: Source,
@@ -95,14 +100,17 @@ class Maker:
         processes: int = 1,
         label: str = "embedding",
     ) -> int:
-        """Makes the parts that are missing, as far as they are this host's; returns their number.
+        """Embeds the missing parts of this host.
 
         Args:
-          store: begun.
-          source: of its examples.
-          process: which host this is.
-          processes: how many share the work.
-          label: of the progress bar.
+          store: a store with its manifest.
+          source: the examples.
+          process: number of this host.
+          processes: number of hosts.
+          label: label of the progress bar.
+
+        Returns:
+          The number of parts made.
         """
         todo = [part for part in store.missing() if part % processes == process]
         total = sum(stop - first for first, stop in map(store.range, todo))
@@ -110,10 +118,10 @@ class Maker:
             return 0
         with tqdm.tqdm(desc=label, total=total, unit=" examples", mininterval=0.5) as bar:
             for part in todo:
-                self._fill_part(part, store, source, bar)
+                self._embed_part(part, store, source, bar)
         return len(todo)
 
-    def _fill_part(self, part: int, store: Store, source: Source, bar: Any) -> None:
+    def _embed_part(self, part: int, store: Store, source: Source, bar: Any) -> None:
         columns, model = store.manifest.columns, self._model
         reader = Reader(
             source,
@@ -131,8 +139,10 @@ class Maker:
             embeds["text_embed"] = self._texts([row.caption for row in reader.rows])
         store.write(part, reader.rows, embeds, reader.skipped)
 
-    def _images(self, reader: Reader, features: bool, bar: Any) -> dict[str, np.ndarray]:
-        """float32 [n, width] of the n usable examples, by column."""
+    def _images(
+        self, reader: Reader, features: bool, bar: Any
+    ) -> dict[str, Float32[np.ndarray, "usable _"]]:
+        """Embeds the images of the usable examples, by column."""
         size = self._model.net.size
         found = {"image_embed": np.zeros((len(reader), size.embed_dim), np.float32)}
         if features:
@@ -142,10 +152,9 @@ class Maker:
             for name, values in found.items():
                 values[batch["index"]] = batch[name.removeprefix("image_")]
             bar.update(len(batch["index"]))
-        return {name: values[reader.numbers] for name, values in found.items()}
+        return {name: values[reader.indices] for name, values in found.items()}
 
-    def _texts(self, captions: list[str]) -> np.ndarray:
-        """float32 [n, width]."""
+    def _texts(self, captions: list[str]) -> Float32[np.ndarray, "texts embed"]:
         assert self._model.tokenizer is not None
         tokens = self._model.tokenizer(captions, truncate=True)
         return self.encoder.texts(self._model.variables, tokens, by_length=True)

@@ -1,11 +1,10 @@
-"""Learning curves: what they draw is the metrics given."""
+"""Learning curves: the drawn lines are the metrics given."""
 
 import re
 
 import numpy as np
-import pytest
 
-from clip_jax.common.pages import curves, svg
+from clip_jax.common.pages import curves
 
 
 def test_resumed_and_sparse_history():
@@ -57,11 +56,3 @@ def test_long_series_are_averaged_with_their_range():
         start = end
     assert start == 5000
     assert len(curves.draw([curves.Series("a/b", steps, values)], "b")) < 60_000
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (2.5e-4, "2.5e-4"), (1191.2, "1191"), (9999.6, "10k"), (1_234_567, "1.235M")],
-)
-def test_short(value, text):
-    assert svg.short(value) == text

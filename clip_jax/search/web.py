@@ -1,4 +1,4 @@
-"""The page of python -m clip_jax search --serve: thumbnails, a picture and its labels."""
+"""The web page of python -m clip_jax search --serve: thumbnails, a picture and its labels."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ from clip_jax.embed import inputs
 from clip_jax.errors import BadExample, UserError
 from clip_jax.search.searcher import Hit, Searcher
 
-_RESULTS = 24  # of a search
+_RESULTS = 24  # shown for a query
 _SIDE = 320  # pixels of a thumbnail
 _TEMPLATE = "a photo of a {}."
 _FONTS = ("system-ui", "sans-serif")  # nothing is fetched from elsewhere
@@ -38,7 +38,7 @@ Thumbnails = list[tuple[Image.Image, str]]
 
 
 def serve(searcher: Searcher, host: str, port: int) -> None:
-    """Shows the page until interrupted.
+    """Serves the page until interrupted.
 
     Raises:
       UserError: gradio is missing, the pictures are no longer there, or the port is taken.
@@ -49,7 +49,7 @@ def serve(searcher: Searcher, host: str, port: int) -> None:
 
 
 def launch(page: Any, host: str, port: int, prevent_thread_lock: bool) -> None:
-    """Serves what `build` made; with `prevent_thread_lock`, in a thread of its own."""
+    """Serves a built page; `prevent_thread_lock`: in a thread of its own."""
     gradio = _gradio()
     try:
         page.launch(
@@ -69,8 +69,8 @@ def launch(page: Any, host: str, port: int, prevent_thread_lock: bool) -> None:
 
 
 def build(searcher: Searcher) -> Any:
-    """The page as a `gradio.Blocks`, not served yet."""
-    gradio, desk = _gradio(), Desk(searcher)
+    """Builds the page as a `gradio.Blocks`, not served yet."""
+    gradio, handlers = _gradio(), Handlers(searcher)
     manifest, count = searcher.store.manifest, sum(searcher.store.counts())
     with gradio.Blocks(title="clip_jax search", analytics_enabled=False) as page:
         gradio.Markdown(
@@ -89,7 +89,7 @@ def build(searcher: Searcher) -> Any:
                         min_width=200,
                     )
                     go = gradio.Button("Search", variant="primary", scale=1, min_width=90)
-                results = _results(gradio, desk)
+                results = _results(gradio, handlers)
             with gradio.Column(scale=1, min_width=280):
                 picture = gradio.Image(
                     label="Picture",
@@ -108,15 +108,15 @@ def build(searcher: Searcher) -> Any:
                 template = gradio.Textbox(label="Template", value=_TEMPLATE, elem_id="template")
                 classify = gradio.Button("Which label fits?", elem_id="classify")
                 labels = gradio.Label(label="Probabilities", elem_id="labels", show_heading=False)
-        gradio.on([go.click, query.submit], _told(desk.by_text), query, results)
-        picture.upload(_told(desk.by_picture), picture, results)
+        gradio.on([go.click, query.submit], _showing_errors(handlers.by_text), query, results)
+        picture.upload(_showing_errors(handlers.by_picture), picture, results)
         asked = [picture, names, template]
-        gradio.on([classify.click, names.submit], _told(desk.labels), asked, labels)
+        gradio.on([classify.click, names.submit], _showing_errors(handlers.labels), asked, labels)
     return page
 
 
-class Desk:
-    """What the page asks for."""
+class Handlers:
+    """The functions behind the page's controls."""
 
     def __init__(self, searcher: Searcher):
         """Opens the data whose pictures are shown; UserError where they are no longer there."""
@@ -126,22 +126,23 @@ class Desk:
         self._source = inputs.open_source(data) if self.has_pictures else None
 
     def by_text(self, text: str) -> Thumbnails | list[list[str]]:
-        """What is closest to a text."""
+        """Finds the nearest pictures or captions of a text."""
         if not text.strip():
             raise UserError("Describe what to look for.")
         return self._show(self._searcher.texts([text], _RESULTS)[0])
 
     def by_picture(self, picture: Image.Image) -> Thumbnails | list[list[str]]:
-        """What is closest to a picture."""
+        """Finds the nearest pictures or captions of a picture."""
         return self._show(self._searcher.pictures(picture, _RESULTS)[0])
 
     def labels(self, picture: Image.Image | None, names: str, template: str) -> dict[str, float]:
-        """Probabilities of labels, given with commas between them."""
+        """Computes the probabilities of comma-separated labels."""
         given = [name.strip() for name in names.split(",") if name.strip()]
         if picture is None or len(given) < 2:
             raise UserError("Drop a picture, and name two labels or more, comma-separated.")
-        odds: np.ndarray = self._searcher.model.zero_shot(picture, given, templates=[template])
-        return dict(zip(given, odds[0].tolist()))
+        model = self._searcher.model
+        probabilities: np.ndarray = model.zero_shot(picture, given, templates=[template])
+        return dict(zip(given, probabilities[0].tolist()))
 
     def _show(self, hits: Sequence[Hit]) -> Thumbnails | list[list[str]]:
         if not self.has_pictures:
@@ -162,9 +163,9 @@ class Desk:
         return picture
 
 
-def _results(gradio: Any, desk: Desk) -> Any:
-    """Where results appear: thumbnails, or a table of texts."""
-    if desk.has_pictures:
+def _results(gradio: Any, handlers: Handlers) -> Any:
+    """Creates the area of the results: thumbnails, or a table of texts."""
+    if handlers.has_pictures:
         return gradio.Gallery(
             show_label=False,
             columns=4,
@@ -176,16 +177,16 @@ def _results(gradio: Any, desk: Desk) -> Any:
     return gradio.Dataframe(headers=["score", "text"], wrap=True, elem_id="results")
 
 
-def _told(function: Any) -> Any:
-    """The same function, with mistakes of the user told on the page."""
+def _showing_errors(function: Any) -> Any:
+    """Wraps a function to show user errors on the page."""
 
-    def told(*values: Any) -> Any:
+    def wrapped(*values: Any) -> Any:
         try:
             return function(*values)
         except UserError as error:
             raise _gradio().Error(str(error), duration=6, print_exception=False) from error
 
-    return told
+    return wrapped
 
 
 def _caption(hit: Hit) -> str:

@@ -1,4 +1,4 @@
-"""Every metric and its interval against scikit-learn, loops and numbers worked by hand."""
+"""Metrics and their intervals against scikit-learn, loops and numbers worked by hand."""
 
 import warnings
 from fractions import Fraction
@@ -83,7 +83,7 @@ def example_of(name: str, seed: int):
 def test_names():
     assert set(METRICS) == set(INDEPENDENT) == NAMES
     assert [name for name, metric in METRICS.items() if metric.multi_label] == ["map_11_point"]
-    assert [name for name, metric in METRICS.items() if metric.is_share] == ["accuracy"]
+    assert [name for name, metric in METRICS.items() if metric.is_proportion] == ["accuracy"]
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
@@ -98,7 +98,7 @@ def test_metric_equals_an_independent_one(name):
 
 @pytest.mark.parametrize("name", sorted(NAMES - {"accuracy"}))
 def test_interval_is_that_of_explicit_resamples(name):
-    """The same draws, each made into a data set of its own and given to the independent metric."""
+    """The independent metric of each resample, made into a data set of its own, agrees."""
     scores, targets = example_of(name, 7)
     rng, n, found = np.random.default_rng(0), len(scores), []
     for _ in range(60):
@@ -121,7 +121,7 @@ def test_interval_of_accuracy_is_exact():
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_interval_contains_the_truth_as_often_as_it_says(name):
-    """Of 60 data sets drawn from one distribution; an interval that is too short would miss."""
+    """The interval covers the truth for most of 60 data sets drawn from one distribution."""
     scores, targets = (np.concatenate([part] * 8) for part in example_of(name, 3))
     truth, rng, inside = METRICS[name](scores, targets), np.random.default_rng(5), 0
     for _ in range(60):
@@ -169,7 +169,7 @@ def test_ties_count_against_the_model():
     assert METRICS["mean_per_class"](scores, targets) == pytest.approx(0.5 / 3)
     assert METRICS["roc_auc"](np.zeros((6, 2)), np.array([0, 1] * 3)) == 0.5
     tied = METRICS["map_11_point"](np.zeros((8, 1)), np.array([[True], [False]] * 4))
-    assert tied == 0.5  # the share of positives
+    assert tied == 0.5  # the fraction of positives
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -183,7 +183,7 @@ def test_a_broken_model_reaches_nothing(value):
         assert high < 0.5
     assert METRICS["roc_auc"](scores[:, :2], targets % 2) == 0
     found = METRICS["map_11_point"](np.full((n, 1), value), np.arange(n)[:, None] < 3)
-    # At best the share of positives; where all is NaN each positive comes after all negatives.
+    # At best the fraction of positives; where all is NaN each positive comes after all negatives.
     assert found == pytest.approx(3 / 12)
 
 
@@ -219,6 +219,6 @@ def test_resamples_without_a_class_are_left_out():
         ("map_11_point", np.zeros((2, 3)), np.zeros((2, 3), bool), "at least one entry"),
     ],
 )
-def test_what_a_metric_is_not_defined_for(name, scores, targets, message):
+def test_undefined_metrics(name, scores, targets, message):
     with pytest.raises(UserError, match=message):
         METRICS[name](scores, targets)

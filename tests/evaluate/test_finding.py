@@ -1,4 +1,4 @@
-"""Splits of registered sets on disk, in every layout; and what is said where there are none."""
+"""Splits of registered sets on disk, in every layout, and the messages where there are none."""
 
 import csv
 import json
@@ -15,8 +15,8 @@ from clip_jax.evaluate.sets import finding, registry
 from clip_jax.evaluate.sets.finding import NotOnDisk
 
 
-def open_split(name: str, role: str, data_dir, **options):
-    return finding.open_split(registry.get(name), role, str(data_dir), image_size=16, **options)
+def open_split(name: str, split: str, data_dir, **options):
+    return finding.open_split(registry.get(name), split, str(data_dir), image_size=16, **options)
 
 
 def labels(source) -> list[tuple[int, ...]]:
@@ -124,11 +124,11 @@ def test_folders_and_a_part_of_them_for_validation(tmp_path):
     write_folders(root / "train", ["negative", "positive"], count=20)
     write_folders(root / "test", ["positive"])
     splits = {r: open_split("rendered_sst2", r, tmp_path) for r in ("train", "validation", "test")}
-    assert {role: len(source) for role, source in splits.items()} == {
+    assert {split: len(source) for split, source in splits.items()} == {
         **{"train": 36, "validation": 4, "test": 3},
     }
     assert labels(splits["test"]) == [(1,)] * 3
-    keys = {role: {source[i].key for i in range(len(source))} for role, source in splits.items()}
+    keys = {split: {source[i].key for i in range(len(source))} for split, source in splits.items()}
     assert len(keys["train"] | keys["validation"]) == 40
     begun = [read() for read in splits["train"].start([30, 2])]
     assert begun == [splits["train"][30], splits["train"][2]]
@@ -167,7 +167,7 @@ def test_country_codes(tmp_path):
 
 
 def test_tables_with_numbers(tmp_path):
-    """As Hateful Memes come."""
+    """The form of Hateful Memes."""
     root = tmp_path / "hateful_memes"
     (root / "img").mkdir(parents=True)
     rows = [{"id": i, "img": f"img/{i}.png", "label": i % 2, "text": f"text {i}"} for i in range(3)]
@@ -185,7 +185,7 @@ def test_tables_with_numbers(tmp_path):
     ("name", "wanted"), [("fairface_race", (6, 3)), ("fairface_gender", (1, 0))]
 )
 def test_tables_with_groups(tmp_path, name, wanted):
-    """As FairFace comes; its directory "val" is for testing."""
+    """The form of FairFace; its directory "val" is for testing."""
     root = tmp_path / "fairface"
     (root / "val").mkdir(parents=True)
     for i in range(2):
@@ -283,7 +283,7 @@ def test_tfds(tmp_path, place):
 
 
 def test_digits():
-    parts = {role: open_split("digits", role, "") for role in ("train", "validation", "test")}
+    parts = {split: open_split("digits", split, "") for split in ("train", "validation", "test")}
     assert [len(source) for source in parts.values()] == [1293, 144, 360]
     keys = [{source[i].key for i in range(len(source))} for source in parts.values()]
     assert len(set.union(*keys)) == 1797
@@ -297,7 +297,7 @@ def test_digits():
         assert not np.array_equal(shift[0].image, parts["test"][0].image)
 
 
-# ---- What is not there -------------------------------------------------------------------------
+# ---- Missing sets ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

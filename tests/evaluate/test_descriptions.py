@@ -1,4 +1,4 @@
-"""Data sets of the user's own: directories and JSON files, sound and otherwise."""
+"""Descriptions of data sets in directories and JSON files, valid and invalid."""
 
 import json
 
@@ -16,8 +16,8 @@ def write_images(root, *names: str) -> None:
         (root / name / "1.png").write_bytes(picture(shade))
 
 
-def labels(path, role: str = "test") -> list[tuple[int, ...]]:
-    source = finding.open_split(registry.get(str(path)), role, "", image_size=16)
+def labels(path, split: str = "test") -> list[tuple[int, ...]]:
+    source = finding.open_split(registry.get(str(path)), split, "", image_size=16)
     return [source[i].labels for i in range(len(source))]
 
 
@@ -27,7 +27,7 @@ def test_class_folders(tmp_path):
     assert (found.name, found.kind, found.metric) == ("pets", "classification", "accuracy")
     assert found.class_names == ("cat", "great dane", "wild lynx")
     assert found.prompts == {"own": ("a photo of a {}.",)}
-    assert found.roles == ("test",)
+    assert found.splits == ("test",)
     assert labels(tmp_path / "pets") == [(0,), (1,), (2,)]
     with pytest.raises(UserError, match="pets has no split for train; it has: test"):
         labels(tmp_path / "pets", "train")
@@ -37,7 +37,7 @@ def test_folders_with_splits(tmp_path):
     write_images(tmp_path, "train/b", "train/a", "train/c", "val/c", "test/b", "test/c")
     found = registry.get(str(tmp_path))
     assert found.class_names == ("a", "b", "c")
-    assert found.roles == ("train", "validation", "test")
+    assert found.splits == ("train", "validation", "test")
     assert labels(tmp_path) == [(1,), (2,)]
     assert labels(tmp_path, "train") == [(0,), (1,), (2,)]
     assert labels(tmp_path, "validation") == [(2,)]
@@ -80,7 +80,7 @@ def test_json(tmp_path):
         metric="mean_per_class",
         class_names=["wren", "robin|European robin", "blue tit"],
         prompts={"own": ["a {}, a bird.", "a {} in a garden."], "short": ["{}"]},
-        naming={"aliases": {"erithacus_rubecula": "robin"}, "left_out": ["dog"]},
+        naming={"aliases": {"erithacus_rubecula": "robin"}, "ignored": ["dog"]},
         where={"path": "birds"},
     )
     found = registry.resolve(f"digits,{path}")[1]
@@ -148,6 +148,8 @@ def test_json_as_a_shift_with_the_classes_of_its_base(tmp_path):
         ({"class_name": ["a"]}, r"unknown field 'class_name'.*Is 'class_names' meant\?"),
         ({"where": {"dir": "x"}}, r'"where" of .*unknown field \'dir\''),
         ({"naming": {"alias": {}}}, "Is 'aliases' meant"),
+        ({"naming": {"left_out": ["a"]}}, "Is 'ignored' meant"),
+        ({"where": {"validation_share": 0.2}}, "Is 'validation_fraction' meant"),
         ({"class_names": "abc"}, "'class_names' in .* must be a list of texts"),
         ({"class_names": [1, 2]}, "'class_names' in .* must be a list of texts"),
         ({"where": {"splits": {"test": "here"}}}, "'splits' in .* object of lists of texts"),
@@ -177,13 +179,13 @@ def test_json_as_a_shift_with_the_classes_of_its_base(tmp_path):
         ({}, "classes of .* are not known"),
     ],
 )
-def test_mistakes_in_json(tmp_path, fields, message):
+def test_user_errors_in_json(tmp_path, fields, message):
     path = write_json(tmp_path / "set.json", **fields)
     with pytest.raises(UserError, match=message):
         registry.get(path)
 
 
-def test_what_is_no_set(tmp_path):
+def test_invalid_paths(tmp_path):
     (tmp_path / "set.json").write_text("{")
     with pytest.raises(UserError, match=r"set\.json is not JSON"):
         registry.get(str(tmp_path / "set.json"))

@@ -1,4 +1,4 @@
-"""python -m clip_jax embed: rows against the module applied by hand, restarts, hosts, bad input."""
+"""python -m clip_jax embed: embeddings against the module itself, restarts, hosts, user errors."""
 
 import csv
 import dataclasses
@@ -49,13 +49,13 @@ def run(data, out: pathlib.Path, *options: str) -> Store:
 
 
 def table(store: Store) -> list[dict]:
-    """Everything of the parts, by a plain Parquet reader."""
+    """Reads all parts by a plain Parquet reader."""
     found = sorted(store.directory.glob("part-*.parquet"))
     return [row for path in found for row in pq.read_table(path).to_pylist()]
 
 
 def image_embeds(seeds) -> np.ndarray:
-    """By Pillow and the module, one by one."""
+    """Embeds pictures by Pillow and the module, one by one."""
     pixels = []
     for seed in seeds:
         image = picture(seed)  # 40 x 30
@@ -119,7 +119,7 @@ def test_shards_both_towers_as_npy(tmp_path):
     assert "empty caption" in (tmp_path / "out" / "skipped.jsonl").read_text()
 
 
-def test_features_are_what_the_projection_reads(pictures, tmp_path):
+def test_features_are_the_input_of_the_projection(pictures, tmp_path):
     rows = table(run(pictures, tmp_path / "out", "--dtype=float32", "--of=features"))
     embeds, features = (
         np.array([row[name] for row in rows], np.float32)
@@ -192,7 +192,7 @@ def test_a_restart_makes_only_what_is_missing(pictures, whole, tmp_path):
 
 
 def written(store: Store, *parts: int) -> list[int]:
-    """When, in nanoseconds."""
+    """Returns when parts were written, in nanoseconds."""
     return [os.stat(store.path(part)).st_mtime_ns for part in parts]
 
 
@@ -213,7 +213,7 @@ def whole(pictures, tmp_path_factory) -> Store:
         ("pictures", ["--process=2", "--processes=2"], "numbered from 0 to 1"),
     ],
 )
-def test_mistakes(data, options, message, pictures, whole, tmp_path, capsys):
+def test_user_errors(data, options, message, pictures, whole, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "nothing.txt").write_text("\n\n")
     place = pictures if data == "pictures" else tmp_path / data
@@ -223,7 +223,7 @@ def test_mistakes(data, options, message, pictures, whole, tmp_path, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_another_model_does_not_go_on(pictures, whole, capsys):
+def test_another_model_does_not_resume(pictures, whole, capsys):
     earlier = f"{tiny_run.finished()}/checkpoints/8"
     with pytest.raises(SystemExit):
         run(pictures, whole.directory, "--rows=4", f"--model={earlier}")

@@ -1,4 +1,4 @@
-"""What the planner reads from compiled programs, against programs whose needs are known."""
+"""The planner's reading of compiled programs, against programs whose costs are known."""
 
 import functools
 import pathlib
@@ -17,7 +17,7 @@ P = PartitionSpec
 
 
 def stored(name: str) -> str:
-    """A program in the form of the TPU compiler's, short and written by hand."""
+    """Reads a short program, written by hand in the form of the TPU compiler's."""
     return (pathlib.Path(__file__).parent / "hlo" / f"{name}.txt").read_text()
 
 
@@ -26,13 +26,13 @@ def read(function, *shapes) -> hlo.Module:
 
 
 def network(shape: dict[str, int], name: str = "v5e:2x4") -> Network:
-    """The mesh laid over the slice in order."""
+    """Lays the mesh over the slice in order."""
     slice_ = topology.parse_topology(name)
     return Network(slice_, shape, np.argwhere(np.ones(slice_.shape)))
 
 
-def tally(function, *shapes, mesh=None) -> cost.Tally:
-    return cost.tally(read(function, *shapes), network(mesh or MESH))
+def run_cost(function, *shapes, mesh=None) -> cost.Cost:
+    return cost.program_cost(read(function, *shapes), network(mesh or MESH))
 
 
 def zeros(*shape, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -86,7 +86,7 @@ def test_the_source_of_an_instruction():
     product = next(x for x in everything if x.opcode == "dot" or "dot_general" in x.op_name)
     calls = [function.rsplit(".", 1)[-1] for _, function in module.frames.stack(product)]
     assert calls[:2] == ["inner", "<lambda>"]
-    assert module.frames.stack(product)[0][0].endswith("test_plan_hlo.py")
+    assert module.frames.stack(product)[0][0].endswith("test_cost.py")
 
 
 # ---- Operations --------------------------------------------------------------------------------
@@ -105,11 +105,11 @@ def test_operations_of_a_scanned_mlp():
     shapes = (zeros(layers, width, hidden), zeros(layers, hidden, width)), zeros(rows, width)
     product = 2 * rows * width * hidden
     gradient = jax.grad(loss, argnums=(0, 1))
-    plain = tally(functools.partial(gradient, wrap=lambda f: f), *shapes)
+    plain = run_cost(functools.partial(gradient, wrap=lambda f: f), *shapes)
     assert plain.flops == layers * 2 * 3 * product
     assert plain.open_loops == 0
     full = functools.partial(jax.checkpoint, prevent_cse=False)
-    again = tally(functools.partial(gradient, wrap=full), *shapes)
+    again = run_cost(functools.partial(gradient, wrap=full), *shapes)
     assert again.flops == layers * (2 * 3 + 1) * product  # the second product is not needed again
 
 
@@ -120,18 +120,18 @@ def test_operations_in_nested_loops_and_fusions():
     def outer(x, _):
         return jax.lax.fori_loop(0, 4, inner, x), None
 
-    total = tally(lambda x: jax.lax.scan(outer, x, None, length=3)[0], zeros(8, 8))
+    total = run_cost(lambda x: jax.lax.scan(outer, x, None, length=3)[0], zeros(8, 8))
     assert total.flops == 3 * 4 * 2 * 8**3
 
 
 def test_operations_of_batched_products():
-    total = tally(
+    total = run_cost(
         lambda q, k: jnp.einsum("bsnh,btnh->bnst", q, k), zeros(2, 5, 3, 8), zeros(2, 7, 3, 8)
     )
     assert total.flops == 2 * (2 * 3 * 5 * 7 * 8)
 
 
-# As the TPU compiler writes products: a batch dimension is a spatial one with a single valid pair
+# Products in the TPU compiler's form: a batch dimension is a spatial one with a single valid pair
 # per output; and a real convolution, whose padding is not counted.
 @pytest.mark.parametrize(
     ("line", "left", "right", "products"),
@@ -188,7 +188,7 @@ def test_the_convolutions_of_a_resnet():
 
     shapes = zeros(4, 15, 15, 8), zeros(3, 3, 8, 16)
     compiled = jax.jit(convolve).lower(*shapes).compile()
-    found = cost.tally(hlo.parse_module(compiled.as_text()), network(MESH))
+    found = cost.program_cost(hlo.parse_module(compiled.as_text()), network(MESH))
     assert found.flops == pytest.approx(compiled.cost_analysis()["flops"], rel=0.01)
 
 
@@ -196,7 +196,7 @@ def test_traffic_of_slices():
     """A loop that reads a layer of a stack reads the layer, not the stack."""
     layers, side = 16, 64
     stack = zeros(layers, side, side)
-    total = tally(
+    total = run_cost(
         lambda x, w: jax.lax.scan(lambda x, w: (x + w, None), x, w)[0], zeros(side, side), stack
     )
     one = side * side * 4
@@ -237,7 +237,7 @@ ENTRY %e (x.1: f32[], m: s32[]) -> f32[] {{
 
 
 @pytest.mark.parametrize(
-    ("changes", "turns"),
+    ("changes", "trips"),
     [
         ({}, 10),
         ({"first": 1, "step": 2}, 5),
@@ -250,17 +250,17 @@ ENTRY %e (x.1: f32[], m: s32[]) -> f32[] {{
         ({"step": 0}, None),
     ],
 )
-def test_turns_of_a_loop(changes, turns):
+def test_trip_count(changes, trips):
     settings = {"step": 1, "first": 0, "last": "last", "direction": "LT", "compared": "%i.1, %n.1"}
     module = hlo.parse_module(LOOP.format(**{**settings, **changes}))
-    assert loops.trip_count(module.entry.instructions["w"], module.entry, module) == turns
+    assert loops.trip_count(module.entry.instructions["w"], module.entry, module) == trips
 
 
-def test_a_loop_whose_turns_depend_on_the_data_counts_as_none():
+def test_a_loop_whose_trip_count_depends_on_the_data_does_not_count():
     def run(x):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 100, lambda x: x @ x, x @ x)
 
-    total = tally(run, zeros(8, 8))
+    total = run_cost(run, zeros(8, 8))
     assert total.open_loops == 1
     assert total.flops == 2 * 8**3  # of the product before it
 
@@ -269,7 +269,7 @@ def test_a_conditional_counts_as_its_cheapest_branch():
     def run(x, p):
         return jax.lax.cond(p, lambda x: jnp.sin(x @ x) @ x, lambda x: x, x) @ x
 
-    total = tally(run, zeros(256, 256), zeros(dtype=jnp.bool_))
+    total = run_cost(run, zeros(256, 256), zeros(dtype=jnp.bool_))
     assert total.flops == 2 * 256**3
     assert len(total.branches) == 1
     assert total.branches[0][0] < total.branches[0][1]
@@ -312,30 +312,30 @@ def test_axes_crossed():
 
 
 def exchanges(grid, function, *specs_and_shapes) -> dict[tuple[str, str], tuple[float, float]]:
-    """(kind, axes) -> (number, bytes) of a function that shard_map runs."""
+    """Returns (number, bytes) by (kind, axes), of a function that shard_map runs."""
     specs = tuple(spec for spec, _ in specs_and_shapes)
     mapped = jax.shard_map(function, mesh=grid, in_specs=specs, out_specs=P(), check_vma=False)
     shapes = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(grid, spec))
         for spec, shape in specs_and_shapes
     ]
-    rows = cost.by_exchange(tally(mapped, *shapes))
-    assert all(what.network == "ici" for what, *_ in rows)
+    rows = cost.by_exchange(run_cost(mapped, *shapes))
+    assert all(kind.network == "ici" for kind, *_ in rows)
     assert all(seconds > 0 for *_, seconds in rows)
-    return {(what.kind, what.axes): (count, size) for what, count, size, _ in rows}
+    return {(x.kind, x.axes): (count, size) for x, count, size, _ in rows}
 
 
 def test_collectives_of_a_written_program(grid):
-    """Number, bytes and axes of every kind, three of them in a loop of five turns."""
+    """Number, bytes and axes of every kind, three of them in a loop of five iterations."""
     part = 16 * 4  # bytes of the array of a device
 
     def run(x):
-        def turn(x, _):
+        def body(x, _):
             whole = jax.lax.all_gather(x, "fsdp", tiled=True)
             x = jax.lax.psum_scatter(jnp.sin(whole), "fsdp", tiled=True)
             return jax.lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)]), None
 
-        x, _ = jax.lax.scan(turn, x, None, length=5)
+        x, _ = jax.lax.scan(body, x, None, length=5)
         x = jax.lax.all_to_all(x.reshape(4, 4), "data", 0, 0).reshape(-1)
         return jax.lax.psum(jnp.cos(x), ("data", "fsdp"))
 
@@ -359,7 +359,7 @@ def test_collectives_that_the_partitioner_adds(grid):
         w = jax.lax.with_sharding_constraint(w, NamedSharding(grid, P()))
         return jnp.sum(jnp.tanh(x @ w))
 
-    total = tally(jax.grad(loss), weights, batch)
+    total = run_cost(jax.grad(loss), weights, batch)
     found = {(what.kind, what.axes): size for what, _, size, _ in cost.by_exchange(total)}
     assert found[("all-gather", "fsdp")] == 64 * 32 * 4
     assert ("all-reduce", "data") in found
@@ -367,9 +367,9 @@ def test_collectives_that_the_partitioner_adds(grid):
 
 @pytest.mark.parametrize("cycles", [1500, 1_500_000])
 def test_a_collective_beside_computation(cycles):
-    """As the TPU compiler writes it: started, carried through a product, awaited; counted once."""
+    """An asynchronous collective in the TPU compiler's form counts once."""
     module = hlo.parse_module(stored("async_all_gather").replace("CYCLES", str(cycles)))
-    total = cost.tally(module, network({"data": 4}, "v5e:2x2"))
+    total = cost.program_cost(module, network({"data": 4}, "v5e:2x2"))
     ((what, count, size, seconds),) = cost.by_exchange(total)
     assert (what.kind, what.axes, what.overlapped) == ("all-gather", "data", True)
     assert (count, size) == (1, 4096 * 4)
@@ -379,10 +379,10 @@ def test_a_collective_beside_computation(cycles):
 
 
 def test_exchanges_between_slices():
-    """Between slices the program of one slice sends and receives."""
+    """The program of one slice sends to the others and receives from them."""
     slices = topology.parse_topology("v5e:2x2", slices=2)
     places = np.argwhere(np.ones(slices.shape))
-    total = cost.tally(
+    total = cost.program_cost(
         hlo.parse_module(stored("between_slices")), Network(slices, {"slice": 1, "data": 4}, places)
     )
     ((what, count, size, seconds),) = cost.by_exchange(total)
@@ -396,13 +396,13 @@ def test_a_kernel_counts_as_it_declares():
   %a = f32[8] parameter(0)
   ROOT %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={"""
     cost_text = '"cost_estimate":{"flops":"985000000","transcendentals":"7","bytes_accessed":"64"}'
-    total = tally_text(text + f'"custom_call_config":{{"body":"eA==",{cost_text}}}}}\n}}')
+    total = text_cost(text + f'"custom_call_config":{{"body":"eA==",{cost_text}}}}}\n}}')
     assert total.flops == 985e6
     assert total.compute_seconds == pytest.approx(1e-5)  # at half the peak of 197 TFLOP/s
     assert cost.is_kernel(total.ops[0].instruction)
-    silent = tally_text(text + '"custom_call_config":{"body":"eA=="}}\n}')
+    silent = text_cost(text + '"custom_call_config":{"body":"eA=="}}\n}')
     assert (silent.flops, silent.bytes) == (0, 64)
 
 
-def tally_text(text: str) -> cost.Tally:
-    return cost.tally(hlo.parse_module(text), network(MESH))
+def text_cost(text: str) -> cost.Cost:
+    return cost.program_cost(hlo.parse_module(text), network(MESH))

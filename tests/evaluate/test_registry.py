@@ -121,7 +121,7 @@ def test_the_papers_sets():
         assert (len(found.class_names), len(found.prompts["paper"])) == (count, templates), name
         metric = next((m for m, names in METRICS.items() if name in names), "accuracy")
         assert found.metric == metric
-        assert found.roles == ("train", "validation", "test")
+        assert found.splits == ("train", "validation", "test")
         assert found.multi_label == (name == "voc2007")
         assert "paper27" in found.collections
     assert registry.collections()["kornblith12"] == tuple(PAPER27)[:12]
@@ -131,11 +131,11 @@ def test_the_papers_sets():
 
 @pytest.mark.parametrize("name", registry.names())
 def test_every_set_is_sound(name):
-    """Beyond what reading checks: no name is lost to another, and all is told of its origin."""
+    """Names are distinct and the sources are given, beyond what reading checks."""
     found = registry.get(name)
     assert found.title
     assert found.sources
-    assert found.roles[-1] == "test"
+    assert found.splits[-1] == "test"
     for prompts in found.prompts:
         _, class_names, templates = found.prompt_set(prompts)
         assert len(class_names) == len(found.class_names)
@@ -166,7 +166,7 @@ def test_label_orders_of_tfds(name):
 
 
 def test_label_orders_differ():
-    """Where taking the numbers as they are would be wrong."""
+    """Some sets number their classes in another order than TFDS."""
     differing = set()
     for name, (load, _) in TFDS_NAMES.items():
         numbers = classes.match(registry.get(name), None, load(), "TFDS")
@@ -176,7 +176,7 @@ def test_label_orders_differ():
     }
 
 
-# As CLIP_benchmark numbers them (en_classnames.json).
+# CLIP_benchmark's order (en_classnames.json).
 BENCHMARK_NAMES = {
     "fer2013": "angry disgusted fearful happy neutral sad surprised",
     "clevr_counts": "three four five six seven eight nine ten",
@@ -213,7 +213,7 @@ def test_imagenets_shifts():
         ):
             assert (names, wordnet) == (imagenet.class_names[number], imagenet.naming.ids[number])
     objectnet = registry.get("objectnet")
-    assert (len(objectnet.class_names), len(objectnet.naming.left_out)) == (113, 200)
+    assert (len(objectnet.class_names), len(objectnet.naming.ignored)) == (113, 200)
     bicycle = objectnet.base_classes[objectnet.class_names.index("bicycle")]
     assert [imagenet.class_names[n] for n in bicycle] == ["mountain bike", "tandem bicycle"]
     whale = registry.get("imagenet_vid").base_classes[28]
@@ -224,7 +224,7 @@ def test_imagenets_shifts():
     assert registry.get("imagenet_sketch").class_names == imagenet.class_names
 
 
-def test_names_that_stand_for_nothing():
+def test_unknown_names():
     with pytest.raises(UserError, match=r"no data set 'cifar11'.*cifar10, cifar100.*paper27.*path"):
         registry.get("cifar11")
     with pytest.raises(UserError, match="No data set is named"):
@@ -255,11 +255,10 @@ def test_classes_without_images():
 
 def test_packaged_files_suffice():
     """All data files are installed with the package."""
-    wanted = 'evaluate.sets" = ["definitions/*"'
+    wanted = '"clip_jax.evaluate.sets" = ["definitions/*"'
     assert wanted in (ROOT / "pyproject.toml").read_text()
-    licences = {
-        path.name for path in (ROOT / "clip_jax/evaluate/sets/definitions").glob("LICENSE*")
-    }
+    definitions = ROOT / "clip_jax/evaluate/sets/definitions"
+    licences = {path.name for path in definitions.glob("LICENSE*")}
     named = {
         word.strip("(),.")
         for n in registry.names()

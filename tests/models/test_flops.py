@@ -1,0 +1,81 @@
+"""The operations that a model needs: formulas against traced programs and published counts."""
+
+import jax
+import jax.extend
+import numpy as np
+import pytest
+from tiny_plan import TINY, unread_flops
+
+from clip_jax import models
+from clip_jax.models import flops as model_flops
+from clip_jax.models.sizes import SIZES
+
+
+def traced_flops(name: str, overrides: dict) -> float:
+    """Counts the forward pass of one pair as JAX traces it."""
+    net = models.create(name, size=overrides)
+    size = net.size
+    images = np.zeros((1, size.image_size, size.image_size, 3), np.uint8)
+    if size.objective == "near_duplicates":
+        images = np.stack([images, images], axis=1)
+    tokens = np.ones((1, size.context_length), np.int32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), images, tokens)
+    traced = jax.make_jaxpr(lambda v: net.apply(v, images, tokens))(variables)
+    return jaxpr_flops(traced.jaxpr)
+
+
+def jaxpr_flops(jaxpr) -> float:
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        out = eqn.outvars[0].aval
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * out.size * np.prod([shape[d] for d in contracted])
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            total += 2 * out.size * np.prod(kernel[:-1])
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            total += times * jaxpr_flops(inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("ViT-B/32", TINY),
+        ("ViT-B/32", {"image_layers": (2,), "text_layers": 1}),
+        ("ViT-B/32", {**TINY, "image_pool": "map", "text_pool": "last", "text_mlp": 48}),
+        ("RN50", {"image_layers": (1, 2, 1, 1), "text_layers": 1, "image_size": 64}),
+        ("ViT-B/32", {**TINY, "text_pool": "bag", "text_layers": 0}),
+        ("ViT-B/32", {**TINY, "objective": "bag_of_words"}),
+        ("ViT-B/32", {**TINY, "objective": "captioning", "context_length": 17}),
+        ("ViT-B/32", {**TINY, "objective": "near_duplicates"}),
+    ],
+)
+def test_model_flops(name, overrides):
+    """The formulas agree with the products and convolutions that JAX traces."""
+    size = models.create(name, size=overrides).size
+    found = model_flops.image_flops(size) + model_flops.text_flops(size)
+    traced = traced_flops(name, overrides) + unread_flops(size)
+    assert found == pytest.approx(traced, rel=1e-9)
+
+
+# Counts of one image and one caption in open_clip's docs/model_profile.csv; for a ResNet it counts
+# normalisation and pooling as well.
+@pytest.mark.parametrize(
+    ("name", "image", "text", "tolerance"),
+    [
+        ("ViT-B/32", 8.82, 5.96, 0.001),
+        ("ViT-B/16", 35.13, 5.96, 0.001),
+        ("ViT-L/14", 162.03, 13.3, 0.001),
+        ("ViT-L/14@336px", 381.92, 13.3, 0.001),
+        ("RN50", 12.22, 5.96, 0.06),
+        ("RN50x4", 42.56, 9.27, 0.06),
+    ],
+)
+def test_model_flops_of_known_models(name, image, text, tolerance):
+    size = SIZES[name]
+    assert model_flops.image_flops(size) / 1e9 == pytest.approx(image, rel=tolerance)
+    assert model_flops.text_flops(size) / 1e9 == pytest.approx(text, rel=0.001)
