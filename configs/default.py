@@ -170,8 +170,8 @@ def _model() -> ConfigDict:
     model.remat = "none"  # "none" | "full" | a name in jax.checkpoint_policies
     model.patch_dropout = 0.0  # share of patches that a ViT does not see in training
     # Several captions in a row of the contrastive text tower, so that it does not compute padding.
-    # The result is the same; how many rows it takes depends on the captions (README, "Captions
-    # packed").
+    # The result is the same; how many rows it takes depends on the captions
+    # (docs/scale.md).
     model.packing = ConfigDict()
     model.packing.length = 80  # tokens in a row, at least context_length; 0: one caption a row
     model.packing.rows = (
@@ -269,7 +269,7 @@ def _data() -> ConfigDict:
     data.views.value = 0.4
     data.views.quality = (30.0, 95.0)  # of JPEG compression
     # Of each epoch: "shuffled" over the whole set | "windowed" (reads neighbours together, where
-    # jumping is slow: README, "Slow storage") | "stored".
+    # jumping is slow: docs/data.md) | "stored".
     data.order = "shuffled"
     data.shuffle_window = (
         32_768  # windowed: examples shuffled together, which all hosts hold in memory

@@ -27,7 +27,7 @@ autodoc_use_legacy_class_based = True
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
-# References among the pages and within the package must resolve, but for types in signatures, not all
-# of which are shown; other libraries' are not looked up.
+# References among the pages and within the package must resolve. Types in signatures need not: some
+# have no place on the page. Those of other libraries are not looked up.
 nitpicky = True
 nitpick_ignore_regex = [("py:class", ".*"), ("py:.*", r"(?!clip_jax).*")]

@@ -1,7 +1,6 @@
 """A Sphinx extension: the directive `settings`, a table of the fields of configs/default.py.
 
-Names and default values are those of `default.get_config()`; what they mean is read off the comments
-that stand beside the assignments.
+Names, default values and comments are read off the assignments of the file, in its order.
 """
 
 import ast
@@ -129,7 +128,9 @@ def _default(text: str, value: ast.expr) -> str:
         return "None"
     if _called(value) == "mixture":
         return "{}"
-    return ast.unparse(value) if isinstance(value, ast.Tuple) else ast.get_source_segment(text, value)
+    if isinstance(value, ast.Tuple):  # it may stand on several lines
+        return ast.unparse(value)
+    return ast.get_source_segment(text, value)
 
 
 class _Comments:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -119,14 +120,9 @@ def test_links_of_pages_from_elsewhere():
         assert rewrite(text, ROOT / directory) == wanted
 
 
-@pytest.mark.slow
 def test_the_site_is_built_without_warnings(tmp_path: pathlib.Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", tmp_path],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html"]
+    done = subprocess.run([*command, "docs", tmp_path], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     settings = (tmp_path / "settings.html").read_text()
     assert "optim.learning_rate" in settings
@@ -143,7 +139,10 @@ def test_the_site_is_built_without_warnings(tmp_path: pathlib.Path):
 # ---- The notebook ------------------------------------------------------------------------------
 
 
-def test_the_notebook(tmp_path: pathlib.Path):
+@pytest.mark.slow
+def test_the_notebook(tmp_path: pathlib.Path, monkeypatch):
+    here = pathlib.Path(sys.executable).parent  # as where the environment is activated
+    monkeypatch.setenv("PATH", str(here), prepend=os.pathsep)
     notebook = nbformat.read(DOCS / "quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "outputs are not committed"
     run = tiny_run.finished()

@@ -123,7 +123,17 @@ def test_what_the_tree_says_lies_within_a_room_does():
 
 
 def test_the_readme_is_for_newcomers():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 260
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 255
+
+
+def test_what_ci_takes_from_the_readme():
+    """.ci/run installs and tests by the first lines that have these."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    assert any(line.startswith(install) for line in lines)
+    for file in ("requirements-dev.txt", "requirements-parity.txt"):
+        command = next(line for line in lines if f"pip install -r {file}" in line)
+        assert command.endswith(("-m 'not slow'", "tests/parity"))
 
 
 # ---- Settings ----------------------------------------------------------------------------------
@@ -253,7 +263,9 @@ def test_scripts_and_their_flags():
     """Flags are looked for among those that a script declares; some need what is not installed."""
     scripts = [command for command in all_commands() if kind(command) == "script"]
     spans = [span for page in PAGES for span in markdown_pages.code_spans(page)]
-    scripts += [Command("", span.split()) for span in spans if span.startswith("python benchmarks/")]
+    scripts += [
+        Command("", span.split()) for span in spans if span.startswith("python benchmarks/")
+    ]
     assert {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")} - {
         command.words[1] for command in scripts
     } == {"benchmarks/turns.py"}  # what they share

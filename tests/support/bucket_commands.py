@@ -1,4 +1,4 @@
-"""Runs the commands of docs/storage.md for a bucket as they are written, with a server's in its place.
+"""Runs the commands of docs/storage.md as they are written, with a server in place of the bucket.
 
 It needs what requirements.txt installs and no more: .ci/run calls it before anything else is there.
 
