@@ -19,6 +19,17 @@ RENAMED = {
     "data.patience": "data.stall_timeout",
     "model.pack.length": "model.packing.length",
     "model.pack.rows": "model.packing.rows",
+    "eval.suite.datasets": "eval.datasets",
+    "eval.suite.data_dir": "eval.data_dir",
+    "eval.suite.tasks": "eval.tasks",
+    "eval.suite.every": "eval.every",
+    "eval.suite.prompts": "eval.prompts",
+    "eval.suite.retrieval_prompt": "eval.retrieval_prompt",
+    "eval.suite.confidence": "eval.confidence",
+    "eval.suite.shots": "eval.shots",
+    "eval.suite.repeats": "eval.repeats",
+    "eval.suite.label_thresholds": "eval.label_thresholds",
+    "eval.suite.overlap_threshold": "eval.overlap_threshold",
 }
 
 
@@ -187,8 +198,7 @@ def _model() -> ConfigDict:
     model.remat = "none"
     model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
     # Packing: several captions share a row of the contrastive text tower, so that little compute is
-    # spent on padding. Results are the same; the rows needed depend on the captions (README,
-    # "Captions packed").
+    # spent on padding. Results are the same; the rows needed depend on the captions (docs/scale.md).
     model.packing = ConfigDict()
     model.packing.length = 80  # tokens in a row, at least context_length; 0: one caption a row
     # Rows per caption, above 0, up to 1; a batch that needs more takes further rounds of as many.
@@ -277,7 +287,7 @@ def _data() -> ConfigDict:
     data.views.value = 0.4  # greatest change of the brightness, a fraction
     data.views.quality = (30.0, 95.0)  # least and greatest quality of JPEG compression
     # Order of the examples in each epoch: "shuffled" over the whole set | "windowed" (reads
-    # neighbours together, where random reads are slow: README, "Slow storage") | "stored".
+    # neighbours together, where random reads are slow: docs/data.md) | "stored".
     data.order = "shuffled"
     # windowed: examples shuffled together, held in memory by all hosts together.
     data.shuffle_window = 32_768

@@ -175,7 +175,7 @@ def test_modules_import():
 
 def test_configs_are_light():
     """--help and a mistyped setting answer at once: a config loads no JAX."""
-    code = "import sys; from configs import default, vit_b32; vit_b32.get_config('smoke');"
+    code = "import sys; from clip_jax.configs import default, vit_b32; vit_b32.get_config('smoke');"
     code += "sys.exit(bool({'jax', 'flax', 'tensorflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

@@ -18,9 +18,9 @@ def test_handing_it_to_transformers(tmp_path: pathlib.Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weights.save(tiny_weights.make("vit"), tmp_path / "runs" / "quickstart")  # no need to train
     names: dict = {}
-    for language, text in readme.blocks("Use the result"):
-        if "--to=huggingface" in text or "import transformers" in text:
-            readme.run(language, text, names)
+    for block in readme.blocks("Use the result"):
+        if "--to=huggingface" in block.text or "import transformers" in block.text:
+            readme.run(block, names)
 
     ours, texts = clip_jax.load("runs/quickstart"), ["a seven", "a three above a nine"]
     tokens = ours.tokenizer(texts)

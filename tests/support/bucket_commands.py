@@ -1,4 +1,4 @@
-"""Runs the README's commands for a bucket as they are written, with a server's in its place.
+"""Runs the commands of docs/storage.md as they are written, with a server in place of the bucket.
 
 It needs what requirements.txt installs and no more: .ci/run calls it before anything else is there.
 
@@ -17,6 +17,7 @@ import time
 from bucket_server import Server
 
 ROOT = pathlib.Path(__file__).parents[2]
+PAGE = "docs/storage.md"
 TITLE = "From bucket to bucket"
 # What the commands leave in the bucket, at least.
 LEFT = (
@@ -35,8 +36,8 @@ LEFT = (
 
 
 def commands() -> list[list[str]]:
-    """The commands of the README's section, split as a shell would."""
-    text = (ROOT / "README.md").read_text()
+    """The commands of the section, split as a shell would."""
+    text = (ROOT / PAGE).read_text()
     section = text.partition(f"## {TITLE}\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```bash\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
