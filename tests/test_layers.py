@@ -41,7 +41,7 @@ LAYERS = (
 LEAVES = {
     "clip_jax": set(),  # loads on first use
     "clip_jax.errors": set(),
-    "clip_jax.configs": {"clip_jax.errors"},
+    "clip_jax.configs": {"clip_jax.choices", "clip_jax.errors", "clip_jax.models"},
     "clip_jax.sharding": {"clip_jax.errors"},
     "clip_jax.choices": set(),
     "clip_jax.losses": {"clip_jax.choices", "clip_jax.errors"},
@@ -196,7 +196,7 @@ CONFIGS = sorted(
 
 
 def get_config(name: str, argument: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{name}").get_config(argument)
+    return importlib.import_module(f"clip_jax.configs.{name}").get_config(argument)
 
 
 def fields(config: ConfigDict, prefix: str = "") -> set[str]:
@@ -251,5 +251,5 @@ def test_unknown_config_argument(name: str):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_says_how_to_run_it(name: str):
-    docstring = importlib.import_module(f"configs.{name}").__doc__
+    docstring = importlib.import_module(f"clip_jax.configs.{name}").__doc__
     assert f"python main.py --config=configs/{name}.py" in docstring

@@ -190,7 +190,7 @@ def test_every_config_can_be_read():
     names = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__", "default"}
     assert len(names) >= 9
     for name in names:
-        module = importlib.import_module(f"configs.{name}")
+        module = importlib.import_module(f"clip_jax.configs.{name}")
         assert set(module.get_config().keys()) == set(default.get_config().keys())
         default.validate(module.get_config("smoke"))
         with pytest.raises(UserError, match="smoke"):
