@@ -1,4 +1,4 @@
-"""Imports every module, asks every command for --help, then trains, evaluates and embeds.
+"""Imports every module, asks every command for --help, then trains and uses what came out.
 
 It needs what requirements-core.txt installs and no more: .ci/run calls it on every other Python
 that it finds, and test_package.py without TensorFlow.
@@ -28,6 +28,7 @@ COMMANDS = (
     ("train", "--config=vit_b32:smoke"),
     ("evaluate", f"--checkpoint={RUN}", "--datasets=embedded", "--tasks=zeroshot"),
     ("embed", f"--model={RUN}", "digits:test_scenes", "--split=test", "--out=embeddings"),
+    ("export", f"--model={RUN}", "--out=exported", "--license=apache-2.0"),
 )
 
 
@@ -89,7 +90,7 @@ def main() -> None:
         os.chdir("/")
     modules = import_all()
     version = ".".join(map(str, sys.version_info[:3]))
-    print(f"Python {version}: {modules} modules, {commands} commands, a run, its evaluation.")
+    print(f"Python {version}: {modules} modules, {commands} commands, a run, and what is made of it.")
 
 
 if __name__ == "__main__":
