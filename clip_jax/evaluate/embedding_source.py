@@ -155,7 +155,11 @@ class EmbeddingSource(Protocol):
         ...
 
     def views(self, dataset: Dataset, split: str) -> np.ndarray:
-        """Embeds two views of each usable image, the same at every call: float32 [n, 2, e]."""
+        """Embeds two views of each usable image, the same at every call: float32 [n, 2, e].
+
+        Raises:
+          UserError: no image can be used.
+        """
         ...
 
     def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:

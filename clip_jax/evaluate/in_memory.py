@@ -138,8 +138,11 @@ class InMemoryEmbeddings:
     def views(self, dataset: Dataset, split: str) -> np.ndarray:
         """Embeds two views of each usable image, the same at every call: float32 [n, 2, e]."""
         source = self.source(dataset, split)
-        batches = self._encoder.views(self._variables, source, self._views, self._seed)
-        return np.concatenate([batch["embed"] for batch in batches])
+        found = self._encoder.views(self._variables, source, self._views, self._seed)
+        batches = [batch["embed"] for batch in found if len(batch["index"])]
+        if not batches:
+            raise UserError(f"There is no usable image in {dataset.title}, {split}.")
+        return np.concatenate(batches)
 
     def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:
         """Returns the image of an example as the model sees it, uint8 [h, w, 3]."""

@@ -182,8 +182,11 @@ class OnDiskEmbeddings:
     def views(self, dataset: Dataset, split: str) -> np.ndarray:
         """Embeds two views of each usable image: float32 [n, 2, e]; not kept on disk."""
         source, variables = self.source(dataset, split), self.model.variables
-        batches = list(self._embedder.encoder.views(variables, source, self._views, seed=0))
-        return np.concatenate([batch["embed"] for batch in batches])
+        found = self._embedder.encoder.views(variables, source, self._views, seed=0)
+        batches = [batch["embed"] for batch in found if len(batch["index"])]
+        if not batches:
+            raise UserError(f"There is no usable image in {dataset.title}, {split}.")
+        return np.concatenate(batches)
 
     def picture(self, dataset: Dataset, split: str, index: int) -> np.ndarray:
         """Returns the image of an example as the model sees it, uint8 [h, w, 3]."""
