@@ -257,9 +257,7 @@ def _data() -> ConfigDict:
     # Augmentation on the device: probability of each change, and the greatest change by jitter as a
     # fraction (0.4: a factor of 0.6 to 1.4). The paper has none of it.
     data.augment = ConfigDict()
-    data.augment.flip = (
-        0.0  # probability of mirroring; left and right in captions become wrong
-    )
+    data.augment.flip = 0.0  # probability of mirroring; left and right in captions become wrong
     data.augment.jitter = 0.0  # probability of changing brightness, contrast and saturation
     data.augment.grey = 0.0  # probability of removing the colour
     data.augment.brightness = 0.4  # greatest change, a fraction

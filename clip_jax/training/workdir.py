@@ -1,4 +1,4 @@
-"""The config a workdir belongs to: written once, compared at every resume."""
+"""The config of a workdir: written once, compared at every resume."""
 
 import fnmatch
 import json
@@ -15,7 +15,7 @@ from configs import default
 FILE = "config.json"  # inside the workdir
 
 # Fields that may differ between a run and its resumption: they change where and how it computes,
-# or what is reported, not what is learned.
+# or what it reports, not the results.
 FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
 FREE += ("model.remat", "model.packing", "accum_steps", "loss.method", "loss.tile")
 FREE += (
@@ -78,7 +78,7 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
         raise UserError(
             f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
             "delete this one to start afresh, or add "
-            "--config.checkpoint.allow_config_change=True to go on with the new settings."
+            "--config.checkpoint.allow_config_change=True to continue with the new settings."
         )
 
 

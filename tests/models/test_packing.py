@@ -220,7 +220,7 @@ def test_not_packed_in_evaluation():
     text = []
     for pack in (None, {"length": LENGTH, "rows": 0.3}):
         net = models.create("ViT-B/32", size=SIZE, pack=pack)
-        variables = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 8, 8, 3)), TOKENS)
+        variables = jax.eval_shape(net.init, jax.random.key(0), np.zeros((16, 8, 8, 3)), TOKENS)
         lowered = jax.jit(partial(net.apply, method="encode_text")).lower(variables, TOKENS)
         text.append(lowered.as_text())
     assert text[0] == text[1]

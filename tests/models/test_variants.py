@@ -23,7 +23,7 @@ from test_models import (
 
 from clip_jax import models, sharding
 from clip_jax.errors import UserError
-from clip_jax.models import layers, sizes, transformer, vit
+from clip_jax.models import layers, sizes, vit
 
 # As wide as its embeddings, so without a projection; other hidden units than four times the width.
 TINY_SIGLIP = TINY_VIT | {"image_width": 12, "image_heads": 2, "image_mlp": 20, "text_mlp": 28}
@@ -139,7 +139,9 @@ def test_impossible_forms(size: dict, message: str):
 def test_kept_patches(tokens: int, dropout: float, kept: int):
     """A subset without repetition, in order; leading tokens always."""
     x = np.tile(np.arange(tokens + 16.0)[None, :, None], (64, 1, 3))
-    y = np.asarray(vit.keep_patches(x, tokens, dropout, jax.random.key(0), jnp.arange(64)))
+    y = np.asarray(
+        vit.keep_patches(jnp.asarray(x), tokens, dropout, jax.random.key(0), jnp.arange(64))
+    )
     assert y.shape == (64, tokens + kept, 3)
     np.testing.assert_array_equal(y[..., 0], y[..., 2])
     np.testing.assert_array_equal(y[:, :tokens, 0], x[:, :tokens, 0])
@@ -149,7 +151,7 @@ def test_kept_patches(tokens: int, dropout: float, kept: int):
 
 def test_all_patches_are_equally_likely():
     x = np.tile(np.arange(16.0)[None, :, None], (4000, 1, 1))
-    y = np.asarray(vit.keep_patches(x, 0, 0.75, jax.random.key(1), jnp.arange(4000)))
+    y = np.asarray(vit.keep_patches(jnp.asarray(x), 0, 0.75, jax.random.key(1), jnp.arange(4000)))
     counts = np.bincount(y.astype(int).ravel(), minlength=16)
     assert np.abs(counts - 1000).max() < 5 * math.sqrt(4000 * 0.25 * 0.75)
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clip_jax.optim import round_tree, stochastic_round
 
 from clip_jax import optim
 from clip_jax.errors import UserError
+from clip_jax.optim import round_tree, stochastic_round
 
 
 def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
