@@ -18,9 +18,10 @@ from bucket_server import Server
 # Shapes and types of the annotated modules are checked under test, and free at run time. Before the
 # first of them is imported.
 _HERE = pathlib.Path(__file__).parent
-CHECKED = ["losses", "optim", "sharding", "state"]
+CHECKED = ["losses", "optim", "sharding"]
 CHECKED += ["training.augment", "training.program", "training.step"]
-# Not models.sizes, which has no arrays and whose errors are for the user.
+# Not models.sizes, whose errors are for the user; nor state, where shapes and shardings stand in for
+# arrays.
 CHECKED += [f"models.{p.stem}" for p in _HERE.parent.glob("clip_jax/models/[a-z]*.py")]
 CHECKED.remove("models.sizes")
 jaxtyping.install_import_hook([f"clip_jax.{name}" for name in CHECKED], "beartype.beartype")

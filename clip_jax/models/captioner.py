@@ -172,6 +172,7 @@ def token_nats(
       targets: token ids.
     """
     b, length, width = states.shape
+    targets = jnp.asarray(targets)
     parts = -(-length // POSITIONS)
     padding = ((0, 0), (0, parts * POSITIONS - length))
     # No parameter here is split by the tensor axis, so it splits the captions instead.

@@ -276,7 +276,7 @@ def test_sizes_that_do_not_go_together(overrides: dict, message: str):
 
 
 def test_bags_of_words_cannot_be_packed():
-    with pytest.raises(UserError, match=r"--config\.model\.pack\.length=0"):
+    with pytest.raises(UserError, match=r"--config\.model\.packing\.length=0"):
         models.create("ViT-B/32", size=BAG, pack={"length": 80, "rows": 0.3})
 
 

@@ -139,7 +139,7 @@ def test_report_of_a_run():
 
 KILLED = """
 import os, runpy, signal, sys
-from clip_jax import metrics
+from clip_jax.common import metrics
 
 def write(self, step, values, write=metrics.MetricWriter.write):
     if step < 9:
