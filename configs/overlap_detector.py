@@ -1,7 +1,7 @@
 """The detector of near-duplicates with which the paper measures overlap (section 5, appendix C).
 
-RN50 with GELU and weight normalisation learns which of 1,712 images a view belongs to. A view is
-cropped, stretched, rotated, resized, recoloured and compressed (`data.views`); captions are ignored.
+RN50 with GELU and weight normalisation learns which of 1,712 images a view belongs to. Views are
+cropped, stretched, rotated, resized, recoloured and compressed (`data.views`); captions are unused.
 Its embeddings find copies of test images among training images; those of CLIP also find images that
 only mean the same. About 30 million images, 17,500 steps: a day or less on 8 accelerators.
 

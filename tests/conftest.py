@@ -20,8 +20,8 @@ from bucket_server import Server
 _HERE = pathlib.Path(__file__).parent
 CHECKED = ["losses", "optim", "sharding"]
 CHECKED += ["training.augment", "training.program", "training.step"]
-# Not models.sizes, whose errors are for the user; nor state, where shapes and shardings stand in for
-# arrays.
+# Not models.sizes, whose errors are for the user; nor state, whose leaves are also shapes and
+# shardings.
 CHECKED += [f"models.{p.stem}" for p in _HERE.parent.glob("clip_jax/models/[a-z]*.py")]
 CHECKED.remove("models.sizes")
 jaxtyping.install_import_hook([f"clip_jax.{name}" for name in CHECKED], "beartype.beartype")

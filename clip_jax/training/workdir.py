@@ -97,7 +97,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:
-    """As JSON gives it back: tuples are lists."""
+    """Returns a config as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 

@@ -18,7 +18,7 @@ def draw(shape: tuple[int, ...], size: float) -> tuple[jax.Array, ...]:
 
 
 def apart(heads):
-    """Of each of the arrays [b, 1 + s, ...]: what follows the first token, and that."""
+    """Splits each of the arrays [b, 1 + s, ...] into what follows the first token, and that."""
     return tuple(x[:, 1:] for x in heads), tuple(x[:, 0] for x in heads)
 
 

@@ -1,4 +1,4 @@
-"""What a plan rests on: topologies, the interconnect model, the operations a model needs."""
+"""The basis of a plan: topologies, the interconnect model, the FLOPs of a model."""
 
 import jax
 import jax.extend
@@ -107,7 +107,7 @@ def test_nothing_to_exchange():
 
 
 def traced_flops(name: str, overrides: dict) -> float:
-    """Of the forward pass of one pair, by what jax traces."""
+    """Counts the FLOPs of the forward pass of one pair, as JAX traces it."""
     net = models.create(name, size=overrides)
     size = net.size
     images = np.zeros((1, size.image_size, size.image_size, 3), np.uint8)

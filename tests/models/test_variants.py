@@ -1,4 +1,4 @@
-"""What larger models and other recipes change: forms of the towers, logit_bias, patch dropout."""
+"""Variations of larger models and recipes: forms of the towers, logit_bias, patch dropout."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ TINY_SIGLIP |= {"image_mean": sizes.IMAGE_MEAN, "image_std": sizes.IMAGE_STD}  #
 
 @pytest.mark.parametrize("image_width", [12, 16])
 def test_siglip_equals_numpy(image_width: int):
-    """Where the head is wider than the embeddings it is projected."""
+    """A head wider than the embeddings is projected."""
     net = models.create("SigLIP-B/16", size=TINY_SIGLIP | {"image_width": image_width})
     variables, (images, tokens) = make_variables(net), make_batch(net.size)
     image, text, logit_scale, logit_bias = apply(net, variables, images, tokens)
@@ -187,7 +187,7 @@ def test_evaluation_sees_all_patches():
 
 @pytest.mark.slow
 def test_patch_dropout_on_devices(mesh8):
-    """The same patches, chosen where the example lies: only gradients cross devices."""
+    """Patches are chosen where the example lies: only gradients cross devices."""
     net = models.create("ViT-B/32", patch_dropout=0.5, size=TINY_VIT)
     variables, (images, tokens) = make_variables(net), make_batch(net.size, 16)
     batch = (images, tokens, np.arange(16, dtype=np.int32))

@@ -42,7 +42,7 @@ def copy(tmp_path) -> pathlib.Path:
 
 
 def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    """What does not depend on the machine's mood."""
+    """Returns the metrics that do not depend on the speed of the machine."""
     return {
         key: value
         for key, value in tiny_run.read_metrics(workdir).items()
@@ -158,7 +158,7 @@ def flags() -> list[str]:
     return [f"--config.{name}={value}" for name, value in tiny_run.SETTINGS.items()]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
+def test_a_killed_run_resumes_to_the_bit(tmp_path, capsys):
     command = [sys.executable, "-c", KILLED, "--config=configs/vit_b32.py:smoke", *flags()]
     killed = subprocess.run(
         [*command, f"--workdir={tmp_path}"],
