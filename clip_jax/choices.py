@@ -1,7 +1,7 @@
 """The values that named settings may take, each list once; imports nothing."""
 
-# config.objective and `Size.objective`: what a model is trained to do. What that means stands in
-# `models.MODULES` (the model) and `program.OBJECTIVES` (loss and augmentation).
+# config.objective and `Size.objective`: training objectives. `models.MODULES` has the model of
+# each, `program.OBJECTIVES` its loss and augmentation.
 OBJECTIVES = ("contrastive", "captioning", "bag_of_words", "near_duplicates")
 
 # config.loss.name and config.loss.method; see `clip_jax.losses`.

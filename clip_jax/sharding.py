@@ -22,7 +22,7 @@ EVERY_AXIS = PartitionSpec(AXES)
 
 
 class Placement(NamedTuple):
-    """How a parameter is split.
+    """The way that a parameter is split.
 
     Attributes:
       fsdp: whether the fsdp axis splits the largest dimension that it divides.

@@ -1,6 +1,6 @@
-"""Figure 2 of the paper: what to learn from captions, by zero-shot accuracy per image processed.
+"""Figure 2 of the paper: ways to learn from captions, by zero-shot accuracy per image processed.
 
-One run for each line, alike in all but the objective; `python -m clip_jax compare` draws them:
+One run for each line, equal in all but the objective; `python -m clip_jax compare` draws them:
 
     python main.py --config=configs/figure2.py:captioning      # a 63 M transformer writes captions
     python main.py --config=configs/figure2.py:bag_of_words    # their words are predicted
@@ -8,8 +8,8 @@ One run for each line, alike in all but the objective; `python -m clip_jax compa
     python main.py --config=configs/figure2.py:contrastive     # pairs, the text tower of CLIP
 
 each with --config.data.source.type=tar --config.data.source.path='gs://BUCKET/shards/*.tar' and
-labelled images in --config.eval.zeroshot.source. In the paper, by the accuracy on ImageNet that all
-reach: to predict words takes a third of the images that captions take, pairs a quarter of that.
+labelled images in --config.eval.zeroshot.source. In the paper, to the same accuracy on ImageNet,
+predicting words takes a third of the images that captions take, and pairs a quarter of that.
 
 RN50 on 400 million images, where the figure ends; the recipe is that of configs/rn50.py.
 `,smoke` behind any of them, as in :captioning,smoke, is a tiny version, seconds on a laptop. On the

@@ -1,9 +1,9 @@
 """The detector of near-duplicates with which the paper measures overlap (section 5, appendix C).
 
-RN50 with GELU and weight normalisation learns which of 1,712 images a view belongs to: cut out,
-stretched, turned, resized, recoloured, compressed (`data.views`). Captions are not looked at.
-Its embeddings find test images among training images; those of CLIP also find what only means the
-same. About 30 million images, 17,500 steps: one machine of 8 accelerators, a day or less.
+RN50 with GELU and weight normalisation learns which of 1,712 images a view belongs to. Views are
+cropped, stretched, rotated, resized, recoloured and compressed (`data.views`); captions are unused.
+Its embeddings find copies of test images among training images; those of CLIP also find images that
+only mean the same. About 30 million images, 17,500 steps: a day or less on 8 accelerators.
 
     python main.py --config=configs/overlap_detector.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/detector
@@ -15,9 +15,9 @@ same. About 30 million images, 17,500 steps: one machine of 8 accelerators, a da
     python -m clip_jax data dedup "shards/*.tar" --against="test/*.tar" --checkpoint=runs/detector
     python -m clip_jax embed --model=runs/detector pictures --out=embeddings
 
-Progress is the share of held-out images (`eval.retrieval.source`) whose one view lies nearest to
-the other; in the paper nearly all do so at the end. Rate, warm-up and strengths of the changes are
-ours: the paper names temperature, batch and number of images.
+Progress is the fraction of held-out images (`eval.retrieval.source`) whose two views are nearest to
+each other; in the paper nearly all are at the end. Learning rate, warm-up and strengths of the
+changes are ours: the paper names temperature, batch size and number of images.
 """
 
 from clip_jax.configs import default

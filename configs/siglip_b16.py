@@ -1,7 +1,7 @@
 """SigLIP-B/16: the sigmoid loss (Zhai et al. 2023, arXiv:2303.15343) at 224 pixels, 64 tokens.
 
-b2 is as published replications of SigLIP have it, rate and gradient clipping as in the sigmoid
-example of its authors' code. Duration and warm-up are CLIP's.
+b2 is that of published replications of SigLIP; learning rate and gradient clipping are those of the
+sigmoid example in its authors' code. Duration and warm-up are CLIP's.
 
 By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 3.4 GiB of 15.75 on
 each, 376 ms per step, 87,100 pairs/s.
@@ -16,7 +16,7 @@ SentencePiece entries; to train with such a file (our start and end token come o
 
     --config.tokenizer=PATH/sentencepiece.model --config.model.size.vocab_size=32002
 
-To go on from published weights, a folder of transformers or its name on the hub, take the ids that
+To start from published weights, a folder of transformers or its name on the hub, take the ids that
 they were trained with, which are those of the vocabulary file in that folder:
 
     --config.init_from=FOLDER --config.tokenizer=siglip:FOLDER/spiece.model
@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
 
 
 def set_recipe(config):
-    """What all SigLIP models share."""
+    """Applies the settings that all SigLIP models have in common."""
     config.model.size.vocab_size = 49_408  # of the "openai" tokenizer
     config.model.packing.length = 0  # every token sees all others, padding too
     config.loss.name = "sigmoid"

@@ -17,8 +17,13 @@ from bucket_server import Server
 
 # Shapes and types of the annotated modules are checked under test, and free at run time. Before the
 # first of them is imported.
-CHECKED = ["losses", "models", "optim", "sharding", "state"]
+_HERE = pathlib.Path(__file__).parent
+CHECKED = ["losses", "optim", "sharding"]
 CHECKED += ["training.augment", "training.program", "training.step"]
+# Not models.sizes, whose errors are for the user; nor state, whose leaves are also shapes and
+# shardings.
+CHECKED += [f"models.{p.stem}" for p in _HERE.parent.glob("clip_jax/models/[a-z]*.py")]
+CHECKED.remove("models.sizes")
 jaxtyping.install_import_hook([f"clip_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from clip_jax import sharding
@@ -27,7 +32,6 @@ from clip_jax.storage import faults
 jax.jit(lambda x: x + 1)(0.0)  # XLA reads its flags
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK)  # unknown to libtpu
 # Processes that tests start find the package and the tests' helpers too.
-_HERE = pathlib.Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE.parent), str(_HERE / "support")])
 
 

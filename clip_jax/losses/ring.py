@@ -53,7 +53,7 @@ def _sweep(
 
         def hop(_, carry):
             sums, own, moving = travel(inner, *carry)
-            # What is only read leaves before the visit ends: the network works meanwhile.
+            # Arrays that are only read leave before the visit ends: transfer overlaps with compute.
             moving, own = jax.lax.ppermute((moving, own), axis, onwards)
             return sums, moving, own
 

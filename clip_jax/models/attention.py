@@ -14,9 +14,7 @@ from clip_jax.models.layers import Dtype
 # ([b, s, ...], [b, ...]).
 Tokens = Any
 # Queries, keys and values.
-Heads = tuple[
-    Float[Array, "*queries heads d"], Float[Array, "*keys heads d"], Float[Array, "*keys heads d"]
-]
+Heads = tuple[Float[Array, "... heads d"], Float[Array, "... heads d"], Float[Array, "... heads d"]]
 
 
 class QueryKeyValue(nn.Module):

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
@@ -22,7 +23,7 @@ from clip_jax.models.transformer import Transformer
 
 PREFIX = 4  # tokens that carry the image
 
-Prefix = Float[Array, "batch prefix width"]
+Prefix = Float[Array, "batch prefix channels"]
 POSITIONS = 8  # tokens of each caption whose logits over the vocabulary exist at a time
 
 
@@ -142,7 +143,7 @@ class CaptionTransformer(nn.Module):
         return jnp.sum(jnp.where(within, logits, 0), axis=1), jax.nn.logsumexp(following, axis=1)
 
     def _states(
-        self, prefix: Prefix, read: Int[Array, "batch read"]
+        self, prefix: Prefix, read: Int[Array | np.ndarray, "batch read"]
     ) -> Float[Array, "batch read width"]:
         """Computes the states that predict the token after each of those read."""
         x = self.token_embed(read) + self.positions.astype(self.dtype)[: read.shape[1]]
@@ -158,7 +159,7 @@ def predicted(tokens: TokenIds) -> Float32[Array, " batch"]:
 def token_nats(
     states: Float[Array, "batch length width"],
     embedding: Float32[Array, "vocabulary width"],
-    targets: Int[Array, "batch length"],
+    targets: TokenIds,
 ) -> Float32[Array, "batch length"]:
     """Computes the cross-entropy of each target token, in nats.
 
@@ -171,6 +172,7 @@ def token_nats(
       targets: token ids.
     """
     b, length, width = states.shape
+    targets = jnp.asarray(targets)
     parts = -(-length // POSITIONS)
     padding = ((0, 0), (0, parts * POSITIONS - length))
     # No parameter here is split by the tensor axis, so it splits the captions instead.

@@ -18,7 +18,7 @@ class CLIP(ImageModel):
     Variables are {"params": ...} in float32 and, for a ResNet, {"batch_stats": ...}.
 
     Attributes:
-      pack: how several captions share a row of the text tower in training; None: they do not.
+      pack: packing of captions in training; None: each has a row of its own.
     """
 
     pack: Pack | None = None

@@ -115,10 +115,10 @@ class NearDuplicates(ImageModel):
 
 def normalize_images(
     images: Shaped[Array | np.ndarray, "*batch height width 3"], size: Size
-) -> Float[Array | np.ndarray, "*batch height width 3"]:
+) -> Float[Array, "*batch height width 3"]:
     """Normalises uint8 pixels by the mean and deviation of `size`; floats pass unchanged."""
     if images.dtype != jnp.uint8:
-        return images
+        return jnp.asarray(images)
     mean, std = (jnp.array(part, jnp.float32) for part in (size.image_mean, size.image_std))
     return (images.astype(jnp.float32) / 255 - mean) / std
 

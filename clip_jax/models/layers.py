@@ -1,4 +1,4 @@
-"""Parts that both kinds of tower share: initialisers, activations, LayerNorm, rematerialisation."""
+"""Parts common to the towers: initialisers, activations, LayerNorm, rematerialisation."""
 
 from collections.abc import Callable, Mapping
 from functools import partial

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -139,7 +140,7 @@ def end_features(
     tower: Tower,
     further_tower: Tower,
     params: Any,
-    tokens: Int[Array, "batch longest"],
+    tokens: Int[Array | np.ndarray, "batch longest"],
     pack: Pack,
 ) -> Float[Array, "batch width"]:
     """Computes the states at the end tokens, equal to those of captions in rows of their own.

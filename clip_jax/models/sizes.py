@@ -19,7 +19,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 # Fields that config.model.size can override, for models that have no name: shapes, and the forms
-# that a run may choose. What each means stands in `Size`.
+# that a run may choose. `Size` describes them.
 CONFIGURABLE = (
     "embed_dim",
     "image_size",
@@ -332,9 +332,9 @@ SIZES: Mapping[str, Size] = {
 
 def configurable() -> dict[str, type]:
     """Returns the fields of `CONFIGURABLE` with their types, for config.model.size."""
+    plain: dict[Any, type] = {str: str, int: int, int | None: int, tuple[int, ...]: tuple}
     types = {field.name: field.type for field in dataclasses.fields(Size)}
-    plain = {tuple[int, ...]: tuple, int | None: int}
-    return {name: plain.get(types[name], types[name]) for name in CONFIGURABLE}
+    return {name: plain[types[name]] for name in CONFIGURABLE}
 
 
 def available_models() -> list[str]:

@@ -25,7 +25,7 @@ class TextTransformer(nn.Module):
     A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
-      pack: how several captions share a row in training; None: each has a row of its own.
+      pack: packing of captions in training; None: each has a row of its own.
     """
 
     size: Size
@@ -77,7 +77,7 @@ class TextTransformer(nn.Module):
         positions: Int[Array, "batch length"] | None = None,
         mask: Mask | None = None,
         read: Read | None = None,
-    ) -> Float[Array, "batch read width"]:
+    ) -> Float[Array, "rows read width"]:
         """Computes the states of the last layer, at all tokens or those that `read` picks.
 
         Args:

@@ -75,7 +75,7 @@ def draw(key: Key[Array, ""], config: ConfigDict, side: int) -> View:
     """Draws a view of an image with this side in pixels."""
     drawn = iter(jax.random.uniform(key, (len(View._fields),)))  # in one call: it compiles faster
 
-    def uniform(least: float | jax.Array, most: float | jax.Array) -> jax.Array:
+    def uniform(least, most):
         return least + (most - least) * next(drawn)
 
     area, ratio = uniform(*config.scale), jnp.exp(uniform(*map(math.log, config.ratio)))

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, Shaped
 
@@ -36,7 +37,7 @@ class VisionTransformer(nn.Module):
         self,
         images: Float[Array, "batch height width 3"],
         train: bool = False,
-        rows: Int[Array, " batch"] | None = None,
+        rows: Int[Array | np.ndarray, " batch"] | None = None,
     ) -> Float[Array, "batch embed"]:
         """Embeds images.
 
@@ -141,7 +142,7 @@ def keep_patches(
     tokens: int,
     dropout: float,
     key: Key[Array, ""],
-    rows: Int[Array, " batch"],
+    rows: Int[Array | np.ndarray, " batch"],
 ) -> Float[Array, "batch kept width"]:
     """Picks a random subset of the patches of each example (FLIP, Li et al. 2022).
 

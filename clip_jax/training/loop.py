@@ -1,4 +1,4 @@
-"""The training loop: steps, and what is due between them."""
+"""The training loop: steps, and between them logs, evaluations and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from clip_jax.training.program import Program
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same throughout a run."""
+    """The parts of a run that do not change."""
 
     program: Program
     tokenizer: Tokenizer
@@ -39,9 +39,9 @@ class Run:
     order: Order
     evaluator: Evaluator
     total: int  # steps
-    log_every: int  # steps, as the next two
-    eval_every: int
-    checkpoint_every: int
+    log_every: int  # steps
+    eval_every: int  # steps
+    checkpoint_every: int  # steps
 
     @property
     def mesh(self) -> Mesh:
@@ -55,22 +55,23 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Past:
-    """What the runs that this one resumes did, as their checkpoint tells."""
+class ResumeState:
+    """The progress of a run and of those that it resumes, as a checkpoint stores it."""
 
     step: int = 0
     examples_seen: int = 0
-    seconds: float = 0.0
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    truncated: int = 0
+    seconds: float = 0.0  # wall time
+    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # examples by reason
+    truncated: int = 0  # captions
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> "Past":
+    def from_meta(cls, meta: Mapping[str, Any]) -> "ResumeState":
+        """Reads the metadata of a checkpoint."""
         return cls(**{field.name: meta[field.name] for field in dataclasses.fields(cls)})
 
 
 class Loop:
-    """Steps, and what is due between them."""
+    """Runs the steps, and between them logs, evaluations and checkpoints."""
 
     def __init__(
         self,
@@ -79,19 +80,19 @@ class Loop:
         directory: epath.PathLike,
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
-        past: Past,
+        past: ResumeState,
         began: float,
     ):
         """Opens the logs in `directory`.
 
         Args:
-          run: what does not change.
+          run: the parts that do not change.
           config: the whole config.
           directory: the workdir.
           store: its checkpoints.
-          data: begins where `past` ended.
-          past: what the runs that this one resumes did.
-          began: when this one did, by `time.monotonic`.
+          data: training data, from where `past` ended.
+          past: progress of the runs that this one resumes.
+          began: start of this run by `time.monotonic`.
         """
         self._run, self._config, self._store = run, config, store
         self._data, self._past = data, past
@@ -101,7 +102,7 @@ class Loop:
         )
         self._progress = metrics.Progress(past.step, run.total, config.batch_size)
         self._pending: tuple[int, train_step.Metrics] | None = None
-        self._told: Mapping[str, int] = past.skipped
+        self._reported: Mapping[str, int] = past.skipped
         self._feed = Feed(
             data,
             sharding.batch_sharding(run.mesh),
@@ -110,15 +111,15 @@ class Loop:
             describe=self._describe,
         )
 
-    def position(self, step: int) -> Past:
-        """What all hosts have done up to `step`, the runs that this one resumes included.
+    def position(self, step: int) -> ResumeState:
+        """Returns the progress of all hosts up to `step`, the resumed runs included.
 
         Every host must call it at the same step.
         """
         past = self._past
         seen = metrics.sum_over_hosts({**self._data.skipped, "truncated": self._data.truncated})
         truncated = seen.pop("truncated")
-        return Past(
+        return ResumeState(
             step=step,
             examples_seen=self._examples_seen(step),
             seconds=past.seconds + time.monotonic() - self._began,
@@ -127,10 +128,10 @@ class Loop:
         )
 
     def _describe(self) -> str:
-        """Returns the state of the data pipeline, for when it hangs."""
+        """Describes the state of the data pipeline, for the error when it hangs."""
         failures = faults.counts()
-        said = f"; storage failed before: {list_counts(failures)}" if failures else ""
-        return self._data.describe() + said
+        before = f"; storage failed before: {list_counts(failures)}" if failures else ""
+        return self._data.describe() + before
 
     def _examples_seen(self, step: int) -> int:
         return self._past.examples_seen + (step - self._past.step) * self._config.batch_size
@@ -156,7 +157,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """Has all rows in the workdir at the end, however it comes."""
+        """Writes all rows to the workdir at the end, an error included."""
         try:
             yield
         except StorageError:
@@ -171,7 +172,7 @@ class Loop:
         return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
 
     def _flush(self) -> None:
-        """Writes the metrics that wait, once the device has them."""
+        """Writes the pending metrics, once the device has computed them."""
         if self._pending is None:
             return
         step, device_values = self._pending
@@ -181,7 +182,7 @@ class Loop:
         rate, waited = self._progress.measure(step, self._feed.waited)
         row = {f"train/{name}": value for name, value in values.items()}
         row["train/images_per_second"] = rate
-        # Of this host alone, since to ask the others would hold up the device.
+        # This host's alone: a sum over hosts would hold up the device.
         row["data/waiting"] = waited
         row["data/skipped"] = sum(self._data.skipped.values())
         row["data/truncated"] = self._data.truncated
@@ -190,38 +191,39 @@ class Loop:
         self._progress.show(step, values["loss"], rate, waited)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
-        """Evaluates where it is due; returns what was found, nothing where it is not."""
+        """Evaluates where it is due; returns the scores, {} where it is not."""
         run = self._run
         if not clock.is_due(step, run.eval_every, run.total):
             return {}
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
         paused = self._progress.pause()
-        found = run.evaluator.run(state.variables)
-        if found:
-            # Not step times batch size where the batch size was changed on the way.
+        results = run.evaluator.run(state.variables)
+        if results:
+            # Differs from step times batch size where the batch size was changed on the way.
             seen = {"eval/images_seen": self._examples_seen(step)}
-            self._writer.write(step, {**found, **seen})
+            self._writer.write(step, {**results, **seen})
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
-            shown = [f"{name} {found[name]:.1%}" for name in brief]
+            shown = [f"{name} {results[name]:.1%}" for name in brief]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
         self._progress.resume(paused)
-        return found
+        return results
 
     def _save(
         self,
         state: train_state.TrainState,
         step: int,
         values: train_step.Metrics,
-        found: Mapping[str, float],
+        evaluated: Mapping[str, float],
     ) -> None:
+        """Saves a checkpoint; the metrics of its evaluation decide whether it is the best."""
         self._flush()
         _check_finite(step, metrics.fetch(values))  # which waits for the steps under way
         paused = self._progress.pause()
         done = self.position(step)
-        if done.skipped != self._told:
+        if done.skipped != self._reported:
             self._progress.note(f"Skipped so far: {list_counts(done.skipped)}.")
-            self._told = done.skipped
+            self._reported = done.skipped
         meta = {
             **dataclasses.asdict(done),
             "tokenizer": self._run.tokenizer.identity,
@@ -231,17 +233,17 @@ class Loop:
             "config": workdir.to_plain(self._config),
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
-        self._store.save(state, step, meta, found)
+        self._store.save(state, step, meta, evaluated)
         self._progress.resume(paused)
 
 
 def list_counts(counts: Mapping[str, int]) -> str:
-    """ "3 x unreadable image, 1 x empty caption", the most frequent first."""
+    """Lists counts, most frequent first: "3 x unreadable image, 1 x empty caption"."""
     return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
 
 
 def hardware(mesh: Mesh) -> str:
-    """Number and kind of the devices."""
+    """Returns number and kind of the devices."""
     return f"{mesh.size} x {jax.devices()[0].device_kind}"
 
 

@@ -1,5 +1,6 @@
-"""The story of a training run: mesh, model, data, state, restore, loop, report."""
+"""A training run from start to end: mesh, model, data, state, restore, loop, report."""
 
+import functools
 import os
 import statistics
 import time
@@ -18,22 +19,22 @@ from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
 from clip_jax.training import program, workdir
-from clip_jax.training.loop import Loop, Past, Run, hardware, list_counts
+from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
-    """Trains, or resumes where the directory left off, and writes a report.
+    """Trains, or resumes the run in the directory, and writes a report.
 
     Args:
-      config: as in configs/default.py, validated.
+      config: fields as in configs/default.py, validated.
       directory: the workdir; local, gs:// or s3://.
-      command: what the user typed, for the report.
+      command: the user's command line, for the report.
 
     Returns:
-      The last metrics of evaluation.
+      The metrics of the last evaluation.
 
     Raises:
-      UserError: something in config, data or workdir that the user can put right.
+      UserError: a fault in config, data or workdir that the user can mend.
     """
     started, began = datetime.now(), time.monotonic()
     if config.compilation_cache:
@@ -59,10 +60,10 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         step_fn = _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
-            past = Past()
+            past = ResumeState()
             state = run.program.init(start)
         else:
-            past = Past.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
+            past = ResumeState.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
             state = store.restore(resumed, run.program.state)
             _say(f"Resuming {directory} from step {resumed:,}.")
         data = _data(run, config, directory, past.examples_seen)
@@ -73,7 +74,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
 
 
 def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
-    """Everything that can fail on a wrong setting, before anything slow."""
+    """Does all that can fail on a wrong setting, before anything slow."""
     mesh, net = program.place(config)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
@@ -88,40 +89,42 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             fallback_dir=fallback_dir,
         )
         evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
-    steps = {"batch_size": config.batch_size, "examples_per_epoch": len(source)}
-    total = clock.to_steps(config.duration, **steps)
+    to_steps = functools.partial(
+        clock.to_steps, batch_size=config.batch_size, examples_per_epoch=len(source)
+    )
+    total = to_steps(config.duration)
     if not total:
         raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
-    steps["total_steps"] = total
-    warmup = clock.to_steps(config.optim.warmup, **steps)
+    to_steps = functools.partial(to_steps, total_steps=total)
     return Run(
-        program=program.build(config, warmup=warmup, total=total),
+        program=program.build(config, warmup=to_steps(config.optim.warmup), total=total),
         tokenizer=tokens,
         source=source,
         order=order,
         evaluator=evaluator,
         total=total,
-        log_every=clock.to_steps(config.log.every, **steps),
-        eval_every=clock.to_steps(config.eval.every, **steps),
-        checkpoint_every=clock.to_steps(config.checkpoint.every, **steps),
+        log_every=to_steps(config.log.every),
+        eval_every=to_steps(config.eval.every),
+        checkpoint_every=to_steps(config.checkpoint.every),
     )
 
 
 def _fallback_dir(directory: epath.PathLike) -> epath.Path:
-    """For indices of shards whose own cannot be written to."""
+    """Returns the directory for indices of shards whose own directory cannot be written to."""
     return epath.Path(directory) / "index"
 
 
 def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: models.Size) -> None:
-    """UserError where the model cannot read the ids of the tokenizer."""
+    """Raises UserError where the model cannot read the ids of the tokenizer."""
     if isinstance(tokens, tokenizer.SiglipTokenizer) and size.text_pool == "end":
         raise UserError(
             f"{size} finds the end of a caption by the largest id, which SigLIP's end token is "
             f"not: leave {tokenizer.SIGLIP!r} out of --config.tokenizer={config.tokenizer}, or "
             "train a SigLIP model."
         )
-    spare = size.text_pool == "last" and config.init_from  # published with entries left over
-    if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not spare):
+    # Published models of this form have more entries than their tokenizer.
+    unused = size.text_pool == "last" and config.init_from
+    if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not unused):
         raise UserError(
             f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
             f"{size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
@@ -131,6 +134,7 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
 def _data(
     run: Run, config: ConfigDict, directory: epath.PathLike, examples_seen: int
 ) -> pipeline.TrainPipeline:
+    """Opens the training data after the examples seen already, this host's part of them."""
     part, parts = sharding.process_part(run.mesh)
     size = run.net.size
     spec = rows.Spec(
@@ -149,7 +153,7 @@ def _data(
 
 
 def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
-    """The compiled step, once it is known to fit into memory."""
+    """Compiles the training step; UserError where it does not fit into memory."""
     began = time.monotonic()
     compiled = run.program.lower().compile()
     _check_memory(compiled.memory_analysis(), config.batch_size)
@@ -158,14 +162,14 @@ def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
 
 
 def _check_memory(needs: Any, batch_size: int) -> None:
-    """UserError where a step needs more memory than there is; the system would kill the process."""
+    """Raises UserError where a step takes more memory than there is: else the system kills it."""
     device = jax.local_devices()[0]
     has = (device.memory_stats() or {}).get("bytes_limit")
-    share = 1
-    if has is None:  # a CPU: its devices share the memory of the host
+    devices = 1
+    if has is None:  # a CPU: its devices are all on the memory of the host
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        share = jax.local_device_count()
-    needed = share * (
+        devices = jax.local_device_count()
+    needed = devices * (
         needs.temp_size_in_bytes
         + needs.argument_size_in_bytes
         + needs.output_size_in_bytes
@@ -182,6 +186,7 @@ def _check_memory(needs: Any, batch_size: int) -> None:
 
 
 def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint; UserError where its tokenizer is another."""
     if meta["tokenizer"] != tokens.identity:
         raise UserError(
             f"The checkpoint was trained with the tokenizer {meta['tokenizer']}, the config names "
@@ -212,7 +217,7 @@ def _report(
     directory: epath.PathLike,
     config: ConfigDict,
     run: Run,
-    done: Past,
+    done: ResumeState,
     command: str,
     started: datetime,
 ) -> None:
@@ -247,7 +252,7 @@ def _report(
 
 
 def _named(data: ConfigDict) -> str:
-    """The training data in a word or two."""
+    """Returns a name for the training data."""
     return " + ".join(data.mixture) or data.source.name or data.source.type
 
 

@@ -15,7 +15,7 @@ from clip_jax.storage import locations, ranges, remote, writing
 FILE = "config.json"  # inside the workdir
 
 # Fields that may differ between a run and its resumption: they change where and how it computes,
-# or what is reported, not what is learned.
+# or what it reports, not the results.
 FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
 FREE += ("model.remat", "model.packing", "accum_steps", "loss.method", "loss.tile")
 FREE += (
@@ -97,7 +97,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
 
 
 def to_plain(config: ConfigDict) -> dict[str, Any]:
-    """Returns the config as JSON would return it: tuples are lists."""
+    """Returns a config as JSON gives it back: tuples are lists."""
     return json.loads(json.dumps(config.to_dict()))
 
 

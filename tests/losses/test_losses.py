@@ -261,7 +261,7 @@ def test_each_logit_is_computed_once(name: str, method: str, mesh: str):
 
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_memory_of_a_ring_does_not_grow_with_the_batch_on_more_devices(name: str):
-    """The same examples per device on 1, 2 and 8 devices; the gathered form grows with them."""
+    """Equal examples per device on 1, 2 and 8 devices; the gathered form grows with them."""
     needed = {}
     for method in METHODS:
         for mesh in (tiny.make_mesh(count) for count in (1, 2, 8)):

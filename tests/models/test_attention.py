@@ -12,13 +12,13 @@ from clip_jax.models.attention import attend, attend_with_token
 HEADS, D = 3, 8
 
 
-def draw(shape: tuple[int, ...], size: float) -> tuple[np.ndarray, ...]:
+def draw(shape: tuple[int, ...], size: float) -> tuple[jax.Array, ...]:
     rng = np.random.default_rng(0)
-    return tuple((size * rng.normal(size=shape)).astype(np.float32) for _ in range(3))
+    return tuple(jnp.asarray(size * rng.normal(size=shape), jnp.float32) for _ in range(3))
 
 
 def apart(heads):
-    """Of each of the arrays [b, 1 + s, ...]: what follows the first token, and that."""
+    """Splits each of the arrays [b, 1 + s, ...] into what follows the first token, and that."""
     return tuple(x[:, 1:] for x in heads), tuple(x[:, 0] for x in heads)
 
 
@@ -26,7 +26,7 @@ def apart(heads):
 def test_a_token_apart_changes_nothing(size: float):
     """Against NumPy in float64; at the larger size a few logits lead by hundreds."""
     q, k, v = draw((2, 1 + 7, HEADS, D), size)
-    logits = np.einsum("bqhd,bkhd->bhqk", q.astype(np.float64), k) / np.sqrt(D)
+    logits = np.einsum("bqhd,bkhd->bhqk", np.asarray(q, np.float64), k) / np.sqrt(D)
     want = np.einsum("bhqk,bkhd->bqhd", numpy_models.softmax(logits), v)
     sequence, token = attend_with_token(*apart((q, k, v)))
     got = np.concatenate([token[:, None], sequence], axis=1)

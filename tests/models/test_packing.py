@@ -94,7 +94,7 @@ def test_the_longest_captions_fit(length: int, rows: int):
 
 
 def test_rows_from_the_middle():
-    """A turn sees its rows, as they are among all."""
+    """A round fills its rows as if all rows were filled."""
     tokens = make_tokens([5, 9, 3, 7, 2, 4, 9])
     whole, places = packed_rows(tokens, LENGTH), packing.place(jnp.asarray(tokens), LENGTH)
     part = packing.fill(jnp.asarray(tokens), places, 2, 2, LENGTH)
@@ -174,7 +174,7 @@ def unpacked():
     return {name: embeds_and_grads(lengths, None) for name, lengths in CAPTIONS.items()}
 
 
-def turns(lengths, rows: float) -> int:
+def rounds(lengths, rows: float) -> int:
     return math.ceil(len(first_fit(lengths, LENGTH)) / math.ceil(rows * len(lengths)))
 
 
@@ -184,7 +184,7 @@ def turns(lengths, rows: float) -> int:
      ("full", 0.3, 4), ("long first", 0.4, 2), ("long first", 0.01, 8)],
 )  # fmt: skip
 def test_equals_unpacked(unpacked, name: str, rows: float, taken: int):
-    assert turns(CAPTIONS[name], rows) == taken
+    assert rounds(CAPTIONS[name], rows) == taken
     pack = (LENGTH, rows)
     assert_equal(embeds_and_grads(CAPTIONS[name], pack), unpacked[name])
 
@@ -199,7 +199,7 @@ def test_equals_unpacked_unrolled_and_rematerialised(unpacked, scan: bool, remat
 
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_equals_unpacked_on_devices(unpacked, mesh8, name: str):
-    """Two captions a device, in one row each time: those with more take further turns."""
+    """Two captions a device, in one row each time: those with more take further rounds."""
     pack = (LENGTH, 0.5)
     assert_equal(embeds_and_grads(CAPTIONS[name], pack, mesh8), unpacked[name])
 
@@ -216,11 +216,11 @@ def test_a_single_caption():
 
 
 def test_not_packed_in_evaluation():
-    """The same program as without packing, so that embeddings do not depend on the setting."""
+    """Compiles to the program without packing: embeddings do not depend on the setting."""
     text = []
     for pack in (None, {"length": LENGTH, "rows": 0.3}):
         net = models.create("ViT-B/32", size=SIZE, pack=pack)
-        variables = jax.eval_shape(net.init, jax.random.key(0), np.zeros((1, 8, 8, 3)), TOKENS)
+        variables = jax.eval_shape(net.init, jax.random.key(0), np.zeros((16, 8, 8, 3)), TOKENS)
         lowered = jax.jit(partial(net.apply, method="encode_text")).lower(variables, TOKENS)
         text.append(lowered.as_text())
     assert text[0] == text[1]
@@ -257,7 +257,7 @@ def test_nothing_but_gradients_crosses_devices():
 
 
 @pytest.mark.slow
-def test_memory_is_that_of_the_rows_of_one_turn():
+def test_memory_is_that_of_the_rows_of_one_round():
     """Turns that are not taken keep nothing, although the program contains them."""
     size = {"context_length": 32, "text_width": 32, "text_layers": 6}
     plain, packed = (

@@ -8,7 +8,7 @@ import pytest
 from clip_jax.models import packing, transformer
 
 LAYERS, WIDTH, TOKENS = 2, 64, 9
-END = np.array([[4], [8], [2]])
+END = jnp.array([[4], [8], [2]])
 
 
 def make(causal: bool, scan_layers: bool, remat: str = "none") -> transformer.Transformer:
@@ -42,9 +42,9 @@ def everywhere(x):
     return x
 
 
-WHOLE = np.random.default_rng(0).normal(size=(3, TOKENS, WIDTH)).astype(np.float32)
+WHOLE = jnp.asarray(np.random.default_rng(0).normal(size=(3, TOKENS, WIDTH)), jnp.float32)
 TOKEN_APART = (WHOLE[:, 1:], WHOLE[:, 0])
-SOME = np.random.default_rng(1).random((3, 1, TOKENS, TOKENS)) < 0.7
+SOME = jnp.asarray(np.random.default_rng(1).random((3, 1, TOKENS, TOKENS)) < 0.7)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ SOME = np.random.default_rng(1).random((3, 1, TOKENS, TOKENS)) < 0.7
         pytest.param(WHOLE, False, None, first, id="class token"),
         pytest.param(TOKEN_APART, False, None, apart, id="class token apart"),
         pytest.param(WHOLE, True, None, at_the_end, id="end token"),
-        pytest.param(WHOLE, True, SOME | np.eye(TOKENS, dtype=bool), at_the_end, id="masked"),
+        pytest.param(WHOLE, True, SOME | jnp.eye(TOKENS, dtype=bool), at_the_end, id="masked"),
     ],
 )
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What larger models and other recipes change: forms of the towers, logit_bias, patch dropout."""
+"""Variations of larger models and recipes: forms of the towers, logit_bias, patch dropout."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ TINY_SIGLIP |= {"image_mean": sizes.IMAGE_MEAN, "image_std": sizes.IMAGE_STD}  #
 
 @pytest.mark.parametrize("image_width", [12, 16])
 def test_siglip_equals_numpy(image_width: int):
-    """Where the head is wider than the embeddings it is projected."""
+    """A head wider than the embeddings is projected."""
     net = models.create("SigLIP-B/16", size=TINY_SIGLIP | {"image_width": image_width})
     variables, (images, tokens) = make_variables(net), make_batch(net.size)
     image, text, logit_scale, logit_bias = apply(net, variables, images, tokens)
@@ -139,7 +139,9 @@ def test_impossible_forms(size: dict, message: str):
 def test_kept_patches(tokens: int, dropout: float, kept: int):
     """A subset without repetition, in order; leading tokens always."""
     x = np.tile(np.arange(tokens + 16.0)[None, :, None], (64, 1, 3))
-    y = np.asarray(vit.keep_patches(x, tokens, dropout, jax.random.key(0), jnp.arange(64)))
+    y = np.asarray(
+        vit.keep_patches(jnp.asarray(x), tokens, dropout, jax.random.key(0), jnp.arange(64))
+    )
     assert y.shape == (64, tokens + kept, 3)
     np.testing.assert_array_equal(y[..., 0], y[..., 2])
     np.testing.assert_array_equal(y[:, :tokens, 0], x[:, :tokens, 0])
@@ -149,7 +151,7 @@ def test_kept_patches(tokens: int, dropout: float, kept: int):
 
 def test_all_patches_are_equally_likely():
     x = np.tile(np.arange(16.0)[None, :, None], (4000, 1, 1))
-    y = np.asarray(vit.keep_patches(x, 0, 0.75, jax.random.key(1), jnp.arange(4000)))
+    y = np.asarray(vit.keep_patches(jnp.asarray(x), 0, 0.75, jax.random.key(1), jnp.arange(4000)))
     counts = np.bincount(y.astype(int).ravel(), minlength=16)
     assert np.abs(counts - 1000).max() < 5 * math.sqrt(4000 * 0.25 * 0.75)
 
@@ -185,7 +187,7 @@ def test_evaluation_sees_all_patches():
 
 @pytest.mark.slow
 def test_patch_dropout_on_devices(mesh8):
-    """The same patches, chosen where the example lies: only gradients cross devices."""
+    """Patches are chosen where the example lies: only gradients cross devices."""
     net = models.create("ViT-B/32", patch_dropout=0.5, size=TINY_VIT)
     variables, (images, tokens) = make_variables(net), make_batch(net.size, 16)
     batch = (images, tokens, np.arange(16, dtype=np.int32))

@@ -101,7 +101,7 @@ def test_resizing_is_that_of_pillow(side, down, up):
 def test_colours_are_those_of_hsv(hue, saturation, value):
     image = np.concatenate([PHOTO[:20], np.repeat(PHOTO[20:, :, :1], 3, axis=2)])  # half is grey
     image[0, 0] = 0
-    found = views.recolour(floats(image), hue, saturation, value)
+    found = views.recolour(floats(image), *map(jnp.float32, (hue, saturation, value)))
     hsv = matplotlib.colors.rgb_to_hsv(image / 255.0)
     hsv[..., 0] = (hsv[..., 0] + hue) % 1
     hsv[..., 1:] = np.clip(hsv[..., 1:] * [saturation, value], 0, 1)

@@ -95,7 +95,7 @@ def metrics(data: bytes) -> dict[int, dict[str, float]]:
 
 
 def steps(bucket, place: str) -> list[int]:
-    """Of the checkpoints that are complete."""
+    """Returns the steps of the complete checkpoints."""
     names = bucket.names("bucket", f"{place}/run/checkpoints/")
     return sorted(int(m[1]) for n in names if (m := re.search(r"/(\d+)/commit_success.txt$", n)))
 
@@ -146,7 +146,7 @@ def test_killed_and_resumed(bucket, place, shards, tmp_path, capsys):
 
 
 def test_two_processes_with_one_workdir(bucket, place, shards, tmp_path, capsys):
-    """Then one goes on with what they began."""
+    """Then a single process resumes their run."""
     short = {"duration": "6 steps", "eval.every": "6 steps"}
     with tiny_run.compile_once():
         train.train(config(shards, **short), tmp_path)

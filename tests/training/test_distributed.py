@@ -34,7 +34,7 @@ def launch(arguments: list[str], devices: int, quick: str = xla_flags.QUICK) -> 
 
 
 def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    """What they printed, once all have ended well."""
+    """Returns what they printed, once all have ended well."""
     try:
         printed = [process.communicate(timeout=TIMEOUT) for process in processes]
     finally:

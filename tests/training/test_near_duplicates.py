@@ -112,7 +112,7 @@ def test_the_loss_has_the_temperature_of_the_config():
     mesh, _ = program.place(config)
     loss, augment = program.OBJECTIVES["near_duplicates"](config, mesh)
     rng = np.random.default_rng(0)
-    pair = [numpy_models.unit(rng.normal(size=(16, 8))).astype(np.float32) for _ in range(2)]
+    pair = [jnp.float32(numpy_models.unit(rng.normal(size=(16, 8)))) for _ in range(2)]
     wanted = losses.softmax_loss(*pair, jnp.log(jnp.float32(5)))
     assert float(jax.jit(loss)(*pair)) == pytest.approx(float(wanted), rel=1e-5)
     made = jax.eval_shape(augment, np.zeros((2, 32, 32, 3), np.uint8), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""What figure 2 compares with CLIP: models, losses and scores against NumPy in float64."""
+"""The baselines of figure 2: models, losses and scores against NumPy in float64."""
 
 import functools
 import math
@@ -90,7 +90,7 @@ def test_a_caption_is_likely_by_its_past_alone_and_padding_changes_nothing():
 
 
 def test_probabilities_of_all_captions_of_one_word_sum_to_that_of_a_word():
-    """What is left is captions that end at once or go on: they are a distribution."""
+    """Captions that end at once and those that continue add up to a distribution."""
     net, variables, batch, features = model("captioning")
     start, end = net.size.vocab_size - 2, net.size.vocab_size - 1
     prompts = np.zeros((net.size.vocab_size - 1, 4), np.int32)
@@ -157,7 +157,7 @@ def bag_log(feature: np.ndarray, row: np.ndarray, p: dict) -> float:
 
 
 def repeated(tokens: np.ndarray) -> np.ndarray:
-    """The same captions, in half of which a word stands twice or more."""
+    """Captions in half of which a word stands twice or more."""
     tokens = tokens.copy()
     tokens[::2, 2] = np.where(tokens[::2].argmax(axis=1) > 2, tokens[::2, 1], tokens[::2, 2])
     return tokens
@@ -232,7 +232,7 @@ def test_prompts_share_their_beginnings():
 
 
 def test_the_transformer_that_writes_has_63_million_parameters():
-    """As the paper says; and nothing large of any of these models is whole on a device."""
+    """The paper's number; and nothing large of any of these models is whole on a device."""
     counts = {}
     _, tx = tiny.make_optimizer()
     for line, overrides in figure2.LINES.items():

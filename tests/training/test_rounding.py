@@ -17,7 +17,7 @@ def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return down, up
 
 
-def test_rounds_to_a_neighbour_with_the_right_odds():
+def test_rounds_to_a_neighbour_with_the_right_probability():
     rng = np.random.default_rng(0)
     x = (rng.normal(size=64) * 10.0 ** rng.integers(-30, 30, 64)).astype(np.float32)
     draws = 4096
@@ -25,9 +25,9 @@ def test_rounds_to_a_neighbour_with_the_right_odds():
     assert rounded.dtype == jnp.bfloat16
     rounded, (down, up) = np.asarray(rounded, np.float64), neighbours(x)
     assert np.all((rounded == down) | (rounded == up))
-    odds = (x - down.astype(np.float64)) / (up.astype(np.float64) - down)
-    deviation = np.sqrt(odds * (1 - odds) / draws)
-    assert np.all(np.abs((rounded == up).mean(axis=0) - odds) < 5 * deviation + 1e-12)
+    probability = (x - down.astype(np.float64)) / (up.astype(np.float64) - down)
+    deviation = np.sqrt(probability * (1 - probability) / draws)
+    assert np.all(np.abs((rounded == up).mean(axis=0) - probability) < 5 * deviation + 1e-12)
 
 
 def test_what_bfloat16_can_hold_stays():

@@ -1,4 +1,4 @@
-"""Where parameters live, on the trees of real models."""
+"""The placement of parameters, on the trees of real models."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ def specs(name: str, data: int, fsdp: int) -> dict[str, tuple[tuple[int, ...], P
 
 
 def params(name: str, data: int = 1, fsdp: int = 8):
-    """As `specs`, of the parameters alone and named from there."""
+    """Returns `specs` of the parameters alone, by names that begin there."""
     found = specs(name, data, fsdp)
     return {path[7:]: value for path, value in found.items() if path.startswith("params/")}
 
@@ -78,7 +78,7 @@ def test_nothing_large_is_replicated(name: str):
     found = specs(name, 1, 8).values()
     total = sum(math.prod(shape) for shape, _ in found)
     held = sum(math.prod(shape) // (8 if "fsdp" in spec else 1) for shape, spec in found)
-    assert held < total / 8 * 1.02  # a device's share of the whole state, moments included
+    assert held < total / 8 * 1.02  # a device's part of the whole state, moments included
 
 
 def test_layers_of_a_stack_are_not_split():

@@ -111,7 +111,7 @@ def test_state_keeps_its_shardings():
         assert after.sharding.is_equivalent_to(before.sharding, after.ndim), name
 
 
-def test_fsdp_holds_a_share_of_parameters_and_moments():
+def test_fsdp_shards_parameters_and_moments():
     """A quarter of every matrix, on 4 devices, and of both its moments."""
     state, _ = trained("vit", FSDP)
     split = 0
@@ -210,7 +210,7 @@ def test_logit_scale_below_its_bound_is_left_alone():
     assert trained("vit", ONE)[1][0]["logit_scale"] == pytest.approx(math.exp(want), rel=1e-6)
 
 
-# ---- 16 bits -----------------------------------------------------------------------------------
+# ---- bfloat16 ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -267,7 +267,7 @@ def test_accumulation_saves_activations():
     )
     assert ran.returncode == 0, ran.stderr
     temporary = dict(json.loads(ran.stdout))
-    # What a whole batch needs beyond any micro-batch's share shrinks with that share.
+    # Memory of a whole batch beyond that of a micro-batch shrinks with the micro-batch.
     assert temporary[4] < 0.4 * temporary[1]
     assert temporary[16] < 0.15 * temporary[1]
 

@@ -144,6 +144,6 @@ def test_zero1_splits_the_optimiser_over_all_devices():
     for path, leaf in jax.tree.leaves_with_path(state):
         name = sharding.path_name(path)
         if name.endswith("/kernel"):
-            share = 8 if name.startswith("opt_state/") else 2
-            assert leaf.addressable_shards[0].data.size == leaf.size // share, name
+            shards = 8 if name.startswith("opt_state/") else 2
+            assert leaf.addressable_shards[0].data.size == leaf.size // shards, name
     assert_gradients(gradients((4, 2), zero1=True), gradients(ONE))

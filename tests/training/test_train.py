@@ -1,6 +1,7 @@
 """Whole runs: what they leave behind, how they resume, and how they refuse."""
 
 import collections
+import functools
 import json
 import pathlib
 import re
@@ -23,6 +24,7 @@ from tensorboard.util import tensor_util
 from clip_jax.common import metrics
 from clip_jax.errors import UserError
 from clip_jax.training import train
+from configs import default
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -40,7 +42,7 @@ def copy(tmp_path) -> pathlib.Path:
 
 
 def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    """What does not depend on the machine's mood."""
+    """Returns the metrics that do not depend on the speed of the machine."""
     return {
         key: value
         for key, value in tiny_run.read_metrics(workdir).items()
@@ -156,7 +158,7 @@ def flags() -> list[str]:
     return [f"--config.{name}={value}" for name, value in tiny_run.SETTINGS.items()]
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
+def test_a_killed_run_resumes_to_the_bit(tmp_path, capsys):
     command = [sys.executable, "-c", KILLED, "--config=configs/vit_b32.py:smoke", *flags()]
     killed = subprocess.run(
         [*command, f"--workdir={tmp_path}"],
@@ -194,6 +196,27 @@ def test_resuming_from_an_earlier_checkpoint(copy, capsys):
     for name, value in final.items():
         assert value == tiny_run.read_metrics(whole)[12, name]
     assert steps_kept(copy) == [12]  # the latest, and the only one that was evaluated
+
+
+def test_a_run_from_before_settings_were_renamed_resumes(copy, capsys):
+    """Its config.json has the old names; their values are compared under the new ones."""
+    shutil.rmtree(copy / "checkpoints" / "12")
+    file = copy / "config.json"
+    stored = json.loads(file.read_text())
+    for old, new in default.RENAMED.items():
+        (*groups, name), (*old_groups, old_name) = new.split("."), old.split(".")
+        value = functools.reduce(dict.__getitem__, groups, stored).pop(name)
+        inner = functools.reduce(lambda tree, key: tree.setdefault(key, {}), old_groups, stored)
+        inner[old_name] = value
+    del stored["model"]["packing"]  # empty by now
+    file.write_text(json.dumps(stored))
+    assert {"half_weights"} == stored["optim"].keys() - tiny_run.config().optim.keys()
+    with pytest.raises(UserError, match=r"optim\.bf16_params was '', now '\^text/'"):
+        train.train(tiny_run.config({"optim.bf16_params": "^text/"}), copy)
+    train.train(tiny_run.config(), copy)
+    assert "from step 8." in capsys.readouterr().out
+    assert learned(copy) == learned(tiny_run.finished())
+    assert json.loads(file.read_text()) == json.loads(tiny_run.config().to_json_best_effort())
 
 
 def test_a_complete_run_only_gets_its_report_again(copy, capsys):
