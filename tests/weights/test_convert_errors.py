@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_weights
+from etils import epath
 
 from clip_jax import models, weights
 from clip_jax.errors import UserError
@@ -69,7 +70,7 @@ def test_a_tensor_beyond_its_storage(tmp_path: pathlib.Path):
     arrays = {"a": np.arange(4, dtype=np.float32)}
     path = tmp_path / "x.pt"
     torch_files.write(Tensors({"a": (2, 400)}, lambda name: arrays[name]), path)
-    found = torch_files.read(path).tensors
+    found = torch_files.read(epath.Path(path)).tensors
     with pytest.raises((TypeError, ValueError), match="buffer"):
         found.read("a")
 
