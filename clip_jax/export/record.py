@@ -14,7 +14,7 @@ _ROWS = 8  # in the training curve
 _FEW = 4  # evaluations that make a curve by themselves
 _SCORES = ("zeroshot/", "retrieval/")  # how the names of evaluations begin
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
 
 def _by_step(history: Sequence[Row], last: int) -> list[Row]:
     """Merges all numbers of a step into one row; ascending, without steps after `last`."""
-    merged: dict[float, dict[str, float]] = {}
+    merged: dict[float, dict[str, float | int]] = {}
     for row in history:
         if row["step"] <= last:
             merged.setdefault(row["step"], {}).update(row)

@@ -256,6 +256,21 @@ def test_sources(tmp_path: pathlib.Path):
             weights.open(path)
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--to=pytorch", "no format 'pytorch' to convert to: take one of clip_jax, huggingface"),
+        ("--activation=relu", "activation is 'relu': it takes one of quick_gelu, gelu, gelu_tanh"),
+    ],
+)
+def test_choices_of_the_command(flag: str, message: str, tmp_path: pathlib.Path, capsys):
+    weights.save(tiny_weights.make("vit"), tmp_path / "x")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(tmp_path / "x"), str(tmp_path / "y"), flag])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
+
+
 def test_the_command_says_it_in_a_paragraph(tmp_path: pathlib.Path, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([str(tmp_path / "nowhere"), str(tmp_path / "x")])
