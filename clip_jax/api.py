@@ -159,9 +159,7 @@ class Model:
             )
         return self.tokenizer(texts, truncate=truncate)
 
-    def _pixels(
-        self, image: Picture, wait: Callable[[], bytes] | None
-    ) -> UInt8[np.ndarray, "h w 3"]:
+    def _pixels(self, image: Any, wait: Callable[[], bytes] | None) -> UInt8[np.ndarray, "h w 3"]:
         key, size = "the picture", self.net.size.image_size
         try:
             if wait is not None:
@@ -205,14 +203,15 @@ class Model:
         return min(self._batch_size, 1 << max(rows - 1, 0).bit_length())
 
 
-def _begin(picture: Picture) -> Callable[[], bytes] | None:
+def _begin(picture: Any) -> Callable[[], bytes] | None:
     """Starts reading a path; returns a function that waits for the bytes, None: it is no path."""
     if not isinstance(picture, (str, os.PathLike)):
         return None
     return ranges.start_whole(locations.parse(picture))
 
 
-def _as_list(images: Pictures) -> list[Picture]:
+def _as_list(images: Pictures) -> list[Any]:
+    """Returns one or many images as a list; each is checked when it is read."""
     if isinstance(images, (Image.Image, str, os.PathLike)):
         return [images]
     if isinstance(images, np.ndarray) and images.ndim == 3:

@@ -227,7 +227,7 @@ def test_many_inputs_use_one_program_and_few_a_smaller_one(model):
         (np.zeros((16, 16, 4), np.uint8), "uint8 .h, w, 3.*4"),
         (np.zeros((16, 16, 3)), "uint8 .h, w, 3.*float64"),
         ([np.zeros((16, 16), np.uint8)], "uint8 .h, w, 3"),
-        ([None], "uint8 .h, w, 3"),
+        (np.array([None]), "uint8 .h, w, 3"),
     ],
     ids=["missing", "broken", "URL", "channels", "dtype", "dimensions", "nothing"],
 )

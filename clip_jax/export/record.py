@@ -16,7 +16,7 @@ _FEW = 4  # evaluations that make a curve by themselves
 # Scores of the data that the config describes; those of data sets by name are not told apart here.
 _SCORE = re.compile(r"zeroshot/top\d|retrieval/(text_to_image|image_to_text)/recall@\d+")
 
-Row = Mapping[str, float]
+Row = Mapping[str, float | int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_training(origin: Mapping[str, Any]) -> Training | None:
 
 def _by_step(history: Sequence[Row], last: int) -> list[Row]:
     """Merges all numbers of a step into one row; ascending, without steps after `last`."""
-    merged: dict[float, dict[str, float]] = {}
+    merged: dict[float, dict[str, float | int]] = {}
     for row in history:
         if row["step"] <= last:
             merged.setdefault(row["step"], {}).update(row)

@@ -218,7 +218,7 @@ def size_differences(actual: models.Size, expected: models.Size) -> dict[str, st
 
 def read_finite(tensors: Tensors, name: str) -> Float[np.ndarray, "..."]:
     """Reads an array; UserError where it holds NaN or infinity."""
-    value = tensors.read(name)
+    value = np.asarray(tensors.read(name))  # NumPy makes scalars of arrays without axes
     check_finite(name, value)
     return value
 

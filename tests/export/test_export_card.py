@@ -101,7 +101,7 @@ def test_skipped_examples_by_reason(tmp_path):
 
 
 def test_nothing_is_claimed_that_was_not_measured(tmp_path):
-    found = training(scores={}, scored_at=0, hardware="", seconds=3600)
+    found = training(scores={}, scored_at=0, hardware="", seconds=3600.0)
     text = card_text.render(found, TERMS, tmp_path)
     data = ModelCard(text, ignore_metadata_errors=False).data
     assert data.eval_results is None

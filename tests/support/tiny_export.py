@@ -24,7 +24,9 @@ def weights(kind: str) -> Weights:
         return made
     size = dataclasses.replace(made.size, **TILES)
     rng, shapes = np.random.default_rng(0), variable_shapes(size)
-    arrays = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays = {
+        name: np.asarray(rng.normal(0, 0.2, shape), np.float32) for name, shape in shapes.items()
+    }
     return dataclasses.replace(made, size=size, tensors=Tensors(shapes, arrays.__getitem__))
 
 

@@ -27,10 +27,12 @@ def make(kind: str) -> Weights:
     """Random weights; of OpenAI's tokenizer, but for SigLIP."""
     size, rng = SIZES[kind], np.random.default_rng(0)
     shapes = variable_shapes(size)
-    arrays = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    for name in arrays:
+    arrays = {}
+    for name, shape in shapes.items():
+        value = rng.normal(0, 0.3, shape).astype(np.float32)
         if name.endswith(("scale", "var")):
-            arrays[name] = np.abs(arrays[name]) + np.float32(0.5)
+            value = np.abs(value) + np.float32(0.5)
+        arrays[name] = np.asarray(value)  # else a scalar where there are no axes
     tokenizer = tokens.UNKNOWN if kind == "siglip" else tokens.OPENAI
     tensors = Tensors(shapes, arrays.__getitem__)
     return Weights(size, tensors, tokenizer, {"source": "random", "format": "clip_jax"})

@@ -9,6 +9,7 @@ import numpy_models
 import pytest
 import safetensors.numpy
 import tiny_weights
+from etils import epath
 from reference import resized
 
 import clip_jax
@@ -229,7 +230,7 @@ def test_torch_files(tmp_path: pathlib.Path):
     arrays = {"a": np.float32(3) * np.ones(()), "b.c": np.arange(5), "d": np.eye(3, 4)}
     shapes = {name: value.shape for name, value in arrays.items()}
     torch_files.write(Tensors(shapes, arrays.__getitem__), tmp_path / "x.pt")
-    found = torch_files.read(tmp_path / "x.pt")
+    found = torch_files.read(epath.Path(tmp_path / "x.pt"))
     assert found.code == ""
     assert dict(found.tensors.shapes) == shapes
     for name, value in arrays.items():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny_weights
+from etils import epath
 
 from clip_jax import models, weights
 from clip_jax.errors import UserError
@@ -69,7 +70,7 @@ def test_a_tensor_beyond_its_storage(tmp_path: pathlib.Path):
     arrays = {"a": np.arange(4, dtype=np.float32)}
     path = tmp_path / "x.pt"
     torch_files.write(Tensors({"a": (2, 400)}, lambda name: arrays[name]), path)
-    found = torch_files.read(path).tensors
+    found = torch_files.read(epath.Path(path)).tensors
     with pytest.raises((TypeError, ValueError), match="buffer"):
         found.read("a")
 
@@ -253,6 +254,21 @@ def test_sources(tmp_path: pathlib.Path):
     for path in ("https://example.org/model.pt", "hf://someone/tiny-clip", "gs:/bucket/model"):
         with pytest.raises(UserError, match=r"cannot be used: .*Paths are local, gs://BUCKET"):
             weights.open(path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--to=pytorch", "no format 'pytorch' to convert to: take one of clip_jax, huggingface"),
+        ("--activation=relu", "activation is 'relu': it takes one of quick_gelu, gelu, gelu_tanh"),
+    ],
+)
+def test_choices_of_the_command(flag: str, message: str, tmp_path: pathlib.Path, capsys):
+    weights.save(tiny_weights.make("vit"), tmp_path / "x")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([str(tmp_path / "x"), str(tmp_path / "y"), flag])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "y").exists()
 
 
 def test_the_command_says_it_in_a_paragraph(tmp_path: pathlib.Path, capsys):

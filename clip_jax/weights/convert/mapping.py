@@ -155,8 +155,9 @@ def their_shapes(table: Iterable[Entry], ours: Mapping[str, Shape]) -> dict[str,
 
 def _part_shapes(row: Entry, ours: Mapping[str, Shape]) -> list[Shape]:
     """Returns the shapes of the pieces in the other layout."""
+    # The ellipsis makes an array, not a NumPy scalar, of an array without axes.
     hollow = (np.broadcast_to(np.float32(0), ours[piece.path]) for piece in row.pieces)
-    return [row.form.theirs(array[p.index]).shape for array, p in zip(hollow, row.pieces)]
+    return [row.form.theirs(array[*p.index, ...]).shape for array, p in zip(hollow, row.pieces)]
 
 
 def export_tensors(table: Iterable[Entry], ours: Tensors) -> Tensors:
@@ -166,7 +167,7 @@ def export_tensors(table: Iterable[Entry], ours: Tensors) -> Tensors:
 
     def read(name: str) -> np.ndarray:
         row = rows[name]
-        parts = [row.form.theirs(load(piece.path)[piece.index]) for piece in row.pieces]
+        parts = [row.form.theirs(load(piece.path)[*piece.index, ...]) for piece in row.pieces]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     return Tensors(their_shapes(rows.values(), ours.shapes), read)

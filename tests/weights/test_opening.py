@@ -1,6 +1,7 @@
 """Loading what was converted: by path, from a cache of the hub, as the start of a run."""
 
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import tiny_weights
 from tiny_tokenizer import write_tokenizer
 
 import clip_jax
-from clip_jax import api, sharding, weights
+from clip_jax import api, checkpoint, sharding, weights
 from clip_jax.errors import UserError
 from clip_jax.weights.convert import cli
 
@@ -42,6 +43,34 @@ def test_a_workdir_there_and_back(tmp_path: pathlib.Path, capsys):
     earlier = weights.open(run, step=8)
     name = "params/text/positions"
     assert not np.array_equal(earlier.tensors.read(name), weights.open(run).tensors.read(name))
+
+
+def test_a_checkpoint_is_not_read_before_it_is_asked_for(tmp_path: pathlib.Path):
+    run = shutil.copytree(tiny_run.finished(), tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "12" / "model")
+    opened = weights.open(run)
+    assert opened.origin["step"] == 12
+    assert opened.size == clip_jax.load(tiny_run.finished()).net.size
+    with pytest.raises(UserError, match=r"checkpoints/12 cannot be read.*step 8"):
+        opened.variables(sharding.make_mesh(fsdp=8))
+    with pytest.raises(UserError, match=r"checkpoints/12 cannot be read.*step 8"):
+        weights.save(opened, tmp_path / "copied")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+def test_a_checkpoint_that_diverged(fsdp: int, monkeypatch):
+    restore = checkpoint.Checkpoints.restore_variables
+
+    def diverged(store: checkpoint.Checkpoints, step: int, like: dict) -> dict:
+        variables = restore(store, step, like)
+        scale = variables["params"]["logit_scale"]
+        return {**variables, "params": {**variables["params"], "logit_scale": scale * np.nan}}
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore_variables", diverged)
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=jax.devices()[:fsdp])
+    with pytest.raises(UserError, match=r"params/logit_scale holds 1 values of 1 that are NaN"):
+        weights.open(tiny_run.finished()).variables(mesh)
 
 
 def test_what_was_loaded_is_reported(tmp_path: pathlib.Path):
