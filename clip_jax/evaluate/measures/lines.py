@@ -57,11 +57,9 @@ class PowerLaw:
     points: int
     ignored: int
 
-    def predict(
-        self, compute: float | Float[np.ndarray, "*shape"]
-    ) -> np.float64 | Float[np.ndarray, "*shape"]:
+    def predict(self, compute: float | Real[np.ndarray, "*models"]) -> Float[np.ndarray, "*models"]:
         """Returns the error that the law gives for a compute."""
-        return self.constant * np.asarray(compute, np.float64) ** self.exponent
+        return np.asarray(self.constant * np.asarray(compute, np.float64) ** self.exponent)
 
 
 def fit(

@@ -29,11 +29,12 @@ class Trend:
 
     def predict(
         self, reference: float | Real[np.ndarray, "*models"]
-    ) -> np.floating | Float[np.ndarray, "*models"]:
+    ) -> Float[np.ndarray, "*models"]:
         """Predicts the accuracy under shift; 0 and 1 take the line's limits."""
         if self.line.slope == 0:
             return np.full(np.shape(reference), special.expit(self.line.intercept))
-        return special.expit(self.line.intercept + self.line.slope * special.logit(reference))
+        log_odds = self.line.intercept + self.line.slope * special.logit(reference)
+        return np.asarray(special.expit(log_odds))
 
 
 def fit(
@@ -61,16 +62,16 @@ def effective(
     trend: Trend,
     reference: float | Real[np.ndarray, "*models"],
     shifted: float | Real[np.ndarray, "*models"],
-) -> np.floating | Float[np.ndarray, "*models"]:
+) -> Float[np.ndarray, "*models"]:
     """Computes effective robustness: accuracy under shift above the trend, fractions."""
-    return np.asarray(shifted) - trend.predict(reference)
+    return np.asarray(shifted - trend.predict(reference))
 
 
 def relative(
     shifted: float | Real[np.ndarray, "*models"], baseline: float | Real[np.ndarray, "*models"]
-) -> np.floating | Float[np.ndarray, "*models"]:
+) -> Float[np.ndarray, "*models"]:
     """Computes relative robustness: accuracy under shift above that before an intervention."""
-    return np.asarray(shifted) - np.asarray(baseline)
+    return np.asarray(shifted - np.asarray(baseline))
 
 
 def restrict(
