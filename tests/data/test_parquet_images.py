@@ -11,6 +11,8 @@ from clip_jax.data.sources import parquet_images
 from clip_jax.data.sources.folder import ImageFolder
 from clip_jax.embed import inputs
 from clip_jax.errors import BadExample, UserError
+from clip_jax.evaluate.sets import directories
+from clip_jax.evaluate.sets.dataset import Dataset, Table, Where
 from clip_jax.storage import ranges
 
 
@@ -175,6 +177,19 @@ def test_classes_that_have_no_name(tmp_path):
     write(tmp_path / "x.parquet", rows_of(0, 3), names=("only",))
     with pytest.raises(UserError, match="class 1, but its file names only 1"):
         ImageFolder(str(tmp_path / "x.parquet"), "", "label")
+
+
+def test_an_evaluation_set(tmp_path):
+    """Its table is named by a pattern, its columns as for training."""
+    for number in range(2):
+        name = f"test-{number:05}-of-00002.parquet"
+        write(tmp_path / "data" / name, rows_of(5 * number, 5, "photo"), names=("cat", "dog"))
+    table = Table({"test": ("data/test-*.parquet",)}, image_key="photo", label_key="label")
+    described = Dataset("pets", "Pets", "classification", "accuracy", where=Where(table=table))
+    source, place = directories.open_role(described, "test", tmp_path, None)
+    assert place == f"{tmp_path}/data/test-*.parquet"
+    assert [source[i].image for i in range(10)] == [picture(i) for i in range(10)]
+    assert (source.class_names, source[9].label) == (("cat", "dog"), 1)
 
 
 def test_embedding_tells_images_from_texts(tmp_path):
