@@ -109,7 +109,7 @@ def _load(path: epath.Path, choose: Choose) -> list[Block]:
                 blocks.append(dataclasses.replace(block, columns=columns))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    except Damage as error:
+    except (Damage, OSError) as error:
         raise UserError(f"The table {path} cannot be read: {error}.") from None
     if path.suffix == ".jsonl":
         _check_objects(blocks, path)
