@@ -181,10 +181,10 @@ class CaptionFile:
         table = tables.load([path], choose)
         keys: list[str] = list(map(str, range(len(table))))
         if key_column:
-            own = map(tables.path_of, table.columns[key_column])
+            own = map(tables.path_of, table.columns.get(key_column, ()))
             keys = [found or number for found, number in zip(own, keys)]
         self._problems = table.problems
-        self._texts = table.columns[text_column] if text_column else []
+        self._texts = table.columns.get(text_column, ())
         self._rows = list(enumerate(keys))
         if path.suffix == ".txt":
             self._rows = [

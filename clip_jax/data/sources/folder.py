@@ -40,7 +40,6 @@ class ImageFolder:
       labels: of every example; None: it has no classes.
       class_names: of the labels.
       templates: none.
-      has_files: whether the keys are paths of images, relative to the directory.
     """
 
     templates: tuple[str, ...] = ()
@@ -92,10 +91,6 @@ class ImageFolder:
             self._use_table(found, image_key, label_key, by_image, chunk, cached_chunks)
         else:
             self._use_tree(label_key)
-
-    @property
-    def has_files(self) -> bool:
-        return self._stored is None
 
     def __len__(self) -> int:
         return len(self._images)

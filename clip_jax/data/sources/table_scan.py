@@ -46,7 +46,6 @@ _FOREIGN = (
 Choose = Callable[[Sequence[str], epath.Path], Iterable[str]]
 Values = pa.Array | list[Any]
 
-
 pc: Any = pyarrow.compute  # whose functions are made at import, unseen by type checkers
 
 

@@ -109,7 +109,7 @@ def _load(path: epath.Path, choose: Choose) -> list[Block]:
                 blocks.append(dataclasses.replace(block, columns=columns))
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
-    except Damage as error:
+    except (Damage, OSError) as error:
         raise UserError(f"The table {path} cannot be read: {error}.") from None
     if path.suffix == ".jsonl":
         _check_objects(blocks, path)
@@ -128,9 +128,10 @@ def _compact(values: Values) -> Values:
 
 def _check_objects(blocks: Sequence[Block], path: epath.Path) -> None:
     """UserError where a .jsonl file has rows, and none of them can be read."""
-    if blocks and all(len(block.problems) == block.length for block in blocks):
+    problems = [reason for block in blocks for reason in block.problems.values()]
+    if problems and len(problems) == sum(block.length for block in blocks):
         raise UserError(
-            f"No row of the table {path} can be read, the first for {blocks[0].problems[0]!r}. "
+            f"No row of the table {path} can be read, the first for {problems[0]!r}. "
             "A .jsonl file has a JSON object in each line, in UTF-8, such as "
             '{"image": "0.jpg", "caption": "a cat"}; a list over several lines is not read.'
         )
