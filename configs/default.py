@@ -198,7 +198,8 @@ def _model() -> ConfigDict:
     model.remat = "none"
     model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
     # Packing: several captions share a row of the contrastive text tower, so that little compute is
-    # spent on padding. Results are the same; the rows needed depend on the captions (docs/scale.md).
+    # spent on padding. Results are the same; the rows needed depend on the captions: see
+    # docs/scale.md.
     model.packing = ConfigDict()
     model.packing.length = 80  # tokens in a row, at least context_length; 0: one caption a row
     # Rows per caption, above 0, up to 1; a batch that needs more takes further rounds of as many.

@@ -120,7 +120,7 @@ def normalize_images(
     if images.dtype != jnp.uint8:
         return jnp.asarray(images)
     mean, std = (jnp.array(part, jnp.float32) for part in (size.image_mean, size.image_std))
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
 
 
 def l2_normalize(x: Float[Array, "*batch d"]) -> Float32[Array, "*batch d"]:

@@ -169,7 +169,7 @@ def end_features(
     most = rows_needed(captions, longest, pack.length)
     count = min(math.ceil(pack.rows * captions), most)
     # The captions of each batch shard are packed among themselves: no activation crosses devices.
-    tokens = sharding.constrain_batch(tokens.reshape(shards, captions, longest))
+    tokens = sharding.constrain_batch(jnp.reshape(tokens, (shards, captions, longest)))
     places = jax.vmap(lambda shard: place(shard, pack.length))(tokens)
     further = None
     if most > count:

@@ -11,7 +11,7 @@ import tiny_weights
 from markdown_pages import Block
 from PIL import Image
 
-from clip_jax import __main__
+from clip_jax import __main__, weights
 from clip_jax.data.sources import digits
 
 PAGE = markdown_pages.ROOT / "README.md"

@@ -228,9 +228,11 @@ def _scan_delimited(
                 names = [cell.decode("utf-8", "replace") for cell in header]
                 wanted = _wanted(names, choose, path)
                 found = _Rows(dialect_of(path.suffix, len(names)))
-            elif (end := found.dialect.regular.match(buffer, place, stop).end()) > place:
-                found.add_regular(buffer[place:end])
-                place = end
+            elif (
+                regular := found.dialect.regular.match(buffer, place, stop)
+            ) and regular.end() > place:
+                found.add_regular(buffer[place : regular.end()])
+                place = regular.end()
             else:
                 row, place = read_row(buffer, place, found.dialect)
                 found.add(row)
