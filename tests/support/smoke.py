@@ -90,9 +90,7 @@ def main() -> None:
         os.chdir("/")
     modules = import_all()
     version = ".".join(map(str, sys.version_info[:3]))
-    print(
-        f"Python {version}: {modules} modules, {commands} commands, a run, and what is made of it."
-    )
+    print(f"Python {version}: {modules} modules, {commands} commands, a run and its use.")
 
 
 if __name__ == "__main__":
