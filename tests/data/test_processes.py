@@ -18,7 +18,7 @@ from shards import sample, write_tar
 from clip_jax.configs import default
 from clip_jax.data import mixture, order, pipeline, rows, tokenizer
 from clip_jax.data.feed import Feed
-from clip_jax.data.sources import base, opening, tar
+from clip_jax.data.sources import base, synthetic, tar
 from clip_jax.errors import DataStalled, UserError
 
 BATCH, EACH = 20, 25  # rows; samples in each of 4 shards
@@ -141,7 +141,7 @@ def test_a_process_that_is_killed_is_explained(shards):
 # ---- Data that fail in other ways --------------------------------------------------------------
 
 
-class Trap(opening.Synthetic):
+class Trap(synthetic.Synthetic):
     """Example 5 hangs, or is a bug."""
 
     def __init__(self, kind: str):

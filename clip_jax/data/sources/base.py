@@ -4,6 +4,8 @@ import dataclasses
 from typing import Protocol
 
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
 from clip_jax.data.sources.captions import Captions
 
@@ -60,3 +62,24 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example:
         """Returns the example stored at `index`, the same at every call; may raise BadExample."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The description of a source that is to be opened.
+
+    Attributes:
+      spec: the fields of `source()` in configs/default.py.
+      image_size: pixels along a side, for sources that draw their images.
+      seed: PRNG seed of sources that draw their images.
+      fallback_dir: directory for indices of shards whose own cannot be written to.
+      chunk: number of stored neighbours that are read at once.
+      cached_chunks: number of chunks held in memory; 0: every example is read by itself.
+    """
+
+    spec: ConfigDict
+    image_size: int
+    seed: int
+    fallback_dir: epath.Path | None = None
+    chunk: int = 1
+    cached_chunks: int = 0

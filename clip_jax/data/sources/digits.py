@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.base import Example, Request
 from clip_jax.data.sources.captions import Captions
 from clip_jax.errors import UserError
 
@@ -85,6 +85,11 @@ class Glyph:
     def size_word(self) -> str:
         """The size as a caption may name it; "": neither small nor large."""
         return "small" if self.size <= _SMALL[1] else "large" if self.size >= _LARGE[0] else ""
+
+
+def open_source(request: Request) -> "DigitScenes":
+    """Opens what a config describes as "digits"."""
+    return DigitScenes(request.spec.split, request.image_size, request.seed)
 
 
 class DigitScenes:

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax.data.sources import captions, parquet_images, tables
-from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Request
 from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.labels import Labels, group, number_labels, number_names, parse_groups
 from clip_jax.data.sources.parquet_images import StoredImage, StoredImages
@@ -19,6 +19,20 @@ from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import faults, locations, ranges
 
 TABLES = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix in tables.SUFFIXES)
+
+
+def open_source(request: Request) -> "ImageFolder":
+    """Opens what a config describes as "folder"."""
+    spec = request.spec
+    return ImageFolder(
+        spec.path,
+        spec.text_key,
+        spec.label_key,
+        spec.group_keys,
+        image_key=spec.image_key,
+        chunk=request.chunk,
+        cached_chunks=request.cached_chunks,
+    )
 
 
 class ImageFolder:

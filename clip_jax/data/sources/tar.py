@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax.data.sources import captions, shard_index, tar_index, tar_labels
-from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.base import Example, Request
 from clip_jax.data.sources.labels import Labels, group, number_labels, parse_groups
 from clip_jax.data.sources.reading import ChunkCache, Once
 from clip_jax.data.sources.tar_index import BLOCK, Sample, Span
@@ -21,6 +21,20 @@ from clip_jax.storage import faults, locations, ranges, remote
 MISSING_FOR = 60.0  # seconds until a missing shard is tried again
 
 _Files = Mapping[str, bytes]  # the files of a sample by kind, and "header" of its image
+
+
+def open_source(request: Request) -> "TarShards":
+    """Opens what a config describes as "tar"."""
+    spec = request.spec
+    return TarShards(
+        spec.path,
+        spec.text_key,
+        spec.label_key,
+        spec.group_keys,
+        fallback_dir=request.fallback_dir,
+        chunk=request.chunk,
+        cached_chunks=request.cached_chunks,
+    )
 
 
 class TarShards:

@@ -14,13 +14,18 @@ from tensorflow_datasets.core import decode
 
 import clip_jax.common.tensorflow_cpu  # noqa: F401  before TFDS brings TensorFlow, with its GPUs
 from clip_jax.data.sources import captions, reading, tfrecord
-from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.base import Example, Request
 from clip_jax.data.sources.labels import group, parse_groups
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import remote
 
 _IMAGE_KEYS = ("image",)
 _TEXT_KEYS = ("caption", "captions/text", "captions", "text", "title")
+
+
+def open_source(request: Request) -> "TfdsSource":
+    """Opens what a config describes as "tfds"."""
+    return TfdsSource(request.spec, request.fallback_dir)
 
 
 class TfdsSource:

@@ -10,13 +10,18 @@ from ml_collections import ConfigDict
 
 from clip_jax.common.tensorflow_cpu import tf
 from clip_jax.data.sources import captions, reading, tfrecord
-from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.base import Example, Request
 from clip_jax.data.sources.labels import Labels, group, number_labels, parse_groups
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations
 
 IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "image_raw")
 TEXT_KEYS = ("caption", "text", "txt", "captions", "image/caption", "TEXT", "title")
+
+
+def open_source(request: Request) -> "TfRecordSource":
+    """Opens what a config describes as "tfrecord"."""
+    return TfRecordSource(request.spec, request.fallback_dir)
 
 
 class TfRecordSource:
