@@ -246,7 +246,9 @@ def is_failure(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno is not None:
         return False
-    raised_in = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     return bool(reason(error)) and any(name.startswith(_CLIENTS) for name in raised_in)
 
 
