@@ -1,16 +1,21 @@
 """A Sphinx extension: the directive `settings`, a table of the fields of configs/default.py.
 
-Names, default values and comments are read off the assignments of the file, in its order.
+Names, default values and comments are read off the assignments of the file, in its order. The
+fields of model.size and their texts are those of `clip_jax.models.Size`.
 """
 
 import ast
 import dataclasses
+import inspect
 import io
 import pathlib
+import re
 import tokenize
 
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
+
+from clip_jax.models import sizes
 
 FILE = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
 
@@ -77,6 +82,8 @@ def read(text: str | None = None) -> list[Setting]:
     }
 
     def fields(function: str, prefix: str) -> list[Setting]:
+        if function == "_size":
+            return [Setting(f"{prefix}.{n}", "None", text) for n, text in _size_fields()]
         assigned = [node for node in functions[function].body if isinstance(node, ast.Assign)]
         names = _names(assigned, prefix)
         found = []
@@ -95,6 +102,14 @@ def read(text: str | None = None) -> list[Setting]:
         return found
 
     return fields("get_config", "")
+
+
+def _size_fields() -> list[tuple[str, str]]:
+    """Returns the fields of model.size, and the text of each in the docstring of `Size`."""
+    attributes = inspect.cleandoc(sizes.Size.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", attributes, re.MULTILINE)
+    texts = {name: re.sub(r"\s+", " ", text) for name, text in entries}
+    return [(name, texts[name]) for name in sizes.CONFIGURABLE]
 
 
 def _names(assigned: list[ast.Assign], prefix: str) -> dict[str, str]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
 from clip_jax.data import images, loading, order, processes, rows
 from clip_jax.data.crops import CENTER, Crop
@@ -163,7 +162,6 @@ def eval_batches(
     part: int,
     parts: int,
     threads: int,
-    limit: int | None = None,
     crop: Crop = CENTER,
 ) -> Iterator[Batch]:
     """Yields every example once, in stored order, each host its part of each batch.
@@ -176,7 +174,6 @@ def eval_batches(
       part: the part of each batch that this host loads.
       parts: number of parts that a batch is split into.
       threads: number of threads that read and decode; 0: one per CPU core.
-      limit: number of examples, from the first on; None: all.
       crop: makes the image a square; not a random one.
 
     Yields:
@@ -184,7 +181,7 @@ def eval_batches(
       mask bool [b]). The mask is False at padding and where an image is unusable, which is logged.
     """
     rows = _local_rows(batch_size, part, parts)
-    total = len(source) if limit is None else min(limit, len(source))
+    total = len(source)
     steps = -(-total // batch_size)
 
     def start(numbers: Sequence[int]) -> list[loading.Load]:
@@ -219,40 +216,6 @@ def eval_batches(
             total,
             dict(skipped),
         )
-
-
-def eval_captions(
-    source: Source, tokenizer: Tokenizer, *, threads: int, limit: int | None = None
-) -> tuple[Int32[np.ndarray, "n l"], Int32[np.ndarray, " n"]]:
-    """Encodes all captions of every example, in stored order; every host reads them all.
-
-    Args:
-      source: the examples.
-      tokenizer: encodes the captions.
-      threads: number of threads that read; 0: one per CPU core.
-      limit: number of examples, from the first on; None: all.
-
-    Returns:
-      The ids of the captions, and the index of each one's example in the source. An unusable
-      example has none; nor has one without a caption, which is logged.
-    """
-    total = len(source) if limit is None else min(limit, len(source))
-
-    def load(read: Callable[[], base.Example]) -> list[np.ndarray]:
-        try:
-            example = read()
-        except BadExample:  # as its image is missing too, `eval_batches` says so
-            return []
-        rows = [tokenizer.encode(text)[0] for text in example.captions.texts]
-        full = [row for row in rows if not tokenizer.is_empty(row)]
-        if not full:
-            logging.warning("Left out of the evaluation: %s has no caption", example.key)
-        return full
-
-    found = list(reading.by_threads(load, source, range(total), threads))
-    tokens = [row for rows in found for row in rows]
-    index = np.repeat(np.arange(total, dtype=np.int32), [len(rows) for rows in found])
-    return np.array(tokens, np.int32).reshape(-1, tokenizer.context_length), index
 
 
 def _local_rows(batch_size: int, part: int, parts: int) -> range:
