@@ -240,7 +240,9 @@ def _sentencepiece(path: epath.Path) -> tuple[Any, bytes]:
 
     try:
         content = ranges.read(path)
-        return sentencepiece.SentencePieceProcessor(model_proto=content), content
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(content)
+        return processor, content
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"The tokenizer {path} cannot be read as a SentencePiece model: {error}. Name a "

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from clip_jax.choices import CROPS
 from clip_jax.data import crops, images
 from clip_jax.data.crops import Crop, Window
 from clip_jax.errors import UserError
@@ -122,7 +123,7 @@ def test_whole_image_where_scale_and_ratio_leave_no_choice():
     np.testing.assert_array_equal(windows, np.broadcast_to([0, 0, 80, 40], windows.shape))
 
 
-@pytest.mark.parametrize("name", crops.NAMES)
+@pytest.mark.parametrize("name", CROPS)
 @pytest.mark.parametrize("shape", [(20_000, 1), (1, 20_000), (3, 500), (1, 1)])
 def test_extreme_proportions(name, shape):
     image = Image.new("RGB", shape, (1, 2, 3))

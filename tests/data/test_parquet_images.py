@@ -12,7 +12,7 @@ from clip_jax.data.sources.folder import ImageFolder
 from clip_jax.embed import inputs
 from clip_jax.errors import BadExample, UserError
 from clip_jax.evaluate.sets import directories
-from clip_jax.evaluate.sets.dataset import Dataset, Table, Where
+from clip_jax.evaluate.sets.dataset import Dataset, Location, Table
 from clip_jax.storage import ranges
 
 
@@ -185,7 +185,7 @@ def test_an_evaluation_set(tmp_path):
         name = f"test-{number:05}-of-00002.parquet"
         write(tmp_path / "data" / name, rows_of(5 * number, 5, "photo"), names=("cat", "dog"))
     table = Table({"test": ("data/test-*.parquet",)}, image_key="photo", label_key="label")
-    described = Dataset("pets", "Pets", "classification", "accuracy", where=Where(table=table))
+    described = Dataset("pets", "Pets", "classification", "accuracy", where=Location(table=table))
     source, place = directories.open_role(described, "test", tmp_path, None)
     assert place == f"{tmp_path}/data/test-*.parquet"
     assert [source[i].image for i in range(10)] == [picture(i) for i in range(10)]

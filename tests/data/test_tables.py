@@ -340,7 +340,11 @@ def test_tables_without_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.csv", gzip.compress(b"image,caption\n0,a\n"), "gzip: decompress it with gunzip"),
+        (
+            "x.csv",
+            gzip.compress(b"image,caption\n0,a\n", mtime=0),
+            "gzip: decompress it with gunzip",
+        ),
         ("x.jsonl", "{}".encode("utf-16"), "UTF-16: save it in UTF-8"),
         ("x.tsv", b"PK\x03\x04 and so on", "spreadsheet: save it as .csv"),
         ("x.csv", b"image,caption\n0,ok\n1,caf\xe9\n", "row 2, column 'caption'.*iconv"),
@@ -359,7 +363,7 @@ def test_what_is_no_table_is_said_so(tmp_path, name, content, message):
 
 
 def test_compressed_by_name(tmp_path):
-    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"image,caption\n"))
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"image,caption\n", mtime=0))
     with pytest.raises(UserError, match="decompress"):
         ImageFolder(str(tmp_path / "x.csv.gz"), "", "")
     with pytest.raises(UserError, match="Decompress"):
