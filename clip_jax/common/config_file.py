@@ -210,6 +210,10 @@ def _settings_like(name: str, known: Sequence[str]) -> list[str]:
     leaves = {each.rpartition(".")[2] for each in known}
     meant = [each for each in known if each.rpartition(".")[2] == leaf]
     meant = meant or difflib.get_close_matches(name, known, 1, cutoff=0.8)
+    # A name that was cut short: batch for batch_size.
+    meant = meant or [
+        each for each in known if f"_{each.rpartition('.')[2]}_".find(f"_{leaf}_") >= 0
+    ]
     if not meant and (close := difflib.get_close_matches(leaf, leaves, 1)):
         meant = [each for each in known if each.rpartition(".")[2] == close[0]]
     # Of several with that last part, those that the rest of the name fits best.

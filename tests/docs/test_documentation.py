@@ -110,7 +110,7 @@ def test_the_tree_is_the_tree():
     within = [path.split("/") for path in tracked if path.startswith("clip_jax/")]
     rooms |= {f"clip_jax/{parts[1]}/" for parts in within if len(parts) > 2}
     rooms |= {f"clip_jax/{parts[1]}" for parts in within if len(parts) == 2}
-    assert tree().keys() == rooms - {"clip_jax/__init__.py"}
+    assert tree().keys() == rooms - {"clip_jax/__init__.py", "clip_jax/py.typed"}
     assert all(tree().values()), "a room without a word about it"
 
 
@@ -123,7 +123,7 @@ def test_what_the_tree_says_lies_within_a_room_does():
 
 
 def test_the_readme_is_for_newcomers():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 255
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 260
 
 
 def test_what_ci_takes_from_the_readme():
@@ -229,7 +229,7 @@ def test_wrong_commands_are_found():
                 ["-m", "clip_jax", "evaluate", "--checkpoint=x", "--nothing"],
                 ["-m", "clip_jax", "data", "nothing", "x"],
                 ["-m", "clip_jax", "data", "pack", "x"],
-                ["-m", "clip_jax", "convert", "a", "b", "--to=nothing"],
+                ["-m", "clip_jax", "convert", "a", "--to=openai"],
                 ["-m", "clip_jax", "plan", "--config=configs/vit_b32.py"],
                 ["-m", "clip_jax", "plan", "--config=configs/vit_b32.py", "--topology=v9:1"],
             ]

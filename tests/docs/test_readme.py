@@ -16,7 +16,7 @@ import tiny_weights
 from PIL import Image
 
 import clip_jax
-from clip_jax import sharding
+from clip_jax import sharding, weights
 from clip_jax.data.sources import digits
 
 
@@ -34,8 +34,8 @@ def test_use_the_result(tmp_path: pathlib.Path, monkeypatch, capsys):
     for block in readme.blocks("Use the result"):
         if "import transformers" not in block.text:  # see test_parity_readme.py
             readme.run(block, names)
-    weights = markdown_pages.blocks(markdown_pages.ROOT / "docs" / "weights.md", "Export")
-    readme.run(*[block for block in weights if block.language == "python"], names)
+    about_weights = markdown_pages.blocks(markdown_pages.ROOT / "docs" / "weights.md", "Export")
+    readme.run(*[block for block in about_weights if block.language == "python"], names)
 
     model = names["model"]
     assert "quick_gelu" in repr(model)

@@ -15,11 +15,12 @@ import json
 import os
 import sys
 
-import main
 from clip_jax import __main__
+from clip_jax.common import config_file
 from clip_jax.configs import default
 from clip_jax.curation import cli as data
 from clip_jax.plan import cli as plan
+from clip_jax.training import cli as training
 
 OPEN = "..."  # stands for arguments that a page leaves out
 
@@ -33,9 +34,12 @@ def parse(words: list[str]) -> None:
     complete = OPEN not in words
     words = [word for word in words if word != OPEN]
     if words[0] == "main.py":
-        _parse_training(words, complete)
+        _parse_training(words[1:], complete)
+    elif words[:3] == ["-m", "clip_jax", "train"]:
+        _parse_training(words[3:], complete)
     elif words[:3] == ["-m", "clip_jax", "plan"]:
-        plan._request(plan._parse(words[3:]), words[3:])
+        given = config_file.parse(words[3:], "python -m clip_jax plan", plan._define)
+        plan._request(given, words[3:])
     elif words[:2] == ["-m", "clip_jax"]:
         _parse_command(words[2:])
         raise AssertionError("no parser was asked")
@@ -45,10 +49,7 @@ def parse(words: list[str]) -> None:
 
 
 def _parse_training(words: list[str], complete: bool) -> None:
-    sys.argv = words
-    rest = main._parse_flags(words)
-    assert len(rest) == 1, f"unknown argument {rest[1:]}"
-    config = main._CONFIG.value
+    config = config_file.parse(words, "python main.py", training._define).config
     if complete:
         default.validate(config)
 
