@@ -51,12 +51,12 @@ def import_all() -> int:
 def ask_for_help() -> int:
     """Asks every command for --help; returns their number."""
     from clip_jax import __main__
-    from clip_jax.curation import cli, curate
+    from clip_jax.curation import balancing, cli
 
     tables = (
         ([], __main__.COMMANDS),
         (["data"], cli.COMMANDS),
-        (["data", "curate"], curate.COMMANDS),
+        (["data", "curate"], balancing.COMMANDS),
     )
     commands = [[*words, name] for words, table in tables for name in table]
     for words in commands:
