@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Array, Float, Float32, Int
 
 from clip_jax.errors import UserError
@@ -96,7 +95,7 @@ def average_classes(
 
 
 def class_scores(
-    net: nn.Module,
+    net: Any,  # has the method `score`
     variables: Any,
     images: Images,
     prompts: Prompts,

@@ -41,7 +41,7 @@ def embed_fields(data, **fields: str) -> dict[str, str]:
     return dict.fromkeys(inputs.FIELDS, "") | {"data": str(data)} | fields
 
 
-@pytest.mark.parametrize("cache", [{}, {"run": 3, "cached_chunks": 2}])
+@pytest.mark.parametrize("cache", [{}, {"chunk": 3, "cached_chunks": 2}])
 def test_several_files(tmp_path, cache):
     for number in range(2):
         name = f"train-{number:05}-of-00002.parquet"
@@ -81,7 +81,7 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert contents(source) == [(f"x.parquet:{i}", f"first {i}") for i in range(40)]
     assert len(read) == 2 + 10
     read.clear()
-    in_runs = ImageFolder(str(tmp_path / "x.parquet"), "", "", run=8, cached_chunks=2)
+    in_runs = ImageFolder(str(tmp_path / "x.parquet"), "", "", chunk=8, cached_chunks=2)
     assert [in_runs[i].image for i in (0, 9, 7, 8, 15)] == [picture(i) for i in (0, 9, 7, 8, 15)]
     assert len(read) == 4
 
@@ -155,7 +155,7 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
     data = bytearray(path.read_bytes())
     data[offset : offset + 40] = bytes(40)
     path.write_bytes(data)
-    for cache in ({}, {"run": 5, "cached_chunks": 3}):
+    for cache in ({}, {"chunk": 5, "cached_chunks": 3}):
         source = ImageFolder(str(path), "", "", **cache)
         for index in range(12):
             if index in range(4, 8):
@@ -186,7 +186,7 @@ def test_an_evaluation_set(tmp_path):
         write(tmp_path / "data" / name, rows_of(5 * number, 5, "photo"), names=("cat", "dog"))
     table = Table({"test": ("data/test-*.parquet",)}, image_key="photo", label_key="label")
     described = Dataset("pets", "Pets", "classification", "accuracy", where=Location(table=table))
-    source, place = directories.open_role(described, "test", tmp_path, None)
+    source, place = directories.open_split(described, "test", tmp_path, None)
     assert place == f"{tmp_path}/data/test-*.parquet"
     assert [source[i].image for i in range(10)] == [picture(i) for i in range(10)]
     assert (source.class_names, source[9].label) == (("cat", "dog"), 1)
