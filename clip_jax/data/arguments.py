@@ -7,6 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.common import commands
+from clip_jax.configs import default
 from clip_jax.data.sources import opening
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
@@ -98,8 +99,6 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
     Raises:
       UserError: `name` names no data.
     """
-    from clip_jax.configs import default
-
     kind, rest = _kind(name)
     spec = default.source(type=kind, text_key=options.text_key, label_key=options.label_key)
     if kind == "digits":

@@ -24,6 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from clip_jax.common import commands, config_file
+from clip_jax.configs import default
 from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
 
@@ -177,8 +178,6 @@ def _report(line: str) -> None:
 
 def _validate(config: ConfigDict) -> None:
     """Checks a config as for a run, except that a plan needs no data."""
-    from clip_jax.configs import default
-
     checked = copy.deepcopy(config)
     checked.data.source.type = checked.data.source.type or "synthetic"
     default.validate(checked)

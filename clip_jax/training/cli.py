@@ -9,6 +9,7 @@ import sys
 from absl import flags, logging
 
 from clip_jax.common import commands, config_file
+from clip_jax.configs import default
 from clip_jax.errors import DataStalled, StorageError, UserError
 
 _ABOUT = """Trains CLIP: {command} --config={example} --workdir=runs/my_run
@@ -78,8 +79,6 @@ def _define(values: flags.FlagValues) -> None:
 def _run(given: config_file.CommandLine, command: str) -> None:
     # Imported late: --help and a mistyped flag answer at once.
     import jax
-
-    from clip_jax.configs import default
 
     default.validate(given.config)
     coordinator, processes, process = (

@@ -7,6 +7,8 @@ from concurrent import futures
 
 from etils import epath
 
+from clip_jax.configs import default
+from clip_jax.data.sources import opening
 from clip_jax.data.sources.base import Source
 from clip_jax.data.sources.digits import DigitScenes
 from clip_jax.errors import UserError
@@ -126,9 +128,6 @@ def _prepared(dataset: Dataset, split: str, data_dir: str) -> str | None:
 def _tfds(
     dataset: Dataset, split: str, tfds_dir: str, fallback_dir: epath.Path | None
 ) -> tuple[Source, str]:
-    from clip_jax.configs import default
-    from clip_jax.data.sources import opening
-
     form = dataset.where.tfds
     assert form is not None
     keys = ("image_key", "text_key", "label_key", "group_keys")
