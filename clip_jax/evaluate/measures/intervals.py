@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from scipy import stats
+import scipy  # whose stats load at first use, which training does not wait for
 
 CONFIDENCE = 0.995  # of the paper's intervals
 
@@ -48,8 +48,8 @@ def clopper_pearson(
     tail, failures = (1 - confidence) / 2, trials - successes
     # The quantiles in closed form: `binomtest` finds the same by a root search, 30 times as slowly,
     # and a sweep over thresholds asks for hundreds.
-    low = stats.beta.ppf(tail, successes, failures + 1) if successes else 0.0
-    high = stats.beta.isf(tail, successes + 1, failures) if failures else 1.0
+    low = scipy.stats.beta.ppf(tail, successes, failures + 1) if successes else 0.0
+    high = scipy.stats.beta.isf(tail, successes + 1, failures) if failures else 1.0
     return float(low), float(high)
 
 
@@ -64,7 +64,7 @@ def wilson(successes: int, trials: int, confidence: float) -> tuple[float, float
     _check(successes, trials)
     if trials == 0:
         return 0.0, 1.0
-    interval = stats.binomtest(successes, trials).proportion_ci(confidence, "wilson")
+    interval = scipy.stats.binomtest(successes, trials).proportion_ci(confidence, "wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -77,7 +77,7 @@ def binomial_greater(successes: int, trials: int, p: float) -> float:
       p: probability of a success under the null hypothesis.
     """
     _check(successes, trials)
-    return float(stats.binom.sf(successes - 1, trials, p))
+    return float(scipy.stats.binom.sf(successes - 1, trials, p))
 
 
 def bonferroni(level: float, tests: int) -> float:
