@@ -180,6 +180,20 @@ def test_configs_are_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_trainer_imports_what_it_runs():
+    """Solvers, readers of others' weights, tools and plotting wait for those who need them."""
+    code = "import sys; from clip_jax.training import train; print(*sorted(sys.modules), sep='\\n')"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(run.stdout.split())
+    assert "clip_jax.evaluate.evaluator" in loaded
+    foreign = {"jinja2", "matplotlib", "pandas", "scipy.stats", "sklearn", "tensorflow"}
+    assert not loaded & foreign
+    tools = ("curation", "export", "plan", "search", "weights", "evaluate.measures.lbfgs")
+    assert not {name for name in loaded if name.startswith(tuple(f"clip_jax.{t}" for t in tools))}
+
+
 def test_import_alone_is_light():
     """`import clip_jax` loads nothing; what is used is loaded then."""
     code = "import sys, clip_jax; sys.exit('jax' in sys.modules or 'tensorflow' in sys.modules)"
