@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -75,6 +75,7 @@ def _mix(value: int) -> int:
     return value >> 32
 
 
+@runtime_checkable  # so that annotations can be checked under test
 class Order(Protocol):
     """The example at each position of a run; a pure function, with no state.
 

@@ -1,7 +1,7 @@
 """Examples, and the sources that they are read from, whatever the format."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -41,6 +41,7 @@ class Example:
         return self.labels[0] if self.labels else -1
 
 
+@runtime_checkable  # so that annotations can be checked under test
 class Source(Protocol):
     """Random access to examples; called from many threads at once.
 
