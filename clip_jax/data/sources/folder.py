@@ -82,7 +82,7 @@ class ImageFolder:
         self._stored: StoredImages | None = None  # images that stand in the table
         self._bad_rows: dict[int, str] = {}  # the reason by example
         # By row, what the fields hold; None: it stands in files beside the images.
-        self._texts: Sequence[list[tuple[Any, float]]] | None = None
+        self._texts: list[list[tuple[Any, float]]] | _Texts | None = None
         self._groups: list[tuple[str, ...]] | None = None
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
@@ -315,7 +315,7 @@ class ImageFolder:
             raise BadExample("unreadable file", name, str(error)) from None
 
 
-class _Texts(Sequence[list[tuple[Any, float]]]):
+class _Texts:
     """By row, what the fields of a table hold, and their weights."""
 
     def __init__(self, table: tables.Table, fields: Sequence[captions.Field]):
@@ -325,7 +325,7 @@ class _Texts(Sequence[list[tuple[Any, float]]]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> list[tuple[Any, float]]:
         return [(column[row], weight) for column, weight in self._columns]
 
 
