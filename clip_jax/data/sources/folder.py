@@ -96,7 +96,7 @@ class ImageFolder:
         self._stored: StoredImages | None = None  # images that stand in the table
         self._bad_rows: dict[int, str] = {}  # the reason by example
         # By row, what the fields hold; None: it stands in files beside the images.
-        self._texts: _Texts | list[list[tuple[Any, float]]] | None = None
+        self._texts: list[list[tuple[Any, float]]] | _Texts | None = None
         self._groups: list[tuple[str, ...]] | None = None
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()

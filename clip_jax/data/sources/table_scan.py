@@ -228,11 +228,9 @@ def _scan_delimited(
                 names = [cell.decode("utf-8", "replace") for cell in header]
                 wanted = _wanted(names, choose, path)
                 found = _Rows(dialect_of(path.suffix, len(names)))
-            elif (
-                regular := found.dialect.regular.match(buffer, place, stop)
-            ) and regular.end() > place:
-                found.add_regular(buffer[place : regular.end()])
-                place = regular.end()
+            elif (match := found.dialect.regular.match(buffer, place, stop)) and match[0]:
+                found.add_regular(match[0])
+                place = match.end()
             else:
                 row, place = read_row(buffer, place, found.dialect)
                 found.add(row)

@@ -142,14 +142,13 @@ def _check_encoding(blocks: Sequence[Block], path: epath.Path) -> None:
 
     Where some of it is UTF-8, the encoding is right and rows are damaged: they are skipped later.
     """
-    pieces = [(name, each) for block in blocks for name, each in block.columns.items()]
-    if all(isinstance(each, list) or pa.types.is_string(each.type) for _, each in pieces):
+    pieces = [values for block in blocks for values in block.columns.values()]
+    if all(isinstance(each, pa.StringArray) for each in pieces):
         return
     first, row = "", 0
     for block in blocks:
         for name, values in block.columns.items():
-            if isinstance(values, list):  # .jsonl, whose lines are decoded one by one
-                continue
+            assert isinstance(values, pa.Array)
             for i, value in enumerate(values.cast(pa.binary()).to_pylist()):
                 try:
                     if value is not None and not value.decode("utf-8").isascii():
