@@ -73,7 +73,7 @@ def distance(a, b) -> float:
 def test_equals_scikit_learn(mesh8, name: str):
     features, targets = examples("digits" if name == "labels" else name)
     targets = several(targets) if name == "labels" else targets
-    classes = targets.shape[1] if name == "labels" else targets.max() + 1
+    classes = targets.shape[1] if name == "labels" else int(targets.max()) + 1
     fitted = logistic.fit(features, targets, PENALTIES, classes, mesh8)
     assert fitted.converged.all()
     assert fitted.iterations.max() < 1000
