@@ -1,4 +1,4 @@
-"""What users import, against the module applied by hand to pixels made by hand."""
+"""The public API, against the module applied by hand to pixels made by hand."""
 
 import json
 import shutil

@@ -44,11 +44,11 @@ def parse(
 
     Args:
       arguments: those after the command.
-      command: what runs the command, for messages: "python main.py".
+      command: command line up to the arguments, for messages: "python main.py".
       define: defines the command's other flags.
 
     Raises:
-      UserError: a mistake, with the name that was perhaps meant.
+      UserError: an argument is wrong; the message suggests the nearest name.
     """
     name, rest = _split(arguments)
     if not name:

@@ -19,7 +19,7 @@ from clip_jax.common.formatting import format_seconds
 from clip_jax.storage import locations, ranges, writing
 
 FILE = "metrics.jsonl"  # inside the workdir
-_STARVED = 0.05  # share of the time spent waiting for data from which the progress line says so
+_STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
 _TEXT_BYTES = 2**14  # room for the counts of a host
 
 
@@ -61,12 +61,12 @@ class MetricWriter:
             self._events.write(step, metrics)
 
     def flush(self) -> None:
-        """Has the rows in the workdir, which may be a bucket, if it can be reached."""
+        """Writes pending rows to the workdir, which may be a bucket, if it can be reached."""
         if self._writes:
             self._files.flush()
 
     def close(self) -> None:
-        """The same; raises an error if it cannot be reached."""
+        """Writes pending rows; raises an error if the workdir cannot be reached."""
         if self._writes:
             if self._events is not None:
                 self._events.close()
@@ -148,16 +148,16 @@ class Progress:
           waited: seconds of the whole run that were spent waiting for data.
 
         Returns:
-          Images per second, and the share of the time spent waiting.
+          Images per second, and the fraction of the time spent waiting.
         """
         now = time.monotonic()
         seconds, steps = max(now - self._time, 1e-9), step - self._step
-        share = min((waited - self._waited) / seconds, 1.0)
+        fraction = min((waited - self._waited) / seconds, 1.0)
         self._time, self._step, self._waited = now, step, waited
-        return steps * self._batch_size / seconds, share
+        return steps * self._batch_size / seconds, fraction
 
     def show(self, step: int, loss: float, rate: float, waited: float) -> None:
-        """Shows step, loss, images/s, the time left, and the share waiting where it matters."""
+        """Shows step, loss, images/s, the time left, and the fraction waiting if it matters."""
         left = (self._total - step) * self._batch_size / max(rate, 1e-9)
         starved = f"  {waited:.0%} waiting for data" if waited >= _STARVED else ""
         self._print(
@@ -167,7 +167,7 @@ class Progress:
         )
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Shows a line that stays."""
         self._print(text, end="\n")
 
     def _print(self, text: str, end: str) -> None:

@@ -213,9 +213,9 @@ def _frequent(source: Source, indices: Sequence[int], stats: Stats) -> list[dict
     listed = []
     for rank in np.argsort(-counts, kind="stable")[:_FREQUENT]:
         if counts[rank] > 1:
-            owner = int(np.searchsorted(ends, first[rank], side="right"))
-            texts = source[indices[owner]].captions.texts
-            text = texts[int(first[rank] - ends[owner])]  # counted from the end of its owner's
+            example = int(np.searchsorted(ends, first[rank], side="right"))
+            texts = source[indices[example]].captions.texts
+            text = texts[int(first[rank] - ends[example])]  # counted from the end of its texts
             listed.append({"caption": text, "count": int(counts[rank])})
     return listed
 

@@ -85,7 +85,7 @@ def _run(options: argparse.Namespace) -> None:
     model = api.load(options.model)
     if model.tokenizer is None and "text_embed" in _COLUMNS[options.of]:
         raise UserError(
-            f"It is not known how the texts of {options.model} become ids: convert it once more by "
+            f"The tokenizer of {options.model} is not known: convert it once more by "
             "python -m clip_jax convert with --tokenizer, or embed images alone, by --of=images."
         )
     if "text_embed" in _COLUMNS[options.of] and not hasattr(model.net, "encode_text"):

@@ -44,7 +44,7 @@ class Manifest:
     Attributes:
       data: values of `inputs.FIELDS`.
       examples: number of examples, usable or not.
-      columns: by column of `COLUMNS`, its width.
+      columns: width of each column, by name; names are those of `COLUMNS`.
       dtype: one of `DTYPES`.
       format: one of `FORMATS`.
       part_rows: examples in a part; the last part has the remainder.

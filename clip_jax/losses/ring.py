@@ -109,7 +109,7 @@ def _on(mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs
     Args:
       mesh: devices; None: this one, with axes ().
       axes: mesh axes that split the batch.
-      local: what a device does with its part.
+      local: function of a device's part of the arrays.
       in_specs: a letter per array; "s": split over the batch, "w": whole.
       out_specs: see `jax.shard_map`.
     """

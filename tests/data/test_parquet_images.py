@@ -81,8 +81,8 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert contents(source) == [(f"x.parquet:{i}", f"first {i}") for i in range(40)]
     assert len(read) == 2 + 10
     read.clear()
-    in_runs = ImageFolder(str(tmp_path / "x.parquet"), "", "", run=8, cached_chunks=2)
-    assert [in_runs[i].image for i in (0, 9, 7, 8, 15)] == [picture(i) for i in (0, 9, 7, 8, 15)]
+    in_chunks = ImageFolder(str(tmp_path / "x.parquet"), "", "", chunk=8, cached_chunks=2)
+    assert [in_chunks[i].image for i in (0, 9, 7, 8, 15)] == [picture(i) for i in (0, 9, 7, 8, 15)]
     assert len(read) == 4
 
 
@@ -139,7 +139,7 @@ def test_directories_of_the_hub(tmp_path):
 
 
 def test_other_parquet_files_beside_images_are_not_in_the_way(tmp_path):
-    """As img2dataset writes them: a table of what it downloaded beside each folder."""
+    """The layout of img2dataset, with a table of the downloads beside each folder."""
     (tmp_path / "a.png").write_bytes(picture(0))
     (tmp_path / "a.txt").write_text("a")
     pq.write_table(pa.table({"url": ["http://a"], "caption": ["a"]}), tmp_path / "00000.parquet")
@@ -186,7 +186,7 @@ def test_an_evaluation_set(tmp_path):
         write(tmp_path / "data" / name, rows_of(5 * number, 5, "photo"), names=("cat", "dog"))
     table = Table({"test": ("data/test-*.parquet",)}, image_key="photo", label_key="label")
     described = Dataset("pets", "Pets", "classification", "accuracy", where=Location(table=table))
-    source, place = directories.open_role(described, "test", tmp_path, None)
+    source, place = directories.open_split(described, "test", tmp_path, None)
     assert place == f"{tmp_path}/data/test-*.parquet"
     assert [source[i].image for i in range(10)] == [picture(i) for i in range(10)]
     assert (source.class_names, source[9].label) == (("cat", "dog"), 1)

@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
       shards: paths of tables or tar shards.
-      columns: the columns that are read.
+      columns: columns to read.
       queries: file of the queries.
       output: directory for the results.
       per_query: number of pairs that a query keeps on average, if it has more.
