@@ -41,7 +41,7 @@ def embed_fields(data, **fields: str) -> dict[str, str]:
     return dict.fromkeys(inputs.FIELDS, "") | {"data": str(data)} | fields
 
 
-@pytest.mark.parametrize("cache", [{}, {"run": 3, "cached_chunks": 2}])
+@pytest.mark.parametrize("cache", [{}, {"chunk": 3, "cached_chunks": 2}])
 def test_several_files(tmp_path, cache):
     for number in range(2):
         name = f"train-{number:05}-of-00002.parquet"
@@ -155,7 +155,7 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
     data = bytearray(path.read_bytes())
     data[offset : offset + 40] = bytes(40)
     path.write_bytes(data)
-    for cache in ({}, {"run": 5, "cached_chunks": 3}):
+    for cache in ({}, {"chunk": 5, "cached_chunks": 3}):
         source = ImageFolder(str(path), "", "", **cache)
         for index in range(12):
             if index in range(4, 8):
