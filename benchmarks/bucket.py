@@ -45,7 +45,7 @@ from bucket_server import Server
 SHARD = 256  # photographs in a shard
 BATCH = 96  # with 32 interleaved streams, each with a window of 128 images, as by default
 SMALL = 1000  # shards of the part start
-DISK = 0  # in place of a latency
+DISK = 0  # stands for a latency
 TICK = os.sysconf("SC_CLK_TCK")
 
 

@@ -32,7 +32,7 @@ from clip_jax.curation.balancing import matching
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 400_000  # words; English has about as many
 QUERIES = 500_000
-WORDS = 9  # of a caption, on average
+WORDS = 9  # per caption, on average
 SHARD = 250_000  # pairs
 LOOPED = 100  # captions for the plain loop
 
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     pa.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as name:
-        # In a process of its own, so that its memory does not count.
+        # In a separate process, so that its memory does not count.
         process = multiprocessing.Process(target=write, args=(Path(name), args.pairs))
         process.start()
         process.join()

@@ -154,7 +154,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=4, help="that these are spread over")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds that they are spread over")
     parser.add_argument("--batch", type=int, default=32, help="images or captions at a time")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 from tokenizer import Captions
 from turns import Step
 
-# clip_jax by its setting data.crop; open_clip's transform is "resized". Synthetic: no files at all.
-# In processes: of one thread each, as many as open_clip has.
+# Named by data.crop; open_clip's transform is "resized". "synthetic" reads no files. Processes have
+# one thread each, and are as many as open_clip's.
 COMPETITORS = (
     "open_clip",
     "clip_jax resized",

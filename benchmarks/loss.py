@@ -98,8 +98,8 @@ def on_topology(name: str, tile: int) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=16_384)
-    parser.add_argument("--width", type=int, default=512, help="of the embeddings")
-    parser.add_argument("--tile", type=int, default=1024, help="of the ring, as loss.tile")
+    parser.add_argument("--width", type=int, default=512, help="width of the embeddings")
+    parser.add_argument("--tile", type=int, default=1024, help="tile of the ring: loss.tile")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each competitor")
     parser.add_argument("--topology", help="such as v5e:16x16: what the TPU compiler says instead")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")

@@ -22,7 +22,7 @@ import turns
 
 COMPETITORS = ("clip_jax", "clip_jax packed", "open_clip")
 SIGMA, CONTEXT = 0.6, 77
-# Of the logarithm; the logarithm's mean that gives ids of 17 in the mean, less what 77 cuts off.
+# Deviation and mean of the logarithm, for 17 ids in the mean, apart from those cut off at 77.
 MU = math.log(15) - SIGMA**2 / 2
 
 

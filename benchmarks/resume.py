@@ -85,7 +85,7 @@ def resume(path: str, order: str, start: int, batch_size: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shards", type=int, default=1200, help="of 10,000 samples each")
+    parser.add_argument("--shards", type=int, default=1200, help="shards of 10,000 samples")
     parser.add_argument("--start", type=int, default=10_000_000, help="position to resume at")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)

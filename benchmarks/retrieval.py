@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import turns
 
-CAPTIONS = 10  # of an image
+CAPTIONS = 10  # per image
 FULL = 100_000  # images
 COPIED = 0.15  # fraction of a caption's numbers copied from its image, for ranks of every size
 CHUNK = 10_000  # rows made at a time
@@ -93,7 +93,7 @@ def work(competitor: str, folder: Path) -> None:
     if competitor == "clip_jax":
         import jax
 
-        jax.devices()  # its start is not what is measured
+        jax.devices()  # so that its start is not measured
     images, texts = (np.load(folder / f"{name}.npy", "r") for name in ("images", "texts"))
     pairs = np.stack([np.arange(len(texts)) // CAPTIONS, np.arange(len(texts))], axis=1)
     before = resident()
@@ -145,9 +145,9 @@ def run(competitors: list[str], images: int, width: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=20_000, help="of the large size")
+    parser.add_argument("--images", type=int, default=20_000, help="images at the large size")
     parser.add_argument("--compared", type=int, default=4000, help="images of the small size")
-    parser.add_argument("--width", type=int, default=512, help="of the embeddings")
+    parser.add_argument("--width", type=int, default=512, help="width of the embeddings")
     parser.add_argument("--full", action="store_true", help=f"{FULL:,} images")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -24,7 +24,7 @@ SAVERS = {
     "all": ["model.remat=full", "optim.moment_dtype=bfloat16", "optim.bf16_params=^text/"],
 }
 METRICS = ("zeroshot/top1", "retrieval/text_to_image/recall@1")
-LAST = 10  # of the logged losses
+LAST = 10  # logged losses that are averaged
 
 
 def train(settings: list[str], seed: int, steps: int) -> list[float]:

@@ -56,7 +56,7 @@ def make_batch(size, count: int) -> Batch:
     return images, tokens
 
 
-# ---- Competitors: each makes its Step and says how many parameters it trains -------------------
+# ---- Competitors: each returns its step and the number of parameters that it trains -----------
 
 
 def clip_jax_step(
@@ -69,7 +69,7 @@ def clip_jax_step(
     from clip_jax import losses, models, optim, sharding, state
     from clip_jax.training import step
 
-    dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # what model.dtype="auto" gives
+    dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
     net = models.CLIP(size, scan_layers=scan_layers, pack=pack, dtype=dtype)
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)

@@ -212,7 +212,7 @@ def _settings_like(name: str, known: Sequence[str]) -> list[str]:
     meant = meant or difflib.get_close_matches(name, known, 1, cutoff=0.8)
     if not meant and (close := difflib.get_close_matches(leaf, leaves, 1)):
         meant = [each for each in known if each.rpartition(".")[2] == close[0]]
-    # Of several with that last part, those that the rest of the name fits best.
+    # If several end in that part, those that fit the rest of the name best.
     meant.sort(key=lambda each: -difflib.SequenceMatcher(None, name, each).ratio())
     return [f"--config.{each}" for each in meant[:3]]
 

@@ -47,7 +47,7 @@ class MetricWriter:
         if tensorboard:
             events = directory / "tensorboard"
             if start_step == 0 and events.exists():
-                events.rmtree()  # of a run that ended before its first checkpoint
+                events.rmtree()  # left by a run that ended before its first checkpoint
             self._events = TensorBoardWriter(self._files.local / "tensorboard")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -83,7 +83,7 @@ class TensorBoardWriter:
         from tensorboard.plugins.scalar import summary_v2
         from tensorboard.summary.writer import record_writer
 
-        messages: Any = event_pb2  # whose classes are made at run time
+        messages: Any = event_pb2  # its classes are made at run time
         self._event = messages.Event
         self._summary = summary_v2.scalar_pb
         directory.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("dedup", __doc__)
     add, at_least = parser.add_argument, commands.at_least
-    add("--against", default="", metavar="DATA", help="other set, of which none is dropped")
+    add("--against", default="", metavar="DATA", help="other set, from which nothing is dropped")
     add("--threshold", type=at_least(0), default=6, help="bits that may differ, of 64; default: 6")
     add(
         "--colours",

@@ -125,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser("stats", __doc__)
     add = parser.add_argument
     add("--sample", type=commands.at_least(1), metavar="N", help="examples drawn; default: all")
-    add("--seed", type=commands.at_least(0), default=0, help="of the sample; default: 0")
+    add("--seed", type=commands.at_least(0), default=0, help="seed of the sample; default: 0")
     add("--json", metavar="FILE", help="writes all figures there")
     add("--html", metavar="FILE", help="writes a page with histograms there")
-    add("--tokenizer", default="openai", help="as in configs/default.py")
+    add("--tokenizer", default="openai", help="tokenizer, see configs/default.py")
     add(
         "--context_length",
         type=commands.at_least(2),

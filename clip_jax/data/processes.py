@@ -122,7 +122,7 @@ class _Worker:
     def _serve(self) -> None:
         sent: collections.deque[tuple[loading.Batch, range, int]] = collections.deque()
         try:
-            self._receive()  # that the data are open
+            self._receive()  # confirms that the data are open
             self._exchange(sent)
         except BaseException as error:
             for batch, *_ in sent:

@@ -54,8 +54,12 @@ def main(arguments: list[str]) -> None:
 def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
     parser = commands.parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", metavar="MODEL", help="what clip_jax.load takes: a workdir, a file, a name")
-    add("--step", type=int, help="which checkpoint of a workdir; default: the last")
+    add(
+        "--checkpoint",
+        metavar="MODEL",
+        help="a model that clip_jax.load takes: a workdir, a file, a name",
+    )
+    add("--step", type=int, help="step of a checkpoint in a workdir; default: the last")
     add("--tasks", default="", help="comma-separated; default: all that the data allow")
     add(
         "--datasets",
@@ -78,6 +82,12 @@ def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
         help="overlap: cosine of near-duplicates; by set as well, as in 0.95,cifar10=0.9",
     )
     add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
-    add("--threads", type=at_least(0), default=0, metavar="N", help="that decode; 0: one per core")
+    add(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="threads that decode; 0: one per core",
+    )
     hosts.add_hosts(parser)
     return parser

@@ -218,7 +218,7 @@ class Loop:
     ) -> None:
         """Saves a checkpoint; the metrics of its evaluation decide whether it is the best."""
         self._flush()
-        _check_finite(step, metrics.fetch(values))  # which waits for the steps under way
+        _check_finite(step, metrics.fetch(values))  # waits for the steps under way
         paused = self._progress.pause()
         done = self.position(step)
         if done.skipped != self._reported:

@@ -1,6 +1,6 @@
 # The command line: defaults from the environment or a file, then options.
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # what is set here is read in the other files
+# shellcheck disable=SC2034 # the variables are read in the other files
 
 set_defaults() {
   NAME=${TPU_NAME:-} ZONE=${TPU_ZONE:-} TYPE=${TPU_TYPE:-} SLICES=${TPU_SLICES:-1}

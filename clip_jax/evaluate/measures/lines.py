@@ -9,7 +9,7 @@ from scipy import stats
 
 from clip_jax.errors import UserError
 
-CONFIDENCE = 0.95  # of intervals of slopes and intercepts
+CONFIDENCE = 0.95  # coverage of the intervals of slopes and intercepts
 
 
 @dataclass(frozen=True)
