@@ -81,8 +81,8 @@ def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     assert contents(source) == [(f"x.parquet:{i}", f"first {i}") for i in range(40)]
     assert len(read) == 2 + 10
     read.clear()
-    in_chunks = ImageFolder(str(tmp_path / "x.parquet"), "", "", chunk=8, cached_chunks=2)
-    assert [in_chunks[i].image for i in (0, 9, 7, 8, 15)] == [picture(i) for i in (0, 9, 7, 8, 15)]
+    in_runs = ImageFolder(str(tmp_path / "x.parquet"), "", "", chunk=8, cached_chunks=2)
+    assert [in_runs[i].image for i in (0, 9, 7, 8, 15)] == [picture(i) for i in (0, 9, 7, 8, 15)]
     assert len(read) == 4
 
 
