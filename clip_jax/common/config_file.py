@@ -104,7 +104,7 @@ def shipped() -> list[str]:
 
 
 def find(name: str) -> tuple[pathlib.Path, str]:
-    """Returns the file of a config, and what stands behind the colon.
+    """Returns the file of a config, and the argument after the colon.
 
     Raises:
       UserError: there is no such file.
@@ -178,7 +178,7 @@ def _failed(path: pathlib.Path, error: Exception) -> str:
 
 
 def _unknown_setting(arguments: Sequence[str], known: Sequence[str]) -> str:
-    """Returns a paragraph on the first setting that there is not; "" where there are all."""
+    """Returns a paragraph on the first unknown setting; "" if all are known."""
     for argument in arguments:
         flag = argument.partition("=")[0].lstrip("-")
         if not flag.startswith("config."):
@@ -205,7 +205,7 @@ def _names(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _settings_like(name: str, known: Sequence[str]) -> list[str]:
-    """Returns flags of the settings that a wrong name may mean, the likeliest ones."""
+    """Returns flags of the settings that a wrong name may mean, the most likely ones."""
     leaf = name.rpartition(".")[2]
     leaves = {each.rpartition(".")[2] for each in known}
     meant = [each for each in known if each.rpartition(".")[2] == leaf]
@@ -232,7 +232,7 @@ def _now_called(names: tuple[str, str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what an error says, on one line, without a full stop."""
+    """Returns the message of an error, on one line, without a full stop."""
     text = str(error.args[-1]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()).rstrip(".")
 

@@ -106,7 +106,7 @@ class TensorBoardWriter:
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl, oldest first; a last line cut short is left out."""
+    """Reads the rows of metrics.jsonl, oldest first; skips a last line cut short."""
     try:
         lines = ranges.read(locations.parse(workdir) / FILE).decode().splitlines()
     except FileNotFoundError:
@@ -141,7 +141,7 @@ class Progress:
         self._time += time.monotonic() - paused_at
 
     def measure(self, step: int, waited: float) -> tuple[float, float]:
-        """Since the last call, pauses left out.
+        """Measures the speed since the last call, without pauses.
 
         Args:
           step: now.
@@ -177,7 +177,7 @@ class Progress:
 
 
 def sum_over_hosts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts by name, summed over all hosts; every host must call it."""
+    """Sums counts by name over all hosts; every host must call it."""
     if jax.process_count() == 1:
         return dict(counts)
     text = json.dumps(counts).encode().ljust(_TEXT_BYTES)

@@ -7,8 +7,8 @@
 
 By default images are compared by a perceptual hash of 64 bits and by their colours in nine fields.
 With --checkpoint, a trained model embeds them; with --embeddings, a .npy file has a row for each.
-Of near-duplicates the first is kept, the others are dropped. With --against, images are dropped
-that are near-duplicates of an image of the other set, none of which is dropped: to keep a test set
+The first of several near-duplicates is kept, the others are dropped. With --against, images with a
+near-duplicate in the other set are dropped, and the other set stays whole. This keeps a test set
 out of the training data, for example.
 
 Writes to --out:

@@ -6,7 +6,7 @@
 
 Image sizes are read from the headers of the files. Duplicates are exact: equal bytes of image
 files, equal captions after the tokenizer's clean-up. With --sample, only duplicates within the
-sample are stats. Memory: 18 bytes per pair, and three times that while duplicates are counted.
+sample are counted. Memory: 18 bytes per pair, and three times that while duplicates are counted.
 """
 
 import argparse

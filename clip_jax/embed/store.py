@@ -1,4 +1,4 @@
-"""Embeddings on disk: parts of a data set, each of which is whole or absent.
+"""Embeddings of a data set on disk, in parts that are written atomically.
 
 A directory holds
     embeddings.json                       the manifest

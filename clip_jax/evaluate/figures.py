@@ -1,4 +1,4 @@
-"""The paper's figures, drawn of the results of one model."""
+"""The paper's figures for the results of one model."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -157,7 +157,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """Writes all rows to the workdir at the end, an error included."""
+        """Writes all rows to the workdir at the end, even after an error."""
         try:
             yield
         except StorageError:

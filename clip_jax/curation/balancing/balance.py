@@ -1,7 +1,7 @@
 """The two passes over all shards, and their results.
 
 matching.py    queries in captions    passes.py   the work on one shard
-sampling.py    which pairs to keep    store.py    its results on disk
+sampling.py    the draw of pairs      store.py    its results on disk
 pairs.py, readers.py, tars.py   shards       engines.py  where the work runs
 """
 

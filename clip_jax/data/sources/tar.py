@@ -251,7 +251,7 @@ def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[
 
 
 def _with_header(sample: Sample) -> Sample:
-    """Adds the header before the image, which has the name: that would cost memory in the index."""
+    """Adds the header before the image, for the name, which would cost memory in the index."""
     return {**sample, "header": Span(sample["image"].offset - BLOCK, BLOCK)}
 
 

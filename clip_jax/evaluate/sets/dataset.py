@@ -125,7 +125,8 @@ class Dataset:
       base: reference set that this one is a shift of; "": none.
       base_classes: for each class, its classes in the base.
       added_classes: for a bias probe, names that are offered beside the classes, by category.
-      further_classes: likewise, offered beside these once more, as the paper did with "child".
+      further_classes: names that are offered besides in a second step, by category, as "child" in
+        the paper.
       where: places of the set.
       naming: names of the classes in sources.
       sources: references for these facts.
