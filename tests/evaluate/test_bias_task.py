@@ -64,7 +64,7 @@ def evaluated(tmp_path_factory) -> pathlib.Path:
 
 
 @functools.cache
-def odds(classes: tuple[str, ...]) -> np.ndarray:
+def probabilities(classes: tuple[str, ...]) -> np.ndarray:
     images = np.stack([np.asarray(image) for image, *_ in examples()])
     return clip_jax.load(tiny_run.finished()).zero_shot(images, classes, [TEMPLATE])
 
@@ -86,7 +86,7 @@ def test_proportions_of_each_group(evaluated):
     }
     for step in steps:
         extra = [name for category in step for name in offered[category]]
-        chosen = odds((*CLASSES, *extra)).argmax(axis=1)
+        chosen = probabilities((*CLASSES, *extra)).argmax(axis=1)
         names = [*range(len(CLASSES)), *(c for c in step for _ in offered[c])]
         columns = {"misclassified": chosen != digits} | {
             category: np.array([names[i] == category for i in chosen]) for category in step
@@ -113,7 +113,7 @@ def test_labels_by_group_and_threshold(evaluated):
     found = [d for d in result.details["differences"] if d["key"] == "hand"]
     assert [d["threshold"] for d in found] == [0.005, 0.04]
     for difference in found:
-        given = odds(CLASSES) >= difference["threshold"]
+        given = probabilities(CLASSES) >= difference["threshold"]
         for row in difference["rows"]:
             label = [name.split("|")[0] for name in CLASSES].index(row["label"])
             counts = [given[hands == hand, label].sum() for hand in ("left", "right")]

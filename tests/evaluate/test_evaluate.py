@@ -87,9 +87,11 @@ def test_zeroshot_is_what_the_model_says_by_hand(evaluated):
     }
     found = scores(evaluated)
     for variant, templates in variants.items():
-        odds = model().zero_shot(images, dataset.class_names, templates)
+        probabilities = model().zero_shot(images, dataset.class_names, templates)
         row = found["zeroshot", "digits", variant, "accuracy"]
-        assert float(row["value"]) == pytest.approx(accuracy_score(digits, odds.argmax(axis=1)))
+        assert float(row["value"]) == pytest.approx(
+            accuracy_score(digits, probabilities.argmax(axis=1))
+        )
         assert float(row["low"]) < float(row["value"]) < float(row["high"])
         assert (row["n"], float(row["chance"])) == ("360", 0.1)
 

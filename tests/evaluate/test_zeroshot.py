@@ -58,8 +58,8 @@ def reference_probabilities(task: Task, words: Words, scale: float) -> np.ndarra
         centres.append(mean / math.sqrt(sum(mean * mean)))
     rows = []
     for i in task.used:
-        odds = [math.exp(scale * float(task.images[i] @ centre)) for centre in centres]
-        rows.append([value / sum(odds) for value in odds])
+        weights = [math.exp(scale * float(task.images[i] @ centre)) for centre in centres]
+        rows.append([value / sum(weights) for value in weights])
     return np.array(rows)
 
 
