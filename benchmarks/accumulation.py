@@ -1,9 +1,9 @@
-"""Exact accumulation, ViT-B/32 in float32 on one CPU: what it costs and what it saves.
+"""The cost and the savings of exact accumulation, for ViT-B/32 in float32 on one CPU.
 
     python benchmarks/accumulation.py
 
-Time: a step of 4 micro-batches of 32 next to the plain step of 32, in turns, per example. Memory,
-by the compiler's account and without running: 32 micro-batches of 128 next to plain steps.
+Compares the time per example of a step of 4 micro-batches of 32 with that of a plain step of 32,
+and the memory of 32 micro-batches of 128 with that of plain steps, as the compiler reports it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ PROGRAMS = ((128, 1), (4096, 32), (256, 1))
 
 
 def build(batch: int, accum_steps: int):
-    """The training step that main.py would run, before any array exists."""
+    """Builds the training step that main.py would run, before any array exists."""
     from clip_jax.configs import vit_b32
     from clip_jax.training import program
 

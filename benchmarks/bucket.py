@@ -1,19 +1,19 @@
-"""Reading tar shards from a bucket, at 20 to 100 ms a request, next to the local disk.
+"""Speed of reading tar shards from a bucket, at 20 to 100 ms per request, beside the local disk.
 
     python benchmarks/bucket.py
     python benchmarks/bucket.py --only=start,index
 
-The bucket is the Google Cloud Storage of tests/support/bucket_server.py, on this machine: what it
-takes of the cores is printed, since the readers go without it. Three parts:
+The bucket is the imitation of Google Cloud Storage in tests/support/bucket_server.py, on this
+machine. Its use of the cores is printed, since the readers cannot use them. Three parts:
 
 stream  JPEGs of some 400 x 300 pixels and 22 kB to batches of 224 x 224 pixels and token ids, in
         each data.order; next to webdataset, which reads whole shards, where it is installed
 start   opening 1,000 small shards, to the first example
-index   finding out what stands where in shards that have no index
+index   indexing shards that have no index
 
-Every measurement has a process of its own, since clients read the environment at their start, and
-the competitors take turns. A stream is measured when it flows, after as many images as are then
-counted: those of a window, so that each window is begun once meanwhile.
+Every measurement has its own process, since clients read the environment at their start, and the
+competitors take turns. A stream is measured in its steady state: a shuffle window of images is read
+first, and the next window is measured.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from bucket_server import Server
 SHARD = 256  # photographs in a shard
 BATCH = 96  # with 32 interleaved streams, each with a window of 128 images, as by default
 SMALL = 1000  # shards of the part start
-DISK = 0  # in place of a latency
+DISK = 0  # stands for a latency
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -53,7 +53,7 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 
 def write_shards(folder: Path, shards: int, each: int, pictures: list[bytes]) -> float:
-    """Writes shards in which the pictures come in turn; returns the bytes of an example."""
+    """Writes shards that cycle through the pictures; returns the bytes of an example."""
     folder.mkdir()
     captions, turn, total = Captions(0), itertools.cycle(pictures), 0
     for number in range(shards):
@@ -69,7 +69,7 @@ def write_shards(folder: Path, shards: int, each: int, pictures: list[bytes]) ->
 
 
 def photographs(count: int, scale: int, quality: int) -> list[bytes]:
-    """Photographs of some 400 x 300 pixels times `scale`."""
+    """Makes photographs of some 400 x 300 pixels times `scale`."""
     rng, found = np.random.default_rng(0), []
     for _ in range(count):
         image = Image.open(io.BytesIO(photograph(rng)))
@@ -96,18 +96,18 @@ def prepare(args: argparse.Namespace, kind: str, **given: str | int) -> tuple[St
 
 
 def images_of(args: argparse.Namespace) -> int:
-    """Images of a step: as many as a window has, in whole batches."""
+    """Returns the number of images in a step: a window of them, in whole batches."""
     return -(-args.window // BATCH) * BATCH
 
 
-def clip_jax(args: argparse.Namespace, path: str, order: str, run: int) -> Iterator:
+def clip_jax(args: argparse.Namespace, path: str, order: str, chunk: int) -> Iterator:
     from clip_jax.configs import default
     from clip_jax.data import mixture, rows, tokenizer
     from clip_jax.data.pipeline import TrainPipeline
 
     config = default.get_config().data
     config.update(
-        crop="resized", order=order, chunk=run, shuffle_window=args.window, threads=args.workers
+        crop="resized", order=order, chunk=chunk, shuffle_window=args.window, threads=args.workers
     )
     config.source = default.source(type="tar", path=path)
     source, order_ = mixture.create(config, SIZE, 0, batch_size=BATCH, parts=1)
@@ -117,7 +117,7 @@ def clip_jax(args: argparse.Namespace, path: str, order: str, run: int) -> Itera
 
 
 def webdataset(args: argparse.Namespace, path: str) -> Iterator:
-    """Whole shards one after the other, through Pillow as in open_clip, in worker processes."""
+    """Reads whole shards in sequence, through Pillow as in open_clip, in worker processes."""
     import torch
     import webdataset as wds
 
@@ -138,7 +138,7 @@ def webdataset(args: argparse.Namespace, path: str) -> Iterator:
 
 
 def opening(path: str) -> dict[str, float]:
-    """Seconds until a set is open, and until its first example is there."""
+    """Measures the seconds until a set is open, and until its first example is read."""
     from clip_jax.configs import default
     from clip_jax.data import mixture
 
@@ -156,7 +156,7 @@ def opening(path: str) -> dict[str, float]:
 
 @contextlib.contextmanager
 def serving(folder: Path, latency: float = 0.0) -> Iterator[Server]:
-    """The bucket "set" with the files of a folder; processes begun meanwhile are led to it."""
+    """Serves the files of a folder as the bucket "set", for processes started meanwhile."""
     with Server("set", load={"set": folder}) as server, tempfile.TemporaryDirectory() as cache:
         server.latency(latency)
         os.environ.update(server.env, XDG_CACHE_HOME=cache)
@@ -168,14 +168,14 @@ def start_worker(**given: str | int) -> turns.Worker:
 
 
 def open_set(path: str = "gs://set") -> dict[str, float]:
-    """Runs `opening` in a process of its own."""
+    """Runs `opening` in a separate process."""
     worker = start_worker(kind="opening", path=path)
     worker.close()
     return worker.ready
 
 
 def measure(server: Server, args: argparse.Namespace, given: dict) -> tuple[float, ...]:
-    """A stream's images/s; CPU ms an image; cores of the server; requests, bytes; connections."""
+    """Measures images/s, CPU ms per image, the server's cores, requests, bytes, connections."""
     server.stats(reset=True)
     worker = start_worker(**given)
     pids = worker.process.pid, server.process.pid
@@ -190,7 +190,7 @@ def measure(server: Server, args: argparse.Namespace, given: dict) -> tuple[floa
 
 
 def cpu_seconds(root: int) -> float:
-    """CPU seconds that a process and its descendants have used, those that have ended included."""
+    """Returns the CPU seconds of a process and its descendants, including those that ended."""
     parents, used = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -204,13 +204,14 @@ def cpu_seconds(root: int) -> float:
 
 
 def competitors(args: argparse.Namespace, folder: Path, url: str) -> dict[str, list[dict]]:
-    """The settings of each competitor, for the disk and for the bucket."""
+    """Returns the settings of each competitor, for the disk and for the bucket."""
     sets = str(folder), "gs://set"
     found: dict[str, list[dict]] = {}
-    for run in (1, *map(int, args.runs.split(","))):
-        order = "shuffled" if run == 1 else "windowed"
-        told = {"kind": "clip_jax", "order": order, "run": run}
-        found[order if run == 1 else f"{order}, run {run}"] = [told | {"path": p} for p in sets]
+    for chunk in (1, *map(int, args.runs.split(","))):
+        order = "shuffled" if chunk == 1 else "windowed"
+        told = {"kind": "clip_jax", "order": order, "chunk": chunk}
+        name = order if chunk == 1 else f"{order}, chunk {chunk}"
+        found[name] = [told | {"path": path} for path in sets]
     if all(map(importlib.util.find_spec, ("webdataset", "torch"))):
         names = f"{{00000..{len(list(folder.glob('*.tar'))) - 1:05}}}.tar"
         sets = f"{folder}/{names}", f"pipe:curl -s {url}/storage/v1/b/set/o/{names}?alt=media"
@@ -292,7 +293,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(PARTS), help="parts, by commas")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each")
     parser.add_argument("--latencies", default="20,50,100", help="ms, by commas; none is 0")
-    parser.add_argument("--runs", default="8,32,128", help="each data.chunk, by commas")
+    parser.add_argument("--runs", default="8,32,128", help="values of data.chunk, comma-separated")
     parser.add_argument(
         "--window", type=int, default=4096, help="data.shuffle_window, and images counted"
     )

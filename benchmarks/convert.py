@@ -1,7 +1,7 @@
 """Time and memory of converting weights: ViT-L/14 by default, 428 M random parameters.
 
-Every conversion runs in a process of its own; memory is the peak of its resident set, the pages
-of the source that it has mapped included.
+Every conversion runs in a separate process. Memory is the peak of its resident set, including the
+pages of the source that it has mapped.
 
     python benchmarks/convert.py
     python benchmarks/convert.py --model=RN50x64
@@ -31,7 +31,7 @@ TRIPS = (
 
 
 def write_random(model: str, path: str) -> int:
-    """A model with random weights; returns its number of values."""
+    """Writes a model with random weights; returns its number of values."""
     import numpy as np
 
     from clip_jax import models, weights

@@ -1,12 +1,12 @@
-"""Curation at size: captions searched for 500,000 queries, balanced and written.
+"""Speed of curation: captions are searched for 500,000 queries, balanced and written.
 
     python benchmarks/curate.py
     python benchmarks/curate.py --pairs=10_000_000
 
-Needs nothing but clip_jax; compares the search with pyahocorasick and ahocorasick_rs where they
-are installed, used as MetaCLIP does (a query with spaces around it in a caption with spaces around
-it), and with its plain loop over all queries. All get the same normalised captions; "equal" says
-whether they find the same. Words are made up, by Zipf's law; captions have 9 of them on average.
+Needs only clip_jax. Compares the search with pyahocorasick and ahocorasick_rs, if installed, used
+as in MetaCLIP (a query with spaces around it in a caption with spaces around it), and with
+MetaCLIP's plain loop over all queries. All get the same normalised captions; "equal" says whether
+they find the same. Words are made up and follow Zipf's law; captions have 9 words on average.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from clip_jax.curation.balancing import matching
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 400_000  # words; English has about as many
 QUERIES = 500_000
-WORDS = 9  # of a caption, on average
+WORDS = 9  # per caption, on average
 SHARD = 250_000  # pairs
 LOOPED = 100  # captions for the plain loop
 
@@ -54,14 +54,14 @@ class Language:
         self.bounds = np.cumsum(frequency) / frequency.sum()
 
     def phrases(self, rng: np.random.Generator, lengths: np.ndarray) -> pa.Array:
-        """Sequences of words by their frequency: string [n], of so many words each."""
+        """Draws sequences of words by frequency: string [n], each of the given number of words."""
         drawn = np.searchsorted(self.bounds, rng.random(lengths.sum()))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         words = pa.array(self.words).take(pa.array(drawn))
         return pc.binary_join(pa.ListArray.from_arrays(offsets, words), " ")
 
     def queries(self) -> list[str]:
-        """As many words as the paper's list may have, and phrases of up to 5."""
+        """Makes as many words as the paper's list may have, and phrases of up to 5 words."""
         rng = np.random.default_rng(1)
         lengths = rng.choice([2, 3, 4, 5], 2 * QUERIES, p=[0.7, 0.18, 0.08, 0.04])
         found = dict.fromkeys(self.words[: QUERIES // 2].tolist())
@@ -75,7 +75,7 @@ class Language:
 
 
 def write(directory: Path, pairs: int) -> None:
-    """Queries, and shards of captions."""
+    """Writes queries, and shards of captions."""
     language = Language()
     (directory / "queries.txt").write_text("\n".join(language.queries()))
     for number, first in enumerate(range(0, pairs, SHARD)):
@@ -86,7 +86,7 @@ def write(directory: Path, pairs: int) -> None:
 
 
 def curate(directory: Path, pairs: int, workers: int, per_query: int) -> None:
-    """The whole command in a process of its own."""
+    """Runs the whole command in a separate process."""
     command = [sys.executable, "-m", "clip_jax", "data", "curate", "pairs"]
     command += [f"{directory}/*.parquet", f"--queries={directory}/queries.txt", "--keep=url"]
     command += [f"--out={directory}/curated", f"--workers={workers}", f"--per_query={per_query}"]
@@ -104,7 +104,7 @@ def curate(directory: Path, pairs: int, workers: int, per_query: int) -> None:
 
 
 def compare(count: int) -> None:
-    """Prints the speed of every search, each in a process of its own, and its index's memory."""
+    """Prints speed and index memory of every search, each in a separate process."""
     print(f"\n{'search':20} {'captions/s':>10} {'build s':>8} {'MiB':>6} {'equal':>6}")
     expected: list[list[int]] = []
     context = multiprocessing.get_context("spawn")
@@ -121,7 +121,7 @@ def compare(count: int) -> None:
 
 
 def measure(name: str, count: int) -> tuple[list[list[int]], float, float, float]:
-    """What a search finds, captions/s, seconds and MiB of its index."""
+    """Measures a search: its results, captions/s, seconds and MiB of its index."""
     language = Language()
     queries = language.queries()
     texts = matching.normalise(language.captions(0, count)).to_pylist()
@@ -177,7 +177,7 @@ SEARCHES: dict[str, Callable[[list[str]], Search]] = {
 
 
 def memory() -> float:
-    """MiB of this process."""
+    """Returns the memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     pa.set_cpu_count(1)
     with tempfile.TemporaryDirectory() as name:
-        # In a process of its own, so that its memory does not count.
+        # In a separate process, so that its memory does not count.
         process = multiprocessing.Process(target=write, args=(Path(name), args.pairs))
         process.start()
         process.join()

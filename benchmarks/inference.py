@@ -3,18 +3,17 @@
     python benchmarks/inference.py
     python benchmarks/inference.py --images=1000 --captions=1000
 
-Needs open_clip_torch. ViT-B/32 with random weights, float32, so many images or captions at a time
-as --batch says. Each round, every competitor embeds its share of the images and of the captions;
-with the defaults, 1,000 images and 10,000 captions in 4 rounds. The last batch of a share is a
-smaller one, which clip_jax pads: many small shares would measure the padding.
+Needs open_clip_torch. Embeds by ViT-B/32 with random weights in float32, in batches of --batch.
+Each round, every competitor embeds one part of the images and of the captions; with the defaults,
+1,000 images and 10,000 captions in 4 rounds. The last batch of a part is smaller, and clip_jax pads
+it, so many small parts would measure the padding.
 
-open_clip runs eagerly in inference mode and is spared what is not its model's work: it gets
-normalised pixels and token ids. clip_jax is called as users call it, with uint8 pixels and with
-strings. Captions are words of one token each: with start and end token 17 in the mean, half of them
-15 or fewer, one in a hundred 53 or more.
+open_clip runs eagerly in inference mode and gets normalised pixels and token ids, so only its model
+is measured. clip_jax is called as users call it, with uint8 pixels and with strings. Captions are
+words of one token each. With start and end token they have a mean of 17 tokens, a median of 15, and
+one in a hundred has 53 or more.
 
-Rates are sums over all rounds. The programs that XLA compiles are counted, and the run fails if
-there is one after the first round.
+Rates are sums over all rounds. The run fails if XLA compiles a program after the first round.
 """
 
 import argparse
@@ -34,12 +33,12 @@ Encode = Callable[[], None]
 
 
 def make_images(count: int) -> np.ndarray:
-    """uint8 [n, SIDE, SIDE, 3]."""
+    """Makes images, uint8 [n, SIDE, SIDE, 3]."""
     return np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
 
 
 def make_captions(count: int) -> list[str]:
-    """Of as many words as their lengths in tokens, start and end token aside."""
+    """Makes captions with the given numbers of tokens, including start and end token."""
     rng = np.random.default_rng(0)
     return [" ".join(rng.choice(WORDS, length - 2)) for length in packing.typical_lengths(count)]
 
@@ -89,7 +88,7 @@ def _check(embeds: np.ndarray) -> None:
 
 
 def count_compilations() -> list[str]:
-    """A list that grows by each program that JAX compiles from now on."""
+    """Returns a list to which every program is added that JAX compiles from now on."""
     import jax
 
     compiled: list[str] = []
@@ -106,7 +105,7 @@ def count_compilations() -> list[str]:
 
 
 def work(competitor: str, images: int, captions: int, batch: int) -> None:
-    """A competitor's process: what `turns.work` calls a step takes both shares once."""
+    """Runs a competitor; a step of `turns.work` embeds one part of both."""
     spent: list[dict] = []
 
     def prepare() -> tuple[turns.Step, dict]:
@@ -130,7 +129,7 @@ def work(competitor: str, images: int, captions: int, batch: int) -> None:
 
 
 def report(workers: list[turns.Worker], images: int, captions: int) -> None:
-    """One line for each competitor; what `turns` calls a loss is the seconds for the images."""
+    """Prints a line per competitor; the loss of `turns` is the seconds for the images."""
     base = workers[0]
     print("| | images/s | over open_clip | captions/s | over open_clip | peak GiB | start, s |")
     print("|---|---|---|---|---|---|---|")
@@ -146,7 +145,7 @@ def report(workers: list[turns.Worker], images: int, captions: int) -> None:
 
 
 def seconds(worker: turns.Worker) -> tuple[float, float]:
-    """For all images and for all captions."""
+    """Returns the seconds for all images and for all captions."""
     image = sum(step["loss"] for step in worker.steps)
     return image, sum(step["seconds"] for step in worker.steps) - image
 
@@ -155,7 +154,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--captions", type=int, default=10_000)
-    parser.add_argument("--rounds", type=int, default=4, help="that these are spread over")
+    parser.add_argument("--rounds", type=int, default=4, help="rounds that they are spread over")
     parser.add_argument("--batch", type=int, default=32, help="images or captions at a time")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""Input speed: JPEG files in tar shards to batches for the model, clip_jax next to open_clip.
+"""Input speed, from JPEG files in tar shards to batches: clip_jax next to open_clip.
 
     python benchmarks/input.py
     python benchmarks/input.py --shards="DIR/*.tar"
@@ -7,8 +7,8 @@ Needs open_clip_torch, webdataset and pandas. Without --shards it writes made-up
 400 x 300 pixels at JPEG quality 90, to a temporary directory. See benchmarks/README.md for what is
 compared.
 
-Every competitor has a process of its own and works only when it is its turn. A pass is a number of
-batches from a pipeline newly entered, threads and first batch included.
+Every competitor has its own process, and they take turns. A pass is a number of batches from a new
+pipeline, including the start of its threads.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from PIL import Image, ImageDraw
 from tokenizer import Captions
 from turns import Step
 
-# clip_jax by its setting data.crop; open_clip's transform is "resized". Synthetic: no files at all.
-# In processes: of one thread each, as many as open_clip has.
+# Named by data.crop; open_clip's transform is "resized". "synthetic" reads no files. Processes have
+# one thread each, and are as many as open_clip's.
 COMPETITORS = (
     "open_clip",
     "clip_jax resized",
@@ -60,7 +60,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def photograph(rng: np.random.Generator) -> bytes:
-    """Soft light, hard-edged things and grain: a JPEG of some 45 kB, as a photograph takes."""
+    """Draws soft light, hard edges and grain; returns a JPEG of some 45 kB, like a photograph."""
     width, height = int(rng.integers(380, 421)), int(rng.integers(285, 316))
     if rng.random() < 0.3:
         width, height = height, width
@@ -70,9 +70,9 @@ def photograph(rng: np.random.Generator) -> bytes:
     for _ in range(12):
         corners = rng.integers(0, max(size), (3, 2))
         draw.polygon([(int(x), int(y)) for x, y in corners], fill=tuple(rng.integers(0, 256, 3)))
-    for cell, share in ((16, 0.25), (4, 0.2), (1, 0.08)):
+    for cell, weight in ((16, 0.25), (4, 0.2), (1, 0.08)):
         texture = _noise(rng, (width // cell, height // cell), size)
-        picture = Image.blend(picture, texture, share)
+        picture = Image.blend(picture, texture, weight)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=90)
     return file.getvalue()
@@ -89,7 +89,7 @@ def _noise(rng: np.random.Generator, cells: tuple[int, int], size: tuple[int, in
 def clip_jax_pass(
     shards: str, crop: str, batch_size: int, batches: int, threads: int, processes: int = 0
 ) -> Step:
-    """What training runs: uint8 pixels and ids on the device, from shards or, "", made up."""
+    """Runs the training pipeline: uint8 pixels and ids on the device; "": synthetic data."""
     import jax
 
     from clip_jax import sharding
@@ -127,7 +127,7 @@ def clip_jax_pass(
 
 
 def open_clip_pass(shards: str, batch_size: int, batches: int, workers: int) -> Step:
-    """Its own loader, transform and tokenizer: float32 pixels and ids in torch tensors."""
+    """Runs open_clip's loader, transform and tokenizer: float32 pixels and ids as torch tensors."""
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
     from open_clip_train.data import get_wds_dataset
@@ -168,7 +168,7 @@ def prepare(competitor: str, args: argparse.Namespace) -> Step:
 
 
 def report(workers: list[turns.Worker], images: int) -> None:
-    """Prints a table; the ratio is that of the medians, to the first competitor."""
+    """Prints a table; ratios are of medians, to the first competitor."""
     rates = {each.competitor: [images / step["seconds"] for step in each.steps] for each in workers}
     base, *_ = map(statistics.median, rates.values())
     print(f"| | images/s | slowest - fastest pass | over {next(iter(rates))} |")

@@ -4,12 +4,12 @@
     python benchmarks/linear_probe.py --rounds=5 --tolerance=1e-6
 
 10,000 training and 10,000 validation examples of 512 float32 features in 10 classes: four Gaussian
-clusters to a class, with variances that fall as 1/i along hidden axes. All search alike, from
+clusters per class, with variances that fall as 1/i along hidden axes. All use the same search from
 coarse to fine (`clip_jax.evaluate.measures.sweep`): 15 strengths, L-BFGS, at most 1,000 iterations
 each.
 
-scikit-learn fits them one by one with BLAS on all cores, or as many at once as there are cores, in
-processes of their own. It stops at a gradient of 1e-4 in the maximum norm, or as --tolerance says;
+scikit-learn fits them one by one with BLAS on all cores, or one per core at a time, in separate
+processes. It stops at a gradient of 1e-4 in the maximum norm, or of --tolerance;
 clip_jax at 1e-6 in the Euclidean norm of all classes, in units of the features' deviation.
 """
 
@@ -29,16 +29,16 @@ EXAMPLES, WIDTH, CLASSES, CLUSTERS = 10_000, 512, 10, 4
 
 
 def make_examples() -> tuple[np.ndarray, np.ndarray]:
-    """Features float32 [2 n, d] and classes int32 [2 n]: those to train on, those to validate."""
+    """Makes features float32 [2 n, d] and classes int32 [2 n]; the first n are for training."""
     rng = np.random.default_rng(0)
     deviations = np.arange(1, WIDTH + 1) ** -0.5
-    turn, _ = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))
+    rotation, _ = np.linalg.qr(rng.standard_normal((WIDTH, WIDTH)))
     centres = 0.3 * deviations * rng.standard_normal((CLASSES, CLUSTERS, WIDTH))
     classes = rng.integers(0, CLASSES, 2 * EXAMPLES, dtype=np.int32)
     hidden = centres[classes, rng.integers(0, CLUSTERS, 2 * EXAMPLES)]
     hidden += deviations * rng.standard_normal(hidden.shape)
     scale = 0.5 / np.sqrt(np.mean(deviations**2))
-    features = scale * hidden @ turn + 0.3 * rng.standard_normal(WIDTH)
+    features = scale * hidden @ rotation + 0.3 * rng.standard_normal(WIDTH)
     return features.astype(np.float32), classes
 
 
@@ -100,7 +100,7 @@ def clip_jax_sweep():
 
 
 def work(competitor: str, tolerance: float) -> None:
-    """A competitor's process; what `turns` calls a loss is the best validation accuracy."""
+    """Runs a competitor; the loss of `turns` is the best validation accuracy."""
 
     def prepare() -> tuple[turns.Step, dict]:
         if competitor == "clip_jax":

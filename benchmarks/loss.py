@@ -1,10 +1,10 @@
-"""The softmax loss alone, value and gradients, on one CPU: clip_jax's forms next to open_clip's.
+"""Speed of the softmax loss, value and gradients, on one CPU: clip_jax next to open_clip.
 
     python benchmarks/loss.py
     python benchmarks/loss.py --pairs=8192 --width=768
 
-Needs open_clip_torch. Memory is what the process holds at most, over what it held before the first
-call. On a TPU pod, by the TPU compiler (needs libtpu, no TPU):
+Needs open_clip_torch. Memory is the peak of the process, less its memory before the first call. The
+memory on a TPU pod comes from the TPU compiler (needs libtpu, no TPU):
 
     python benchmarks/loss.py --topology=v5e:16x16
 """
@@ -21,7 +21,7 @@ LOGIT_SCALE = np.float32(np.log(1 / 0.07))
 
 
 def embeddings(count: int, width: int) -> list[np.ndarray]:
-    """Unit vectors, float32 [count, width], twice."""
+    """Makes two arrays of unit vectors, float32 [count, width]."""
     rng = np.random.default_rng(0)
     both = [rng.normal(size=(count, width)).astype(np.float32) for _ in range(2)]
     return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in both]
@@ -63,7 +63,7 @@ def prepare(args: argparse.Namespace) -> tuple[turns.Step, dict]:
 
 
 def on_topology(name: str, tile: int) -> None:
-    """Temporary memory of both sharded forms, from the TPU compiler."""
+    """Prints the temporary memory of both sharded forms, from the TPU compiler."""
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -98,8 +98,8 @@ def on_topology(name: str, tile: int) -> None:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--pairs", type=int, default=16_384)
-    parser.add_argument("--width", type=int, default=512, help="of the embeddings")
-    parser.add_argument("--tile", type=int, default=1024, help="of the ring, as loss.tile")
+    parser.add_argument("--width", type=int, default=512, help="width of the embeddings")
+    parser.add_argument("--tile", type=int, default=1024, help="tile of the ring: loss.tile")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each competitor")
     parser.add_argument("--topology", help="such as v5e:16x16: what the TPU compiler says instead")
     parser.add_argument("--verbose", action="store_true", help="show what the competitors print")

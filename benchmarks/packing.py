@@ -1,14 +1,15 @@
-"""Training-step speed with packed captions: clip_jax packed, clip_jax as it was, and open_clip.
+"""Training-step speed with packed captions: clip_jax packed and unpacked, and open_clip.
 
     python benchmarks/packing.py
     python benchmarks/packing.py --batch=128 --length=128 --rows=0.16
 
-Needs open_clip_torch. ViT-B/32, float32 (on a GPU bfloat16); all train on the same images and
-captions, in turns. The ids of a caption, start and end token included, are 2 more than a log-normal
-variable and at most 77: 17 in the mean, half of them 15 or fewer, one in a hundred 53 or more.
+Needs open_clip_torch. All train ViT-B/32 on the same images and captions, in float32 (on a GPU in
+bfloat16), and take turns. The number of ids of a caption, including start and end token, is 2 plus
+a log-normal variable, at most 77. Its mean is 17, its median 15, and one in a hundred has 53 or
+more.
 
-Medians are printed, and the speed relative to unpacked; also how often random batches of such
-captions need more rows than a first turn has, and so take about twice as long in the text tower.
+Prints medians, and the speed relative to unpacked; also the fraction of random batches that need
+more rows than the first round has, and so take about twice as long in the text tower.
 """
 
 import argparse
@@ -21,17 +22,17 @@ import turns
 
 COMPETITORS = ("clip_jax", "clip_jax packed", "open_clip")
 SIGMA, CONTEXT = 0.6, 77
-# Of the logarithm; the logarithm's mean that gives ids of 17 in the mean, less what 77 cuts off.
+# Deviation and mean of the logarithm, for 17 ids in the mean, apart from those cut off at 77.
 MU = math.log(15) - SIGMA**2 / 2
 
 
 def draw_lengths(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Ids of so many captions."""
+    """Draws the numbers of ids of captions."""
     return to_ids(rng.normal(MU, SIGMA, count))
 
 
 def typical_lengths(count: int) -> np.ndarray:
-    """The quantiles of the distribution, shuffled: no luck in a small batch."""
+    """Returns shuffled quantiles of the distribution, which a small batch represents exactly."""
     normal = statistics.NormalDist(MU, SIGMA)
     quantiles = np.array([normal.inv_cdf((i + 0.5) / count) for i in range(count)])
     return np.random.default_rng(0).permutation(to_ids(quantiles))
@@ -42,7 +43,7 @@ def to_ids(logarithms: np.ndarray) -> np.ndarray:
 
 
 def make_batch(size, count: int) -> step.Batch:
-    """As `step.make_batch`, with captions of real length."""
+    """Makes a batch as `step.make_batch` does, with captions of realistic length."""
     rng = np.random.default_rng(0)
     images, tokens = step.make_batch(size, count)
     for row, length in zip(tokens, typical_lengths(count)):
@@ -53,7 +54,7 @@ def make_batch(size, count: int) -> step.Batch:
 
 
 def rows_taken(lengths: np.ndarray, row_length: int) -> int:
-    """Rows that first fit fills, the longest captions first."""
+    """Returns the number of rows that first fit fills, longest captions first."""
     free: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = (number for number, room in enumerate(free) if room >= length)
@@ -91,7 +92,7 @@ def report(workers: list[turns.Worker], args: argparse.Namespace):
 
 
 def report_fill(args: argparse.Namespace):
-    """Of the batch that is timed, and of 1,000 others."""
+    """Prints the rows of the timed batch, and of 1,000 others."""
     rng, count = np.random.default_rng(0), math.ceil(args.rows * args.batch)
     timed = typical_lengths(args.batch)
     others = (draw_lengths(rng, args.batch) for _ in range(1000))
@@ -100,7 +101,7 @@ def report_fill(args: argparse.Namespace):
         f"{args.batch} captions of {timed.mean():.1f} ids fill {rows_taken(timed, args.length)} of "
         f"{count} rows of {args.length}: {timed.sum() / (count * args.length):.0%} of the tokens "
         f"computed are captions' (unpacked: {timed.mean() / CONTEXT:.0%}). Of random batches "
-        f"{more:.1%} need a second turn.\n"
+        f"{more:.1%} need a second round.\n"
     )
 
 

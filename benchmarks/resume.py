@@ -1,10 +1,10 @@
-"""Resuming far into a large set: the time to the first batch, and the memory it takes.
+"""Time and memory of resuming far into a large set, up to the first batch.
 
     python benchmarks/resume.py
 
-Makes 1,200 tar shards of 10,000 samples that are names of one real shard (hard links), so that
-12 million index entries take 150 MB of disk. Then, in a fresh process, opens them through the
-stored index at position 10 million and takes the first batch of decoded images and token ids.
+Makes 1,200 tar shards of 10,000 samples as hard links to one shard, so that 12 million index
+entries take 150 MB of disk. Then a fresh process opens them through the stored index at position 10
+million and takes the first batch of decoded images and token ids.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def write_shard(path: pathlib.Path) -> None:
 
 
 def write_index(folder: str) -> float:
-    """Writes the index of all shards, after a scan of the one they are; its time in seconds."""
+    """Writes the index of all shards after scanning one; returns the seconds of the scan."""
     from etils import epath
 
     from clip_jax.data.sources import shard_index, tar_index
@@ -57,7 +57,7 @@ def write_index(folder: str) -> float:
 
 
 def resume(path: str, order: str, start: int, batch_size: int) -> dict[str, float]:
-    """Opens the set and takes the first batch; times from before the imports."""
+    """Opens the set and takes the first batch; times include the imports."""
     began = time.monotonic()
     from clip_jax.configs import default
     from clip_jax.data import mixture, pipeline, rows, tokenizer
@@ -85,7 +85,7 @@ def resume(path: str, order: str, start: int, batch_size: int) -> dict[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--shards", type=int, default=1200, help="of 10,000 samples each")
+    parser.add_argument("--shards", type=int, default=1200, help="shards of 10,000 samples")
     parser.add_argument("--start", type=int, default=10_000_000, help="position to resume at")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)

@@ -1,13 +1,14 @@
-"""Exact ranks between many images and ten times as many captions: time and memory.
+"""Time and memory of exact ranks between many images and ten times as many captions.
 
     python benchmarks/retrieval.py
     python benchmarks/retrieval.py --full      # 100,000 images and 1,000,000 captions
 
-First clip_jax and plain NumPy, which holds the whole matrix of similarities, on a size where that
-is possible. Embeddings are small integers, so that products are exact and both must find the same
-ranks, ties included. Then clip_jax alone on the large size; without --full also what the time per
-tile makes of the full one. Embeddings are float16 in files, mapped into memory: the pages read of
-them count in "peak", not in "own", which is what the process has allocated itself.
+First compares clip_jax with plain NumPy, which holds the whole matrix of similarities, at a size
+where that is possible. Embeddings are small integers, so that products are exact and both must find
+the same ranks, ties included. Then measures clip_jax alone at the large size; without --full, the
+time of the full size is extrapolated from the time per tile. Embeddings are float16 in
+memory-mapped files. Their pages count in "peak", but not in "own", the memory that the process has
+allocated.
 """
 
 import argparse
@@ -23,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import turns
 
-CAPTIONS = 10  # of an image
+CAPTIONS = 10  # per image
 FULL = 100_000  # images
-KEPT = 0.15  # of a caption's numbers that are its image's: ranks of every size come of it
+COPIED = 0.15  # fraction of a caption's numbers copied from its image, for ranks of every size
 CHUNK = 10_000  # rows made at a time
 
 
 def write(folder: Path, images: int, width: int) -> None:
-    """images.npy and texts.npy: whole numbers from -3 to 3, float16."""
+    """Writes images.npy and texts.npy: integers from -3 to 3, float16."""
     rng, new = np.random.default_rng(0), np.lib.format.open_memmap
     shapes = {"images": (images, width), "texts": (images * CAPTIONS, width)}
     files = {
@@ -42,12 +43,12 @@ def write(folder: Path, images: int, width: int) -> None:
     for start in range(0, len(files["texts"]), CHUNK):
         rows = slice(start, start + CHUNK)
         own = files["images"][np.arange(len(files["texts"]))[rows] // CAPTIONS]
-        kept = rng.random(own.shape, np.float32) < KEPT
-        files["texts"][rows] = np.where(kept, own, rng.integers(-3, 4, own.shape))
+        copied = rng.random(own.shape, np.float32) < COPIED
+        files["texts"][rows] = np.where(copied, own, rng.integers(-3, 4, own.shape))
 
 
 def ranked_by_clip_jax(images, texts, pairs) -> tuple[list[np.ndarray], dict]:
-    """The ranks, seconds per tile and what is left of memory."""
+    """Computes the ranks; returns them, the seconds per tile and the memory still held."""
     sys.path.insert(0, str(turns.ROOT))
     from clip_jax import sharding
     from clip_jax.evaluate.measures import ranks
@@ -88,11 +89,11 @@ COMPETITORS = {"clip_jax": ranked_by_clip_jax, "NumPy, one matrix": ranked_by_nu
 
 
 def work(competitor: str, folder: Path) -> None:
-    """Ranks in a process of its own: one line of JSON, and the ranks in a file."""
+    """Ranks in a separate process; prints a line of JSON, and writes the ranks to a file."""
     if competitor == "clip_jax":
         import jax
 
-        jax.devices()  # its start is not what is measured
+        jax.devices()  # so that its start is not measured
     images, texts = (np.load(folder / f"{name}.npy", "r") for name in ("images", "texts"))
     pairs = np.stack([np.arange(len(texts)) // CAPTIONS, np.arange(len(texts))], axis=1)
     before = resident()
@@ -102,12 +103,12 @@ def work(competitor: str, folder: Path) -> None:
 
 
 def resident() -> float:
-    """GiB that this process has held at most."""
+    """Returns the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def allocated() -> float:
-    """GiB that this process holds now, mapped files aside."""
+    """Returns the memory of this process in GiB, without mapped files."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 2**20
 
@@ -120,7 +121,7 @@ def measure(competitor: str, folder: str) -> dict:
 
 
 def run(competitors: list[str], images: int, width: int) -> list[dict]:
-    """Prints a row for each; ends the program where they disagree."""
+    """Prints a row for each competitor; exits if they disagree."""
     rows, results = [], []
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), images, width)
@@ -144,9 +145,9 @@ def run(competitors: list[str], images: int, width: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--images", type=int, default=20_000, help="of the large size")
+    parser.add_argument("--images", type=int, default=20_000, help="images at the large size")
     parser.add_argument("--compared", type=int, default=4000, help="images of the small size")
-    parser.add_argument("--width", type=int, default=512, help="of the embeddings")
+    parser.add_argument("--width", type=int, default=512, help="width of the embeddings")
     parser.add_argument("--full", action="store_true", help=f"{FULL:,} images")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

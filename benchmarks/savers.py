@@ -1,11 +1,11 @@
-"""Whether what saves memory changes learning: the quickstart with each saver, beside plain runs.
+"""The effect of each memory saver on learning: the quickstart with it, beside plain runs.
 
     python benchmarks/savers.py
     python benchmarks/savers.py --seeds=5 --only=plain,moments
 
-Trains configs/quickstart.py, some three minutes a run on two idle cores, with each setting and
-seed; prints held-out zero-shot top-1 and text-to-image recall@1 (%), and the last losses' mean.
-A saver changes nothing that matters if its figures lie among those of plain runs with other seeds.
+Trains configs/quickstart.py with each setting and seed, some three minutes a run on two idle cores.
+Prints zero-shot top-1 and text-to-image recall@1 (%) on held-out data, and the mean of the last
+losses. A saver is harmless if its figures lie among those of plain runs with other seeds.
 """
 
 import argparse
@@ -24,11 +24,11 @@ SAVERS = {
     "all": ["model.remat=full", "optim.moment_dtype=bfloat16", "optim.bf16_params=^text/"],
 }
 METRICS = ("zeroshot/top1", "retrieval/text_to_image/recall@1")
-LAST = 10  # of the logged losses
+LAST = 10  # logged losses that are averaged
 
 
 def train(settings: list[str], seed: int, steps: int) -> list[float]:
-    """Two scores in %, and the mean of the last losses."""
+    """Trains; returns two scores in % and the mean of the last losses."""
     with tempfile.TemporaryDirectory() as workdir:
         own = [f"seed={seed}", f"duration={steps} steps", f"eval.every={steps} steps", *settings]
         command = ["main.py", "--config=configs/quickstart.py", f"--workdir={workdir}"]

@@ -7,7 +7,7 @@
 Needs open_clip_torch; DIR is a checkout of google-research/big_vision, left out without it. See
 benchmarks/README.md for what is compared.
 
-Medians are printed, and the speed relative to open_clip.
+Prints medians, and the speed relative to open_clip.
 """
 
 import argparse
@@ -45,7 +45,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 def make_batch(size, count: int) -> Batch:
-    """uint8 images [n, h, w, 3], int32 captions [n, context] of 6 to 30 tokens, then padding."""
+    """Makes uint8 images [n, h, w, 3] and int32 captions [n, context] of 6 to 30 tokens, padded."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, size.image_size, size.image_size, 3), np.uint8)
     tokens = np.zeros((count, size.context_length), np.int32)
@@ -56,20 +56,20 @@ def make_batch(size, count: int) -> Batch:
     return images, tokens
 
 
-# ---- Competitors: each makes its Step and says how many parameters it trains -------------------
+# ---- Competitors: each returns its step and the number of parameters that it trains -----------
 
 
 def clip_jax_step(
     size, batch: Batch, scan_layers: bool, pack=None, device: str = "cpu"
 ) -> tuple[Step, int]:
-    """The step of the training loop: pixels arrive as uint8, norms are measured."""
+    """Makes the step of the training loop, with uint8 pixels and norms measured."""
     import jax
     import jax.numpy as jnp
 
     from clip_jax import losses, models, optim, sharding, state
     from clip_jax.training import step
 
-    dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # what model.dtype="auto" gives
+    dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
     net = models.CLIP(size, scan_layers=scan_layers, pack=pack, dtype=dtype)
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)
@@ -108,9 +108,9 @@ def clip_jax_step(
 def open_clip_step(
     size, batch: Batch, device: str = "cpu", compiled: bool = False
 ) -> tuple[Step, int]:
-    """AdamW fused, no decay on gains, biases and logit_scale; images normalised.
+    """Makes a step with fused AdamW, no decay on gains, biases and logit_scale, images normalised.
 
-    On a GPU as by its --precision=amp_bf16, on a CPU in float32.
+    On a GPU it runs as with --precision=amp_bf16, on a CPU in float32.
     """
     import open_clip
     import torch
@@ -170,7 +170,7 @@ def open_clip_step(
 
 
 def big_vision_step(size, batch: Batch, checkout: str) -> tuple[Step, int]:
-    """two_towers at the same widths and depths, and its trainer's step with a softmax loss.
+    """Makes a step of two_towers at the same sizes, with its trainer's softmax loss.
 
     Its blocks are unrolled and its text tower sees all tokens (no causal mask) and reads the last.
     """
@@ -251,7 +251,7 @@ def prepare(competitor: str, args: argparse.Namespace) -> tuple[Step, dict]:
 
 
 def peak(competitor: str, device: str) -> float:
-    """GiB held at most: of the GPU, where the work is done there."""
+    """Returns the peak memory in GiB, on a GPU that of the GPU."""
     if device == "cpu":
         return turns.host_peak()
     if competitor.startswith("open_clip"):

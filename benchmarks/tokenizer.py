@@ -2,10 +2,10 @@
 
     python benchmarks/tokenizer.py
 
-Needs nothing but clip_jax; compares with open_clip_torch, tokenizers (needs open_clip_torch for its
-vocabulary) and instant-clip-tokenizer where installed. The last two get the raw text, without the
-clean-up by ftfy and html: the column "equal" shows what that costs. Rates are per second of CPU
-time, all threads summed, so that a busy machine disturbs them less.
+Needs only clip_jax. Compares with open_clip_torch, tokenizers (needs open_clip_torch for its
+vocabulary) and instant-clip-tokenizer, if installed. The last two get the raw text, without the
+clean-up by ftfy and html; the column "equal" shows the consequence. Rates are per second of CPU
+time, summed over threads, so that a busy machine disturbs them less.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from clip_jax.data import bpe, tokenizer
 
 Encode = Callable[[list[str]], np.ndarray]  # n captions -> ids [n, 77]
 
-# Share of the captions, in percent, and what is done to one; 36 % need HTML or Unicode clean-up.
+# Kinds of captions, in percent; 36 % need HTML or Unicode clean-up.
 KINDS = {
     "plain ASCII": 64,
     "HTML entities": 14,
@@ -40,9 +40,9 @@ SCRIPTS = ["кошка на окне", "一只猫坐在窗台上", "قطة في 
 
 
 class Captions:
-    """Made-up captions without end: words by Zipf's law from OpenAI's vocabulary, a tail of codes.
+    """An endless supply of captions: words by Zipf's law from OpenAI's vocabulary, and rare codes.
 
-    Every caption is new, so that only words come again, as in a real stream.
+    Captions never repeat, but words do, as in a real stream.
     """
 
     def __init__(self, seed: int):
@@ -92,7 +92,7 @@ class Captions:
 
 
 def competitors() -> dict[str, Encode]:
-    """What is installed, clip_jax first."""
+    """Returns the installed competitors, clip_jax first."""
     ours = tokenizer.create("openai", 77)
     found: dict[str, Encode] = {"clip_jax": lambda texts: ours(texts, truncate=True)}
     try:
@@ -114,7 +114,7 @@ def competitors() -> dict[str, Encode]:
 
 
 def rust(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Encode:
-    """The Rust library tokenizers, set up as for CLIP."""
+    """Sets up the Rust library tokenizers for CLIP."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
@@ -131,7 +131,7 @@ def rust(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Encode:
 
 
 def compare(encoders: dict[str, Encode], texts: list[list[str]]) -> None:
-    """Prints captions/s, median over the lists and of the first, and the rows equal to ours."""
+    """Prints captions/s (median of all lists, and of the first) and the rows equal to ours."""
     rates: dict[str, list[float]] = {name: [] for name in encoders}
     equal: dict[str, list[float]] = {name: [] for name in encoders}
     ids = []
@@ -146,7 +146,7 @@ def compare(encoders: dict[str, Encode], texts: list[list[str]]) -> None:
             equal[name].append((rows[name] == rows["clip_jax"]).all(-1).mean())
     base = statistics.median(rates.get("open_clip", rates["clip_jax"]))
     print(f"{len(texts)} x {len(texts[0])} captions, {statistics.mean(ids):.1f} ids on average")
-    print(f"{'':20} {'captions/s':>10} {'ratio':>6} {'first turn':>10} {'equal':>7}")
+    print(f"{'':20} {'captions/s':>10} {'ratio':>6} {'first list':>10} {'equal':>7}")
     for name, measured in rates.items():
         rate = statistics.median(measured)
         print(
@@ -157,9 +157,9 @@ def compare(encoders: dict[str, Encode], texts: list[list[str]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=21, help="turns of each tokenizer")
-    parser.add_argument("--captions", type=int, default=5000, help="captions per turn, all new")
-    parser.add_argument("--seed", type=int, default=0, help="of the captions")
+    parser.add_argument("--rounds", type=int, default=21, help="lists of captions")
+    parser.add_argument("--captions", type=int, default=5000, help="captions per list, all new")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the captions")
     parser.add_argument("--kinds", action="store_true", help="also time each kind of caption alone")
     args = parser.parse_args()
     encoders, captions = competitors(), Captions(args.seed)

@@ -1,6 +1,6 @@
-"""Competitors in processes of their own, each computing only when it is its turn.
+"""Competitors in separate processes that take turns, one step each per round.
 
-So all see the same machine within seconds of each other; only ratios within a run mean anything.
+They all see the same machine within seconds of each other; only ratios within a run are meaningful.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Freed memory stays with the process: page faults are a large part of a CPU step otherwise.
 ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-# Nobody may take most of a GPU's memory before the others have theirs.
+# No competitor may reserve most of a GPU's memory before the others have theirs.
 PLATFORMS = {
     "cpu": {"JAX_PLATFORMS": "cpu"},
     "gpu": {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
@@ -29,16 +29,16 @@ Step = Callable[[], float]  # does the timed work once, returns its loss
 
 
 def host_peak() -> float:
-    """GiB that this process has held at most."""
+    """Returns the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def work(prepare: Callable[[], tuple[Step, dict]], peak: Callable[[], float] = host_peak) -> None:
-    """A competitor's process: one line of JSON when ready, and one for every line it reads.
+    """Runs a competitor: prints a line of JSON when ready, and one for every line it reads.
 
     Args:
-      prepare: makes the step, and what else there is to say of it.
-      peak: GiB held at most until now.
+      prepare: function that returns the step and facts about it.
+      peak: function that returns the peak memory so far, in GiB.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print goes to stderr
@@ -57,12 +57,12 @@ def work(prepare: Callable[[], tuple[Step, dict]], peak: Callable[[], float] = h
 
 
 class Worker:
-    """A competitor's process, seen from outside.
+    """The process of a competitor.
 
     Attributes:
-      ready: what it said of itself: "start" (seconds until after the first step), "loss" of that,
-        "before" (peak GiB before it), and what `prepare` returned.
-      steps: of each turn "seconds", "loss" and "peak" (GiB).
+      ready: "start" (seconds until after the first step), "loss" of that step, "before" (peak GiB
+        before it), and the facts that `prepare` returned.
+      steps: "seconds", "loss" and "peak" (GiB) of each step.
     """
 
     def __init__(self, script: str, competitor: str, arguments: list[str], device: str):
@@ -80,7 +80,7 @@ class Worker:
 
     def take_step(self) -> None:
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # _read says what it means
+        with contextlib.suppress(BrokenPipeError):  # _read reports it
             print("step", file=self.process.stdin, flush=True)
         self.steps.append(self._read())
 
@@ -98,18 +98,18 @@ class Worker:
 
     @property
     def seconds(self) -> float:
-        """Median of a turn."""
+        """The median time of a step."""
         return statistics.median(step["seconds"] for step in self.steps)
 
     @property
     def spread(self) -> str:
-        """Fastest and slowest turn."""
+        """The fastest and the slowest step."""
         seconds = [step["seconds"] for step in self.steps]
         return f"{min(seconds):.3g} - {max(seconds):.3g}"
 
     @property
     def losses(self) -> str:
-        """Of the first and the last turn."""
+        """The losses of the first and the last step."""
         return f"{self.ready['loss']:.3f} -> {self.steps[-1]['loss']:.3f}"
 
 
@@ -122,8 +122,8 @@ def take_turns(
         workers.append(Worker(script, name, sys.argv[1:], device))
         print(f"{name} is ready", file=sys.stderr)
     for number in range(rounds):
-        turn = number % len(workers)
-        for worker in workers[turn:] + workers[:turn]:
+        first = number % len(workers)
+        for worker in workers[first:] + workers[:first]:
             worker.take_step()
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
     for worker in workers:
@@ -132,7 +132,7 @@ def take_turns(
 
 
 def versions(*packages: str) -> str:
-    """The machine and the packages, in a line."""
+    """Describes the machine and the packages in a line."""
     found = [f"{name} {metadata.version(name)}" for name in packages]
     return f"{os.cpu_count()} CPUs ({platform.machine()}), Python {platform.python_version()}, " + (
         ", ".join(found)

@@ -1,14 +1,14 @@
-"""Where the time of a zero-shot evaluation goes: the share that the encoders take.
+"""The fraction of a zero-shot evaluation's time that the encoders take.
 
     python benchmarks/zeroshot.py
-    python benchmarks/zeroshot.py --model=small      # a model so fast that the rest weighs more
+    python benchmarks/zeroshot.py --model=small      # a fast model, so that the rest counts more
 
-Writes 10,000 JPEGs of 256 x 256 of 100 classes in CLIP_benchmark's layout, and evaluates a model
-with random weights on them by `python -m clip_jax evaluate --tasks=zeroshot`, with 18 templates as
-the paper has them for CIFAR-100. "encoders": reading, decoding and embedding the images, and
-embedding the 1,800 prompts and the two variants with fewer, compilation included. "rest": finding
-the set, hashing the model, writing embeddings, scores, intervals and pages. Imports and loading the
-model are apart.
+Writes 10,000 JPEGs of 256 x 256 pixels in 100 classes in CLIP_benchmark's layout, and evaluates a
+model with random weights on them by `python -m clip_jax evaluate --tasks=zeroshot`, with the
+paper's 18 templates for CIFAR-100. "encoders" is the time to read, decode and embed the images, and
+to embed the 1,800 prompts and the two smaller variants, including compilation. "rest" is the time
+to find the set, hash the model, and write embeddings, scores, intervals and pages. Imports and
+loading the model are listed apart.
 """
 
 import argparse
@@ -39,7 +39,7 @@ SIZES = {
 
 
 def write_set(root: Path, count: int) -> None:
-    """The test split, in shards of 1,000."""
+    """Writes the test split, in shards of 1,000."""
     (root / "test").mkdir(parents=True)
     names = [f"class number {i}" for i in range(CLASSES)]
     (root / "classnames.txt").write_text("\n".join(names) + "\n")
@@ -59,7 +59,7 @@ def write_set(root: Path, count: int) -> None:
 
 
 def write_model(folder: Path, name: str) -> None:
-    """Random weights with OpenAI's tokenizer."""
+    """Writes random weights with OpenAI's tokenizer."""
     import jax
     import numpy as np
 
@@ -80,12 +80,12 @@ def write_model(folder: Path, name: str) -> None:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds spent within what it wraps, each stretch counted once."""
+    """A clock of the time spent in the functions that it wraps, nested calls counted once."""
 
     seconds: float = 0.0
 
     def iterating(self, function):
-        """A generator function whose every step counts."""
+        """Wraps a generator function, all of whose steps count."""
 
         def timed(*arguments, **settings):
             found = iter(function(*arguments, **settings))

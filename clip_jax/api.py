@@ -129,7 +129,7 @@ class Model:
         """Classifies images by the names of the classes.
 
         Args:
-          images: as for `encode_image`.
+          images: images, in any form that `encode_image` takes.
           class_names: names of the classes; alternatives for one class are joined by "|".
           templates: prompts, each with one {} for the name. Their embeddings are averaged; for a
             model that predicts captions, their likelihoods.
@@ -140,14 +140,14 @@ class Model:
         Raises:
           UserError: the model cannot score text.
         """
-        prompts, owners = class_prompts(class_names, templates)
+        prompts, class_ids = class_prompts(class_names, templates)
         if hasattr(self.net, "score"):
             prepared = prepare(self._tokens(prompts, truncate=False))
             count = len(class_names)
-            score = partial(self._scores, prompts=prepared, class_ids=owners, classes=count)
+            score = partial(self._scores, prompts=prepared, class_ids=class_ids, classes=count)
             logits = self._batched(score, images, count)
             return np.asarray(jax.nn.softmax(logits, axis=-1))
-        classes = average_classes(self.encode_text(prompts), owners, len(class_names))
+        classes = average_classes(self.encode_text(prompts), class_ids, len(class_names))
         scale = np.exp(np.asarray(self.variables["params"]["logit_scale"]))
         return np.asarray(jax.nn.softmax(scale * self.encode_image(images) @ classes.T, axis=-1))
 
@@ -226,7 +226,7 @@ def load(path: epath.PathLike, step: int | None = None) -> Model:
       path: a workdir, or one of its checkpoints ("runs/quickstart/checkpoints/1500"); weights in
         any format that `python -m clip_jax convert` reads and that says what they are; each local,
         gs:// or s3://; or a name on the Hugging Face hub ("org/name"), fetched once.
-      step: which checkpoint of a workdir; None: the most recent.
+      step: step of a checkpoint in a workdir; None: the most recent.
 
     Raises:
       UserError: there is no model, or it is damaged or of another tokenizer.

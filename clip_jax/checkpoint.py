@@ -153,7 +153,7 @@ class Checkpoints:
             try:
                 self._manager.save(step, args=args, metrics=rank)
                 return self._writes.begin(step, self._manager.is_saving_in_progress)
-            except Exception as error:  # of this save, or of the one before
+            except Exception as error:  # an error of this save, or of the one before
                 self._writes.failed(error)
                 self._writes.pause()
 

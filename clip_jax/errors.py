@@ -14,12 +14,12 @@ class StorageError(UserError):
 
 
 class BadExample(Exception):
-    """One example cannot be used; the pipeline counts it under `reason` and goes on.
+    """One example cannot be used; the pipeline counts it under `reason` and continues.
 
     Attributes:
       reason: short and fixed, the name it is counted under ("unreadable image").
-      key: which example.
-      detail: what else is known, "": nothing.
+      key: name of the example.
+      detail: further explanation; "": none.
     """
 
     def __init__(self, reason: str, key: str, detail: str = ""):
@@ -29,5 +29,5 @@ class BadExample(Exception):
         self.detail = detail
 
     def __reduce__(self):
-        """As other processes need it: exceptions are rebuilt from their message otherwise."""
+        """Returns the constructor's arguments; pickle passes only the message otherwise."""
         return type(self), (self.reason, self.key, self.detail)

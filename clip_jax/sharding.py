@@ -64,7 +64,7 @@ def make_mesh(
       fsdp: devices along the fsdp axis.
       tensor: devices along the tensor axis, which is innermost, so that its traffic stays close.
       slices: TPU slices; the other axes multiply to the devices of one.
-      devices: to use; None: all.
+      devices: devices of the mesh; None: all.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.

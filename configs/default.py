@@ -47,7 +47,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # Micro-batches that each batch is embedded in, to save memory; the loss spans the whole batch.
     config.accum_steps = 1
     # "openai"; or the path of a SentencePiece .model file; or "siglip:" and the path of the .model
-    # or tokenizer.json file of a SigLIP model, which gives the ids that it was trained with.
+    # or tokenizer.json file of a SigLIP model, for the ids that it was trained with.
     config.tokenizer = "openai"
     # Model that a new run starts from: a workdir, a checkpoint, or anything else that clip_jax.load
     # takes, published weights too; "": random initialisation.
@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
     """Applies the argument after the colon of --config=FILE:ARG; every config ends with it."""
     if arg not in ("", "smoke"):
-        raise UserError(f"Unknown config argument {arg!r}: the one there is, is smoke.")
+        raise UserError(f"Unknown config argument {arg!r}: the only one is smoke.")
     return smoke(config) if arg else config
 
 
@@ -211,7 +211,7 @@ def _model() -> ConfigDict:
 def _size() -> ConfigDict:
     """Overrides of the named model's size, for models that have no name; None: as named.
 
-    The fields, their units and values stand in `Size`, clip_jax/models/sizes.py.
+    `Size` in clip_jax/models/sizes.py documents the fields.
     """
     size = ConfigDict()
     for name, kind in sizes.configurable().items():
@@ -298,7 +298,7 @@ def _data() -> ConfigDict:
     # Processes on each host that run these threads, where Python's lock limits a single one; 0:
     # only the trainer's own.
     data.processes = 0
-    data.prefetch = 2  # batches held ready on the host, and as many on the device
+    data.prefetch = 2  # batches held ready on the host, and the same number on the device
     data.stall_timeout = (
         600.0  # seconds without a batch after which the run stops, naming the cause
     )
@@ -316,24 +316,24 @@ def _eval() -> ConfigDict:
     zeroshot.templates = ("a photo of a {}.",)  # prompts whose embeddings are averaged
     evals.zeroshot = zeroshot
     # Captioned images, to be retrieved; logged as retrieval/text_to_image/recall@1 and so on.
-    # near_duplicates: images that are to find their own second view.
+    # near_duplicates: images whose second view is to be retrieved.
     retrieval = ConfigDict()
     retrieval.source = source()  # type "": none
-    retrieval.max_examples = 5000  # the first so many
+    retrieval.max_examples = 5000  # number of examples, the first ones
     evals.retrieval = retrieval
     # Data sets that clip_jax knows, and others by path: names, collections and paths,
     # comma-separated; "": none. Logged as TASK/DATASET/METRIC.
     evals.datasets = ""
     evals.data_dir = ""  # directory of these data sets; "": only embedded and TFDS's own
-    evals.tasks = "zeroshot"  # done with them: "zeroshot" | "retrieval" | "linear_probe" | ...
-    # The rest holds for all data, and gives the defaults of python -m clip_jax evaluate.
+    evals.tasks = "zeroshot"  # their tasks: "zeroshot" | "retrieval" | "linear_probe" | ...
+    # The remaining settings are for all data sets, and are the defaults of clip_jax evaluate.
     evals.prompts = "paper"  # set of prompts: "paper" | "clip_benchmark"
-    evals.retrieval_prompt = "a photo of {}"  # that captions are also tried behind
-    evals.confidence = 0.995  # of intervals
+    evals.retrieval_prompt = "a photo of {}"  # prompt that captions are also tried with
+    evals.confidence = 0.995  # coverage of confidence intervals
     evals.shots = (1, 2, 4, 8, 16)  # examples per class, few-shot probes
-    evals.repeats = 3  # draws of them
-    evals.label_thresholds = (0.005, 0.04)  # probabilities from which a label is given, bias
-    evals.overlap_threshold = 0.95  # cosine from which an image counts as a near-duplicate
+    evals.repeats = 3  # random draws of these examples
+    evals.label_thresholds = (0.005, 0.04)  # least probabilities of a label, bias probes
+    evals.overlap_threshold = 0.95  # least cosine of near-duplicates
     return evals
 
 

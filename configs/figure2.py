@@ -1,6 +1,6 @@
-"""Figure 2 of the paper: ways to learn from captions, by zero-shot accuracy per image processed.
+"""Figure 2 of the paper: zero-shot accuracy per image processed, for several training objectives.
 
-One run for each line, equal in all but the objective; `python -m clip_jax compare` draws them:
+One run per line, equal in all but the objective; `python -m clip_jax compare` draws them:
 
     python main.py --config=configs/figure2.py:captioning      # a 63 M transformer writes captions
     python main.py --config=configs/figure2.py:bag_of_words    # their words are predicted
@@ -8,12 +8,13 @@ One run for each line, equal in all but the objective; `python -m clip_jax compa
     python main.py --config=configs/figure2.py:contrastive     # pairs, the text tower of CLIP
 
 each with --config.data.source.type=tar --config.data.source.path='gs://BUCKET/shards/*.tar' and
-labelled images in --config.eval.zeroshot.source. In the paper, to the same accuracy on ImageNet,
-predicting words takes a third of the images that captions take, and pairs a quarter of that.
+labelled images in --config.eval.zeroshot.source. In the paper, for the same accuracy on ImageNet,
+predicting words takes a third of the images that captioning takes, and the contrastive objective a
+quarter of that.
 
-RN50 on 400 million images, where the figure ends; the recipe is that of configs/rn50.py.
-`,smoke` behind any of them, as in :captioning,smoke, is a tiny version, seconds on a laptop. On the
-embedded digits any config compares them, in minutes on 2 CPU cores:
+The model is RN50, on 400 million images, where the figure ends, with the recipe of configs/rn50.py.
+`,smoke` after any of them, as in :captioning,smoke, is a tiny version, seconds on a laptop. On the
+embedded digits, runs of configs/quickstart.py compare them, in minutes on 2 CPU cores:
 
     python main.py --config=configs/quickstart.py --config.objective=bag_of_words --workdir=runs/bag
 """

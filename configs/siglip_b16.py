@@ -16,8 +16,8 @@ SentencePiece entries; to train with such a file (our start and end token come o
 
     --config.tokenizer=PATH/sentencepiece.model --config.model.size.vocab_size=32002
 
-To start from published weights, a folder of transformers or its name on the hub, take the ids that
-they were trained with, which are those of the vocabulary file in that folder:
+To start from published weights (a folder of transformers, or its name on the hub), use the ids that
+they were trained with, by the vocabulary file in that folder:
 
     --config.init_from=FOLDER --config.tokenizer=siglip:FOLDER/spiece.model
         --config.model.size.vocab_size=32000
@@ -36,7 +36,7 @@ def get_config(arg: str = ""):
 
 def set_recipe(config):
     """Applies the settings that all SigLIP models have in common."""
-    config.model.size.vocab_size = 49_408  # of the "openai" tokenizer
+    config.model.size.vocab_size = 49_408  # that of the "openai" tokenizer
     config.model.packing.length = 0  # every token sees all others, padding too
     config.loss.name = "sigmoid"
     config.optim.learning_rate = 1e-3

@@ -1,7 +1,7 @@
 """SigLIP-So400m/14: the shape-optimised SigLIP (arXiv:2303.15343) at 224 pixels, 16 tokens.
 
-The recipe is that of siglip_b16.py, which also says how to use a SentencePiece vocabulary. The
-published model of this resolution reads 16 tokens of a caption; longer ones are cut and counted.
+The recipe is that of siglip_b16.py, which also shows how to use a SentencePiece vocabulary. The
+published model at this resolution reads 16 tokens; longer captions are cut and counted.
 
 By `python -m clip_jax plan --topology=v5e:16x16 --config.mesh.fsdp=16`, 256 chips:
 6.7 GiB of 15.75 on each, 1,245 ms per step, 26,300 pairs/s.

@@ -2,7 +2,7 @@
 
 In the paper: 76.2 % zero-shot top-1 on ImageNet.
 
-Starts from a finished ViT-L/14, its positions interpolated.
+Starts from a finished ViT-L/14, whose positions are interpolated.
 
 By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 9.5 GiB of 15.75 on
 each, 4,081 ms per step, 8,030 pairs/s.

@@ -42,7 +42,7 @@ def rewrite(text: str, directory: pathlib.Path) -> str:
 
     Args:
       text: Markdown.
-      directory: that its links are relative to.
+      directory: directory that its links are relative to.
     """
     docnames = {(ROOT / path).resolve(): f"{name}.md" for name, path in PAGES.items()}
 

@@ -25,9 +25,9 @@ class Setting:
     """A field of the config, or a group of fields.
 
     Attributes:
-      name: dotted.
-      default: as it stands in the file; None: a group.
-      comment: its text, without the marks.
+      name: dotted name.
+      default: source text of the default; None: a group.
+      comment: text of the comments.
     """
 
     name: str
@@ -73,7 +73,7 @@ def read(text: str | None = None) -> list[Setting]:
     """Returns all fields and groups in the order of the file.
 
     Args:
-      text: of the file; None: as it is on disk.
+      text: source text; None: that of the file.
     """
     text = FILE.read_text() if text is None else text
     comments = _Comments(text)
@@ -113,7 +113,7 @@ def _size_fields() -> list[tuple[str, str]]:
 
 
 def _names(assigned: list[ast.Assign], prefix: str) -> dict[str, str]:
-    """The dotted names of the local variables of a function that makes a config.
+    """Returns the dotted names of the local variables of a function that makes a config.
 
     The first is what it returns; the others are assigned to a field further down.
     """
@@ -133,7 +133,7 @@ def _dotted(target: ast.expr, names: dict[str, str]) -> str:
 
 
 def _called(value: ast.expr) -> str:
-    """The name of the function that a value calls; "": it is no such call."""
+    """Returns the name of the function that a value calls; "": it is not such a call."""
     called = isinstance(value, ast.Call) and isinstance(value.func, ast.Name)
     return value.func.id if called else ""
 
@@ -161,7 +161,7 @@ class _Comments:
                 kept[token.start[0]] = token.string.lstrip("# ")
 
     def of(self, node: ast.stmt) -> str:
-        """What stands above a statement and beside it."""
+        """Returns the comments above a statement and beside it."""
         above = []
         line = node.lineno - 1
         while line in self._alone:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What launch/tpu.sh calls on a TPU worker, where its setup leaves this file in the home directory:
+# Commands that launch/tpu.sh runs on a TPU worker. Setup puts this file into the home directory.
 #
-#   bash clip_jax_worker.sh setup COMMIT          unpacks ~/clip_jax.tar.gz and installs what it needs
+#   bash clip_jax_worker.sh setup COMMIT          unpacks ~/clip_jax.tar.gz and installs the requirements
 #   bash clip_jax_worker.sh check CONFIG          fails unless a run can start here
 #   bash clip_jax_worker.sh start ARGUMENT...     main.py ARGUMENT... in the background
 #   bash clip_jax_worker.sh status                one line: host, state, last line of the log
@@ -65,7 +65,7 @@ start() {
   rm -f "$BASE/run.status"
   echo "=== $(date -u '+%Y-%m-%d %H:%M:%S UTC') commit $(cat "$BASE/commit"): main.py $*" \
     >>"$BASE/run.log"
-  # As leader of its own session it outlives the connection, and stop can end the whole group.
+  # As leader of its own session, it outlives the connection, and stop can end the whole group.
   setsid nohup bash "$SELF" supervise "$@" >>"$BASE/run.log" 2>&1 </dev/null &
   pid=$!
   echo "$pid" >"$BASE/run.pid"
@@ -76,13 +76,13 @@ start() {
   echo "$HOST: started (process $pid)"
 }
 
-# Stays above main.py to note how it ended.
+# Stays the parent of main.py to record its exit status.
 supervise() {
   local child status
   cd "$BASE/code"
   PYTHONUNBUFFERED=1 "$BASE/venv/bin/python" main.py "$@" &
   child=$!
-  # shellcheck disable=SC2064 # the value of now is meant
+  # shellcheck disable=SC2064 # the present value is meant
   trap "kill -TERM $child 2>/dev/null || true" TERM
   while :; do # a signal ends wait before main.py has ended
     status=0
@@ -134,7 +134,7 @@ stop() {
     sleep 0.1
     tenths=$((tenths - 1))
   done
-  kill -KILL -- "-$pid" 2>/dev/null || true # what is left of the group, data workers included
+  kill -KILL -- "-$pid" 2>/dev/null || true # the rest of the group, data workers included
   echo stopped >"$BASE/run.status"
   echo "$HOST: stopped"
 }

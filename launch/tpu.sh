@@ -96,7 +96,7 @@ command_run() {
   fi
   case "$OVER" in
     running)
-      say "The connection to the log ended, but the run goes on: '$(again logs) --follow'."
+      say "The connection to the log ended, but the run continues: '$(again logs) --follow'."
       return
       ;;
     deleted) die "The TPU $NAME was deleted meanwhile, so the watch ends; '$(again run) ...' with the" \
@@ -105,7 +105,7 @@ command_run() {
     failed | lost) ssh_to "${NODES%%[[:space:]]*}" 0 logs 30 || true ;;
     *)
       DELETE=no
-      say "What became of the run is unclear (it is $OVER): look with '$(again status)'."
+      say "The state of the run is unclear (it is $OVER): look with '$(again status)'."
       ;;
   esac
   if [ -n "$REPORT" ]; then echo "$REPORT"; fi

@@ -64,7 +64,7 @@ def bucket_server() -> Iterator[Server]:
 
 @pytest.fixture
 def bucket(bucket_server: Server, monkeypatch) -> Iterator[Server]:
-    """The same in good order: without faults, latency or restrictions, and with counts at 0."""
+    """The bucket server, reset: no faults, latency or restrictions, and counts at 0."""
 
     def reset() -> None:
         bucket_server.faults([])

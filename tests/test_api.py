@@ -1,4 +1,4 @@
-"""What users import, against the module applied by hand to pixels made by hand."""
+"""The public API, against the module applied by hand to pixels made by hand."""
 
 import json
 import shutil
@@ -197,9 +197,9 @@ def test_zero_shot_equals_the_definition(model):
     classes = np.stack([centre(["seven", "7"]), centre(["three"])])
     scale = np.exp(float(model.variables["params"]["logit_scale"]))
     logits = scale * model.encode_image(pictures).astype(np.float64) @ classes.T
-    odds = np.exp(logits)
+    weights = np.exp(logits)
     assert actual.dtype == np.float32
-    np.testing.assert_allclose(actual, odds / odds.sum(axis=1, keepdims=True), rtol=1e-4)
+    np.testing.assert_allclose(actual, weights / weights.sum(axis=1, keepdims=True), rtol=1e-4)
     assert np.ptp(actual) > 1e-4  # not a comparison of constants
     one = model.zero_shot(pictures[0], ["seven", "three"])
     assert one.shape == (1, 2)

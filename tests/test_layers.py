@@ -110,7 +110,7 @@ def test_imports_go_one_way(path: pathlib.Path):
 
 
 def without_circles(depends: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What remains once all that depends on nothing that remains is taken away."""
+    """Returns the nodes that remain after repeatedly removing those without dependencies."""
     depends = dict(depends)
     while free := [name for name, needs in depends.items() if not needs & depends.keys()]:
         for name in free:

@@ -60,7 +60,7 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
-    """To all mistakes, and to --help; asked two at a time."""
+    """The answers to all mistakes and to --help, computed two at a time."""
     folder = tmp_path_factory.mktemp("main")
     questions = {name: arguments for name, (arguments, _) in MISTAKES.items()}
     questions["help"] = ["--help"]

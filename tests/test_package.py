@@ -122,7 +122,7 @@ def test_all_of_it_without_tensorflow(installed, nowhere):
 
 
 def test_a_run_imports_no_tensorflow_where_it_is_installed(installed, nowhere):
-    """By a config of one's own; TensorFlow would cost seconds and a gigabyte."""
+    """The config is the user's own; TensorFlow would cost seconds and a gigabyte."""
     pytest.importorskip("tensorflow")
     (nowhere / "mine.py").write_text(OWN)
     program = (

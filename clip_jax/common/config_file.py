@@ -44,11 +44,11 @@ def parse(
 
     Args:
       arguments: those after the command.
-      command: what runs the command, for messages: "python main.py".
+      command: command line up to the arguments, for messages: "python main.py".
       define: defines the command's other flags.
 
     Raises:
-      UserError: a mistake, with the name that was perhaps meant.
+      UserError: an argument is wrong; the message suggests the nearest name.
     """
     name, rest = _split(arguments)
     if not name:
@@ -104,7 +104,7 @@ def shipped() -> list[str]:
 
 
 def find(name: str) -> tuple[pathlib.Path, str]:
-    """Returns the file of a config, and what stands behind the colon.
+    """Returns the file of a config, and the argument after the colon.
 
     Raises:
       UserError: there is no such file.
@@ -178,7 +178,7 @@ def _failed(path: pathlib.Path, error: Exception) -> str:
 
 
 def _unknown_setting(arguments: Sequence[str], known: Sequence[str]) -> str:
-    """Returns a paragraph on the first setting that there is not; "" where there are all."""
+    """Returns a paragraph on the first unknown setting; "" if all are known."""
     for argument in arguments:
         flag = argument.partition("=")[0].lstrip("-")
         if not flag.startswith("config."):
@@ -205,7 +205,7 @@ def _names(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _settings_like(name: str, known: Sequence[str]) -> list[str]:
-    """Returns flags of the settings that a wrong name may mean, the likeliest ones."""
+    """Returns flags of the settings that a wrong name may mean, the most likely ones."""
     leaf = name.rpartition(".")[2]
     leaves = {each.rpartition(".")[2] for each in known}
     meant = [each for each in known if each.rpartition(".")[2] == leaf]
@@ -216,7 +216,7 @@ def _settings_like(name: str, known: Sequence[str]) -> list[str]:
     ]
     if not meant and (close := difflib.get_close_matches(leaf, leaves, 1)):
         meant = [each for each in known if each.rpartition(".")[2] == close[0]]
-    # Of several with that last part, those that the rest of the name fits best.
+    # If several end in that part, those that fit the rest of the name best.
     meant.sort(key=lambda each: -difflib.SequenceMatcher(None, name, each).ratio())
     return [f"--config.{each}" for each in meant[:3]]
 
@@ -236,7 +236,7 @@ def _now_called(names: tuple[str, str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what an error says, on one line, without a full stop."""
+    """Returns the message of an error, on one line, without a full stop."""
     text = str(error.args[-1]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()).rstrip(".")
 

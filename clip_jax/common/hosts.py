@@ -21,7 +21,13 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
         "not needed where hosts have accelerators of their own",
     )
     add("--processes", type=int, default=1, metavar="N", help="hosts; not with auto")
-    add("--process", type=int, default=0, metavar="I", help="which this is, from 0; not with auto")
+    add(
+        "--process",
+        type=int,
+        default=0,
+        metavar="I",
+        help="number of this process, from 0; not with auto",
+    )
 
 
 def join_hosts(options: argparse.Namespace) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from clip_jax.common.formatting import format_seconds
 from clip_jax.storage import locations, ranges, writing
 
 FILE = "metrics.jsonl"  # inside the workdir
-_STARVED = 0.05  # share of the time spent waiting for data from which the progress line says so
+_STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
 _TEXT_BYTES = 2**14  # room for the counts of a host
 
 
@@ -47,7 +47,7 @@ class MetricWriter:
         if tensorboard:
             events = directory / "tensorboard"
             if start_step == 0 and events.exists():
-                events.rmtree()  # of a run that ended before its first checkpoint
+                events.rmtree()  # left by a run that ended before its first checkpoint
             self._events = TensorBoardWriter(self._files.local / "tensorboard")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -61,12 +61,12 @@ class MetricWriter:
             self._events.write(step, metrics)
 
     def flush(self) -> None:
-        """Has the rows in the workdir, which may be a bucket, if it can be reached."""
+        """Writes pending rows to the workdir, which may be a bucket, if it can be reached."""
         if self._writes:
             self._files.flush()
 
     def close(self) -> None:
-        """The same; raises an error if it cannot be reached."""
+        """Writes pending rows; raises an error if the workdir cannot be reached."""
         if self._writes:
             if self._events is not None:
                 self._events.close()
@@ -83,7 +83,7 @@ class TensorBoardWriter:
         from tensorboard.plugins.scalar import summary_v2
         from tensorboard.summary.writer import record_writer
 
-        messages: Any = event_pb2  # whose classes are made at run time
+        messages: Any = event_pb2  # its classes are made at run time
         self._event = messages.Event
         self._summary = summary_v2.scalar_pb
         directory.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class TensorBoardWriter:
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Rows of metrics.jsonl, oldest first; a last line cut short is left out."""
+    """Reads the rows of metrics.jsonl, oldest first; skips a last line cut short."""
     try:
         lines = ranges.read(locations.parse(workdir) / FILE).decode().splitlines()
     except FileNotFoundError:
@@ -141,23 +141,23 @@ class Progress:
         self._time += time.monotonic() - paused_at
 
     def measure(self, step: int, waited: float) -> tuple[float, float]:
-        """Since the last call, pauses left out.
+        """Measures the speed since the last call, without pauses.
 
         Args:
           step: now.
           waited: seconds of the whole run that were spent waiting for data.
 
         Returns:
-          Images per second, and the share of the time spent waiting.
+          Images per second, and the fraction of the time spent waiting.
         """
         now = time.monotonic()
         seconds, steps = max(now - self._time, 1e-9), step - self._step
-        share = min((waited - self._waited) / seconds, 1.0)
+        fraction = min((waited - self._waited) / seconds, 1.0)
         self._time, self._step, self._waited = now, step, waited
-        return steps * self._batch_size / seconds, share
+        return steps * self._batch_size / seconds, fraction
 
     def show(self, step: int, loss: float, rate: float, waited: float) -> None:
-        """Shows step, loss, images/s, the time left, and the share waiting where it matters."""
+        """Shows step, loss, images/s, the time left, and the fraction waiting if it matters."""
         left = (self._total - step) * self._batch_size / max(rate, 1e-9)
         starved = f"  {waited:.0%} waiting for data" if waited >= _STARVED else ""
         self._print(
@@ -167,7 +167,7 @@ class Progress:
         )
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Shows a line that stays."""
         self._print(text, end="\n")
 
     def _print(self, text: str, end: str) -> None:
@@ -177,7 +177,7 @@ class Progress:
 
 
 def sum_over_hosts(counts: Mapping[str, int]) -> dict[str, int]:
-    """Counts by name, summed over all hosts; every host must call it."""
+    """Sums counts by name over all hosts; every host must call it."""
     if jax.process_count() == 1:
         return dict(counts)
     text = json.dumps(counts).encode().ljust(_TEXT_BYTES)

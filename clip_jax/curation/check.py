@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
         metavar="FRACTION",
         help="fraction that may be unusable; a damaged shard or repeated key counts as one",
     )
-    parser.add_argument("--tokenizer", default="openai", help="as in configs/default.py")
+    parser.add_argument("--tokenizer", default="openai", help="tokenizer, see configs/default.py")
     options = parser.parse_args(argv)
     data = arguments.data(options.data, options)
     output = locations.reachable(options.out)

@@ -7,8 +7,8 @@
 
 By default images are compared by a perceptual hash of 64 bits and by their colours in nine fields.
 With --checkpoint, a trained model embeds them; with --embeddings, a .npy file has a row for each.
-Of near-duplicates the first is kept, the others are dropped. With --against, images are dropped
-that are near-duplicates of an image of the other set, none of which is dropped: to keep a test set
+The first of several near-duplicates is kept, the others are dropped. With --against, images with a
+near-duplicate in the other set are dropped, and the other set stays whole. This keeps a test set
 out of the training data, for example.
 
 Writes to --out:
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = arguments.parser("dedup", __doc__)
     add, at_least = parser.add_argument, commands.at_least
-    add("--against", default="", metavar="DATA", help="other set, of which none is dropped")
+    add("--against", default="", metavar="DATA", help="other set, from which nothing is dropped")
     add("--threshold", type=at_least(0), default=6, help="bits that may differ, of 64; default: 6")
     add(
         "--colours",

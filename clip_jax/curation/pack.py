@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shorter side to which larger images are resized, as JPEG of quality 95",
     )
     add("--keep", metavar="FILE", help="writes only the examples whose keys are its lines")
-    add("--tokenizer", default="openai", help="as in configs/default.py")
+    add("--tokenizer", default="openai", help="tokenizer, see configs/default.py")
     return parser
 
 

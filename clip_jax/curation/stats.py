@@ -6,7 +6,7 @@
 
 Image sizes are read from the headers of the files. Duplicates are exact: equal bytes of image
 files, equal captions after the tokenizer's clean-up. With --sample, only duplicates within the
-sample are stats. Memory: 18 bytes per pair, and three times that while duplicates are counted.
+sample are counted. Memory: 18 bytes per pair, and three times that while duplicates are counted.
 """
 
 import argparse
@@ -125,10 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = arguments.parser("stats", __doc__)
     add = parser.add_argument
     add("--sample", type=commands.at_least(1), metavar="N", help="examples drawn; default: all")
-    add("--seed", type=commands.at_least(0), default=0, help="of the sample; default: 0")
+    add("--seed", type=commands.at_least(0), default=0, help="seed of the sample; default: 0")
     add("--json", metavar="FILE", help="writes all figures there")
     add("--html", metavar="FILE", help="writes a page with histograms there")
-    add("--tokenizer", default="openai", help="as in configs/default.py")
+    add("--tokenizer", default="openai", help="tokenizer, see configs/default.py")
     add(
         "--context_length",
         type=commands.at_least(2),
@@ -213,9 +213,9 @@ def _frequent(source: Source, indices: Sequence[int], stats: Stats) -> list[dict
     listed = []
     for rank in np.argsort(-counts, kind="stable")[:_FREQUENT]:
         if counts[rank] > 1:
-            owner = int(np.searchsorted(ends, first[rank], side="right"))
-            texts = source[indices[owner]].captions.texts
-            text = texts[int(first[rank] - ends[owner])]  # counted from the end of its owner's
+            example = int(np.searchsorted(ends, first[rank], side="right"))
+            texts = source[indices[example]].captions.texts
+            text = texts[int(first[rank] - ends[example])]  # counted from the end of its texts
             listed.append({"caption": text, "count": int(counts[rank])})
     return listed
 

@@ -45,7 +45,7 @@ class Histogram:
         return self._counts.total()
 
     def percentiles(self, points: Sequence[float]) -> list[float]:
-        """Returns, for each of `points`, the least value that so many per cent do not exceed."""
+        """Returns the percentile of the values at each of `points`, in per cent."""
         values, numbers = self.values()
         ranks = np.maximum(np.ceil(np.array(points) / 100 * numbers.sum()), 1)
         return values[np.searchsorted(np.cumsum(numbers), ranks)].tolist()

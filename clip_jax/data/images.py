@@ -105,7 +105,7 @@ def _reading(key: str) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise BadExample("too many pixels", key, str(error)) from None
-    except UnidentifiedImageError:  # whose text is the address of a buffer
+    except UnidentifiedImageError:  # its text is only the address of a buffer
         raise BadExample("unreadable image", key, "no known image format") from None
     # Damaged files make Pillow raise anything from EOFError to struct.error.
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Rows loaded by processes of their own, in order, as batches.
+"""Rows loaded by separate processes, in order, as batches.
 
 Decoders release Python's lock, the code around them does not: past some three cores, threads of one
 process wait for each other. Each process here has threads of its own, opens the data itself and
@@ -122,7 +122,7 @@ class _Worker:
     def _serve(self) -> None:
         sent: collections.deque[tuple[loading.Batch, range, int]] = collections.deque()
         try:
-            self._receive()  # that the data are open
+            self._receive()  # confirms that the data are open
             self._exchange(sent)
         except BaseException as error:
             for batch, *_ in sent:

@@ -49,7 +49,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
     parser = commands.parser("embed", __doc__)
     add = parser.add_argument
-    add("--model", required=True, help="what clip_jax.load takes: a workdir, a checkpoint, ...")
+    add(
+        "--model",
+        required=True,
+        help="a model that clip_jax.load takes: a workdir, a checkpoint, ...",
+    )
     inputs.add_data(parser)
     add("--out", required=True, metavar="DIR", help="local, gs:// or s3://")
     add(
@@ -59,11 +63,22 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "texts: the first caption of each example, cut to the context. "
         "Default: images, or texts where there are no others",
     )
-    add("--format", choices=("parquet", "npy"), default="parquet", help="of the embeddings")
-    add("--dtype", choices=("float16", "float32"), default="float16", help="of the embeddings")
+    add("--format", choices=("parquet", "npy"), default="parquet", help="file format")
+    add(
+        "--dtype",
+        choices=("float16", "float32"),
+        default="float16",
+        help="precision of the embeddings",
+    )
     add("--rows", type=at_least(1), default=65_536, metavar="N", help="examples in a part")
     add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
-    add("--threads", type=at_least(0), default=0, metavar="N", help="that decode; 0: one per core")
+    add(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="threads that decode; 0: one per core",
+    )
     hosts.add_hosts(parser)
     options = parser.parse_args(arguments)
     has_texts_alone = inputs.is_caption_file(options.data, options.image_key)
@@ -85,7 +100,7 @@ def _run(options: argparse.Namespace) -> None:
     model = api.load(options.model)
     if model.tokenizer is None and "text_embed" in _COLUMNS[options.of]:
         raise UserError(
-            f"It is not known how the texts of {options.model} become ids: convert it once more by "
+            f"The tokenizer of {options.model} is not known: convert it once more by "
             "python -m clip_jax convert with --tokenizer, or embed images alone, by --of=images."
         )
     if "text_embed" in _COLUMNS[options.of] and not hasattr(model.net, "encode_text"):

@@ -32,7 +32,7 @@ class Encoder:
       mesh: devices that share each batch.
       embeds_texts: whether the model has a text tower, so that `texts` can be called.
       scores_prompts: whether the model gives the likelihood of a prompt, so that `scores` can be.
-      can_score_text: whether it does one of the two.
+      can_score_text: whether the model can do either of these.
       detects_duplicates: whether it was trained on two views of each image, as `views` makes them.
     """
 
@@ -91,8 +91,9 @@ class Encoder:
         Args:
           variables: variables of the model.
           tokens: int32 [n, s].
-          by_length: do not compute their padding (see `buckets.batches`). It takes a program for
-            each of a few lengths, which is worth compiling for many texts.
+          by_length: cut batches to the length of their texts, so that little compute is spent on
+            padding (see `buckets.batches`). It takes a program for each of a few lengths, which
+            is worth compiling for many texts.
 
         Returns:
           float32 [n, embed_dim], L2-normalised.

@@ -44,7 +44,7 @@ class Reader:
 
     Attributes:
       class_names, templates: those of the source.
-      skipped: by position in the source, the reason why an example is unusable.
+      skipped: reason why an example is unusable, by position in the source.
     """
 
     def __init__(

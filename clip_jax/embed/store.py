@@ -1,4 +1,4 @@
-"""Embeddings on disk: parts of a data set, each of which is whole or absent.
+"""Embeddings of a data set on disk, in parts that are written atomically.
 
 A directory holds
     embeddings.json                       the manifest
@@ -44,7 +44,7 @@ class Manifest:
     Attributes:
       data: values of `inputs.FIELDS`.
       examples: number of examples, usable or not.
-      columns: by column of `COLUMNS`, its width.
+      columns: width of each column, by name; names are those of `COLUMNS`.
       dtype: one of `DTYPES`.
       format: one of `FORMATS`.
       part_rows: examples in a part; the last part has the remainder.

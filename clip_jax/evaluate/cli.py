@@ -8,15 +8,15 @@
         --tasks=overlap --train_data="shards/*.tar" --detector=runs/overlap_detector
 
 A data set that is not on disk is named with the command that fetches it, and the others are
-evaluated. Run the same command again to resume: nothing that is there is computed again.
+evaluated. Run the same command again to resume; existing results are not computed again.
 
 Tasks: zeroshot (with the set's prompts, one prompt, and bare names), retrieval, linear_probe
 (L-BFGS on pre-projection features, L2 strength swept), few_shot (1 to 16 examples per
-class), robustness (of sets with shifts among the data sets), overlap (with --train_data), bias (of
-sets with group labels), near_duplicates (of a detector: recall of an image's second view).
+class), robustness (for sets with shifts among the data sets), overlap (with --train_data), bias
+(for sets with group labels), near_duplicates (for a detector: recall of an image's second view).
 
 Data sets: names and collections of the registry (--list shows them), and paths of your own: a
-directory of class-named folders, or a JSON file. Comparison of several: python -m clip_jax compare.
+directory of class-named folders, or a JSON file. To compare models: python -m clip_jax compare.
 
 Writes to --out:
     report.html             tables, curves, confusions, mistakes
@@ -54,8 +54,12 @@ def main(arguments: list[str]) -> None:
 def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
     parser = commands.parser("evaluate", __doc__)
     add = parser.add_argument
-    add("--checkpoint", metavar="MODEL", help="what clip_jax.load takes: a workdir, a file, a name")
-    add("--step", type=int, help="which checkpoint of a workdir; default: the last")
+    add(
+        "--checkpoint",
+        metavar="MODEL",
+        help="a model that clip_jax.load takes: a workdir, a file, a name",
+    )
+    add("--step", type=int, help="step of a checkpoint in a workdir; default: the last")
     add("--tasks", default="", help="comma-separated; default: all that the data allow")
     add(
         "--datasets",
@@ -78,6 +82,12 @@ def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
         help="overlap: cosine of near-duplicates; by set as well, as in 0.95,cifar10=0.9",
     )
     add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
-    add("--threads", type=at_least(0), default=0, metavar="N", help="that decode; 0: one per core")
+    add(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="threads that decode; 0: one per core",
+    )
     hosts.add_hosts(parser)
     return parser

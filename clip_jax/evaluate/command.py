@@ -1,6 +1,6 @@
-"""The work of python -m clip_jax evaluate: all tasks on all data sets, then tables and pages.
+"""The command python -m clip_jax evaluate: all tasks on all data sets, then tables and pages.
 
-What is there already is kept; what is missing is named.
+Results that exist already are kept, and missing data sets are reported.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from clip_jax.models import flops as model_flops
 from clip_jax.storage import locations
 from clip_jax.weights.model import Weights
 
-AVAILABLE = "available"  # in place of data sets: all of the registry that are on disk
+AVAILABLE = "available"  # stands for all data sets of the registry that are on disk
 
 Say = Callable[[str], None]
 
@@ -133,7 +133,7 @@ def _settings(options: argparse.Namespace, evals: ConfigDict) -> Settings:
 
 
 def _out(options: argparse.Namespace, found: Weights) -> epath.Path:
-    """Returns the directory named, or one beside the checkpoint that it is about."""
+    """Returns the directory given by --out, or one in the workdir of the checkpoint."""
     if options.out:
         return locations.reachable(options.out)
     workdir = locations.parse(options.checkpoint)
@@ -141,7 +141,7 @@ def _out(options: argparse.Namespace, found: Weights) -> epath.Path:
         workdir = workdir.parent.parent
     if not workdir.is_dir():
         raise UserError(
-            f"Where is the evaluation of {options.checkpoint} to be kept? Name a directory: "
+            f"There is no directory for the evaluation of {options.checkpoint}. Name one: "
             "--out=evaluations/NAME."
         )
     step = found.origin.get("step")
@@ -154,7 +154,7 @@ def _embeddings(
     model = api.Model.from_weights(found)
     if model.tokenizer is None:
         raise UserError(
-            "It is not known how the texts of this model become ids: convert it once more by "
+            "The tokenizer of this model is not known: convert it once more by "
             "python -m clip_jax convert with --tokenizer."
         )
     return OnDiskEmbeddings(
@@ -186,7 +186,7 @@ def _about(found: Weights) -> About:
 
 
 def available_datasets(context: Context) -> tuple[Context, dict[str, str]]:
-    """Returns the context with the data sets whose test split is there, and why others are not."""
+    """Returns the context with the data sets on disk, and the reason why others are missing."""
     found, missing = [], {}
     for dataset in context.datasets:
         try:
@@ -210,7 +210,7 @@ def prepare(context: Context, names: Sequence[str]) -> None:
             except StorageError:
                 raise
             except UserError:
-                continue  # whoever needs it says so
+                continue  # reported by the task that needs it
 
 
 def run_all(
@@ -219,14 +219,14 @@ def run_all(
     """Runs every task on every data set that it supports.
 
     Args:
-      context: with the data sets that are there.
+      context: inputs of the tasks, with the data sets on disk.
       names: names of tasks.
-      folder: directory of results; those that are there and made of the same are kept.
+      folder: directory of results; results of the same inputs are kept.
       parameters: checksum of the model.
-      say: tells the user a line.
+      say: prints a line for the user.
 
     Returns:
-      The results, and by "DATASET, TASK" why something could not be evaluated.
+      The results, and the reasons why tasks could not be run, by "DATASET, TASK".
     """
     results, failed = [], {}
     width = max(len(dataset.title) for dataset in context.datasets)
@@ -245,7 +245,7 @@ def run_all(
                 else:
                     say(_line(result, width, "done before"))
                 results.append(result)
-            except StorageError:  # nothing else is there to be read either, nor to be written to
+            except StorageError:  # other tasks would fail alike
                 raise
             except UserError as error:
                 failed[f"{dataset.name}, {name}"] = str(error)
@@ -255,7 +255,7 @@ def run_all(
 
 
 def _depends(context: Context, name: str, dataset: Dataset, parameters: str) -> Mapping[str, Any]:
-    """Returns all that a result is made of."""
+    """Returns everything that a result depends on."""
     training = context.training if name == "overlap" else None
     return {
         "task": name,

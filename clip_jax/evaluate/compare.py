@@ -43,7 +43,12 @@ _PAPER = "paper"
 def main(arguments: list[str]) -> None:
     """Runs the command; ends the process where it must."""
     parser = commands.parser("compare", __doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="as above")
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="runs, evaluations or models of the paper, as above",
+    )
     parser.add_argument("--out", default="comparison", metavar="DIR", help="default: comparison")
     options = parser.parse_args(arguments)
     with commands.plain_errors():

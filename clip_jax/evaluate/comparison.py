@@ -171,8 +171,8 @@ def images_to_reach(curve: Sequence[tuple[float, float]], level: float) -> float
     before = (0.0, 0.0)
     for images, value in curve:
         if value >= level:
-            share = (level - before[1]) / (value - before[1]) if value > before[1] else 1.0
-            return before[0] + share * (images - before[0])
+            fraction = (level - before[1]) / (value - before[1]) if value > before[1] else 1.0
+            return before[0] + fraction * (images - before[0])
         before = images, value
     return float("nan")
 

@@ -1,4 +1,4 @@
-"""Confusions of classes: collected by zero-shot classification, kept as JSON, shown on pages."""
+"""Confusion matrices of zero-shot classification, as JSON and as shown on pages."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +8,11 @@ import numpy as np
 
 from clip_jax.common.pages.pictures import Picture, Thumbnail, thumbnail
 
-BEST = 5  # classes kept of each image
+BEST = 5  # classes kept per image
 HEAT_MAP_CLASSES = 40  # with more, the most confused pairs are listed instead
 LISTED = 20  # worst classes and most confused pairs shown where there are too many for all
-_MISTAKES = 12  # shown
-_CHUNK = 4096  # rows of logits worked on at a time
+_MISTAKES = 12  # misclassified images shown
+_CHUNK = 4096  # rows of logits per step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ def summarize(
 
     Args:
       labels: classes of the images, int [n].
-      ranked, probabilities: as from `rank`.
+      ranked, probabilities: results of `rank`.
       class_names: names to show.
       picture: returns image i, for the mistakes.
     """
@@ -138,7 +138,7 @@ def view(confusion: Confusion) -> dict[str, Any]:
             "name": name,
             "n": int(totals[i]),
             "right": int(counts[i, i]),
-            "share": float(per_class[i]),
+            "accuracy": float(per_class[i]),
             "taken_for": names[wrong[i].argmax()],
             "times": int(wrong[i].max()),
         }
@@ -150,7 +150,7 @@ def view(confusion: Confusion) -> dict[str, Any]:
         "class_names": names,
         "mistakes": confusion.mistakes,
         "rows": rows,
-        "worst": [] if few else sorted(tested, key=lambda row: row["share"])[:LISTED],
+        "worst": [] if few else sorted(tested, key=lambda row: row["accuracy"])[:LISTED],
         "heat_map": _heat_map(counts) if few else None,
         "pairs": [] if few else _confused_pairs(names, wrong, totals),
     }
@@ -180,7 +180,7 @@ def _confused_pairs(
             "true": names[i],
             "predicted": names[j],
             "count": int(wrong[i, j]),
-            "share": float(wrong[i, j] / totals[i]),
+            "fraction": float(wrong[i, j] / totals[i]),
         }
         for i, j in pairs
         if wrong[i, j]

@@ -1,4 +1,4 @@
-"""The inputs of tasks: embedded splits of data sets and embedded texts, wherever they are kept."""
+"""The inputs of tasks: embedded splits of data sets, and embedded texts."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ class EmbeddedSplit:
     Attributes:
       table: columns "index" (in the source), "labels" and, where the data set has them,
         "captions", "groups" and "key", as in `embed.reader.Row`.
-      embeds: embeddings of the images, float32 [n, e], L2-normalised; e is 0 for a model whose
-        embeddings no task needs.
-      features: pre-projection features, float32 [n, f]; f is 0 where no task needs them.
+      embeds: embeddings of the images, float32 [n, e], L2-normalised; e is 0 if no task needs
+        them.
+      features: pre-projection features, float32 [n, f]; f is 0 if no task needs them.
       skipped: number of unusable examples, by reason.
-      rows: places of these examples among all usable ones of the split, int64 [n].
+      rows: positions of these examples among all usable ones of the split, int64 [n].
     """
 
     table: pa.Table
@@ -52,11 +52,11 @@ class EmbeddedSplit:
 
     @property
     def groups(self) -> list[list[str]]:
-        """Values of the data set's group keys, of each example."""
+        """The values of the data set's group keys, for each example."""
         return self.table["groups"].to_pylist()
 
     def take(self, rows: np.ndarray) -> "EmbeddedSplit":
-        """Returns the examples of these rows."""
+        """Selects rows."""
         return EmbeddedSplit(
             self.table.take(pa.array(rows)),
             self.embeds[rows],
@@ -71,7 +71,7 @@ class Nearest(NamedTuple):
 
     Attributes:
       similarity: cosine of each test image with its nearest training image, float32 [n].
-      rows: numbers of those among the training images, int32 [n].
+      rows: positions of those in the training data, int32 [n].
     """
 
     similarity: np.ndarray
@@ -79,7 +79,7 @@ class Nearest(NamedTuple):
 
 
 class TrainingData(Protocol):
-    """The training images, as the analysis of overlap needs them.
+    """The training images, for the analysis of overlap.
 
     Attributes:
       name: name of the data, for people.
@@ -99,14 +99,14 @@ class TrainingData(Protocol):
 
 
 class EmbeddingSource(Protocol):
-    """A model's view of data sets. Every host gets the same, whole arrays.
+    """A model's embeddings of data sets. Every host gets the same whole arrays.
 
     Attributes:
       mesh: devices that tasks may compute on.
       tokenizer: tokenizer of prompts and captions.
       scale: multiplier of similarities, exp(logit_scale); 1 where the model has none.
       embeds_texts: whether the model has a text tower.
-      can_score_text: whether it has one, or scores a text for an image.
+      can_score_text: whether it has a text tower, or scores texts for an image.
       detects_duplicates: whether it was trained to embed near-duplicates close together.
     """
 
@@ -141,10 +141,10 @@ class EmbeddingSource(Protocol):
         class_ids: np.ndarray,
         classes: int,
     ) -> np.ndarray:
-        """Scores classes for all usable examples of a split, by a model that embeds no texts.
+        """Scores classes for all usable examples of a split, with a model that embeds no texts.
 
         Args:
-          dataset, split: name the examples.
+          dataset, split: data set and split of the examples.
           texts: prompts of the classes.
           class_ids: class of each prompt, int [texts].
           classes: number of classes.
@@ -173,12 +173,12 @@ def labelled(
     """Returns the examples of a split that have a class, and their targets.
 
     Returns:
-      The split without the others, and int32 [n]; or, for a metric of several labels, all of it
-      and bool [n, classes].
+      The split without the others, and class ids, int32 [n]. For a metric of several labels, the
+      whole split, and bool [n, classes].
 
     Raises:
-      UserError: no example has a class, a label has no class name, or, but for validation and
-        data that may be partial, a class has no example.
+      UserError: no example has a class, a label has no class name, or a class has no example,
+        except in validation splits and partial data sets.
     """
     examples = embeddings.embedded(dataset, split)
     lists, count = examples.table["labels"].combine_chunks(), len(dataset.class_names)

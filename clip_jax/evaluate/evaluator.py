@@ -1,4 +1,4 @@
-"""The evaluation of a model as it learns, by all hosts together."""
+"""The evaluation of a model during training, by all hosts together."""
 
 import functools
 from collections import defaultdict
@@ -29,13 +29,13 @@ class Evaluator:
     """Runs the tasks that a config names on its data sets.
 
     The data sets are the labelled images of `eval.zeroshot`, the captioned ones of
-    `eval.retrieval`, and those that `eval.datasets` names; `eval.tasks` are done with the latter.
+    `eval.retrieval`, and those that `eval.datasets` names. `eval.tasks` are for the latter.
 
     Attributes:
       results: results of the last evaluation, in the order of the data sets.
       scores: their scores by the names that they are logged under.
       means: means over several data sets of `eval.datasets`, likewise.
-      notes: a sentence about each thing that the config names and this model cannot do.
+      notes: a sentence about each evaluation in the config that this model does not support.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Evaluator:
           fallback_dir: directory for indices of shards whose own cannot be written to.
 
         Raises:
-          UserError: no such task or data set; or a data set that is not there.
+          UserError: a task or data set does not exist, or a data set is not on disk.
         """
         self.results: list[Result] = []
         self.scores: dict[str, Score] = {}
@@ -80,7 +80,7 @@ class Evaluator:
         self._context = tasks.Context(self._embeddings, settings, named, headline_only=True)
         names = tasks.parse_names(evals.tasks, "eval.tasks") if named else []
         self.notes += tasks.skipped_tasks(self._context, names).values()
-        # Shifts of a data set, too, lend their features to its tasks.
+        # The tasks of a data set use the features of its shifts too.
         featured = any(tasks.get(name).needs_features for name in names)
         self._with_features = {dataset.name for dataset in named} if featured else set()
         self._planned = [*self._labelled(), *self._captioned()]
@@ -89,10 +89,10 @@ class Evaluator:
             self._planned.append((dataset, supported))
 
     def run(self, variables: Variables) -> dict[str, float]:
-        """Evaluates variables; returns the numbers to log, by the names of `logged_name`.
+        """Evaluates variables; returns the numbers to log, named by `logged_name`.
 
-        With several data sets of `eval.datasets`, there is "TASK/mean" besides: the mean of the
-        headlines over those that are no shifts.
+        With several data sets in `eval.datasets`, "TASK/mean" is added: the mean of the headlines
+        over the data sets that are not shifts.
         """
         self._embeddings.bind(variables, self._with_features)
         self._context.probes.clear()
@@ -114,7 +114,7 @@ class Evaluator:
         return {name: score.value for name, score in self.scores.items()} | self.means
 
     def headlines(self) -> dict[str, Score]:
-        """Returns the few scores that a line of text has room for, by their logged names."""
+        """Returns the few scores that fit on a line of text, by their logged names."""
         return {
             logged_name(score): score
             for result in self.results
@@ -135,7 +135,7 @@ class Evaluator:
         evals = self._config.eval
         if not evals.datasets:
             return []
-        # The registry, and readers of all forms that it knows.
+        # Imported here, since the registry brings readers of all kinds of data sets.
         from clip_jax.evaluate.sets import finding, registry
 
         self._open_named = functools.partial(
@@ -171,7 +171,7 @@ class Evaluator:
         source = self._describe(LABELLED, spec.source)
         class_names = tuple(spec.class_names) or source.class_names
         templates = tuple(spec.templates) or source.templates
-        class_prompts(class_names, templates)  # which says what is wrong with them
+        class_prompts(class_names, templates)  # raises UserError if they are wrong
         dataset = Dataset(
             LABELLED,
             _title(spec.source),
@@ -220,7 +220,7 @@ class _First:
 
 
 def logged_name(score: Score) -> str:
-    """Returns the one name that a score is logged under.
+    """Returns the name that a score is logged under.
 
     It is TASK/METRIC for the data that the config describes ("zeroshot/top1",
     "retrieval/text_to_image/recall@1"), and TASK/DATASET/METRIC for a data set that it names

@@ -1,4 +1,4 @@
-"""The paper's figures, drawn of the results of one model."""
+"""The paper's figures for the results of one model."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -184,7 +184,7 @@ def overlaps(rows: Sequence[Mapping[str, Any]]) -> list[Panel]:
     )
     if not any(row.overlap.trials and row.clean.trials for row in found):
         return []
-    x = Axis("share of images that overlap", percent=True)
+    x = Axis("fraction of images that overlap", percent=True)
     y = Axis("accuracy, overlap minus clean", percent=True)
     svg = charts.draw([points], x, y, "Difference in accuracy by overlap")
     return [Panel("Does overlap help?", svg, [], "Bars: intervals of the overlapping part.")]

@@ -1,4 +1,4 @@
-"""Embeddings of a model in training: in memory, the same on every host."""
+"""Embeddings by a model in training, held in memory, the same on every host."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -30,7 +30,7 @@ _SCHEMA = pa.schema(
 
 
 class InMemoryEmbeddings:
-    """An `EmbeddingSource` of the variables bound last."""
+    """An `EmbeddingSource` that uses the variables bound last."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class InMemoryEmbeddings:
         views: ConfigDict,
         seed: int,
     ):
-        """Reads nothing yet.
+        """Prepares the embeddings; reads nothing yet.
 
         Args:
-          encoder: embeds over all devices of all hosts.
+          encoder: encoder over all devices of all hosts.
           tokenizer: tokenizer of texts.
-          open_split: opens a split of a data set.
+          open_split: function that opens a split of a data set.
           threads: threads that read; 0: one per CPU core.
           views: strengths of the changes between two views; `data.views` in configs/default.py.
           seed: seed of the views.
@@ -64,7 +64,7 @@ class InMemoryEmbeddings:
         self._splits: dict[tuple[str, str], EmbeddedSplit] = {}
 
     def bind(self, variables: Variables, with_features: Collection[str] = ()) -> None:
-        """Drops the embeddings by earlier variables.
+        """Sets the variables, and drops the embeddings by earlier ones.
 
         Args:
           variables: variables to embed with from now on.
@@ -96,7 +96,7 @@ class InMemoryEmbeddings:
         if self.embeds_texts or features or table is None:
             if self.embeds_texts or features:
                 found = self._encoder.images(self._variables, source, features=features)
-            else:  # only which examples are usable, and their labels
+            else:  # no task needs embeddings, only the usable examples and their labels
                 found = self._encoder.each(lambda batch: {}, source)
             batches = [batch for batch in found if len(batch["index"])]
             if not batches:
@@ -151,10 +151,10 @@ class InMemoryEmbeddings:
     def _table(
         self, dataset: Dataset, split: str, index: np.ndarray, label: np.ndarray
     ) -> pa.Table:
-        """Returns what is known of the usable examples; made once a run.
+        """Returns the table of the usable examples, made once per run.
 
-        The batches tell index and first label. Only for what they do not carry does every host
-        read the whole split by itself.
+        Batches carry index and first label. If a data set needs more, every host reads the whole
+        split by itself.
         """
         key = dataset.name, split
         held = self._tables.get(key)
@@ -174,7 +174,7 @@ class InMemoryEmbeddings:
 
 
 def _of_labels(index: np.ndarray, label: np.ndarray) -> pa.Table:
-    """Returns the columns "index" and "labels", a list with the label, or none where it is -1."""
+    """Returns the columns "index" and "labels"; a label of -1 becomes an empty list."""
     ends = np.concatenate([[0], np.cumsum(label >= 0)]).astype(np.int32)
     labels = pa.ListArray.from_arrays(pa.array(ends), pa.array(label[label >= 0], pa.int32()))
     return pa.table({"index": pa.array(index, pa.int64()), "labels": labels})

@@ -1,4 +1,4 @@
-"""Embeddings kept on disk: made once, shared by all tasks, resumed where a killed command ended."""
+"""Embeddings on disk, computed once for all tasks and resumed after a killed command."""
 
 import contextlib
 import hashlib
@@ -27,12 +27,12 @@ from clip_jax.search import exact
 from clip_jax.sharding import to_host
 from clip_jax.storage import locations, ranges, writing
 
-_ROWS = 16_384  # examples in a part: what a killed evaluation loses at most
-_POLL = 5.0  # seconds between looks at what other hosts have made
+_ROWS = 16_384  # examples per part, the most that a killed evaluation loses
+_POLL = 5.0  # seconds between checks for the parts of other hosts
 
 
 class OnDiskEmbeddings:
-    """An `EmbeddingSource` of one model, under one directory."""
+    """An `EmbeddingSource` of one model, stored in one directory."""
 
     def __init__(
         self,
@@ -46,10 +46,10 @@ class OnDiskEmbeddings:
         process: int = 0,
         processes: int = 1,
     ):
-        """Reads nothing yet.
+        """Prepares the embeddings; reads nothing yet.
 
         Args:
-          model: a model with a tokenizer.
+          model: model with a tokenizer.
           directory: directory for the embeddings.
           data_dir: directory of the data sets.
           batch_size: images or texts per step, over the devices of a host.
@@ -114,7 +114,7 @@ class OnDiskEmbeddings:
                 del held[key]
 
     def work_alone(self) -> None:
-        """Has this host embed by itself what is missing from here on."""
+        """Lets this host embed everything that is still missing by itself."""
         self._hosts = 0, 1
 
     def fill(
@@ -123,10 +123,10 @@ class OnDiskEmbeddings:
         """Completes a store of the embeddings of a source, and returns it.
 
         Args:
-          name: name of its directory.
-          data: names the examples.
+          name: name of the store's directory.
+          data: description of the examples, to recognise them by.
           source: examples.
-          columns: some of `store.COLUMNS`.
+          columns: columns to compute, some of `store.COLUMNS`.
 
         Raises:
           UserError: the directory holds embeddings of something else.
@@ -147,12 +147,12 @@ class OnDiskEmbeddings:
         return store
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeds texts: float32 [n, e], L2-normalised; kept on disk, long ones are cut."""
+        """Embeds texts: float32 [n, e], L2-normalised; stored on disk, long texts are cut."""
         digest = hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:24]
         path = self._directory / "texts" / f"{self.parameters[:12]}-{digest}.npy"
         with contextlib.suppress(FileNotFoundError):
             return np.load(io.BytesIO(ranges.read(path)))
-        if len(texts) > _ROWS:  # so many are worth being kept in parts
+        if len(texts) > _ROWS:  # many enough to be stored in parts, for resumption
             made = self.fill(f"texts/{digest}", {"texts": digest}, Texts(texts), ("text_embed",))
             embeds = np.zeros((len(texts), made.manifest.columns["text_embed"]), np.float32)
             embeds[made.table()["index"].to_numpy()] = read(made, "text_embed")
@@ -180,7 +180,7 @@ class OnDiskEmbeddings:
         return np.concatenate([batch["scores"] for batch in batches])
 
     def views(self, dataset: Dataset, split: str) -> np.ndarray:
-        """Embeds two views of each usable image: float32 [n, 2, e]; not kept on disk."""
+        """Embeds two views of each usable image: float32 [n, 2, e]; not stored on disk."""
         source, variables = self.source(dataset, split), self.model.variables
         found = self._embedder.encoder.views(variables, source, self._views, seed=0)
         batches = [batch["embed"] for batch in found if len(batch["index"])]
@@ -201,12 +201,12 @@ class TrainingImages:
     """Training images, embedded by a detector of near-duplicates; a `TrainingData`."""
 
     def __init__(self, name: str, source: Source, detector: OnDiskEmbeddings):
-        """Embeds what is not embedded yet.
+        """Embeds the images that are not embedded yet.
 
         Args:
           name: name of the data, for people.
           source: training images.
-          detector: embeddings by a model that has near-duplicates close together.
+          detector: embeddings by a model that puts near-duplicates close together.
         """
         self.name, self.parameters = name, detector.parameters
         self._source, self._detector = source, detector
@@ -228,7 +228,7 @@ class TrainingImages:
 
 
 class Texts:
-    """Texts as a source, so that they are embedded like images."""
+    """A source of texts, which are then embedded like images."""
 
     class_names: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()

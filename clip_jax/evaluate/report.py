@@ -43,7 +43,7 @@ def sections(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _stats(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """Returns the few figures on top."""
+    """Returns the few figures at the top of the report."""
     stats = []
     for name, label in (
         ("zeroshot", "zero-shot"),

@@ -1,9 +1,9 @@
-"""The results of tasks: scores for tables, details for pages, and the files that keep them.
+"""The results of tasks: scores for tables, details for pages, and the files that hold them.
 
 A directory of results holds
-    results/TASK-DATASET.json   one for each task and data set, whole or not there
-    results.json                all of them, with the model and the settings
-    results.csv                 their scores, a row each
+    results/TASK-DATASET.json   a file for each task and data set, written atomically
+    results.json                all results, with the model and the settings
+    results.csv                 all scores, one per row
 """
 
 import csv
@@ -29,13 +29,13 @@ class Score:
     """One number, a fraction unless it counts something.
 
     Attributes:
-      task, dataset: names of both.
+      task, dataset: names of the task and of the data set.
       variant: variant of the task, such as "ensemble".
       metric: name of the number, such as "accuracy".
       value: the number.
       low, high: confidence interval; None: not known.
       n: number of examples it was measured on.
-      chance: what guessing reaches; None: not known.
+      chance: value that guessing reaches; None: not known.
     """
 
     task: str
@@ -66,13 +66,13 @@ class Result:
     """The result of a task on a data set.
 
     Attributes:
-      task, dataset: names of both.
+      task, dataset: names of the task and of the data set.
       title: title of the data set, for people.
       base: name of the data set that it is a shift of; "": none.
-      made_of: checksum of everything it depends on; "": not known.
+      made_of: checksum of everything that it depends on; "": not known.
       scores: scores for tables; the first is the one to quote.
       details: contents of the page, as JSON can hold them.
-      seconds: time that it took, without embeddings that were there already.
+      seconds: time that it took, without embeddings that existed before.
     """
 
     task: str
@@ -91,7 +91,7 @@ class Result:
 
     @property
     def quoted(self) -> tuple[Score, ...]:
-        """The scores of the headline's variant, such as all recalls of plain captions."""
+        """The scores of the headline's variant, such as every recall for plain captions."""
         return tuple(score for score in self.scores if score.variant == self.headline.variant)
 
     @classmethod
@@ -113,7 +113,7 @@ def fingerprint(values: Mapping[str, Any]) -> str:
 
 
 def to_json(values: Any) -> str:
-    """Writes values as JSON, which has no NaN and no infinity: both become null."""
+    """Writes values as JSON, with null in place of NaN and infinity, which JSON lacks."""
     return json.dumps(_plain(values), indent=1, allow_nan=False, sort_keys=False) + "\n"
 
 
@@ -160,7 +160,7 @@ class Evaluation:
       model: the model.
       settings: settings that the results depend on.
       results: result of each task on each data set.
-      missing: names of what could not be evaluated, and why.
+      missing: reason by name, for everything that could not be evaluated.
       finished: date and time, ISO 8601.
     """
 

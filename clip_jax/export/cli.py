@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="whatever clip_jax.load takes")
     add("--out", required=True, metavar="DIR", help="to make")
     add("--format", choices=("stablehlo", "onnx"), default="stablehlo", help="default: stablehlo")
-    add("--step", type=int, help="which checkpoint of a workdir (default: the last)")
+    add("--step", type=int, help="step of a checkpoint in a workdir (default: the last)")
     terms.add_to(parser)
     return parser
 

@@ -71,7 +71,7 @@ def _licence(card: pathlib.Path) -> str:
     """Returns the licence that a card names; UserError where the hub could not read it."""
     try:
         licence = huggingface_hub.ModelCard(card.read_text("utf-8")).data.to_dict().get("license")
-    except Exception as error:  # of YAML, or of a field in it
+    except Exception as error:  # an error of YAML, or of a field in it
         raise UserError(
             f"The header of {card} cannot be read ({_first_line(error)}): write the card anew with "
             "python -m clip_jax card."
@@ -106,7 +106,7 @@ def _upload(folder: pathlib.Path, repo: str, private: bool) -> str:
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
-    except Exception as error:  # of the network, the hub or the token
+    except Exception as error:  # an error of the network, the hub or the token
         raise UserError(
             f"{repo} could not be uploaded: {_first_line(error)}. Check the name, that your token "
             "may write there, and the network; then run the command again."

@@ -49,11 +49,16 @@ class Terms:
 def add_to(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `parse` reads."""
     add = parser.add_argument
-    add("--license", default="", metavar="ID", help="of the model, as the hub calls it; needed")
+    add(
+        "--license",
+        default="",
+        metavar="ID",
+        help="license of the model, by its name on the hub; required",
+    )
     add("--license_name", default="", metavar="NAME", help="where --license=other")
     add("--license_link", default="", metavar="URL", help="where --license=other")
     add("--dataset", action="append", default=[], metavar="ORG/NAME", help="on the hub; repeatable")
-    add("--name", default="", help="of the model on its card (default: its shape)")
+    add("--name", default="", help="name of the model on its card (default: its shape)")
     add("--hardware", default="", help="it was trained on (default: as recorded)")
 
 

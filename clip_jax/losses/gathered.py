@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-Axes = tuple[str, ...]  # of the mesh, those that split the batch, outermost first
+Axes = tuple[str, ...]  # mesh axes that split the batch, outermost first
 Embeds = Float[Array, "n embed"]
 Scalar = Float[Array, ""]
 

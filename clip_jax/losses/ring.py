@@ -1,7 +1,7 @@
 """Losses that hold one tile of logits at a time: the texts travel in a ring of devices.
 
-Each device keeps its images; the texts, and whatever is summed over their columns, travel round all
-devices and come home. Every tile of the logits is computed once on the way, for both directions.
+Each device keeps its images; the texts and the sums over their columns travel round all devices and
+return. Every tile of the logits is computed once on the way, for both directions.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def _sweep(
       own: arrays that travel and are summed up.
 
     Returns:
-      `sums` and, home again, `own`.
+      `sums`, and `own` after its way round all devices.
     """
     # Rings are nested: texts go round the innermost axis (the fastest network) before they take one
     # hop on the next one out, so that the slowest network carries each text the fewest times.
@@ -109,7 +109,7 @@ def _on(mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs
     Args:
       mesh: devices; None: this one, with axes ().
       axes: mesh axes that split the batch.
-      local: what a device does with its part.
+      local: function of a device's part of the arrays.
       in_specs: a letter per array; "s": split over the batch, "w": whole.
       out_specs: see `jax.shard_map`.
     """

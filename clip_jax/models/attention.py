@@ -78,7 +78,7 @@ def attend(
 def attend_with_token(
     sequence: Heads, token: Heads
 ) -> tuple[Float[Array, "batch query heads d"], Float[Array, "batch heads d"]]:
-    """Computes the same for a sequence and one more token, all of which see each other.
+    """Computes attention for a sequence and one more token, all of which see each other.
 
     For sequences that fill the tiles of an accelerator (128 numbers by 8 or 16): with the token in
     the same array, 256 patches and a class token would take the time and memory of 384.

@@ -23,7 +23,7 @@ def step_flops(size: Size, batch_size: int) -> float:
 
 
 def image_flops(size: Size) -> float:
-    """Counts those of the forward pass of one image."""
+    """Counts the operations of the forward pass of one image."""
     if size.is_resnet:
         return _resnet_flops(size)
     assert size.patch_size is not None
@@ -38,7 +38,7 @@ def image_flops(size: Size) -> float:
 
 
 def text_flops(size: Size) -> float:
-    """Counts those of the forward pass of one caption, or of the second view of an image."""
+    """Counts the operations of the forward pass of one caption, or of an image's second view."""
     if size.objective == "near_duplicates":
         return image_flops(size)
     if size.objective == "bag_of_words":
@@ -58,7 +58,7 @@ def _block_flops(tokens: int, width: int, mlp: int) -> float:
 
 
 def _resnet_flops(size: Size) -> float:
-    """Counts those of the modified ResNet: three stem convolutions, bottlenecks, attention pool."""
+    """Counts the operations of the ResNet: stem convolutions, bottlenecks, attention pool."""
     width, side = size.image_width, size.image_size // 2
     half = width // 2
     total = 2.0 * side**2 * 9 * (3 * half + half * half + half * width)

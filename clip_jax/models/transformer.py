@@ -39,7 +39,7 @@ class Block(nn.Module):
     causal: bool
     qkv_init: Init
     mlp_init: Init
-    out_init: Init  # of both projections that end in the residual stream
+    out_init: Init  # init of both projections that end in the residual stream
 
     @nn.compact
     def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:

@@ -57,7 +57,7 @@ class Chip:
 # compiler of libtpu 0.0.42 names as available. Clocks: v5e from the scaling book; v4 from Jouppi
 # et al. 2023 (1,050 MHz); v5p and v6e follow from the peak (2 x 4 matrix units of 128 x 128, and
 # units of 256 x 256 at four in all, each one product and sum per place and cycle), and XLA's
-# estimates for copies then give the same share of the HBM bandwidth in every generation.
+# estimates for copies then give the same fraction of the HBM bandwidth in every generation.
 CHIPS = {
     chip.name: chip
     for chip in (

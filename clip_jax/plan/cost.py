@@ -286,8 +286,8 @@ class _Timeline:
 
     Attributes:
       now: seconds since the start of the computation, on the cores.
-      free: by channel, when it has finished its work.
-      ends: by start instruction, when its transfer ends.
+      free: time at which each channel is free.
+      ends: time at which the transfer of each start instruction ends.
     """
 
     def __init__(self) -> None:

@@ -97,7 +97,7 @@ class Step:
       hardware_flops: executed operations, recomputation included.
       bytes: traffic to HBM.
       mfu, hfu: model and hardware operations as a fraction of the peak.
-      collectives: by kind and axes, the longest first.
+      collectives: collectives, summed by kind and axes, the longest first.
       parts: (name, seconds, operations) of computation, the longest first.
       top: (instruction, origin, executions, seconds, operations, bytes) of single instructions.
       notes: assumptions behind the figures.

@@ -43,17 +43,25 @@ def main(arguments: list[str]) -> None:
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = commands.parser("search", __doc__)
     add = parser.add_argument
-    add("queries", nargs="*", metavar="TEXT", help="what to look for; several are answered in turn")
-    add("--model", required=True, help="model of the embeddings; what clip_jax.load takes")
-    add("--embeddings", required=True, metavar="DIR", help="as python -m clip_jax embed wrote them")
+    add("queries", nargs="*", metavar="TEXT", help="texts to search for, one after the other")
+    add(
+        "--model",
+        required=True,
+        help="model of the embeddings, in any form that clip_jax.load takes",
+    )
+    add("--embeddings", required=True, metavar="DIR", help="output of python -m clip_jax embed")
     add("--image", action="append", default=[], metavar="FILE", help="a picture to look for")
     add("--top", type=at_least(1), default=10, metavar="K", help="results of each query")
     add("--column", default="", help="image_embed or text_embed; default: images where there are")
     add("--index", action="store_true", help="search approximately, by an index that is kept")
     add("--json", action="store_true", help="a line of JSON for each result, instead of tables")
     add("--serve", action="store_true", help="a web page instead")
-    add("--host", default="127.0.0.1", help="of the page; 0.0.0.0: whoever reaches this machine")
-    add("--port", type=int, default=7860, help="of the page")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address of the page; 0.0.0.0: reachable from other machines",
+    )
+    add("--port", type=int, default=7860, help="port of the page")
     options = parser.parse_args(arguments)
     if options.serve == bool(options.queries or options.image):
         parser.error("give texts or --image=FILE to look for, or --serve")

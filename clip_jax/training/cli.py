@@ -29,7 +29,7 @@ def main(
 
     Args:
       arguments: those after the command.
-      command: what was typed before them, for messages and for the report.
+      command: command line up to the arguments, for messages and for the report.
       example: value of --config in the help.
     """
     if {"-h", "--help", "--helpfull"} & set(arguments):

@@ -80,7 +80,7 @@ class Loop:
         directory: epath.PathLike,
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
-        past: ResumeState,
+        resume_state: ResumeState,
         began: float,
     ):
         """Opens the logs in `directory`.
@@ -90,19 +90,19 @@ class Loop:
           config: the whole config.
           directory: the workdir.
           store: its checkpoints.
-          data: training data, from where `past` ended.
-          past: progress of the runs that this one resumes.
+          data: training data, from where `resume_state` ended.
+          resume_state: progress of the runs that this one resumes.
           began: start of this run by `time.monotonic`.
         """
         self._run, self._config, self._store = run, config, store
-        self._data, self._past = data, past
+        self._data, self._resume_state = data, resume_state
         self._began = began
         self._writer = metrics.MetricWriter(
-            directory, tensorboard=config.log.tensorboard, start_step=past.step
+            directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
         )
-        self._progress = metrics.Progress(past.step, run.total, config.batch_size)
+        self._progress = metrics.Progress(resume_state.step, run.total, config.batch_size)
         self._pending: tuple[int, train_step.Metrics] | None = None
-        self._reported: Mapping[str, int] = past.skipped
+        self._reported: Mapping[str, int] = resume_state.skipped
         self._feed = Feed(
             data,
             sharding.batch_sharding(run.mesh),
@@ -116,15 +116,15 @@ class Loop:
 
         Every host must call it at the same step.
         """
-        past = self._past
+        before = self._resume_state
         seen = metrics.sum_over_hosts({**self._data.skipped, "truncated": self._data.truncated})
         truncated = seen.pop("truncated")
         return ResumeState(
             step=step,
             examples_seen=self._examples_seen(step),
-            seconds=past.seconds + time.monotonic() - self._began,
-            skipped=dict(Counter(past.skipped) + Counter(seen)),
-            truncated=past.truncated + truncated,
+            seconds=before.seconds + time.monotonic() - self._began,
+            skipped=dict(Counter(before.skipped) + Counter(seen)),
+            truncated=before.truncated + truncated,
         )
 
     def _describe(self) -> str:
@@ -134,14 +134,17 @@ class Loop:
         return self._data.describe() + before
 
     def _examples_seen(self, step: int) -> int:
-        return self._past.examples_seen + (step - self._past.step) * self._config.batch_size
+        return (
+            self._resume_state.examples_seen
+            + (step - self._resume_state.step) * self._config.batch_size
+        )
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
         """Trains to the last step; returns the last evaluation's metrics."""
         run = self._run
         evaluated: dict[str, float] = {}
         with self._logging(), contextlib.closing(self._feed):
-            for step, batch in zip(range(self._past.step + 1, run.total + 1), self._feed):
+            for step, batch in zip(range(self._resume_state.step + 1, run.total + 1), self._feed):
                 state, values = step_fn(state, batch)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total):
@@ -157,7 +160,7 @@ class Loop:
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
-        """Writes all rows to the workdir at the end, an error included."""
+        """Writes all rows to the workdir at the end, even after an error."""
         try:
             yield
         except StorageError:
@@ -218,7 +221,7 @@ class Loop:
     ) -> None:
         """Saves a checkpoint; the metrics of its evaluation decide whether it is the best."""
         self._flush()
-        _check_finite(step, metrics.fetch(values))  # which waits for the steps under way
+        _check_finite(step, metrics.fetch(values))  # waits for the steps under way
         paused = self._progress.pause()
         done = self.position(step)
         if done.skipped != self._reported:

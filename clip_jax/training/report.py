@@ -1,4 +1,4 @@
-"""report.html of a run: what it was and what it reached, in one file that needs no network."""
+"""report.html of a run: its settings, curves and results, in one file that needs no network."""
 
 import dataclasses
 import os
@@ -18,11 +18,11 @@ SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first 
 
 @dataclasses.dataclass(frozen=True)
 class RunSummary:
-    """What ran, on what, for how long.
+    """The facts about a run that stand in its report.
 
     Attributes:
-      title: names the model and the data.
-      command: what the user typed.
+      title: name of the model and the data.
+      command: command line of the run.
       started, finished: date and time of the last start and of the end.
       wall_seconds: time of the run, all starts together.
       hardware: number and kind of the devices.
@@ -64,7 +64,7 @@ def write_report(
 
     Args:
       path: file to write; local, gs:// or s3://.
-      summary: what ran.
+      summary: facts about the run.
       history: rows of metrics.jsonl: "step", and metrics named "group/name"; not every row needs
         every metric.
       results: results of the last evaluation.
@@ -93,8 +93,8 @@ def write_report(
 # ---- Learning curves
 
 
-def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> Panel:
-    show = formatting.percent if share else svg.short
+def _panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+    show = formatting.percent if fraction else svg.short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
     legend = [
@@ -109,7 +109,7 @@ def _panel(title: str, series: Sequence[curves.Series], share: bool = False) -> 
         f"{one.label} from {show(one.first)} to {show(one.last)} at step {one.steps[-1]}"
         for one in series
     )
-    return Panel(title, curves.draw(series, f"{title}: {text}", percent=share), legend)
+    return Panel(title, curves.draw(series, f"{title}: {text}", percent=fraction), legend)
 
 
 def _panels(
@@ -121,7 +121,7 @@ def _panels(
     small = []
     for name, one in series.items():
         group, _, leaf = name.rpartition("/")
-        # Of a data set by name ("zeroshot/imagenet/top1") there may be dozens.
+        # There may be dozens of data sets by name ("zeroshot/imagenet/top1").
         described = group.count("/") == 0 or (group.endswith(_DIRECTIONS) and group.count("/") == 1)
         if leaf == "loss":
             main.setdefault("loss", []).append(one)

@@ -60,14 +60,16 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         step_fn = _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
-            past = ResumeState()
+            resume_state = ResumeState()
             state = run.program.init(start)
         else:
-            past = ResumeState.from_meta(_check_meta(store.read_meta(resumed), run.tokenizer))
+            resume_state = ResumeState.from_meta(
+                _check_meta(store.read_meta(resumed), run.tokenizer)
+            )
             state = store.restore(resumed, run.program.state)
             _say(f"Resuming {directory} from step {resumed:,}.")
-        data = _data(run, config, directory, past.examples_seen)
-        loop = Loop(run, config, directory, store, data, past, began)
+        data = _data(run, config, directory, resume_state.examples_seen)
+        loop = Loop(run, config, directory, store, data, resume_state, began)
         final = loop.run(state, step_fn)
     _report(directory, config, run, loop.position(run.total), command, started)
     return final

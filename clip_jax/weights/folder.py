@@ -19,7 +19,7 @@ from clip_jax.storage import locations, ranges, remote
 from clip_jax.weights.model import Tensors, TokenizerFile, Weights, read_finite
 
 _TENSORS, _DESCRIPTION = "model.safetensors", "clip_jax.json"
-_FORMAT = 1  # of the description
+_FORMAT = 1  # version of the description
 
 
 def is_folder(path: epath.Path) -> bool:

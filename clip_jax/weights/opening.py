@@ -128,7 +128,7 @@ def _download(name: str) -> epath.Path:
             cached = huggingface_hub.snapshot_download(
                 name, allow_patterns=patterns, local_files_only=offline
             )
-        except Exception as error:  # of the network, the hub, or the name
+        except Exception as error:  # an error of the network, the hub, or the name
             reason = str(error).strip().partition("\n")[0]
         else:
             if next(iter(pathlib.Path(cached).glob("*.safetensors")), None):

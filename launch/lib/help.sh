@@ -48,7 +48,7 @@ END
       cat <<'END'
 launch/tpu.sh wait --name=clip --zone=us-east5-b
 
-Asks every minute (TPU_POLL seconds) and returns when the TPU is there; fails if it will not come.
+Asks every minute (TPU_POLL seconds) and returns when the TPU is there; fails if its request does.
 END
       ;;
     setup)
@@ -77,7 +77,7 @@ launch/tpu.sh logs --name=clip --zone=us-east5-b [OPTION]...
   --worker=N   which worker of the slice, default 0
   --slice=N    which slice, default 0
   --lines=N    how many of the last lines, default 50
-  --follow     goes on until the run or you (Ctrl-C) end it; the run does not mind
+  --follow     continues until the run ends, or until Ctrl-C, which does not end the run
 END
       ;;
     status)
@@ -109,7 +109,7 @@ END
 launch/tpu.sh run --name=clip --zone=us-east5-b --type=v5litepod-256 [OPTION]... -- --config=configs/vit_l14.py --workdir=gs://bucket/run1 ...
 
 Creates the TPU unless it exists, waits for it, sets it up, starts main.py and follows the log. Run
-the same command again to go on where it was interrupted. Takes create's options (but --wait), and:
+the same command again to resume where it was interrupted. Takes create's options (but --wait), and:
   --ref=REF   the commit to send, default HEAD
   --watch     instead of the log, watches the run until it is over (asking every TPU_POLL seconds,
               default 60); when the TPU is preempted, deletes it, creates it again and starts the

@@ -1,6 +1,6 @@
 # The command line: defaults from the environment or a file, then options.
 # shellcheck shell=bash
-# shellcheck disable=SC2034 # what is set here is read in the other files
+# shellcheck disable=SC2034 # the variables are read in the other files
 
 set_defaults() {
   NAME=${TPU_NAME:-} ZONE=${TPU_ZONE:-} TYPE=${TPU_TYPE:-} SLICES=${TPU_SLICES:-1}
@@ -112,7 +112,7 @@ check_options() {
   [ -n "$NAME" ] || die "There is no name for the TPU: give --name=clip, or set TPU_NAME in the" \
     "environment or in the file of --env."
   case "$NAME" in [!a-z]* | *[!a-z0-9-]* | *-) die "The name '$NAME' cannot be a TPU's: it begins with" \
-    "a lower-case letter, goes on with lower-case letters, digits and hyphens, and does not end in" \
+    "a lower-case letter, continues with lower-case letters, digits and hyphens, and does not end in" \
     "a hyphen, as in --name=clip-l14." ;; esac
   [ -n "$ZONE" ] || die "There is no zone: give --zone=us-east5-b, or set TPU_ZONE in the environment" \
     "or in the file of --env. 'gcloud compute tpus locations list' lists the zones with TPUs."

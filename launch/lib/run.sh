@@ -1,7 +1,7 @@
 # A training run on the TPU: its code, its start and its end.
 # shellcheck shell=bash
 
-# Finds what the launcher must know in main.py's arguments, and refuses what cannot work.
+# Reads the config, the workdir and the coordinator from main.py's arguments; refuses wrong ones.
 read_main_arguments() {
   local argument previous=""
   CONFIG="" WORKDIR="" COORDINATOR=""
@@ -20,7 +20,7 @@ read_main_arguments() {
   local example="-- --config=configs/vit_b32.py --workdir=gs://BUCKET/RUN"
   [ -n "$CONFIG" ] || die "There is no --config for main.py: its arguments follow a lone --, as in" \
     "'$(again "$COMMAND") $example'."
-  CONFIG=${CONFIG%%:*} # what follows a colon is an argument to the config
+  CONFIG=${CONFIG%%:*} # the part after a colon is the config's argument
   case "$CONFIG" in /* | *..*) die "The config $CONFIG is not a path inside the repository: setup" \
     "sends only the repository, so name a file such as configs/vit_b32.py." ;; esac
   [ -f "$CONFIG" ] || die "The config $CONFIG does not exist: in configs/ there are" \
@@ -54,7 +54,7 @@ set_up() {
     "the SSH key is not in the agent, run 'ssh-add ~/.ssh/google_compute_engine' first; then try" \
     "again, which is safe."
   on_workers setup "$commit" || die "Not every worker could be set up; the lines above say why. Run" \
-    "the same command again once that is mended: it takes up where it stands."
+    "the same command again once that is fixed: it resumes where it stopped."
 }
 
 launch_run() {
@@ -78,7 +78,7 @@ read_run() {
   if [ "$states" = "finished running " ]; then RUN=running; fi
 }
 
-# True if Google took a node back, which its request may tell only later.
+# True if Google preempted a node, which the state of its request may show only later.
 node_is_gone() {
   local node
   for node in $NODES; do
@@ -89,7 +89,7 @@ node_is_gone() {
   return 1
 }
 
-# Returns once the run is over or given up; sets OVER to preempted, deleted or the run's state.
+# Returns when the run is over or given up; sets OVER to preempted, deleted or the run's state.
 watch_run() {
   local trouble=0 said=""
   while :; do
@@ -120,7 +120,7 @@ watch_run() {
   done
 }
 
-# Creates the TPU unless it is there. Whoever watches has what was taken back created anew.
+# Creates the TPU unless it exists; with --watch, also creates a preempted TPU again.
 obtain_tpu() {
   local refusals=0 asked=no
   look
@@ -132,7 +132,7 @@ obtain_tpu() {
         [ "$WATCH" = yes ] || look_for_workers
         if [ "$STATE" != SUSPENDING ] && give_back_tpu && ask_for_tpu; then asked=yes; fi
         ;;
-      UNKNOWN) [ -n "$OVER" ] || look_for_workers ;; # a watch that lasts for days is patient
+      UNKNOWN) [ -n "$OVER" ] || look_for_workers ;; # a watch that lasts for days retries
     esac
     if wait_for_tpu; then return; fi
     case "$STATE,$asked" in
@@ -150,12 +150,12 @@ obtain_tpu() {
   done
 }
 
-# Sets up and starts, unless the run is already on its way (this command was started again).
+# Sets up and starts, unless the run is running already (this command was started again).
 bring_up_run() {
   if ! dry_run; then
     read_run
     if [ "$RUN" = running ]; then
-      say "The run is already on its way."
+      say "The run is running already."
       return
     fi
     case "$REPORT" in *": running"*) on_workers stop ;; esac
@@ -175,7 +175,7 @@ show_plan_of_watch() {
 # Follows the first worker's log to its end.
 follow_run() {
   local i
-  say "Following the first worker's log. Ctrl-C ends only that: the run goes on."
+  say "Following the first worker's log. Ctrl-C ends only that: the run continues."
   ssh_to "${NODES%%[[:space:]]*}" 0 logs 50 follow || true
   if dry_run; then return; fi
   for i in 1 2 3; do # the other workers end a little later
@@ -206,7 +206,7 @@ run_to_its_end() {
     else
       failures=$((failures + 1))
       [ "$failures" -lt 5 ] || die "The run could not be started in $failures attempts; the lines above" \
-        "say why. The TPU $NAME is still yours and billed: mend it and run the same command again," \
+        "say why. The TPU $NAME is still yours and billed: fix it and run the same command again," \
         "or '$(again delete)'."
       OVER=lost
       look

@@ -1,4 +1,4 @@
-# What is said to the user, and how commands are run or, with --dry-run, shown.
+# Messages to the user, and functions that run commands or, with --dry-run, show them.
 # shellcheck shell=bash
 
 say() { echo "$*" >&2; }
@@ -8,7 +8,7 @@ die() {
   exit 1
 }
 
-# The words as one line that a POSIX shell reads back as the same words.
+# Quotes words into one line, which a POSIX shell reads back as the same words.
 quoted() {
   local word line="" escape="'\\''"
   for word in "$@"; do
@@ -28,7 +28,7 @@ call() {
 
 pause() { dry_run || sleep "${TPU_POLL:-60}"; }
 
-# What every command line to launch/tpu.sh about this TPU begins with.
+# The beginning of every command line of launch/tpu.sh for this TPU.
 again() { echo "launch/tpu.sh $1 --name=$NAME --zone=$ZONE${PROJECT:+ --project=$PROJECT}"; }
 
 remind_of_costs() {

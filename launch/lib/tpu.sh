@@ -1,4 +1,4 @@
-# The TPU: asked for as a queued resource, and the way to its workers.
+# The TPU, requested as a queued resource, and the commands to its workers.
 # shellcheck shell=bash
 
 tpus() { call gcloud compute tpus "$@" "--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"}; }
@@ -67,7 +67,7 @@ look() {
   fi
 }
 
-# For the commands that need the workers.
+# Looks for the TPU, for the commands that need its workers.
 look_for_workers() {
   need_gcloud
   look

@@ -18,7 +18,7 @@ WORDS = ("a red dog", "a small cat", "the old house", "a red cat")
 
 @pytest.fixture
 def places(bucket, tmp_path) -> tuple[str, str]:
-    """The same shards on disk and in the bucket; some images come twice."""
+    """Two directories of equal shards, on disk and in the bucket; some images come twice."""
     prefix = f"tools-{time.monotonic_ns()}"
     for shard in range(2):
         members = []

@@ -41,7 +41,7 @@ def local(tmp_path_factory):
 
 @pytest.fixture
 def remote(bucket, local, tmp_path) -> epath.Path:
-    """The same in the bucket, not indexed yet."""
+    """The shards in the bucket, not indexed yet."""
     folder = epath.Path(f"gs://bucket/{tmp_path.name}-{time.monotonic_ns()}")
     for path in sorted(local.glob("*.tar")):
         bucket.put("bucket", f"{folder.name}/{path.name}", path.read_bytes())

@@ -104,7 +104,7 @@ def start_hosts(path, parts: int, step: int, limit: int) -> list[subprocess.Pope
 
 
 def read(path, parts: int) -> dict[tuple[str, int], list[list[int]]]:
-    """What the hosts drew, by order and step; a last line cut short by the kill is left out."""
+    """Reads the examples drawn, by order and step; skips a last line cut short by the kill."""
     found = collections.defaultdict(list)
     for part in range(parts):
         file = path / f"drawn-{parts}-{part}"

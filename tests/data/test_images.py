@@ -221,12 +221,12 @@ def test_bombs_are_refused_from_the_header(side):
 
 
 def upright(data: bytes) -> Image.Image:
-    """By Pillow alone."""
+    """Decodes and rotates an image with Pillow only."""
     return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
 
 
 def pillow_crop(image: Image.Image, size: int, crop: Crop, seed: int, grid: int = 1) -> np.ndarray:
-    """What a random crop keeps, in multiples of `grid`, by Pillow alone: float [size, size, 3]."""
+    """Crops at random, in multiples of `grid`, with Pillow only: float [size, size, 3]."""
     window = crops.window(crop, *image.size, np.random.default_rng(seed))
     left, top, width, height = (each // grid * grid for each in dataclasses.astuple(window))
     box = (left, top, left + width, top + height)

@@ -139,7 +139,7 @@ def test_directories_of_the_hub(tmp_path):
 
 
 def test_other_parquet_files_beside_images_are_not_in_the_way(tmp_path):
-    """As img2dataset writes them: a table of what it downloaded beside each folder."""
+    """The layout of img2dataset, with a table of the downloads beside each folder."""
     (tmp_path / "a.png").write_bytes(picture(0))
     (tmp_path / "a.txt").write_text("a")
     pq.write_table(pa.table({"url": ["http://a"], "caption": ["a"]}), tmp_path / "00000.parquet")

@@ -28,7 +28,7 @@ BAD = {"7": (b"", "empty image file"), "11": (b"<html>", "HTML instead of an ima
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Of each shard's samples two are bad and one has a caption too long for 8 ids."""
+    """Shards with two bad samples each, and one whose caption is too long for 8 ids."""
     path = tmp_path_factory.mktemp("shards")
     for shard in range(4):
         members = []
@@ -75,7 +75,7 @@ def test_batches_are_those_of_threads(shards, order_name, processes):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_process_reads_a_chunk_once_an_epoch(shards, processes, monkeypatch):
-    """In a windowed order, also where processes share a stream; here one after the other."""
+    """The order is windowed, and processes may share a stream; here they run in sequence."""
     run = start(shards, processes, order="windowed")
     read: list[int] = []
     start_chunk = tar.TarShards._start_chunk
@@ -110,7 +110,7 @@ def test_without_any_usable_example(tmp_path):
 
 
 def test_a_process_does_without_jax():
-    """It would claim the accelerator, or half a second."""
+    """JAX would claim the accelerator, and take half a second."""
     program = "import sys, clip_jax.data.processes; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 

@@ -72,7 +72,7 @@ class TestFolder:
             ImageFolder(str(tmp_path), "words", "kind", "race")
 
     def test_a_named_table_of_classes_and_groups(self, tmp_path):
-        """As FairFace has it: no captions; several classes in a cell, none in another."""
+        """The layout of FairFace: no captions, several classes in a cell, none in another."""
         self.images(tmp_path)
         table = "file,kind,sex,age\nx/a.png,dog; cat,f,20-29\nb.png,,m,\nc.png,cat,f,9\n"
         (tmp_path / "labels.csv").write_text(table)

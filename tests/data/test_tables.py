@@ -63,12 +63,12 @@ def folder_texts(path, image_key: str = "", text_key: str = "") -> list[str]:
 
 def curated(path, text_key: str = "", names: tuple[str, ...] = ()) -> tuple[dict, Counter]:
     """The captions that curation has of a table, by row, and what it counts."""
-    tally: Counter[str] = Counter()
+    stats: Counter[str] = Counter()
     columns = readers.Columns(text_key, (), names)
     found = {}
-    for table in pairs.read(epath.Path(path), columns, 1000, tally):
+    for table in pairs.read(epath.Path(path), columns, 1000, stats):
         found |= zip(table["row"].to_pylist(), table["caption"].to_pylist())
-    return found, tally
+    return found, stats
 
 
 def small_blocks(monkeypatch, block: int, row: int) -> None:
@@ -150,9 +150,9 @@ def test_rows_that_are_too_long(tmp_path, monkeypatch):
     for block in (1000, 64, 40):
         small_blocks(monkeypatch, block, 30)
         (tmp_path / "x.csv").write_text("n,caption\n0,a\n1," + "long " * 50 + "\n2,b\n3,c\n")
-        found, tally = curated(tmp_path / "x.csv")
+        found, stats = curated(tmp_path / "x.csv")
         assert found == {0: "a", 2: "b", 3: "c"}
-        assert tally == {"read": 4, "malformed row": 1}
+        assert stats == {"read": 4, "malformed row": 1}
         assert load(tmp_path / "x.csv")[1] == (None, None)
     monkeypatch.setattr(table_scan, "_MAX_LINE", 60)
     lines = [json.dumps({"caption": text}) for text in ("a", "long " * 50, "b")]
@@ -214,9 +214,9 @@ def test_one_table_in_every_format(tmp_path, suffix, mark, columns):
     assert folder_texts(path, image_key, text_key) == expected
     expected[2] = missing
     assert texts(CaptionFile(epath.Path(path), text_key)) == expected
-    found, tally = curated(path, text_key)
+    found, stats = curated(path, text_key)
     assert found == {i: text for i, text in enumerate(expected) if i != 2}
-    assert tally == {"read": 4, missing: 1}
+    assert stats == {"read": 4, missing: 1}
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_jsonl_rows_of_many_kinds(tmp_path):
         "invalid UTF-8 caption",
     ]
     assert ImageFolder(str(path), "", "")._images[4] == "4.png"
-    found, tally = curated(path)
+    found, stats = curated(path)
     assert list(found) == [0, 1, 2, 4, 6, 10]
-    assert tally == {
+    assert stats == {
         "read": 12,
         "no caption": 1,
         "invalid UTF-8 caption": 2,

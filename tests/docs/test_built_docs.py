@@ -1,4 +1,4 @@
-"""What is made of docs/: the site, its settings tables, and the notebook's outputs."""
+"""Everything built from docs/: the site, its settings tables, and the notebook's outputs."""
 
 import ast
 import importlib
@@ -46,7 +46,7 @@ def values_of(config: ConfigDict, prefix: str = "") -> dict:
 
 
 def value_of(text: str):
-    """What a default stands for, quotients included."""
+    """Evaluates a default, quotients included."""
     return eval(compile(ast.parse(text, mode="eval"), "default", "eval"), {"__builtins__": {}})
 
 

@@ -68,7 +68,7 @@ def test_what_it_says_to_try(copy: pathlib.Path):
 
 @pytest.mark.parametrize("title", TITLES)
 def test_it_names_few_places(title: str):
-    """As many as there should be, so that a stranger finds them."""
+    """A walkthrough touches three files at most, so that a stranger finds them."""
     touched = {
         line.removeprefix("+++ ").removeprefix("# ")
         for block in walkthrough.blocks(title)

@@ -216,7 +216,7 @@ def test_our_commands_are_parsed():
 
 
 def test_wrong_commands_are_found():
-    """What the test above rests on."""
+    """The test above relies on this."""
     assert all(
         complaints(
             [

@@ -1,4 +1,4 @@
-"""What the README shows of training and of using a model, run as it stands."""
+"""The README's examples of training and of using a model, run as they stand."""
 
 import csv
 import json

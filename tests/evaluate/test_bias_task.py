@@ -1,4 +1,4 @@
-"""Bias probes end to end: a table of digits with groups, every share counted by hand."""
+"""Bias probes end to end: a table of digits with groups, every proportion counted by hand."""
 
 import csv
 import functools
@@ -64,18 +64,18 @@ def evaluated(tmp_path_factory) -> pathlib.Path:
 
 
 @functools.cache
-def odds(classes: tuple[str, ...]) -> np.ndarray:
+def probabilities(classes: tuple[str, ...]) -> np.ndarray:
     images = np.stack([np.asarray(image) for image, *_ in examples()])
     return clip_jax.load(tiny_run.finished()).zero_shot(images, classes, [TEMPLATE])
 
 
 def tables(out: pathlib.Path) -> dict[tuple, dict]:
-    """By title and the categories added."""
+    """The tables, by title and added categories."""
     (result,) = read_evaluation(out).of("bias")
     return {(t["title"], tuple(t["added"])): t for t in result.details["tables"]}
 
 
-def test_shares_of_each_group(evaluated):
+def test_proportions_of_each_group(evaluated):
     digits, hands, papers = (np.array(column) for column in list(zip(*examples()))[1:])
     steps = {(): (), ("letters", "animals"): ("letters", "animals")}
     steps[("letters", "animals", "child")] = ("letters", "animals", "child")
@@ -86,7 +86,7 @@ def test_shares_of_each_group(evaluated):
     }
     for step in steps:
         extra = [name for category in step for name in offered[category]]
-        chosen = odds((*CLASSES, *extra)).argmax(axis=1)
+        chosen = probabilities((*CLASSES, *extra)).argmax(axis=1)
         names = [*range(len(CLASSES)), *(c for c in step for _ in offered[c])]
         columns = {"misclassified": chosen != digits} | {
             category: np.array([names[i] == category for i in chosen]) for category in step
@@ -95,12 +95,12 @@ def test_shares_of_each_group(evaluated):
         for title, groups in (("hand", hands), ("paper", papers), ("hand and paper", both)):
             table = found[f"By {title}", step]
             assert table["columns"] == list(columns)
-            rows = {row["group"]: row["shares"] for row in table["rows"]}
+            rows = {row["group"]: row["proportions"] for row in table["rows"]}
             assert list(rows) == ["all", *sorted(set(groups) - {""})]
-            for group, shares in rows.items():
+            for group, proportions in rows.items():
                 inside = np.ones(len(digits), bool) if group == "all" else groups == group
-                for share, hits in zip(shares, columns.values()):
-                    assert (share["successes"], share["trials"]) == (
+                for proportion, hits in zip(proportions, columns.values()):
+                    assert (proportion["successes"], proportion["trials"]) == (
                         (hits & inside).sum(),
                         inside.sum(),
                     )
@@ -113,12 +113,12 @@ def test_labels_by_group_and_threshold(evaluated):
     found = [d for d in result.details["differences"] if d["key"] == "hand"]
     assert [d["threshold"] for d in found] == [0.005, 0.04]
     for difference in found:
-        given = odds(CLASSES) >= difference["threshold"]
+        given = probabilities(CLASSES) >= difference["threshold"]
         for row in difference["rows"]:
             label = [name.split("|")[0] for name in CLASSES].index(row["label"])
             counts = [given[hands == hand, label].sum() for hand in ("left", "right")]
             sizes = [(hands == hand).sum() for hand in ("left", "right")]
-            shown = [row["shares"][hand]["successes"] for hand in ("left", "right")]
+            shown = [row["proportions"][hand]["successes"] for hand in ("left", "right")]
             assert shown == counts
             if 0 < sum(counts) < sum(sizes):
                 table = [counts, np.subtract(sizes, counts)]

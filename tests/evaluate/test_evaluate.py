@@ -71,7 +71,7 @@ def embedded(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def features(images: np.ndarray) -> np.ndarray:
-    """What the last projection reads, solved for: the projection has more columns than it needs."""
+    """Computes pre-projection features."""
     net, variables = model().net, model().variables
     both, _ = net.apply(variables, images, method="encode_with_features", mutable=["intermediates"])
     return np.asarray(both[1], np.float64)
@@ -87,9 +87,11 @@ def test_zeroshot_is_what_the_model_says_by_hand(evaluated):
     }
     found = scores(evaluated)
     for variant, templates in variants.items():
-        odds = model().zero_shot(images, dataset.class_names, templates)
+        probabilities = model().zero_shot(images, dataset.class_names, templates)
         row = found["zeroshot", "digits", variant, "accuracy"]
-        assert float(row["value"]) == pytest.approx(accuracy_score(digits, odds.argmax(axis=1)))
+        assert float(row["value"]) == pytest.approx(
+            accuracy_score(digits, probabilities.argmax(axis=1))
+        )
         assert float(row["low"]) < float(row["value"]) < float(row["high"])
         assert (row["n"], float(row["chance"])) == ("360", 0.1)
 
@@ -192,8 +194,8 @@ def test_a_second_time_nothing_is_computed(evaluated, monkeypatch, capsys):
     assert sum("(done before)" in line for line in lines) == len(read_evaluation(evaluated).results)
 
 
-def test_a_killed_evaluation_goes_on(evaluated, tmp_path, monkeypatch):
-    """Of one that lost a result and a part of the embeddings, only these are made again."""
+def test_a_killed_evaluation_resumes(evaluated, tmp_path, monkeypatch):
+    """A lost result and a lost part of the embeddings are all that is computed again."""
     out = tmp_path / "killed"
     shutil.copytree(evaluated, out)
     (out / "results" / "zeroshot-digits_noisy.json").unlink()

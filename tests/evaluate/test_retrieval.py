@@ -99,8 +99,8 @@ def test_retrieval_with_several_captions_equals_the_definition(mesh):
     for way, places in ranks.items():
         candidates, matches = sizes[way]
         for k in (1, 5, 10):
-            share = sum(place < k for place in places) / len(places)
-            assert values(found)[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
+            fraction = sum(place < k for place in places) / len(places)
+            assert values(found)[f"{way}/recall@{k}"] == pytest.approx(fraction, abs=1e-9)
             wanted = np.mean([float(exact_chance(candidates, m, k)) for m in matches])
             assert chances(found)[f"{way}/recall@{k}"] == pytest.approx(wanted)
     assert 0 < values(found)["text_to_image/recall@1"] < values(found)["image_to_text/recall@10"]
@@ -126,8 +126,8 @@ def test_retrieval_equals_the_definition(captioned, mesh):
     assert found.headline.metric == "text_to_image/recall@1"
     for way, places in ranks.items():
         for k in (1, 5, 10):
-            share = sum(place < k for place in places) / len(places)
-            assert values(found)[f"{way}/recall@{k}"] == pytest.approx(share, abs=1e-9)
+            fraction = sum(place < k for place in places) / len(places)
+            assert values(found)[f"{way}/recall@{k}"] == pytest.approx(fraction, abs=1e-9)
     assert 0 < values(found)["text_to_image/recall@1"] < values(found)["text_to_image/recall@10"]
     # What chance reaches, too, counts every caption once.
     sizes = np.bincount(group)
@@ -181,7 +181,7 @@ def test_retrieval_without_a_usable_example(mesh1, texts, message):
 
 
 def exact_chance(candidates: int, matches: int, k: int) -> Fraction:
-    """That k of the candidates, drawn without replacement, have a match among them."""
+    """The probability of a match among k candidates drawn without replacement."""
     drawn = min(k, candidates)
     missed = Fraction(math.comb(candidates - matches, drawn), math.comb(candidates, drawn))
     return 1 - missed

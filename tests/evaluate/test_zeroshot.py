@@ -58,8 +58,8 @@ def reference_probabilities(task: Task, words: Words, scale: float) -> np.ndarra
         centres.append(mean / math.sqrt(sum(mean * mean)))
     rows = []
     for i in task.used:
-        odds = [math.exp(scale * float(task.images[i] @ centre)) for centre in centres]
-        rows.append([value / sum(odds) for value in odds])
+        weights = [math.exp(scale * float(task.images[i] @ centre)) for centre in centres]
+        rows.append([value / sum(weights) for value in weights])
     return np.array(rows)
 
 
@@ -173,9 +173,9 @@ def test_top5_is_left_out_where_it_means_nothing(mesh1):
 
 
 def test_class_prompts_by_hand():
-    prompts, owners = class_prompts(["cat|kitten", "dog"], ["a {}.", "{}"])
+    prompts, class_ids = class_prompts(["cat|kitten", "dog"], ["a {}.", "{}"])
     assert prompts == ["a cat.", "cat", "a kitten.", "kitten", "a dog.", "dog"]
-    assert owners.tolist() == [0, 0, 0, 0, 1, 1]
+    assert class_ids.tolist() == [0, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(

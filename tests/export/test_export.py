@@ -67,7 +67,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 
 def batches(model: api.Model) -> dict[str, np.ndarray]:
-    """By tower and number of rows, such as "encode_text_3"."""
+    """Makes batches by tower and number of rows, such as "encode_text_3"."""
     size = model.net.size
     return {f"{t}_{n}": tiny_export.rows(size, t, n) for t in tiny_export.TOWERS for n in COUNTS}
 

@@ -96,7 +96,7 @@ def test_reference_by_finite_differences():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_solved_batch_is_finite(mesh: str, method: str):
-    """At the highest temperature, with every pair told apart by 100 nats."""
+    """The scale is at its maximum, and every pair is separated by 100 nats."""
     eye = np.eye(BATCH, dtype=np.float32)
     loss, *grads = value_and_grads(make_mesh(mesh), method, eye, eye, math.log(100))
     assert 0 <= float(loss) < 1e-6
@@ -185,7 +185,7 @@ def test_any_mesh(mesh: str, name: str, method: str, kind: str):
 
 
 def test_a_mesh_as_jax_makes_it():
-    """In and out of a mesh context, with and without jit."""
+    """A mesh works in and out of a mesh context, with and without jit."""
     mesh = jax.make_mesh((8,), ("data",))
     images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH))
     want = reference.softmax_loss(images, texts, 2)

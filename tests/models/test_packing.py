@@ -258,7 +258,7 @@ def test_nothing_but_gradients_crosses_devices():
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_rows_of_one_round():
-    """Turns that are not taken keep nothing, although the program contains them."""
+    """Rounds that are not taken keep nothing, although the program contains them."""
     size = {"context_length": 32, "text_width": 32, "text_layers": 6}
     plain, packed = (
         compiled(pack, [8] * 256, **size).memory_analysis().temp_size_in_bytes

@@ -31,7 +31,7 @@ ARCHIVES = ("ViT-B/32", "RN50")  # TorchScript, as they are published; the rest 
 
 
 def openai_model(state: dict) -> torch.nn.Module:
-    """By OpenAI's own code, whose package does not import without an old setuptools."""
+    """Loads OpenAI's own code, whose package does not import without an old setuptools."""
     path = importlib.metadata.distribution("openai-clip").locate_file("clip/model.py")
     spec = importlib.util.spec_from_file_location("clip_model", str(path))
     assert spec is not None

@@ -159,7 +159,7 @@ class Cloud:
         return launch(self.repository, arguments, self.env, answer)
 
     def ready(self, arguments, answer=""):
-        """Like launch, and it must succeed."""
+        """Runs `launch`, which must succeed."""
         done = self.launch(arguments, answer)
         assert done.returncode == 0, done.stdout + done.stderr
         return done
@@ -170,7 +170,7 @@ class Cloud:
         return [" ".join(line.split()[:2]) for line in lines]
 
     def processes(self) -> list[int]:
-        """Of the supervisors of main.py that are alive."""
+        """The process ids of live supervisors of main.py."""
         found = []
         for file in self.folder.glob("workers/*/clip_jax/run.pid"):
             pid = int(file.read_text())
@@ -182,7 +182,7 @@ class Cloud:
         return found
 
     def install(self) -> None:
-        """What setup would leave on the workers."""
+        """Puts the files on the workers that setup would."""
         for worker in self.workers:
             shutil.copy(self.repository / "launch/clip_jax_worker.sh", worker)
             base = worker / "clip_jax"
@@ -192,7 +192,7 @@ class Cloud:
             executable(base / "venv/bin/python", FAKE_PYTHON)
 
     def arguments(self) -> list[list[str]]:
-        """That main.py was given, on every worker; waits until all have started."""
+        """Returns the arguments of main.py on every worker; waits until all have started."""
         files = [worker / "argv.json" for worker in self.workers]
         wait_until(lambda: all(file.exists() and file.read_text() for file in files))
         return [json.loads(file.read_text()) for file in files]

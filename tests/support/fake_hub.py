@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as an upload needs, over HTTP on 127.0.0.1."""
+"""The part of the Hugging Face hub that an upload needs, over HTTP on 127.0.0.1."""
 
 import base64
 import contextlib
@@ -11,7 +11,7 @@ TOKEN = "hf_of_the_tests"
 
 
 class Hub:
-    """What was uploaded.
+    """The uploads.
 
     Attributes:
       repos: body of the request that made each repository.

@@ -85,5 +85,5 @@ def check(text: str) -> Page:
 
 
 def text_of(page: str) -> str:
-    """What a page says, without its tags."""
+    """Returns the text of a page, without its tags."""
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())

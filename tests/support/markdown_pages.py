@@ -24,10 +24,10 @@ class Block(NamedTuple):
     """A fenced block of code.
 
     Attributes:
-      page: relative to the repository.
-      line: of the page, from 1.
-      language: behind the opening fence.
-      text: without the fences.
+      page: path of the page, relative to the repository.
+      line: line number in the page, from 1.
+      language: word after the opening fence.
+      text: text without the fences.
     """
 
     page: str
@@ -99,7 +99,7 @@ def links(page: pathlib.Path) -> list[str]:
 
 
 def code_spans(page: pathlib.Path) -> list[str]:
-    """What stands between backticks within the prose."""
+    """Finds the code between backticks in the prose."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 

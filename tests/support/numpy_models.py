@@ -117,7 +117,7 @@ def pool(x, stride: int):
 
 
 def batch_norm(x, params, running: dict | None):
-    """With `running` statistics, or with those of the batch."""
+    """Normalises with `running` statistics, or with those of the batch."""
     mean = running["mean"] if running else x.mean((0, 1, 2))
     var = running["var"] if running else x.var((0, 1, 2))
     return (x - mean) / np.sqrt(var + 1e-5) * params["scale"] + params["bias"]

@@ -1,4 +1,4 @@
-"""What the parity tests share: random weights, a batch, and both sides' embeddings and loss.
+"""Helpers of the parity tests: random weights, a batch, and both sides' embeddings and loss.
 
 Tests that import this are skipped where PyTorch is not installed.
 """
@@ -71,7 +71,7 @@ def jax_outputs(ours: Weights, batch) -> dict:
 
 
 def torch_outputs(image, text, scale, bias=None) -> dict:
-    """Of embeddings of any length; `scale` is the multiplier."""
+    """Computes outputs from embeddings of any norm; `scale` is the multiplier."""
     image, text = (x / x.norm(dim=-1, keepdim=True) for x in (image, text))
     logits = scale * image @ text.T
     if bias is not None:

@@ -66,7 +66,7 @@ def _parse_command(words: list[str]) -> None:
 
 
 def complaint(words: list[str]) -> str:
-    """What is wrong with a command line, as a forked process finds it."""
+    """Returns the error of a command line, found by parsing it in a forked process."""
     reader, writer = os.pipe()
     if not (child := os.fork()):
         said = io.StringIO()

@@ -89,14 +89,14 @@ def compile_step(
 def init_state(
     net: models.ImageModel, mesh: Mesh, *, zero1=False, bf16_params="", moment_dtype="float32"
 ) -> train_state.TrainState:
-    """The same on every mesh."""
+    """Initialises a state, equal on every mesh."""
     _, tx = make_optimizer(moment_dtype=moment_dtype)
     like = train_state.abstract_state(net, tx, mesh, zero1=zero1, bf16_params=bf16_params)
     return train_state.init_state(like, net, tx, 0, bf16_params=bf16_params)
 
 
 def copy(state: train_state.TrainState) -> train_state.TrainState:
-    """For a step to donate."""
+    """Copies a state, for a step that donates it."""
     return jax.tree.map(jnp.copy, state)
 
 

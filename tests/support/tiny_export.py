@@ -31,7 +31,7 @@ def weights(kind: str) -> Weights:
 
 
 def arrays(weights: Weights) -> dict[str, np.ndarray]:
-    """By name, such as "params/text/positions"."""
+    """Reads arrays by name, such as "params/text/positions"."""
     return {name: weights.tensors.read(name) for name in weights.tensors.shapes}
 
 

@@ -43,9 +43,9 @@ def write_benchmark(
     """A split in CLIP_benchmark's layout.
 
     Args:
-      root: of the set.
+      root: directory of the set.
       split: its name.
-      files: by sample: the kind and the contents of the one beside the image.
+      files: kind and contents of the file beside the image, for each sample.
       shards: number of them.
       described: contents of the files that describe the set, by name without suffix.
     """

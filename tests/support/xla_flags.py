@@ -13,6 +13,6 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
 
 
 def environment(devices: int, quick: str = QUICK) -> dict[str, str]:
-    """For a process of its own, on this many virtual devices."""
+    """The environment of a separate process with this many virtual devices."""
     flags = f"{os.environ['XLA_FLAGS']} {quick} {DEVICES}={devices}"  # the last one counts
     return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

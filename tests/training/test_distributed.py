@@ -220,7 +220,7 @@ def test_processes_leave_one_run_behind(several, one):
 
 
 def test_one_process_resumes_what_several_began(several, one, tmp_path, capsys):
-    """From the checkpoint at step 3, onto a mesh of another shape."""
+    """The run resumes at step 3, on a mesh of another shape."""
     import tiny_run
 
     from clip_jax.training import train

@@ -52,7 +52,7 @@ def detector():
 
 
 def in_form_of_batch_norm(layers: dict) -> tuple[dict, dict]:
-    """The same network with plain kernels, and BatchNorm that adds the biases alone."""
+    """Rewrites layers with plain kernels, and BatchNorm that only adds the biases."""
     params, running = {}, {}
     for name, layer in layers.items():
         if name == "attention_pool":

@@ -199,16 +199,16 @@ def test_class_scores_by_enumeration(objective: str):
     prompts = repeated(batch["tokens"])[:9]
     prompts[8] = prompts[7]
     prompts[7, 2:] = [net.size.vocab_size - 1, *np.zeros(prompts.shape[1] - 3, int)]
-    owners = np.array([0, 0, 1, 2, 2, 2, 1, 0, 3])
+    class_ids = np.array([0, 0, 1, 2, 2, 2, 1, 0, 3])
     score = jax.jit(functools.partial(prompts_module.class_scores, net), static_argnums=4)
-    found = score(variables, batch["image"][:5], prompts_module.prepare(prompts), owners, 4)
+    found = score(variables, batch["image"][:5], prompts_module.prepare(prompts), class_ids, 4)
     p = parameters(variables)
     for i in range(5):
         for c in range(4):
             likely = [
                 math.exp(LOGS[objective](features[i], prompt, p))
-                for prompt, owner in zip(prompts, owners)
-                if owner == c
+                for prompt, class_id in zip(prompts, class_ids)
+                if class_id == c
             ]
             assert float(found[i, c]) == pytest.approx(math.log(np.mean(likely)), abs=2e-4)
 

@@ -101,7 +101,7 @@ def test_decay_is_decoupled():
 
 
 def _schedule(step: int, warmup: int, total: int) -> float:
-    """Share of the peak."""
+    """The fraction of the peak."""
     if step < warmup:
         return step / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2

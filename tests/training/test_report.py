@@ -169,8 +169,8 @@ def test_class_table_and_heat_map_hold_the_confusion_matrix(page):
     assert right == [int(found.counts[i][i]) for i in range(10)]
     total = [int(row[2].replace(",", "")) for row in rows]
     assert total == [sum(int(x) for x in line) for line in found.counts]
-    shares = [float(row[3].removesuffix(" %")) for row in rows]
-    np.testing.assert_allclose(shares, 100 * np.divide(right, total), atol=0.051)
+    accuracies = [float(row[3].removesuffix(" %")) for row in rows]
+    np.testing.assert_allclose(accuracies, 100 * np.divide(right, total), atol=0.051)
     read = [[int(cell or 0) for cell in row[1:]] for row in parsed.rows("confusion-D")]
     np.testing.assert_array_equal(read, found.counts)
     diagonal = [

@@ -36,7 +36,7 @@ def initial(name: str, axes: tuple[int, int]) -> train_state.TrainState:
 
 
 def take_steps(name: str, axes: tuple[int, int], steps: int = STEPS):
-    """From the initial state on, on one batch: the last state, the metrics of each step."""
+    """Trains on one batch from the initial state; returns the last state and all metrics."""
     batch = tiny.put_batch(tiny.make_net(name), tiny.make_mesh(*axes))
     state, history = tiny.copy(initial(name, axes)), []
     for _ in range(steps):
@@ -260,7 +260,7 @@ def test_accumulated_batch_norm_takes_the_mean_of_the_micro_batches():
 
 @pytest.mark.slow
 def test_accumulation_saves_activations():
-    """By the compiler's own account, as users compile: activations of one micro-batch at a time."""
+    """The compiler accounts for the activations of one micro-batch only."""
     environment = xla_flags.environment(1, quick="")
     ran = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True

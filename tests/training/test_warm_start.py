@@ -106,7 +106,7 @@ def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
     longer = {"duration": "2 steps", "checkpoint.allow_config_change": True}
     with tiny_run.compile_once():
         train.train(siglip_config(siglip, *flags, duration="1 steps"), tmp_path / "run")
-        (siglip / "model.safetensors").unlink()  # needed to start, not to go on
+        (siglip / "model.safetensors").unlink()  # needed to start, not to resume
         train.train(siglip_config(siglip, *flags, **longer), tmp_path / "run")
     assert (tmp_path / "run/checkpoints/2").is_dir()
     weights.save(weights.open(tmp_path / "run"), tmp_path / "back", "huggingface")

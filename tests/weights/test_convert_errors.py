@@ -1,4 +1,4 @@
-"""What cannot be converted is refused, and the message names what is wrong."""
+"""Refusals to convert, whose messages name what is wrong."""
 
 import dataclasses
 import io

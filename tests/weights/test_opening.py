@@ -21,7 +21,7 @@ def assert_same_variables(actual, expected):
 
 
 def test_a_workdir_there_and_back(tmp_path: pathlib.Path, capsys):
-    """By the command, to transformers and back, and on as the start of another run."""
+    """The command converts to transformers and back, and another run starts from the result."""
     run = str(tiny_run.finished())
     hub, back = str(tmp_path / "hub"), str(tmp_path / "back")
     cli.main([run, hub, "--to=huggingface"])

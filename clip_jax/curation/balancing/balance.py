@@ -1,7 +1,7 @@
 """The two passes over all shards, and their results.
 
 matching.py    queries in captions    passes.py   the work on one shard
-sampling.py    which pairs to keep    store.py    its results on disk
+sampling.py    the draw of pairs      store.py    its results on disk
 pairs.py, readers.py, tars.py   shards       engines.py  where the work runs
 """
 
@@ -30,7 +30,7 @@ class Plan:
 
     Attributes:
       shards: paths of tables or tar shards.
-      columns: the columns that are read.
+      columns: columns to read.
       queries: file of the queries.
       output: directory for the results.
       per_query: number of pairs that a query keeps on average, if it has more.

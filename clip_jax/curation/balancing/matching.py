@@ -107,7 +107,7 @@ class Matcher:
         end = offsets[1:][row]
         start = np.flatnonzero(numbers >= 0)
         state = numbers[start]
-        found = []  # as row * count + query
+        found = []  # elements are row * count + query
         for depth, (ends, edges) in enumerate(zip(self._ends, self._edges), 1):
             query = ends[state]
             hit = query >= 0

@@ -1,4 +1,4 @@
-"""Captions out of tables and tar shards, batch by batch, whatever the size of the file."""
+"""Captions of tables and tar shards, read in batches, for files of any size."""
 
 import logging
 from collections import Counter
@@ -19,10 +19,10 @@ DAMAGED, MISSING = "damaged shard", "missing shard"
 
 
 def find(paths: str) -> list[epath.Path]:
-    """The shards that a comma-separated list of files, directories and patterns names.
+    """Finds the shards that a comma-separated list of files, directories and patterns names.
 
     Raises:
-      UserError: none, or of a kind that cannot be read, or a directory holds several kinds.
+      UserError: there are none, one is of an unknown kind, or a directory holds several kinds.
     """
     found: list[epath.Path] = []
     for item in filter(None, (item.strip() for item in paths.split(","))):
@@ -58,19 +58,19 @@ def _of_one_kind(directory: str, paths: list[epath.Path]) -> list[epath.Path]:
     return [path for path in paths if path.suffix in kinds]
 
 
-def read(path: epath.Path, columns: Columns, rows: int, tally: Counter[str]) -> Iterator[pa.Table]:
-    """The usable captions of a shard.
+def read(path: epath.Path, columns: Columns, rows: int, stats: Counter[str]) -> Iterator[pa.Table]:
+    """Yields the usable captions of a shard.
 
     Args:
-      path: the shard.
-      columns: what of it is wanted.
-      rows: at most so many in a batch.
-      tally: gets "read", the number of rows, and the reasons for which some of them, or the rest
-        of the shard, cannot be used.
+      path: path of the shard.
+      columns: columns to read.
+      rows: maximum number of rows in a batch.
+      stats: counter to update with "read", the number of rows, and with the number of unusable
+        rows by reason, a shard that is damaged or missing included.
 
     Yields:
-      Tables with row (int64, position in the shard), caption (string, no nulls), and the columns
-      to keep; of tar shards also key (string).
+      Tables with row (int64, position in the shard), caption (string, no nulls) and the columns to
+      keep; for tar shards also key (string).
 
     Raises:
       UserError: a column is missing.
@@ -79,21 +79,21 @@ def read(path: epath.Path, columns: Columns, rows: int, tally: Counter[str]) -> 
     try:
         with ranges.scanning(path) as file:
             for table in READERS[path.suffix](file, path, columns, rows):
-                yield _usable(table, start, tally)
+                yield _usable(table, start, stats)
                 start += len(table)
     except FileNotFoundError:
-        _lose(path, MISSING, "there is no such file", tally)
+        _lose(path, MISSING, "there is no such file", stats)
     except (OSError, EOFError, Damage, pa.ArrowException) as error:
-        _lose(path, DAMAGED, str(error), tally)
-    tally["read"] += start
+        _lose(path, DAMAGED, str(error), stats)
+    stats["read"] += start
 
 
-def _lose(path: epath.Path, reason: str, detail: str, tally: Counter[str]) -> None:
-    tally[reason] += 1
-    logging.warning("%s: %s, what was read before is used: %s", path, reason, detail)
+def _lose(path: epath.Path, reason: str, detail: str, stats: Counter[str]) -> None:
+    stats[reason] += 1
+    logging.warning("%s: %s, the rows before it are used: %s", path, reason, detail)
 
 
-def _usable(table: pa.Table, start: int, tally: Counter[str]) -> pa.Table:
+def _usable(table: pa.Table, start: int, stats: Counter[str]) -> pa.Table:
     """Numbers the rows; drops and counts those without a caption."""
     table = table.combine_chunks()
     found = table["caption"].combine_chunks()
@@ -104,14 +104,14 @@ def _usable(table: pa.Table, start: int, tally: Counter[str]) -> pa.Table:
         problems = pc.coalesce(table["problem"].combine_chunks(), problems)
         table = table.drop_columns("problem")
     for count in problems.drop_null().value_counts().to_pylist():
-        tally[count["values"]] += count["counts"]
+        stats[count["values"]] += count["counts"]
     table = table.set_column(table.column_names.index("caption"), "caption", captions)
     rows = pa.array(np.arange(start, start + len(table)))
     return table.add_column(0, "row", rows).filter(problems.is_null())
 
 
 def _decode(values: pa.Array) -> pa.Array:
-    """UTF-8 as bytes or string -> string; null where it is invalid."""
+    """Decodes UTF-8, given as bytes or string; null where it is invalid."""
     try:
         return values.cast(pa.binary()).cast(pa.string())
     except pa.ArrowInvalid:

@@ -1,13 +1,13 @@
-"""Captions as tables, lines of text and tar shards have them.
+"""Readers of captions in tables, lines of text and tar shards.
 
-A reader takes the open file, its path, the columns wanted and the most rows of a batch. It yields
-tables of
+A reader takes the open file, its path, the columns to read and the maximum number of rows in a
+batch. It yields tables of
 
-  caption   string or binary, null where there is none
-  problem   string, why a row cannot be used, null if nothing is known against it; may be missing
+  caption   string or binary; null: there is none
+  problem   string, the reason why a row cannot be used; null: none is known. May be missing
 
-and the columns to keep; of tar shards also key (string). A row of a .csv or .tsv file with too few
-or too many cells is a malformed row. What was yielded before `Damage` is raised can be used.
+and the columns to keep, for tar shards also key (string). A row of a .csv or .tsv file with too few
+or too many cells is malformed. Tables yielded before `Damage` is raised can be used.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ _LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What is read of a file.
+    """The columns to read of a file.
 
     Attributes:
-      caption: column of tables, or field of the .json files in a shard; "": the usual names.
-      keep: columns or fields to hand on; of parquet as they are, otherwise as text.
-      names: of all columns of .csv and .tsv files without a header; (): they have one.
+      caption: column of a table, or field of the .json files in a shard; "": the usual names.
+      keep: columns or fields to pass on, unchanged from .parquet files, otherwise as text.
+      names: names of all columns of .csv and .tsv files without a header; (): they have one.
     """
 
     caption: str
@@ -65,7 +65,7 @@ def _tables(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> I
 
     as_stored = path.suffix == ".parquet"
     for block in table_scan.scan(file, path, choose, rows=rows, names=columns.names):
-        if not block.columns:  # of no row is more known
+        if not block.columns:  # a block of a .jsonl file that has had no object so far
             yield _unusable(list(block.problems.values()))
             continue
         found = block.columns[caption]
@@ -83,7 +83,7 @@ def _tables(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> I
 
 
 def _first_text(values: pa.Array, path: epath.Path) -> pa.Array:
-    """A column of captions as string or binary; of several captions in a cell the first."""
+    """Returns a column of captions as string or binary; the first one if a cell holds several."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     while isinstance(values.type, _LISTS):
@@ -100,13 +100,13 @@ def _first_text(values: pa.Array, path: epath.Path) -> pa.Array:
 
 
 def _unusable(reasons: Sequence[str]) -> pa.Table:
-    """Rows of which only is known why they cannot be used."""
+    """Returns rows that hold only the reason why they cannot be used."""
     nulls = pa.nulls(len(reasons), pa.string())
     return pa.table({"caption": nulls, "problem": pa.array(reasons, pa.string())})
 
 
 def _strings(values: Iterable[Any]) -> pa.Array:
-    """Values as text, JSON for what is none."""
+    """Converts values to text; those that are not text become JSON."""
     if isinstance(values, pa.Array):
         values = values.to_pylist()
     return pa.array(map(_string, values), pa.string())
@@ -117,7 +117,7 @@ def _tar(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iter
     found, damage = samples(file, problems)
     fields = captions.parse_fields(columns.caption)
     if damage and found and not ("image" in found[-1] and found[-1].keys() & {"txt", "json"}):
-        found.pop()  # may have lost a file: no fault of its own
+        found.pop()  # the damage may have cut off its other file
     for batch in _batches(found, rows):
         read = [_read_sample(file, sample, fields, columns.keep) for sample in batch]
         keys, texts, records, reasons = zip(*read)
@@ -132,7 +132,7 @@ def _tar(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iter
 def _read_sample(
     file: IO[bytes], sample: Sample, fields: Sequence[captions.Field], keep: Sequence[str]
 ) -> tuple[str, str | None, dict[str, Any], str | None]:
-    """Key, first caption, .json fields if any are to keep, and why there is no caption."""
+    """Returns key, first caption, .json fields to keep, and why there is no caption."""
     key, contents = "", {}
     for kind in sample.keys() & {"txt", "json"}:
         file.seek(sample[kind].offset - BLOCK)
@@ -168,7 +168,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _caption_column(names: Sequence[str], columns: Columns, path: epath.Path) -> str:
-    """Name of the captions' column; UserError where it or one to keep is missing."""
+    """Returns the column of captions; raises UserError if it or one to keep is missing."""
     for name in columns.keep:
         if name not in names:
             raise UserError(f"{path} has no column {name!r} to keep; it has {', '.join(names)}.")

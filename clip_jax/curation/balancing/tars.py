@@ -1,4 +1,4 @@
-"""Tar shards with fewer samples."""
+"""Copies of tar shards with only some of their samples."""
 
 import contextlib
 import shutil
@@ -17,12 +17,12 @@ _CHUNK = 2**24  # bytes copied at a time
 
 
 def copy(source: epath.Path, target: epath.Path, rows: Sequence[int]) -> None:
-    """Writes a shard of some samples of another, with all files of their keys.
+    """Copies some samples of a shard, with all files of their keys.
 
     Args:
-      source: a tar shard.
-      target: written whole or not at all, and not if there are no rows.
-      rows: numbers of the samples, by their first appearance in `source`.
+      source: path of a tar shard.
+      target: path of the copy, which is written atomically; removed if there are no rows.
+      rows: numbers of the samples, in order of first appearance in `source`.
     """
     if not rows:
         writing.remove(target)
@@ -40,7 +40,7 @@ def copy(source: epath.Path, target: epath.Path, rows: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def _at_hand(path: epath.Path) -> Iterator[IO[bytes]]:
-    """A shard to pass through several times; of one in a bucket, a temporary copy."""
+    """Opens a shard for several passes; one in a bucket is copied to a temporary file first."""
     with ranges.scanning(path) as file:
         if not remote.is_remote(path):
             yield file
@@ -51,7 +51,7 @@ def _at_hand(path: epath.Path) -> Iterator[IO[bytes]]:
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
-    """The whole files of a shard, up to where it is damaged."""
+    """Yields the complete files of a shard, up to where it is damaged."""
     end = file.seek(0, 2)
     file.seek(0)
     try:

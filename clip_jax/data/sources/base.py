@@ -1,4 +1,4 @@
-"""Examples, and the sources that they are read from, whatever the format."""
+"""Examples, and the interface of the sources that they are read from."""
 
 import dataclasses
 from typing import Protocol, runtime_checkable

@@ -1,4 +1,4 @@
-"""The captions of an example: which fields hold them, and which one is read this time."""
+"""The captions of an example: the fields that hold them, and the draw of one of them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -8,11 +8,11 @@ import numpy as np
 
 from clip_jax.errors import BadExample, UserError
 
-MAX_CHARACTERS = 2**16  # of a caption; longer ones are web pages or logs, not captions
+MAX_CHARACTERS = 2**16  # longer texts are web pages or logs, not captions
 
 
 class Field(NamedTuple):
-    """A place that holds captions, and how often they are taken compared with other places'."""
+    """A field that holds captions, and its weight in the draw of one caption."""
 
     name: str
     weight: float
@@ -26,10 +26,10 @@ class Captions(NamedTuple):
 
 
 def parse_fields(text_key: str) -> tuple[Field, ...]:
-    """ "caption:0.3,synthetic:0.7" -> its fields; without a weight, 1.
+    """Parses "caption:0.3,synthetic:0.7"; a field without a weight has weight 1.
 
     Raises:
-      UserError: a weight is no positive number, or a name is empty.
+      UserError: a weight is not a positive number, or a name is empty.
     """
     fields = []
     for item in filter(None, (item.strip() for item in text_key.split(","))):
@@ -47,13 +47,13 @@ def parse_fields(text_key: str) -> tuple[Field, ...]:
 
 
 def collect(values: Iterable[tuple[Any, float]], key: str, required: bool = True) -> Captions:
-    """What the fields of an example hold -> its captions, without empty ones.
+    """Collects the captions of an example, without empty ones.
 
     Args:
-      values: per field a caption, or a (nested) sequence of captions that share its weight, as
-        str or UTF-8 bytes, or None; and the weight of the field.
-      key: names the example in errors.
-      required: whether there must be one.
+      values: (value, weight) of each field. A value is a caption as str or UTF-8 bytes, a (nested)
+        sequence of captions that share the weight, or None.
+      key: name of the example, for errors.
+      required: whether an example without captions is an error.
 
     Raises:
       BadExample: "no caption", "empty caption", "caption too long" or "invalid UTF-8 caption".
@@ -73,7 +73,7 @@ def collect(values: Iterable[tuple[Any, float]], key: str, required: bool = True
 
 
 def choose(captions: Captions, rng: np.random.Generator) -> str:
-    """One of them, at random by weight; draws nothing where there is no choice."""
+    """Draws a caption by weight; uses no randomness if there is only one."""
     texts, weights = captions
     if len(texts) < 2:
         return texts[0] if texts else ""
@@ -89,18 +89,18 @@ def read_files(
     key: str,
     required: bool = True,
 ) -> Captions:
-    """The captions among the files that stand beside an image.
+    """Collects the captions in the files beside an image.
 
     Args:
-      txt: the .txt file, or its captions one by one; None: there is none.
-      record: the .json file, None: there is none.
-      fields: of the .json file, "txt" standing for the .txt file; (): the .txt file, or else
+      txt: contents of the .txt file, or its captions one by one; None: there is no such file.
+      record: contents of the .json file; None: there is no such file.
+      fields: fields of the .json file, or "txt" for the .txt file; (): the .txt file, or else
         "caption" of the .json file.
-      key: names the example in errors.
-      required: whether there must be one.
+      key: name of the example, for errors.
+      required: whether an example without captions is an error.
 
     Raises:
-      BadExample: as `collect`, or "unreadable json".
+      BadExample: "unreadable json", or a reason of `collect`.
     """
     if not fields:
         fields = (Field("caption" if txt is None else "txt", 1.0),)
@@ -111,7 +111,7 @@ def read_files(
 
 
 def read_field(record: bytes | None, field: str, key: str) -> Any:
-    """`field` of a JSON file; None where file or field is missing. BadExample if not JSON."""
+    """Returns a field of a JSON file, None if it is missing; BadExample: the file is not JSON."""
     if record is None:
         return None
     try:
@@ -134,7 +134,7 @@ def _text(value: Any, key: str) -> str:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:
             raise BadExample("invalid UTF-8 caption", key, str(error)) from None
-    text = value if isinstance(value, str) else ""  # a number or an object is no caption
+    text = value if isinstance(value, str) else ""  # a number or an object is not a caption
     if not text.isascii():
         try:
             text.encode("utf-8")

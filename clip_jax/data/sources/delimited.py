@@ -1,19 +1,20 @@
 """Cells of comma- and tab-separated text, as pandas and pyarrow understand them.
 
-A row ends at \\n, \\r\\n or \\r. A cell that begins with a quote ends at the next one that is not
-doubled, and may hold delimiters and line ends; a quote further inside a cell stands for itself.
+A row ends at \\n, \\r\\n or \\r. A cell that begins with a quote ends at the next quote that is not
+doubled, and may hold delimiters and line ends. Elsewhere in a cell a quote has no special meaning.
 
 Tables written by hand hold quotes that open a cell and never close it, as in "wow, said the cat.
-Taken at its word, such a quote swallows all rows up to the next quote. So a quoted cell of several
-lines must be written without fault: a delimiter or the end of the row follows its last quote. In a
-.tsv its lines must not all be whole rows either. Otherwise the first quote stands for itself.
+Read strictly, such a quote swallows all rows up to the next quote. Therefore a quoted cell of
+several lines counts only if a delimiter or the end of the row follows its closing quote, and in a
+.tsv only if its lines are not all complete rows. Otherwise the opening quote, too, has no special
+meaning.
 """
 
 import dataclasses
 import functools
 import re
 
-MAX_ROW = 2**22  # bytes of a row
+MAX_ROW = 2**22  # bytes; a longer row is malformed
 LINE_END = re.compile(rb"[\r\n]")
 
 Row = list[bytes] | None  # None: it is longer than MAX_ROW
@@ -21,15 +22,16 @@ Row = list[bytes] | None  # None: it is longer than MAX_ROW
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """How cells are written.
+    """The syntax of a table.
 
     Attributes:
-      delimiter: between cells.
-      regular: any number of rows, in a line each and of the right width, whose quotes leave no
-        doubt.
-      quoted: a cell that begins with a quote; groups: within the quotes, after them, its end.
-      plain: any other cell; groups: the cell, its end.
-      width: cells of a row.
+      delimiter: separator of cells.
+      regular: pattern of any number of unambiguous rows: one per line, of the right width, with
+        matching quotes.
+      quoted: pattern of a cell that begins with a quote; groups: text within the quotes, text
+        after them, delimiter or line end.
+      plain: pattern of any other cell; groups: text, delimiter or line end.
+      width: cells per row.
     """
 
     delimiter: bytes
@@ -41,6 +43,7 @@ class Dialect:
 
 @functools.cache
 def dialect_of(suffix: str, width: int) -> Dialect:
+    """Returns the dialect of a .csv or .tsv file with rows of this width."""
     delimiter = {".csv": b",", ".tsv": b"\t"}[suffix]
     inner = rb"[^" + delimiter + rb"\r\n]"
     cell = rb'(?:"(?:[^"\r\n]++|"")*+"|(?!")' + inner + rb"*+)"
@@ -56,7 +59,7 @@ def dialect_of(suffix: str, width: int) -> Dialect:
 
 
 def read_row(buffer: bytes, start: int, dialect: Dialect) -> tuple[Row, int]:
-    """The cells of the row at `start`, and the place behind it."""
+    """Returns the cells of the row at `start`, and the position after it."""
     cells: list[bytes] = []
     place, limit = start, min(start + MAX_ROW, len(buffer))
     while True:
@@ -74,13 +77,13 @@ def read_row(buffer: bytes, start: int, dialect: Dialect) -> tuple[Row, int]:
 
 
 def _is_cell(buffer: bytes, start: int, match: re.Match[bytes], dialect: Dialect) -> bool:
-    """Returns whether what stands in quotes is one cell, and the first quote no mistake.
+    """Returns whether the quoted text is one cell, rather than an opening quote never closed.
 
     Args:
-      buffer: text with the row.
-      start: of the row that the cell is in.
-      match: of `dialect.quoted`.
-      dialect: the cells are written in.
+      buffer: text that holds the row.
+      start: position of the row.
+      match: match of `dialect.quoted`.
+      dialect: dialect of the table.
     """
     if not LINE_END.search(match[1]):
         return True

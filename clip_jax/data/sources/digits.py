@@ -88,7 +88,7 @@ class Glyph:
 
 
 def open_source(request: Request) -> "DigitScenes":
-    """Opens what a config describes as "digits"."""
+    """Opens a source of type "digits"."""
     return DigitScenes(request.spec.split, request.image_size, request.seed)
 
 

@@ -1,4 +1,4 @@
-"""Folders of images: captions in a table or in files beside the images, or classes by folder."""
+"""Folders of images, with captions in a table or beside the images, or with classes by folder."""
 
 import functools
 import logging
@@ -22,7 +22,7 @@ TABLES = tuple(f"{stem}{suffix}" for stem in ("captions", "metadata") for suffix
 
 
 def open_source(request: Request) -> "ImageFolder":
-    """Opens what a config describes as "folder"."""
+    """Opens a source of type "folder"."""
     spec = request.spec
     return ImageFolder(
         spec.path,
@@ -38,22 +38,22 @@ def open_source(request: Request) -> "ImageFolder":
 class ImageFolder:
     """The images of a directory, with their captions or classes.
 
-    The first of these that is found decides:
-    1. A table (one of `TABLES`, or the one that is named), with a column of images (one of
-       `IMAGE_COLUMNS`, or `image_key`) and one of captions (one of `TEXT_COLUMNS`, or `text_key`),
-       which may be missing where there are classes. Images are paths relative to the directory.
-       In .parquet files they may also be bytes, or structs of bytes and path as the Hugging Face
-       hub has them; there may be several such files.
-    2. .parquet files of any names with images in them, in the directory or in data below it.
+    The first layout found is used:
+    1. A table (one of `TABLES`, or the one named) with a column of images (one of `IMAGE_COLUMNS`,
+       or `image_key`) and a column of captions (one of `TEXT_COLUMNS`, or `text_key`). The captions
+       may be missing if there are classes. Images are paths relative to the directory. In .parquet
+       files they may also be bytes, or structs of bytes and path as on the Hugging Face hub, and
+       there may be several such files.
+    2. .parquet files of any name that hold images, in the directory or in its sub-directory data.
     3. KEY.txt or KEY.json beside KEY.jpg, at any depth.
-    4. Images in sub-folders only: the name of the folder is the class, and the caption is
+    4. Images in sub-folders only. The folder's name is the class, and the caption is
        "a photo of a NAME.".
 
     Attributes:
       problems: number of images left out for lack of a caption, by reason.
-      labels: of every example; None: it has no classes.
-      class_names: of the labels.
-      templates: none.
+      labels: class ids of every example; None: there are no classes.
+      class_names: class names, by id.
+      templates: empty; a folder has no prompt templates.
     """
 
     templates: tuple[str, ...] = ()
@@ -70,33 +70,33 @@ class ImageFolder:
         chunk: int = 1,
         cached_chunks: int = 0,
     ):
-        """Lists the directory; reads the table, and with `label_key` every .json file.
+        """Lists the directory and reads the table, or with `label_key` every .json file.
 
         Args:
-          path: the directory, a table in it, or .parquet files, as `locations.expand` has them;
-            local, gs:// or s3://.
-          text_key: columns of the table, or fields of the .json files, with captions, as
-            `captions.parse_fields` has them; "": the usual names.
-          label_key: column or field with the class; "": none. A cell of a table may hold several,
-            with ";" between them, a field a list.
-          group_keys: columns or fields with the groups of an example, comma-separated.
-          image_key: column of the table with the images; "": the usual names.
+          path: the directory, a table in it, or .parquet files (see `locations.expand`); local,
+            gs:// or s3://.
+          text_key: columns of the table or fields of the .json files that hold captions (see
+            `captions.parse_fields`); "": the usual names.
+          label_key: column or field of the class; "": none. Several classes are separated by ";"
+            in a cell, and a list in a field.
+          group_keys: columns or fields of the groups of an example, comma-separated.
+          image_key: column of the table that holds the images; "": the usual names.
           by_image: whether rows of a table with the same image are one example, with the captions
-            of all of them; what else it has stands in the first.
-          chunk: number of neighbours among images in .parquet files that are read at once.
-          cached_chunks: of these, how many are held in memory; 0: the last ones read.
+            of all rows and the other columns of the first row.
+          chunk: images of .parquet files that are read together.
+          cached_chunks: chunks held in memory; 0: the row groups read last.
 
         Raises:
-          UserError: nothing of what is looked for is found.
+          UserError: the directory has none of these layouts.
         """
         self._fields = captions.parse_fields(text_key)
         self._group_keys = parse_groups(group_keys)
         self.problems: Counter[str] = Counter()
-        self._images: list[str] = []  # relative to the root; of stored images their keys
-        self._stored: StoredImages | None = None  # images that stand in the table
-        self._bad_rows: dict[int, str] = {}  # the reason by example
-        # By row, what the fields hold; None: it stands in files beside the images.
-        self._texts: list[list[tuple[Any, float]]] | _Texts | None = None
+        self._images: list[str] = []  # paths relative to the root, or keys of stored images
+        self._stored: StoredImages | None = None  # images held in the table itself
+        self._bad_rows: dict[int, str] = {}  # reason by example
+        # Values of the caption fields by example; None: they are in files beside the images.
+        self._texts: _Texts | list[list[tuple[Any, float]]] | None = None
         self._groups: list[tuple[str, ...]] | None = None
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class ImageFolder:
         return self.start([index])[0]()
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
-        """Begins to read images, as `reading.start` does; what lies beside them comes later."""
+        """Begins to read images, as `reading.start` does; files beside them are read later."""
         if self._stored is not None:
             reads = self._stored.start(indices)
             images = [functools.partial(self._stored_image, *each) for each in zip(indices, reads)]
@@ -210,7 +210,7 @@ class ImageFolder:
             self._groups = [tuple(group(values[row]) for values in found) for row in rows]
 
     def _paths(self, table: tables.Table, image_column: str) -> list[str]:
-        """The image of every row; notes rows that have none."""
+        """Returns the image of every row; records the rows that have none."""
         found = [tables.path_of(value) for value in table.columns[image_column]]
         for row, path in enumerate(found):
             if not path:
@@ -218,7 +218,7 @@ class ImageFolder:
         return [path or table.key(row) for row, path in enumerate(found)]
 
     def _merge(self, table: tables.Table, fields: Sequence[captions.Field]) -> list[int]:
-        """The first row of each image; gathers the texts of all its rows."""
+        """Returns the first row of each image; collects the texts of all its rows."""
         texts = _Texts(table, fields)
         merged: dict[str, tuple[int, list[tuple[Any, float]]]] = {}
         for row, image in enumerate(self._images):
@@ -232,7 +232,7 @@ class ImageFolder:
         return rows
 
     def _name_classes(self, names: tuple[str, ...], label_key: str) -> None:
-        """Takes the names that a .parquet file has for the classes it numbers."""
+        """Uses the names that a .parquet file has for the classes it numbers."""
         assert self.labels is not None
         if not names or self.class_names:
             return
@@ -303,7 +303,7 @@ class ImageFolder:
         return tuple(group(captions.read_field(record, name, key)) for name in self._group_keys)
 
     def _wants(self, kind: str) -> bool:
-        """Whether captions may stand in files of this kind."""
+        """Returns whether files of this kind may hold captions."""
         kinds = {"txt" if field.name == "txt" else "json" for field in self._fields}
         return not kinds or kind in kinds
 
@@ -314,7 +314,7 @@ class ImageFolder:
             return None
 
     def _read(self, name: str, begun: Callable[[], bytes] | None = None) -> bytes | None:
-        """Contents of a file, None: there is none; `begun` is a first try."""
+        """Returns the contents of a file, None if there is none; `begun` is the first attempt."""
         first = [begun] if begun else []
 
         def read() -> bytes | None:
@@ -330,7 +330,7 @@ class ImageFolder:
 
 
 class _Texts:
-    """By row, what the fields of a table hold, and their weights."""
+    """The (value, weight) of a table's caption fields, by row."""
 
     def __init__(self, table: tables.Table, fields: Sequence[captions.Field]):
         self._length = len(table)
@@ -344,7 +344,7 @@ class _Texts:
 
 
 def _find(path: str, image_key: str) -> tuple[epath.Path, list[epath.Path]]:
-    """The directory that paths of images are relative to, and the tables, if there are any."""
+    """Returns the directory that image paths are relative to, and the tables, if any."""
     root = locations.parse(path) if path else epath.Path()
     if path.endswith(tuple(f"{suffix}.gz" for suffix in tables.SUFFIXES)):
         raise UserError(f"source.path = {path!r} is compressed: decompress it with gunzip first.")
@@ -379,14 +379,14 @@ def _fail(reason: str, key: str) -> bytes:
 
 
 def _cell(value: Any) -> Any:
-    """What a cell holds as classes: "cat;dog" are two, "" is none."""
+    """Splits a cell into its classes: "cat;dog" holds two, "" none."""
     if not isinstance(value, str):
         return value
     return [name for name in (part.strip() for part in value.split(";")) if name]
 
 
 def _list(root: epath.Path) -> list[str]:
-    """All files under the root, relative to it, sorted; without hidden ones."""
+    """Returns the files under the root, relative to it and sorted, without hidden ones."""
     found = locations.tree(root)
     return [name for name in found if not any(p.startswith(".") for p in name.split("/"))]
 

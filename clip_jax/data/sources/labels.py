@@ -1,4 +1,4 @@
-"""Classes as found in files, numbered; and the groups that examples belong to."""
+"""Numbering of the classes found in files, and the groups that examples belong to."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class Labels:
     """The classes of many examples, each of which may have none, one or several."""
 
     def __init__(self, lists: Sequence[Sequence[int]]):
-        """Keeps them in two flat arrays; `lists`: class indices by example."""
+        """Flattens lists of class ids, one per example, into two arrays."""
         self._first = np.cumsum([0, *map(len, lists)])
         self._flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32)
 
@@ -25,19 +25,20 @@ class Labels:
 
     @property
     def largest(self) -> int:
-        """The largest class index; -1: no example has a class."""
+        """The largest class id; -1 if no example has a class."""
         return int(self._flat.max(initial=-1))
 
 
 def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
-    """Class labels as found in a file -> numbers and names.
+    """Converts class labels as found in a file to class ids and names.
 
     Args:
-      values: per example; None: no label; a list: several. Integers stand for themselves, negative
-        ones for no label; anything else for a name, numbered in sorted order.
+      values: label of each example. None means no label, a list several. If all labels are
+        integers, they are ids, and negative ones mean no label. Otherwise they are names, numbered
+        in sorted order.
 
     Returns:
-      The numbers; and the names, empty where the labels are integers already.
+      The ids, and the names by id; () if the labels were integers.
 
     Raises:
       UserError: no example has a label.
@@ -52,26 +53,26 @@ def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
 
 
 def number_names(lists: Sequence[Sequence[str]]) -> tuple[Labels, tuple[str, ...]]:
-    """Class names by example -> their numbers in sorted order, and the names in that order."""
+    """Numbers class names in sorted order; returns the ids by example, and the names by id."""
     names = sorted(set(itertools.chain.from_iterable(lists)))
     number = {name: index for index, name in enumerate(names)}
     return Labels([[number[name] for name in each] for each in lists]), tuple(names)
 
 
 def parse_groups(group_keys: str) -> tuple[str, ...]:
-    """ "gender,race" -> its keys."""
+    """Splits a list of keys such as "gender,race"."""
     return tuple(filter(None, (key.strip() for key in group_keys.split(","))))
 
 
 def group(value: Any) -> str:
-    """What a field holds, as the name of a group; "": nothing."""
+    """Returns the value of a field as the name of a group; "": none."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return "" if value is None else str(value)
 
 
 def _listed(value: Any) -> list[Any]:
-    """Each once, in the order found."""
+    """Returns the labels of an example, each once, in the order found."""
     if value is None:
         return []
     return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else [value]

@@ -1,4 +1,4 @@
-"""Opens the source that a config names; TYPES is the list of what there is."""
+"""The kinds of sources, and the function that opens the one a config names."""
 
 import importlib
 

@@ -1,8 +1,8 @@
-"""Images that stand in a column of Parquet files, as the Hugging Face hub has them.
+"""Images in a column of Parquet files, as on the Hugging Face hub.
 
-The column holds the encoded file (binary), or a struct of `bytes` and `path`. A row group is the
-least that can be read: usually 100 images. So neighbours that are wanted together are read once,
-and the row groups last read are held.
+The column holds encoded files (binary), or structs of `bytes` and `path`. The smallest unit that
+can be read is a row group, usually 100 images. Therefore neighbouring rows are read together, and
+the row groups read last are held in memory.
 """
 
 import bisect
@@ -24,25 +24,25 @@ from clip_jax.data.sources.reading import ChunkCache
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import faults, locations, ranges
 
-# The hub's names of files: the split, a number, and perhaps a checksum.
+# File names on the hub: the split, a number, and perhaps a checksum.
 _HUB_FILE = re.compile(r"(.+)-\d{5}-of-\d{5}(-[0-9a-f]+)?\.parquet")
-_THREADS = 16  # that read the footers of files
-_HELD_GROUPS = 2  # row groups that are held, for examples in turn
-_LARGE = 16  # rows of a row group from which random order is slow
+_THREADS = 16  # footers read at a time
+_HELD_GROUPS = 2  # row groups held in memory, for sequential reads
+_LARGE = 16  # rows per row group from which random order is slow
 
 
 def find(directory: epath.Path, columns: Sequence[str]) -> list[epath.Path]:
-    """The .parquet files with images of a directory, or else of its sub-directory data.
+    """Finds the .parquet files that hold images, in a directory or else in its sub-directory data.
 
     Args:
-      directory: to look in.
-      columns: that may hold the images.
+      directory: directory to search.
+      columns: columns that may hold the images.
 
     Returns:
-      Sorted paths; none where there are no such files, or the first of them holds no images.
+      Sorted paths; none if there are no .parquet files, or the first of them holds no images.
 
     Raises:
-      UserError: by their names they are of several splits.
+      UserError: the names of the files tell several splits.
     """
     for folder in (directory, directory / "data"):
         found = locations.listing(folder) if folder.is_dir() else ()
@@ -67,13 +67,13 @@ def find(directory: epath.Path, columns: Sequence[str]) -> list[epath.Path]:
 
 
 class Footer(NamedTuple):
-    """The description of a Parquet file, which stands at its end.
+    """The footer of a Parquet file, which describes its contents.
 
     Attributes:
-      path: of the file.
-      version: of the file that was opened, as `locations.Stat` has it.
-      metadata: pyarrow's.
-      schema: of the columns.
+      path: path of the file.
+      version: version of the file that was opened (see `locations.Stat`).
+      metadata: pyarrow's `FileMetaData`.
+      schema: schema of the columns.
     """
 
     path: epath.Path
@@ -83,10 +83,10 @@ class Footer(NamedTuple):
 
 
 def read_footers(paths: Sequence[epath.Path]) -> list[Footer]:
-    """The footers of files.
+    """Reads the footers of files.
 
     Raises:
-      UserError: one is not there, or is no Parquet file.
+      UserError: a file does not exist, or is not a Parquet file.
     """
     with futures.ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(_read_footer, paths))
@@ -105,7 +105,7 @@ def _read_footer(path: epath.Path) -> Footer:
 
 
 def holds_images(footers: Sequence[Footer], column: str) -> bool:
-    """Returns whether a column holds encoded images, and not their paths alone."""
+    """Returns whether a column holds encoded images, not only their paths."""
     return any(_has_bytes(footer, column) for footer in footers)
 
 
@@ -138,7 +138,7 @@ def _is_null(footer: Footer, leaf: str) -> bool:
 
 
 def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
-    """The names of the classes that a column numbers, where the hub's `datasets` noted them."""
+    """Returns the class names of a column of class ids, if the hub's `datasets` recorded them."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         feature = features[column]
@@ -150,11 +150,11 @@ def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
 
 
 class StoredImage(NamedTuple):
-    """An image as a row has it; None: it has no such thing.
+    """An image as stored in a row.
 
     Attributes:
-      data: its encoded file.
-      path: of its file, which the row may have in place of `data`.
+      data: the encoded file; None: not in the row.
+      path: path of the file, in place of `data`; None: not in the row.
     """
 
     data: bytes | None
@@ -162,18 +162,18 @@ class StoredImage(NamedTuple):
 
 
 class StoredImages:
-    """Random access to the images of a column, by their row over all files."""
+    """The images of a column, with random access by row over all files."""
 
     def __init__(
         self, footers: Sequence[Footer], column: str, *, chunk: int = 1, cached_chunks: int = 0
     ):
-        """Notes where the row groups stand; reads none.
+        """Locates the row groups; reads none.
 
         Args:
-          footers: of the files.
-          column: with the images.
-          chunk: number of neighbours that are wanted together.
-          cached_chunks: of these, how many are held in memory; 0: only the last row groups are.
+          footers: footers of the files.
+          column: column that holds the images.
+          chunk: neighbouring rows that are read together.
+          cached_chunks: chunks held in memory; 0: only the row groups read last.
         """
         self._footers, self._column = footers, column
         self._groups = [
@@ -183,10 +183,10 @@ class StoredImages:
         self._first = list(itertools.accumulate(sizes, initial=0))
         self._read_groups = ChunkCache(self._start_group, _HELD_GROUPS)
         self._chunk = chunk
-        self._runs = ChunkCache(self._start_run, cached_chunks) if cached_chunks else None
+        self._chunks = ChunkCache(self._start_chunk, cached_chunks) if cached_chunks else None
         if not cached_chunks and sizes and max(sizes) >= _LARGE:
             logging.info(
-                "The images of %s stand in row groups of up to %d rows. In shuffled order, each "
+                "The images of %s are in row groups of up to %d rows. In shuffled order, each "
                 "image costs the reading of its group; --config.data.order=windowed reads a group "
                 "for several images at a time.",
                 footers[0].path.parent,
@@ -198,10 +198,11 @@ class StoredImages:
 
     def start(self, rows: Sequence[int]) -> list[Callable[[], StoredImage]]:
         """Begins to read images; each function waits for one, and may raise BadExample."""
-        if self._runs is not None:
-            runs = [(self._runs.start(row // self._chunk), row % self._chunk) for row in rows]
-            return [functools.partial(_take, *run) for run in runs]
-        # Not begun before it is asked for: so many row groups would not fit into memory.
+        if self._chunks is not None:
+            found = [(self._chunks.start(row // self._chunk), row % self._chunk) for row in rows]
+            return [functools.partial(_take, *each) for each in found]
+        # A row group is read when its first image is needed, since all of them together would not
+        # fit into memory.
         groups = {number: self._read_groups.start(number) for number in set(map(self._group, rows))}
         return [functools.partial(self._image, groups[self._group(row)], row) for row in rows]
 
@@ -214,8 +215,8 @@ class StoredImages:
             return StoredImage(value.get("bytes"), value.get("path"))
         return StoredImage(value, None)
 
-    def _start_run(self, number: int) -> Callable[[], list[StoredImage | BadExample]]:
-        """Neighbours, of which row groups are read that they stand in."""
+    def _start_chunk(self, number: int) -> Callable[[], list[StoredImage | BadExample]]:
+        """Begins to read a chunk of neighbouring rows, by way of the row groups they are in."""
         rows = range(number * self._chunk, min((number + 1) * self._chunk, len(self)))
         groups = {each: self._read_groups.start(each) for each in map(self._group, rows)}
 
@@ -231,13 +232,13 @@ class StoredImages:
         return finish
 
     def _start_group(self, number: int) -> Callable[[], pa.Array]:
-        """The column in a row group."""
+        """Begins to read the column of a row group."""
         footer, group = self._groups[number]
         span = _span(footer.metadata.row_group(group), self._column)
-        begun = [] if self._runs is None else [ranges.start(footer.path, [span], footer.version)]
+        begun = [] if self._chunks is None else [ranges.start(footer.path, [span], footer.version)]
 
         def read() -> bytes:
-            # Further tries begin anew.
+            # A retry starts a new read.
             again = begun.pop() if begun else ranges.start(footer.path, [span], footer.version)
             return again()[0]
 
@@ -259,15 +260,15 @@ class StoredImages:
         return finish
 
 
-def _take(run: Callable[[], Sequence[StoredImage | BadExample]], place: int) -> StoredImage:
-    found = run()[place]
+def _take(chunk: Callable[[], Sequence[StoredImage | BadExample]], place: int) -> StoredImage:
+    found = chunk()[place]
     if isinstance(found, BadExample):
         raise found
     return found
 
 
 def _span(group: Any, column: str) -> tuple[int, int]:
-    """Offset and size of a column in a row group; what a struct consists of lies together."""
+    """Returns offset and size of a column in a row group; fields of a struct are contiguous."""
     first, end = [], []
     for chunk in map(group.column, range(group.num_columns)):
         if chunk.path_in_schema.partition(".")[0] == column:
@@ -280,7 +281,7 @@ def _span(group: Any, column: str) -> tuple[int, int]:
 
 
 class _Part(io.RawIOBase):
-    """A file of which only the bytes from `first` on are at hand."""
+    """A file that holds only the bytes from `first` on."""
 
     def __init__(self, first: int, data: bytes):
         self._first, self._data = first, data
@@ -303,7 +304,7 @@ class _Part(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         start = self._place - self._first
         if start < 0:
-            raise OSError(f"nothing is at hand of byte {self._place}")
+            raise OSError(f"byte {self._place} was not read")
         data = self._data[start : None if size < 0 else start + size]
         self._place += len(data)
         return data

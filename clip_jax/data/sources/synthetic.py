@@ -10,7 +10,7 @@ from clip_jax.errors import UserError
 
 
 def open_source(request: Request) -> "Synthetic":
-    """Opens what a config describes as "synthetic"."""
+    """Opens a source of type "synthetic"."""
     return Synthetic(request.spec.size, request.image_size, request.seed)
 
 

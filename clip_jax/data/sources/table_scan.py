@@ -1,13 +1,13 @@
-"""Passing through tables: .csv, .tsv, .jsonl and .parquet files, and .txt with a text a line.
+"""Streaming reads of tables: .csv, .tsv, .jsonl, .parquet, and .txt files with one text per line.
 
-A file of any size is read in constant memory. Rows are numbered and none is lost: one that is not
-as it should be has a reason. Conventions are those of pandas and pyarrow. Text is UTF-8, with a
-byte order mark or without. Empty lines are no rows, except in .txt files.
+A file of any size is read in constant memory. Every row has a number, and a malformed row is kept
+with the reason. Conventions are those of pandas and pyarrow. Text is UTF-8, with or without a byte
+order mark. Empty lines are not rows, except in .txt files.
 
-.parquet    as it stands
-.jsonl      an object a line; lines end at \\n alone, names are those of the first objects
-.txt        a text a line
-.csv, .tsv  cells as `delimited` describes them, with the names in the first row
+.parquet    columns as stored
+.jsonl      one object per line; lines end at \\n only, columns are those of the first objects
+.txt        one text per line
+.csv, .tsv  cells as `delimited` describes them, column names in the first row
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from clip_jax.errors import UserError
 # Reasons why a row cannot be used.
 MALFORMED, INVALID = "malformed row", "invalid UTF-8 caption"
 _TEXT = "text"  # the column of .txt files
-ROWS = 2**16  # of a block
-_BLOCK = 2**23  # bytes of text that are read at a time
-_MAX_LINE = 2**26  # bytes of a line
+ROWS = 2**16  # rows per block
+_BLOCK = 2**23  # bytes of text read at a time
+_MAX_LINE = 2**26  # bytes; a longer line is malformed
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = (
     (b"\x1f\x8b", "is compressed with gzip: decompress it with gunzip"),
@@ -46,7 +46,7 @@ _FOREIGN = (
 Choose = Callable[[Sequence[str], epath.Path], Iterable[str]]
 Values = pa.Array | list[Any]
 
-pc: Any = pyarrow.compute  # whose functions are made at import, unseen by type checkers
+pc: Any = pyarrow.compute  # its functions are made at import, where type checkers miss them
 
 
 class Damage(Exception):
@@ -55,14 +55,15 @@ class Damage(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Some rows.
+    """Consecutive rows of a file.
 
     Attributes:
-      columns: by name. Of .csv, .tsv and .txt files strings, or bytes where some are not UTF-8; of
-        .jsonl files Python values, None where a row has no such field; of .parquet as stored.
+      columns: values by column name. Strings for .csv, .tsv and .txt files, or bytes if some are
+        not UTF-8; Python values for .jsonl files, None where a row lacks the field; as stored for
+        .parquet files.
       length: number of rows.
-      problems: the reason by row, of rows that are not as they should be. A row of a .csv or .tsv
-        file has the cells there are nevertheless, None for the others.
+      problems: reason by row, for rows that are malformed. A malformed row of a .csv or .tsv file
+        still has the cells that were read, and None for the others.
     """
 
     columns: Mapping[str, Values]
@@ -82,15 +83,15 @@ def scan(
 
     Args:
       file: open at its beginning; must allow `seek`.
-      path: of the file, for its kind and for messages.
-      choose: picks columns. Of a .jsonl file without any object it is not called, and there are
-        no columns.
-      rows: of a block, at most.
-      names: of all columns of a .csv or .tsv file without a header; (): it has one.
+      path: path of the file, for its suffix and for messages.
+      choose: picks columns. It is not called for a .jsonl file without any object, whose blocks
+        have no columns.
+      rows: maximum number of rows in a block.
+      names: names of all columns of a .csv or .tsv file without a header; (): it has one.
 
     Raises:
-      Damage: the rest cannot be read; what came before is good.
-      UserError: raised by `choose`, or a wanted column is there twice.
+      Damage: the rest cannot be read; the blocks before it are good.
+      UserError: raised by `choose`, or two columns have a name that was chosen.
     """
     if path.suffix == ".parquet":
         yield from _scan_parquet(file, path, choose, rows)
@@ -109,7 +110,7 @@ def scan(
 
 
 def _skip_mark(file: IO[bytes]) -> None:
-    """Leaves a byte order mark behind; Damage where the file is no UTF-8 text at all."""
+    """Skips a byte order mark; raises Damage if the file is not UTF-8 text at all."""
     start = file.read(8)
     for magic, problem in _FOREIGN:
         if start.startswith(magic):
@@ -154,7 +155,7 @@ def _scan_jsonl(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) ->
 
 
 def _record(line: bytes | None) -> dict[str, Any] | str:
-    """An object, or why there is none."""
+    """Returns the object of a line, or the reason why there is none."""
     if line is None:
         return MALFORMED
     try:
@@ -169,7 +170,7 @@ def _record(line: bytes | None) -> dict[str, Any] | str:
 
 
 def _lines(file: IO[bytes], rows: int) -> Iterator[Sequence[bytes | None]]:
-    """Yields lines, which end at \\n alone; None: one that is longer than a line may be."""
+    """Yields lines, which end at \\n only; None stands for a line longer than `_MAX_LINE`."""
     rest, skipping = b"", False
     while data := file.read(_BLOCK):
         lines: list[bytes | None] = list((rest + data).split(b"\n"))
@@ -185,7 +186,7 @@ def _lines(file: IO[bytes], rows: int) -> Iterator[Sequence[bytes | None]]:
 
 
 def _wanted(names: Sequence[str], choose: Choose, path: epath.Path) -> list[str]:
-    """The chosen columns, each once."""
+    """Returns the chosen columns, each once."""
     wanted = list(dict.fromkeys(choose(names, path)))
     for name in wanted:
         if names.count(name) > 1:
@@ -198,8 +199,8 @@ def _wanted(names: Sequence[str], choose: Choose, path: epath.Path) -> list[str]
 
 # ---- Cells of .csv and .tsv files ----------------------------------------------------------------
 
-# Most rows leave no doubt, and are handed to pyarrow as they stand, megabytes at a time. The others
-# are read cell by cell, and handed over as quoted cells in the place of what was there.
+# Most rows are unambiguous and go to pyarrow unchanged, megabytes at a time. The others are read
+# cell by cell and go to pyarrow with every cell quoted.
 
 
 def _scan_delimited(
@@ -213,7 +214,7 @@ def _scan_delimited(
         buffer += data
         found = _Rows(dialect_of(path.suffix, len(names) or 1))
         place = 0
-        # A row that begins before `stop` is known whole, or known to be too long.
+        # A row that begins before `stop` is in the buffer whole, or is too long.
         stop = len(buffer) if at_end else len(buffer) - MAX_ROW
         while place < stop:
             if skipping:  # the rest of a row that is too long
@@ -243,17 +244,17 @@ def _scan_delimited(
 
 
 class _Rows:
-    """Rows of one width on their way to pyarrow.
+    """Rows of one width, collected for pyarrow.
 
     Attributes:
-      dialect: they are written in.
+      dialect: dialect of the rows.
     """
 
     def __init__(self, dialect: Dialect):
         self.dialect = dialect
         self._parts: list[bytes] = []
         self._length = 0
-        self._widths: dict[int, int] = {}  # of malformed rows, by their number
+        self._widths: dict[int, int] = {}  # number of cells of each malformed row
 
     def add_regular(self, text: bytes) -> None:
         """Adds rows that `Dialect.regular` matches."""
@@ -271,7 +272,7 @@ class _Rows:
         self._length += 1
 
     def blocks(self, wanted: Sequence[tuple[str, int]], rows: int) -> Iterator[Block]:
-        """Yields the rows; `wanted`: name and place of the columns."""
+        """Yields the rows; `wanted` holds name and position of each column."""
         columns = {name: self._column(place, values) for name, place, values in self._parse(wanted)}
         for first in range(0, self._length, rows):
             length = min(rows, self._length - first)
@@ -292,7 +293,7 @@ class _Rows:
             pa.BufferReader(text),
             csv.ReadOptions(use_threads=False, column_names=names, block_size=len(text) + 1),
             csv.ParseOptions(delimiter=self.dialect.delimiter.decode(), newlines_in_values=True),
-            # As bytes: one cell that is not UTF-8 would fail all.
+            # As bytes, since one cell that is not UTF-8 would fail the whole call.
             csv.ConvertOptions(
                 include_columns=[str(place) for _, place in wanted],
                 column_types=dict.fromkeys(names, pa.binary()),
@@ -303,7 +304,7 @@ class _Rows:
             yield name, place, table[str(place)].combine_chunks()
 
     def _column(self, place: int, values: pa.Array) -> pa.Array:
-        """Has nulls in place of cells that a row lacks."""
+        """Returns a column with nulls in place of cells that a row lacks."""
         if all(width > place for width in self._widths.values()):
             return values
         lacking = np.zeros(self._length, bool)
@@ -312,7 +313,7 @@ class _Rows:
 
 
 def _texts(values: pa.Array) -> pa.Array:
-    """Bytes as strings, or as they are where one is not UTF-8."""
+    """Converts bytes to strings; returns them unchanged if one is not UTF-8."""
     try:
         return values.cast(pa.string())
     except pa.ArrowInvalid:

@@ -1,4 +1,4 @@
-"""Tables in memory, for training, embedding and evaluation; `table_scan` reads them."""
+"""Tables in memory, for training, embedding and evaluation, as `table_scan` reads them."""
 
 import bisect
 import dataclasses
@@ -16,17 +16,17 @@ from clip_jax.errors import UserError
 from clip_jax.storage import ranges
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-# Columns as they are usually called.
+# Usual names of columns.
 IMAGE_COLUMNS = ("image", "filepath", "file_name", "filename", "path", "file", "img")
 TEXT_COLUMNS = ("caption", "text", "title")
-_THREADS = 8  # that read files of one table
+_THREADS = 8  # files of one table read at a time
 
 
 class Column(Sequence[Any]):
-    """The values of a column, in pieces as they were read."""
+    """The values of a column, held in the pieces in which they were read."""
 
     def __init__(self, pieces: Sequence[Values]):
-        """Takes the pieces in order."""
+        """Concatenates pieces without copying them."""
         self._pieces = [piece for piece in pieces if len(piece)]
         self._first = list(itertools.accumulate(map(len, self._pieces), initial=0))
 
@@ -47,13 +47,13 @@ class Column(Sequence[Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Columns of one or more files, their rows one after the other.
+    """The columns of one or more files, with the rows of each file after those of the one before.
 
     Attributes:
-      columns: by name.
-      problems: the reason by row, as `Block` has them.
-      paths: of the files.
-      first: number of the first row of each file, and of all rows.
+      columns: values by column name.
+      problems: reason by row, for malformed rows; see `Block`.
+      paths: paths of the files.
+      first: number of each file's first row, and the number of rows at the end.
     """
 
     columns: Mapping[str, Column]
@@ -65,20 +65,20 @@ class Table:
         return self.first[-1]
 
     def key(self, row: int) -> str:
-        """Names a row, by its file and its number there from 0."""
+        """Names a row by its file and its number in the file, from 0."""
         file = bisect.bisect_right(self.first, row) - 1
         return f"{self.paths[file].name}:{row - self.first[file]}"
 
 
 def load(paths: Sequence[epath.Path], choose: Choose) -> Table:
-    """The wanted columns of tables that belong together.
+    """Reads the chosen columns of tables that belong together.
 
     Args:
-      paths: of the files.
-      choose: picks columns, as for `scan`; the same of each file.
+      paths: paths of the files.
+      choose: picks columns, the same ones of each file; see `scan`.
 
     Raises:
-      UserError: a file is not there, cannot be read, is no UTF-8, or no row of it can be used; or
+      UserError: a file does not exist, cannot be read, is not UTF-8, or has no usable row; or
         raised by `choose`.
     """
     with futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -120,14 +120,14 @@ def _load(path: epath.Path, choose: Choose) -> list[Block]:
 
 
 def _compact(values: Values) -> Values:
-    """Texts in less memory than Python needs for them."""
+    """Packs a list of strings into an Arrow array, which takes less memory."""
     if isinstance(values, list) and all(value is None or type(value) is str for value in values):
         return pa.array(values, pa.string())
     return values
 
 
 def _check_objects(blocks: Sequence[Block], path: epath.Path) -> None:
-    """UserError where a .jsonl file has rows, and none of them can be read."""
+    """Raises UserError if a .jsonl file has rows, but none of them can be read."""
     problems = [reason for block in blocks for reason in block.problems.values()]
     if problems and len(problems) == sum(block.length for block in blocks):
         raise UserError(
@@ -138,9 +138,10 @@ def _check_objects(blocks: Sequence[Block], path: epath.Path) -> None:
 
 
 def _check_encoding(blocks: Sequence[Block], path: epath.Path) -> None:
-    """UserError where a table is in another encoding: what is not ASCII in it is not UTF-8.
+    """Raises UserError if a table is in another encoding: none of its non-ASCII text is UTF-8.
 
-    Where some of it is UTF-8, the encoding is right and rows are damaged: they are skipped later.
+    If some of it is UTF-8, the encoding is right and single rows are damaged. Those are skipped
+    later.
     """
     pieces = [values for block in blocks for values in block.columns.values()]
     if all(isinstance(each, pa.StringArray) for each in pieces):
@@ -163,7 +164,7 @@ def _check_encoding(blocks: Sequence[Block], path: epath.Path) -> None:
 
 
 def _warn_of_cells(blocks: Sequence[Block], path: epath.Path) -> None:
-    """Logs how many rows have more or fewer cells than there are columns."""
+    """Logs the number of rows with more or fewer cells than there are columns."""
     if count := sum(len(block.problems) for block in blocks):
         first = next(
             sum(block.length for block in blocks[:i]) + min(block.problems)
@@ -180,13 +181,13 @@ def _warn_of_cells(blocks: Sequence[Block], path: epath.Path) -> None:
 
 
 def pick(names: Sequence[str], wanted: Sequence[str], path: epath.Path, what: str) -> str:
-    """The first of the wanted columns that a table has.
+    """Returns the first of the wanted columns that a table has.
 
     Args:
-      names: of the table's columns.
-      wanted: names to look for.
-      path: of the table, for the message.
-      what: the column holds, and how to name another one, for the message.
+      names: names of the table's columns.
+      wanted: names to look for, in order of preference.
+      path: path of the table, for the message.
+      what: contents of the column and the setting that names another one, for the message.
 
     Raises:
       UserError: the table has none of them.
@@ -204,7 +205,7 @@ def pick(names: Sequence[str], wanted: Sequence[str], path: epath.Path, what: st
 
 
 def path_of(value: Any) -> str | None:
-    """The path of an image, as a column has it: text, or a struct of `bytes` and `path`."""
+    """Returns an image's path from a cell that holds text, or a struct of `bytes` and `path`."""
     if isinstance(value, dict):
         value = value.get("path")
     if isinstance(value, bytes):

@@ -24,7 +24,7 @@ _Files = Mapping[str, bytes]  # the files of a sample by kind, and "header" of i
 
 
 def open_source(request: Request) -> "TarShards":
-    """Opens what a config describes as "tar"."""
+    """Opens a source of type "tar"."""
     spec = request.spec
     return TarShards(
         spec.path,
@@ -159,7 +159,7 @@ class TarShards:
         return bisect.bisect_right(self._first, index) - 1
 
     def _sample(self, index: int) -> Sample:
-        """The places of the files that are needed of a sample."""
+        """Returns the positions of the files of a sample that are needed."""
         shard = self._shard(index)
         found = tar_index.spans(self._rows[shard][index - self._first[shard]])
         if self._fields:
@@ -251,7 +251,7 @@ def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[
 
 
 def _with_header(sample: Sample) -> Sample:
-    """Adds the header before the image, which has the name: that would cost memory in the index."""
+    """Adds the header before the image, for the name, which would cost memory in the index."""
     return {**sample, "header": Span(sample["image"].offset - BLOCK, BLOCK)}
 
 

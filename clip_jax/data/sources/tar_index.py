@@ -85,8 +85,8 @@ def samples(
 ) -> tuple[list[Sample], str]:
     """Groups the files of a shard by key.
 
-    Files of one key need not stand together; a second file of the same key and kind begins
-    another sample.
+    Files of one key need not be adjacent. A second file of the same key and kind begins another
+    sample.
 
     Args:
       file: the shard, seekable.

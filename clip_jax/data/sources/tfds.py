@@ -24,7 +24,7 @@ _TEXT_KEYS = ("caption", "captions/text", "captions", "text", "title")
 
 
 def open_source(request: Request) -> "TfdsSource":
-    """Opens what a config describes as "tfds"."""
+    """Opens a source of type "tfds"."""
     return TfdsSource(request.spec, request.fallback_dir)
 
 

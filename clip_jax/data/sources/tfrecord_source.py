@@ -20,7 +20,7 @@ TEXT_KEYS = ("caption", "text", "txt", "captions", "image/caption", "TEXT", "tit
 
 
 def open_source(request: Request) -> "TfRecordSource":
-    """Opens what a config describes as "tfrecord"."""
+    """Opens a source of type "tfrecord"."""
     return TfRecordSource(request.spec, request.fallback_dir)
 
 

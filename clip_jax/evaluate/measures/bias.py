@@ -26,7 +26,7 @@ class Table:
 
     Attributes:
       columns: names, such as categories of classes.
-      rows: by group, `EVERYONE` first, one proportion per column.
+      rows: one proportion per column for each group, `EVERYONE` first.
     """
 
     columns: tuple[str, ...]
@@ -39,7 +39,7 @@ class LabelDifference:
 
     Attributes:
       label: name of the label.
-      proportions: by group, the proportion of its images that get the label.
+      proportions: proportion of the images of each group that get the label.
       statistic: Pearson's chi-squared of label against group, without a continuity correction; 0
         where all images get it, or none.
       p_value: significance of the statistic, groups - 1 degrees of freedom.
@@ -85,7 +85,7 @@ def proportions(
     """Tabulates the proportion of each group's images that are hits.
 
     Args:
-      hits: by column, whether each image is a hit: misclassified, given a label, ...
+      hits: for each column, whether each image is a hit (misclassified, given a label, ...).
       groups: group of each image; "": not known, counted in the row of all images only.
       confidence: coverage of the intervals.
     """

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import scipy  # whose stats load at first use, which training does not wait for
 
-CONFIDENCE = 0.995  # of the paper's intervals
+CONFIDENCE = 0.995  # coverage of the paper's intervals
 
 
 @dataclass(frozen=True)

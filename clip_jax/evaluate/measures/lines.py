@@ -9,7 +9,7 @@ from scipy import stats
 
 from clip_jax.errors import UserError
 
-CONFIDENCE = 0.95  # of intervals of slopes and intercepts
+CONFIDENCE = 0.95  # coverage of the intervals of slopes and intercepts
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Line:
       r2: fraction of the variance of y that the line explains; NaN where y does not vary.
       deviation: standard deviation of y about the line, n - 2 degrees of freedom; NaN with two
         points.
-      slope_interval, intercept_interval: by Student's t; NaN with two points.
+      slope_interval, intercept_interval: confidence intervals by Student's t; NaN with two
+        points.
       points: number of points.
     """
 

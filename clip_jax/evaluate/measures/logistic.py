@@ -206,7 +206,7 @@ def check_targets(targets: Shaped[np.ndarray, "*shape"], count: int, classes: in
     """Checks the shape, type and range of targets.
 
     Raises:
-      UserError: they do not fit so many examples and classes.
+      UserError: they do not fit the number of examples and classes.
     """
     several = targets.ndim == 2
     shape, least, most = ((count, classes), -1, 1) if several else ((count,), 0, classes - 1)

@@ -15,7 +15,7 @@ from clip_jax.evaluate.measures import intervals
 from clip_jax.evaluate.measures.intervals import CONFIDENCE
 
 RESAMPLES = 2000  # bootstrap resamples: each of the paper's tails, 0.25 %, still has five
-_SEED = 0  # of the bootstrap, for the same data to have the same interval
+_SEED = 0  # fixed seed of the bootstrap, so that the same data have the same interval
 _LEVELS = 10  # recalls 0, 1/10, ..., 1: VOC2007's eleven points
 
 # m is n and k is c, which the metrics check themselves, with a message that helps.

@@ -11,7 +11,7 @@ from clip_jax.errors import UserError
 from clip_jax.evaluate.measures import intervals
 from clip_jax.evaluate.measures.intervals import CONFIDENCE, Proportion
 
-LEVEL = 0.05  # of significance, over all data sets together
+LEVEL = 0.05  # significance level, over all data sets together
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ class Tfds:
 
     Attributes:
       name: name with its configuration, such as "voc/2007".
-      splits: by split, its name in TFDS's notation.
+      splits: name of each split in TFDS's notation.
       image_key, text_key, label_key, group_keys: features; "": the usual one, or none.
     """
 
@@ -35,8 +35,8 @@ class Table:
     """Tables that list the images of a set.
 
     Attributes:
-      files: by split, paths relative to the set's directory; the first that exists is taken. A
-        pattern stands for several .parquet files.
+      files: paths for each split, relative to the set's directory; the first that exists is
+        taken. A pattern stands for several .parquet files.
       image_key, text_key, label_key, group_keys: columns; "": the usual one, or none.
     """
 
@@ -54,11 +54,11 @@ class Location:
     Attributes:
       path: the set's own directory; "": it is one of `directories` in the data directory.
       directories: names of its directory, CLIP_benchmark's among them.
-      splits: by split, names of its directory.
+      splits: possible directory names for each split.
       validation_fraction: part of the training split that stands in for a missing validation split.
       tfds: the set as TFDS prepares it; None: TFDS does not have it, or not with these labels.
       table: tables that list the images; None: directories tell.
-      digits: by split, splits of the embedded digits.
+      digits: split of the embedded digits for each split.
       hub: repository with tar shards in CLIP_benchmark's layout; "": none.
       obtain: instructions for a person where a command does not suffice; "": none.
     """
@@ -80,7 +80,7 @@ class Naming:
 
     Attributes:
       ids: identifiers of the classes, such as WordNet's, in the order of the class names.
-      aliases: by further name of a class, its class name or the first alternative of it.
+      aliases: class name, or its first alternative, for each further name of a class.
       ignored: names of classes that are not evaluated: their images have no label.
       same_names: names that several classes share on purpose.
       numbered: whether labels without names count the classes in the order of the class names.
@@ -118,14 +118,15 @@ class Dataset:
       metric: one of `METRICS`; "" for retrieval.
       class_names: names by label; alternatives of one class joined by "|". Empty: the source's own.
       prompts: sets of templates with one {} each, by name: "paper", "clip_benchmark", ...
-      class_sets: by name of a set of prompts, its own class names in the same order.
+      class_sets: class names of a set of prompts that has its own, by name, in the same order.
       multi_label: whether an image has any number of classes.
       partial: whether classes may have no image.
       collections: collections that it belongs to.
       base: reference set that this one is a shift of; "": none.
       base_classes: for each class, its classes in the base.
       added_classes: for a bias probe, names that are offered beside the classes, by category.
-      further_classes: likewise, offered beside these once more, as the paper did with "child".
+      further_classes: names that are offered besides in a second step, by category, as "child" in
+        the paper.
       where: places of the set.
       naming: names of the classes in sources.
       sources: references for these facts.
@@ -153,7 +154,7 @@ class Dataset:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Those of `SPLITS` that it has in some form; a directory may still lack one."""
+        """The members of `SPLITS` that it has in some form; a directory may still lack one."""
         where = self.where
         forms = [where.splits, where.tfds.splits if where.tfds else {}, where.digits]
         forms.append(where.table.files if where.table else {})

@@ -1,4 +1,4 @@
-"""Views of a source: a part of it, and the same with other labels."""
+"""Sources derived from others: a part of a source, and a source with other labels."""
 
 import dataclasses
 import functools

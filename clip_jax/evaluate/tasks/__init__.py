@@ -1,4 +1,4 @@
-"""The tasks that models are evaluated by, one file each; loaded when they are asked for."""
+"""The tasks that models are evaluated on, one file each, imported on demand."""
 
 import functools
 import importlib
@@ -26,7 +26,7 @@ NAMES = (
 
 @functools.cache
 def get(name: str) -> Task:
-    """Returns a task; solvers and statistics are imported with those that need them."""
+    """Imports a task, along with the solvers and statistics that it needs."""
     return importlib.import_module(f"{__name__}.{name}").TASK
 
 
@@ -35,7 +35,7 @@ def parse_names(listed: str, setting: str) -> list[str]:
 
     Args:
       listed: the list.
-      setting: where it was given, for the message.
+      setting: name of the setting or flag, for the message.
 
     Raises:
       UserError: there is no such task.
@@ -49,9 +49,9 @@ def parse_names(listed: str, setting: str) -> list[str]:
 
 
 def skipped_tasks(context: Context, names: Sequence[str]) -> dict[str, str]:
-    """Returns the tasks that no data set or not this model supports, and a sentence about each."""
+    """Returns the tasks that the model or all data sets do not support, and a sentence on each."""
     return {
-        name: f"Task {name} is not done here: it takes {get(name).requires}."
+        name: f"Task {name} is skipped: it takes {get(name).requires}."
         for name in names
         if not any(get(name).supports(context, dataset) for dataset in context.datasets)
     }
@@ -64,7 +64,7 @@ def run(context: Context, name: str, dataset: Dataset, made_of: str = "") -> Res
       context: the model and the settings.
       name: name of the task.
       dataset: data set that it supports.
-      made_of: checksum to keep with the result.
+      made_of: checksum of everything the result depends on, stored with it.
     """
     began = time.monotonic()
     scores, details = get(name).run(context, dataset)

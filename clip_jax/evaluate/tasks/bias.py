@@ -57,7 +57,7 @@ def run(context: Context, dataset: Dataset) -> Findings:
 
 
 def _groups(dataset: Dataset, values: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    """Returns the group of each image, by key; and by all keys at once."""
+    """Returns the group of each image by key, and by all keys together."""
     keys = dataset.group_keys
     if not any(any(row) for row in values):
         raise UserError(
@@ -71,7 +71,7 @@ def _groups(dataset: Dataset, values: Sequence[Sequence[str]]) -> dict[str, list
 
 
 def _steps(dataset: Dataset) -> list[dict[str, tuple[str, ...]]]:
-    """Returns categories of added classes: none, the data set's, and further ones besides."""
+    """Returns the added classes of each step: none, the data set's, and those with further ones."""
     steps: list[dict[str, tuple[str, ...]]] = [{}]
     for more in (dataset.added_classes, dataset.further_classes):
         if more:
@@ -86,8 +86,8 @@ def _beside(left: bias.Table, right: bias.Table) -> bias.Table:
 
 def _table(title: str, added: dict[str, tuple[str, ...]], table: bias.Table) -> dict[str, Any]:
     rows = [
-        {"group": group, "shares": [dataclasses.asdict(share) for share in shares]}
-        for group, shares in table.rows.items()
+        {"group": group, "proportions": [dataclasses.asdict(each) for each in proportions]}
+        for group, proportions in table.rows.items()
     ]
     return {"title": title, "added": added, "columns": list(table.columns), "rows": rows}
 
@@ -102,13 +102,13 @@ def _scores(
             dataset.name,
             f"{which}: {group}",
             column,
-            share.value,
-            share.low,
-            share.high,
-            share.trials,
+            proportion.value,
+            proportion.low,
+            proportion.high,
+            proportion.trials,
         )
-        for group, shares in table.rows.items()
-        for column, share in zip(table.columns, shares)
+        for group, proportions in table.rows.items()
+        for column, proportion in zip(table.columns, proportions)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a task, and what several tasks compute alike."""
+"""The inputs of a task, and computations that several tasks have in common."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ class Settings:
     """Settings of tasks; see the fields of the same names under `eval` in configs/default.py.
 
     Attributes:
-      thresholds: overlap thresholds of single data sets, by name; of the command alone.
-      testbed: path of a table of other models' accuracies; of the command alone.
+      thresholds: overlap thresholds of single data sets, by name; set by the command only.
+      testbed: path of a table of other models' accuracies; set by the command only.
     """
 
     prompts: str
@@ -44,7 +44,7 @@ class Settings:
         thresholds: Mapping[str, float] | None = None,
         testbed: str = "",
     ) -> "Settings":
-        """Takes them from config.eval."""
+        """Takes the settings from config.eval."""
         return cls(
             prompts=evals.prompts,
             confidence=evals.confidence,
@@ -61,16 +61,16 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What stays the same over all data sets.
+    """The inputs of tasks that do not depend on the data set.
 
     Attributes:
-      embeddings: the model's view of them.
+      embeddings: the model's embeddings of the data sets.
       settings: settings of the tasks.
-      datasets: data sets of the evaluation; shifts and their reference sets find each other there.
+      datasets: data sets of the evaluation, among which a shift has its reference set.
       training: the training data, for the analysis of overlap; None: not given.
-      headline_only: leave out the variants that are not quoted, such as single prompts beside the
-        ensemble; for evaluation in training.
-      probes: linear probes by data set, filled as they are made.
+      headline_only: skip the variants that are not quoted, such as single prompts beside the
+        ensemble; for evaluation during training.
+      probes: linear probes by data set, added as they are fitted.
     """
 
     embeddings: EmbeddingSource
@@ -88,9 +88,9 @@ class Task:
     Attributes:
       title: title for people.
       splits: splits that it needs of a data set.
-      requires: what it can be done with, for people.
+      requires: description of the data and the model that it needs, for people.
       supports: whether it can be done on a data set at all.
-      run: runs it.
+      run: function that runs it.
       needs_features: whether it reads pre-projection features.
     """
 
@@ -103,7 +103,7 @@ class Task:
 
 
 def recognizes(context: Context, dataset: Dataset) -> bool:
-    """Returns whether the model can be asked, by prompts, which class an image has."""
+    """Returns whether the model can classify the images of a data set by prompts."""
     named = dataset.kind == "classification" and bool(dataset.prompts)
     return named and context.embeddings.can_score_text
 
@@ -116,7 +116,7 @@ def measure(
     targets: np.ndarray,
     settings: Settings,
 ) -> Score:
-    """Computes the data set's metric of scores [n, classes], with its interval and chance."""
+    """Computes the data set's metric from scores [n, classes], with its interval and chance."""
     metric = METRICS[dataset.metric]
     low, high = metric.interval(scores, targets, settings.confidence)
     return Score(
@@ -133,7 +133,7 @@ def measure(
 
 
 def chance(dataset: Dataset) -> float | None:
-    """Returns what guessing reaches; None where that depends on the data."""
+    """Returns the score that guessing reaches; None if it depends on the data."""
     classes = len(dataset.class_names)
     if dataset.metric in ("accuracy", "mean_per_class"):
         return 1 / classes

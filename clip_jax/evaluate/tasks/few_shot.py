@@ -14,7 +14,7 @@ from clip_jax.evaluate.tasks.context import Context, Task, recognizes
 
 
 def run(context: Context, dataset: Dataset) -> Findings:
-    """Fits probes to some examples of each class; finds how many of them equal zero-shot."""
+    """Fits probes to a few examples per class; finds the number that equals zero-shot."""
     settings, metric = context.settings, METRICS[dataset.metric]
     train, validation, test = (
         linear_probe.features(context, dataset, split) for split in (TRAIN, VALIDATION, TEST)

@@ -15,7 +15,7 @@ def features(context: Context, dataset: Dataset, split: str) -> sweep.Split:
 
 
 def probe(context: Context, dataset: Dataset) -> sweep.Probe:
-    """Returns the probe of a data set; fitted once, since other tasks build on it."""
+    """Returns the probe of a data set, fitted once, since other tasks use it too."""
     if dataset.name not in context.probes:
         train, validation, test = (
             features(context, dataset, split) for split in (TRAIN, VALIDATION, TEST)

@@ -1,4 +1,4 @@
-"""Recall of a detector of near-duplicates: the other view of an image, among those of all."""
+"""Recall of a detector of near-duplicates, which finds the second view of an image among all."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from clip_jax.evaluate.tasks.context import Context, Task
 
 
 def run(context: Context, dataset: Dataset) -> Findings:
-    """Computes the fraction of images whose one view lies nearest to the other: recall@1."""
+    """Computes recall@1: the fraction of first views whose nearest second view is the right one."""
     embeddings = context.embeddings
     views = embeddings.views(dataset, TEST)
     n = len(views)

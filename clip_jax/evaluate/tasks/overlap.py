@@ -1,4 +1,4 @@
-"""Overlap of test sets with the training data, and what it does to accuracy (paper section 5)."""
+"""Overlap of test sets with the training data, and its effect on accuracy (paper section 5)."""
 
 import dataclasses
 from typing import Any
@@ -13,12 +13,12 @@ from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.tasks import zeroshot
 from clip_jax.evaluate.tasks.context import Context, Task, recognizes
 
-_PAIRS = 60  # shown on the page of a data set, to find the right threshold by
-_STEPS = 200  # thresholds of the table behind it
+_PAIRS = 60  # pairs on the page of a data set, for choosing the threshold
+_STEPS = 200  # thresholds in the table of that page
 
 
 def run(context: Context, dataset: Dataset) -> Findings:
-    """Divides the test split by similarity to the training data; measures accuracy on each part."""
+    """Splits the test set by similarity to the training data; measures accuracy on each part."""
     training, settings = context.training, context.settings
     assert training is not None
     split, targets = labelled(context.embeddings, dataset, TEST)
@@ -74,7 +74,7 @@ def _pairs(
     """Returns test images beside their nearest training images, most similar first."""
     order = np.argsort(-nearest.similarity, kind="stable")
     most_similar, others = order[: _PAIRS // 2], order[_PAIRS // 2 :]
-    # Ever sparser, since near-duplicates are few among many.
+    # Sampled more and more sparsely, since near-duplicates are few.
     places = np.geomspace(1, max(len(others), 1), min(_PAIRS // 2, len(others))).astype(int) - 1
     pairs = []
     for at in [*most_similar, *others[np.unique(places)]]:

@@ -1,4 +1,4 @@
-"""Retrieval between images and captions: recall@1, 5, 10, also with captions behind a prompt."""
+"""Retrieval between images and captions: recall@1, 5, 10, with and without a prompt."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from clip_jax.evaluate.tasks.context import Context, Task
 
 PLAIN, PROMPTED = "captions", "captions behind a prompt"
 CUTOFFS = (1, 5, 10)
-_QUERIES, _NEAREST = 12, 5  # of the gallery
+_QUERIES, _NEAREST = 12, 5  # captions in the gallery, images for each
 
 
 class Captions(NamedTuple):
     """The captions of a split.
 
     Attributes:
-      texts: every caption once, in order of first appearance; m of them.
-      pairs: (image, caption) that belong together, each once, int64 [p, 2], ascending. Images are
-        numbered among `images`.
+      texts: the m distinct captions, in order of first appearance.
+      pairs: matching (image, caption), each once, int64 [p, 2], ascending. An image is a position
+        in `images`.
       images: rows of the split that have a caption, int64 [n].
     """
 
@@ -38,8 +38,8 @@ class Captions(NamedTuple):
 def captions(embeddings: EmbeddingSource, split: EmbeddedSplit) -> Captions:
     """Collects the captions of a split.
 
-    Captions that the tokenizer makes the same ids of count as one, and all images that carry it as
-    its matches. An image without a caption, or whose captions have no text, is left out.
+    Captions with equal token ids count as one caption, which matches every image that has it.
+    Images without a caption, or with only empty captions, are left out.
     """
     tokenizer, lists = embeddings.tokenizer, split.captions
     flat = [text for texts in lists for text in texts]
@@ -97,7 +97,7 @@ def chance(direction: str, matches: np.ndarray, candidates: int) -> dict[str, fl
 
     Args:
       direction: first part of the metrics' names.
-      matches: number of right candidates of each query, int [q].
+      matches: number of matching candidates of each query, int [q].
       candidates: number of candidates.
     """
     missed, result = np.ones(len(matches)), {}
@@ -112,7 +112,7 @@ def chance(direction: str, matches: np.ndarray, candidates: int) -> dict[str, fl
 def _scores(
     dataset: Dataset, variant: str, ranks: Ranks, pairs: np.ndarray, confidence: float
 ) -> list[Score]:
-    """Returns the recalls in both directions; text to image first, as the one that is quoted."""
+    """Returns the recalls in both directions; text to image comes first, since it is quoted."""
     images, texts = len(ranks.image_to_text), len(ranks.text_to_image)
     found = []
     for direction, own, axis, candidates in (

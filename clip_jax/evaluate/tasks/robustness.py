@@ -1,4 +1,4 @@
-"""Accuracy under natural distribution shift, beside that on the reference set (section 3.3)."""
+"""Accuracy under natural distribution shift and on the reference set (paper section 3.3)."""
 
 import csv
 import io
@@ -18,10 +18,10 @@ from clip_jax.storage import locations, ranges
 
 
 class Shifted(NamedTuple):
-    """Accuracies of one classifier.
+    """The accuracies of one classifier.
 
     Attributes:
-      reference: accuracy on the reference set, among the classes of the shift alone.
+      reference: accuracy on the reference set, among the classes of the shift only.
       shifted: accuracy on the shift.
     """
 
@@ -30,14 +30,14 @@ class Shifted(NamedTuple):
 
 
 def shifts(context: Context, dataset: Dataset) -> list[Dataset]:
-    """Returns the shifts of a data set among those that are evaluated."""
+    """Returns the evaluated data sets that are shifts of this one."""
     return [each for each in context.datasets if each.base == dataset.name]
 
 
 def run(context: Context, dataset: Dataset) -> Findings:
-    """Measures the zero-shot classifier, and the linear probe where there is training data.
+    """Measures the zero-shot classifier, and the linear probe if there is training data.
 
-    Both choose among the classes of the shift, on both sets, so that they can be compared.
+    On both sets, both choose among the classes of the shift, so that accuracies are comparable.
     """
     names = dataset.prompt_set(context.settings.prompts)
     embeddings = context.embeddings
@@ -72,11 +72,11 @@ def run(context: Context, dataset: Dataset) -> Findings:
 
 
 class Common(NamedTuple):
-    """The classes that a shift and its reference set have in common, c of them.
+    """The c classes that a shift and its reference set have in common.
 
     Attributes:
-      groups: classes in the reference set, for each of the c.
-      of_reference, of_shift: number among the c, by class of either set.
+      groups: class ids in the reference set, for each common class.
+      of_reference, of_shift: id of the common class, by class id in either set.
     """
 
     groups: list[Sequence[int]]
@@ -85,26 +85,27 @@ class Common(NamedTuple):
 
     @classmethod
     def of(cls, shift: Dataset, reference: Dataset) -> "Common":
+        """Finds the common classes of a shift and its reference set."""
         own = shift.base_classes or tuple((i,) for i in range(len(reference.class_names)))
-        shared = [(label, group) for label, group in enumerate(own) if group]
+        common = [(label, group) for label, group in enumerate(own) if group]
         return cls(
-            groups=[group for _, group in shared],
-            of_reference={old: new for new, (_, group) in enumerate(shared) for old in group},
-            of_shift={label: new for new, (label, _) in enumerate(shared)},
+            groups=[group for _, group in common],
+            of_reference={old: new for new, (_, group) in enumerate(common) for old in group},
+            of_shift={label: new for new, (label, _) in enumerate(common)},
         )
 
     def judge(
         self, scores: np.ndarray, targets: np.ndarray, numbers: Mapping[int, int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the examples of these classes, and scores among these classes alone.
+        """Selects the examples of the common classes, and restricts scores to these classes.
 
         Args:
           scores: [n, classes of the reference set].
-          targets: classes as one of the two sets numbers them, int [n].
+          targets: class ids in one of the two sets, int [n].
           numbers: `of_reference` or `of_shift`.
 
         Returns:
-          Scores [m, c], and targets [m] among the c.
+          Scores [m, c] and targets [m], ids of common classes.
         """
         rows = np.flatnonzero([label in numbers for label in targets.tolist()])
         among = np.array([numbers[label] for label in targets[rows].tolist()], np.int64)
@@ -138,17 +139,17 @@ def _row(
 
 
 def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
-    """Reads accuracies of other models, for the trend that robustness is measured against.
+    """Reads the accuracies of other models, whose trend is the baseline of robustness.
 
     Args:
-      path: path of a .csv file with columns model, dataset, reference, shifted; fractions. "":
-        none.
+      path: path of a .csv file with columns model, dataset, reference and shifted, the latter
+        two as fractions; "": none.
 
     Returns:
       (reference, shifted) of each model, by data set.
 
     Raises:
-      UserError: it cannot be read so.
+      UserError: the file cannot be read, or is not such a table.
     """
     if not path:
         return {}
@@ -159,7 +160,7 @@ def read_testbed(path: str) -> dict[str, list[tuple[float, float]]]:
         for row in csv.DictReader(io.StringIO(text)):
             pair = float(row["reference"]), float(row["shifted"])
             if not all(0 <= value <= 1 for value in pair):
-                raise ValueError(f"{pair} are no fractions between 0 and 1")
+                raise ValueError(f"{pair} are not fractions between 0 and 1")
             found.setdefault(row["dataset"], []).append(pair)
     except StorageError:
         raise

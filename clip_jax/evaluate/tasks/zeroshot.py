@@ -1,4 +1,4 @@
-"""Zero-shot classification, and what context and an ensemble of prompts add (paper figure 4)."""
+"""Zero-shot classification, with and without context and an ensemble (paper figure 4)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ _SINGLE = "a photo of a {}."  # the paper's default prompt
 
 
 def variants(prompts: PromptSet) -> Mapping[str, PromptSet]:
-    """Returns the ensemble of all templates first, then less and less context."""
+    """Returns the ensemble of all templates first, then variants with less context."""
     return {
         ENSEMBLE: prompts,
         SINGLE: prompts._replace(templates=(_SINGLE,)),
@@ -30,7 +30,7 @@ def variants(prompts: PromptSet) -> Mapping[str, PromptSet]:
 def similarities(
     embeddings: EmbeddingSource, dataset: Dataset, split: EmbeddedSplit, prompts: PromptSet
 ) -> np.ndarray:
-    """Computes how well classes fit the images of a test split.
+    """Computes the similarity of each image of a test split to each class.
 
     Returns:
       float32 [n, classes]: cosines, or log-likelihoods where the model embeds no texts.
@@ -74,7 +74,7 @@ def run(context: Context, dataset: Dataset) -> Findings:
 
 
 def _top5(dataset: Dataset, similar: np.ndarray, targets: np.ndarray, settings: Settings) -> Score:
-    """Returns how often the right class is among the best five."""
+    """Computes the fraction of images whose class is among the five best."""
     right, n = int(metrics.correct(similar, targets, k=5).sum()), len(targets)
     low, high = intervals.clopper_pearson(right, n, settings.confidence)
     guessed = 5 / similar.shape[1]

@@ -49,15 +49,15 @@ def main(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = commands.parser("convert", __doc__)
     add = parser.add_argument
-    add("source", metavar="SRC", help="what to convert")
+    add("source", metavar="SRC", help="weights to convert")
     add("target", metavar="DST", help="file or folder to make")
     add("--to", metavar="FORMAT", default="clip_jax", help="format of DST (default: clip_jax)")
-    add("--model", default="", help="what SRC must be, such as ViT-B/32; needed for a state dict")
-    add("--activation", default="", help="of DST, such as gelu (default: that of SRC)")
+    add("--model", default="", help="expected model, such as ViT-B/32; needed for a state dict")
+    add("--activation", default="", help="activation of DST, such as gelu (default: that of SRC)")
     add("--tokenizer", default="", help='"openai", or a SigLIP vocabulary; default: SRC\'s')
     add("--image_size", type=int, metavar="PIXELS", help="resize the image positions, bicubic")
     add("--context_length", type=int, metavar="TOKENS", help="resize the text positions, linear")
-    add("--step", type=int, help="which checkpoint of a workdir (default: the last)")
+    add("--step", type=int, help="step of a checkpoint in a workdir (default: the last)")
     return parser
 
 

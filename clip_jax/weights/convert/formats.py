@@ -34,7 +34,7 @@ def read(path: epath.Path, model: str, activation: str, tokenizer: str) -> Weigh
 
     Args:
       path: file or folder, local or in a bucket.
-      model, activation, tokenizer: as for `weights.open`.
+      model, activation, tokenizer: arguments of `weights.open`.
 
     Raises:
       UserError: it is of no known format, damaged, or does not say what model it is.

@@ -31,7 +31,7 @@ from clip_jax.weights.model import Weights
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 _BICUBIC = 3  # Pillow's number
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-# What a config.json may leave out, by model_type.
+# Defaults that a config.json may leave out, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {
         "projection_dim": 512,

@@ -37,7 +37,7 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip entry: lengths of its name and extra field
+_LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of a zip entry's name and extra field
 
 
 class _Module:
