@@ -20,7 +20,7 @@ from bucket_server import Server
 _HERE = pathlib.Path(__file__).parent
 CHECKED = ["losses", "optim", "sharding"]
 CHECKED += ["training.augment", "training.program", "training.step"]
-CHECKED += ["data.crops", "data.order", "embed.store", "evaluate.measures"]
+CHECKED += ["data.crops", "embed.store", "evaluate.measures"]
 CHECKED += ["plan.groups", "plan.network", "search.approximate", "search.exact"]
 # Not models.sizes, whose errors are for the user; nor state, whose leaves are also shapes and
 # shardings.
