@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import clip_jax.configs
+from clip_jax.configs import default
 from clip_jax.errors import UserError
 
 FOLDER = pathlib.Path(clip_jax.configs.__path__[0])  # the configs that come with clip_jax
@@ -171,7 +172,7 @@ def _failed(path: pathlib.Path, error: Exception) -> str:
     # "Key "name" does not exist", of ml_collections.
     field = re.match(r"\W*(?:Key )?[\"'](\w+)[\"']", str(error))
     if field and isinstance(error, AttributeError | KeyError):
-        renamed = {old: new for old, new in _renamed().items() if field[1] in old.split(".")}
+        renamed = {old: new for old, new in default.RENAMED.items() if field[1] in old.split(".")}
         if renamed:
             return f"{place}: {'; '.join(map(_now_called, renamed.items()))}."
     return f"{place}, cannot be used: {type(error).__name__}: {_reason(error)}."
@@ -184,8 +185,8 @@ def _unknown_setting(arguments: Sequence[str], known: Sequence[str]) -> str:
         if not flag.startswith("config."):
             continue
         name = flag.removeprefix("config.")
-        if name in _renamed():
-            return f"{_now_called((name, _renamed()[name]))}."
+        if name in default.RENAMED:
+            return f"{_now_called((name, default.RENAMED[name]))}."
         if not any(f"{each}.".startswith(f"{name}.") for each in known):
             return (
                 f"There is no setting {name}.{_did_you_mean(_settings_like(name, known))} "
@@ -223,12 +224,6 @@ def _settings_like(name: str, known: Sequence[str]) -> list[str]:
 
 def _did_you_mean(names: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(names)}?" if names else ""
-
-
-def _renamed() -> dict[str, str]:
-    from clip_jax.configs import default  # only after a mistake
-
-    return default.RENAMED
 
 
 def _now_called(names: tuple[str, str]) -> str:

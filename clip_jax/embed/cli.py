@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from clip_jax.common import commands, hosts
 from clip_jax.common.commands import at_least
+from clip_jax.embed import inputs
 from clip_jax.errors import UserError
 from clip_jax.storage import locations
 
@@ -45,8 +46,6 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    from clip_jax.embed import inputs
-
     parser = commands.parser("embed", __doc__)
     add = parser.add_argument
     add(
@@ -92,7 +91,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _run(options: argparse.Namespace) -> None:
     process, processes = hosts.join_hosts(options)
     from clip_jax import api
-    from clip_jax.embed import embedder, inputs
+    from clip_jax.embed import embedder
 
     out = locations.reachable(options.out)
     fields = {name: getattr(options, name) for name in inputs.FIELDS}

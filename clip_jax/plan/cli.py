@@ -18,6 +18,7 @@ import os
 import pathlib
 import shlex
 import sys
+import warnings
 from typing import Any
 
 from absl import flags
@@ -197,7 +198,5 @@ def _write_json(target: str | None, fields: dict[str, Any]) -> bool:
 
 def _silence() -> None:
     """Silences JAX's warnings of CPUs and compilation, which mean nothing for a plan."""
-    import warnings
-
     warnings.filterwarnings("ignore", module="jax.*")
     os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from clip_jax.common import commands
 from clip_jax.common.commands import at_least
+from clip_jax.common.formatting import aligned
 
 if TYPE_CHECKING:
     from clip_jax.search.searcher import Hit, Searcher
@@ -69,12 +70,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _open(options: argparse.Namespace) -> "Searcher":
-    from clip_jax.embed.store import open_store
-
-    store = open_store(options.embeddings)
     from clip_jax import api
+    from clip_jax.embed.store import open_store
     from clip_jax.search.searcher import Searcher
 
+    store = open_store(options.embeddings)  # first, since it costs little
     return Searcher(api.load(options.model), store, options.column, options.index)
 
 
@@ -93,8 +93,6 @@ def _record(query: str, hit: "Hit") -> dict:
 
 
 def _table(hits: "list[Hit]") -> str:
-    from clip_jax.common.formatting import aligned
-
     rows = [("  score", "key", "path", "caption")]
     for hit in hits:
         caption = " ".join(hit.row.caption.split())

@@ -19,7 +19,9 @@ from typing import IO, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet as pq
 from etils import epath
+from pyarrow import csv
 
 from clip_jax.data.sources.delimited import LINE_END, MAX_ROW, Dialect, Row, dialect_of, read_row
 from clip_jax.errors import UserError
@@ -119,8 +121,6 @@ def _skip_mark(file: IO[bytes]) -> None:
 
 
 def _scan_parquet(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:
-    import pyarrow.parquet as pq
-
     try:
         source = pq.ParquetFile(file)
         wanted = _wanted(source.schema_arrow.names, choose, path)
@@ -283,8 +283,6 @@ class _Rows:
             yield Block(some, length, problems)
 
     def _parse(self, wanted: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int, pa.Array]]:
-        from pyarrow import csv
-
         if not self._length or not wanted:
             return
         text = b"".join(self._parts)
