@@ -146,6 +146,8 @@ def validate(config: ConfigDict) -> None:
     ):
         if value < least:
             problems.append(f"{name} is {value}, and must be at least {least}")
+    if not 0 < config.eval.confidence < 1:
+        problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
         problems.append(
             "it names no training data: set --config.data.source.type (tar, folder, tfds) "

@@ -54,6 +54,16 @@ MISTAKES = {
     "no room": ([SMOKE, "--config.model.size.context_length=1"], r"context_length.*1"),
     "unwritable": ([SMOKE, "--workdir=/proc/run"], r"workdir /proc/run cannot be written"),
     "no coordinator": ([SMOKE, "--processes=2"], r"--processes.*need --coordinator"),
+    "no number of hosts": (
+        [SMOKE, "--coordinator=127.0.0.1:1234"],
+        r"needs --processes.*--process",
+    ),
+    "one number": ([SMOKE, "--config.data.crop_scale=(0.5,)"], r"scale is \(0\.5,\): it takes two"),
+    "no confidence": (
+        [SMOKE, "--config.eval.confidence=99.0"],
+        r"eval\.confidence is 99\.0.*between",
+    ),
+    "cut short": ([SMOKE, "--config.batch=3"], r"no setting batch\..*--config\.batch_size"),
     "no such model": ([SMOKE, "--config.model.name=ViT-B/33"], r"'ViT-B/33'.*ViT-B/32"),
 }
 

@@ -120,8 +120,9 @@ def find(name: str) -> tuple[pathlib.Path, str]:
         if file.stem in shipped():
             return file, argument
     meant = [f"--config={each}" for each in difflib.get_close_matches(file.stem, shipped(), 1)]
+    what = "file" if path.endswith(".py") else "config"
     raise UserError(
-        f"There is no config {path}.{_did_you_mean(meant)} Give the path of a file that ends in "
+        f"There is no {what} {path}.{_did_you_mean(meant)} Give the path of a file that ends in "
         f".py, or one of the configs that come with clip_jax: {', '.join(shipped())}."
     )
 

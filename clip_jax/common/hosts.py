@@ -70,16 +70,22 @@ def first_host_first(key: str) -> Iterator[None]:
         return
     first = jax.process_index() == 0
     if not first:
-        _barrier(key)
+        barrier(key)
     try:
         yield
     finally:  # the others meet the same error by themselves
         if first:
-            _barrier(key)
+            barrier(key)
 
 
-def _barrier(key: str) -> None:
-    # Not by a collective of the devices: those give up after some minutes.
+def barrier(key: str) -> None:
+    """Waits until all hosts have come here, hours if need be.
+
+    A collective of the devices would give up after some minutes.
+
+    Args:
+      key: name of the place, unique within a run.
+    """
     from orbax.checkpoint import multihost
 
     wait = multihost.get_barrier_sync_fn()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from clip_jax import api, weights
@@ -100,7 +99,7 @@ def evaluate(options: argparse.Namespace) -> None:
         )
         _write(folder, evaluation)
     if options.coordinator:  # hosts that end would take the first one with them
-        multihost_utils.sync_global_devices("evaluated")
+        hosts.barrier("evaluated")
 
 
 def list_datasets() -> None:

@@ -89,6 +89,11 @@ def _run(given: config_file.CommandLine, command: str) -> None:
             "The flags --processes and --process need --coordinator, HOST:PORT of the first host: "
             "without it each would train alone, all into one workdir."
         )
+    if coordinator not in (None, "", "auto") and (processes is None or process is None):
+        raise UserError(
+            "The flag --coordinator=HOST:PORT needs --processes, the number of hosts, and "
+            "--process, the number of this one from 0. With --coordinator=auto leave out both."
+        )
     if coordinator == "auto":
         jax.distributed.initialize()
     elif coordinator:

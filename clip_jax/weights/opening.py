@@ -116,7 +116,8 @@ def _locate(source: epath.PathLike) -> epath.Path:
     if isinstance(source, str) and _HUB_NAME.fullmatch(source):
         return _download(source)
     raise UserError(
-        f"There is no {path}: give the workdir of a training run, or {formats.READABLE}."
+        f"There is no model {str(source)!r}: give the workdir of a training run, "
+        f"{formats.READABLE}."
     )
 
 

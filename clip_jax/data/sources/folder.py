@@ -362,7 +362,10 @@ def _find(path: str, image_key: str) -> tuple[epath.Path, list[epath.Path]]:
     if root.suffix in tables.SUFFIXES and root.exists() and not root.is_dir():
         return root.parent, [root]
     if not path or not root.is_dir():
-        raise UserError(f"There is no directory source.path = {path!r}.")
+        raise UserError(
+            f"There is no directory source.path = {path!r}: name the directory of the images, or a "
+            "table of them."
+        )
     for name in TABLES:
         if (root / name).exists():
             return root, [root / name]

@@ -163,6 +163,7 @@ def _not_on_disk(dataset: Dataset, split: str, data_dir: str, found: epath.Path 
             looked.append(f"{where.tfds.name} of TFDS")
         message = f"The set {name} is not on disk (looked for {', '.join(looked) or 'nothing'})"
         if not data_dir:
-            message += "; name the directory of data sets by --data_dir"
+            message += "; name the directory of data sets by --data_dir, in training "
+            message += "--config.eval.data_dir"
     commands = fetching(dataset, data_dir)
     return f"{message}. Fetch it by: {commands}" if commands else f"{message}."

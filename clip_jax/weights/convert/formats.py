@@ -25,7 +25,8 @@ from clip_jax.weights.model import Weights, variable_shapes
 
 READABLE = (
     "a workdir or checkpoint of clip_jax; a folder that was converted before; a folder of "
-    "transformers or open_clip; a .pt, .bin or .safetensors file; or a .npz file of big_vision"
+    "transformers or open_clip; a .pt, .bin or .safetensors file; a .npz file of big_vision; or a "
+    "name on the Hugging Face hub, ORG/NAME"
 )
 
 
