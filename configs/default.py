@@ -146,6 +146,18 @@ def validate(config: ConfigDict) -> None:
     ):
         if value < least:
             problems.append(f"{name} is {value}, and must be at least {least}")
+    data, views = config.data, config.data.views
+    for name, pair in (
+        ("data.crop_scale", data.crop_scale),
+        ("data.crop_ratio", data.crop_ratio),
+        ("data.views.scale", views.scale),
+        ("data.views.ratio", views.ratio),
+        ("data.views.quality", views.quality),
+    ):
+        if len(pair) != 2:
+            problems.append(
+                f"{name} is {pair}, and must be two numbers, the least and the greatest"
+            )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:

@@ -50,12 +50,6 @@ class Crop:
     def __post_init__(self) -> None:
         if self.name not in CROPS:
             raise UserError(f"There is no crop {self.name!r}: choose one of {', '.join(CROPS)}.")
-        for field, pair in (("scale", self.scale), ("ratio", self.ratio)):
-            if len(pair) != 2:
-                raise UserError(
-                    f"A crop's {field} is {pair}: it takes two numbers, the least and the "
-                    "greatest, such as (0.9, 1.0)."
-                )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(
                 f"A crop's scale is {self.scale}; it is the least and the greatest fraction of "
