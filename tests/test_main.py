@@ -58,7 +58,10 @@ MISTAKES = {
         [SMOKE, "--coordinator=127.0.0.1:1234"],
         r"needs --processes.*--process",
     ),
-    "one number": ([SMOKE, "--config.data.crop_scale=(0.5,)"], r"scale is \(0\.5,\): it takes two"),
+    "one number": (
+        [SMOKE, "--config.data.crop_scale=(0.5,)"],
+        r"crop_scale is \(0\.5,\).*least and the greatest",
+    ),
     "no confidence": (
         [SMOKE, "--config.eval.confidence=99.0"],
         r"eval\.confidence is 99\.0.*between",
