@@ -17,6 +17,7 @@ import numpy as np
 Row = dict[str, Any]  # arrays and NumPy scalars
 Load = Callable[[], tuple[Row | None, Any]]  # waits for a row; with it, what `Batch.stats` gets
 Start = Callable[[Sequence[int]], Sequence[Load]]  # begins to load rows, by their numbers
+Check = Callable[[Sequence[Any]], None]  # looks at stats as rows come, in any order; may raise
 
 # Seconds that threads have to end when their generator is closed: a read that hangs must not keep
 # the program from ending.
@@ -40,10 +41,11 @@ class Batch:
       stats: one entry per row, as its `Load` returned it.
     """
 
-    def __init__(self, like: Row, size: int, first: int):
+    def __init__(self, like: Row, size: int, first: int, check: Check | None = None):
         self.numbers = range(first, first + size)
         self.arrays = {name: np.empty((size, *row.shape), row.dtype) for name, row in like.items()}
         self.stats: list[Any] = [None] * size
+        self._check = check
         self._missing = size
         self._lock = threading.Lock()
         self._finished = threading.Event()
@@ -64,6 +66,12 @@ class Batch:
 
     def record(self, place: int, stats: Sequence[Any]) -> None:
         """Records that the rows from `place` on are written, and their stats."""
+        if self._check is not None:
+            try:
+                self._check(stats)
+            except Exception as error:
+                self.fail(error)
+                return
         self.stats[place : place + len(stats)] = stats
         with self._lock:
             self._missing -= len(stats)
@@ -91,6 +99,7 @@ def batches(
     batch_size: int,
     threads: int,
     prefetch: int,
+    check: Check | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields batches of the rows 0, 1, ... in this order, loaded by threads.
 
@@ -106,22 +115,31 @@ def batches(
       batch_size: rows in a batch.
       threads: number of threads; 0: one per CPU core.
       prefetch: batches that are ready, or being loaded, while the consumer has one.
+      check: called with the stats of rows as they come, from any thread. What it raises is raised
+        here, in place of the batch.
 
     Yields:
       Complete batches, with new arrays each time.
     """
     pool = _Threads(start, threads or os.cpu_count() or 1)
-    return collect(pool, like, count=count, batch_size=batch_size, prefetch=prefetch)
+    return collect(pool, like, count=count, batch_size=batch_size, prefetch=prefetch, check=check)
 
 
 def collect(
-    pool: "Pool", like: Row, *, count: int | None, batch_size: int, prefetch: int
+    pool: "Pool",
+    like: Row,
+    *,
+    count: int | None,
+    batch_size: int,
+    prefetch: int,
+    check: Check | None = None,
 ) -> Generator[Batch, None, None]:
     """Yields batches of the rows that a pool loads; other arguments as of `batches`."""
     starts = itertools.count(0, batch_size)
     if count is not None:
         starts = range(0, count - batch_size + 1, batch_size)
-    return closed_at_exit(_collect(pool, (Batch(like, batch_size, i) for i in starts), prefetch))
+    empty = (Batch(like, batch_size, first, check) for first in starts)
+    return closed_at_exit(_collect(pool, empty, prefetch))
 
 
 def closed_at_exit(generator: Generator) -> Generator:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -80,14 +81,16 @@ class TrainPipeline:
         local = _local_rows(spec.batch_size, part, spec.parts)
         self._positions = rows.Positions(start, spec.batch_size, local, order_.streams)
         self._pool: processes.Pool | None = None
-        self._seen = 0
-        self._bad_keys: list[str] = []
+        self._limit = _Limit(spec.config.max_skipped, len(source))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host."""
         with contextlib.closing(self._batches()) as batches:
             for batch in batches:
-                self._record(batch.stats)
+                for _, skipped, truncated in batch.stats:
+                    self.truncated += truncated
+                    if skipped is not None:
+                        self.skipped[skipped.reason] += 1
                 yield batch.arrays
 
     def describe(self) -> str:
@@ -105,6 +108,7 @@ class TrainPipeline:
                 batch_size=size,
                 threads=config.threads,
                 prefetch=prefetch,
+                check=self._limit.check,
             )
         self._pool = processes.Pool(
             self._spec,
@@ -113,42 +117,66 @@ class TrainPipeline:
             processes=min(config.processes, size),
             threads=config.threads or os.cpu_count() or 1,
         )
-        return loading.collect(self._pool, like, count=None, batch_size=size, prefetch=prefetch)
+        return loading.collect(
+            self._pool,
+            like,
+            count=None,
+            batch_size=size,
+            prefetch=prefetch,
+            check=self._limit.check,
+        )
 
     def _start(self, numbers: Sequence[int]) -> Sequence[loading.Load]:
         return self._rows.start([self._positions[number] for number in numbers])
 
-    def _record(self, stats: Sequence[rows.RowStats]) -> None:
-        """Counts the rows of a batch.
+
+class _Limit:
+    """The end of a run whose data are unusable, judged as rows come, before a batch is full."""
+
+    def __init__(self, max_skipped: float, examples: int):
+        """Counts nothing yet.
+
+        Args:
+          max_skipped: greatest fraction of unusable examples.
+          examples: number of examples of an epoch.
+        """
+        self._max_skipped, self._examples = max_skipped, examples
+        self._lock = threading.Lock()
+        self._seen = 0
+        self._skipped: Counter[str] = Counter()
+        self._bad_keys: list[str] = []
+
+    def check(self, stats: Sequence[rows.RowStats]) -> None:
+        """Counts rows.
 
         Raises:
           UserError: there is no row for one, or too many have been replaced.
         """
-        for usable, skipped, truncated in stats:
-            self._seen += 1
-            self.truncated += truncated
-            if skipped is not None:
-                self._skip(skipped)
-            if not usable:
-                raise UserError(
-                    f"Hardly any example of the training data is usable. {self._complaint()}"
-                )
+        with self._lock:
+            for usable, skipped, _ in stats:
+                self._seen += 1
+                if skipped is not None:
+                    self._skip(skipped)
+                if not usable:
+                    raise UserError(
+                        f"Hardly any example of the training data is usable. {self._complaint()}"
+                    )
 
     def _skip(self, bad: BadExample) -> None:
-        self.skipped[bad.reason] += 1
+        self._skipped[bad.reason] += 1
         if len(self._bad_keys) < 10:
             self._bad_keys.append(str(bad))
-        judged = max(self._seen, min(_JUDGED_AFTER, self.examples_per_epoch))
-        if self.skipped.total() > self._spec.config.max_skipped * judged:
+        judged = max(self._seen, min(_JUDGED_AFTER, self._examples))
+        if self._skipped.total() > self._max_skipped * judged:
             raise UserError(
                 "More of the training data is unusable than data.max_skipped = "
-                f"{self._spec.config.max_skipped} allows. {self._complaint()}"
+                f"{self._max_skipped} allows. {self._complaint()}"
             )
 
     def _complaint(self) -> str:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.most_common())
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self._skipped.most_common())
         return (
-            f"Of {self._seen} examples read, {self.skipped.total()} were skipped ({reasons}); "
+            f"Of {self._seen} examples read, {self._skipped.total()} were skipped ({reasons}); "
             f"among them: {'; '.join(self._bad_keys)}. Repair the data, or set "
             "--config.data.max_skipped to a fraction you accept."
         )
