@@ -188,6 +188,9 @@ def _unknown_setting(arguments: Sequence[str], known: Sequence[str]) -> str:
         name = flag.removeprefix("config.")
         if name in default.RENAMED:
             return f"{_now_called((name, default.RENAMED[name]))}."
+        within = [old for old in default.RENAMED if old.startswith(f"{name}.")]
+        if within and not any(f"{each}.".startswith(f"{name}.") for each in known):
+            return f"{_now_called((within[0], default.RENAMED[within[0]]))}."
         if not any(f"{each}.".startswith(f"{name}.") for each in known):
             return (
                 f"There is no setting {name}.{_did_you_mean(_settings_like(name, known))} "

@@ -29,7 +29,7 @@ def map_in_order(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
     ahead: int = _AHEAD,
-    remark: str = "",
+    remark: str = "Run the same command with fewer, such as --workers=1.",
 ) -> Iterator[Result]:
     """Yields `work(part)` of every part, in order.
 
@@ -41,7 +41,7 @@ def map_in_order(
       initargs: arguments of `initializer`.
       ahead: parts per process that may be submitted before their turn; bounds the memory for
         results.
-      remark: ends the error of a process that was killed.
+      remark: remedy, which ends the error of a process that was killed.
 
     Raises:
       UserError: a process was killed.
@@ -61,8 +61,7 @@ def map_in_order(
             yield waiting.popleft().result()
     except process.BrokenProcessPool:
         raise UserError(
-            f"One of {processes} processes was killed, most likely for lack of memory. Run the "
-            f"same command with fewer, such as --workers=1.{remark}"
+            f"One of {processes} processes was killed, most likely for lack of memory. {remark}"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -51,12 +51,17 @@ def evaluate(options: argparse.Namespace) -> None:
     names = tasks.parse_names(options.tasks, "--tasks") or list(tasks.NAMES)
     if options.data_dir:
         locations.reachable(options.data_dir)
-    process, _ = hosts.join_hosts(options)
+    process, processes = hosts.join_hosts(options)
     available = options.datasets == AVAILABLE
     datasets = registry.resolve(",".join(registry.names()) if available else options.datasets)
     found = weights.open(options.checkpoint, step=options.step)
     out = _out(options, found)
-    embeddings = _embeddings(options, found, out / "features", config.data.views)
+    about = _about(found)  # by all hosts, who open the checkpoint together
+
+    def embed(model: Weights, directory: epath.Path) -> OnDiskEmbeddings:
+        return _embeddings(options, model, directory, config.data.views, process, processes)
+
+    embeddings = embed(found, out / "features")
 
     def say(line: str) -> None:
         if process == 0:
@@ -68,7 +73,7 @@ def evaluate(options: argparse.Namespace) -> None:
         detector = embeddings
         if options.detector:
             detector_weights = weights.open(options.detector)
-            detector = _embeddings(options, detector_weights, out / "detector", config.data.views)
+            detector = embed(detector_weights, out / "detector")
         fields = dict.fromkeys(inputs.FIELDS, "") | {"data": options.train_data, "split": "train"}
         training = TrainingImages(options.train_data, inputs.open_source(fields), detector)
     context = Context(embeddings, settings, datasets, training)
@@ -91,7 +96,7 @@ def evaluate(options: argparse.Namespace) -> None:
         folder = Folder(out)
         results, failed = run_all(context, names, folder, embeddings.parameters, say)
         evaluation = Evaluation(
-            model=_about(found),
+            model=about,
             settings=dataclasses.asdict(settings),
             results=tuple(results),
             missing=missing | skipped | failed,
@@ -148,7 +153,12 @@ def _out(options: argparse.Namespace, found: Weights) -> epath.Path:
 
 
 def _embeddings(
-    options: argparse.Namespace, found: Weights, directory: epath.Path, views: ConfigDict
+    options: argparse.Namespace,
+    found: Weights,
+    directory: epath.Path,
+    views: ConfigDict,
+    process: int,
+    processes: int,
 ) -> OnDiskEmbeddings:
     model = api.Model.from_weights(found)
     if model.tokenizer is None:
@@ -163,8 +173,8 @@ def _embeddings(
         batch_size=options.batch_size,
         threads=options.threads,
         views=views,
-        process=options.process,
-        processes=options.processes,
+        process=process,
+        processes=processes,
     )
 
 

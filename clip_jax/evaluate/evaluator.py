@@ -171,7 +171,8 @@ class Evaluator:
         source = self._describe(LABELLED, spec.source)
         class_names = tuple(spec.class_names) or source.class_names
         templates = tuple(spec.templates) or source.templates
-        class_prompts(class_names, templates)  # raises UserError if they are wrong
+        prompts, _ = class_prompts(class_names, templates)  # raises UserError if they are wrong
+        self._embeddings.tokenizer(prompts)  # raises ValueError if one is too long
         dataset = Dataset(
             LABELLED,
             _title(spec.source),

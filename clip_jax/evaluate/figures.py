@@ -48,23 +48,6 @@ def prompting(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def probe_against_zeroshot(zeroshot: Sequence[Result], probes: Sequence[Result]) -> Panel | None:
-    """Draws zero-shot against fully supervised, a point for each data set (paper figure 8)."""
-    supervised = {result.dataset: result for result in probes}
-    both = [result for result in zeroshot if result.dataset in supervised]
-    if len(both) < 2:
-        return None
-    points = Points(
-        "data sets",
-        [supervised[result.dataset].headline.value for result in both],
-        [result.headline.value for result in both],
-        names=[result.title for result in both],
-    )
-    x, y = Axis("linear probe", percent=True), Axis("zero-shot", percent=True)
-    svg = charts.draw([points], x, y, "Zero-shot against linear probe", diagonal=True)
-    return Panel("Zero-shot against linear probe", svg, [], "Dotted: where both are the same.")
-
-
 def strengths(result: Result) -> Panel:
     """Draws the score on validation data by L2 strength."""
     details = result.details

@@ -167,7 +167,13 @@ class InMemoryEmbeddings:
                 found = reading.by_threads(_row, source, range(len(source)), self._threads)
                 rows = [{"index": number, **row} for number, row in enumerate(found) if row]
                 whole = pa.Table.from_pylist(rows, schema=_SCHEMA)
-                places = np.searchsorted(whole["index"].to_numpy(), index)
+                there = whole["index"].to_numpy()
+                places = np.minimum(np.searchsorted(there, index), len(there) - 1)
+                if not np.array_equal(there[places], index):
+                    raise UserError(
+                        f"Some examples of {dataset.title}, {split}, could be read at first and "
+                        "not again: see to their storage."
+                    )
                 held = whole.take(pa.array(places))
             self._tables[key] = held
         return held

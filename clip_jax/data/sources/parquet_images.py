@@ -185,7 +185,7 @@ class StoredImages:
         self._chunk = chunk
         self._chunks = ChunkCache(self._start_chunk, cached_chunks) if cached_chunks else None
         if not cached_chunks and sizes and max(sizes) >= _LARGE:
-            logging.info(
+            logging.warning(
                 "The images of %s are in row groups of up to %d rows. In shuffled order, each "
                 "image costs the reading of its group; --config.data.order=windowed reads a group "
                 "for several images at a time.",

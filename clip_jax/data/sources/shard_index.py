@@ -167,7 +167,8 @@ def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator
     parts = [paths[i : i + each] for i in range(0, len(paths), each)]
     scan = functools.partial(_scan_some, kind)
     with processes.progress("Indexing", len(paths), " shards", leave=False) as bar:
-        for found in processes.map_in_order(scan, parts, workers):
+        remark = "Make the index first: python -m clip_jax data index DATA --workers=1."
+        for found in processes.map_in_order(scan, parts, workers, remark=remark):
             bar.update(len(found))
             yield from found
 
