@@ -1,4 +1,4 @@
-"""TensorFlow for what only it can do (its datasets, records, tokenizers, event files).
+"""TensorFlow for what only it can do: TFDS and TFRecord files.
 
 Import it from here: it then says nothing at import and leaves every GPU to JAX.
 """

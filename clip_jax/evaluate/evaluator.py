@@ -14,6 +14,7 @@ from clip_jax.data.sources import opening, reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.embed.encoder import Encoder, Variables
+from clip_jax.errors import UserError
 from clip_jax.evaluate import tasks
 from clip_jax.evaluate.embedding_source import TEST
 from clip_jax.evaluate.in_memory import InMemoryEmbeddings
@@ -172,7 +173,10 @@ class Evaluator:
         class_names = tuple(spec.class_names) or source.class_names
         templates = tuple(spec.templates) or source.templates
         prompts, _ = class_prompts(class_names, templates)  # raises UserError if they are wrong
-        self._embeddings.tokenizer(prompts)  # raises ValueError if one is too long
+        try:
+            self._embeddings.tokenizer(prompts)
+        except ValueError as error:
+            raise UserError(f"A prompt of eval.zeroshot is too long: {error}.") from None
         dataset = Dataset(
             LABELLED,
             _title(spec.source),

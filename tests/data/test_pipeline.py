@@ -305,3 +305,18 @@ class TestEvalBatches:
         (batch,) = evaluate(Photos(1))
         resized = Image.fromarray(Photos(1).pixels(0)).resize((13, SIZE), Image.BICUBIC)
         np.testing.assert_array_equal(batch["image"][0], np.asarray(resized)[:, 2:10])
+
+
+def test_unusable_data_end_the_run_before_a_batch_is_full():
+    """Each bad row tries many others: a whole batch of them would take minutes."""
+
+    class Bad(Numbers):
+        reads = 0
+
+        def __getitem__(self, index: int) -> Example:
+            Bad.reads += 1
+            raise BadExample("no caption", f"key {index}")
+
+    with pytest.raises(UserError, match="usable"):
+        take(make(Bad(5000), batch_size=1024), 1)
+    assert Bad.reads < 5000

@@ -41,7 +41,7 @@ class Local:
                 initializer=pa.set_cpu_count,
                 initargs=(1,),
                 ahead=len(shards),  # results are numbers; a large shard holds up no other
-                remark="Run the same command with fewer, such as --workers=1. Finished shards are kept.",
+                remark="Run it again with fewer, such as --workers=1. Finished shards are kept.",
             )
         pairs = 0
         with processes.progress(title, len(shards), " shards") as bar:
