@@ -179,7 +179,8 @@ def source(**overrides) -> ConfigDict:
     # glob patterns, comma-separated, as for .parquet files; tfds: data_dir.
     spec.path = ""
     spec.name = ""  # tfds: data set name, such as "coco_captions"
-    # digits: "train" | "train_scans" | "test" | "test_scenes" | ...; tfds: such as "train[:90%]".
+    # digits: "train" | "train_scans" | "test" | "test_scenes" | "test_inverted" | "test_blurred" |
+    # "test_noisy" | "test_tilted"; tfds: such as "train[:90%]".
     spec.split = ""
     # Name of the image: a feature (tfds, "/" for nesting; tfrecord) or a column (folder), which
     # holds paths, or in .parquet files the images themselves; "": the usual name.
@@ -208,7 +209,8 @@ def _model() -> ConfigDict:
     model.dtype = "auto"
     model.scan_layers = True  # run transformer layers in lax.scan (compiles fast), or unroll them
     # Activations recomputed in the backward pass: "none" | "full" | a policy of
-    # jax.checkpoint_policies.
+    # jax.checkpoint_policies: "nothing_saveable" | "dots_saveable" |
+    # "dots_with_no_batch_dims_saveable" | "everything_saveable".
     model.remat = "none"
     model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
     # Packing: several captions share a row of the contrastive text tower, so that little compute is
@@ -216,7 +218,8 @@ def _model() -> ConfigDict:
     # docs/scale.md.
     model.packing = ConfigDict()
     model.packing.length = 80  # tokens in a row, at least context_length; 0: one caption a row
-    # Rows per caption, above 0, up to 1; a batch that needs more takes further rounds of as many.
+    # Rows per caption, above 0, up to 1; a batch that needs more rows is computed in further passes
+    # of as many.
     model.packing.rows = 0.3
     model.size = _size()
     return model
@@ -235,7 +238,8 @@ def _size() -> ConfigDict:
 
 def _mesh() -> ConfigDict:
     mesh = ConfigDict()
-    mesh.slices = 1  # TPU slices joined by the data-centre network, which examples are split over
+    # TPU slices joined by the data-centre network; each takes a part of the batch.
+    mesh.slices = 1
     mesh.data = -1  # devices along the pure data axis; -1: all that remain
     mesh.fsdp = 1  # devices that parameters and optimiser state are sharded over as well
     mesh.tensor = 1  # devices that the heads and hidden units of blocks are split over
@@ -309,13 +313,12 @@ def _data() -> ConfigDict:
     data.chunk = 32  # windowed: neighbouring examples read at once
     data.max_skipped = 0.1  # fraction of unusable examples above which the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
-    # Processes on each host that run these threads, where Python's lock limits a single one; 0:
-    # only the trainer's own.
+    # Processes on each host that run these threads, where the GIL limits a single one; 0: only
+    # the trainer's own.
     data.processes = 0
     data.prefetch = 2  # batches held ready on the host, and the same number on the device
-    data.stall_timeout = (
-        600.0  # seconds without a batch after which the run stops, naming the cause
-    )
+    # Seconds without a batch after which the run stops, naming the cause.
+    data.stall_timeout = 600.0
     return data
 
 
@@ -333,19 +336,21 @@ def _eval() -> ConfigDict:
     # near_duplicates: images whose second view is to be retrieved.
     retrieval = ConfigDict()
     retrieval.source = source()  # type "": none
-    retrieval.max_examples = 5000  # number of examples, the first ones
+    retrieval.max_examples = 5000  # at most this many examples, the first ones
     evals.retrieval = retrieval
     # Data sets that clip_jax knows, and others by path: names, collections and paths,
     # comma-separated; "": none. Logged as TASK/DATASET/METRIC.
     evals.datasets = ""
     evals.data_dir = ""  # directory of these data sets; "": only embedded and TFDS's own
-    evals.tasks = "zeroshot"  # their tasks: "zeroshot" | "retrieval" | "linear_probe" | ...
+    # Their tasks, comma-separated: "zeroshot" | "retrieval" | "near_duplicates" | "linear_probe" |
+    # "few_shot" | "robustness" | "bias".
+    evals.tasks = "zeroshot"
     # The remaining settings are for all data sets, and are the defaults of clip_jax evaluate.
     evals.prompts = "paper"  # set of prompts: "paper" | "clip_benchmark"
     evals.retrieval_prompt = "a photo of {}"  # prompt that captions are also tried with
     evals.confidence = 0.995  # coverage of confidence intervals
-    evals.shots = (1, 2, 4, 8, 16)  # examples per class, few-shot probes
-    evals.repeats = 3  # random draws of these examples
+    evals.shots = (1, 2, 4, 8, 16)  # few-shot probes: training examples per class
+    evals.repeats = 3  # few-shot probes: random draws of the training examples
     evals.label_thresholds = (0.005, 0.04)  # least probabilities of a label, bias probes
     evals.overlap_threshold = 0.95  # least cosine of near-duplicates
     return evals

@@ -17,16 +17,18 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help='on a pod: of its first host, or "auto" where the cluster tells (Cloud TPU, SLURM); '
-        "not needed where hosts have accelerators of their own",
+        help='on a pod: address of its first host, or "auto" where the cluster tells (Cloud TPU, '
+        "SLURM); not needed where hosts have accelerators of their own",
     )
-    add("--processes", type=int, default=1, metavar="N", help="hosts; not with auto")
+    add(
+        "--processes", type=int, default=1, metavar="N", help="number of hosts; leave out with auto"
+    )
     add(
         "--process",
         type=int,
         default=0,
         metavar="I",
-        help="number of this process, from 0; not with auto",
+        help="number of this host, from 0; leave out with auto",
     )
 
 

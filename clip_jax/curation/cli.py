@@ -3,12 +3,12 @@
 from clip_jax.common import commands
 
 COMMANDS = {
-    "index": ("clip_jax.curation.index", "index the samples of shards, in parallel"),
-    "check": ("clip_jax.curation.check", "check every example as training would use it"),
-    "stats": ("clip_jax.curation.stats", "image sizes, caption lengths, duplicates"),
-    "pack": ("clip_jax.curation.pack", "write any data as tar shards"),
-    "dedup": ("clip_jax.curation.dedup", "find near-duplicate images"),
-    "curate": ("clip_jax.curation.balancing", "balance captions by queries, as the paper did"),
+    "index": ("clip_jax.curation.index", "indexes the samples of shards, in parallel"),
+    "check": ("clip_jax.curation.check", "checks every example as training would use it"),
+    "stats": ("clip_jax.curation.stats", "counts image sizes, caption lengths, duplicates"),
+    "pack": ("clip_jax.curation.pack", "writes any data as tar shards"),
+    "dedup": ("clip_jax.curation.dedup", "finds near-duplicate images"),
+    "curate": ("clip_jax.curation.balancing", "balances captions by queries, as the paper did"),
 }
 
 

@@ -1,6 +1,6 @@
 """Rows loaded by separate processes, in order, as batches.
 
-Decoders release Python's lock, the code around them does not: past some three cores, threads of one
+Decoders release the GIL, the code around them does not: past some three cores, threads of one
 process wait for each other. Each process here has threads of its own, opens the data itself and
 writes rows into memory that it shares with the process that started it.
 

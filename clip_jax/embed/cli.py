@@ -6,7 +6,7 @@
     python -m clip_jax embed --model=gs://BUCKET/run "gs://BUCKET/{00000..00099}.tar" \\
         --out=gs://BUCKET/embeddings --coordinator=auto         # on every host of a pod
 
-The devices of a host split each batch, the hosts split the parts. Run the same command again to
+Each host writes its own part files; its devices split each batch. Run the same command again to
 resume: parts that exist are not made again.
 
 Writes to --out:
@@ -70,7 +70,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="precision of the embeddings",
     )
     add("--rows", type=at_least(1), default=65_536, metavar="N", help="examples in a part")
-    add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
+    add(
+        "--batch_size",
+        type=at_least(1),
+        default=256,
+        metavar="N",
+        help="examples per step on each host",
+    )
     add(
         "--threads",
         type=at_least(0),

@@ -70,8 +70,13 @@ def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
     add("--out", default="", metavar="DIR", help="default: evaluation-STEP in the workdir")
     add("--list", action="store_true", help="list the data sets, and end")
     add("--prompts", default=evals.prompts, help=f"set of prompts; default: {evals.prompts}")
-    add("--shots", default=",".join(map(str, evals.shots)), help="examples per class, few_shot")
-    add("--repeats", type=at_least(1), default=evals.repeats, help="draws of them")
+    add("--shots", default=",".join(map(str, evals.shots)), help="few_shot: examples per class")
+    add(
+        "--repeats",
+        type=at_least(1),
+        default=evals.repeats,
+        help="few_shot: random draws of the examples",
+    )
     add("--testbed", default="", metavar="FILE", help="robustness: .csv of other models")
     add("--train_data", default="", metavar="DATA", help="overlap: as for clip_jax data")
     add("--detector", default="", metavar="MODEL", help="overlap: default: the model itself")
@@ -81,7 +86,13 @@ def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
         metavar="X",
         help="overlap: cosine of near-duplicates; by set as well, as in 0.95,cifar10=0.9",
     )
-    add("--batch_size", type=at_least(1), default=256, metavar="N", help="over a host's devices")
+    add(
+        "--batch_size",
+        type=at_least(1),
+        default=256,
+        metavar="N",
+        help="examples per step on each host",
+    )
     add(
         "--threads",
         type=at_least(0),

@@ -1,8 +1,8 @@
 """python -m clip_jax plan --config=vit_b32 --topology=v5e:16x16
 
 Compiles the training step of a config with the real TPU compiler, for a pod that need not exist
-here, and prints what it needs of each chip: memory, operations, exchanges between chips, and the
-time a step is predicted to take. Needs no TPU, but libtpu: pip install "jax[tpu]".
+here, and prints what it needs of each chip: memory, operations, collectives, and the time a step is
+predicted to take. Needs no TPU, but libtpu: pip install "jax[tpu]".
 
     python -m clip_jax plan --config=vit_l14 --topology=v5p:4x4x8 --slices=2
     python -m clip_jax plan --config=vit_b32 --topology=v5e:4x4 --search
@@ -73,7 +73,10 @@ def _define(values: flags.FlagValues) -> None:
         "slices", None, "TPU slices; otherwise the config's mesh.slices.", flag_values=values
     )
     flags.DEFINE_float(
-        "examples", PAPER_EXAMPLES, "Examples of an epoch, for days.", flag_values=values
+        "examples",
+        PAPER_EXAMPLES,
+        "Examples per epoch, for the predicted days of training.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "top", 10, "How many of the longest instructions to list.", flag_values=values

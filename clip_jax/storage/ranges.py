@@ -2,7 +2,7 @@
 
 A request to a bucket takes 20 to 100 ms however small it is, so that examples read one after the
 other come at some twenty a second. Here reads begin at once and are waited for when their results
-are needed; TensorStore makes the requests concurrently, outside of Python's lock.
+are needed; TensorStore makes the requests concurrently, without the GIL.
 """
 
 import contextlib

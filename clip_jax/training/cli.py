@@ -69,10 +69,13 @@ def _define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "processes", None, "Number of hosts; not needed with auto.", flag_values=values
+        "processes",
+        None,
+        "Number of hosts (loader processes are --config.data.processes); leave out with auto.",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "process", None, "Number of this host, from 0; not with auto.", flag_values=values
+        "process", None, "Number of this host, from 0; leave out with auto.", flag_values=values
     )
 
 

@@ -162,7 +162,7 @@ def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator
     if len(paths) < _WORTH_PROCESSES or workers == 1:
         yield from _scan_some(kind, paths)
         return
-    # Processes, since headers are parsed under Python's lock.
+    # Processes, since headers are parsed under the GIL.
     each = _THREADS if remote.is_remote(paths[0]) else 4
     parts = [paths[i : i + each] for i in range(0, len(paths), each)]
     scan = functools.partial(_scan_some, kind)
