@@ -185,7 +185,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
         patch_dropout=config.model.patch_dropout,
-        pack=config.model.packing.to_dict(),
+        packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
 
