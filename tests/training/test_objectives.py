@@ -285,7 +285,7 @@ def test_bags_of_words_cannot_be_packed():
 def test_configs_of_figure_2(line: str):
     config = figure2.get_config(f"{line},smoke")
     default.validate(config)
-    _, net = program.place(config)
+    _, net = program.make_mesh_and_net(config)
     assert net.size.is_resnet
     assert net.size.image_size == 32
     with pytest.raises(UserError, match=r"captioning.*smoke"):
