@@ -67,15 +67,15 @@ def rows_taken(lengths: np.ndarray, row_length: int) -> int:
 
 def prepare(competitor: str, args: argparse.Namespace) -> tuple[turns.Step, dict]:
     from clip_jax import models
-    from clip_jax.models.packing import Pack
+    from clip_jax.models.packing import Packing
 
     size = models.get_size("ViT-B/32")
     batch = make_batch(size, args.batch)
     if competitor == "open_clip":
         take_step, _ = step.open_clip_step(size, batch, args.device)
     else:
-        pack = Pack(args.length, args.rows) if competitor == "clip_jax packed" else None
-        take_step, _ = step.clip_jax_step(size, batch, args.scan, pack, args.device)
+        packing = Packing(args.length, args.rows) if competitor == "clip_jax packed" else None
+        take_step, _ = step.clip_jax_step(size, batch, args.scan, packing, args.device)
     return take_step, {}
 
 

@@ -60,7 +60,7 @@ def make_batch(size, count: int) -> Batch:
 
 
 def clip_jax_step(
-    size, batch: Batch, scan_layers: bool, pack=None, device: str = "cpu"
+    size, batch: Batch, scan_layers: bool, packing=None, device: str = "cpu"
 ) -> tuple[Step, int]:
     """Makes the step of the training loop, with uint8 pixels and norms measured."""
     import jax
@@ -70,7 +70,7 @@ def clip_jax_step(
     from clip_jax.training import step
 
     dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
-    net = models.CLIP(size, scan_layers=scan_layers, pack=pack, dtype=dtype)
+    net = models.CLIP(size, scan_layers=scan_layers, packing=packing, dtype=dtype)
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)
     schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)

@@ -23,3 +23,6 @@ TEXT_POOLS = ("end", "last", "bag")
 IMAGE_CROPS = ("center", "none")
 RESNET_ACTIVATIONS = ("relu", "gelu")
 RESNET_NORMS = ("batch", "weight")
+
+# evaluate --datasets: all data sets of the registry that are on disk.
+AVAILABLE = "available"

@@ -236,7 +236,7 @@ def test_smoke_config(name: str):
     default.validate(config)
     assert fields(config) == fields(default.get_config())
     assert config.data.source.type == "digits"
-    _, net = program.place(config)
+    _, net = program.make_mesh_and_net(config)
     assert net.size.is_resnet == config.model.name.startswith("RN")
 
 
@@ -247,7 +247,7 @@ def test_full_config(name: str):
 
     config = get_config(name, "")
     assert fields(config) == fields(default.get_config())
-    program.place(config)
+    program.make_mesh_and_net(config)
     if config.data.source.type:
         default.validate(config)
         return

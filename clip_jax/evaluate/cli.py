@@ -29,6 +29,7 @@ import argparse
 
 from ml_collections import ConfigDict
 
+from clip_jax.choices import AVAILABLE
 from clip_jax.common import commands, hosts
 from clip_jax.common.commands import at_least
 from clip_jax.configs import default
@@ -63,7 +64,7 @@ def _parser(evals: ConfigDict) -> argparse.ArgumentParser:
     add("--tasks", default="", help="comma-separated; default: all that the data allow")
     add(
         "--datasets",
-        default="available",
+        default=AVAILABLE,
         help="names, collections, paths, comma-separated; default: all of the registry on disk",
     )
     add("--data_dir", default=evals.data_dir, metavar="DIR", help="where data sets lie")

@@ -1,4 +1,4 @@
-"""The command python -m clip_jax evaluate: all tasks on all data sets, then tables and pages.
+"""Runs `python -m clip_jax evaluate`, whose flags are in cli.py: all tasks, then tables and pages.
 
 Results that exist already are kept, and missing data sets are reported.
 """
@@ -13,6 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax import api, weights
+from clip_jax.choices import AVAILABLE
 from clip_jax.common import hosts
 from clip_jax.common.commands import fraction
 from clip_jax.common.formatting import aligned, format_seconds, percent
@@ -39,8 +40,6 @@ from clip_jax.models import flops as model_flops
 from clip_jax.storage import locations
 from clip_jax.weights.model import Weights
 
-AVAILABLE = "available"  # stands for all data sets of the registry that are on disk
-
 Say = Callable[[str], None]
 
 
@@ -56,7 +55,7 @@ def evaluate(options: argparse.Namespace) -> None:
     datasets = registry.resolve(",".join(registry.names()) if available else options.datasets)
     found = weights.open(options.checkpoint, step=options.step)
     out = _out(options, found)
-    about = _about(found)  # by all hosts, who open the checkpoint together
+    about = _model_info(found)  # by all hosts, who open the checkpoint together
 
     def embed(model: Weights, directory: epath.Path) -> OnDiskEmbeddings:
         return _embeddings(options, model, directory, config.data.views, process, processes)
@@ -178,7 +177,7 @@ def _embeddings(
     )
 
 
-def _about(found: Weights) -> About:
+def _model_info(found: Weights) -> About:
     trained = record.read_training(found.origin)
     seen = trained.images_seen if trained else 0
     return About(
@@ -244,7 +243,7 @@ def run_all(
             task = tasks.get(name)
             if not task.supports(context, dataset):
                 continue
-            made_of = fingerprint(_depends(context, name, dataset, parameters))
+            made_of = fingerprint(_result_inputs(context, name, dataset, parameters))
             result = folder.read(name, dataset.name, made_of)
             try:
                 if result is None:
@@ -263,7 +262,9 @@ def run_all(
     return results, failed
 
 
-def _depends(context: Context, name: str, dataset: Dataset, parameters: str) -> Mapping[str, Any]:
+def _result_inputs(
+    context: Context, name: str, dataset: Dataset, parameters: str
+) -> Mapping[str, Any]:
     """Returns everything that a result depends on."""
     training = context.training if name == "overlap" else None
     return {

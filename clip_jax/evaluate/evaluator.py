@@ -22,7 +22,8 @@ from clip_jax.evaluate.results import Result, Score
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.models.prompts import class_prompts
 
-# Names of the data sets that a config describes by fields of its own. A slash would be a path.
+# Names of the data sets that a config describes by fields of its own. No slash: a data set's name
+# with a slash is taken for a path.
 LABELLED, CAPTIONED = "eval.zeroshot.source", "eval.retrieval.source"
 
 
@@ -35,7 +36,7 @@ class Evaluator:
     Attributes:
       results: results of the last evaluation, in the order of the data sets.
       scores: their scores by the names that they are logged under.
-      means: means over several data sets of `eval.datasets`, likewise.
+      means: mean headline score of each task over `eval.datasets`, by logged name.
       notes: a sentence about each evaluation in the config that this model does not support.
     """
 
@@ -103,7 +104,7 @@ class Evaluator:
             for name in names:
                 result = tasks.run(self._context, name, dataset)
                 self.results.append(result)
-                self.scores |= {logged_name(score): score for score in result.quoted}
+                self.scores |= {logged_name(score): score for score in result.logged_scores}
                 if not _is_described(dataset.name) and not dataset.base:
                     by_task[name].append(result.headline.value)
             self._embeddings.release(dataset)
@@ -119,7 +120,7 @@ class Evaluator:
         return {
             logged_name(score): score
             for result in self.results
-            for score in result.quoted
+            for score in result.logged_scores
             if _is_described(result.dataset)
             or (not result.base and f"{result.task}/mean" not in self.means)
             if score == result.headline or score.metric.endswith("recall@1")

@@ -80,7 +80,7 @@ def _zeroshot(results: Sequence[Result]) -> dict[str, Any]:
     sets = [
         {
             "result": result,
-            "top5": next((score for score in result.quoted if score.metric == "top5"), None),
+            "top5": next((score for score in result.logged_scores if score.metric == "top5"), None),
             "confusion": confusion.view(confusion.from_json(result.details["classes"]))
             if "classes" in result.details
             else None,

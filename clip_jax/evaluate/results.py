@@ -90,7 +90,7 @@ class Result:
         return self.scores[0]
 
     @property
-    def quoted(self) -> tuple[Score, ...]:
+    def logged_scores(self) -> tuple[Score, ...]:
         """The scores of the headline's variant, such as every recall for plain captions."""
         return tuple(score for score in self.scores if score.variant == self.headline.variant)
 

@@ -38,9 +38,9 @@ def softmax_loss(
       batch_axes: mesh axes that split the batch, outermost first; the embeddings are the same along
         the others. None: all axes.
       method: "all_gather": each device gathers all texts and holds its rows of the logits; both
-        directions are read off the same logits. Without a mesh, the plain reference. "ring": the
-        texts travel from device to device, and no more than a tile of logits exists at a time, for
-        4/3 of the operations.
+        directions are read off the same logits. Without a mesh: the full matrix of logits on one
+        device. "ring": the texts travel from device to device, and no more than a tile of logits
+        exists at a time, for 4/3 of the operations.
       tile: rows and columns of a tile of the ring, at most.
 
     Returns:
@@ -72,8 +72,8 @@ def sigmoid_loss(
 ) -> Float[Array, ""]:
     """Computes SigLIP's loss, a binary classification of every pair (Zhai et al. 2023).
 
-    arXiv:2303.15343. Neither method keeps logits for the backward pass: gradients need no
-    statistics of other tiles, so the forward pass computes them at once and keeps those instead.
+    arXiv:2303.15343. No logits are kept for the backward pass: the gradient of a pair depends on
+    its own logit alone, so the forward pass computes the gradients too and keeps only them.
 
     Args:
       image_embed, text_embed, logit_scale, mesh, batch_axes, method, tile: see `softmax_loss`. Both

@@ -9,27 +9,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-Axes = tuple[str, ...]  # mesh axes that split the batch, outermost first
-Embeds = Float[Array, "n embed"]
-Scalar = Float[Array, ""]
-
-_WHOLE = PartitionSpec()
-
-
-def dot(
-    subscripts: str, a: Float[Array, "n m"], b: Float[Array, "k l"]
-) -> Float[Array, "rows columns"]:
-    """Multiplies matrices: float32 sums; true float32 products where the inputs are float32.
-
-    At the default precision accelerators would round float32 inputs to fewer bits.
-    """
-    return jnp.einsum(
-        subscripts,
-        a,
-        b,
-        preferred_element_type=jnp.float32,
-        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-    )
+from clip_jax.losses.terms import (
+    WHOLE,
+    Axes,
+    Embeds,
+    Scalar,
+    dot,
+    scale_gradients,
+    sigmoid_terms,
+)
 
 
 def plain_softmax(images: Embeds, texts: Embeds, logit_scale: Scalar) -> Scalar:
@@ -81,8 +69,8 @@ def _softmax_forward(
     shard = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, split, _WHOLE),
-        out_specs=(_WHOLE, split, split, _WHOLE),
+        in_specs=(split, split, WHOLE),
+        out_specs=(WHOLE, split, split, WHOLE),
     )
     loss, *statistics = shard(images, texts, logit_scale)
     return loss, (images, texts, logit_scale, *statistics)
@@ -112,8 +100,8 @@ def _softmax_backward(
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, split, _WHOLE, split, split, _WHOLE, _WHOLE),
-        out_specs=(split, split, _WHOLE),
+        in_specs=(split, split, WHOLE, split, split, WHOLE, WHOLE),
+        out_specs=(split, split, WHOLE),
     )(images, texts, logit_scale, logits, rows, columns, gradient)
 
 
@@ -150,7 +138,7 @@ def sigmoid(
         terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias)
         return jax.lax.psum(jnp.sum(terms), axes) / products.shape[1]
 
-    return _shard_sigmoid(local, mesh, axes, _WHOLE)(images, texts, logit_scale, logit_bias)
+    return _shard_sigmoid(local, mesh, axes, WHOLE)(images, texts, logit_scale, logit_bias)
 
 
 def _sigmoid_forward(
@@ -171,34 +159,13 @@ def _sigmoid_forward(
         return loss, (d_images.astype(images.dtype), d_texts.astype(texts.dtype), d_scale, d_bias)
 
     split = PartitionSpec(axes)
-    out_specs = (_WHOLE, (split, split, _WHOLE, _WHOLE))
+    out_specs = (WHOLE, (split, split, WHOLE, WHOLE))
     return _shard_sigmoid(local, mesh, axes, out_specs)(images, texts, logit_scale, logit_bias)
 
 
 def _shard_sigmoid(local: Callable, mesh: Mesh, axes: Axes, out_specs: Any) -> Callable:
-    in_specs = (PartitionSpec(axes), PartitionSpec(axes), _WHOLE, _WHOLE)
+    in_specs = (PartitionSpec(axes), PartitionSpec(axes), WHOLE, WHOLE)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
-
-
-def sigmoid_terms(
-    products: Float[Array, "n m"],
-    positive: Bool[Array, "n m"],
-    logit_scale: Scalar,
-    logit_bias: Scalar,
-) -> tuple[Float[Array, "n m"], Float[Array, "n m"], Float[Array, "n m"]]:
-    """Computes each pair's loss, and the derivatives of that by its logit and by logit_scale."""
-    scaled = jnp.exp(logit_scale) * products
-    wrong = jnp.where(positive, -1.0, 1.0)  # the sign that makes a high logit a mistake
-    logits = wrong * (scaled + logit_bias)
-    d_logits = wrong * jax.nn.sigmoid(logits)
-    return jax.nn.softplus(logits), d_logits, d_logits * scaled
-
-
-def scale_gradients(
-    gradients: tuple[Float[Array, "..."], ...], gradient: Scalar
-) -> tuple[Float[Array, "..."], ...]:
-    """Runs the backward pass of a loss whose forward pass has computed the gradients."""
-    return tuple((gradient * g).astype(g.dtype) for g in gradients)
 
 
 def _sigmoid_backward(

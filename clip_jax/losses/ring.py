@@ -14,18 +14,30 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from clip_jax.errors import UserError
-from clip_jax.losses.gathered import Axes, Embeds, Scalar, dot, scale_gradients, sigmoid_terms
+from clip_jax.losses.terms import (
+    WHOLE,
+    Axes,
+    Embeds,
+    Scalar,
+    dot,
+    scale_gradients,
+    sigmoid_terms,
+)
 
 Values = Float[Array, " n"]  # one for each of a device's examples
 Tree = Any  # arrays whose first dimension is a device's examples
-# (fixed, sums of fixed, moving, sums of moving) of one tile -> both sums, updated.
+# (fixed, fixed_sums, moving, moving_sums) of one pair of tiles -> (fixed_sums, moving_sums).
 Visit = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
-
-_WHOLE = PartitionSpec()
 
 
 def _sweep(
-    axes: Axes, tile: int, visit: Visit, fixed: Tree, sums: Tree, moving: Tree, own: Tree
+    axes: Axes,
+    tile: int,
+    visit: Visit,
+    fixed: Tree,
+    fixed_sums: Tree,
+    moving: Tree,
+    moving_sums: Tree,
 ) -> tuple[Tree, Tree]:
     """Visits every pair of tiles once, over all devices of the axes.
 
@@ -34,43 +46,47 @@ def _sweep(
       tile: rows of a tile.
       visit: called with each pair of tiles.
       fixed: arrays that stay here and are only read.
-      sums: arrays that stay here and are summed up.
+      fixed_sums: arrays that stay here and are summed up.
       moving: arrays that travel and are only read.
-      own: arrays that travel and are summed up.
+      moving_sums: arrays that travel and are summed up.
 
     Returns:
-      `sums`, and `own` after its way round all devices.
+      `fixed_sums`, and `moving_sums` after its way round all devices.
     """
     # Rings are nested: texts go round the innermost axis (the fastest network) before they take one
     # hop on the next one out, so that the slowest network carries each text the fewest times.
     spans = [(axis, jax.lax.axis_size(axis)) for axis in axes]
 
-    def travel(spans, sums, moving, own):
+    def travel(spans, fixed_sums, moving, moving_sums):
         if not spans:
-            return *_visit_tiles(tile, visit, fixed, sums, moving, own), moving
+            fixed_sums, moving_sums = _visit_tiles(
+                tile, visit, fixed, fixed_sums, moving, moving_sums
+            )
+            return fixed_sums, moving, moving_sums
         (axis, size), inner = spans[0], spans[1:]
         onwards = [(i, (i + 1) % size) for i in range(size)]
 
         def hop(_, carry):
-            sums, own, moving = travel(inner, *carry)
-            # Arrays that are only read leave before the visit ends: transfer overlaps with compute.
-            moving, own = jax.lax.ppermute((moving, own), axis, onwards)
-            return sums, moving, own
+            fixed_sums, moving, moving_sums = travel(inner, *carry)
+            # On the innermost axis, arrays that are only read leave before the visit ends: transfer
+            # overlaps with compute.
+            moving, moving_sums = jax.lax.ppermute((moving, moving_sums), axis, onwards)
+            return fixed_sums, moving, moving_sums
 
-        sums, moving, own = jax.lax.fori_loop(0, size, hop, (sums, moving, own))
-        return sums, own, moving
+        return jax.lax.fori_loop(0, size, hop, (fixed_sums, moving, moving_sums))
 
-    sums, own, _ = travel([span for span in spans if span[1] > 1], sums, moving, own)
-    return sums, own
+    spans = [span for span in spans if span[1] > 1]
+    fixed_sums, _, moving_sums = travel(spans, fixed_sums, moving, moving_sums)
+    return fixed_sums, moving_sums
 
 
 def _visit_tiles(
-    tile: int, visit: Visit, fixed: Tree, sums: Tree, moving: Tree, own: Tree
+    tile: int, visit: Visit, fixed: Tree, fixed_sums: Tree, moving: Tree, moving_sums: Tree
 ) -> tuple[Tree, Tree]:
-    """Visits all pairs of tiles that lie on this device; returns both sums."""
+    """Visits all pairs of tiles that lie on this device; returns (fixed_sums, moving_sums)."""
     rows = jax.tree.leaves(fixed)[0].shape[0]
     if rows <= tile:
-        return visit(fixed, sums, moving, own)
+        return visit(fixed, fixed_sums, moving, moving_sums)
 
     def split(tree):
         return jax.tree.map(lambda x: x.reshape(rows // tile, tile, *x.shape[1:]), tree)
@@ -78,18 +94,20 @@ def _visit_tiles(
     def join(tree):
         return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), tree)
 
-    def column(sums, moving_tile):
-        def row(own, fixed_tile):
-            fixed, sums = fixed_tile
-            sums, own = visit(fixed, sums, moving, own)
-            return own, sums
+    def column(fixed_sums, moving_tile):
+        def row(moving_sums, fixed_tile):
+            fixed, fixed_sums = fixed_tile
+            fixed_sums, moving_sums = visit(fixed, fixed_sums, moving, moving_sums)
+            return moving_sums, fixed_sums
 
-        moving, own = moving_tile
-        own, sums = jax.lax.scan(row, own, (split(fixed), sums))
-        return sums, own
+        moving, moving_sums = moving_tile
+        moving_sums, fixed_sums = jax.lax.scan(row, moving_sums, (split(fixed), fixed_sums))
+        return fixed_sums, moving_sums
 
-    sums, own = jax.lax.scan(column, split(sums), (split(moving), split(own)))
-    return join(sums), join(own)
+    fixed_sums, moving_sums = jax.lax.scan(
+        column, split(fixed_sums), (split(moving), split(moving_sums))
+    )
+    return join(fixed_sums), join(moving_sums)
 
 
 def _tile_rows(rows: int, tile: int) -> int:
@@ -119,7 +137,7 @@ def _on(mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs
     return jax.shard_map(
         partial(local, axes),
         mesh=mesh,
-        in_specs=tuple(split if spec == "s" else _WHOLE for spec in in_specs),
+        in_specs=tuple(split if spec == "s" else WHOLE for spec in in_specs),
         out_specs=out_specs,
         check_vma=False,  # the loops' sums begin as constants; tests compare every result
     )
@@ -151,26 +169,28 @@ def _softmax_statistics(
     """Computes maximum and sum of each own row and each own column, and the positives."""
     rows = images.shape[0]
 
-    def grow(statistics, logits, axis):
+    def update_statistics(statistics, logits, axis):
         """Adds logits to maxima and sums, which are scaled down where the maximum rises."""
         old_max, old_sum = statistics
         new_max = jnp.maximum(old_max, logits.max(axis))
         summed = jnp.exp(logits - jnp.expand_dims(new_max, axis)).sum(axis)
         return new_max, old_sum * jnp.exp(old_max - new_max) + summed
 
-    def visit(fixed, sums, moving, own):
+    def visit(fixed, fixed_sums, moving, moving_sums):
         (images, image_rows), (texts, text_rows) = fixed, moving
-        by_row, positives = sums
+        by_row, positives = fixed_sums
         logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
         is_positive = image_rows[:, None] == text_rows[None]
         positives += jnp.sum(jnp.where(is_positive, logits, 0), axis=1)
-        return (grow(by_row, logits, 1), positives), grow(own, logits, 0)
+        return (update_statistics(by_row, logits, 1), positives), update_statistics(
+            moving_sums, logits, 0
+        )
 
-    nothing = jnp.full(rows, -jnp.inf), jnp.zeros(rows)
+    empty_statistics = jnp.full(rows, -jnp.inf), jnp.zeros(rows)
     at = _positions(axes, rows)
-    sums = nothing, jnp.zeros(rows)
+    fixed_sums = empty_statistics, jnp.zeros(rows)
     (by_row, positives), by_column = _sweep(
-        axes, tile, visit, (images, at), sums, (texts, at), nothing
+        axes, tile, visit, (images, at), fixed_sums, (texts, at), empty_statistics
     )
     return by_row, by_column, positives
 
@@ -196,7 +216,7 @@ def _softmax_forward(
         return loss, by_row, by_column
 
     split = PartitionSpec(axes)
-    out_specs = (_WHOLE, split, split)
+    out_specs = (WHOLE, split, split)
     loss, *statistics = _on(mesh, axes, local, "ssw", out_specs)(images, texts, logit_scale)
     return loss, (images, texts, logit_scale, *statistics)
 
@@ -210,10 +230,10 @@ def _softmax_backward(
         rows = images.shape[0]
         at = _positions(axes, rows)
 
-        def visit(fixed, sums, moving, own):
+        def visit(fixed, fixed_sums, moving, moving_sums):
             images, image_rows, (row_max, row_sum) = fixed
             texts, text_rows, (column_max, column_sum) = moving
-            d_images, d_scale = sums
+            d_images, d_scale = fixed_sums
             logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
             target = (image_rows[:, None] == text_rows[None]).astype(jnp.float32)
             rows = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
@@ -221,16 +241,16 @@ def _softmax_backward(
             d_logits = (rows - target) + (columns - target)
             weights = d_logits.astype(images.dtype)
             d_images += dot("nm,me->ne", weights, texts)
-            d_texts = own + dot("nm,ne->me", weights, images)
+            d_texts = moving_sums + dot("nm,ne->me", weights, images)
             return (d_images, d_scale + jnp.sum(d_logits * logits, axis=1)), d_texts
 
-        sums = jnp.zeros(images.shape), jnp.zeros(rows)
+        fixed_sums = jnp.zeros(images.shape), jnp.zeros(rows)
         (d_images, d_scale), d_texts = _sweep(
             axes,
             _tile_rows(rows, tile),
             visit,
             (images, at, by_row),
-            sums,
+            fixed_sums,
             (texts, at, by_column),
             jnp.zeros(texts.shape),
         )
@@ -244,7 +264,7 @@ def _softmax_backward(
 
     operands = images, texts, logit_scale, gradient, by_row, by_column
     split = PartitionSpec(axes)
-    return _on(mesh, axes, local, "sswwss", (split, split, _WHOLE))(*operands)
+    return _on(mesh, axes, local, "sswwss", (split, split, WHOLE))(*operands)
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -269,19 +289,19 @@ def sigmoid(
         rows = images.shape[0]
         at = _positions(axes, rows)
 
-        def visit(fixed, sums, moving, own):
+        def visit(fixed, fixed_sums, moving, moving_sums):
             (images, image_rows), (texts, text_rows) = fixed, moving
             positive = image_rows[:, None] == text_rows[None]
             products = dot("ne,me->nm", images, texts)
             terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias)
-            return sums + jnp.sum(terms, axis=1), own
+            return fixed_sums + jnp.sum(terms, axis=1), moving_sums
 
-        sums, _ = _sweep(
+        fixed_sums, _ = _sweep(
             axes, _tile_rows(rows, tile), visit, (images, at), jnp.zeros(rows), (texts, at), ()
         )
-        return _total(jnp.sum(sums), axes) / (rows * _devices(axes))
+        return _total(jnp.sum(fixed_sums), axes) / (rows * _devices(axes))
 
-    return _on(mesh, axes, local, "ssww", _WHOLE)(images, texts, logit_scale, logit_bias)
+    return _on(mesh, axes, local, "ssww", WHOLE)(images, texts, logit_scale, logit_bias)
 
 
 def _sigmoid_forward(
@@ -297,16 +317,16 @@ def _sigmoid_forward(
         rows = images.shape[0]
         at = _positions(axes, rows)
 
-        def visit(fixed, sums, moving, own):
+        def visit(fixed, fixed_sums, moving, moving_sums):
             (images, image_rows), (texts, text_rows) = fixed, moving
             positive = image_rows[:, None] == text_rows[None]
             products = dot("ne,me->nm", images, texts)
             found = sigmoid_terms(products, positive, logit_scale, logit_bias)
-            d_images, *sums = sums
+            d_images, *sums = fixed_sums
             weights = found[1].astype(images.dtype)
             d_images += dot("nm,me->ne", weights, texts)
             sums = [total + jnp.sum(x, axis=1) for total, x in zip(sums, found)]
-            return (d_images, *sums), own + dot("nm,ne->me", weights, images)
+            return (d_images, *sums), moving_sums + dot("nm,ne->me", weights, images)
 
         zeros = jnp.zeros(rows)
         (d_images, *sums), d_texts = _sweep(
@@ -325,7 +345,7 @@ def _sigmoid_forward(
         return loss, (*d_embeds, d_scale, d_bias)
 
     split = PartitionSpec(axes)
-    out_specs = (_WHOLE, (split, split, _WHOLE, _WHOLE))
+    out_specs = (WHOLE, (split, split, WHOLE, WHOLE))
     return _on(mesh, axes, local, "ssww", out_specs)(images, texts, logit_scale, logit_bias)
 
 

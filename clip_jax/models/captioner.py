@@ -63,21 +63,22 @@ class Captioner(ImageModel):
         prefix = self._prefix(images)
         text, params = self.text.clone(parent=None), self.variables["params"]["text"]
 
-        def one(beginning):
-            row, end = beginning
-            tokens = jnp.asarray(prompts.tokens)[row]
+        def one(prompt_and_end):
+            prompt, end = prompt_and_end
+            tokens = jnp.asarray(prompts.tokens)[prompt]
             return text.apply({"params": params}, prefix, tokens, end, method="likelihood_terms")
 
-        logits, normalisers = jax.lax.map(one, (prompts.rows, prompts.ends))  # [u, b] each
+        # [u, b] each
+        logits, normalisers = jax.lax.map(one, (prompts.prefix_prompt, prompts.prefix_end))
 
         def collect(prompt):
-            beginnings, count = prompt
-            within = jnp.arange(len(beginnings))[:, None] < count
-            return logits[beginnings[count - 1]] - jnp.sum(
-                jnp.where(within, normalisers[beginnings], 0), axis=0
+            prefix_ids, count = prompt
+            within = jnp.arange(len(prefix_ids))[:, None] < count
+            return logits[prefix_ids[count - 1]] - jnp.sum(
+                jnp.where(within, normalisers[prefix_ids], 0), axis=0
             )
 
-        return jax.lax.map(collect, (prompts.beginnings, jnp.argmax(prompts.tokens, axis=1))).T
+        return jax.lax.map(collect, (prompts.prefix_ids, jnp.argmax(prompts.tokens, axis=1))).T
 
     def _prefix(self, images: Images, train: bool = False, rows: RowIds | None = None) -> Prefix:
         """Maps images to tokens before the caption."""

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float32
 
 from clip_jax import sharding
 from clip_jax.models.image_model import Embeds, ImageModel, Images, RowIds, TokenIds, l2_normalize
-from clip_jax.models.packing import Pack
+from clip_jax.models.packing import Packing
 from clip_jax.models.text import TextTransformer
 
 
@@ -18,15 +18,15 @@ class CLIP(ImageModel):
     Variables are {"params": ...} in float32 and, for a ResNet, {"batch_stats": ...}.
 
     Attributes:
-      pack: packing of captions in training; None: each has a row of its own.
+      packing: packing of captions in training; None: each has a row of its own.
     """
 
-    pack: Pack | None = None
+    packing: Packing | None = None
 
     def setup(self):
         super().setup()
         self.text = TextTransformer(
-            self.size, self.dtype, self.scan_layers, self.remat, pack=self.pack
+            self.size, self.dtype, self.scan_layers, self.remat, packing=self.packing
         )
         constant, biased = nn.initializers.constant, self.size.logit_bias
         scale = math.log(10 if biased else 1 / 0.07)

@@ -81,38 +81,6 @@ class ImageModel(nn.Module):
         return embeds, sharding.constrain_batch(features).astype(jnp.float32)
 
 
-class NearDuplicates(ImageModel):
-    """A detector of near-duplicates (paper, appendix C): an image tower alone.
-
-    Trained on two views of each image, so that views of an image lie close and others far.
-    """
-
-    def __call__(
-        self,
-        images: Shaped[Array | np.ndarray, "batch *views height width 3"],
-        tokens: TokenIds,
-        train: bool = False,
-        rows: RowIds | None = None,
-    ) -> tuple[Embeds, ...]:
-        """Embeds all views of each image.
-
-        Args:
-          images: uint8 [b, v, h, w, 3], v views; or [b, h, w, 3], one.
-          tokens: ignored.
-          train, rows: see `image_features`.
-
-        Returns:
-          v embeddings of each image, L2-normalised.
-        """
-        del tokens
-        b, views = images.shape[0], images.reshape(-1, *images.shape[-3:])
-        count = len(views) // b
-        if rows is not None:  # each view draws for itself
-            rows = (count * rows[:, None] + jnp.arange(count)).reshape(-1)
-        embeds = self.encode_image(views, train, rows).reshape(b, count, -1)
-        return tuple(jnp.unstack(embeds, axis=1))
-
-
 def normalize_images(
     images: Shaped[Array | np.ndarray, "*batch height width 3"], size: Size
 ) -> Float[Array, "*batch height width 3"]:

@@ -9,9 +9,10 @@ from clip_jax.errors import UserError
 from clip_jax.models.bag_of_words import BagOfWords
 from clip_jax.models.captioner import Captioner
 from clip_jax.models.clip import CLIP
-from clip_jax.models.image_model import ImageModel, NearDuplicates
+from clip_jax.models.image_model import ImageModel
 from clip_jax.models.layers import Dtype
-from clip_jax.models.packing import Pack
+from clip_jax.models.near_duplicates import NearDuplicates
+from clip_jax.models.packing import Packing
 from clip_jax.models.sizes import Size, get_size
 
 # By `Size.objective`, one of `choices.OBJECTIVES`. Called on images and tokens, each returns the
@@ -32,7 +33,7 @@ def create(
     scan_layers: bool = True,
     remat: str = "none",
     patch_dropout: float = 0.0,
-    pack: Mapping[str, Any] | None = None,
+    packing: Mapping[str, Any] | None = None,
     size: Mapping[str, Any] | None = None,
 ) -> ImageModel:
     """Makes a model by name: a `CLIP`, unless `size` names another objective.
@@ -43,8 +44,8 @@ def create(
       scan_layers: run transformer layers in a `lax.scan`, or unroll them.
       remat: recomputation in the backward pass; see `layers.remat_layer`.
       patch_dropout: fraction of the patches that a ViT leaves out in training.
-      pack: {"length": tokens in a row, "rows": rows per caption} of `packing.Pack`; None or length
-        0: each caption has a row of its own. Only a `CLIP` packs.
+      packing: {"length": tokens in a row, "rows": rows per caption} of `packing.Packing`; None or
+        length 0: each caption has a row of its own. Only a `CLIP` packs.
       size: overrides of the named shapes; see `Size`.
 
     Raises:
@@ -57,8 +58,8 @@ def create(
             "more and less than 1, of a ViT; a ResNet has none."
         )
     if shapes.objective == "contrastive":
-        made = _make_pack(pack, shapes)
-        return CLIP(shapes, dtype, scan_layers, remat, patch_dropout, pack=made)
+        made = _make_packing(packing, shapes)
+        return CLIP(shapes, dtype, scan_layers, remat, patch_dropout, packing=made)
     return MODULES[shapes.objective](shapes, dtype, scan_layers, remat, patch_dropout)
 
 
@@ -67,9 +68,9 @@ def of_size(size: Size) -> ImageModel:
     return MODULES[size.objective](size)
 
 
-def _make_pack(pack: Mapping[str, Any] | None, size: Size) -> Pack | None:
+def _make_packing(packing: Mapping[str, Any] | None, size: Size) -> Packing | None:
     """Returns the settings of packing; UserError where the captions of `size` cannot be packed."""
-    if pack is None or pack["length"] == 0:
+    if packing is None or packing["length"] == 0:
         return None
     if not size.text_causal or size.text_pool != "end":
         raise UserError(
@@ -77,14 +78,14 @@ def _make_pack(pack: Mapping[str, Any] | None, size: Size) -> Pack | None:
             f"follows it changes nothing; that of {size} is not: leave "
             "--config.model.packing.length=0."
         )
-    if pack["length"] < size.context_length:
+    if packing["length"] < size.context_length:
         raise UserError(
-            f"model.packing.length is {pack['length']}, and a caption may have "
+            f"model.packing.length is {packing['length']}, and a caption may have "
             f"{size.context_length} tokens: take at least "
             f"--config.model.packing.length={size.context_length}, or 0."
         )
-    if not 0 < pack["rows"] <= 1:
+    if not 0 < packing["rows"] <= 1:
         raise UserError(
-            f"model.packing.rows is {pack['rows']}: it takes a number above 0, up to 1."
+            f"model.packing.rows is {packing['rows']}: it takes a number above 0, up to 1."
         )
-    return Pack(int(pack["length"]), float(pack["rows"]))
+    return Packing(int(packing["length"]), float(packing["rows"]))

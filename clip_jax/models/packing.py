@@ -24,7 +24,7 @@ Tower = Callable[[Any, jax.Array, jax.Array, jax.Array, Read], jax.Array]
 Round = Callable[[Any, jax.Array, "Places", jax.Array | int], jax.Array]
 
 
-class Pack(NamedTuple):
+class Packing(NamedTuple):
     """Settings of packing.
 
     Attributes:
@@ -141,11 +141,11 @@ def end_features(
     further_tower: Tower,
     params: Any,
     tokens: Int[Array | np.ndarray, "batch longest"],
-    pack: Pack,
+    packing: Packing,
 ) -> Float[Array, "batch width"]:
     """Computes the states at the end tokens, equal to those of captions in rows of their own.
 
-    A first round computes ceil(pack.rows * n) rows. Where captions remain, further rounds of as
+    A first round computes ceil(packing.rows * n) rows. Where captions remain, further rounds of as
     many rows follow, one at a time and recomputed in the backward pass, so that memory stays that
     of one round.
 
@@ -154,7 +154,7 @@ def end_features(
       further_tower: the same tower for further rounds, which may be compiled otherwise.
       params: parameters of both.
       tokens: captions, split over the batch axes of the mesh if one is set.
-      pack: settings of packing.
+      packing: settings of packing.
 
     Returns:
       States in the dtype of the tower.
@@ -166,16 +166,16 @@ def end_features(
     if tokens.shape[0] % shards:
         raise ValueError(f"{tokens.shape[0]} captions cannot be split over {shards} devices")
     captions, longest = tokens.shape[0] // shards, tokens.shape[1]
-    most = rows_needed(captions, longest, pack.length)
-    count = min(math.ceil(pack.rows * captions), most)
+    most = rows_needed(captions, longest, packing.length)
+    count = min(math.ceil(packing.rows * captions), most)
     # The captions of each batch shard are packed among themselves: no activation crosses devices.
     tokens = sharding.constrain_batch(jnp.reshape(tokens, (shards, captions, longest)))
-    places = jax.vmap(lambda shard: place(shard, pack.length))(tokens)
+    places = jax.vmap(lambda shard: place(shard, packing.length))(tokens)
     further = None
     if most > count:
-        further_round = partial(_round, further_tower, count, pack.length)
+        further_round = partial(_round, further_tower, count, packing.length)
         further, params = _further_rounds(further_round, params, tokens, places, count)
-    features = _round(tower, count, pack.length, params, tokens, places, 0)
+    features = _round(tower, count, packing.length, params, tokens, places, 0)
     features = features if further is None else features + further
     return features.reshape(shards * captions, -1)
 

@@ -13,44 +13,44 @@ from clip_jax.models.image_model import Images
 
 
 class Prompts(NamedTuple):
-    """Prompts and their distinct beginnings.
+    """Prompts and their distinct prefixes.
 
-    The likelihood of a prompt is a product over its beginnings, of the probability of the next
-    token after each. Prompts have most beginnings in common ("a photo of a" of a thousand classes),
-    and the cost lies in the softmax over the vocabulary after a beginning.
+    The likelihood of a prompt is the product of its next-token probabilities; prompts share most
+    prefixes, so each prefix is computed once.
 
     Attributes:
       tokens: token ids, without the padding common to all.
-      rows: a prompt that starts with the beginning; the one that ends there, if there is one.
-      ends: place of the last token of each beginning.
-      beginnings: number of the beginning up to each place of each prompt; arbitrary after the last
-        one that a token follows.
+      prefix_prompt: a prompt that starts with the prefix; the one that ends there, if there is one.
+      prefix_end: place of the last token of each prefix.
+      prefix_ids: number of the prefix up to each place of each prompt; arbitrary after the last one
+        that a token follows.
     """
 
     tokens: Int[Array | np.ndarray, "prompts length"]
-    rows: Int[Array | np.ndarray, " beginnings"]
-    ends: Int[Array | np.ndarray, " beginnings"]
-    beginnings: Int[Array | np.ndarray, "prompts length-1"]
+    prefix_prompt: Int[Array | np.ndarray, " prefixes"]
+    prefix_end: Int[Array | np.ndarray, " prefixes"]
+    prefix_ids: Int[Array | np.ndarray, "prompts length-1"]
 
 
 def prepare(tokens: Int[np.ndarray, "prompts length"]) -> Prompts:
-    """Finds the beginnings of prompts, each up to its end token, its largest id, and zeros."""
+    """Finds the prefixes of prompts, each up to its end token, its largest id, and zeros."""
     lengths = tokens.argmax(axis=1)
     tokens = tokens[:, : lengths.max() + 1]
     known: dict[bytes, int] = {}
-    rows, ends = [], []
-    beginnings = np.zeros((len(tokens), tokens.shape[1] - 1), np.int32)
-    for prompt in np.argsort(
-        lengths, kind="stable"
-    ):  # a prompt that ends comes before those that continue
+    prefix_prompt, prefix_end = [], []
+    prefix_ids = np.zeros((len(tokens), tokens.shape[1] - 1), np.int32)
+    # By length: a prompt that ends comes before those that continue.
+    for prompt in np.argsort(lengths, kind="stable"):
         for end in range(lengths[prompt]):
             key = tokens[prompt, : end + 1].tobytes()
             if key not in known:
-                known[key] = len(rows)
-                rows.append(prompt)
-                ends.append(end)
-            beginnings[prompt, end] = known[key]
-    return Prompts(tokens, np.array(rows, np.int32), np.array(ends, np.int32), beginnings)
+                known[key] = len(prefix_prompt)
+                prefix_prompt.append(prompt)
+                prefix_end.append(end)
+            prefix_ids[prompt, end] = known[key]
+    return Prompts(
+        tokens, np.array(prefix_prompt, np.int32), np.array(prefix_end, np.int32), prefix_ids
+    )
 
 
 def class_prompts(
@@ -123,5 +123,5 @@ def class_scores(
     scores = cast(jax.Array, net.apply(variables, images, prompts, method="score")).T
     best = jax.ops.segment_max(scores, class_ids, classes)
     likelihoods = jax.ops.segment_sum(jnp.exp(scores - best[class_ids]), class_ids, classes)
-    prompts_of = jax.ops.segment_sum(jnp.ones(len(class_ids)), class_ids, classes)
-    return (best + jnp.log(likelihoods / prompts_of[:, None])).T
+    prompts_per_class = jax.ops.segment_sum(jnp.ones(len(class_ids)), class_ids, classes)
+    return (best + jnp.log(likelihoods / prompts_per_class[:, None])).T

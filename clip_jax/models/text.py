@@ -9,9 +9,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
-from clip_jax.models import packing
 from clip_jax.models.image_model import TokenIds
 from clip_jax.models.layers import Dtype, layer_norm
+from clip_jax.models.packing import Packing, Tower, end_features, pick
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Mask, Read, Transformer
 
@@ -25,14 +25,14 @@ class TextTransformer(nn.Module):
     A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
-      pack: packing of captions in training; None: each has a row of its own.
+      packing: packing of captions in training; None: each has a row of its own.
     """
 
     size: Size
     dtype: Dtype
     scan_layers: bool
     remat: str
-    pack: packing.Pack | None
+    packing: Packing | None
 
     def setup(self):
         size, width = self.size, self.size.text_width
@@ -63,7 +63,7 @@ class TextTransformer(nn.Module):
         )
 
     def __call__(self, tokens: TokenIds, train: bool = False) -> Float[Array, "batch embed"]:
-        if train and self.pack is not None and not self.is_initializing():
+        if train and self.packing is not None and not self.is_initializing():
             features = self._read_packed(tokens)
         else:
             features = self._read(tokens)
@@ -103,18 +103,18 @@ class TextTransformer(nn.Module):
         if self.size.text_pool == "last":
             return self.states(tokens, read=lambda x: x[:, -1:])[:, 0]
         end = jnp.argmax(tokens, axis=1)
-        return self.states(tokens, read=lambda x: packing.pick(x, end[:, None]))[:, 0]
+        return self.states(tokens, read=lambda x: pick(x, end[:, None]))[:, 0]
 
     def _read_packed(self, tokens: TokenIds) -> Float[Array, "batch width"]:
         """Computes the same from packed rows."""
-        assert self.pack is not None
+        assert self.packing is not None
         read = ("token_embed", "positions", "transformer")
         params = {name: self.variables["params"][name] for name in read}
         # The second is for further rounds. They are rare, so it is scanned, which compiles faster.
         towers = self._tower(self.scan_layers), self._tower(scan_layers=True)
-        return packing.end_features(*towers, params, tokens, self.pack)
+        return end_features(*towers, params, tokens, self.packing)
 
-    def _tower(self, scan_layers: bool) -> packing.Tower:
+    def _tower(self, scan_layers: bool) -> Tower:
         """Returns `states` as a pure function: Flax modules cannot be called in a loop of JAX."""
         module = self.clone(parent=None, scan_layers=scan_layers)
 

@@ -38,7 +38,7 @@ class Run:
     source: Source
     order: Order
     evaluator: Evaluator
-    total: int  # steps
+    total_steps: int
     log_every: int  # steps
     eval_every: int  # steps
     checkpoint_every: int  # steps
@@ -81,7 +81,7 @@ class Loop:
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
         resume_state: ResumeState,
-        began: float,
+        started_monotonic: float,
     ):
         """Opens the logs in `directory`.
 
@@ -92,15 +92,15 @@ class Loop:
           store: its checkpoints.
           data: training data, from where `resume_state` ended.
           resume_state: progress of the runs that this one resumes.
-          began: start of this run by `time.monotonic`.
+          started_monotonic: start of this run by `time.monotonic`.
         """
         self._run, self._config, self._store = run, config, store
         self._data, self._resume_state = data, resume_state
-        self._began = began
+        self._started_monotonic = started_monotonic
         self._writer = metrics.MetricWriter(
             directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
         )
-        self._progress = metrics.Progress(resume_state.step, run.total, config.batch_size)
+        self._progress = metrics.Progress(resume_state.step, run.total_steps, config.batch_size)
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._reported: Mapping[str, int] = resume_state.skipped
         self._feed = Feed(
@@ -111,7 +111,7 @@ class Loop:
             describe=self._describe,
         )
 
-    def position(self, step: int) -> ResumeState:
+    def progress(self, step: int) -> ResumeState:
         """Returns the progress of all hosts up to `step`, the resumed runs included.
 
         Every host must call it at the same step.
@@ -122,7 +122,7 @@ class Loop:
         return ResumeState(
             step=step,
             examples_seen=self._examples_seen(step),
-            seconds=before.seconds + time.monotonic() - self._began,
+            seconds=before.seconds + time.monotonic() - self._started_monotonic,
             skipped=dict(Counter(before.skipped) + Counter(seen)),
             truncated=before.truncated + truncated,
         )
@@ -144,15 +144,17 @@ class Loop:
         run = self._run
         evaluated: dict[str, float] = {}
         with self._logging(), contextlib.closing(self._feed):
-            for step, batch in zip(range(self._resume_state.step + 1, run.total + 1), self._feed):
+            for step, batch in zip(
+                range(self._resume_state.step + 1, run.total_steps + 1), self._feed
+            ):
                 state, values = step_fn(state, batch)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
-                if clock.is_due(step, run.log_every, run.total):
+                if clock.is_due(step, run.log_every, run.total_steps):
                     self._pending = step, values
                 evaluated = self._evaluate(state, step)
-                if clock.is_due(step, run.checkpoint_every, run.total) or self._lost(step):
+                if clock.is_due(step, run.checkpoint_every, run.total_steps) or self._lost(step):
                     self._save(state, step, values, evaluated)
-                    while step == run.total and not self._store.finish():
+                    while step == run.total_steps and not self._store.finish():
                         self._save(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluator.run(state.variables)
@@ -196,7 +198,7 @@ class Loop:
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
         """Evaluates where it is due; returns the scores, {} where it is not."""
         run = self._run
-        if not clock.is_due(step, run.eval_every, run.total):
+        if not clock.is_due(step, run.eval_every, run.total_steps):
             return {}
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
@@ -223,7 +225,7 @@ class Loop:
         self._flush()
         _check_finite(step, metrics.fetch(values))  # waits for the steps under way
         paused = self._progress.pause()
-        done = self.position(step)
+        done = self.progress(step)
         if done.skipped != self._reported:
             self._progress.note(f"Skipped so far: {list_counts(done.skipped)}.")
             self._reported = done.skipped

@@ -124,10 +124,10 @@ class Program:
         )
 
 
-def place(
+def make_mesh_and_net(
     config: ConfigDict, devices: list[jax.Device] | None = None
 ) -> tuple[Mesh, models.ImageModel]:
-    """Returns mesh and model of a config; arguments and errors are those of `build`."""
+    """Makes mesh and model of a config; arguments and errors are those of `build`."""
     axes = config.mesh
     mesh = sharding.make_mesh(axes.data, axes.fsdp, axes.tensor, axes.slices, devices)
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
@@ -154,7 +154,7 @@ def build(
     Raises:
       UserError: model, batch and mesh do not fit together.
     """
-    mesh, net = place(config, devices)
+    mesh, net = make_mesh_and_net(config, devices)
     schedule = optim.make_schedule(config.optim.learning_rate, warmup, total)
     tx = optim.make_optimizer(
         schedule,
@@ -185,7 +185,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
         patch_dropout=config.model.patch_dropout,
-        pack=config.model.packing.to_dict(),
+        packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
 

@@ -62,7 +62,7 @@ def train_step(
       learning_rate, and, where the model has one, logit_scale (the multiplier).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    dropout, rounding, colours = jax.random.split(key, 3)
+    dropout_key, rounding_key, augment_key = jax.random.split(key, 3)
 
     def embed(params, part):
         outputs, updated = net.apply(
@@ -71,12 +71,12 @@ def train_step(
             part["tokens"],
             train=True,
             rows=part["row"],
-            rngs={"dropout": dropout},
+            rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
         )
         return outputs, updated.get("batch_stats", {})
 
-    images = augment(batch["image"], colours)
+    images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
     loss, batch_stats, grads = gradients(embed, loss_fn, state.params, batch)
@@ -85,7 +85,7 @@ def train_step(
     constrain = partial(sharding.constrain_update, zero1=zero1)
     grads = constrain(to_float32(grads))
     updates, opt_state = tx.update(grads, state.opt_state, constrain(to_float32(state.params)))
-    params: Any = constrain(optim.apply_updates(constrain(state.params), updates, rounding))
+    params: Any = constrain(optim.apply_updates(constrain(state.params), updates, rounding_key))
     metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
     if "logit_scale" in params:
         logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))

@@ -36,7 +36,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     Raises:
       UserError: a fault in config, data or workdir that the user can mend.
     """
-    started, began = datetime.now(), time.monotonic()
+    started_at, started_monotonic = datetime.now(), time.monotonic()
     if config.compilation_cache:
         cache = locations.parse(config.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -69,15 +69,15 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
             state = store.restore(resumed, run.program.state)
             _say(f"Resuming {directory} from step {resumed:,}.")
         data = _data(run, config, directory, resume_state.examples_seen)
-        loop = Loop(run, config, directory, store, data, resume_state, began)
+        loop = Loop(run, config, directory, store, data, resume_state, started_monotonic)
         final = loop.run(state, step_fn)
-    _report(directory, config, run, loop.position(run.total), command, started)
+    _report(directory, config, run, loop.progress(run.total_steps), command, started_at)
     return final
 
 
 def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     """Does all that can fail on a wrong setting, before anything slow."""
-    mesh, net = program.place(config)
+    mesh, net = program.make_mesh_and_net(config)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
     fallback_dir = _fallback_dir(directory)
@@ -104,7 +104,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         source=source,
         order=order,
         evaluator=evaluator,
-        total=total,
+        total_steps=total,
         log_every=to_steps(config.log.every),
         eval_every=to_steps(config.eval.every),
         checkpoint_every=to_steps(config.checkpoint.every),
@@ -208,9 +208,9 @@ def _announce(run: Run, config: ConfigDict) -> None:
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
         _say(note)
-    epochs = run.total * config.batch_size / len(run.source)
+    epochs = run.total_steps * config.batch_size / len(run.source)
     _say(
-        f"{len(run.source):,} pairs from {_named(config.data)}; {run.total:,} steps of "
+        f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "
         f"{config.batch_size:,} pairs, {epochs:,.1f} epochs."
     )
 
@@ -221,7 +221,7 @@ def _report(
     run: Run,
     done: ResumeState,
     command: str,
-    started: datetime,
+    started_at: datetime,
 ) -> None:
     if jax.process_index() != 0:
         return
@@ -230,9 +230,9 @@ def _report(
     history = metrics.read_history(directory)
     rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
     summary = report.RunSummary(
-        title=f"{run.net.size} on {_named(config.data)}",
+        title=f"{run.net.size} on {_data_name(config.data)}",
         command=command,
-        started=started,
+        started=started_at,
         finished=datetime.now(),
         wall_seconds=done.seconds,
         hardware=hardware(run.mesh),
@@ -248,12 +248,14 @@ def _report(
     if failures := faults.counts():
         _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
     path = epath.Path(directory) / "report.html"
-    found = run.evaluator
-    report.write_report(path, summary, history, found.results, found.scores, found.headlines())
+    evaluator = run.evaluator
+    report.write_report(
+        path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines()
+    )
     _say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
 
 
-def _named(data: ConfigDict) -> str:
+def _data_name(data: ConfigDict) -> str:
     """Returns a name for the training data."""
     return " + ".join(data.mixture) or data.source.name or data.source.type
 

@@ -135,7 +135,7 @@ def make_params() -> dict:
 def make_step(pack: tuple | None, **options):
     """(params, tokens, weights) -> gradients of weighted text embeddings, and these."""
     pack = pack and dict(zip(("length", "rows"), pack))
-    net = models.create("ViT-B/32", size=SIZE, pack=pack, **options)
+    net = models.create("ViT-B/32", size=SIZE, packing=pack, **options)
 
     def loss_fn(params, tokens, weights):
         embeds = net.apply({"params": params}, tokens, train=True, method="encode_text")
@@ -219,7 +219,7 @@ def test_not_packed_in_evaluation():
     """Compiles to the program without packing: embeddings do not depend on the setting."""
     text = []
     for pack in (None, {"length": LENGTH, "rows": 0.3}):
-        net = models.create("ViT-B/32", size=SIZE, pack=pack)
+        net = models.create("ViT-B/32", size=SIZE, packing=pack)
         variables = jax.eval_shape(net.init, jax.random.key(0), np.zeros((16, 8, 8, 3)), TOKENS)
         lowered = jax.jit(partial(net.apply, method="encode_text")).lower(variables, TOKENS)
         text.append(lowered.as_text())
@@ -231,7 +231,7 @@ def test_not_packed_in_evaluation():
 
 def compiled(pack: dict | None, lengths, mesh=None, **size):
     """The gradient of the text tower."""
-    net = models.create("ViT-B/32", size=SIZE | size, pack=pack)
+    net = models.create("ViT-B/32", size=SIZE | size, packing=pack)
     tokens = make_tokens(lengths, net.size.context_length)
     image = np.zeros((1, 8, 8, 3), np.uint8)
     params = jax.eval_shape(net.init, jax.random.key(0), image, tokens[:1])["params"]
@@ -282,12 +282,12 @@ def test_memory_is_that_of_the_rows_of_one_round():
 )
 def test_what_cannot_be_packed(size: dict, pack: dict, message: str):
     with pytest.raises(UserError, match=message):
-        models.create("ViT-B/32", size=SIZE | size, pack=pack)
+        models.create("ViT-B/32", size=SIZE | size, packing=pack)
 
 
 def test_length_zero_packs_nothing():
-    net = models.create("ViT-B/32", size=SIZE | {"text_causal": False}, pack={"length": 0})
-    assert net.pack is None
+    net = models.create("ViT-B/32", size=SIZE | {"text_causal": False}, packing={"length": 0})
+    assert net.packing is None
 
 
 def test_a_batch_that_cannot_be_split(mesh8):

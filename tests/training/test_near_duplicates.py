@@ -109,7 +109,7 @@ def test_it_starts_with_blocks_that_do_nothing_and_tells_images_apart():
 def test_the_loss_has_the_temperature_of_the_config():
     config = overlap_detector.get_config("smoke")
     config.loss.temperature = 0.2
-    mesh, _ = program.place(config)
+    mesh, _ = program.make_mesh_and_net(config)
     loss, augment = program.OBJECTIVES["near_duplicates"](config, mesh)
     rng = np.random.default_rng(0)
     pair = [jnp.float32(numpy_models.unit(rng.normal(size=(16, 8)))) for _ in range(2)]

@@ -213,19 +213,20 @@ def test_class_scores_by_enumeration(objective: str):
             assert float(found[i, c]) == pytest.approx(math.log(np.mean(likely)), abs=2e-4)
 
 
-def test_prompts_share_their_beginnings():
-    """One is the beginning of another, one stands twice."""
+def test_prompts_share_their_prefixes():
+    """One is the prefix of another, one stands twice."""
     rows = [[8, 1, 2, 9, 0, 0], [8, 1, 9, 0, 0, 0], [8, 3, 1, 2, 9, 0], [8, 1, 9, 0, 0, 0]]
     found = prompts_module.prepare(np.array(rows, np.int32))
     np.testing.assert_array_equal(found.tokens, np.array(rows)[:, :5])
-    beginnings = [rows[row][: end + 1] for row, end in zip(found.rows, found.ends)]
+    spans = zip(found.prefix_prompt, found.prefix_end)
+    prefixes = [rows[prompt][: end + 1] for prompt, end in spans]
     distinct = [[8], [8, 1], [8, 1, 2], [8, 3], [8, 3, 1], [8, 3, 1, 2]]
-    assert sorted(beginnings) == distinct
-    for row, own in zip(rows, found.beginnings):
+    assert sorted(prefixes) == distinct
+    for row, own in zip(rows, found.prefix_ids):
         for end in range(row.index(9)):
-            assert beginnings[own[end]] == row[: end + 1]
+            assert prefixes[own[end]] == row[: end + 1]
         last = own[row.index(9) - 1]
-        assert rows[found.rows[last]] == row  # the one that ends there
+        assert rows[found.prefix_prompt[last]] == row  # the one that ends there
 
 
 # ---- Sizes, parameters and where they live ------------------------------------------------------
@@ -277,14 +278,14 @@ def test_sizes_that_do_not_go_together(overrides: dict, message: str):
 
 def test_bags_of_words_cannot_be_packed():
     with pytest.raises(UserError, match=r"--config\.model\.packing\.length=0"):
-        models.create("ViT-B/32", size=BAG, pack={"length": 80, "rows": 0.3})
+        models.create("ViT-B/32", size=BAG, packing={"length": 80, "rows": 0.3})
 
 
 @pytest.mark.parametrize("line", figure2.LINES)
 def test_configs_of_figure_2(line: str):
     config = figure2.get_config(f"{line},smoke")
     default.validate(config)
-    _, net = program.place(config)
+    _, net = program.make_mesh_and_net(config)
     assert net.size.is_resnet
     assert net.size.image_size == 32
     with pytest.raises(UserError, match=r"captioning.*smoke"):

@@ -68,7 +68,7 @@ class Context:
       settings: settings of the tasks.
       datasets: data sets of the evaluation, among which a shift has its reference set.
       training: the training data, for the analysis of overlap; None: not given.
-      headline_only: skip the variants that are not quoted, such as single prompts beside the
+      headline_only: skip the variants that are not logged, such as single prompts beside the
         ensemble; for evaluation during training.
       probes: linear probes by data set, added as they are fitted.
     """

@@ -1,0 +1,49 @@
+"""Types, products and the terms of a pair, shared by the gathered and the ring losses."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+Axes = tuple[str, ...]  # mesh axes that split the batch, outermost first
+Embeds = Float[Array, "n embed"]
+Scalar = Float[Array, ""]
+
+WHOLE = PartitionSpec()  # the same on every device
+
+
+def dot(
+    subscripts: str, a: Float[Array, "n m"], b: Float[Array, "k l"]
+) -> Float[Array, "rows columns"]:
+    """Multiplies matrices: float32 sums; true float32 products where the inputs are float32.
+
+    At the default precision accelerators would round float32 inputs to fewer bits.
+    """
+    return jnp.einsum(
+        subscripts,
+        a,
+        b,
+        preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+    )
+
+
+def sigmoid_terms(
+    products: Float[Array, "n m"],
+    positive: Bool[Array, "n m"],
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+) -> tuple[Float[Array, "n m"], Float[Array, "n m"], Float[Array, "n m"]]:
+    """Computes each pair's loss, and the derivatives of that by its logit and by logit_scale."""
+    scaled = jnp.exp(logit_scale) * products
+    wrong = jnp.where(positive, -1.0, 1.0)  # the sign that makes a high logit a mistake
+    logits = wrong * (scaled + logit_bias)
+    d_logits = wrong * jax.nn.sigmoid(logits)
+    return jax.nn.softplus(logits), d_logits, d_logits * scaled
+
+
+def scale_gradients(
+    gradients: tuple[Float[Array, "..."], ...], gradient: Scalar
+) -> tuple[Float[Array, "..."], ...]:
+    """Runs the backward pass of a loss whose forward pass has computed the gradients."""
+    return tuple((gradient * g).astype(g.dtype) for g in gradients)
