@@ -53,5 +53,7 @@ def die(number: int) -> None:
 
 
 def test_a_killed_worker_is_explained():
-    with pytest.raises(UserError, match=r"2 processes was killed.*memory.*--workers=1\. Rest\."):
-        list(processes.map_in_order(die, range(4), 2, remark=" Rest."))
+    with pytest.raises(UserError, match=r"2 processes was killed.*memory\..*--workers=1\."):
+        list(processes.map_in_order(die, range(4), 2))
+    with pytest.raises(UserError, match=r"2 processes was killed.*memory\. Buy some\."):
+        list(processes.map_in_order(die, range(4), 2, remark="Buy some."))
