@@ -249,7 +249,7 @@ def test_accumulated_batch_norm_takes_the_mean_of_the_micro_batches():
     apply = jax.jit(functools.partial(net.apply, train=True, mutable=["batch_stats"]))
     parts = [apply(state.variables, *(batch[k][i::2] for k in ("image", "tokens"))) for i in (0, 1)]
     want = jax.tree.map(lambda a, b: (a + b) / 2, *(part[1]["batch_stats"] for part in parts))
-    images, texts = (np.stack([p[0][i] for p in parts], 1).reshape(16, -1) for i in (0, 1))
+    images, texts = (jnp.stack([p[0][i] for p in parts], 1).reshape(16, -1) for i in (0, 1))
     loss = losses.softmax_loss(images, texts, parts[0][0][2])
     after, metrics = tiny.compile_step(net, mesh, state, batch, accum_steps=2)(state, batch)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
