@@ -67,6 +67,7 @@ def clip_jax_step(
     import jax.numpy as jnp
 
     from clip_jax import losses, models, optim, sharding, state
+    from clip_jax.configs import default
     from clip_jax.training import step
 
     dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
@@ -74,9 +75,8 @@ def clip_jax_step(
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)
     schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
-    tx = optim.make_optimizer(
-        schedule, grad_clip_norm=0.0, moment_dtype="float32", seed=0, **settings
-    )
+    settings |= {"decay_params": default.get_config().optim.decay_params, "grad_clip_norm": 0.0}
+    tx = optim.make_optimizer(schedule, moment_dtype="float32", seed=0, **settings)
     like = state.abstract_state(net, tx, mesh)
     train_state = state.init_state(like, net, tx, seed=0)
     parameters = state.count_params(train_state.params)

@@ -5,6 +5,7 @@ with stochastic rounding.
 """
 
 import re
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,6 @@ from jaxtyping import Array, BFloat16, Float32, Key, UInt32
 
 from clip_jax import sharding
 from clip_jax.errors import UserError
-
-# Gains, biases and the temperature do not decay (paper section 2.5); by name, not by rank, because
-# the gains of stacked layers are matrices.
-NO_DECAY = re.compile(r"(^|/)(scale|bias|logit_scale|logit_bias)$")
 
 
 def make_schedule(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
@@ -33,6 +30,7 @@ def make_optimizer(
     b2: float,
     eps: float,
     weight_decay: float,
+    decay_params: str,
     grad_clip_norm: float,
     moment_dtype: str,
     seed: int,
@@ -44,7 +42,9 @@ def make_optimizer(
       b1: decay rate of Adam's first moment.
       b2: decay rate of its second moment.
       eps: added to the root of the second moment.
-      weight_decay: decoupled, on the parameters of `decay_mask`.
+      weight_decay: decoupled: a step takes this times the learning rate from each parameter, in
+        proportion to the parameter.
+      decay_params: regular expression on the paths of the parameters that decay.
       grad_clip_norm: bound on the global gradient norm, applied first; 0: none.
       moment_dtype: storage of both moments; "bfloat16" takes stochastic rounding.
       seed: PRNG seed of that rounding.
@@ -54,16 +54,18 @@ def make_optimizer(
     return optax.chain(
         clip,
         _bf16_moments(adam, seed) if moment_dtype == "bfloat16" else adam,
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.add_decayed_weights(weight_decay, mask=partial(decay_mask, pattern=decay_params)),
         optax.scale_by_learning_rate(schedule),
     )
 
 
-def decay_mask(params: Any) -> Any:
-    """Returns True for the parameters that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not NO_DECAY.search(sharding.path_name(path)), params
-    )
+def decay_mask(params: Any, pattern: str) -> Any:
+    """Returns True for the parameters whose path the regular expression finds.
+
+    Raises:
+      UserError: the pattern is no regular expression, or finds nothing.
+    """
+    return _find_params(params, pattern, "optim.decay_params")
 
 
 def _bf16_moments(adam: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
@@ -93,28 +95,25 @@ def to_bf16(params: Any, pattern: str) -> Any:
     """
     if not pattern:
         return params
+    found = _find_params(params, pattern, "optim.bf16_params")
+    return jax.tree.map(lambda x, half: x.astype(jnp.bfloat16) if half else x, params, found)
+
+
+def _find_params(params: Any, pattern: str, setting: str) -> Any:
+    """Returns True for the parameters whose path the regular expression of a setting finds."""
     try:
-        found = re.compile(pattern)
+        expression = re.compile(pattern)
     except re.error as error:
+        raise UserError(f"{setting} {pattern!r} is no regular expression: {error}.") from None
+    found = jax.tree_util.tree_map_with_path(
+        lambda path, _: bool(expression.search(sharding.path_name(path))), params
+    )
+    if not any(jax.tree.leaves(found)):
         raise UserError(
-            f"optim.bf16_params {pattern!r} is no regular expression: {error}."
-        ) from None
-    names = []
-
-    def convert(path, leaf):
-        name = sharding.path_name(path)
-        if not found.search(name):
-            return leaf
-        names.append(name)
-        return leaf.astype(jnp.bfloat16)
-
-    converted = jax.tree_util.tree_map_with_path(convert, params)
-    if not names:
-        raise UserError(
-            f"optim.bf16_params {pattern!r} finds no parameter: their paths begin with "
+            f"{setting} {pattern!r} finds no parameter: their paths begin with "
             f"{', '.join(sorted(params))}."
         )
-    return converted
+    return found
 
 
 def apply_updates(params: Any, updates: Any, key: Key[Array, ""]) -> Any:

@@ -264,7 +264,14 @@ def _optim() -> ConfigDict:
     optim.b1 = 0.9  # decay rate of Adam's first moment
     optim.b2 = 0.98  # decay rate of its second moment; paper: 0.98 for ViT, 0.999 for ResNet
     optim.eps = 1e-6  # Adam's epsilon; paper: 1e-6 for ViT, 1e-8 for ResNet
-    optim.weight_decay = 0.2  # decoupled; not on gains, biases and logit_scale
+    # Decoupled. Each step takes weight_decay times the learning rate of every parameter that
+    # decays, as in PyTorch's AdamW; if independent, as in big_vision, weight_decay times the
+    # learning rate's fraction of its peak. Independent 1e-4 at a peak of 1e-3 is 0.1 otherwise.
+    optim.weight_decay = 0.2
+    optim.independent_decay = False
+    # Regular expression on the paths of the parameters that decay. Paper: all but gains, biases and
+    # logit_scale. By name, not by rank: the gains of stacked layers are matrices.
+    optim.decay_params = "(kernel|embedding|positions|class_token|probe)$"
     optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: none
     optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
     # Storage of both Adam moments: "float32" | "bfloat16" (with stochastic rounding).

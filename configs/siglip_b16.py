@@ -41,6 +41,9 @@ def set_recipe(config):
     config.loss.name = "sigmoid"
     config.optim.learning_rate = 1e-3
     config.optim.b2 = 0.95  # steadier than 0.999 in large batches
+    config.optim.eps = 1e-8
     config.optim.weight_decay = 1e-4
+    config.optim.independent_decay = True
+    config.optim.decay_params = "kernel$"  # neither embeddings nor positions nor the probe
     config.optim.grad_clip_norm = 1.0
     config.optim.max_logit_scale = 1000.0  # practically unbounded: published ones end above 100

@@ -17,6 +17,16 @@ Init = nn.initializers.Initializer
 torch_default_init: Init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
+def torch_default_bias_init(fan_in: int) -> Init:
+    """Returns PyTorch's default for the bias of a Linear: uniform up to fan_in^-1/2 either way.
+
+    The published code leaves the biases of MLPs and of the ResNets' attention pooling there; those
+    of its attention begin at zero, by PyTorch's MultiheadAttention.
+    """
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 @partial(jax.checkpoint, prevent_cse=False)  # else each layer keeps x, its sigmoid and the product
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Computes the sigmoid approximation of GELU that OpenAI's weights were trained with."""

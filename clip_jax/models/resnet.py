@@ -13,7 +13,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from clip_jax import sharding
-from clip_jax.models.layers import ACTIVATIONS, Dtype, remat_part, torch_default_init
+from clip_jax.models.layers import (
+    ACTIVATIONS,
+    Dtype,
+    remat_part,
+    torch_default_bias_init,
+    torch_default_init,
+)
 from clip_jax.models.sizes import Size
 
 Maps = Float[Array, "batch height width channels"]
@@ -132,7 +138,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Maps) -> Float[Array, "batch embed"]:
         width = x.shape[-1]
-        normal = nn.initializers.normal(width**-0.5)
+        normal, bias = nn.initializers.normal(width**-0.5), torch_default_bias_init(width)
         x = x.reshape(x.shape[0], -1, width)
         x = jnp.concatenate([x.mean(axis=1, keepdims=True), x], axis=1)
         x = x + self.param("positions", normal, x.shape[1:]).astype(x.dtype)
@@ -141,12 +147,18 @@ class AttentionPool(nn.Module):
             (self.heads, width // self.heads),
             dtype=self.dtype,
             kernel_init=normal,
+            bias_init=bias,
         )
         x = jax.nn.dot_product_attention(
             project(name="query")(x[:, :1]), project(name="key")(x), project(name="value")(x)
         )
         return nn.DenseGeneral(
-            self.embed_dim, axis=(-2, -1), dtype=self.dtype, kernel_init=normal, name="projection"
+            self.embed_dim,
+            axis=(-2, -1),
+            dtype=self.dtype,
+            kernel_init=normal,
+            bias_init=bias,
+            name="projection",
         )(x)[:, 0]
 
 

@@ -17,6 +17,7 @@ from clip_jax.models.layers import (
     Init,
     layer_norm,
     remat_layer,
+    torch_default_bias_init,
     torch_default_init,
 )
 
@@ -52,9 +53,11 @@ class Block(nn.Module):
         out = dense(width, axis=(-2, -1), kernel_init=self.out_init, name="attn_out")
         x = each(jnp.add, x, each(out, y))
         y = each(layer_norm(self.norm_eps, self.dtype, "ln_2"), x)
-        y = each(dense(self.mlp, kernel_init=self.mlp_init, name="mlp_in"), y)
+        bias = torch_default_bias_init(width)
+        y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
         y = each(ACTIVATIONS[self.activation], y)
-        y = each(dense(width, kernel_init=self.out_init, name="mlp_out"), y)
+        bias = torch_default_bias_init(self.mlp)
+        y = each(dense(width, kernel_init=self.out_init, bias_init=bias, name="mlp_out"), y)
         return each(jnp.add, x, y)
 
     def _attend(

@@ -161,12 +161,20 @@ def build(
         b1=config.optim.b1,
         b2=config.optim.b2,
         eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
+        weight_decay=_weight_decay(config.optim),
+        decay_params=config.optim.decay_params,
         grad_clip_norm=config.optim.grad_clip_norm,
         moment_dtype=config.optim.moment_dtype,
         seed=config.seed,
     )
     return Program(config, mesh, net, tx, schedule)
+
+
+def _weight_decay(optim_config: ConfigDict) -> float:
+    """Returns the decay as the optimiser takes it, by which it multiplies the learning rate."""
+    if not (optim_config.independent_decay and optim_config.learning_rate):
+        return optim_config.weight_decay
+    return optim_config.weight_decay / optim_config.learning_rate
 
 
 def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:

@@ -118,6 +118,9 @@ INIT = {
     "text/transformer/blocks/attn_out/kernel": ("normal", WIDTH**-0.5 * (2 * LAYERS) ** -0.5),
     "text/transformer/blocks/mlp_in/kernel": ("normal", (2 * WIDTH) ** -0.5),
     "text/transformer/blocks/mlp_out/kernel": ("normal", WIDTH**-0.5 * (2 * LAYERS) ** -0.5),
+    # What PyTorch gives a Linear: the published code touches no bias.
+    "text/transformer/blocks/mlp_in/bias": ("uniform", (3 * WIDTH) ** -0.5),
+    "text/transformer/blocks/mlp_out/bias": ("uniform", (3 * 4 * WIDTH) ** -0.5),
 }
 VIT_INIT = {
     "image/positions": ("normal", WIDTH**-0.5),
@@ -129,6 +132,8 @@ VIT_INIT = {
     "image/transformer/blocks/attn_out/kernel": ("uniform", (3 * WIDTH) ** -0.5),
     "image/transformer/blocks/mlp_in/kernel": ("uniform", (3 * WIDTH) ** -0.5),
     "image/transformer/blocks/mlp_out/kernel": ("uniform", (3 * 4 * WIDTH) ** -0.5),
+    "image/transformer/blocks/mlp_in/bias": ("uniform", (3 * WIDTH) ** -0.5),
+    "image/transformer/blocks/mlp_out/bias": ("uniform", (3 * 4 * WIDTH) ** -0.5),
 }
 RESNET_INIT = {
     "image/attention_pool/positions": ("normal", WIDTH**-0.5),
@@ -136,6 +141,10 @@ RESNET_INIT = {
     "image/attention_pool/key/kernel": ("normal", WIDTH**-0.5),
     "image/attention_pool/value/kernel": ("normal", WIDTH**-0.5),
     "image/attention_pool/projection/kernel": ("normal", WIDTH**-0.5),
+    "image/attention_pool/query/bias": ("uniform", (3 * WIDTH) ** -0.5),
+    "image/attention_pool/key/bias": ("uniform", (3 * WIDTH) ** -0.5),
+    "image/attention_pool/value/bias": ("uniform", (3 * WIDTH) ** -0.5),
+    "image/attention_pool/projection/bias": ("uniform", (3 * WIDTH) ** -0.5),
     "image/stem_conv1/kernel": ("uniform", (3 * 3 * 3 * 3) ** -0.5),
     "image/stage4_block0/conv2/kernel": ("uniform", (3 * 3 * 3 * 32) ** -0.5),
 }

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
+from clip_jax.configs import default
 from clip_jax.training import step as train_step
 
 _TEXT = {
@@ -28,6 +29,7 @@ _VIT = {
     "patch_size": 8,
 }
 _RESNET = {"image_size": 32, "image_layers": (1, 1, 1, 1), "image_width": 8, "image_heads": 4}
+DECAY_PARAMS = default.get_config().optim.decay_params
 BATCH = 16
 LEARNING_RATE, STEPS = 1e-3, 100
 
@@ -48,7 +50,7 @@ def make_optimizer(**overrides):
     """A schedule without warm-up, and the paper's optimiser."""
     schedule = optim.make_schedule(LEARNING_RATE, 0, STEPS)
     settings = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
-    settings |= {"moment_dtype": "float32", "seed": 0, **overrides}
+    settings |= {"decay_params": DECAY_PARAMS, "moment_dtype": "float32", "seed": 0, **overrides}
     return schedule, optim.make_optimizer(schedule, **settings)
 
 

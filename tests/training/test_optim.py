@@ -5,12 +5,17 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tiny
 
 from clip_jax import models, optim, sharding
+from clip_jax.configs import siglip_b16
+from clip_jax.errors import UserError
+from clip_jax.training import program
 
 SETTINGS = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
-STORAGE = {"moment_dtype": "float32", "seed": 0}
+STORAGE = {"moment_dtype": "float32", "seed": 0, "decay_params": tiny.DECAY_PARAMS}
 SHAPES = {
     "text": {"mlp_in": {"kernel": (3, 4), "bias": (4,)}, "ln_final": {"scale": (4,), "bias": (4,)}},
     "logit_scale": (),
@@ -97,6 +102,45 @@ def test_decay_is_decoupled():
         assert name.endswith("kernel") or not update.any(), name
 
 
+@pytest.mark.parametrize("peak", [1e-3, 4e-3])
+def test_independent_decay_is_that_of_big_vision(peak: float):
+    """The SigLIP recipe from its config, against the chain of big_vision's optimiser.
+
+    There the peak scales Adam's update only, and the schedule scales what decay adds as well.
+    """
+    config = siglip_b16.get_config("smoke")
+    config.optim.learning_rate = peak
+    tx = program.build(config, warmup=2, total=10).tx
+
+    def is_kernel(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+    theirs = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(b1=0.9, b2=0.95),
+        optax.scale(peak),
+        optax.add_decayed_weights(1e-4, mask=is_kernel),
+        optax.scale_by_schedule(optax.warmup_cosine_decay_schedule(0.0, 1.0, 2, 10)),
+        optax.scale(-1.0),
+    )
+    params = random_tree(0) | {"positions": np.ones(3, np.float32)}
+    state, their_state = tx.init(params), theirs.init(params)
+    for seed in range(1, 6):
+        gradient = random_tree(seed) | {"positions": np.zeros(3, np.float32)}
+        updates, state = tx.update(gradient, state, params)
+        their_updates, their_state = theirs.update(gradient, their_state, params)
+    want = named_leaves(their_updates)
+    assert not want["positions"].any()
+    for name, update in named_leaves(updates).items():
+        np.testing.assert_allclose(update, want[name], rtol=1e-5, atol=1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize(("pattern", "found"), [("(", "regular expression"), ("head", "no parameter")])
+def test_parameters_that_decay_are_checked(pattern: str, found: str):
+    with pytest.raises(UserError, match=f"optim.decay_params .* {found}"):
+        optim.decay_mask(random_tree(0), pattern)
+
+
 # ---- Schedule ----------------------------------------------------------------------------------
 
 
@@ -139,7 +183,7 @@ def test_which_parameters_decay(name: str):
     images = jnp.zeros((1, size.image_size, size.image_size, 3), jnp.uint8)
     tokens = jnp.zeros((1, size.context_length), jnp.int32)
     params = jax.eval_shape(net.init, jax.random.key(0), images, tokens)["params"]
-    mask = jax.tree.leaves_with_path(optim.decay_mask(params))
+    mask = jax.tree.leaves_with_path(optim.decay_mask(params, tiny.DECAY_PARAMS))
     assert len(mask) == len(jax.tree.leaves(params))
     kinds = set()
     for path, decays in mask:

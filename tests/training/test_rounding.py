@@ -59,7 +59,8 @@ def test_leaves_get_noise_of_their_own():
 
 def adam(moment_dtype: str):
     settings = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "grad_clip_norm": 0.0}
-    return optim.make_optimizer(lambda _: 0.01, **settings, moment_dtype=moment_dtype, seed=0)
+    settings |= {"decay_params": "", "moment_dtype": moment_dtype, "seed": 0}
+    return optim.make_optimizer(lambda _: 0.01, **settings)
 
 
 def test_moments_in_16_bits_follow_those_in_32():
