@@ -3,7 +3,9 @@
 import importlib.metadata
 import importlib.util
 import pathlib
+import types
 
+import jax
 import numpy as np
 import pytest
 from parity import (  # or skips
@@ -19,7 +21,7 @@ from parity import (  # or skips
     torch_outputs,
 )
 
-from clip_jax import models, weights
+from clip_jax import models, sharding, weights
 from clip_jax.weights.model import Tensors, Weights
 
 # The ResNets at full width; the ViTs have that in the tests against transformers.
@@ -30,7 +32,7 @@ SIZES = {
 ARCHIVES = ("ViT-B/32", "RN50")  # TorchScript, as they are published; the rest as state dicts
 
 
-def openai_model(state: dict) -> torch.nn.Module:
+def openai_code() -> types.ModuleType:
     """Loads OpenAI's own code, whose package does not import without an old setuptools."""
     path = importlib.metadata.distribution("openai-clip").locate_file("clip/model.py")
     spec = importlib.util.spec_from_file_location("clip_model", str(path))
@@ -38,7 +40,11 @@ def openai_model(state: dict) -> torch.nn.Module:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.build_model(state).float().eval()
+    return module
+
+
+def openai_model(state: dict) -> torch.nn.Module:
+    return openai_code().build_model(state).float().eval()
 
 
 def half_weights(size: models.Size) -> Weights:
@@ -71,3 +77,51 @@ def test_there_and_back(name: str, tmp_path: pathlib.Path, monkeypatch):
         monkeypatch.setitem(models.sizes.SIZES, name, size)  # which a state dict does not tell
         theirs = weights.open(tmp_path / "theirs.pt", model=name)
     assert_same_weights(theirs, ours)
+
+
+INITIAL = {
+    "ViT-B/32": {"image_size": 64, "image_width": 128, "image_heads": 2, "image_layers": (2,)},
+    "RN50": {"image_size": 96, "image_layers": (1, 1, 1, 1), "image_width": 16, "embed_dim": 128},
+}
+
+
+@pytest.mark.parametrize("name", INITIAL)
+def test_weights_begin_as_the_published_code_makes_them(name: str, tmp_path, monkeypatch):
+    """Standard deviation and greatest value of every parameter that both draw at random."""
+    text = {"text_width": 128, "text_heads": 2, "text_layers": 2, "vocab_size": 500}
+    size = models.get_size(name, INITIAL[name] | text)
+    torch.manual_seed(0)
+    layers = size.image_layers if name == "RN50" else size.image_layers[0]
+    model = openai_code().CLIP(
+        size.embed_dim,
+        size.image_size,
+        layers,
+        size.image_width,
+        size.patch_size,
+        size.context_length,
+        size.vocab_size,
+        size.text_width,
+        size.text_heads,
+        size.text_layers,
+    )
+    torch.save(model.state_dict(), tmp_path / "theirs.pt")
+    monkeypatch.setitem(models.sizes.SIZES, name, size)
+    theirs = weights.open(tmp_path / "theirs.pt", model=name).tensors
+    images = np.zeros((1, size.image_size, size.image_size, 3), np.float32)
+    variables = jax.jit(models.CLIP(size).init)(jax.random.key(0), images, make_batch(size)[1][:1])
+    for path, ours in jax.tree.leaves_with_path(variables):
+        parameter = sharding.path_name(path)
+        ours, wanted = np.asarray(ours, np.float64), np.asarray(theirs.read(parameter), np.float64)
+        deviation = wanted.std()
+        assert (ours.std() == 0) == (deviation == 0), parameter
+        if deviation == 0:
+            np.testing.assert_allclose(ours, wanted, rtol=1e-6, err_msg=parameter)
+            continue
+        # Both are samples: five standard errors of each.
+        margin = 5 * deviation / wanted.size**0.5
+        assert abs(ours.std() - deviation) < margin, parameter
+        assert abs(ours.mean() - wanted.mean()) < 2**0.5 * margin, parameter
+        uniform = [
+            np.abs(x).max() <= 1.75 * x.std() * (1 + 5 / x.size**0.5) for x in (ours, wanted)
+        ]
+        assert uniform[0] == uniform[1], parameter

@@ -135,7 +135,9 @@ def test_independent_decay_is_that_of_big_vision(peak: float):
         np.testing.assert_allclose(update, want[name], rtol=1e-5, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize(("pattern", "found"), [("(", "regular expression"), ("head", "no parameter")])
+@pytest.mark.parametrize(
+    ("pattern", "found"), [("(", "regular expression"), ("head", "no parameter")]
+)
 def test_parameters_that_decay_are_checked(pattern: str, found: str):
     with pytest.raises(UserError, match=f"optim.decay_params .* {found}"):
         optim.decay_mask(random_tree(0), pattern)
