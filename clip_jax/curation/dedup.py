@@ -19,6 +19,7 @@ Writes to --out:
 """
 
 import argparse
+import logging
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
@@ -26,11 +27,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
 from clip_jax.common import commands
-from clip_jax.curation import dedup_features, dedup_search
+from clip_jax.curation import dedup_features, dedup_search, store
 from clip_jax.curation.check import decode
 from clip_jax.curation.dedup_features import Features
 from clip_jax.curation.dedup_search import Matches
@@ -116,6 +118,13 @@ def _write(
     """Writes duplicates.parquet and keep.txt; returns the former."""
     dropped = np.flatnonzero(matches.kept >= 0)
     kept = matches.kept[dropped]
+    both = pc.is_in(features.keys.take(pa.array(dropped)), features.keys.filter(matches.kept < 0))
+    if shared := pc.sum(both).as_py():
+        logging.warning(
+            "%d near-duplicate images have the key of an image that is kept, such as two rows of a "
+            "table with one path: pack --keep, which goes by keys, keeps both.",
+            shared,
+        )
     columns = {
         "key": features.keys.take(pa.array(dropped)),
         "kept_key": kept_features.keys.take(pa.array(kept)),
@@ -127,7 +136,7 @@ def _write(
         pq.write_table(table, temporary)
     with writing.replacing(output / "keep.txt") as temporary, temporary.open("wb") as file:
         for chunk in features.keys.filter(pa.array(matches.kept < 0)).chunks:
-            file.write("".join(f"{key}\n" for key in chunk.to_pylist()).encode())
+            file.writelines(store.key_line(key) + b"\n" for key in chunk.to_pylist())
     return table
 
 

@@ -29,7 +29,7 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.common import commands
-from clip_jax.curation import parallel
+from clip_jax.curation import parallel, store
 from clip_jax.curation.check import make_tokenizer, try_example
 from clip_jax.data import arguments, order
 from clip_jax.data.sources import captions, reading
@@ -250,7 +250,7 @@ def _one_or_all(values: Sequence[Any]) -> Any:
 
 
 def _kept(path: str, key: str) -> bool:
-    hashes, wanted = _keep_list(path), _hash(key.encode("utf-8", "replace"))
+    hashes, wanted = _keep_list(path), _hash(store.key_line(key))
     return bool((hashes[np.searchsorted(hashes, wanted) :][:1] == wanted).any())
 
 

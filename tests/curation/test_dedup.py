@@ -259,3 +259,18 @@ def test_mistakes(tmp_path):
         with pytest.raises(SystemExit) as ended:
             run(*argv)
         assert ended.value.code == 2
+
+
+def test_keys_with_ends_of_lines(tmp_path):
+    """What is listed is removed, whatever the names of files: the first of each pair stays."""
+    names = ["a b", "a\nb", "a\nb~copy", "é\r", "é\r~copy"]
+    for i, name in enumerate(sorted(names)):
+        source = i - ("~copy" in name)
+        (tmp_path / f"{name}.png").write_bytes(encoded(scene(source), "PNG"))
+        (tmp_path / f"{name}.txt").write_text(name, newline="")
+    run(tmp_path, f"--out={tmp_path / 'found'}", "--workers=1")
+    keep = f"--keep={tmp_path / 'found' / 'keep.txt'}"
+    cli.main(["pack", str(tmp_path), str(tmp_path / "clean"), keep, "--workers=1"])
+    clean = TarShards(str(tmp_path / "clean"))
+    kept = [clean[i].text for i in range(len(clean))]
+    assert sorted(text.strip() for text in kept) == ["a\nb", "a b", "é"]

@@ -1,6 +1,9 @@
 """Tar shards, sound and damaged, against what was written."""
 
+import io
 import os
+import shutil
+import subprocess
 import tarfile
 
 import pytest
@@ -95,6 +98,97 @@ class TestTar:
         }
         assert source[0].key == "a.tar/d/0"
         assert source.problems == {"repeated key": 1, "unsafe file name": 2}
+        keys = ["d/0", "long" * 60, "é", "é#2"]
+        assert [source[i].key for i in range(4)] == [f"a.tar/{key}" for key in keys]
+
+    @pytest.mark.parametrize(
+        ("format_", "name"),
+        [
+            (tarfile.USTAR_FORMAT, "d" * 120 + "/{}/key"),  # split into a prefix and a name
+            (tarfile.USTAR_FORMAT, "猫{}"),
+            (tarfile.GNU_FORMAT, "d" * 90 + "/" + "k" * 600 + "{}"),
+            (tarfile.PAX_FORMAT, "é" * 200 + "{}"),
+            (tarfile.PAX_FORMAT, "plain{}"),
+            (tarfile.GNU_FORMAT, "./a.b/{}.c"),
+        ],
+    )
+    def test_keys_are_whole_names(self, tmp_path, format_, name):
+        names = [name.format(i) for i in range(3)]
+        members = [m for i, each in enumerate(names) for m in sample(each, f"caption {i}")]
+        write_tar(tmp_path / "a.tar", members, format=format_)
+        expected = [(f"a.tar/{each}", f"caption {i}") for i, each in enumerate(names)]
+        assert contents(TarShards(str(tmp_path))) == expected
+        # Read in chunks, and together with neighbours, they are the same.
+        assert contents(TarShards(str(tmp_path), chunk=2, cached_chunks=2)) == expected
+
+    def test_names_that_are_not_utf8_stay_distinct(self, tmp_path):
+        with tarfile.open(
+            tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+        ) as tar:
+            for name, data in [m for key in ("é", "è") for m in sample(key, key)]:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        assert contents(TarShards(str(tmp_path))) == [(r"a.tar/\xe9", "é"), (r"a.tar/\xe8", "è")]
+
+    @pytest.mark.parametrize("character", "\n\r\t\x1b\x85\u2028")
+    def test_names_that_are_no_line_of_text_are_counted(self, tmp_path, character):
+        members = [*sample("whole", "whole"), *sample(f"x{character}y", "odd")]
+        write_tar(tmp_path / "a.tar", members, format=tarfile.PAX_FORMAT)
+        source = TarShards(str(tmp_path))
+        assert contents(source) == [("a.tar/whole", "whole")]
+        assert source.problems == {"unsafe file name": 3}
+
+    def test_archives_that_were_appended(self, tmp_path):
+        """As `cat a.tar b.tar` makes them; the same key in both is two samples."""
+        for name, keys in (("a", "012"), ("b", "23")):
+            write_tar(tmp_path / name, [m for key in keys for m in sample(key, f"{name} {key}")])
+        path = tmp_path / "ab.tar"
+        path.write_bytes((tmp_path / "a").read_bytes() + (tmp_path / "b").read_bytes())
+        source = TarShards(str(path))
+        keys = ["0", "1", "2", "2#2", "3"]
+        texts = ["a 0", "a 1", "a 2", "b 2", "b 3"]
+        assert contents(source) == [(f"ab.tar/{k}", text) for k, text in zip(keys, texts)]
+        assert source.problems == {"repeated key": 1}
+        path.write_bytes((tmp_path / "a").read_bytes() + b"no archive" * 100)
+        source = TarShards(str(path))
+        assert len(source) == 3
+        assert source.problems == {"damaged shard": 1}
+
+    def test_sparse_files_are_counted(self, tmp_path):
+        if not shutil.which("tar"):
+            pytest.skip("needs GNU tar")
+        for key in ("0", "1"):
+            for name, data in sample(key, key):
+                (tmp_path / name).write_bytes(data)
+        with (tmp_path / "1.png").open("r+b") as file:
+            file.truncate(2**22)
+        command = ["tar", "--sparse", "-cf", "a.tar", "0.png", "0.txt", "1.png", "1.txt"]
+        subprocess.run(command, cwd=tmp_path, check=True)
+        source = TarShards(str(tmp_path / "a.tar"))
+        assert contents(source) == [("a.tar/0", "0")]
+        assert source.problems == {"sparse file": 1, "no image": 1}
+
+    def test_negative_size(self, tmp_path):
+        path = tmp_path / "a.tar"
+        write_tar(path, [m for key in "01" for m in sample(key, key)])
+        with tarfile.open(path) as tar:
+            place = tar.getmember("1.png").offset
+        data = bytearray(path.read_bytes())
+        header = tarfile.TarInfo("1.png")
+        header.size = -(2**40)
+        data[place : place + 512] = header.tobuf(tarfile.GNU_FORMAT)
+        path.write_bytes(data)
+        source = TarShards(str(path))
+        assert contents(source) == [("a.tar/0", "0")]
+        assert source.problems == {"damaged shard": 1}
+
+    def test_shards_of_one_name_have_keys_of_their_own(self, tmp_path):
+        for folder in ("x", "y"):
+            (tmp_path / folder).mkdir()
+            write_tar(tmp_path / folder / "0.tar", sample("a", folder))
+        source = TarShards(f"{tmp_path}/x,{tmp_path}/y")
+        assert contents(source) == [("x/0.tar/a", "x"), ("y/0.tar/a", "y")]
 
     def test_keys_without_caption_or_image_are_counted(self, tmp_path):
         members = [("0.png", b"x"), *sample("1", "whole"), ("2.txt", b"t"), ("3.png", b"x")]

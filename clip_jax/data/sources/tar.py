@@ -8,13 +8,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from clip_jax.data.sources import captions, shard_index, tar_index, tar_labels
 from clip_jax.data.sources.base import Example, Request
 from clip_jax.data.sources.labels import Labels, group, number_labels, parse_groups
 from clip_jax.data.sources.reading import ChunkCache, Once
-from clip_jax.data.sources.tar_index import BLOCK, Sample, Span
+from clip_jax.data.sources.tar_index import Sample
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import faults, locations, ranges, remote
 
@@ -40,7 +41,7 @@ def open_source(request: Request) -> "TarShards":
 class TarShards:
     """Random access to the samples of tar shards, through an index that is kept beside them.
 
-    The index takes 24 bytes per sample, mapped from its file. A shard is opened for each read, so
+    The index takes 28 bytes per sample, mapped from its file. A shard is opened for each read, so
     there may be more shards than a process may have files open. The description of the set in
     CLIP_benchmark's layout, in the directory above that of the shards, is used where it is there.
 
@@ -83,6 +84,7 @@ class TarShards:
         self._captioned = not label_key
         self._group_keys = parse_groups(group_keys)
         self._shards = find(paths)
+        self._names = _short_names(self._shards)
         self._missing_until: dict[int, float] = {}
         kind = tar_index.LABELLED if label_key in tar_labels.FILES else tar_index.KIND
         found = shard_index.load(self._shards, kind, fallback_dir)
@@ -141,7 +143,9 @@ class TarShards:
         contents = read()[place]
         if isinstance(contents, BadExample):
             raise contents
-        key = f"{self._shards[self._shard(index)].name}/{_stem(contents['header'])}"
+        key = f"{self._names[self._shard(index)]}/{_stem(contents['header'])}"
+        if repeat := self._row(index)["repeat"]:
+            key = f"{key}#{repeat + 1}"
         txt, record = contents.get("txt"), contents.get("json")
         if txt is not None and self._a_caption_per_line:
             txt = txt.splitlines()
@@ -158,17 +162,20 @@ class TarShards:
     def _shard(self, index: int) -> int:
         return bisect.bisect_right(self._first, index) - 1
 
+    def _row(self, index: int) -> np.void:
+        shard = self._shard(index)
+        return self._rows[shard][index - self._first[shard]]
+
     def _sample(self, index: int) -> Sample:
         """Returns the positions of the files of a sample that are needed."""
-        shard = self._shard(index)
-        found = tar_index.spans(self._rows[shard][index - self._first[shard]])
+        found = tar_index.spans(self._row(index))
         if self._fields:
             wanted = {"txt" if name == "txt" else "json" for name, _ in self._fields}
         else:
             wanted = {"txt" if "txt" in found else "json"}
         if self._group_keys:
             wanted.add("json")
-        return {kind: span for kind, span in found.items() if kind in wanted | {"image"}}
+        return {kind: span for kind, span in found.items() if kind in wanted | {"image", "header"}}
 
     def _start_chunk(self, number: int) -> "Callable[[], list[_Files | BadExample]]":
         """Begins to read a chunk; where it spans shards, one part from each."""
@@ -184,7 +191,7 @@ class TarShards:
         """Begins to read the files of neighbours in one shard."""
         shard = self._shard(index)
         path = self._shards[shard]
-        wanted = [_with_header(self._sample(i)) for i in range(index, stop)]
+        wanted = [self._sample(i) for i in range(index, stop)]
         spans = [span for sample in wanted for span in sample.values()]
 
         def start() -> Callable[[], list[bytes]]:
@@ -208,7 +215,7 @@ class TarShards:
                 return [
                     BadExample("missing shard", _place(path, each), str(error)) for each in wanted
                 ]
-            return _by_sample(pieces, path.name, wanted)
+            return _by_sample(pieces, path, wanted)
 
         return finish
 
@@ -239,6 +246,16 @@ def find(paths: str) -> list[epath.Path]:
     return shards
 
 
+def _short_names(shards: Sequence[epath.Path]) -> list[str]:
+    """Returns names of shards for keys: of the files; with directories where those are alike."""
+    names, depth = [path.name for path in shards], 1
+    distinct = len(set(shards))
+    while len(set(names)) < distinct and depth < max(len(path.parts) for path in shards):
+        depth += 1
+        names = ["/".join(path.parts[-depth:]) for path in shards]
+    return names
+
+
 def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[list[int]]:
     """Groups indices that follow each other and lie in one shard."""
     groups: list[list[int]] = []
@@ -250,28 +267,25 @@ def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[
     return groups
 
 
-def _with_header(sample: Sample) -> Sample:
-    """Adds the header before the image, for the name, which would cost memory in the index."""
-    return {**sample, "header": Span(sample["image"].offset - BLOCK, BLOCK)}
-
-
 def _place(path: epath.Path, sample: Sample) -> str:
     return f"{path} at byte {sample['image'].offset}"
 
 
-def _by_sample(found: list[bytes], shard: str, wanted: list[Sample]) -> "list[_Files | BadExample]":
+def _by_sample(
+    found: list[bytes], path: epath.Path, wanted: list[Sample]
+) -> "list[_Files | BadExample]":
     """Groups the pieces that were read by sample and kind of file."""
     pieces = iter(found)
     samples: list[_Files | BadExample] = []
     for sample in wanted:
         contents = {kind: next(pieces) for kind in sample}
         if any(len(contents[kind]) < span.size for kind, span in sample.items()):
-            samples.append(BadExample("truncated shard", f"{shard}/{_stem(contents['header'])}"))
+            samples.append(BadExample("truncated shard", _place(path, sample)))
         else:
             samples.append(contents)
     return samples
 
 
-def _stem(header: bytes) -> str:
-    """The name without suffix, from the header of a file."""
-    return header[:100].split(b"\0")[0].decode("utf-8", "replace").rpartition(".")[0]
+def _stem(headers: bytes) -> str:
+    """The name of a file without its suffix, from its headers."""
+    return tar_index.key_of(tar_index.name_of(headers))

@@ -1,10 +1,12 @@
 """The places of all files in a tar shard, from its headers alone."""
 
+import io
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -17,6 +19,10 @@ BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of
 FILES = ("image", "txt", "json")  # the files of a sample that are read
 LABELLED_FILES = (*FILES, "cls", "npy")  # the same where classes stand in files of their own
 _LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
+# Names that are not UTF-8 stay distinct: each foreign byte becomes its escape.
+_NAMES: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
+_MOST_BLOCKS = 2**16 - 1  # of the headers of a file, by the dtype of a row
+_PIECE = 2**20  # bytes read at once behind the end of an archive
 
 
 class Span(NamedTuple):
@@ -26,12 +32,19 @@ class Span(NamedTuple):
     size: int
 
 
-Sample = dict[str, Span]  # the files of one key, by kind
+# The files of one key, by kind; and "header", all headers of the image, or else of its first
+# file, which hold the whole name.
+Sample = dict[str, Span]
 
 
 def _row_of(kinds: tuple[str, ...]) -> np.dtype:
-    """The dtype of a row of the index: first block and size of each kind of file; block 0: none."""
-    return np.dtype([("block", "<u4", len(kinds)), ("size", "<u4", len(kinds))])
+    """The dtype of a row of the index.
+
+    First block and size of each kind of file, block 0 where there is none; the number of header
+    blocks before the image; and the number of samples of the same key before this one.
+    """
+    places = [("block", "<u4", len(kinds)), ("size", "<u4", len(kinds))]
+    return np.dtype([*places, ("header", "<u2"), ("repeat", "<u2")])
 
 
 # Sets to train on may have billions of samples, so theirs have no room for files of classes.
@@ -57,10 +70,10 @@ def _scan(path: epath.Path, kinds: tuple[str, ...], dtype: np.dtype) -> ScanResu
     with ranges.scanning(path) as file:
         found, damage = samples(file, problems, kinds)
     rows = []
-    for position, sample in enumerate(found):
+    for position, (sample, repeat) in enumerate(found):
         problem = _missing(sample, kinds)
         if not problem:
-            rows.append(_row(sample, kinds))
+            rows.append(_row(sample, repeat, kinds))
         # The last sample of a cut shard may have lost a file: no fault of its own.
         elif not (damage and position == len(found) - 1):
             problems[problem] += 1
@@ -73,16 +86,37 @@ LABELLED = Kind("labelled_tar", LABELLED_ROW, scan_labelled)
 
 def spans(row: np.void) -> Sample:
     """Returns the sample that a row of the index describes."""
-    return {
+    sample = {
         name: Span(int(block) * BLOCK, int(size))
         for name, block, size in zip(LABELLED_FILES, row["block"], row["size"])
         if block
     }
+    length = int(row["header"]) * BLOCK
+    return {**sample, "header": Span(sample["image"].offset - length, length)}
+
+
+def key_of(name: str) -> str:
+    """Returns what the files of a sample have in common: the name without its suffix."""
+    return name.rpartition(".")[0]
+
+
+def kind_of(name: str) -> str:
+    """Returns the kind of a file: "image", or its suffix."""
+    suffix = name.rpartition(".")[2].lower()
+    return "image" if suffix in IMAGE_SUFFIXES else suffix
+
+
+def name_of(header: bytes) -> str:
+    """Returns the name of a file, whichever of tar's forms it has, from all of its headers."""
+    with tarfile.open(fileobj=io.BytesIO(header), mode="r:", **_NAMES) as tar:
+        member = tar.next()
+    assert member is not None
+    return member.name
 
 
 def samples(
     file: IO[bytes], problems: Counter[str], kinds: tuple[str, ...] = FILES
-) -> tuple[list[Sample], str]:
+) -> tuple[list[tuple[Sample, int]], str]:
     """Groups the files of a shard by key.
 
     Files of one key need not be adjacent. A second file of the same key and kind begins another
@@ -90,24 +124,30 @@ def samples(
 
     Args:
       file: the shard, seekable.
-      problems: counts of repeated keys and of names that lead out of a directory; added to. The
-        former are samples like others, the latter are left out.
+      problems: counts of repeated keys, of names that lead out of a directory or have control
+        characters, and of sparse files; added to. The first are samples like others, the rest is
+        left out.
       kinds: the kinds of files to look for.
 
     Returns:
-      The samples by first appearance, complete or not; and the damage of the shard, "" where there
-      is none. The samples of a damaged shard are those of its whole files.
+      The samples by first appearance, complete or not, each with the number of those of the same
+      key before it; and the damage of the shard, "" where there is none. The samples of a damaged
+      shard are those of its whole files.
     """
-    found: list[Sample] = []
-    latest: dict[str, Sample] = {}
+    found: list[tuple[Sample, int]] = []
+    latest: dict[str, tuple[Sample, int]] = {}
     try:
-        for key, kind, span in _members(file, problems, kinds):
-            if kind in latest.get(key, {kind}):
+        for key, kind, span, header in _members(file, problems, kinds):
+            if key not in latest or kind in latest[key][0]:
+                repeat = 0
                 if key in latest:
                     problems["repeated key"] += 1
-                latest[key] = {}
+                    repeat = latest[key][1] + 1
+                latest[key] = {}, repeat
                 found.append(latest[key])
-            latest[key][kind] = span
+            latest[key][0][kind] = span
+            if kind == "image" or "header" not in latest[key][0]:
+                latest[key][0]["header"] = header
     except DamagedShard as error:
         return found, str(error)
     return found, ""
@@ -121,45 +161,75 @@ def _missing(sample: Sample, kinds: tuple[str, ...]) -> str:
     return "no caption" if kinds == FILES else "no label"
 
 
-def _row(sample: Sample, kinds: tuple[str, ...]) -> tuple[list[int], list[int]]:
+def _row(sample: Sample, repeat: int, kinds: tuple[str, ...]) -> tuple[Any, ...]:
     places = [sample.get(name, Span(0, 0)) for name in kinds]
-    return [span.offset // BLOCK for span in places], [span.size for span in places]
+    blocks, sizes = [span.offset // BLOCK for span in places], [span.size for span in places]
+    return blocks, sizes, sample["header"].size // BLOCK, min(repeat, 2**16 - 1)
 
 
 def _members(
     file: IO[bytes], problems: Counter[str], kinds: tuple[str, ...]
-) -> Iterator[tuple[str, str, Span]]:
-    """Yields key, kind and place of every file that may belong to a sample."""
+) -> Iterator[tuple[str, str, Span, Span]]:
+    """Yields key, kind, place and headers of every file that may belong to a sample."""
+    for member in members(file):
+        key = key_of(member.name)
+        kind = kind_of(member.name)
+        header = Span(member.offset, member.offset_data - member.offset)
+        if not member.isfile() or kind not in kinds or member.size > _LARGEST:
+            continue
+        if member.issparse():  # its bytes are not those of the file
+            problems["sparse file"] += 1
+        elif _is_unsafe(member.name) or header.size // BLOCK > _MOST_BLOCKS:
+            problems["unsafe file name"] += 1
+        else:
+            yield key, kind, Span(member.offset_data, member.size), header
+
+
+def members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Yields the members of an archive, and of further archives that were appended to it.
+
+    Raises:
+      DamagedShard: at the first member that is not whole, or that no header can be read of.
+    """
     file_size = file.seek(0, 2)
-    file.seek(0)
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                end = _round_up(member.offset_data + member.size)
-                if end > file_size:
-                    break
-                key, _, suffix = member.name.rpartition(".")
-                kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-                usable = member.isfile() and member.size <= _LARGEST
-                if usable and kind in kinds:
-                    if _leads_out(key):
-                        problems["unsafe file name"] += 1
-                    else:
-                        yield key, kind, Span(member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
-    except tarfile.TarError as error:
-        raise DamagedShard(f"after byte {end}: {error}") from None
-    file.seek(end)
-    # tarfile takes a cut between two files, and a damaged header, for the end of the archive.
-    if file.read(BLOCK) != bytes(BLOCK):
-        raise DamagedShard(f"no end-of-archive mark after byte {end}")
+    end: int | None = 0
+    while end is not None:
+        file.seek(end)
+        try:
+            with tarfile.open(fileobj=file, mode="r:", **_NAMES) as tar:
+                while (member := tar.next()) is not None:
+                    if "path" in tar.pax_headers:
+                        raise DamagedShard(f"a global name for all files after byte {end}")
+                    if member.size < 0 or tar.offset <= end:
+                        raise DamagedShard(f"a file of negative size after byte {end}")
+                    if tar.offset > file_size:
+                        break
+                    end = tar.offset
+                    yield member
+                    tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
+        except (tarfile.TarError, ValueError) as error:
+            raise DamagedShard(f"after byte {end}: {error}") from None
+        file.seek(end)
+        # tarfile takes a cut between two files, and a damaged header, for the end of the archive.
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise DamagedShard(f"no end-of-archive mark after byte {end}")
+        end = _next_content(file, end + BLOCK)
 
 
-def _leads_out(key: str) -> bool:
-    """Returns whether the name, taken as a path, leads out of its directory, as in an attack."""
-    return key.startswith("/") or (".." in key and ".." in PurePosixPath(key).parts)
+def _next_content(file: IO[bytes], place: int) -> int | None:
+    """Returns the first block from `place` on that is not all zeros; None: there is none."""
+    file.seek(place)
+    while piece := file.read(_PIECE):
+        if stripped := piece.lstrip(b"\0"):
+            return place + (len(piece) - len(stripped)) // BLOCK * BLOCK
+        place += len(piece)
+    return None
 
 
-def _round_up(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _is_unsafe(name: str) -> bool:
+    """Returns whether a name leads out of its directory, as a path, or is no line of text."""
+    if name.startswith("/") or (".." in name and ".." in PurePosixPath(name).parts):
+        return True
+    return not name.isprintable() and any(
+        unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name
+    )
