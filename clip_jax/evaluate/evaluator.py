@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clip_jax.data.sources import opening, reading
-from clip_jax.data.sources.base import Example, Source
+from clip_jax.data.sources.base import TEMPLATES, Example, Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.embed.encoder import Encoder, Variables
 from clip_jax.errors import UserError
@@ -19,7 +19,9 @@ from clip_jax.evaluate import tasks
 from clip_jax.evaluate.embedding_source import TEST
 from clip_jax.evaluate.in_memory import InMemoryEmbeddings
 from clip_jax.evaluate.results import Result, Score
-from clip_jax.evaluate.sets.dataset import Dataset
+from clip_jax.evaluate.sets import classes
+from clip_jax.evaluate.sets.dataset import Dataset, Naming
+from clip_jax.evaluate.sets.views import Relabelled
 from clip_jax.models.prompts import class_prompts
 
 # Names of the data sets that a config describes by fields of its own. No slash: a data set's name
@@ -37,7 +39,8 @@ class Evaluator:
       results: results of the last evaluation, in the order of the data sets.
       scores: their scores by the names that they are logged under.
       means: mean headline score of each task over `eval.datasets`, by logged name.
-      notes: a sentence about each evaluation in the config that this model does not support.
+      notes: a sentence about each evaluation in the config that this model does not support, or
+        that is not about the data of the training.
     """
 
     def __init__(
@@ -153,6 +156,14 @@ class Evaluator:
 
     def _describe(self, name: str, spec: ConfigDict) -> Source:
         """Opens the source that the config describes, as the data set of this name."""
+        data = self._config.data
+        trained_on = {each.source.type for each in data.mixture.values()} or {data.source.type}
+        if spec.type == "digits" and "digits" not in trained_on:
+            self.notes.append(
+                f"{name} is the embedded digits, not your data: its figures say how well the "
+                f"model knows handwritten digits. Give images of your own by --config.{name}.type "
+                f"and .path, or leave it out by --config.{name}.type=''."
+            )
         source = opening.create(
             spec, self._image_size, self._config.seed, fallback_dir=self._fallback_dir
         )
@@ -171,8 +182,9 @@ class Evaluator:
             )
             return []
         source = self._describe(LABELLED, spec.source)
-        class_names = tuple(spec.class_names) or source.class_names
-        templates = tuple(spec.templates) or source.templates
+        own_names = tuple(name.replace("_", " ") for name in source.class_names)
+        class_names = tuple(spec.class_names) or own_names
+        templates = tuple(spec.templates) or source.templates or TEMPLATES
         prompts, _ = class_prompts(class_names, templates)  # raises UserError if they are wrong
         try:
             self._embeddings.tokenizer(prompts)
@@ -185,8 +197,13 @@ class Evaluator:
             metric="accuracy",
             class_names=class_names,
             prompts={"own": templates},
+            naming=Naming(numbered=True),
             partial=True,
         )
+        if spec.class_names and source.class_names:
+            where = "the source of eval.zeroshot"
+            numbers = classes.match(dataset, None, source.class_names, where)
+            self._described[LABELLED] = Relabelled(source, numbers, class_names)
         return [(dataset, ["zeroshot"])]
 
     def _captioned(self) -> list[tuple[Dataset, list[str]]]:

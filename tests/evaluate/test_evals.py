@@ -2,6 +2,7 @@
 
 import importlib.resources
 import re
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import tiny_run
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import Image
 from sklearn import metrics as sklearn_metrics
 
 from clip_jax import models, sharding
@@ -192,6 +194,54 @@ def test_likelihoods_and_labels_alone_need_no_embeddings(tiny, mesh8, monkeypatc
     assert evaluator.notes == [
         "No retrieval evaluation: a model trained for bag_of_words embeds no texts."
     ]
+
+
+def test_class_names_of_the_config_are_matched_by_name(tiny, mesh8, tmp_path):
+    """However folders are named and names are ordered: the same accuracy, or a refusal."""
+    config, net, variables = tiny
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    words += ["a_letter", "a_picture"]
+    scenes = DigitScenes("test", 16, seed=0)
+    for index in range(96):
+        label = scenes[index].label + 2 * (index % 2)  # numbers from 0 to 11, so 10 sorts before 2
+        for folder in (tmp_path / "named" / words[label], tmp_path / "numbered" / str(label)):
+            folder.mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(np.asarray(scenes[index].image, np.uint8))
+            picture.save(folder / f"{index:03}.png")
+
+    def top1(folder: str, class_names: Sequence[str]) -> float:
+        changed = config.copy_and_resolve_references()
+        source = {"type": "folder", "path": str(tmp_path / folder), "split": ""}
+        changed.data.source.update(source)
+        changed.eval.zeroshot.source.update(source)
+        changed.eval.zeroshot.class_names = tuple(class_names)
+        changed.eval.retrieval.source.type = ""
+        evaluator, found = evaluate(changed, net, variables, mesh8)
+        assert not evaluator.notes
+        return found["zeroshot/top1"]
+
+    by_folder = top1("named", [])  # with the default template
+    assert 0 < by_folder < 1
+    words = [word.replace("_", " ") for word in words]
+    assert top1("named", sorted(words)) == top1("named", words[::-1]) == by_folder
+    assert top1("numbered", words) == by_folder
+    with pytest.raises(UserError, match=r"are not classes.*'zero'"):
+        top1("named", [*words[1:], "a cat"])
+
+
+def test_digits_beside_own_data_are_said_to_be_digits(tiny, mesh1, tmp_path):
+    config, net, _ = tiny
+    config = config.copy_and_resolve_references()
+    config.data.source.update({"type": "folder", "path": str(tmp_path)})
+    tokenizer = tokenizers.create("openai", 24)
+    notes = Evaluator(config, net, mesh1, tokenizer).notes
+    assert [note.split(" is the embedded digits, not your data")[0] for note in notes] == [
+        "eval.zeroshot.source",
+        "eval.retrieval.source",
+    ]
+    digits = {**config.data.source.to_dict(), "type": "digits"}
+    config.data.mixture = ConfigDict({"some": digits})
+    assert not Evaluator(config, net, mesh1, tokenizer).notes
 
 
 @pytest.mark.parametrize(

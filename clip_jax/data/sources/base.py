@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from clip_jax.data.sources.captions import Captions
 
+# Prompt templates of classes for which nobody gives others: the paper's (section 3.1.4).
+TEMPLATES = ("a photo of a {}.",)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
