@@ -157,7 +157,7 @@ class Evaluator:
     def _describe(self, name: str, spec: ConfigDict) -> Source:
         """Opens the source that the config describes, as the data set of this name."""
         data = self._config.data
-        trained_on = {each.source.type for each in data.mixture.values()} or {data.source.type}
+        trained_on = {each.type for each in data.mixture.values()} or {data.source.type}
         if spec.type == "digits" and "digits" not in trained_on:
             self.notes.append(
                 f"{name} is the embedded digits, not your data: its figures say how well the "
