@@ -1,10 +1,12 @@
 """Orbax checkpoints: asynchronous, sharded, the most recent ones and the best.
 
 A checkpoint has three items: "model" (parameters and BatchNorm statistics; inference reads no
-more), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer).
+more), "optimizer", and "meta" (JSON: step, position in the data, config, tokenizer, checksums of
+the arrays and of itself). What is read is compared with its checksums.
 """
 
 import contextlib
+import json
 import math
 import os
 import sys
@@ -19,6 +21,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from clip_jax import checksums
 from clip_jax.errors import StorageError, UserError
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState
@@ -27,6 +30,7 @@ from clip_jax.storage import faults, for_orbax, locations, remote
 DIRECTORY = "checkpoints"  # inside the workdir
 
 _LEAST_SLICE = 2**20  # bytes
+_OWN = "checksum"  # the field of "meta" with the checksum of all others
 
 
 def _leave_small_arrays_whole() -> None:
@@ -142,12 +146,22 @@ class Checkpoints:
           step: step of the state.
           meta: JSON-serialisable description of the run.
           metrics: metrics of this step; they rank the checkpoint if the best metric is among them.
+
+        Raises:
+          UserError: an array holds NaN or infinity; nothing is written then.
         """
+        items = {"model": state.variables, "optimizer": _progress(state)}
+        inspected = checksums.inspect(items)
+        if inspected.not_finite:
+            raise UserError(self._poisoned(step, inspected.not_finite))
+        described = {"step": step, **meta, "checksums": inspected.checksums}
+        # As JSON gives it back, which knows no tuples and no numbers as keys.
+        described = json.loads(json.dumps(described))
+        described[_OWN] = checksums.of_json(described)
         rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
         args = ocp.args.Composite(
-            model=ocp.args.StandardSave(state.variables),
-            optimizer=ocp.args.StandardSave(_progress(state)),
-            meta=ocp.args.JsonSave({"step": step, **meta}),
+            **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+            meta=ocp.args.JsonSave(described),
         )
         while True:
             try:
@@ -195,7 +209,7 @@ class Checkpoints:
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads the description saved with a checkpoint."""
-        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
+        return self._read(step)["meta"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Reads a training state onto the mesh of `like`, whatever mesh it was saved from.
@@ -246,17 +260,62 @@ class Checkpoints:
         self._manager.close()
 
     def _read(self, step: int, **args: Any) -> Any:
+        """Reads items of a checkpoint, and compares them with their checksums."""
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**args))
+            items = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
+            )
         except Exception as error:  # whatever a damaged file makes of the libraries below
             logging.debug("Restoring failed", exc_info=True)
-            earlier = max((s for s in self._manager.all_steps() if s < step), default=None)
-            instead = f"resume from step {earlier}" if earlier is not None else "start afresh"
-            raise UserError(
-                f"The checkpoint {self.directory / str(step)} cannot be read: it is incomplete, "
-                f"damaged, or of another model ({_first_line(error)}). To {instead}, delete that "
-                "folder and run the same command again."
-            ) from error
+            reason = f"it is incomplete, damaged, or of another model ({_first_line(error)})"
+            raise UserError(self._unreadable(step, reason)) from error
+        meta = items["meta"]
+        own = meta.pop(_OWN, None)
+        if own is None:  # of a version that wrote none
+            return items
+        if own != checksums.of_json(meta):
+            raise UserError(self._unreadable(step, "its meta/metadata is damaged"))
+        saved = meta.pop("checksums")
+        arrays = {name: items[name] for name in args}
+        if not arrays:
+            return items
+        inspected = checksums.inspect(arrays)
+        if damaged := [name for name, n in inspected.checksums.items() if saved.get(name) != n]:
+            reason = (
+                f"{len(damaged)} of {len(inspected.checksums)} arrays are not what was saved, such "
+                f"as {damaged[0]}, so that a file of it is damaged"
+            )
+            raise UserError(self._unreadable(step, reason))
+        return items
+
+    def _unreadable(self, step: int, reason: str) -> str:
+        earlier = max((s for s in self._manager.all_steps() if s < step), default=None)
+        instead = f"resume from step {earlier}" if earlier is not None else "start afresh"
+        return (
+            f"The checkpoint {self.directory / str(step)} cannot be read: {reason}. To {instead}, "
+            "delete that folder and run the same command again."
+        )
+
+    def _poisoned(self, step: int, names: list[str]) -> str:
+        return (
+            f"After step {step} {len(names)} arrays of the training state hold NaN or infinity, "
+            f"such as {names[0]}, so no checkpoint of it is written. {self.way_back()}"
+        )
+
+    def way_back(self) -> str:
+        """Returns sentences about how to go on after a run has diverged."""
+        remedy = (
+            "a lower --config.optim.learning_rate, a longer --config.optim.warmup or a bound such "
+            "as --config.optim.grad_clip_norm=1.0"
+        )
+        last = self.latest_step()
+        if last is None:
+            return f"Run again with {remedy}, in another --workdir."
+        return (
+            f"The last good checkpoint is that of step {last}. To go on from there, run the same "
+            f"command with {remedy}, and --config.checkpoint.allow_config_change=True; to begin "
+            "anew, take another --workdir."
+        )
 
 
 class _Writes:

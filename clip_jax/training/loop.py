@@ -183,7 +183,7 @@ class Loop:
         step, device_values = self._pending
         self._pending = None
         values = metrics.fetch(device_values)
-        _check_finite(step, values)
+        self._check_finite(step, values)
         rate, waited = self._progress.measure(step, self._feed.waited)
         row = {f"train/{name}": value for name, value in values.items()}
         row["train/images_per_second"] = rate
@@ -194,6 +194,11 @@ class Loop:
         row["storage/failures"] = faults.counts().total()
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
+
+    def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"The {name} is {value} at step {step}. {self._store.way_back()}")
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
         """Evaluates where it is due; returns the scores, {} where it is not."""
@@ -223,7 +228,7 @@ class Loop:
     ) -> None:
         """Saves a checkpoint; the metrics of its evaluation decide whether it is the best."""
         self._flush()
-        _check_finite(step, metrics.fetch(values))  # waits for the steps under way
+        self._check_finite(step, metrics.fetch(values))  # waits for the steps under way
         paused = self._progress.pause()
         done = self.progress(step)
         if done.skipped != self._reported:
@@ -250,12 +255,3 @@ def list_counts(counts: Mapping[str, int]) -> str:
 def hardware(mesh: Mesh) -> str:
     """Returns number and kind of the devices."""
     return f"{mesh.size} x {jax.devices()[0].device_kind}"
-
-
-def _check_finite(step: int, values: Mapping[str, float]) -> None:
-    if not math.isfinite(values["loss"]):
-        raise UserError(
-            f"The loss is {values['loss']} at step {step}. Run again with a lower "
-            "--config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
-            "--config.optim.grad_clip_norm=1.0, in another --workdir."
-        )

@@ -15,7 +15,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from clip_jax import models
+from clip_jax import checksums, models
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
@@ -24,6 +24,7 @@ from clip_jax.state import abstract_variables, init_variables
 from clip_jax.storage import locations
 
 _LISTED = 8  # names in a message
+_DIVERGED = "the model diverged in training, or the file is damaged. Take an earlier checkpoint."
 
 Shape = tuple[int, ...]
 Variables = dict[str, Any]
@@ -128,11 +129,11 @@ class Weights:
         like = abstract_variables(models.of_size(self.size), mesh)
         if self.tensors.restore is not None:
             variables = self.tensors.restore(like)
-            for path, array in jax.tree.leaves_with_path(variables):
-                # Parts that several devices hold need one look.
-                parts = {str(shard.index): shard.data for shard in array.addressable_shards}
-                for part in parts.values():
-                    check_finite(path_name(path), np.asarray(part))
+            if broken := checksums.inspect(variables).not_finite:  # the same on all hosts
+                raise UserError(
+                    f"{len(broken)} tensors of {self.origin['source']} hold values that are NaN or "
+                    f"infinite, such as {broken[0]}: {_DIVERGED}"
+                )
             return variables
 
         def place(path: tuple, like: jax.ShapeDtypeStruct) -> jax.Array:
@@ -229,7 +230,7 @@ def check_finite(name: str, value: Float[np.ndarray, "..."]) -> None:
         count = value.size - np.isfinite(value).sum()
         raise UserError(
             f"The tensor {name} holds {count:,} values of {value.size:,} that are NaN or infinite: "
-            "the model diverged in training, or the file is damaged. Take an earlier checkpoint."
+            f"{_DIVERGED}"
         )
 
 
