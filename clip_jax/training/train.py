@@ -57,7 +57,14 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
 
             start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
-        step_fn = _compile(run, config)
+        finished = resumed == run.total_steps
+        if finished:
+            _say(
+                f"The run in {directory} is finished, at step {resumed:,}: it is evaluated once "
+                "more, for the report. To train on, start another --workdir with "
+                f"--config.init_from={directory}."
+            )
+        step_fn = None if finished else _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
             resume_state = ResumeState()
@@ -67,7 +74,8 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
                 _check_meta(store.read_meta(resumed), run.tokenizer)
             )
             state = store.restore(resumed, run.program.state)
-            _say(f"Resuming {directory} from step {resumed:,}.")
+            if not finished:
+                _say(f"Resuming {directory} from step {resumed:,}.")
         data = _data(run, config, directory, resume_state.examples_seen)
         loop = Loop(run, config, directory, store, data, resume_state, started_monotonic)
         final = loop.run(state, step_fn)

@@ -230,7 +230,10 @@ def test_a_complete_run_only_gets_its_report_again(copy, capsys):
     old = html_page.text_of((tiny_run.finished() / "report.html").read_text())
     new = html_page.text_of((copy / "report.html").read_text())
     assert re.findall(r"[\d.]+ ?%", new) == re.findall(r"[\d.]+ ?%", old)
-    assert "ETA" not in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"The run in {copy} is finished, at step 12" in shown
+    assert "ETA" not in shown
+    assert "Compiled" not in shown
 
 
 def test_a_workdir_of_another_run_is_left_alone(copy):
