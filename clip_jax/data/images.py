@@ -5,6 +5,7 @@ same pixels from the same library beneath (libjpeg-turbo), without Pillow's copi
 """
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -18,8 +19,15 @@ from clip_jax.data import crops
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample
 
-# Above this, a file is refused from its header alone. 8192 x 8192; decoded, 200 MB per thread.
+# Above this, a file is refused from its header alone: 8192 x 8192. Decoded, that takes up to 1.3 GB
+# for a moment, in most formats 0.7 GB (benchmarks/decoders.py).
 MAX_PIXELS = 2**26
+# The formats that are opened. Pillow knows others, one of which starts a program (EPS).
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+# A progressive JPEG is decoded once per scan. Cameras and programs write at most a dozen.
+_SCAN = b"\xff\xda"
+_MAX_SCANNED = 32 * MAX_PIXELS  # pixels of all scans together
+_BAND = 2**20  # pixels converted at a time, where a conversion takes memory of its own
 
 # Formats of animations; further frames of other formats are previews, depth maps or pages.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
@@ -42,8 +50,8 @@ def pixels(
     or 1/8 of its resolution where the crop still has at least twice `size` pixels a side.
 
     Args:
-      image: the bytes of a JPEG, PNG, WebP or any other format that Pillow reads; or pixels; or a
-        Pillow image.
+      image: the bytes of a file in one of the usual formats, such as JPEG, PNG, WebP, AVIF, GIF,
+        BMP or TIFF; or pixels; or a Pillow image.
       key: names the example in errors.
       size: pixels along a side of the result.
       crop: the part of the image that is kept.
@@ -54,7 +62,7 @@ def pixels(
 
     Raises:
       BadExample: "empty image file", "HTML instead of an image", "unreadable image",
-        "too many pixels", "animated image" or "unsupported pixel format".
+        "too many pixels", "too many scans", "animated image" or "unsupported pixel format".
     """
     if isinstance(image, np.ndarray):
         if image.shape == (size, size, 3) and crop.name != "resized":
@@ -90,10 +98,26 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
     if image.mode in ("F", "LAB", "HSV"):  # TIFF only; the range of their values is anyone's guess
         raise BadExample("unsupported pixel format", key, image.mode)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _over_white(image)
     return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Lays an image with transparency over white, band by band."""
+    laid = Image.new("RGB", image.size)
+    for top, bottom in _bands(image.size):
+        band = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        laid.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return laid
+
+
+def _bands(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yields first and last row, exclusive, of bands of an image of this width and height."""
+    width, height = size
+    rows = max(1, _BAND // max(1, width))
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
 
 
 @contextlib.contextmanager
@@ -118,13 +142,32 @@ def _open(data: bytes, key: str) -> Image.Image:
         raise BadExample("empty image file", key)
     if _HTML.match(data):
         raise BadExample("HTML instead of an image", key)
-    image = Image.open(io.BytesIO(data))
+    image = open_header(data)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadExample("too many pixels", key, f"{width} x {height}")
+    if image.format in _JPEG_FORMATS and image.info.get("progressive"):
+        scans = data.count(_SCAN)
+        if scans * width * height > _MAX_SCANNED:
+            raise BadExample("too many scans", key, f"{scans} of {width} x {height}")
     if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Opens an image file of a known format, whose pixels are not decoded yet.
+
+    Nothing else opens files by Pillow, so that no bytes of a data set reach its other decoders.
+    Raises whatever Pillow raises for a damaged header.
+    """
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()  # AVIF is not in every version
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarray:
@@ -170,8 +213,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _grey16_to_rgb(image: Image.Image, key: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise BadExample("unsupported pixel format", key, f"{image.mode} beyond 16 bits")
-    grey = np.round(values / 257).astype(np.uint8)  # 65535 -> 255
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top, bottom in _bands(image.size):
+        values = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadExample("unsupported pixel format", key, f"{image.mode} beyond 16 bits")
+        grey[top:bottom] = np.round(values / 257)  # 65535 -> 255
     return Image.fromarray(grey).convert("RGB")
