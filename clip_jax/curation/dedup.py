@@ -19,6 +19,7 @@ Writes to --out:
 """
 
 import argparse
+import logging
 import pathlib
 from collections import Counter
 from collections.abc import Iterator
@@ -107,7 +108,25 @@ def _read(name: str, embeddings: str, options: argparse.Namespace) -> tuple[Sour
         found = dedup_features.signatures(source, data, options.workers)
     if not len(found.keys):
         raise UserError(f"No image of {name} can be used: {dict(found.unusable)}.")
-    return source, found
+    return source, _without_repeated_keys(found, name)
+
+
+def _without_repeated_keys(found: Features, name: str) -> Features:
+    """Returns the features of the first image of each key, since a list of keys names no other."""
+    rows = pa.table({"key": found.keys, "row": np.arange(len(found.keys))})
+    first = rows.group_by("key", use_threads=False).aggregate([("row", "min")])["row_min"]
+    if len(first) == len(rows):
+        return found
+    kept = np.sort(first.to_numpy())
+    logging.warning(
+        "%d of the %d examples of %s have the key of an earlier one: they are not compared, and "
+        "are kept or dropped with it",
+        len(rows) - len(kept),
+        len(rows),
+        name,
+    )
+    keys, values = found.keys.take(pa.array(kept)), found.values[kept]
+    return Features(found.indices[kept], keys, values, found.unusable)
 
 
 def _write(

@@ -103,6 +103,12 @@ def main(argv: list[str]) -> None:
             f"The shards cannot be written: {error}. Once that is solved, run the same command "
             "again; finished shards are kept."
         ) from error
+    found = counts.total() - counts["shards"] - counts["there already"] - counts[NOT_KEPT]
+    if options.keep and not found and not counts["there already"]:
+        raise UserError(
+            f"No key of --keep={options.keep} is that of an example of {options.data}: the list "
+            "must be of the same DATA, with a key a line, as data dedup writes it."
+        )
     print(_report(counts, Counter(getattr(source, "problems", {})), output))
 
 

@@ -23,7 +23,7 @@ from etils import epath
 from clip_jax.data.sources import captions, table_scan
 from clip_jax.data.sources.table_scan import Damage
 from clip_jax.data.sources.tables import SUFFIXES, TEXT_COLUMNS
-from clip_jax.data.sources.tar_index import BLOCK, Sample, samples
+from clip_jax.data.sources.tar_index import Sample, Span, samples
 from clip_jax.errors import BadExample, UserError
 
 RESERVED = ("row", "caption", "key", "problem", "queries")  # columns with a meaning of their own
@@ -116,7 +116,11 @@ def _tar(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iter
     problems: Counter[str] = Counter()
     found, damage = samples(file, problems)
     fields = captions.parse_fields(columns.caption)
-    if damage and found and not ("image" in found[-1] and found[-1].keys() & {"txt", "json"}):
+    if (
+        damage
+        and found
+        and not ("image" in found[-1].files and found[-1].files.keys() & {"txt", "json"})
+    ):
         found.pop()  # the damage may have cut off its other file
     for batch in _batches(found, rows):
         read = [_read_sample(file, sample, fields, columns.keep) for sample in batch]
@@ -133,13 +137,10 @@ def _read_sample(
     file: IO[bytes], sample: Sample, fields: Sequence[captions.Field], keep: Sequence[str]
 ) -> tuple[str, str | None, dict[str, Any], str | None]:
     """Returns key, first caption, .json fields to keep, and why there is no caption."""
-    key, contents = "", {}
-    for kind in sample.keys() & {"txt", "json"}:
-        file.seek(sample[kind].offset - BLOCK)
-        name = file.read(BLOCK)[:100].split(b"\0")[0].decode("utf-8", "replace")
-        key, contents[kind] = name.rpartition(".")[0], file.read(sample[kind].size)
+    key = sample.key(_read(file, sample.headers))
+    contents = {kind: _read(file, sample.files[kind]) for kind in sample.files.keys() - {"image"}}
     record = contents.get("json")
-    if "image" not in sample:
+    if "image" not in sample.files:
         return key, None, {}, "no image"
     try:
         texts = captions.read_files(contents.get("txt"), record, fields, key).texts
@@ -147,6 +148,11 @@ def _read_sample(
     except BadExample as error:
         return key, None, {}, error.reason
     return key, texts[0], kept, None
+
+
+def _read(file: IO[bytes], span: Span) -> bytes:
+    file.seek(span.offset)
+    return file.read(span.size)
 
 
 def _first(text: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import IO
 
 from etils import epath
 
-from clip_jax.data.sources.tar_index import samples
+from clip_jax.data.sources.tar_index import FILES, DamagedShard, kind_of, members, samples
 from clip_jax.storage import ranges, remote, writing
 
 _CHUNK = 2**24  # bytes copied at a time
@@ -29,11 +29,15 @@ def copy(source: epath.Path, target: epath.Path, rows: Sequence[int]) -> None:
         return
     with _at_hand(source) as file, writing.replacing(target) as temporary:
         found, _ = samples(file, Counter())
-        contents = {span.offset for row in rows for span in found[row].values()}
+        contents = {span.offset for row in rows for span in found[row].files.values()}
         keys = {_key(member) for _, member in _members(file) if member.offset_data in contents}
         with tarfile.open(temporary, mode="w") as out:
             for tar, member in _members(file):
-                if _key(member) in keys:
+                # Another sample may have the same key; which of them other files are of is not
+                # known.
+                if member.offset_data in contents or (
+                    _key(member) in keys and _kind(member) not in FILES
+                ):
                     out.addfile(member, tar.extractfile(member))
                     out.members = []  # type: ignore[misc]  # would grow by 1 KB each
 
@@ -52,17 +56,17 @@ def _at_hand(path: epath.Path) -> Iterator[IO[bytes]]:
 
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """Yields the complete files of a shard, up to where it is damaged."""
-    end = file.seek(0, 2)
-    file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                if member.isfile() and member.offset_data + member.size <= end:
-                    yield tar, member
-                tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
-    except tarfile.TarError:
+        for tar, member in members(file):
+            if member.isfile() and not member.issparse():
+                yield tar, member
+    except DamagedShard:
         return
 
 
 def _key(member: tarfile.TarInfo) -> str:
     return member.name.rpartition(".")[0]
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    return kind_of(member.name.rpartition(".")[2])

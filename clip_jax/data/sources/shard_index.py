@@ -24,7 +24,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges, remote, writing
 from clip_jax.storage.locations import Stat
 
-_FORMAT = "1"  # format of the file; a file of another format is made anew
+_FORMAT = "2"  # format of the file; a file of another format is made anew
 # Fewer shards than this are scanned in this process, since processes take a second to start.
 _WORTH_PROCESSES = 16
 _THREADS = 32  # threads of a process that scans shards in a bucket: mostly they wait
@@ -186,8 +186,8 @@ def _scan(path: epath.Path, kind: Kind) -> ScanResult:
         return kind.scan(path)
     except FileNotFoundError:
         return ScanResult(nothing, {}, "there is no such file")
-    except OSError as error:
-        return ScanResult(nothing, {}, str(error))
+    except Exception as error:  # a hostile file must not end the run
+        return ScanResult(nothing, {}, str(error) or type(error).__name__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The places of all files in a tar shard, from its headers alone."""
 
+import dataclasses
+import io
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from etils import epath
 
-from clip_jax.data.sources.base import IMAGE_SUFFIXES
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, as_key
 from clip_jax.data.sources.shard_index import Kind, ScanResult
 from clip_jax.storage import ranges
 
@@ -17,6 +19,19 @@ BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of
 FILES = ("image", "txt", "json")  # the files of a sample that are read
 LABELLED_FILES = (*FILES, "cls", "npy")  # the same where classes stand in files of their own
 _LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
+_LARGEST_EXTENSION = 2**20  # bytes of a header that extends the next one, as for a long name
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+# Fields of a global header that would rename all members behind it.
+_RENAMING = {"path", "hdrcharset", "GNU.sparse.name"}
+# Raised by tarfile for hostile headers.
+_UNREADABLE = (tarfile.TarError, ValueError, LookupError, OverflowError, RecursionError, EOFError)
+_CHUNK = 2**20  # bytes read at a time behind the end of an archive
 
 
 class Span(NamedTuple):
@@ -26,12 +41,34 @@ class Span(NamedTuple):
     size: int
 
 
-Sample = dict[str, Span]  # the files of one key, by kind
+@dataclasses.dataclass
+class Sample:
+    """The files of one key.
+
+    Attributes:
+      headers: the headers of the image, or else of the first file; they hold the name.
+      repeated: whether an earlier sample of the shard has the same key.
+      files: the places of the files, by kind.
+    """
+
+    headers: Span
+    repeated: bool
+    files: dict[str, Span] = dataclasses.field(default_factory=dict)
+
+    def key(self, headers: bytes) -> str:
+        """Returns a key that no other sample of the shard has, from the contents of `headers`."""
+        key = as_key(_name(headers).rpartition(".")[0])
+        return f"{key}@{self.headers.offset}" if self.repeated else key
 
 
 def _row_of(kinds: tuple[str, ...]) -> np.dtype:
-    """The dtype of a row of the index: first block and size of each kind of file; block 0: none."""
-    return np.dtype([("block", "<u4", len(kinds)), ("size", "<u4", len(kinds))])
+    """The dtype of a row of the index.
+
+    It holds first block and size of each kind of file (block 0: none), the number of blocks that
+    the headers of the image take, and whether the key is repeated.
+    """
+    files = [("block", "<u4", len(kinds)), ("size", "<u4", len(kinds))]
+    return np.dtype([*files, ("headers", "<u2"), ("repeated", "?")])
 
 
 # Sets to train on may have billions of samples, so theirs have no room for files of classes.
@@ -71,13 +108,15 @@ KIND = Kind("tar", ROW, scan)
 LABELLED = Kind("labelled_tar", LABELLED_ROW, scan_labelled)
 
 
-def spans(row: np.void) -> Sample:
+def sample_of(row: np.void) -> Sample:
     """Returns the sample that a row of the index describes."""
-    return {
+    files = {
         name: Span(int(block) * BLOCK, int(size))
         for name, block, size in zip(LABELLED_FILES, row["block"], row["size"])
         if block
     }
+    size = int(row["headers"]) * BLOCK
+    return Sample(Span(files["image"].offset - size, size), bool(row["repeated"]), files)
 
 
 def samples(
@@ -85,13 +124,13 @@ def samples(
 ) -> tuple[list[Sample], str]:
     """Groups the files of a shard by key.
 
-    Files of one key need not be adjacent. A second file of the same key and kind begins another
-    sample.
+    Files of one key need not be adjacent, but lie in one of the archives that a shard is joined
+    from. A second file of the same key and kind begins another sample.
 
     Args:
       file: the shard, seekable.
-      problems: counts of repeated keys and of names that lead out of a directory; added to. The
-        former are samples like others, the latter are left out.
+      problems: counts of repeated keys and of files left out, by reason; added to. The former are
+        samples like others.
       kinds: the kinds of files to look for.
 
     Returns:
@@ -99,67 +138,140 @@ def samples(
       is none. The samples of a damaged shard are those of its whole files.
     """
     found: list[Sample] = []
-    latest: dict[str, Sample] = {}
+    latest: dict[str, tuple[tarfile.TarFile, Sample]] = {}
     try:
-        for key, kind, span in _members(file, problems, kinds):
-            if kind in latest.get(key, {kind}):
-                if key in latest:
+        for tar, member in members(file):
+            key, _, suffix = member.name.rpartition(".")
+            kind = kind_of(suffix)
+            if kind not in kinds or not member.isfile() or member.size > _LARGEST:
+                continue
+            if problem := _problem(key, tar, member):
+                problems[problem] += 1
+                continue
+            headers = Span(member.offset, member.offset_data - member.offset)
+            archive, sample = latest.get(key, (None, None))
+            if sample is None or archive is not tar or kind in sample.files:
+                repeated = sample is not None
+                if repeated:
                     problems["repeated key"] += 1
-                latest[key] = {}
-                found.append(latest[key])
-            latest[key][kind] = span
+                sample = Sample(headers, repeated)
+                latest[key] = tar, sample
+                found.append(sample)
+            if kind == "image":
+                sample.headers = headers
+            sample.files[kind] = Span(member.offset_data, member.size)
     except DamagedShard as error:
         return found, str(error)
     return found, ""
 
 
+def kind_of(suffix: str) -> str:
+    """Returns "image" for the suffix of an image, else the suffix itself in lower case."""
+    suffix = suffix.lower()
+    return "image" if suffix in IMAGE_SUFFIXES else suffix
+
+
+def members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yields the whole members of a shard, each with its archive.
+
+    Archives that were joined byte by byte are read one after the other.
+
+    Raises:
+      DamagedShard: at the end, if the shard ends or cannot be read before its end-of-archive mark.
+    """
+    size = file.seek(0, 2)
+    end, start = 0, 0
+    while start is not None:
+        file.seek(start)
+        try:
+            with _open(file) as tar:
+                # A size below zero would lead back.
+                while (member := tar.next()) is not None and end < tar.offset <= size:
+                    end = tar.offset
+                    yield tar, member
+                    tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
+        except _UNREADABLE as error:
+            raise DamagedShard(f"after byte {end}: {error}") from None
+        start = _next_archive(file, end)
+        end = start or end
+
+
+def _open(file: IO[bytes]) -> tarfile.TarFile:
+    return tarfile.open(
+        fileobj=file, mode="r:", tarinfo=_Header, encoding="utf-8", errors="surrogateescape"
+    )
+
+
+def _next_archive(file: IO[bytes], end: int) -> int | None:
+    """Returns the first byte of the archive behind the end-of-archive mark at `end`, if any."""
+    file.seek(end)
+    data = file.read(BLOCK)
+    # tarfile takes a cut between two files, and a damaged header, for the end of the archive.
+    if data != bytes(BLOCK):
+        raise DamagedShard(f"no end-of-archive mark after byte {end}")
+    while data:
+        if data.count(0) < len(data):
+            place = end + len(data) - len(data.lstrip(b"\0"))
+            return place - place % BLOCK
+        end += len(data)
+        data = file.read(_CHUNK)
+    return None
+
+
+class _Header(tarfile.TarInfo):
+    """A header with a bound on what is read for it, and names as GNU tar reads them."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION):
+            raise tarfile.InvalidHeaderError(f"a header with the size {header.size}")
+        header.name = _short_name(buf)
+        return header
+
+
+def _short_name(block: bytes) -> str:
+    """Returns the name in a header that nothing extends."""
+    name = block[:100].split(b"\0")[0]
+    # Other formats than POSIX's have times there.
+    if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0")[0]):
+        name = prefix + b"/" + name
+    return name.decode("utf-8", "surrogateescape")
+
+
+def _name(headers: bytes) -> str:
+    """Returns the name of a member from all its headers; "" if they are damaged."""
+    if len(headers) == BLOCK:
+        return _short_name(headers)
+    try:
+        with _open(io.BytesIO(headers)) as tar:
+            member = tar.next()
+    except _UNREADABLE:
+        return ""
+    return member.name if member else ""
+
+
+def _problem(key: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    """Returns the reason why a file is left out; "": none."""
+    # Taken as a path, the name leads out of its directory, as in an attack.
+    if key.startswith("/") or (".." in key and ".." in PurePosixPath(key).parts):
+        return "unsafe file name"
+    if key.rpartition("/")[2][:1] in ("", "."):  # as macOS adds to each file
+        return "hidden file"
+    if tar.pax_headers and _RENAMING & tar.pax_headers.keys():
+        return "name in a global header"
+    return "sparse file" if member.issparse() else ""
+
+
 def _missing(sample: Sample, kinds: tuple[str, ...]) -> str:
-    if "image" not in sample:
+    if "image" not in sample.files:
         return "no image"
-    if any(kind in sample for kind in kinds if kind != "image"):
+    if any(kind in sample.files for kind in kinds if kind != "image"):
         return ""
     return "no caption" if kinds == FILES else "no label"
 
 
-def _row(sample: Sample, kinds: tuple[str, ...]) -> tuple[list[int], list[int]]:
-    places = [sample.get(name, Span(0, 0)) for name in kinds]
-    return [span.offset // BLOCK for span in places], [span.size for span in places]
-
-
-def _members(
-    file: IO[bytes], problems: Counter[str], kinds: tuple[str, ...]
-) -> Iterator[tuple[str, str, Span]]:
-    """Yields key, kind and place of every file that may belong to a sample."""
-    file_size = file.seek(0, 2)
-    file.seek(0)
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                end = _round_up(member.offset_data + member.size)
-                if end > file_size:
-                    break
-                key, _, suffix = member.name.rpartition(".")
-                kind = "image" if suffix.lower() in IMAGE_SUFFIXES else suffix.lower()
-                usable = member.isfile() and member.size <= _LARGEST
-                if usable and kind in kinds:
-                    if _leads_out(key):
-                        problems["unsafe file name"] += 1
-                    else:
-                        yield key, kind, Span(member.offset_data, member.size)
-                tar.members = []  # type: ignore[attr-defined]  # would grow by 1 KB each
-    except tarfile.TarError as error:
-        raise DamagedShard(f"after byte {end}: {error}") from None
-    file.seek(end)
-    # tarfile takes a cut between two files, and a damaged header, for the end of the archive.
-    if file.read(BLOCK) != bytes(BLOCK):
-        raise DamagedShard(f"no end-of-archive mark after byte {end}")
-
-
-def _leads_out(key: str) -> bool:
-    """Returns whether the name, taken as a path, leads out of its directory, as in an attack."""
-    return key.startswith("/") or (".." in key and ".." in PurePosixPath(key).parts)
-
-
-def _round_up(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _row(sample: Sample, kinds: tuple[str, ...]) -> tuple[list[int], list[int], int, bool]:
+    places = [sample.files.get(name, Span(0, 0)) for name in kinds]
+    blocks, sizes = [span.offset // BLOCK for span in places], [span.size for span in places]
+    return blocks, sizes, sample.headers.size // BLOCK, sample.repeated
