@@ -12,8 +12,7 @@ from etils import epath
 from clip_jax.errors import UserError
 from clip_jax.storage import faults, remote
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _COMMA = re.compile(r",(?![^{}]*\})")  # outside of braces
 _MAGIC = re.compile(r"[*?\[]")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://?")
@@ -104,14 +103,14 @@ def expand(paths: str, suffix: str) -> list[epath.Path]:
 
 
 def _expand_braces(name: str) -> list[str]:
-    if match := _RANGE.search(name):
-        first, last = match.groups()
-        numbers = range(int(first), int(last) + 1)
-        choices = [f"{number:0{len(first)}}" for number in numbers]
-    elif match := _CHOICE.search(name):
-        choices = match[1].split(",")
-    else:
+    match = _BRACES.search(name)
+    if match is None:
         return [name]
+    first, last, listed = match.groups()
+    if listed is None:
+        choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = listed.split(",")
     before, after = name[: match.start()], name[match.end() :]
     return [full for choice in choices for full in _expand_braces(before + choice + after)]
 

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from etils import epath
 
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, writing
