@@ -150,7 +150,9 @@ def listing(folder: epath.Path) -> dict[str, Stat]:
     """Lists the files of a directory, or directly below a prefix, by name; may be empty."""
     if not remote.is_remote(folder):
         with os.scandir(folder) as entries:
-            return {entry.name: _local_stat(entry.path) for entry in entries if entry.is_file()}
+            names = [entry.name for entry in entries if _is_file(entry)]
+        found = {name: stat(folder / name) for name in names}
+        return {name: each for name, each in found.items() if each is not None}
 
     def ask() -> list[dict[str, Any]]:
         try:
@@ -164,6 +166,13 @@ def listing(folder: epath.Path) -> dict[str, Stat]:
         for info in faults.repeat(ask, folder)
         if info["type"] == "file"
     }
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
 
 
 def tree(root: epath.Path) -> list[str]:
@@ -202,6 +211,8 @@ def stat(path: epath.Path) -> Stat | None:
             return _local_stat(path)
         return faults.repeat(lambda: _remote_stat(_describe(path)), path)
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:  # a path with a NUL
         return None
 
 

@@ -91,13 +91,28 @@ def _merged(spans: Spans, most: int) -> Iterator[tuple[int, int, list[int]]]:
 def start_whole(path: epath.Path) -> Callable[[], bytes]:
     """Begins to read a whole file; see `start`."""
     if not remote.is_remote(path):
-        return path.read_bytes
+        return lambda: _read_file(path)
     return _Read(path, 0, None).wait
+
+
+def _read_file(path: epath.Path) -> bytes:
+    with _open_file(path) as file:
+        return file.read()
+
+
+def _open_file(path: epath.Path) -> IO[bytes]:
+    """Opens a local file; raises OSError for a pipe or a device, whose reading may never end."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise OSError(f"{path} is a pipe, a socket or a device, not a file")
+        return open(path, "rb")
+    except ValueError as error:  # a path with a NUL
+        raise OSError(f"{str(path)!r} cannot be a file: {error}") from None
 
 
 def _read_local(path: epath.Path, spans: Spans, version: int | str | None) -> list[bytes]:
     found = [b""] * len(spans)
-    with open(path, "rb") as file:
+    with _open_file(path) as file:
         if version not in (None, os.fstat(file.fileno()).st_mtime_ns):
             raise Replaced(f"{path} was replaced since its index was made")
         for first, end, members in _merged(spans, _MAX_REQUEST):
@@ -181,7 +196,7 @@ def read(path: epath.Path) -> bytes:
 def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
     """Opens a file to read its headers, first to last; remote contents in between are skipped."""
     if not remote.is_remote(path):
-        with open(path, "rb") as file:
+        with _open_file(path) as file:
             yield file
         return
     stat = locations.stat(path)

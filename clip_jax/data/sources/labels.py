@@ -1,7 +1,7 @@
 """Numbering of the classes found in files, and the groups that examples belong to."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -75,7 +75,9 @@ def _listed(value: Any) -> list[Any]:
     """Returns the labels of an example, each once, in the order found."""
     if value is None:
         return []
-    return list(dict.fromkeys(value)) if isinstance(value, (list, tuple)) else [value]
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    # Neither a list in a list nor an object names a class.
+    return list(dict.fromkeys(each for each in listed if isinstance(each, Hashable)))
 
 
 def _is_integer(value: Any) -> bool:
