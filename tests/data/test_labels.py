@@ -50,9 +50,9 @@ def test_numbers_that_are_no_class_are_refused(value):
 
 
 def test_names():
-    labels, names = number_labels(["cat", 3.0, "3", ["ant", "cat"], {"a": 1}])
-    assert names == ("3", "ant", "cat", "{'a': 1}")
-    assert [labels[i] for i in range(5)] == [(2,), (0,), (0,), (1, 2), (3,)]
+    labels, names = number_labels(["cat", 3.0, "3", ["ant", "cat"], {"a": 1}, [["cat"]]])
+    assert names == ("3", "ant", "cat")
+    assert [labels[i] for i in range(6)] == [(2,), (0,), (0,), (1, 2), (), ()]
 
 
 @pytest.mark.parametrize(

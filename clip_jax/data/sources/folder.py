@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax.data.sources import captions, parquet_images, tables
-from clip_jax.data.sources.base import IMAGE_SUFFIXES, TEMPLATES, Example, Request
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, TEMPLATES, Example, Request, as_key
 from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.labels import Labels, group, number_labels, number_names, parse_groups
 from clip_jax.data.sources.parquet_images import StoredImage, StoredImages
@@ -127,7 +127,7 @@ class ImageFolder:
             image=read(),
             captions=self._captions(index),
             labels=() if self.labels is None else self.labels[index],
-            key=key,
+            key=as_key(key) if self._stored is None else key,
             groups=self._groups_of(index) if self._group_keys else (),
         )
 

@@ -96,17 +96,18 @@ def group(value: Any) -> str:
 def _listed(value: Any) -> list[Any]:
     """Returns the labels of an example, each once, in the order found."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    known = (v for v in values if v is not None and v == v)  # NaN: a cell that pandas left empty
-    return list(dict.fromkeys(map(_plain, known)))
+    # NaN: a cell that pandas left empty.
+    known = (each for each in map(_plain, values) if each is not None and each == each)
+    return list(dict.fromkeys(known))
 
 
 def _plain(value: Any) -> Any:
-    """Returns a number of NumPy as one of Python, and bytes and anything else as text."""
+    """Returns a number of NumPy as one of Python, and bytes as text; None: it names no class."""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     if isinstance(value, np.generic):
         value = value.item()
-    return value if isinstance(value, (int, float, str)) else str(value)
+    return value if isinstance(value, (int, float, str)) else None
 
 
 def _number(value: Any) -> int | None:

@@ -186,8 +186,8 @@ def _scan(path: epath.Path, kind: Kind) -> ScanResult:
         return kind.scan(path)
     except FileNotFoundError:
         return ScanResult(nothing, {}, "there is no such file")
-    except OSError as error:
-        return ScanResult(nothing, {}, str(error))
+    except Exception as error:  # a hostile file must not end the run
+        return ScanResult(nothing, {}, str(error) or type(error).__name__)
 
 
 @dataclasses.dataclass(frozen=True)
