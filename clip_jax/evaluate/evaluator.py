@@ -19,8 +19,10 @@ from clip_jax.evaluate import tasks
 from clip_jax.evaluate.embedding_source import TEST
 from clip_jax.evaluate.in_memory import InMemoryEmbeddings
 from clip_jax.evaluate.results import Result, Score
+from clip_jax.evaluate.sets import classes
 from clip_jax.evaluate.sets.dataset import Dataset
-from clip_jax.models.prompts import class_prompts
+from clip_jax.evaluate.sets.views import Relabelled
+from clip_jax.models.prompts import TEMPLATES, class_prompts
 
 # Names of the data sets that a config describes by fields of its own. No slash: a data set's name
 # with a slash is taken for a path.
@@ -171,8 +173,13 @@ class Evaluator:
             )
             return []
         source = self._describe(LABELLED, spec.source)
-        class_names = tuple(spec.class_names) or source.class_names
-        templates = tuple(spec.templates) or source.templates
+        class_names = tuple(spec.class_names) or tuple(map(classes.spoken, source.class_names))
+        templates = tuple(spec.templates) or source.templates or TEMPLATES
+        if spec.class_names:
+            by_name = getattr(getattr(source, "labels", None), "by_name", False)
+            names = source.class_names
+            places = classes.match_given(class_names, names, by_name, "eval.zeroshot.source")
+            source = self._described[LABELLED] = Relabelled(source, places, class_names)
         prompts, _ = class_prompts(class_names, templates)  # raises UserError if they are wrong
         try:
             self._embeddings.tokenizer(prompts)

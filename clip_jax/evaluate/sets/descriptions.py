@@ -13,11 +13,11 @@ from etils import epath
 
 from clip_jax.data.sources import tar_labels
 from clip_jax.errors import UserError
-from clip_jax.evaluate.sets import dataset, directories
+from clip_jax.evaluate.sets import classes, dataset, directories
 from clip_jax.evaluate.sets.dataset import Dataset, Location, Naming, Table, Tfds
+from clip_jax.models.prompts import TEMPLATES
 from clip_jax.storage import locations, ranges
 
-_TEMPLATES = ("a photo of a {}.",)
 # Directory names by split. Where there is none for validation, a part of "train" stands in.
 _SPLIT_NAMES = {
     "train": ("train", "trainval"),
@@ -93,7 +93,7 @@ def read_path(path: epath.Path, get: Callable[[str], Dataset]) -> Dataset:
     if found.kind == "classification" and not found.class_names:
         found = dataclasses.replace(found, **_classes(epath.Path(where.path), found))
     if found.kind == "classification" and not found.prompts:
-        found = dataclasses.replace(found, prompts={"own": _TEMPLATES})
+        found = dataclasses.replace(found, prompts={"own": TEMPLATES})
     return dataset.check(found)
 
 
@@ -109,7 +109,7 @@ def _directory(root: epath.Path) -> Dataset:
         found = dataclasses.replace(found, metric="map_11_point", multi_label=True)
     found = dataclasses.replace(found, **_classes(root, found))
     return dataset.check(
-        dataclasses.replace(found, prompts={"own": layout.templates or _TEMPLATES})
+        dataclasses.replace(found, prompts={"own": layout.templates or TEMPLATES})
     )
 
 
@@ -139,7 +139,7 @@ def _classes(root: epath.Path, found: Dataset) -> dict:
             "clip_jax/evaluate/sets/README.md."
         )
     # The folder is an identifier; its name is what a prompt says.
-    spoken = tuple(name.replace("/", " ").replace("_", " ") for name in folders)
+    spoken = tuple(map(classes.spoken, folders))
     return {"class_names": spoken, "naming": dataclasses.replace(found.naming, ids=folders)}
 
 
