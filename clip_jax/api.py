@@ -150,6 +150,7 @@ class Model:
             templates are no lists of texts.
         """
         class_names = as_texts(class_names, "class names", "cat")
+        templates = as_texts(templates, "templates", *TEMPLATES)
         if twice := [name for name, count in Counter(class_names).items() if count > 1]:
             raise UserError(
                 f"The class name {twice[0]!r} is given twice: the two would share its probability."

@@ -39,7 +39,8 @@ class Evaluator:
       results: results of the last evaluation, in the order of the data sets.
       scores: their scores by the names that they are logged under.
       means: mean headline score of each task over `eval.datasets`, by logged name.
-      notes: a sentence about each evaluation in the config that this model does not support.
+      notes: a sentence about each evaluation in the config that this model does not support, or
+        that is not about the training data's kind.
     """
 
     def __init__(
@@ -88,6 +89,12 @@ class Evaluator:
         featured = any(tasks.get(name).needs_features for name in names)
         self._with_features = {dataset.name for dataset in named} if featured else set()
         self._planned = [*self._labelled(), *self._captioned()]
+        if fields := _only_digits(config):
+            self.notes.append(
+                f"{' and '.join(fields)}: the embedded digits, not your data. Their scores tell "
+                "nothing about it; name labelled or captioned images of your own there, or leave "
+                'them out by the type "".'
+            )
         for dataset in named:
             supported = [n for n in names if tasks.get(n).supports(self._context, dataset)]
             self._planned.append((dataset, supported))
@@ -249,6 +256,21 @@ def _is_described(dataset: str) -> bool:
     return dataset in (LABELLED, CAPTIONED)
 
 
+def _only_digits(config: ConfigDict) -> list[str]:
+    """Returns the evaluations of embedded digits in a config that trains on other data."""
+    parts = list(config.data.mixture.values()) or [config.data.source]
+    if any(part.type in ("digits", "synthetic") for part in parts):
+        return []
+    evals = config.eval
+    described = {LABELLED: evals.zeroshot.source.type, CAPTIONED: evals.retrieval.source.type}
+    found = [name for name, type_ in described.items() if type_ == "digits"]
+    named = list(filter(None, map(str.strip, evals.datasets.split(","))))
+    if named and all(name.startswith("digits") for name in named):
+        found.append("eval.datasets")
+    return found
+
+
 def _title(spec: ConfigDict) -> str:
     """Returns the name of a source for people."""
-    return " ".join(filter(None, (spec.name or spec.type, spec.split)))
+    kind = "embedded digits" if spec.type == "digits" else spec.name or spec.type
+    return " ".join(filter(None, (kind, spec.split)))

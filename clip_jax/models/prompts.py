@@ -89,7 +89,7 @@ def class_prompts(
     return prompts, np.array(class_ids)
 
 
-def as_texts(texts: Iterable[str], what: str, example: str) -> list[str]:
+def as_texts(texts: Any, what: str, example: str) -> list[str]:
     """Returns texts as a list.
 
     Args:
