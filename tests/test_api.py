@@ -310,7 +310,7 @@ def test_unusable_class_names(model, names, templates, message):
 
 @pytest.mark.parametrize("texts", [None, b"cat", {"cat"}, {"cat": 1}, 3])
 def test_unusable_texts(model, texts):
-    with pytest.raises(UserError, match="The texts are.*must be a list of texts"):
+    with pytest.raises(UserError, match=r"The texts are.*must be a list of texts"):
         model.encode_text(texts)
 
 

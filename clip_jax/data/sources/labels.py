@@ -1,7 +1,7 @@
 """Numbering of the classes found in files, and the groups that examples belong to."""
 
+import decimal
 import itertools
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -125,7 +125,7 @@ def _plain(label: Any) -> str | int | float | None:
         return None
     if isinstance(label, (bool, int, float)):
         return label
-    return float(label) if isinstance(label, numbers.Number) else str(label)
+    return float(label) if isinstance(label, decimal.Decimal) else str(label)
 
 
 def _number(label: Any) -> Any:

@@ -108,9 +108,7 @@ def _directory(root: epath.Path) -> Dataset:
     if layout.type == "multilabel":
         found = dataclasses.replace(found, metric="map_11_point", multi_label=True)
     found = dataclasses.replace(found, **_classes(root, found))
-    return dataset.check(
-        dataclasses.replace(found, prompts={"own": layout.templates or TEMPLATES})
-    )
+    return dataset.check(dataclasses.replace(found, prompts={"own": layout.templates or TEMPLATES}))
 
 
 def _splits(root: epath.Path) -> dict[str, tuple[str, ...]]:
