@@ -74,9 +74,9 @@ class Searcher:
         if self._index is None:
             self._resident = list(self._blocks())
 
-    def texts(self, texts: Sequence[str], k: int) -> list[list[Hit]]:
-        """Finds the k best rows of each text, best first."""
-        return self._search(self.model.encode_text(list(texts), truncate=True), k)
+    def texts(self, texts: str | Sequence[str], k: int) -> list[list[Hit]]:
+        """Finds the k best rows of one or many texts, best first."""
+        return self._search(self.model.encode_text(texts, truncate=True), k)
 
     def pictures(self, pictures: Pictures, k: int) -> list[list[Hit]]:
         """Finds the k best rows of each picture, best first."""

@@ -16,6 +16,7 @@ import pytest
 import tiny_run
 import tiny_sets
 import xla_flags
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
@@ -329,3 +330,22 @@ def test_hosts_share_an_evaluation(tmp_path):
     assert both.keys() == alone.keys()
     for key, row in alone.items():
         assert float(both[key]["value"]) == pytest.approx(float(row["value"]), abs=1e-6), key
+
+
+def test_other_data_under_the_same_name_is_not_taken_for_the_old(tmp_path, monkeypatch, capsys):
+    """Other images, as many as before: the embeddings are not reused, and the message says so."""
+    monkeypatch.chdir(tmp_path)
+    for name, shade in (("cat", 10), ("dog", 200)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (shade, 0, 0)).save(tmp_path / "set" / name / "a.png")
+    asked = (f"--datasets={tmp_path / 'set'}", "--tasks=zeroshot")
+    run(tmp_path / "out", *asked)
+    capsys.readouterr()
+    run(tmp_path / "out", *asked)
+    assert "done before" in capsys.readouterr().out
+    Image.new("RGB", (16, 16), (0, 99, 0)).save(tmp_path / "set" / "dog" / "a.png")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", *asked)
+    printed = "".join(capsys.readouterr())
+    assert "done before" not in printed
+    assert "sample" in printed

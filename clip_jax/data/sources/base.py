@@ -10,8 +10,6 @@ from ml_collections import ConfigDict
 
 from clip_jax.data.sources.captions import Captions
 
-# Prompt templates of classes for which nobody gives others: the paper's (section 3.1.4).
-TEMPLATES = ("a photo of a {}.",)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 # Characters that a key is written without: ends of lines, control characters, halves of surrogate
 # pairs (which stand for bytes that are not UTF-8), and the backslash, which escapes the others.

@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax.data.sources import captions, parquet_images, tables
-from clip_jax.data.sources.base import IMAGE_SUFFIXES, TEMPLATES, Example, Request, as_key
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Request, as_key
 from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.labels import Labels, group, number_labels, number_names, parse_groups
 from clip_jax.data.sources.parquet_images import StoredImage, StoredImages
@@ -53,7 +53,7 @@ class ImageFolder:
       problems: number of images left out for lack of a caption, by reason.
       labels: class ids of every example; None: there are no classes.
       class_names: class names, by id.
-      templates: the default prompt template, where sub-folders are the classes; else empty.
+      templates: empty; a folder has no prompt templates.
     """
 
     templates: tuple[str, ...] = ()
@@ -272,8 +272,7 @@ class ImageFolder:
             self._images = pictures
             folders = [name.rpartition("/")[0] for name in pictures]
             self.labels, self.class_names = number_names([[folder] for folder in folders])
-            self.templates = TEMPLATES
-            texts = [TEMPLATES[0].replace("{}", name.replace("_", " ")) for name in folders]
+            texts = [f"a photo of a {name.replace('_', ' ')}." for name in folders]
             self._texts = [[(text, 1.0)] for text in texts]
         else:
             raise UserError(self._not_found(len(pictures)))

@@ -75,7 +75,7 @@ def decode_label(data: bytes, label_key: str) -> Any:
         return None
 
 
-def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[int] | None]:
+def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[Any] | None]:
     """Converts arrays of .npy files to lists of classes.
 
     If all of them can be, they are taken as vectors of zeros and ones with one entry per class;
@@ -84,7 +84,7 @@ def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[int] | None]
     arrays = [np.zeros(0) if value is None else np.ravel(value) for value in values]
     lengths = {len(array) for array, value in zip(arrays, values) if value is not None}
     vectors = len(lengths) == 1 and lengths != {1} and all(map(_is_indicator, arrays))
-    lists = map(np.flatnonzero, arrays) if vectors else (array.astype(int) for array in arrays)
+    lists = map(np.flatnonzero, arrays) if vectors else arrays
     return [None if value is None else found.tolist() for value, found in zip(values, lists)]
 
 
