@@ -194,6 +194,21 @@ def first_host_first(key: str) -> Iterator[None]:
             barrier(key)
 
 
+def gather(text: str) -> list[str]:
+    """Returns the texts of all hosts; every host must call it."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [text]
+    own = text.encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.frombuffer(own.ljust(int(sizes.max())), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row.tobytes()[:size].decode() for row, size in zip(rows, sizes)]
+
+
 def barrier(key: str) -> None:
     """Waits until all hosts have come here, hours if need be.
 

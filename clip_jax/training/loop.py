@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock, metrics
-from clip_jax.data import pipeline
+from clip_jax.data import identity, pipeline
 from clip_jax.data.feed import Feed
 from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
@@ -37,6 +37,7 @@ class Run:
     tokenizer: Tokenizer
     source: Source
     order: Order
+    data: identity.Identity
     evaluator: Evaluator
     total_steps: int
     log_every: int  # steps
@@ -235,6 +236,7 @@ class Loop:
             "size": dataclasses.asdict(self._run.net.size),
             "hardware": hardware(self._run.mesh),
             "pairs": len(self._run.source),
+            "data": self._run.data,
             "config": workdir.to_plain(self._config),
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
