@@ -14,7 +14,6 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-import clip_jax
 from clip_jax.common import hosts
 from clip_jax.data import identity
 from clip_jax.errors import UserError
@@ -36,7 +35,7 @@ def check_program(config: ConfigDict) -> None:
     """
     plain = workdir.flatten(workdir.to_plain(config))
     settings = {name: value for name, value in plain.items() if not _is_own(name)}
-    versions = {"clip_jax": clip_jax.__version__, "jax": jax.__version__, "code": _code()}
+    versions = {"jax": jax.__version__, "the code of clip_jax": _code()}
     texts = hosts.gather(json.dumps([versions, settings]))
     first = json.loads(texts[0])
     for host, text in enumerate(texts):
@@ -59,7 +58,7 @@ def _is_own(name: str) -> bool:
 
 def _code() -> str:
     """Returns a digest of the package's code: working copies differ under one version."""
-    root = pathlib.Path(clip_jax.__file__).parent
+    root = pathlib.Path(__file__).parents[1]  # the package
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())

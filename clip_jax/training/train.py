@@ -19,7 +19,7 @@ from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, program, workdir
+from clip_jax.training import agreement, notices, program, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 
 
@@ -96,6 +96,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             fallback_dir=fallback_dir,
         )
         evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
+    notices.check_batch(config, len(source))
     described = identity.describe(config.data, source)
     agreement.check_data(described)
     to_steps = functools.partial(
@@ -236,6 +237,8 @@ def _announce(run: Run, config: ConfigDict) -> None:
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
         _say(note)
+    for notice in notices.notices(config, run.net, run.source, run.order, run.total_steps):
+        _say(notice)
     epochs = run.total_steps * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "

@@ -8,7 +8,7 @@ import several_hosts
 from several_hosts import endings, launch
 from shards import sample, write_tar
 
-from clip_jax.errors import ExitCode
+from clip_jax.errors import ExitCode, UserError
 
 
 def run(*flags: list[str]) -> list[subprocess.CompletedProcess]:
@@ -60,3 +60,42 @@ def test_settings_of_each_host(tmp_path):
     said = "Host 1 runs with other settings than host 0: batch_size is 32, on host 0 64."
     assert_all_say(ended, said)
     assert not pathlib.Path(tmp_path / "run").exists()
+
+
+def test_resuming_on_other_data_is_refused(tmp_path, capsys):
+    import tiny_run
+
+    from clip_jax import checkpoint
+    from clip_jax.configs import default
+    from clip_jax.training import train
+
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for shard in range(3):
+        files = [f for n in range(8) for f in sample(f"{shard}{n}", f"caption {n}", n)]
+        write_tar(shards / f"{shard}.tar", files)
+
+    def run(duration: str = "2 steps", allow: bool = False, path: pathlib.Path = shards) -> str:
+        changes = {"duration": duration, "batch_size": 8, "eval.every": "0 steps"}
+        config = tiny_run.config({**changes, "checkpoint.allow_data_change": allow})
+        config.data.source = default.source(type="tar", path=str(path))
+        config.eval.zeroshot.source = default.source()
+        config.eval.retrieval.source = default.source()
+        with tiny_run.compile_once():
+            train.train(config, tmp_path / "run")
+        return capsys.readouterr().out
+
+    run()
+    moved = tmp_path / "moved"
+    shards.rename(moved)
+    assert "Resuming" in run(path=moved)
+    (moved / "1.tar").unlink()
+    message = (
+        "source has 24 examples before, 16 examples now, 1 only before .1.tar.*allow_data_change"
+    )
+    with pytest.raises(UserError, match=message):
+        run(path=moved)
+    assert "Resuming on other training data" in run(allow=True, path=moved)
+    store = checkpoint.Checkpoints(tmp_path / "run")
+    with store:
+        assert store.read_meta(2)["data"]["source"]["examples"] == 24
