@@ -50,6 +50,8 @@ class Source(Protocol):
     """Random access to examples; called from many threads at once.
 
     A source that gains from many concurrent reads also has a method `start`; see `reading.start`.
+    One that reads files has a method `listing`: a line for each of them, in order, with its name
+    wherever it lies, a tab and what tells it from another, such as size and count.
 
     Attributes:
       class_names: names of the classes, by label; empty where there are no classes or only numbers.

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -101,6 +101,7 @@ class ImageFolder:
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         self._root, found = _find(path, image_key)
+        self._tables = found
         if found:
             self._use_table(found, image_key, label_key, by_image, chunk, cached_chunks)
         else:
@@ -111,6 +112,13 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
+
+    def listing(self) -> Iterator[str]:
+        """Lists the tables and the images beside them, as `Source` says."""
+        for path, stat in zip(self._tables, locations.stats(self._tables)):
+            yield f"{path.name}\t{stat.size if stat else 0} bytes"
+        if self._stored is None:
+            yield from self._images
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read images, as `reading.start` does; files beside them are read later."""

@@ -8,6 +8,7 @@ times; a shard that has changed since is scanned again, the others are not.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
 from collections import Counter
@@ -100,6 +101,19 @@ def load(
         if damage := found[path].damage:
             logging.warning("Damaged shard %s, its whole examples are used: %s", path, damage)
     return [found[path] for path in paths]
+
+
+def listing(
+    paths: Sequence[epath.Path], found: Sequence[ScanResult], counts: Sequence[int]
+) -> list[str]:
+    """Lists shards by name below their common directory, with size and count of examples."""
+    parts = [str(path).split("/") for path in paths]
+    columns = zip(*(each[:-1] for each in parts))
+    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns)))
+    return [
+        f"{'/'.join(each[common:])}\t{shard.stat.size if shard.stat else 0} bytes, {count} examples"
+        for each, shard, count in zip(parts, found, counts, strict=True)
+    ]
 
 
 def count_problems(found: Sequence[ScanResult]) -> Counter[str]:

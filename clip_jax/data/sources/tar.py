@@ -95,6 +95,7 @@ class TarShards:
         found = shard_index.load(self._shards, kind, fallback_dir)
         self.problems: Counter[str] = shard_index.count_problems(found)
         self._rows = [shard.rows for shard in found]
+        self._listing = shard_index.listing(self._shards, found, list(map(len, self._rows)))
         self._versions = [shard.version for shard in found]
         self._is_remote = remote.is_remote(self._shards[0])
         # Number of the first sample of each shard, and of all samples.
@@ -126,6 +127,10 @@ class TarShards:
 
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
+
+    def listing(self) -> list[str]:
+        """Lists the shards, as `Source` says."""
+        return self._listing
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read samples, as `reading.start` does."""

@@ -88,6 +88,11 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
 
+    def listing(self) -> list[str]:
+        """Lists the data set and its files, as `Source` says."""
+        files = self._records.listing() if isinstance(self._records, tfrecord.TfRecords) else []
+        return [self._key, *files]
+
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read records, as `reading.start` does."""
         begun = zip(indices, reading.start(self._records, indices))

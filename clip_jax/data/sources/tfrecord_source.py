@@ -77,6 +77,10 @@ class TfRecordSource:
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
 
+    def listing(self) -> list[str]:
+        """Lists the files, as `Source` says."""
+        return self._records.listing()
+
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read records, as `reading.start` does."""
         begun = zip(indices, self._records.start(indices))
