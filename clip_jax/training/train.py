@@ -18,7 +18,7 @@ from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import program, workdir
+from clip_jax.training import lease, program, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 
 
@@ -43,10 +43,12 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     directory = locations.reachable(directory)
     run = _prepare(config, directory)
     workdir.make(directory)
-    store = checkpoint.Checkpoints(
-        directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
-    )
-    with store:
+    with (
+        lease.held(directory),
+        checkpoint.Checkpoints(
+            directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+        ) as store,
+    ):
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
