@@ -210,6 +210,12 @@ def _announce(run: Run, config: ConfigDict) -> None:
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
         _say(note)
+    best = config.checkpoint.best_metric
+    if best and not run.evaluator.measures(best):
+        _say(
+            f"No evaluation of this run measures {best}, so only the most recent checkpoints are "
+            "kept: set --config.checkpoint.best_metric to a metric of this run."
+        )
     epochs = run.total_steps * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "

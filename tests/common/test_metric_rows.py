@@ -33,7 +33,8 @@ def test_no_kill_loses_a_row(tmp_path):
         process = subprocess.Popen(
             [sys.executable, "-c", REOPEN, str(tmp_path)], stdout=subprocess.PIPE, text=True
         )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
         for _ in range(50):  # what a kill at this instant would leave
             time.sleep(chance.uniform(0, 0.004))
             assert path.read_bytes().count(b"\n") == len(want)

@@ -1,5 +1,6 @@
 """The lease of a workdir: one run at a time, and none that a dead run holds for ever."""
 
+import errno
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from etils import epath
 
 from clip_jax.errors import UserError
 from clip_jax.training import lease
+from clip_jax.training import workdir as workdirs
 
 # A second run: it takes the lease, says so, and holds it until it is killed.
 HOLD = """
 import sys, time
 from clip_jax.training import lease
+from clip_jax.training import workdir as workdirs
 with lease.held(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -27,7 +30,8 @@ def hold(workdir) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
     return process
 
 
@@ -118,7 +122,8 @@ def test_run_whose_lease_was_taken_ends(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
     for _ in range(20):  # against a renewal that was under way
         elsewhere(epath.Path(tmp_path))
         try:
@@ -127,4 +132,14 @@ def test_run_whose_lease_was_taken_ends(tmp_path):
         except subprocess.TimeoutExpired:
             continue
     assert process.returncode == 2
-    assert process.stderr is not None and "on other" in process.stderr.read()
+    assert process.stderr is not None
+    assert "on other" in process.stderr.read()
+
+
+def test_read_only_workdir_is_said_before_anything_slow(tmp_path, monkeypatch):
+    def refuse(path, contents):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(workdirs.writing, "write", refuse)
+    with pytest.raises(UserError, match="cannot be written to .*Read-only.*another --workdir"):
+        workdirs.make(epath.Path(tmp_path))
