@@ -141,5 +141,5 @@ def test_read_only_workdir_is_said_before_anything_slow(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(workdirs.writing, "write", refuse)
-    with pytest.raises(UserError, match="cannot be written to .*Read-only.*another --workdir"):
+    with pytest.raises(UserError, match=r"cannot be written to .*Read-only.*another --workdir"):
         workdirs.make(epath.Path(tmp_path))
