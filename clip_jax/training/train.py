@@ -19,7 +19,7 @@ from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, notices, program, workdir
+from clip_jax.training import agreement, lease, notices, program, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 
 
@@ -48,10 +48,12 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         agreement.check_workdir(directory)
     run = _prepare(config, directory)
     workdir.make(directory)
-    store = checkpoint.Checkpoints(
-        directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
-    )
-    with store:
+    with (
+        lease.held(directory),
+        checkpoint.Checkpoints(
+            directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+        ) as store,
+    ):
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
@@ -247,6 +249,12 @@ def _announce(run: Run, config: ConfigDict) -> None:
         _say(note)
     for notice in notices.notices(config, run.net, run.source, run.order, run.total_steps):
         _say(notice)
+    best = config.checkpoint.best_metric
+    if best and not run.evaluator.measures(best):
+        _say(
+            f"No evaluation of this run measures {best}, so only the most recent checkpoints are "
+            "kept: set --config.checkpoint.best_metric to a metric of this run."
+        )
     epochs = run.total_steps * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "
