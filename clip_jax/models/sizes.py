@@ -35,6 +35,7 @@ CONFIGURABLE = (
     "text_mlp",
     "context_length",
     "vocab_size",
+    "end_token",
     "resnet_activation",
     "resnet_norm",
     "activation",
@@ -61,7 +62,7 @@ class Size:
       text_heads: its attention heads.
       text_layers: its blocks; 0 for a bag of words, with text_pool="bag".
       context_length: tokens of a caption, start and end tokens included.
-      vocab_size: entries of the tokenizer; the end token is the last one. For a SentencePiece
+      vocab_size: entries of the tokenizer; its end token is the last one. For a SentencePiece
         tokenizer: its pieces plus 2.
       image_mlp: hidden units of an image block; 0 becomes four times the width (and stays 0 for a
         ResNet, which has no such blocks).
@@ -76,6 +77,8 @@ class Size:
       text_pool: token that stands for the caption: "end", the end token (paper); or "last", the
         token in the last place, so that captions must be padded to the context length. "bag": the
         mean of the caption's embedded words instead, without positions or layers.
+      end_token: id of the end token that text_pool "end" reads, the first in a row; None: the
+        largest id of the row, as in the paper's code.
       text_projection_bias: whether the projection of the text tower has a bias.
       norm_eps: LayerNorm's addition to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
@@ -119,6 +122,7 @@ class Size:
     resnet_activation: str = "relu"
     resnet_norm: str = "batch"
     objective: str = "contrastive"
+    end_token: int | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -201,6 +205,12 @@ class Size:
         ):
             if value % divisor:
                 raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
+        named = self.end_token is not None
+        if named and (self.text_pool != "end" or self.end_token >= self.vocab_size):
+            raise UserError(
+                f"Size end_token is {self.end_token}: it takes an id below vocab_size "
+                f"({self.vocab_size}), and text_pool='end' (here {self.text_pool!r})."
+            )
         bag = self.text_pool == "bag"
         if (self.text_layers == 0) != bag or (bag and self.objective == "captioning"):
             raise UserError(

@@ -143,8 +143,15 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
             f"not: leave {tokenizer.SIGLIP!r} out of --config.tokenizer={config.tokenizer}, or "
             "train a SigLIP model."
         )
+    largest = tokens.vocab_size - 1 if size.end_token is None else size.end_token
+    if size.text_pool != "last" and tokens.end != largest:
+        raise UserError(
+            f"{size} finds the end of a caption by the id {largest}, but the tokenizer "
+            f"{config.tokenizer!r} ends it with {tokens.end}: add "
+            f"--config.model.size.end_token={tokens.end}, or take another tokenizer."
+        )
     # Published models of this form have more entries than their tokenizer.
-    unused = size.text_pool == "last" and config.init_from
+    unused = bool(config.init_from)
     if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not unused):
         raise UserError(
             f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "

@@ -31,16 +31,16 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes a model to a local folder; needs its size in memory once."""
     folder.mkdir(parents=True, exist_ok=True)
     save_safetensors(weights.tensors, folder / _TENSORS)
-    file = weights.tokenizer.path
-    if file is not None:
-        (folder / file.name).write_bytes(ranges.read(file))
+    files = weights.tokenizer.files()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     description = {
         "format": _FORMAT,
         "size": dataclasses.asdict(weights.size),
         "tokenizer": {
             "name": weights.tokenizer.name,
             "identity": weights.tokenizer.identity,
-            "file": file.name if file is not None else None,
+            "file": next(iter(files), None),
         },
         "origin": dict(weights.origin),
     }
@@ -57,6 +57,8 @@ def read(folder: epath.Path) -> Weights:
         description = json.loads(ranges.read(folder / _DESCRIPTION))
         size, fields = models.Size.from_json(description["size"]), description["tokenizer"]
         file = folder / fields["file"] if fields["file"] else None
+        if fields["name"] == "huggingface":  # its files name each other
+            file = folder
         tokenizer = TokenizerFile(fields["name"], fields["identity"], file)
         origin = {**description["origin"], "source": str(folder)}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from clip_jax import checksums, models
+from clip_jax.data import published
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
 from clip_jax.sharding import path_name
 from clip_jax.state import abstract_variables, init_variables
-from clip_jax.storage import locations
+from clip_jax.storage import locations, ranges
 
 _LISTED = 8  # names in a message
 _DIVERGED = "the model diverged in training, or the file is damaged. Take an earlier checkpoint."
@@ -51,9 +52,10 @@ class TokenizerFile:
     """The tokenizer of a model and its vocabulary on disk.
 
     Attributes:
-      name: "openai"; or the kind of `path`, "sentencepiece" or "siglip"; "": not known.
+      name: "openai"; or the kind of `path`, "sentencepiece", "siglip" or "huggingface"; "": not
+        known.
       identity: names the vocabulary and its checksum; "": not known.
-      path: vocabulary; None: there is no file.
+      path: vocabulary, or the folder of one of kind "huggingface"; None: there is no file.
     """
 
     name: str
@@ -66,6 +68,9 @@ class TokenizerFile:
         if setting.startswith(tokenizers.SIGLIP):
             path = locations.parse(setting.removeprefix(tokenizers.SIGLIP))
             return cls("siglip", identity, path)
+        if setting.startswith(published.PUBLISHED):
+            path = locations.parse(setting.removeprefix(published.PUBLISHED))
+            return cls("huggingface", identity, path)
         if setting.endswith(".model"):
             return cls("sentencepiece", identity, locations.parse(setting))
         return cls(setting, identity)
@@ -75,6 +80,8 @@ class TokenizerFile:
         """The field `tokenizer` of a config; "": not known."""
         if self.path is None:
             return self.name
+        if self.name == "huggingface":
+            return f"{published.PUBLISHED}{self.path}"
         return f"{tokenizers.SIGLIP if self.name == 'siglip' else ''}{self.path}"
 
     def create(self, context_length: int) -> tokenizers.Tokenizer | None:
@@ -92,6 +99,30 @@ class TokenizerFile:
                 f"{self.path or self.name} is now {tokenizer.identity}."
             )
         return tokenizer
+
+    def files(self) -> dict[str, bytes]:
+        """Returns the files from which it can be made again, by name; {}: it needs none."""
+        if self.path is None:
+            return {}
+        if self.name == "huggingface":
+            return self.published().files()
+        return {self.path.name: ranges.read(self.path)}
+
+    def published(self) -> published.Published:
+        """Returns the vocabulary and rules of one of kind "huggingface".
+
+        Raises:
+          UserError: it is gone, damaged, or not the one the model was trained with.
+        """
+        assert self.path is not None
+        found = published.find(self.path)
+        if found is None or found.identity != self.identity:
+            now = "gone" if found is None else found.identity
+            raise UserError(
+                f"The model was trained with the tokenizer {self.identity}, but that in "
+                f"{self.path} is now {now}."
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

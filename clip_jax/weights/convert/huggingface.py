@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax import models
+from clip_jax.data.published import PublishedTokenizer
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES
 from clip_jax.storage import ranges
@@ -44,6 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
             "max_position_embeddings": 77,
             "hidden_act": "quick_gelu",
             "layer_norm_eps": 1e-5,
+            "eos_token_id": 49_407,
         },
         "vision": {
             "hidden_size": 768,
@@ -81,6 +83,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # A model of each kind, whose forms are those that no config.json can change.
 _MODELS = {"clip": SIZES["ViT-B/32"], "siglip": SIZES["SigLIP-B/16"]}
+_LEGACY_END = 2  # eos_token_id of early files: the end token is the largest id of a row
 _NO_WEIGHTS = r"\.position_ids$"
 
 
@@ -90,9 +93,15 @@ def is_folder(folder: epath.Path) -> bool:
         return False
     config = ranges.read(folder / CONFIG)
     try:
-        return json.loads(config).get("model_type") in _MODELS
-    except ValueError:
+        kind = json.loads(config).get("model_type")
+    except (ValueError, AttributeError):
         return False
+    if kind is not None and kind not in _MODELS:
+        raise UserError(
+            f"{folder} holds a model of the kind {kind!r} of transformers (model_type in {CONFIG}), "
+            f"whose towers clip_jax does not have: it has those of {' and '.join(_MODELS)}."
+        )
+    return kind in _MODELS
 
 
 def read(folder: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
@@ -121,6 +130,7 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
       UserError: transformers has no such model.
     """
     config, processor = config_of(weights.size), processor_of(weights.size)
+    _name_tokens(config, weights)
     files.check_expressible("transformers", size_of(config, processor, folder), weights.size)
     folder.mkdir(parents=True)
     tokens.write_huggingface(weights.tokenizer, weights.size, folder)
@@ -128,6 +138,20 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     theirs = files.export(table(weights.size), weights)
     save_safetensors(theirs, folder / "model.safetensors", {"format": "pt"})
+
+
+def _name_tokens(config: dict[str, Any], weights: Weights) -> None:
+    """Writes the ids of the tokenizer's own special tokens into config.json."""
+    tokenizer = weights.tokenizer.create(weights.size.context_length)
+    if isinstance(tokenizer, PublishedTokenizer):
+        rules, text = tokenizer.rules, config["text_config"]
+        text["pad_token_id"] = rules.pad
+        if rules.start:
+            text["bos_token_id"] = rules.start[0]
+        legacy = weights.size.text_pool == "end" and weights.size.end_token is None
+        if tokenizer.end is not None:
+            largest = tokenizer.end == tokenizer.vocab_size - 1
+            text["eos_token_id"] = _LEGACY_END if legacy and not largest else tokenizer.end
 
 
 # ---- Settings ----------------------------------------------------------------------------------
@@ -176,9 +200,24 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
         text_mlp=text["intermediate_size"],
         context_length=text["max_position_embeddings"],
         vocab_size=text["vocab_size"],
+        end_token=_end_token(text, source) if kind == "clip" else None,
         activation=_ACTIVATIONS[text["hidden_act"]],
         norm_eps=float(text["layer_norm_eps"]),
     )
+
+
+def _end_token(text: Mapping[str, Any], source: object) -> int | None:
+    """Returns the id at which captions are read; None: the largest of a row."""
+    end, count = text["eos_token_id"], text["vocab_size"]
+    if end in (_LEGACY_END, count - 1):
+        return None
+    if not isinstance(end, int) or not 0 <= end < count:
+        raise UserError(
+            f"{source} names the end token {end!r} (eos_token_id of text_config in {CONFIG}), but "
+            f"its vocabulary has {count:,} entries: no caption could be read at it. Write the id "
+            "of the tokenizer's end token there."
+        )
+    return end
 
 
 def _tower(config: Mapping[str, Any], part: str) -> dict[str, Any]:
@@ -230,7 +269,7 @@ def config_of(size: models.Size) -> dict[str, Any]:
         "num_attention_heads": size.text_heads,
         "max_position_embeddings": size.context_length,
         "vocab_size": size.vocab_size,
-        **_special_tokens(kind, size.vocab_size),
+        **_special_tokens(kind, size),
         **shared,
     }
     vision = {
@@ -256,14 +295,14 @@ def config_of(size: models.Size) -> dict[str, Any]:
     return config | {"projection_dim": size.embed_dim}
 
 
-def _special_tokens(kind: str, vocab_size: int) -> dict[str, int]:
+def _special_tokens(kind: str, size: models.Size) -> dict[str, int]:
     """The ids of the special tokens.
 
     SigLIP's end token is also its padding; CLIP's model looks for the end token by its id.
     """
     if kind == "siglip":
         return {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
-    end = vocab_size - 1
+    end = size.vocab_size - 1 if size.end_token is None else size.end_token
     return {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
 
 

@@ -12,7 +12,6 @@ from etils import epath
 from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD, SIZES
-from clip_jax.storage import ranges
 from clip_jax.weights.convert import files, openai, tokens
 from clip_jax.weights.convert.mapping import (
     CONV,
@@ -48,7 +47,8 @@ _TIMM_INPUTS = {
 _TOWER = {"width", "layers", "mlp_ratio", "norm_kwargs", "act_kwargs"}
 _VISION = _TOWER | {"image_size", "patch_size", "head_width", "no_ln_pre", "timm_model_name"}
 _TEXT = _TOWER | {"context_length", "vocab_size", "heads", "no_causal_mask", "proj_bias"}
-_TEXT |= {"pool_type", "hf_tokenizer_name", "tokenizer_kwargs"}
+_TEXT |= {"pool_type", "eos_id", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"}
+_POOLS = {"argmax": "end", "eos": "end", "last": "last"}
 _FIXED = {
     "timm_model_pretrained": (False,),
     "timm_pool": ("map",),
@@ -96,9 +96,8 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     files.check_expressible("open_clip", size_of(config, folder), weights.size)
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    file = weights.tokenizer.path
-    if file is not None:
-        (folder / file.name).write_bytes(ranges.read(file))
+    for name, content in weights.tokenizer.files().items():
+        (folder / name).write_bytes(content)
     theirs = files.export(table(weights.size, weights.size.image_pool == "map"), weights)
     save_safetensors(theirs, folder / files.OPEN_CLIP[0], {"format": "pt"})
 
@@ -128,13 +127,32 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
         vocab_size=text.get("vocab_size", 49_408),
         activation=_activation(settings, source),
         text_causal=not text.get("no_causal_mask", False),
-        text_pool={"argmax": "end", "last": "last"}[text.get("pool_type", "argmax")],
+        text_pool=_text_pool(text, source),
+        end_token=_end_token(text),
         text_projection_bias=text.get("proj_bias", False),
         norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
         logit_bias=settings.get("init_logit_bias") is not None,
     )
     size = _with_image_tower(size, vision, source)
     return _with_preprocessing(size, config.get("preprocess_cfg", {}), source)
+
+
+def _text_pool(text: Mapping[str, Any], source: object) -> str:
+    kind = text.get("pool_type", "argmax")
+    if kind not in _POOLS:
+        raise UserError(
+            f"{source} has the setting text_cfg.pool_type = {kind!r} of open_clip, which our text "
+            f"towers do not have: they have {', '.join(_POOLS)}."
+        )
+    return _POOLS[kind]
+
+
+def _end_token(text: Mapping[str, Any]) -> int | None:
+    """Returns the id at which captions are read; None: the largest of a row, or the last place."""
+    if text.get("pool_type", "argmax") != "eos":
+        return None
+    end = text.get("eos_id", 2)  # open_clip's default
+    return None if end == text.get("vocab_size", 49_408) - 1 else end
 
 
 def _check_settings(
@@ -243,6 +261,8 @@ def config_of(size: models.Size) -> dict[str, Any]:
         "pool_type": {"end": "argmax", "last": "last"}[size.text_pool],
         "norm_kwargs": {"eps": size.norm_eps},
     }
+    if size.end_token is not None:
+        text |= {"pool_type": "eos", "eos_id": size.end_token}
     settings: dict[str, Any] = {"embed_dim": size.embed_dim}
     if siglip:
         settings["custom_text"] = True
