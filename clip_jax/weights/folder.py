@@ -4,9 +4,12 @@ The tensors have the paths of the variables as names; the JSON has the rest of `
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -56,7 +59,7 @@ def read(folder: epath.Path) -> Weights:
     try:
         description = json.loads(ranges.read(folder / _DESCRIPTION))
         size, fields = models.Size.from_json(description["size"]), description["tokenizer"]
-        file = folder / fields["file"] if fields["file"] else None
+        file = inside(folder, fields["file"]) if fields["file"] else None
         tokenizer = TokenizerFile(fields["name"], fields["identity"], file)
         origin = {**description["origin"], "source": str(folder)}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -67,6 +70,28 @@ def read(folder: epath.Path) -> Weights:
             f"({type(error).__name__}: {error}). Convert the model again."
         ) from error
     return Weights(size, open_safetensors(folder / _TENSORS), tokenizer, origin)
+
+
+def inside(folder: epath.Path, name: Any) -> epath.Path:
+    """Returns a file of a folder by its name, which may come from a stranger.
+
+    Raises:
+      UserError: it is another place's: a path with "..", an absolute one, or a link out of there.
+    """
+    parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
+    plain = parts and not {"..", "/"} & set(parts) and not re.search(r"[\\:\0]", name)
+    if plain and not remote.is_remote(folder):
+        root = pathlib.Path(folder)
+        # A snapshot of the hub links to the blobs beside it, within the cache of that model.
+        if root.parent.name == "snapshots":
+            root = root.parent.parent
+        plain = (pathlib.Path(folder) / name).resolve().is_relative_to(root.resolve())
+    if not plain:
+        raise UserError(
+            f"{folder} names the file {name!r}, which is not inside of it: such a model may not "
+            "choose what is read here. Copy the file into the folder and name it without a path."
+        )
+    return folder / name
 
 
 # ---- Files of tensors --------------------------------------------------------------------------
