@@ -84,7 +84,7 @@ class Size:
       image_std: divisor of the result, per RGB channel.
       image_crop: square crop where nothing is drawn at random: "center", the middle; or "none", the
         whole picture squashed. See `data.crops.Crop`.
-      image_filter: filter of that resize, antialiased: "bilinear" (SigLIP 2), "bicubic" or "lanczos".
+      image_filter: filter of that resize, antialiased: "bilinear", "bicubic" or "lanczos".
       resnet_activation: activation of a ResNet's convolutions: "relu" (paper) or "gelu" (exact; the
         paper's detector of near-duplicates).
       resnet_norm: normalisation of a ResNet: "batch" (paper), BatchNorm; or "weight", kernels of

@@ -4,10 +4,10 @@ The tensors have the paths of the variables as names; the JSON has the rest of `
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +33,7 @@ def is_folder(path: epath.Path) -> bool:
 def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes a model to a local folder; needs its size in memory once."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_safetensors(weights.tensors, folder / _TENSORS)
+    checksums = save_safetensors(weights.tensors, folder / _TENSORS)
     file = weights.tokenizer.path
     if file is not None:
         (folder / file.name).write_bytes(ranges.read(file))
@@ -46,6 +46,7 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
             "file": file.name if file is not None else None,
         },
         "origin": dict(weights.origin),
+        "checksums": checksums,
     }
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -62,6 +63,7 @@ def read(folder: epath.Path) -> Weights:
         file = inside(folder, fields["file"]) if fields["file"] else None
         tokenizer = TokenizerFile(fields["name"], fields["identity"], file)
         origin = {**description["origin"], "source": str(folder)}
+        checksums = dict(description.get("checksums", {}))  # early folders have none
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -69,7 +71,29 @@ def read(folder: epath.Path) -> Weights:
             f"{folder / _DESCRIPTION} cannot be read as the description of a model "
             f"({type(error).__name__}: {error}). Convert the model again."
         ) from error
-    return Weights(size, open_safetensors(folder / _TENSORS), tokenizer, origin)
+    tensors = open_safetensors(folder / _TENSORS)
+    return Weights(size, _verified(tensors, checksums, folder / _TENSORS), tokenizer, origin)
+
+
+def _verified(tensors: Tensors, checksums: Mapping[str, str], path: epath.Path) -> Tensors:
+    """Returns tensors that are compared with their checksums when they are read."""
+
+    def read(name: str) -> np.ndarray:
+        value = tensors.read(name)
+        if checksums.get(name, actual := checksum(value)) != actual:
+            raise UserError(
+                f"{path} is damaged: the numbers of {name} are not those that were written (their "
+                "checksum differs). Copy or convert the model again."
+            )
+        return value
+
+    return Tensors(tensors.shapes, read)
+
+
+def checksum(value: np.ndarray) -> str:
+    """Returns the CRC-32 of an array's numbers as float32."""
+    numbers = np.ascontiguousarray(value, "<f4").reshape(-1)
+    return f"{zlib.crc32(numbers.view(np.uint8)):08x}"
 
 
 def inside(folder: epath.Path, name: Any) -> epath.Path:
@@ -99,12 +123,16 @@ def inside(folder: epath.Path, name: Any) -> epath.Path:
 
 def save_safetensors(
     tensors: Tensors, path: pathlib.Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes all arrays to one local file."""
+) -> dict[str, str]:
+    """Writes all arrays to one local file; returns their checksums."""
     arrays = {name: np.ascontiguousarray(read_finite(tensors, name)) for name in tensors.shapes}
     # ascontiguousarray makes a vector of a scalar.
     arrays = {name: value.reshape(tensors.shapes[name]) for name, value in arrays.items()}
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.numpy.save_file(arrays, path, metadata=dict(metadata or {}))
+    path.chmod(mode)  # the library's files are readable by their owner alone
+    return {name: checksum(value) for name, value in arrays.items()}
 
 
 def open_safetensors(path: epath.Path) -> Tensors:
@@ -116,7 +144,7 @@ def open_safetensors(path: epath.Path) -> Tensors:
     try:
         file = safe_open(local_file(path), "numpy")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ranges.Replaced) as error:
+    except (OSError, ValueError, SafetensorError, ranges.Replaced) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}). Copy or convert it again."
         ) from error

@@ -27,6 +27,7 @@ OPEN_CLIP = (
     "open_clip_pytorch_model.bin",
 )
 TORCH = (".pt", ".pth", ".bin")
+MAX_TEXT = 2**28  # bytes of a JSON file; that of a tokenizer has 2**25
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,16 @@ def exists(path: epath.Path) -> bool:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Reads a JSON object; UserError where it is damaged."""
     try:
+        stat = locations.stat(path)
+        if stat is not None and stat.size > MAX_TEXT:
+            raise ValueError(f"its {stat.size:,} bytes are no settings")
         content = json.loads(ranges.read(path))
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
         return content
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): copy it again.") from error
 
 
@@ -130,7 +134,10 @@ def open_npz(path: epath.Path) -> Tensors:
     file = local_file(path)
     try:
         archive = np.load(file, allow_pickle=False)
+        torch_files.check_inflation(archive.zip.filelist, file.stat().st_size)
         shapes = {name: _npy_shape(archive, name) for name in archive.files}
+    except UserError as error:
+        raise UserError(f"{path} is refused. {error}") from error
     except Exception as error:  # zipfile, NumPy and its parser each have their own
         raise UserError(f"{path} is no archive of NumPy ({error}): copy it again.") from error
     return Tensors(shapes, lambda name: np.asarray(archive[name], np.float32))

@@ -135,6 +135,12 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     theirs = files.export(table(weights.size), weights)
     save_safetensors(theirs, folder / "model.safetensors", {"format": "pt"})
+    if weights.size.image_crop == "center":
+        logging.warning(
+            "transformers rounds the edge of the middle square down where the margin is odd; this "
+            "model rounds it to even, as OpenAI's code does. Such pictures are cut one pixel off "
+            "there in half of the cases, and no setting changes it (docs/weights.md)."
+        )
 
 
 # ---- Settings ----------------------------------------------------------------------------------
