@@ -67,7 +67,7 @@ class Model:
         self.tokenizer = tokenizer
         self.about = about
         self._batch_size = batch_size
-        self._crop = Crop(net.size.image_crop)
+        self._crop = Crop(net.size.image_crop, filter=net.size.image_filter)
         self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
         self._scores = jax.jit(partial(class_scores, net), static_argnames="classes")

@@ -83,7 +83,7 @@ def _image(size: Size) -> dict[str, Any]:
         "size": size.image_size,
         "crop": size.image_crop,
         "crop_means": _CROPS[size.image_crop],
-        "resample": "bicubic, antialiased (Pillow's)",
+        "resample": f"{size.image_filter}, antialiased (Pillow's)",
         "input": "uint8 [batch, size, size, 3], RGB",
         "mean": size.image_mean,
         "std": size.image_std,

@@ -14,6 +14,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "image_pool": choices.IMAGE_POOLS,
     "text_pool": choices.TEXT_POOLS,
     "image_crop": choices.IMAGE_CROPS,
+    "image_filter": choices.IMAGE_FILTERS,
     "resnet_activation": choices.RESNET_ACTIVATIONS,
     "resnet_norm": choices.RESNET_NORMS,
 }
@@ -86,6 +87,7 @@ class Size:
       image_std: divisor of the result, per RGB channel.
       image_crop: square crop where nothing is drawn at random: "center", the middle; or "none", the
         whole picture squashed. See `data.crops.Crop`.
+      image_filter: filter of that resize, antialiased: "bilinear", "bicubic" or "lanczos".
       resnet_activation: activation of a ResNet's convolutions: "relu" (paper) or "gelu" (exact; the
         paper's detector of near-duplicates).
       resnet_norm: normalisation of a ResNet: "batch" (paper), BatchNorm; or "weight", kernels of
@@ -119,6 +121,7 @@ class Size:
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     image_crop: str = "center"
+    image_filter: str = "bicubic"
     resnet_activation: str = "relu"
     resnet_norm: str = "batch"
     objective: str = "contrastive"
@@ -169,6 +172,20 @@ class Size:
         return f"{kind} of {layers} layers x {self.image_width} ({self._beside})"
 
     @property
+    def preprocessing(self) -> str:
+        """The preparation of pictures in words."""
+        mean, std = (
+            " ".join(f"{x:.4g}" for x in channels) for channels in (self.image_mean, self.image_std)
+        )
+        side, filter_ = self.image_size, self.image_filter
+        whole = f"squashed to {side} x {side} pixels ({filter_})"
+        middle = f"shorter side to {side} pixels ({filter_}), middle square"
+        crop = middle if self.image_crop == "center" else whole
+        if not self.is_resnet and (edge := side % (self.patch_size or 1)):
+            crop += f" without the right and lower {edge}, which fill no patch"
+        return f"{crop}, mean {mean}, std {std}"
+
+    @property
     def _beside(self) -> str:
         """A description of the modules beside the image tower."""
         other = "text" if self.objective == "contrastive" else self.objective
@@ -196,10 +213,16 @@ class Size:
                 f"Size image_layers is {self.image_layers}: it takes {stages} number(s), the "
                 "blocks of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
             )
-        pixels = self.patch_size or 32  # a ResNet halves its input five times
         width = self.image_width * (32 if self.is_resnet else 1)
+        if (self.patch_size or 0) > self.image_size:
+            raise UserError(
+                f"The image_size ({self.image_size}) must be at least the patch_size "
+                f"({self.patch_size})."
+            )
+        # A ResNet halves its input five times; a ViT leaves out the edge that fills no patch.
+        stride = 32 if self.is_resnet else 1
         for name, value, unit, divisor in (
-            ("image_size", self.image_size, "patch_size or stride", pixels),
+            ("image_size", self.image_size, "the stride", stride),
             ("width of the image tower", width, "image_heads", self.image_heads),
             ("text_width", self.text_width, "text_heads", self.text_heads),
         ):

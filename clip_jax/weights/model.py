@@ -183,8 +183,15 @@ class Weights:
           context_length: tokens of a caption; linear. None: unchanged.
 
         Raises:
-          UserError: the patches do not divide the image size.
+          UserError: the patches do not divide another image size.
         """
+        patch = self.size.patch_size or 1
+        if image_size not in (None, self.size.image_size) and image_size % patch:
+            raise UserError(
+                f"--image_size={image_size} is no multiple of the patches of {patch} pixels: its "
+                f"edge would be cut off. Take {max(image_size // patch, 1) * patch} or "
+                f"{(image_size // patch + 1) * patch}."
+            )
         size = dataclasses.replace(
             self.size,
             image_size=image_size or self.size.image_size,
@@ -211,17 +218,11 @@ class Weights:
         """Describes the model and its preprocessing of images and captions, in three lines."""
         size, origin = self.size, self.origin
         step = f", step {origin['step']:,}" if origin.get("step") else ""
-        whole = f"squashed to {size.image_size} x {size.image_size} pixels (bicubic)"
-        middle = f"shorter side to {size.image_size} pixels (bicubic), middle square"
-        mean, std = (
-            " ".join(f"{x:.4g}" for x in channels) for channels in (size.image_mean, size.image_std)
-        )
         tokens = self.tokenizer.identity[:24] or "unknown tokenizer"
         return (
             f"{size}, {self.parameters / 1e6:,.1f} M parameters, {size.activation}, "
             f"from {origin['source']} ({origin['format']}{step})\n"
-            f"  pictures: {middle if size.image_crop == 'center' else whole}, "
-            f"mean {mean}, std {std}\n"
+            f"  pictures: {size.preprocessing}\n"
             f"  captions: {tokens}, {size.context_length} tokens"
         )
 

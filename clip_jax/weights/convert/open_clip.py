@@ -11,8 +11,8 @@ from etils import epath
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD, SIZES
-from clip_jax.weights.convert import files, openai, tokens
+from clip_jax.models.sizes import SIZES
+from clip_jax.weights.convert import files, openai, preprocessing, tokens
 from clip_jax.weights.convert.mapping import (
     CONV,
     BlockNames,
@@ -29,13 +29,16 @@ from clip_jax.weights.model import Weights
 
 CONFIG = "open_clip_config.json"
 _BASE, _SIGLIP = SIZES["ViT-B/32"], SIZES["SigLIP-B/16"]
-_CROPS = {"shortest": "center", "squash": "none"}  # resize_mode: image_crop
 # timm's names of SigLIP towers: width, layers, heads, hidden units.
 _TIMM = {
     "base": (768, 12, 12, 3072),
     "large": (1024, 24, 16, 4096),
     "so400m": (1152, 27, 16, 4304),
 }
+# Those whose activation is the tanh form of GELU; the others have the exact one.
+_TIMM_TANH = {("base", 32, 256), ("large", 16, 512)}
+_TIMM_TANH |= {("so400m", 16, 256), ("so400m", 16, 384), ("so400m", 16, 512)}
+_TIMM_EPS = 1e-6
 _TIMM_NAME = re.compile(rf"vit_({'|'.join(_TIMM)})_patch(\d+)_siglip_(\d+)$")
 # (patch, pixels) that timm has them for.
 _TIMM_INPUTS = {
@@ -116,8 +119,8 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
     _check_settings(vision, _VISION, "vision_cfg", source)
     _check_settings(text, _TEXT, "text_cfg", source)
     width = text.get("width", 512)
-    size = dataclasses.replace(
-        _BASE,
+    return dataclasses.replace(
+        _with_image_tower(_BASE, vision, source),
         embed_dim=settings["embed_dim"],
         text_width=width,
         text_heads=text.get("heads", 8),
@@ -130,11 +133,10 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
         text_pool=_text_pool(text, source),
         end_token=_end_token(text),
         text_projection_bias=text.get("proj_bias", False),
-        norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
+        norm_eps=_norm_eps(settings, source),
         logit_bias=settings.get("init_logit_bias") is not None,
+        **preprocessing.from_open_clip(config.get("preprocess_cfg") or {}, source),
     )
-    size = _with_image_tower(size, vision, source)
-    return _with_preprocessing(size, config.get("preprocess_cfg", {}), source)
 
 
 def _text_pool(text: Mapping[str, Any], source: object) -> str:
@@ -169,15 +171,10 @@ def _check_settings(
 
 
 def _activation(settings: Mapping[str, Any], source: object) -> str:
-    """Returns the activation of both towers; timm's have the exact GELU, whatever is set."""
+    """Returns the activation of both towers; timm's have their own, whatever is set."""
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     quick = settings.get("quick_gelu", False)
-    forms = [
-        "gelu_tanh"
-        if (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
-        else ("quick_gelu" if quick and not tower.get("timm_model_name") else "gelu")
-        for tower in (vision, text)
-    ]
+    forms = [_form(tower, quick, source) for tower in (vision, text)]
     if "layers" in vision and isinstance(vision["layers"], (list, tuple)):
         return forms[1]  # a ResNet has none
     if forms[0] != forms[1]:
@@ -188,9 +185,50 @@ def _activation(settings: Mapping[str, Any], source: object) -> str:
     return forms[1]
 
 
+def _form(tower: Mapping[str, Any], quick: bool, source: object) -> str:
+    """Returns the activation of a tower; UserError where its settings name another."""
+    settings = tower.get("act_kwargs") or {}
+    if name := tower.get("timm_model_name"):
+        match = _TIMM_NAME.match(name)
+        model = match and (match[1], int(match[2]), int(match[3]))
+        return "gelu_tanh" if model in _TIMM_TANH else "gelu"
+    if settings == {"approximate": "tanh"} and not quick:
+        return "gelu_tanh"
+    if settings not in ({}, {"approximate": "none"}) or (quick and settings):
+        raise UserError(
+            f"{source} has act_kwargs {settings!r}{' with quick_gelu' if quick else ''}; our "
+            "models have the activations quick_gelu, gelu and gelu_tanh (approximate: tanh)."
+        )
+    return "quick_gelu" if quick else "gelu"
+
+
+def _norm_eps(settings: Mapping[str, Any], source: object) -> float:
+    """Returns LayerNorm's epsilon; UserError unless both towers have the same and nothing else."""
+    vision, text = (settings[f"{tower}_cfg"] for tower in ("vision", "text"))
+    towers = [text]
+    if not isinstance(vision.get("layers"), (list, tuple)):  # a ResNet has no LayerNorm
+        towers.append(vision)
+    found = []
+    for tower in towers:
+        kwargs = tower.get("norm_kwargs") or {}
+        timm = "timm_model_name" in tower
+        if set(kwargs) - {"eps"} or (timm and kwargs):
+            raise UserError(
+                f"{source} has norm_kwargs {kwargs!r}; our models know eps alone, and timm's "
+                "towers have their own."
+            )
+        found.append(_TIMM_EPS if timm else float(kwargs.get("eps", 1e-5)))
+    if len(set(found)) > 1:
+        raise UserError(
+            f"{source} has the LayerNorm eps {found[0]} in its text tower and {found[1]} in its "
+            "image tower; our models have one for both (norm_kwargs)."
+        )
+    return found[0]
+
+
 def _with_image_tower(size: models.Size, vision: Mapping[str, Any], source: object) -> models.Size:
     if "timm_model_name" in vision:
-        return _with_timm_tower(size, vision["timm_model_name"], source)
+        return _with_timm_tower(size, vision, source)
     width, layers = vision.get("width", 768), vision.get("layers", 12)
     resnet = isinstance(layers, (list, tuple))
     final = width * 32 if resnet else width
@@ -206,7 +244,8 @@ def _with_image_tower(size: models.Size, vision: Mapping[str, Any], source: obje
     )
 
 
-def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Size:
+def _with_timm_tower(size: models.Size, vision: Mapping[str, Any], source: object) -> models.Size:
+    name = vision["timm_model_name"]
     match = _TIMM_NAME.match(name)
     if not match:
         raise UserError(
@@ -214,6 +253,11 @@ def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Siz
             "vit_base, vit_large and vit_so400m with SigLIP's head can be converted."
         )
     kind, patch, pixels = match.groups()
+    if vision.get("image_size", int(pixels)) != int(pixels):
+        raise UserError(
+            f"{source} has the image_size {vision['image_size']} for the image tower {name}, which "
+            f"takes {pixels}: correct the one that is wrong."
+        )
     width, layers, heads, hidden = _TIMM[kind]
     return dataclasses.replace(
         size,
@@ -226,23 +270,6 @@ def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Siz
         image_pool=_SIGLIP.image_pool,
         pre_norm=_SIGLIP.pre_norm,
         patch_bias=_SIGLIP.patch_bias,
-    )
-
-
-def _with_preprocessing(
-    size: models.Size, settings: Mapping[str, Any], source: object
-) -> models.Size:
-    mode, filter_ = (settings.get(k) for k in ("resize_mode", "interpolation"))
-    if (mode or "shortest") not in _CROPS or (filter_ or "bicubic") != "bicubic":
-        raise UserError(
-            f"{source} resizes pictures with resize_mode {mode!r} and interpolation {filter_!r}; "
-            f"ours are resized with {' or '.join(_CROPS)}, and bicubic."
-        )
-    return dataclasses.replace(
-        size,
-        image_mean=tuple(settings.get("mean", IMAGE_MEAN)),
-        image_std=tuple(settings.get("std", IMAGE_STD)),
-        image_crop=_CROPS[mode or "shortest"],
     )
 
 
@@ -274,18 +301,14 @@ def config_of(size: models.Size) -> dict[str, Any]:
     vision = _timm_config(size) if siglip else _vision_config(size)
     if size.activation == "quick_gelu":
         settings["quick_gelu"] = True
-    elif size.activation == "gelu_tanh" and not siglip:  # timm's tower would not follow
+    elif size.activation == "gelu_tanh" and (
+        not siglip or _form(vision, False, "") == "gelu_tanh"
+    ):  # timm's other towers would not follow
         text["act_kwargs"] = {"approximate": "tanh"}
-        if not size.is_resnet:
+        if not size.is_resnet and not siglip:
             vision["act_kwargs"] = {"approximate": "tanh"}
-    preprocessing = {
-        "mean": list(size.image_mean),
-        "std": list(size.image_std),
-        "interpolation": "bicubic",
-        "resize_mode": next(mode for mode, crop in _CROPS.items() if crop == size.image_crop),
-    }
     settings |= {"vision_cfg": vision, "text_cfg": text}
-    return {"model_cfg": settings, "preprocess_cfg": preprocessing}
+    return {"model_cfg": settings, "preprocess_cfg": preprocessing.to_open_clip(size)}
 
 
 def _ratio(width: int, hidden: int) -> float:
