@@ -34,8 +34,8 @@ def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
 
     Args:
       values: label of each example. None means no label, a list several. If all labels are
-        integers, they are ids, and negative ones mean no label. Otherwise they are names, numbered
-        in sorted order.
+        integers, they are ids; negative ones, and ones beyond 32 bits, mean no label. Otherwise
+        they are names, numbered in sorted order.
 
     Returns:
       The ids, and the names by id; () if the labels were integers.
@@ -48,7 +48,7 @@ def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
     if not known:
         raise UserError("No example has a class under source.label_key; is it misspelt?")
     if all(_is_integer(value) for value in known):
-        return Labels([[n for n in map(int, numbers) if n >= 0] for numbers in lists]), ()
+        return Labels([list(filter(_is_id, map(_number, numbers))) for numbers in lists]), ()
     return number_names([list(map(str, names)) for names in lists])
 
 
@@ -78,6 +78,17 @@ def _listed(value: Any) -> list[Any]:
     listed = value if isinstance(value, (list, tuple)) else [value]
     # Neither a list in a list nor an object names a class.
     return list(dict.fromkeys(each for each in listed if isinstance(each, Hashable)))
+
+
+def _number(value: Any) -> int:
+    try:
+        return int(value)
+    except ValueError:  # thousands of digits
+        return -1
+
+
+def _is_id(number: int) -> bool:
+    return 0 <= number <= np.iinfo(np.int32).max
 
 
 def _is_integer(value: Any) -> bool:
