@@ -155,7 +155,10 @@ class ImageFolder:
         return read
 
     def _stored_image(self, index: int, read: Callable[[], StoredImage]) -> bytes:
-        key, found = self._images[index], read()
+        key = self._images[index]
+        if index in self._bad_rows:
+            raise BadExample(self._bad_rows[index], key)
+        found = read()
         if found.data:
             return found.data
         image = self._read(found.path) if found.path else None
@@ -204,6 +207,7 @@ class ImageFolder:
                 rows = self._merge(table, fields)
         else:
             self._images = [table.key(row) for row in rows]
+            self._bad_rows = dict(table.problems)
         if self._texts is None:
             self._texts = _Texts(table, fields)
         if label_key:

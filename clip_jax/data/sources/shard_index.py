@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -28,6 +29,8 @@ from clip_jax.storage.locations import Stat
 _FORMAT = "2"  # format of the file; a file of another format is made anew
 # Fewer shards than this are scanned in this process, since processes take a second to start.
 _WORTH_PROCESSES = 16
+_KEEP_EVERY = 1.0  # seconds at least between two writes of an index that is being made
+_PAUSE = 20  # the same in durations of a write, which is long for large sets
 _THREADS = 32  # threads of a process that scans shards in a bucket: mostly they wait
 
 
@@ -144,22 +147,39 @@ def _load_folder(
     todo = [name for name in names if name not in fresh]
     if stored.shards and todo:
         logging.warning(
-            "The index of %s lacks %d of %d shards, or they have changed since: reading them anew",
+            "The index of %s lacks %d of %d shards, or they have changed since: reading them, and "
+            "keeping the others",
             folder,
             len(todo),
             len(names),
         )
-    scanned = dict(zip(todo, _scan_all([folder / name for name in todo], kind, workers)))
-    scanned = {
-        name: dataclasses.replace(shard, stat=stats[name]) for name, shard in scanned.items()
-    }
-    if changed := {name: shard for name, shard in scanned.items() if shard.stat is not None}:
-        problem = _IndexFile({**stored.shards, **changed}).write(places, kind)
-        if problem and must_keep:
-            raise UserError(f"The index cannot be written: {problem}")
-        if problem:
-            logging.warning("The index of shards is not kept: %s", problem)
+    scanned: dict[str, ScanResult] = {}
+    problem, kept, due = "", 0, time.monotonic() + _KEEP_EVERY
+    for name, shard in zip(todo, _scan_all([folder / name for name in todo], kind, workers)):
+        scanned[name] = dataclasses.replace(shard, stat=stats[name])
+        # Kept as it is made, so that an interruption costs little.
+        if time.monotonic() > due and not problem:
+            began, kept = time.monotonic(), len(scanned)
+            problem = _keep(stored, scanned, places, kind)
+            due = time.monotonic() + max(_KEEP_EVERY, _PAUSE * (time.monotonic() - began))
+    if len(scanned) > kept and not problem:
+        problem = _keep(stored, scanned, places, kind)
+    if problem and must_keep:
+        raise UserError(f"The index cannot be written: {problem}")
+    if problem:
+        logging.warning("The index of shards is not kept: %s", problem)
     return {**fresh, **scanned}
+
+
+def _keep(
+    stored: "_IndexFile",
+    scanned: Mapping[str, ScanResult],
+    places: Sequence[epath.Path],
+    kind: Kind,
+) -> str:
+    """Writes the index with what has been scanned so far; returns the errors, else ""."""
+    changed = {name: shard for name, shard in scanned.items() if shard.stat is not None}
+    return _IndexFile({**stored.shards, **changed}).write(places, kind) if changed else ""
 
 
 def _places(folder: epath.Path, kind: Kind, fallback_dir: epath.Path | None) -> list[epath.Path]:
@@ -173,8 +193,12 @@ def _places(folder: epath.Path, kind: Kind, fallback_dir: epath.Path | None) -> 
 
 def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator[ScanResult]:
     workers = processes.count(workers)
+    if not paths:
+        return
     if len(paths) < _WORTH_PROCESSES or workers == 1:
-        yield from _scan_some(kind, paths)
+        each = _THREADS if remote.is_remote(paths[0]) else 1
+        for first in range(0, len(paths), each):
+            yield from _scan_some(kind, paths[first : first + each])
         return
     # Processes, since headers are parsed under the GIL.
     each = _THREADS if remote.is_remote(paths[0]) else 4

@@ -119,6 +119,10 @@ def _load(path: epath.Path, choose: Choose) -> list[Block]:
         raise UserError(f"The table {path} cannot be read: {error}.") from None
     if path.suffix == ".jsonl":
         _check_objects(blocks, path)
+    elif path.suffix == ".parquet":
+        problems = sum(len(block.problems) for block in blocks)
+        if problems and problems == sum(block.length for block in blocks):
+            raise UserError(f"No row of the table {path} can be read: its contents are damaged.")
     elif path.suffix in (".csv", ".tsv"):
         _check_encoding(blocks, path)
         _warn_of_cells(blocks, path)

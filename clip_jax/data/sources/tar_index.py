@@ -225,7 +225,7 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf, encoding, errors):
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0 or (header.type in _EXTENSIONS and header.size > _LARGEST_EXTENSION):
-            raise tarfile.InvalidHeaderError(f"a header with the size {header.size}")
+            raise tarfile.HeaderError(f"a header with the size {header.size}")
         header.name = _short_name(buf)
         return header
 

@@ -70,9 +70,14 @@ def decode_label(data: bytes, label_key: str) -> Any:
             return captions.read_field(data, label_key, "")
         if kind == "cls":
             return data.decode("utf-8").strip()
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (BadExample, ValueError, EOFError):
+    except (BadExample, ValueError):
         return None
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # a header that lies fails in many ways
+        return None
+    is_numeric = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
+    return array if is_numeric and np.isfinite(array).all() else None
 
 
 def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[Any] | None]:
