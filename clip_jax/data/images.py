@@ -8,6 +8,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -18,12 +19,21 @@ from clip_jax.data import crops
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample
 
-# Above this, a file is refused from its header alone. 8192 x 8192; decoded, 200 MB per thread.
-MAX_PIXELS = 2**26
+# Above these, an image is refused from its header alone. A thread that decodes the largest one
+# takes up to 1 GB beside the file, as benchmarks/decoders.py measures.
+MAX_PIXELS = 2**26  # 8192 x 8192
+MAX_BYTES = 2**28  # of a file; 8192 x 8192 pixels without compression, with room for metadata
+# A progressive JPEG has some ten; each costs time for every pixel, and a few bytes of the file.
+_MAX_SCANS = 100
+# Converted at a time, where whole copies of an image would cost memory.
+_BAND_PIXELS = 2**22
 
 # Formats of animations; further frames of other formats are previews, depth maps or pages.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _JPEG_FORMATS = ("JPEG", "MPO")  # MPO: with further pictures; written by phones
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
+
+_TO_8_BITS = np.round(np.arange(65536) / 257).astype(np.uint8)
 
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body|meta|script)\b", re.I)
 
@@ -54,7 +64,7 @@ def pixels(
 
     Raises:
       BadExample: "empty image file", "HTML instead of an image", "unreadable image",
-        "too many pixels", "animated image" or "unsupported pixel format".
+        "too large file", "too many pixels", "animated image" or "unsupported pixel format".
     """
     if isinstance(image, np.ndarray):
         if image.shape == (size, size, 3) and crop.name != "resized":
@@ -69,7 +79,7 @@ def pixels(
             window = crops.window(crop, *_upright_size(picture), rng)
             factor = window.shrink_factor(size)
             return crops.resize(_jpeg(image, picture, key, factor), window.shrunk(factor), size)
-        rgb = np.asarray(_to_rgb(picture, key))
+        rgb = _array(_to_rgb(picture, key))
         window = crops.window(crop, rgb.shape[1], rgb.shape[0], rng)
         return crops.resize(rgb, window, size)
 
@@ -90,9 +100,7 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
     if image.mode in ("F", "LAB", "HSV"):  # TIFF only; the range of their values is anyone's guess
         raise BadExample("unsupported pixel format", key, image.mode)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        return _over_white(image)
     return image.convert("RGB")
 
 
@@ -118,13 +126,33 @@ def _open(data: bytes, key: str) -> Image.Image:
         raise BadExample("empty image file", key)
     if _HTML.match(data):
         raise BadExample("HTML instead of an image", key)
+    check_size(len(data), key)
     image = Image.open(io.BytesIO(data))
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadExample("too many pixels", key, f"{width} x {height}")
+    _check_pixels(*image.size, key)
+    if image.format in _JPEG_FORMATS and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
+        raise BadExample("unreadable image", key, f"{scans} scans")
+    if image.format == "TIFF":  # a tile is decoded whole, however small the image is
+        _check_pixels(*(_tile_side(image, tag) for tag in (_TILE_WIDTH, _TILE_HEIGHT)), key)
     if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image
+
+
+def check_size(size: int, key: str) -> None:
+    """Raises BadExample for a file of so many bytes, where that is too many to read."""
+    if size > MAX_BYTES:
+        raise BadExample("too large file", key, f"{size:,} bytes")
+
+
+def _check_pixels(width: int, height: int, key: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadExample("too many pixels", key, f"{width} x {height}")
+
+
+def _tile_side(image: Any, tag: int) -> int:
+    """Returns a number of a TIFF's header; 1 where there is none."""
+    value = image.tag_v2.get(tag, 1)
+    return value if isinstance(value, int) else MAX_PIXELS + 1
 
 
 def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarray:
@@ -144,7 +172,7 @@ def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarra
                 data, min_width=width, min_height=height, min_factor=factor, strict=True
             )
     picture.draft(None, (picture.width // factor, picture.height // factor))
-    return np.asarray(_to_rgb(picture, key))
+    return _array(_to_rgb(picture, key))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -163,15 +191,49 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation; an image with damaged EXIF data is returned unchanged."""
     image.load()  # outside of the try: errors of the pixels are none of EXIF
+    if _orientation(image) == 1:
+        return image  # exif_transpose would copy it
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
         return image
 
 
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yields strips of whole rows, each with its first row; an ordinary image is one strip."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _array(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the pixels of an RGB image; may be read-only."""
+    if image.width * image.height <= _BAND_PIXELS:
+        return np.asarray(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for top, band in _bands(image):
+        pixels[top : top + band.height] = np.asarray(band)
+    return pixels
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """Lays transparent pixels over white."""
+    made = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        white = Image.new("RGBA", band.size, "white")
+        made.paste(Image.alpha_composite(white, band.convert("RGBA")).convert("RGB"), (0, top))
+    return made
+
+
 def _grey16_to_rgb(image: Image.Image, key: str) -> Image.Image:
-    values = np.asarray(image).astype(np.int64)
+    """Scales 16-bit grey, as 16 or 32-bit integers, to 8 bits: 65535 becomes 255."""
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise BadExample("unsupported pixel format", key, f"{image.mode} beyond 16 bits")
-    grey = np.round(values / 257).astype(np.uint8)  # 65535 -> 255
+    grey = np.empty(values.shape, np.uint8)
+    for top in range(len(values)):  # row by row: NumPy makes 64-bit numbers of an index
+        grey[top] = _TO_8_BITS[values[top]]
     return Image.fromarray(grey).convert("RGB")
