@@ -31,7 +31,7 @@ from PIL import Image
 from clip_jax.common import commands
 from clip_jax.curation import parallel, store
 from clip_jax.curation.check import make_tokenizer, try_example
-from clip_jax.data import arguments, order
+from clip_jax.data import arguments, images, order
 from clip_jax.data.sources import captions, reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import BadExample, UserError
@@ -221,7 +221,7 @@ def _image_file(example: Example, image: Image.Image, resize: int | None) -> tup
         image.save(file, "JPEG", quality=_QUALITY)
         return "jpg", file.getvalue()
     if isinstance(example.image, bytes):
-        form = Image.open(io.BytesIO(example.image)).format
+        form = images.open_header(example.image).format
         if form in _SUFFIXES:
             return _SUFFIXES[form], example.image
     image.save(file, "PNG")

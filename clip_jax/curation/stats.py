@@ -12,7 +12,6 @@ sample are counted. Memory: 18 bytes per pair, and three times that while duplic
 import argparse
 import functools
 import hashlib
-import io
 import json
 import os
 from array import array
@@ -22,13 +21,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int32
-from PIL import Image
 
 from clip_jax.common import commands
 from clip_jax.curation import parallel, stats_report
 from clip_jax.curation.check import make_tokenizer
 from clip_jax.curation.stats_report import POINTS, QUANTITIES, Histogram
-from clip_jax.data import arguments, bpe, order
+from clip_jax.data import arguments, bpe, images, order
 from clip_jax.data.sources import reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
@@ -226,7 +224,7 @@ def _header(example: Example) -> tuple[str, int, int]:
         height, width, _ = example.image.shape
         return "pixels", width, height
     try:
-        with Image.open(io.BytesIO(example.image)) as image:
+        with images.open_header(example.image) as image:
             return image.format or "unknown", *image.size
     except Exception as error:  # Pillow raises any kind for a damaged header
         raise BadExample("unreadable image", example.key, str(error)) from None

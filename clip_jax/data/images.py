@@ -5,6 +5,7 @@ same pixels from the same library beneath (libjpeg-turbo), without Pillow's copi
 """
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -19,21 +20,20 @@ from clip_jax.data import crops
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample
 
-# Above these, an image is refused from its header alone. A thread that decodes the largest one
-# takes up to 1 GB beside the file, as benchmarks/decoders.py measures.
-MAX_PIXELS = 2**26  # 8192 x 8192
-MAX_BYTES = 2**28  # of a file; 8192 x 8192 pixels without compression, with room for metadata
-# A progressive JPEG has some ten; each costs time for every pixel, and a few bytes of the file.
-_MAX_SCANS = 100
-# Converted at a time, where whole copies of an image would cost memory.
-_BAND_PIXELS = 2**22
+# Above this, a file is refused from its header alone: 8192 x 8192. Decoded, that takes up to 1.3 GB
+# for a moment, in most formats 0.7 GB (benchmarks/decoders.py).
+MAX_PIXELS = 2**26
+# The formats that are opened. Pillow knows others, one of which starts a program (EPS).
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+_TILE_SIDES = (322, 323)  # tags of TIFF
+# A JPEG is decoded once per scan. Cameras and programs write at most a dozen.
+_SCAN = b"\xff\xda"
+_MAX_SCANNED = 32 * MAX_PIXELS  # pixels of all scans together
+_BAND = 2**22  # pixels converted at a time, where a conversion takes memory of its own
 
 # Formats of animations; further frames of other formats are previews, depth maps or pages.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _JPEG_FORMATS = ("JPEG", "MPO")  # MPO: with further pictures; written by phones
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
-
-_TO_8_BITS = np.round(np.arange(65536) / 257).astype(np.uint8)
 
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body|meta|script)\b", re.I)
 
@@ -52,8 +52,8 @@ def pixels(
     or 1/8 of its resolution where the crop still has at least twice `size` pixels a side.
 
     Args:
-      image: the bytes of a JPEG, PNG, WebP or any other format that Pillow reads; or pixels; or a
-        Pillow image.
+      image: the bytes of a file in one of the usual formats, such as JPEG, PNG, WebP, AVIF, GIF,
+        BMP or TIFF; or pixels; or a Pillow image.
       key: names the example in errors.
       size: pixels along a side of the result.
       crop: the part of the image that is kept.
@@ -64,7 +64,7 @@ def pixels(
 
     Raises:
       BadExample: "empty image file", "HTML instead of an image", "unreadable image",
-        "too large file", "too many pixels", "animated image" or "unsupported pixel format".
+        "too many pixels", "too many scans", "animated image" or "unsupported pixel format".
     """
     if isinstance(image, np.ndarray):
         if image.shape == (size, size, 3) and crop.name != "resized":
@@ -104,6 +104,24 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def _over_white(image: Image.Image) -> Image.Image:
+    """Lays an image with transparency over white, band by band."""
+    laid = Image.new("RGB", image.size)
+    for top, bottom in _bands(image.size):
+        band = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        laid.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return laid
+
+
+def _bands(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yields first and last row, exclusive, of bands of an image of this width and height."""
+    width, height = size
+    rows = max(1, _BAND // max(1, width))
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
 @contextlib.contextmanager
 def _reading(key: str) -> Iterator[None]:
     """Turns every error of a file into a BadExample."""
@@ -126,22 +144,18 @@ def _open(data: bytes, key: str) -> Image.Image:
         raise BadExample("empty image file", key)
     if _HTML.match(data):
         raise BadExample("HTML instead of an image", key)
-    check_size(len(data), key)
-    image = Image.open(io.BytesIO(data))
-    _check_pixels(*image.size, key)
-    if image.format in _JPEG_FORMATS and (scans := data.count(b"\xff\xda")) > _MAX_SCANS:
-        raise BadExample("unreadable image", key, f"{scans} scans")
-    if image.format == "TIFF":  # a tile is decoded whole, however small the image is
-        _check_pixels(*(_tile_side(image, tag) for tag in (_TILE_WIDTH, _TILE_HEIGHT)), key)
+    image = open_header(data)
+    width, height = image.size
+    _check_pixels(width, height, key)
+    if image.format in _JPEG_FORMATS:
+        scans = data.count(_SCAN)
+        if scans * width * height > _MAX_SCANNED:
+            raise BadExample("too many scans", key, f"{scans} of {width} x {height}")
+    if image.format == "TIFF":  # tiles are decoded whole, however small the image is
+        _check_pixels(*(_number(image, tag) for tag in _TILE_SIDES), key)
     if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image
-
-
-def check_size(size: int, key: str) -> None:
-    """Raises BadExample for a file of so many bytes, where that is too many to read."""
-    if size > MAX_BYTES:
-        raise BadExample("too large file", key, f"{size:,} bytes")
 
 
 def _check_pixels(width: int, height: int, key: str) -> None:
@@ -149,10 +163,25 @@ def _check_pixels(width: int, height: int, key: str) -> None:
         raise BadExample("too many pixels", key, f"{width} x {height}")
 
 
-def _tile_side(image: Any, tag: int) -> int:
-    """Returns a number of a TIFF's header; 1 where there is none."""
+def _number(image: Any, tag: int) -> int:
+    """Returns a number of a TIFF's header, too large a one where it is damaged; 1: there is none."""
     value = image.tag_v2.get(tag, 1)
     return value if isinstance(value, int) else MAX_PIXELS + 1
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Opens an image file of a known format, whose pixels are not decoded yet.
+
+    Nothing else opens files by Pillow, so that no bytes of a data set reach its other decoders.
+    Raises whatever Pillow raises for a damaged header.
+    """
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()  # AVIF is not in every version
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarray:
@@ -199,41 +228,21 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yields strips of whole rows, each with its first row; an ordinary image is one strip."""
-    rows = max(1, _BAND_PIXELS // image.width)
-    if rows >= image.height:
-        yield 0, image
-        return
-    for top in range(0, image.height, rows):
-        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
 def _array(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns the pixels of an RGB image; may be read-only."""
-    if image.width * image.height <= _BAND_PIXELS:
+    """Returns the pixels of an RGB image, which may be read-only; a large one band by band."""
+    if image.width * image.height <= _BAND:
         return np.asarray(image)
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
-    for top, band in _bands(image):
-        pixels[top : top + band.height] = np.asarray(band)
-    return pixels
-
-
-def _over_white(image: Image.Image) -> Image.Image:
-    """Lays transparent pixels over white."""
-    made = Image.new("RGB", image.size)
-    for top, band in _bands(image):
-        white = Image.new("RGBA", band.size, "white")
-        made.paste(Image.alpha_composite(white, band.convert("RGBA")).convert("RGB"), (0, top))
-    return made
+    array = np.empty((image.height, image.width, 3), np.uint8)
+    for top, bottom in _bands(image.size):
+        array[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return array
 
 
 def _grey16_to_rgb(image: Image.Image, key: str) -> Image.Image:
-    """Scales 16-bit grey, as 16 or 32-bit integers, to 8 bits: 65535 becomes 255."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise BadExample("unsupported pixel format", key, f"{image.mode} beyond 16 bits")
-    grey = np.empty(values.shape, np.uint8)
-    for top in range(len(values)):  # row by row: NumPy makes 64-bit numbers of an index
-        grey[top] = _TO_8_BITS[values[top]]
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top, bottom in _bands(image.size):
+        values = np.asarray(image.crop((0, top, image.width, bottom))).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadExample("unsupported pixel format", key, f"{image.mode} beyond 16 bits")
+        grey[top:bottom] = np.round(values / 257)  # 65535 -> 255
     return Image.fromarray(grey).convert("RGB")

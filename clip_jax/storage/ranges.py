@@ -6,10 +6,12 @@ are needed; TensorStore makes the requests concurrently, without the GIL.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
 import pathlib
+import stat as stat_mode
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -25,6 +27,7 @@ from clip_jax.storage.locations import Stat
 _GAP = 2**16
 # Bytes of one request at most, so that merged spans still arrive in parallel.
 _MAX_REQUEST = 2**23
+MAX_WHOLE = 2**28  # bytes of a file that is read whole, such as one image
 
 # Seconds without an answer until a read is cancelled and begun anew.
 _STALL = 30.0
@@ -89,10 +92,22 @@ def _merged(spans: Spans, most: int) -> Iterator[tuple[int, int, list[int]]]:
 
 
 def start_whole(path: epath.Path) -> Callable[[], bytes]:
-    """Begins to read a whole file; see `start`."""
+    """Begins to read a whole file; see `start`.
+
+    On a disk, one of more than `MAX_WHOLE` bytes, a pipe or a device is an OSError.
+    """
     if not remote.is_remote(path):
-        return path.read_bytes
+        return functools.partial(_read_ordinary, path)
     return _Read(path, 0, None).wait
+
+
+def _read_ordinary(path: epath.Path) -> bytes:
+    found = os.stat(path)
+    if not (stat_mode.S_ISREG(found.st_mode) or stat_mode.S_ISDIR(found.st_mode)):
+        raise OSError(f"{path} is a pipe or a device, and no file")
+    if found.st_size > MAX_WHOLE:
+        raise OSError(f"{path} has {found.st_size:,} bytes, of at most {MAX_WHOLE:,}")
+    return path.read_bytes()
 
 
 def _read_local(path: epath.Path, spans: Spans, version: int | str | None) -> list[bytes]:

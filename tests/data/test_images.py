@@ -2,14 +2,18 @@
 
 import dataclasses
 import io
+import pathlib
+import re
 import struct
+import subprocess
+import sys
 import types
 import zlib
 
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image, ImageFilter, ImageOps
+from PIL import EpsImagePlugin, Image, ImageFilter, ImageOps
 
 from clip_jax.data import crops, images
 from clip_jax.data.crops import Crop
@@ -354,3 +358,63 @@ def test_image_of_the_right_size_is_untouched(crop):
         result = images.pixels(given, "key", 32, Crop(crop), np.random.default_rng(0))
         np.testing.assert_array_equal(result, expected)
         assert result.dtype == np.uint8
+
+
+# ---- What is opened, and what it may cost ------------------------------------------------------
+
+
+def test_only_the_meant_formats_are_opened(monkeypatch):
+    """Bytes of a data set must not start Ghostscript, nor reach decoders that are seldom used."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it ran"))
+    picture = Image.new("RGB", (8, 8), "red")
+    for format_ in ("EPS", "DDS", "ICO", "ICNS", "IM", "PCX", "SGI", "TGA", "MSP", "SPIDER", "XBM"):
+        mode = {"MSP": "1", "XBM": "1", "SPIDER": "F", "ICNS": "RGB"}.get(format_, "RGB")
+        file = io.BytesIO()
+        picture.convert(mode).resize((32, 32)).save(file, format_)
+        with pytest.raises(BadExample) as caught:
+            images.decode(file.getvalue(), "x")
+        assert (caught.value.reason, caught.value.detail) == (
+            "unreadable image",
+            "no known image format",
+        ), format_
+    for format_ in ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"):
+        file = io.BytesIO()
+        picture.save(file, format_)
+        assert images.decode(file.getvalue(), "x").size == (8, 8), format_
+
+
+def test_files_are_opened_in_one_place():
+    package = pathlib.Path(images.__file__).parents[1]
+    found = {
+        path.name for path in package.rglob("*.py") if re.search(r"Image\.open\(", path.read_text())
+    }
+    assert found == {"images.py"}
+
+
+def test_scans_of_a_progressive_jpeg_are_bounded(monkeypatch):
+    """A file may repeat a scan thousands of times, and each costs as much as a picture."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    assert images.decode(data, "x").size == (64, 64)
+    last = data.rindex(b"\xff\xda")
+    repeated = data[:last] + data[last:-2] * 3000 + data[-2:]
+    monkeypatch.setattr(images, "_MAX_SCANNED", 64 * 64 * 100)
+    with pytest.raises(BadExample, match="too many scans"):
+        images.decode(repeated, "x")
+
+
+@pytest.mark.parametrize(
+    ("kind", "bound"),
+    [("PNG, 16-bit grey", 13), ("PNG, transparent", 13), ("JPEG, progressive", 16)],
+)
+def test_memory_of_a_large_picture(kind, bound):
+    """The peak stays below as many bytes per pixel as benchmarks/README.md states."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    script = pathlib.Path(__file__).parents[2] / "benchmarks" / "decoders.py"
+    command = [sys.executable, str(script), f"--kind={kind}", "--side=3000"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(rf"^{kind} +([\d.]+)", ran.stdout, re.MULTILINE)
+    assert found, ran.stdout
+    assert 3 < float(found[1]) < bound

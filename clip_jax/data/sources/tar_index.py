@@ -18,7 +18,7 @@ from clip_jax.storage import ranges
 BLOCK = 512  # bytes; headers, and contents with their padding, are multiples of it
 FILES = ("image", "txt", "json")  # the files of a sample that are read
 LABELLED_FILES = (*FILES, "cls", "npy")  # the same where classes stand in files of their own
-_LARGEST = 2**31 - 1  # bytes of a file; larger ones are as good as missing
+_LARGEST = ranges.MAX_WHOLE  # bytes of a file; larger ones are as good as missing
 # Names that are not UTF-8 stay distinct: each foreign byte becomes its escape.
 _NAMES: Any = {"encoding": "utf-8", "errors": "backslashreplace"}
 _MOST_BLOCKS = 2**16 - 1  # of the headers of a file, by the dtype of a row
