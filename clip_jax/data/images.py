@@ -9,6 +9,7 @@ import functools
 import io
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -24,10 +25,11 @@ from clip_jax.errors import BadExample
 MAX_PIXELS = 2**26
 # The formats that are opened. Pillow knows others, one of which starts a program (EPS).
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-# A progressive JPEG is decoded once per scan. Cameras and programs write at most a dozen.
+_TILE_SIDES = (322, 323)  # tags of TIFF
+# A JPEG is decoded once per scan. Cameras and programs write at most a dozen.
 _SCAN = b"\xff\xda"
 _MAX_SCANNED = 32 * MAX_PIXELS  # pixels of all scans together
-_BAND = 2**20  # pixels converted at a time, where a conversion takes memory of its own
+_BAND = 2**22  # pixels converted at a time, where a conversion takes memory of its own
 
 # Formats of animations; further frames of other formats are previews, depth maps or pages.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
@@ -77,7 +79,7 @@ def pixels(
             window = crops.window(crop, *_upright_size(picture), rng)
             factor = window.shrink_factor(size)
             return crops.resize(_jpeg(image, picture, key, factor), window.shrunk(factor), size)
-        rgb = np.asarray(_to_rgb(picture, key))
+        rgb = _array(_to_rgb(picture, key))
         window = crops.window(crop, rgb.shape[1], rgb.shape[0], rng)
         return crops.resize(rgb, window, size)
 
@@ -144,15 +146,27 @@ def _open(data: bytes, key: str) -> Image.Image:
         raise BadExample("HTML instead of an image", key)
     image = open_header(data)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadExample("too many pixels", key, f"{width} x {height}")
-    if image.format in _JPEG_FORMATS and image.info.get("progressive"):
+    _check_pixels(width, height, key)
+    if image.format in _JPEG_FORMATS:
         scans = data.count(_SCAN)
         if scans * width * height > _MAX_SCANNED:
             raise BadExample("too many scans", key, f"{scans} of {width} x {height}")
+    if image.format == "TIFF":  # tiles are decoded whole, however small the image is
+        _check_pixels(*(_number(image, tag) for tag in _TILE_SIDES), key)
     if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image
+
+
+def _check_pixels(width: int, height: int, key: str) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadExample("too many pixels", key, f"{width} x {height}")
+
+
+def _number(image: Any, tag: int) -> int:
+    """Returns a number of a TIFF's header, too large a one where it is damaged; 1: there is none."""
+    value = image.tag_v2.get(tag, 1)
+    return value if isinstance(value, int) else MAX_PIXELS + 1
 
 
 def open_header(data: bytes) -> Image.Image:
@@ -187,7 +201,7 @@ def _jpeg(data: bytes, picture: Image.Image, key: str, factor: int) -> np.ndarra
                 data, min_width=width, min_height=height, min_factor=factor, strict=True
             )
     picture.draft(None, (picture.width // factor, picture.height // factor))
-    return np.asarray(_to_rgb(picture, key))
+    return _array(_to_rgb(picture, key))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -206,10 +220,22 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _upright(image: Image.Image) -> Image.Image:
     """Applies the EXIF orientation; an image with damaged EXIF data is returned unchanged."""
     image.load()  # outside of the try: errors of the pixels are none of EXIF
+    if _orientation(image) == 1:
+        return image  # exif_transpose would copy it
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
         return image
+
+
+def _array(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the pixels of an RGB image, which may be read-only; a large one band by band."""
+    if image.width * image.height <= _BAND:
+        return np.asarray(image)
+    array = np.empty((image.height, image.width, 3), np.uint8)
+    for top, bottom in _bands(image.size):
+        array[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return array
 
 
 def _grey16_to_rgb(image: Image.Image, key: str) -> Image.Image:
