@@ -1,7 +1,7 @@
 """Tokenizers that come in a folder of transformers or open_clip, with the rules of that folder.
 
-A vocabulary alone does not say how a caption becomes a row of ids. The other files of its folder say
-how it is cleaned, which tokens begin and end it, and what fills the row.
+A vocabulary alone does not say how a caption becomes a row of ids. The other files of its folder
+say how it is cleaned, which tokens begin and end it, and what fills the row.
 """
 
 import dataclasses
@@ -425,9 +425,7 @@ def _sequence(first: list[dict[str, Any]], then: dict[str, Any] | None) -> dict[
     return {"type": "Sequence", "normalizers": [*first, *([then] if then else [])]}
 
 
-def _template(
-    model: Any, start: tuple[int, ...], end: tuple[int, ...]
-) -> dict[str, Any] | None:
+def _template(model: Any, start: tuple[int, ...], end: tuple[int, ...]) -> dict[str, Any] | None:
     """Returns the post-processor that puts these ids around a text."""
     if not (start or end):
         return None

@@ -98,8 +98,8 @@ def is_folder(folder: epath.Path) -> bool:
         return False
     if kind is not None and kind not in _MODELS:
         raise UserError(
-            f"{folder} holds a model of the kind {kind!r} of transformers (model_type in {CONFIG}), "
-            f"whose towers clip_jax does not have: it has those of {' and '.join(_MODELS)}."
+            f"{folder} holds a model of the kind {kind!r} of transformers (model_type in "
+            f"{CONFIG}), whose towers clip_jax does not have: it has those of {' and '.join(_MODELS)}."
         )
     return kind in _MODELS
 
