@@ -164,7 +164,7 @@ def _check_pixels(width: int, height: int, key: str) -> None:
 
 
 def _number(image: Any, tag: int) -> int:
-    """Returns a number of a TIFF's header, too large a one where it is damaged; 1: there is none."""
+    """Returns a number of a TIFF's header: 1 where there is none, too large where it is damaged."""
     value = image.tag_v2.get(tag, 1)
     return value if isinstance(value, int) else MAX_PIXELS + 1
 

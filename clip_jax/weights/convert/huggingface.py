@@ -99,7 +99,8 @@ def is_folder(folder: epath.Path) -> bool:
     if kind is not None and kind not in _MODELS:
         raise UserError(
             f"{folder} holds a model of the kind {kind!r} of transformers (model_type in "
-            f"{CONFIG}), whose towers clip_jax does not have: it has those of {' and '.join(_MODELS)}."
+            f"{CONFIG}), whose towers clip_jax does not have: it has those of "
+            f"{' and '.join(_MODELS)}."
         )
     return kind in _MODELS
 
