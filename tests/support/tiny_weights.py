@@ -24,7 +24,7 @@ SIZES = {
 
 
 def make(kind: str, size: models.Size | None = None) -> Weights:
-    """Random weights, of another size than the kind's too; of OpenAI's tokenizer, but for SigLIP."""
+    """Random weights of a kind, or of another size; of OpenAI's tokenizer, but for SigLIP."""
     size, rng = size or SIZES[kind], np.random.default_rng(0)
     shapes = variable_shapes(size)
     arrays = {}

@@ -56,7 +56,7 @@ def test_an_index_that_names_files_elsewhere(part, tmp_path: pathlib.Path):
     (tmp_path / "x" / "model.safetensors").rename(tmp_path / "x" / "moved.safetensors")
     index = tmp_path / "x" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"logit_scale": part}}))
-    with pytest.raises(UserError, match="not inside of it|no weight_map"):
+    with pytest.raises(UserError, match=r"not inside of it|no weight_map"):
         weights.open(tmp_path / "x")
 
 
@@ -136,14 +136,14 @@ def test_a_missing_path_is_not_looked_up(name: str, tmp_path: pathlib.Path, monk
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(opening, "_download", lambda name: pytest.fail(f"asked for {name}"))
-    with pytest.raises(UserError, match="There is no model .*looked for at /"):
+    with pytest.raises(UserError, match=r"There is no model .*looked for at /"):
         weights.open(name)
 
 
 @pytest.mark.parametrize("name", models.available_models())
 def test_a_name_of_an_architecture(name: str, monkeypatch):
     monkeypatch.setattr(opening, "_download", lambda name: pytest.fail(f"asked for {name}"))
-    with pytest.raises(UserError, match="no weights come with.*(OpenAI's archive|hub)"):
+    with pytest.raises(UserError, match=r"no weights come with.*(OpenAI's archive|hub)"):
         api.load(name)
 
 
