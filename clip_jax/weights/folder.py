@@ -101,7 +101,7 @@ def _verified(tensors: Tensors, checksums: Mapping[str, str], path: epath.Path) 
 def checksum(value: np.ndarray) -> str:
     """Returns the CRC-32 of an array's numbers as float32."""
     numbers = np.ascontiguousarray(value, "<f4").reshape(-1)
-    return f"{zlib.crc32(memoryview(numbers.view(np.uint8))):08x}"
+    return f"{zlib.crc32(numbers.view(np.uint8).data):08x}"
 
 
 def inside(folder: epath.Path, name: Any) -> epath.Path:
