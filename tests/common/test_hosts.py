@@ -55,7 +55,7 @@ def test_a_killed_host_ends_the_others_with_a_sentence(process):
     for other in ended:
         assert other.returncode == ExitCode.RESUME
         said = f"Host {process} is gone: start the same command again on every host to resume."
-        assert other.stderr.strip().endswith(said)  # JAX may log a line before it
+        assert said in other.stderr  # JAX may log a line before it, or behind
         assert "Check failure" not in other.stderr
         assert "Traceback" not in other.stderr
         assert "Fatal" not in other.stderr
