@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,9 @@ OPTIONAL = {
     "tensorflow_text": "tensorflow-text",
     "array_record": "array-record",
 }
+
+# As TensorStore and others word it, whose errors have no number.
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 # Name: (module whose main(arguments) runs it, what it is for).
 Table = Mapping[str, tuple[str, str]]
@@ -66,7 +70,44 @@ def explained(error: Exception) -> str:
             f"This needs the package {OPTIONAL[package]}, which is not installed ({error}). "
             f"Run `pip install {OPTIONAL[package]}`."
         )
-    return faults.explained(error)
+    return faults.explained(error) or _exhausted(error)
+
+
+def _exhausted(error: Exception) -> str:
+    """Returns a paragraph on a lack of memory or of space on a disk, "" on any other error."""
+    text, number = str(error), getattr(error, "errno", None)
+    detail = f"({(text.strip().splitlines() or [type(error).__name__])[0][:200]})"
+    name = getattr(error, "filename", None)
+    where = f" at {name}" if name else ""
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(s in text for s in _DISK_FULL):
+        return (
+            f"The disk is full{where} {detail}. Free some space, for a training run with a smaller "
+            "--config.checkpoint.keep, and run the same command again; a training run resumes at "
+            "its last complete checkpoint."
+        )
+    if number == errno.EFBIG:
+        return (
+            f"A file became larger than allowed{where} {detail}. Raise the limit (ulimit -f) or "
+            "choose another disk, and run the same command again."
+        )
+    if number == errno.EROFS:
+        return f"The disk is read-only{where} {detail}. Choose another directory, or remount it."
+    if isinstance(error, MemoryError) or number == errno.ENOMEM:
+        return (
+            f"This host has no memory left {detail}. Close other programs, or take a smaller "
+            "batch size, fewer --config.data.processes or a smaller --config.data.prefetch, and "
+            "run the same command again."
+        )
+    if type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and (
+        "RESOURCE_EXHAUSTED" in text or "Out of memory" in text
+    ):
+        return (
+            f"The device has no memory left {detail}. Take a smaller batch size or more devices; "
+            "a training run also --config.accum_steps=8 or --config.model.remat=full, and it "
+            "resumes at its last complete checkpoint. Other programs may also hold memory of the "
+            "device."
+        )
+    return ""
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """The numbers of a run: metrics.jsonl, TensorBoard, and the progress line."""
 
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -43,7 +44,8 @@ class MetricWriter:
         self._files = writing.Growing(directory)
         self._path = self._files.local / FILE
         rows = [row for row in read_history(directory) if row["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        # Replaced as a whole: a process that is killed here must not lose the rows of weeks.
+        writing.write(epath.Path(self._path), "".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
             events = directory / "tensorboard"
             if start_step == 0 and events.exists():
@@ -106,18 +108,33 @@ class TensorBoardWriter:
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Reads the rows of metrics.jsonl, oldest first; skips a last line cut short."""
+    """Reads the rows of metrics.jsonl, oldest first; drops and counts lines that are no rows."""
+    path = locations.parse(workdir) / FILE
     try:
-        lines = ranges.read(locations.parse(workdir) / FILE).decode().splitlines()
+        lines = [line for line in ranges.read(path).split(b"\n") if line.strip()]
     except FileNotFoundError:
         return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    rows = [row for line in lines if (row := _parse_row(line)) is not None]
+    if dropped := len(lines) - len(rows):
+        logging.warning(
+            "Dropped %d of %d lines of %s, which are cut short, not UTF-8, or not a row of numbers "
+            "with a step. A process that is killed can leave one such line.",
+            dropped,
+            len(lines),
+            path,
+        )
     return rows
+
+
+def _parse_row(line: bytes) -> dict[str, float] | None:
+    """Returns a row of metrics.jsonl; None where the line is not one."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):  # cut short, not UTF-8, or nested too deep
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
 class Progress:

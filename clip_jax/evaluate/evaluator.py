@@ -118,6 +118,14 @@ class Evaluator:
         }
         return {name: score.value for name, score in self.scores.items()} | self.means
 
+    def measures(self, name: str) -> bool:
+        """Returns whether a planned task logs names like this one, before anything is measured."""
+        return any(
+            name == f"{task}/mean" or name.startswith(_prefix(task, dataset.name) + "/")
+            for dataset, names in self._planned
+            for task in names
+        )
+
     def headlines(self) -> dict[str, Score]:
         """Returns the few scores that fit on a line of text, by their logged names."""
         return {
@@ -251,8 +259,11 @@ def logged_name(score: Score) -> str:
     classification is called top1, beside top5.
     """
     top1 = score.task == "zeroshot" and score.metric == "accuracy"
-    middle = [] if _is_described(score.dataset) else [score.dataset]
-    return "/".join([score.task, *middle, "top1" if top1 else score.metric])
+    return f"{_prefix(score.task, score.dataset)}/{'top1' if top1 else score.metric}"
+
+
+def _prefix(task: str, dataset: str) -> str:
+    return task if _is_described(dataset) else f"{task}/{dataset}"
 
 
 def _is_described(dataset: str) -> bool:

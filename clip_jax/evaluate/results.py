@@ -215,10 +215,10 @@ class Folder:
         self.directory = locations.parse(directory)
 
     def read(self, task: str, dataset: str, made_of: str) -> Result | None:
-        """Reads a result; None: there is none, or one made of something else."""
+        """Reads a result; None: there is none, or one made of something else, or damaged."""
         try:
             found = Result.from_json(json.loads(ranges.read(self._path(task, dataset))))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
             return None
         return found if found.made_of == made_of else None
 

@@ -28,6 +28,7 @@ from clip_jax.common import commands, config_file
 from clip_jax.configs import default
 from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
+from clip_jax.storage import locations, writing
 
 PAPER_EXAMPLES = 400e6
 _COMMAND = "python -m clip_jax plan"
@@ -195,7 +196,7 @@ def _write_json(target: str | None, fields: dict[str, Any]) -> bool:
     if target == "-":
         print(text)
         return False
-    pathlib.Path(target).write_text(text + "\n")
+    writing.write(locations.parse(target), text + "\n")
     return True
 
 

@@ -216,6 +216,12 @@ class Loop:
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
             shown = [f"{name} {results[name]:.1%}" for name in brief]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
+            best = self._config.checkpoint.best_metric
+            if best and best not in results and run.evaluator.measures(best):  # else said at start
+                self._progress.note(
+                    f"checkpoint.best_metric {best} is none of the metrics measured: "
+                    f"{', '.join(sorted(results))}."
+                )
         self._progress.resume(paused)
         return results
 

@@ -18,7 +18,7 @@ from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import program, workdir
+from clip_jax.training import lease, program, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 
 
@@ -43,10 +43,12 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     directory = locations.reachable(directory)
     run = _prepare(config, directory)
     workdir.make(directory)
-    store = checkpoint.Checkpoints(
-        directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
-    )
-    with store:
+    with (
+        lease.held(directory),
+        checkpoint.Checkpoints(
+            directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+        ) as store,
+    ):
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
@@ -216,6 +218,12 @@ def _announce(run: Run, config: ConfigDict) -> None:
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
         _say(note)
+    best = config.checkpoint.best_metric
+    if best and not run.evaluator.measures(best):
+        _say(
+            f"No evaluation of this run measures {best}, so only the most recent checkpoints are "
+            "kept: set --config.checkpoint.best_metric to a metric of this run."
+        )
     epochs = run.total_steps * config.batch_size / len(run.source)
     _say(
         f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "

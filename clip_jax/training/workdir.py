@@ -29,20 +29,22 @@ FREE += ("data.source.path", "data.mixture.*.path")
 
 
 def make(workdir: epath.Path) -> None:
-    """Creates a workdir, or tests that its bucket is writable, before anything slow.
+    """Creates a workdir and tests that it is writable, before anything slow.
 
     Raises:
       UserError: it cannot be created or written to.
     """
-    if remote.is_remote(workdir):
+    far = remote.is_remote(workdir)
+    try:
+        if not far:
+            workdir.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             probe = workdir / "writable"
             writing.write(probe, b"")
             writing.remove(probe)
-        return
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if far:
+            raise
         raise UserError(
             f"The workdir {workdir} cannot be written to ({error}): choose another --workdir."
         ) from None
@@ -71,7 +73,9 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
         return
     try:
         stored = json.loads(data)
-    except ValueError:
+        if not isinstance(stored, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
     if changed := differences(stored, to_plain(config)):
         listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)

@@ -1,0 +1,71 @@
+"""Errors of a machine without memory or space, as sentences; the errors are real ones."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from clip_jax.common import commands
+
+
+def caught(action) -> Exception:
+    try:
+        action()
+    except Exception as error:
+        return error
+    raise AssertionError("no error")
+
+
+def test_full_disk():
+    def fill():
+        with open("/dev/full", "w") as file:
+            file.write("a")
+
+    text = commands.explained(caught(fill))
+    assert text.startswith("The disk is full")
+    assert "resumes at its last complete" in text
+
+
+def test_full_disk_as_tensorstore_words_it():
+    error = ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device")
+    assert commands.explained(error).startswith("The disk is full")
+
+
+def test_device_out_of_memory():
+    text = commands.explained(caught(lambda: jnp.zeros(10**14).block_until_ready()))
+    assert text.startswith("The device has no memory left")
+    assert "--config.accum_steps" in text
+
+
+def test_host_out_of_memory():
+    error = caught(lambda: bytearray(2**62))
+    assert "--config.data.prefetch" in commands.explained(error)
+
+
+def test_file_larger_than_the_limit(tmp_path):
+    code = f"""
+import resource, signal
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from clip_jax.common import commands
+try:
+    open({str(tmp_path / "a")!r}, "wb", buffering=0).write(bytes(20_000)) and open(
+        {str(tmp_path / "a")!r}, "ab", buffering=0).write(b"a")
+except OSError as error:
+    print(commands.explained(error))
+"""
+    ran = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
+    assert "ulimit -f" in ran.stdout, ran.stderr
+
+
+def test_read_only_disk():
+    error = OSError(errno.EROFS, os.strerror(errno.EROFS), "/a/b")
+    assert commands.explained(error).startswith("The disk is read-only at /a/b")
+
+
+@pytest.mark.parametrize("error", [ValueError("a fault"), OSError(errno.EIO, "input"), KeyError()])
+def test_faults_of_the_program_keep_their_traceback(error):
+    assert commands.explained(error) == ""

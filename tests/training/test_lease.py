@@ -1,0 +1,145 @@
+"""The lease of a workdir: one run at a time, and none that a dead run holds for ever."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from clip_jax.errors import UserError
+from clip_jax.training import lease
+from clip_jax.training import workdir as workdirs
+
+# A second run: it takes the lease, says so, and holds it until it is killed.
+HOLD = """
+import sys, time
+from clip_jax.training import lease
+from clip_jax.training import workdir as workdirs
+with lease.held(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(workdir) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_run_is_refused_and_a_killed_one_gives_up_at_once(tmp_path):
+    process = hold(tmp_path)
+    try:
+        named = f"process {process.pid} on .*, since 20"
+        with pytest.raises(UserError, match=named), lease.held(tmp_path):
+            pass
+        assert (tmp_path / lease.FILE).exists()  # the refused one leaves it alone
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with lease.held(tmp_path):
+        assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
+    assert not (tmp_path / lease.FILE).exists()
+
+
+def elsewhere(workdir: epath.Path, beat: int = 0) -> None:
+    """Writes the lease of a run on another machine."""
+    (workdir / lease.FILE).write_text(
+        json.dumps(
+            {
+                "id": "a",
+                "host": "other",
+                "pid": os.getpid(),
+                "machine": "another boot",
+                "started": "1",
+                "since": "2020-01-01 00:00:00",
+                "beat": beat,
+            }
+        )
+    )
+
+
+@pytest.fixture(params=["local", "gs"])
+def workdir(request, tmp_path) -> epath.Path:
+    if request.param == "local":
+        return epath.Path(tmp_path)
+    request.getfixturevalue("bucket")
+    return epath.Path(f"gs://bucket/{tmp_path.name}-lease")
+
+
+def test_silent_run_on_another_host_is_dead(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(lease, "EXPIRES", 0.4)
+    elsewhere(workdir)
+    with lease.held(workdir):
+        assert json.loads((workdir / lease.FILE).read_text())["pid"] == os.getpid()
+    assert "names a run on other" in capsys.readouterr().out
+    assert not (workdir / lease.FILE).exists()
+
+
+def test_run_on_another_host_that_renews_its_lease_is_alive(workdir, monkeypatch):
+    monkeypatch.setattr(lease, "EXPIRES", 0.4)
+    elsewhere(workdir)
+    real, beats = lease.time.sleep, iter(range(1, 1000))
+
+    def sleep(seconds):
+        real(seconds)
+        elsewhere(workdir, next(beats))
+
+    monkeypatch.setattr(lease.time, "sleep", sleep)
+    with pytest.raises(UserError, match="on other, since 2020"), lease.held(workdir):
+        pass
+
+
+@pytest.mark.parametrize("contents", [b"", b"\xff{", b"[]", b'{"id": 1}', b"[" * 5000])
+def test_damaged_lease_expires(tmp_path, monkeypatch, contents):
+    monkeypatch.setattr(lease, "EXPIRES", 0.1)
+    (tmp_path / lease.FILE).write_bytes(contents)
+    with lease.held(tmp_path):
+        pass
+
+
+def test_process_number_used_again_is_another_process(tmp_path):
+    with lease.held(tmp_path):
+        text = (tmp_path / lease.FILE).read_text()
+    (tmp_path / lease.FILE).write_text(re.sub(r'"started": "\d+"', '"started": "1"', text))
+    with lease.held(tmp_path):
+        pass
+
+
+def test_run_whose_lease_was_taken_ends(tmp_path):
+    code = HOLD.replace("with lease", "lease._BEAT = 0.1\nwith lease")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    for _ in range(20):  # against a renewal that was under way
+        elsewhere(epath.Path(tmp_path))
+        try:
+            process.wait(0.3)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.returncode == 2
+    assert process.stderr is not None
+    assert "on other" in process.stderr.read()
+
+
+def test_read_only_workdir_is_said_before_anything_slow(tmp_path, monkeypatch):
+    def refuse(path, contents):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(workdirs.writing, "write", refuse)
+    with pytest.raises(UserError, match=r"cannot be written to .*Read-only.*another --workdir"):
+        workdirs.make(epath.Path(tmp_path))
