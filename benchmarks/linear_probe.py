@@ -10,7 +10,7 @@ each.
 
 scikit-learn fits them one by one with BLAS on all cores, or one per core at a time, in separate
 processes. It stops at a gradient of 1e-4 in the maximum norm, or of --tolerance;
-clip_jax at 1e-6 in the Euclidean norm of all classes, in units of the features' deviation.
+clip_jax where a step is expected to lower the objective by no more than 1e-9 of it.
 """
 
 import argparse

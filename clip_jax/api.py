@@ -1,7 +1,8 @@
 """Inference with a trained model: load it, embed images and texts, classify."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,14 @@ from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample, UserError
 from clip_jax.models import buckets
-from clip_jax.models.prompts import average_classes, class_prompts, class_scores, prepare
+from clip_jax.models.prompts import (
+    TEMPLATES,
+    as_texts,
+    average_classes,
+    class_prompts,
+    class_scores,
+    prepare,
+)
 from clip_jax.storage import faults, locations, ranges
 from clip_jax.weights.model import Weights
 
@@ -59,7 +67,7 @@ class Model:
         self.tokenizer = tokenizer
         self.about = about
         self._batch_size = batch_size
-        self._crop = Crop(net.size.image_crop)
+        self._crop = Crop(net.size.image_crop, filter=net.size.image_filter)
         self._image = jax.jit(lambda v, x: net.apply(v, x, method="encode_image"))
         self._text = jax.jit(lambda v, x: net.apply(v, x, method="encode_text"))
         self._scores = jax.jit(partial(class_scores, net), static_argnames="classes")
@@ -124,7 +132,7 @@ class Model:
         self,
         images: Pictures,
         class_names: Sequence[str],
-        templates: Sequence[str] = ("a photo of a {}.",),
+        templates: Sequence[str] = TEMPLATES,
     ) -> Float[np.ndarray, "n classes"]:
         """Classifies images by the names of the classes.
 
@@ -138,8 +146,15 @@ class Model:
           float32 [n, classes], probabilities.
 
         Raises:
-          UserError: the model cannot score text.
+          UserError: the model cannot score text, a picture cannot be read, or the names and
+            templates are no lists of texts.
         """
+        class_names = as_texts(class_names, "class names", "cat")
+        templates = as_texts(templates, "templates", *TEMPLATES)
+        if twice := [name for name, count in Counter(class_names).items() if count > 1]:
+            raise UserError(
+                f"The class name {twice[0]!r} is given twice: the two would share its probability."
+            )
         prompts, class_ids = class_prompts(class_names, templates)
         if hasattr(self.net, "score"):
             prepared = prepare(self._tokens(prompts, truncate=False))
@@ -157,6 +172,7 @@ class Model:
                 "The weights came without a tokenizer: convert them once more with --tokenizer and "
                 "the vocabulary file that was published with them."
             )
+        texts = [texts] if isinstance(texts, str) else as_texts(texts, "texts", "a cat")
         return self.tokenizer(texts, truncate=truncate)
 
     def _pixels(self, image: Any, wait: Callable[[], bytes] | None) -> UInt8[np.ndarray, "h w 3"]:
@@ -166,11 +182,7 @@ class Model:
                 return image_files.pixels(wait(), str(image), size, self._crop, None)
             if isinstance(image, Image.Image):
                 return image_files.pixels(image, key, size, self._crop, None)
-            array = np.asarray(image)
-            if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-                raise UserError(
-                    f"A picture as an array is uint8 [h, w, 3], not {array.dtype} {array.shape}."
-                )
+            array = _as_array(image)
             return image_files.pixels(array, key, size, self._crop, None)
         except UserError:
             raise
@@ -214,9 +226,38 @@ def _as_list(images: Pictures) -> list[Any]:
     """Returns one or many images as a list; each is checked when it is read."""
     if isinstance(images, (Image.Image, str, os.PathLike)):
         return [images]
-    if isinstance(images, np.ndarray) and images.ndim == 3:
-        return [images]
+    if isinstance(images, (bytes, bytearray, Mapping, Set)) or not isinstance(images, Iterable):
+        raise UserError(_no_picture(images))
+    if hasattr(images, "__array__"):  # arrays of NumPy and JAX, tensors of PyTorch
+        array = np.asarray(images)
+        return list(array) if array.ndim == 4 or array.dtype.kind in "OU" else [array]
     return list(images)
+
+
+def _as_array(image: Any) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns a picture that is neither a Pillow image nor a path; UserError where it is none."""
+    if not hasattr(image, "__array__"):
+        raise UserError(_no_picture(image))
+    array = np.asarray(image)
+    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3 and array.size:
+        return array
+    hint = ""
+    if array.dtype.kind == "f":
+        hint = " Values from 0 to 1 become pixels by (255 * x).round().astype(numpy.uint8)."
+    elif array.ndim == 3 and array.shape[0] in (1, 3, 4):
+        hint = " The channels come last: array.transpose(1, 2, 0)."
+    elif array.ndim == 2 or array.shape[-1:] in ((1,), (4,)):
+        hint = " PIL.Image.fromarray makes a picture of grey values, or of four channels."
+    raise UserError(
+        f"A picture as an array is uint8 [h, w, 3], not {array.dtype} {array.shape}.{hint}"
+    )
+
+
+def _no_picture(value: Any) -> str:
+    return (
+        f"{value!r:.60} is no picture: give a Pillow image, a path, or an array uint8 [h, w, 3], "
+        "one or a list of them. Bytes of a file are opened by PIL.Image.open(io.BytesIO(data))."
+    )
 
 
 def load(path: epath.PathLike, step: int | None = None) -> Model:

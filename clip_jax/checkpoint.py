@@ -22,7 +22,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import checksums
-from clip_jax.errors import StorageError, UserError
+from clip_jax.errors import ExitCode, StorageError, UserError
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState
 from clip_jax.storage import faults, for_orbax, locations, remote
@@ -346,7 +346,7 @@ class _Writes:
                     print(
                         f"\n{self._sentence(for_orbax.failures[-1])}", file=sys.stderr, flush=True
                     )
-                    os._exit(1)
+                    os._exit(ExitCode.RESUME)
                 if (now := time.monotonic()) - logged < self._LOG_EVERY:
                     continue
                 logged = now

@@ -21,6 +21,7 @@ ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_POOLS = ("class", "map")
 TEXT_POOLS = ("end", "last", "bag")
 IMAGE_CROPS = ("center", "none")
+IMAGE_FILTERS = ("bilinear", "bicubic", "lanczos")
 RESNET_ACTIVATIONS = ("relu", "gelu")
 RESNET_NORMS = ("batch", "weight")
 

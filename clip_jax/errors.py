@@ -1,16 +1,44 @@
-"""Errors whose message is written for the user: one paragraph that names the remedy."""
+"""Errors whose message is written for the user, and the exit codes of all commands."""
+
+import enum
+
+
+class ExitCode(enum.IntEnum):
+    """The exit codes of all commands.
+
+    Those of 128 and more are a signal's. XPK starts again on RESUME and from 127 on, and so does
+    launch/; a user error would only come back.
+    """
+
+    DONE = 0
+    FAULT = 1  # a fault of the program, with a traceback; or a check that found something
+    USER_ERROR = 2  # what the user can put right: a setting, a path, the data
+    RESUME = 42  # a host is gone, storage fails or data stall: the same command may succeed
+    INTERRUPTED = 130  # Ctrl-C
 
 
 class UserError(ValueError):
     """Something the user can put right; main.py prints the message without a traceback."""
 
+    exit_code = ExitCode.USER_ERROR
+
 
 class DataStalled(UserError):
     """No batch came in time. Threads that hang may keep the process from ending by itself."""
 
+    exit_code = ExitCode.RESUME
+
 
 class StorageError(UserError):
     """A failure of storage that repeating did not cure. Threads may still wait for it."""
+
+    exit_code = ExitCode.RESUME
+
+
+class StorageRefused(StorageError):
+    """A failure of storage that repeating does not cure: no such bucket, or no right to it."""
+
+    exit_code = ExitCode.USER_ERROR
 
 
 class BadExample(Exception):

@@ -18,9 +18,18 @@ from clip_jax.errors import UserError
 
 
 def make_schedule(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear from 0 to `peak`, then a cosine that ends at 0."""
+    """Returns the learning rate by step, counted from 0: a linear warm-up, then a cosine to 0.
+
+    As in open_clip, the first step has peak / warmup_steps and the last of the warm-up the peak;
+    a first step with rate 0 would change nothing. big_vision's warm-up has exactly that, and so is
+    one step behind. A warm-up as long as the run is shortened.
+    """
     warmup_steps = min(warmup_steps, max(total_steps - 1, 0))
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, max(total_steps, 1))
+    cosine = optax.cosine_decay_schedule(peak, max(total_steps - warmup_steps, 1))
+    if not warmup_steps:
+        return cosine
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, cosine], [warmup_steps])
 
 
 def make_optimizer(

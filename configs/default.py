@@ -370,6 +370,8 @@ def _checkpoint() -> ConfigDict:
     # The checkpoint with the highest value of this metric is kept too; "": none.
     checkpoint.best_metric = "zeroshot/top1"
     checkpoint.allow_config_change = False  # resume although settings that change results differ
+    # Resume on other training data: order, epochs and the length of the schedule change.
+    checkpoint.allow_data_change = False
     return checkpoint
 
 

@@ -105,6 +105,8 @@ status() {
     case "$ended" in
       0) state="finished" ;;
       stopped) state="stopped" ;;
+      # As in clip_jax/errors.py; the others are signals. The same command may succeed.
+      42 | 12[7-9] | 1[3-9]? | 2??) state="lost: exit status $ended" ;;
       *) state="failed with exit status $ended" ;;
     esac
   fi

@@ -227,15 +227,91 @@ def test_many_inputs_use_one_program_and_few_a_smaller_one(model):
         (np.zeros((16, 16, 4), np.uint8), "uint8 .h, w, 3.*4"),
         (np.zeros((16, 16, 3)), "uint8 .h, w, 3.*float64"),
         ([np.zeros((16, 16), np.uint8)], "uint8 .h, w, 3"),
-        (np.array([None]), "uint8 .h, w, 3"),
+        (np.array([None]), "None is no picture"),
+        (np.zeros((3, 16, 16), np.uint8), "channels come last"),
+        (np.zeros((2, 16, 16, 1), np.uint8), "grey values"),
+        (np.zeros((0, 16, 3), np.uint8), "uint8 .h, w, 3"),
+        (np.zeros((16, 16, 3), np.float32), "from 0 to 1"),
+        (None, "None is no picture.*Pillow image"),
+        (b"GIF89a", "no picture.*BytesIO"),
+        (7, "7 is no picture"),
+        ({"a.png": 1}, "no picture"),
+        ([noise(16, 16, 3), None], "None is no picture"),
+        ([[noise(16, 16, 3)]], "no picture"),
+        (Image.new("F", (16, 16)), "unsupported pixel format"),
     ],
-    ids=["missing", "broken", "URL", "channels", "dtype", "dimensions", "nothing"],
+    ids=[
+        *("missing", "broken", "URL", "channels", "dtype", "dimensions", "nothing"),
+        *("channels first", "grey", "empty", "float", "None", "bytes", "number", "dict"),
+        *("None in a list", "nested", "mode F"),
+    ],
 )
 def test_unusable_pictures(model, picture, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"no picture at all")
     with pytest.raises(UserError, match=message):
         model.encode_image(picture)
+
+
+class Tensor:
+    """Another library's array: no np.ndarray, but one when asked, and iterable."""
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self._array
+
+    def __iter__(self):
+        return map(Tensor, self._array)
+
+
+def test_arrays_of_other_libraries_and_generators(model):
+    arrays = noise(3, SIDE, SIDE, 3)
+    wanted = embed(model, arrays)
+    close(model.encode_image(Tensor(arrays)), wanted)
+    close(model.encode_image(Tensor(arrays[1])), wanted[1:2])
+    close(model.encode_image([Tensor(each) for each in arrays]), wanted)
+    close(model.encode_image(jax.numpy.asarray(arrays)), wanted)
+    close(model.encode_image(each for each in arrays), wanted)
+    names = ["seven", "three"]
+    expected = model.zero_shot(arrays, names)
+    for given in (iter(names), tuple(names), np.array(names)):
+        np.testing.assert_array_equal(model.zero_shot(arrays, given), expected)
+    np.testing.assert_array_equal(
+        model.zero_shot(arrays, names, templates=iter(["a photo of a {}."])), expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ("cat", ["{}"], "class names are 'cat', and must be a list.*'cat'"),
+        (b"cat", ["{}"], "must be a list"),
+        (None, ["{}"], "class names are None"),
+        ({"cat", "dog"}, ["{}"], "must be a list"),
+        ({0: "cat"}, ["{}"], "must be a list"),
+        (["cat", None], ["{}"], "Number 1 of the class names is None"),
+        (["cat", ["dog"]], ["{}"], "Number 1 of the class names"),
+        ([0, 1], ["{}"], "Number 0 of the class names is 0"),
+        (["cat", "dog", "cat"], ["{}"], "'cat' is given twice"),
+        (["cat", " "], ["{}"], "no word"),
+        (["cat|"], ["{}"], "no word"),
+        ([], ["{}"], "needs class names"),
+        (["cat"], [], "needs class names and templates"),
+        (["cat"], "a photo of a {}.", "templates are 'a photo"),
+        (["cat"], [None], "Number 0 of the templates"),
+    ],
+)
+def test_unusable_class_names(model, names, templates, message):
+    with pytest.raises(UserError, match=message):
+        model.zero_shot(PICTURE, names, templates)
+
+
+@pytest.mark.parametrize("texts", [None, b"cat", {"cat"}, {"cat": 1}, 3])
+def test_unusable_texts(model, texts):
+    with pytest.raises(UserError, match=r"The texts are.*must be a list of texts"):
+        model.encode_text(texts)
 
 
 def test_load_leaves_the_workdir_as_it_is(workdir):

@@ -24,7 +24,7 @@ LAYERS = (
     ("clip_jax.embed",),
     ("clip_jax.api",),
     ("clip_jax.weights",),
-    ("clip_jax.checkpoint", "clip_jax.data"),
+    ("clip_jax.checkpoint", "clip_jax.checksums", "clip_jax.data"),
     ("clip_jax.state", "clip_jax.common"),
     (
         "clip_jax.models",

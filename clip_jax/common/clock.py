@@ -25,16 +25,28 @@ def to_steps(
     Raises:
       UserError: not a number and a unit, negative, or percent without `total_steps`.
     """
+    steps = exact_steps(
+        duration,
+        batch_size=batch_size,
+        examples_per_epoch=examples_per_epoch,
+        total_steps=total_steps,
+    )
+    return max(1, round(steps)) if steps else 0
+
+
+def exact_steps(
+    duration: str, *, batch_size: int, examples_per_epoch: int, total_steps: int | None = None
+) -> float:
+    """Converts a duration to steps, not rounded; arguments and errors as for `to_steps`."""
     number, unit = _parse(duration)
     if unit == "percent" and total_steps is None:
         raise UserError(f"{duration!r}: the length of the run cannot be a percentage of itself.")
-    steps = {
+    return {
         "steps": number,
         "examples": number / batch_size,
         "epochs": number * examples_per_epoch / batch_size,
         "percent": number / 100 * (total_steps or 0),
     }[unit]
-    return max(1, round(steps)) if number else 0
 
 
 def _parse(duration: str) -> tuple[float, str]:

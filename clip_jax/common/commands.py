@@ -4,10 +4,13 @@ import argparse
 import contextlib
 import errno
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-from clip_jax.errors import UserError
+from clip_jax.common import lifeline
+from clip_jax.errors import DataStalled, ExitCode, StorageError, UserError
 
 # Packages that only some sources of data and tokenizers need, by the module that they bring.
 OPTIONAL = {
@@ -38,26 +41,54 @@ def dispatch(table: Table, arguments: list[str], prefix: str) -> None:
     elif name in table:
         importlib.import_module(table[name][0]).main(arguments[1:])
     else:
-        sys.exit(
-            f"There is no command {name!r}: choose one of {', '.join(table)}, or {prefix} --help."
+        print(
+            f"There is no command {name!r}: choose one of {', '.join(table)}, or {prefix} --help.",
+            file=sys.stderr,
         )
+        sys.exit(ExitCode.USER_ERROR)
 
 
 @contextlib.contextmanager
-def plain_errors() -> Iterator[None]:
-    """Ends the process on a user error, with a paragraph and status 2."""
+def plain_errors(interrupted: str = "Interrupted.") -> Iterator[None]:
+    """Runs a command: an error ends the process with a paragraph and its `ExitCode`.
+
+    Among several hosts the others end too, with the same code, and none ends well before all have.
+
+    Args:
+      interrupted: paragraph after Ctrl-C.
+    """
     try:
         yield
+        lifeline.finish()
     except UserError as error:
-        print(f"\n{error}", file=sys.stderr)
-        sys.exit(2)
+        # An ordinary exit would wait for threads that hang.
+        hangs = isinstance(error, DataStalled | StorageError)
+        _end(str(error), error.exit_code, hangs)
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted.")
+        _end(interrupted, ExitCode.INTERRUPTED)
+    except SystemExit as error:
+        lifeline.fail(f"it ended with exit status {error.code}.", error.code)
+        raise
     except Exception as error:
-        if not (text := explained(error)):
+        lifeline.await_news()  # it may come of another host's end
+        if text := explained(error):
+            missing = isinstance(error, ModuleNotFoundError)
+            _end(text, ExitCode.USER_ERROR if missing else ExitCode.RESUME)
+        if not lifeline.joined():
             raise
-        print(f"\n{text}", file=sys.stderr)
-        sys.exit(2)
+        traceback.print_exc()
+        _end(f"{type(error).__name__}: {error}", ExitCode.FAULT, said=True)
+
+
+def _end(text: str, code: ExitCode, hangs: bool = False, said: bool = False) -> None:
+    """Ends the process: says why, and tells the other hosts."""
+    if not said:
+        print(f"\n{text}", file=sys.stderr, flush=True)
+    lifeline.fail(text, code)
+    if hangs:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def explained(error: Exception) -> str:

@@ -2,12 +2,17 @@
 
 import argparse
 import contextlib
+import functools
+import socket
 from collections.abc import Iterator
 
+from clip_jax.common import lifeline
 from clip_jax.errors import UserError
 
 # Seconds that hosts wait for the first one: the index of a large data set takes hours.
 _BARRIER_TIMEOUT = 24 * 3600
+_JOIN_TIMEOUT = 300  # seconds until all hosts must have started
+_HEARTBEAT_TIMEOUT = 50  # seconds; JAX's own sign of life, where the lifeline does not tell
 
 
 def add_hosts(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +25,10 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
         help='on a pod: address of its first host, or "auto" where the cluster tells (Cloud TPU, '
         "SLURM); not needed where hosts have accelerators of their own",
     )
-    add(
-        "--processes", type=int, default=1, metavar="N", help="number of hosts; leave out with auto"
-    )
+    add("--processes", type=int, metavar="N", help="number of hosts; leave out with auto")
     add(
         "--process",
         type=int,
-        default=0,
         metavar="I",
         help="number of this host, from 0; leave out with auto",
     )
@@ -39,21 +41,133 @@ def join_hosts(options: argparse.Namespace) -> tuple[int, int]:
       This host's number, and the number of hosts.
 
     Raises:
-      UserError: --process is not below --processes.
+      UserError: as `join`.
     """
-    import jax  # late, since --help needs the flags alone
-
-    if options.coordinator == "auto":
-        jax.distributed.initialize()
-        return jax.process_index(), jax.process_count()
-    if not 0 <= options.process < options.processes:
-        raise UserError(
-            f"--process={options.process} is none of --processes={options.processes} hosts: they "
-            f"are numbered from 0 to {options.processes - 1}."
-        )
     if options.coordinator:
-        jax.distributed.initialize(options.coordinator, options.processes, options.process)
-    return options.process, options.processes
+        return join(options.coordinator, options.processes, options.process)
+    process, processes = options.process or 0, options.processes or 1
+    _check_number(process, processes)
+    return process, processes
+
+
+def join(coordinator: str, processes: int | None, process: int | None) -> tuple[int, int]:
+    """Joins the other hosts; when one ends before its time, so does this process.
+
+    Args:
+      coordinator: HOST:PORT of the first host, or "auto".
+      processes: number of hosts; None with "auto".
+      process: number of this host, from 0; None with "auto".
+
+    Returns:
+      This host's number, and the number of hosts.
+
+    Raises:
+      UserError: the flags do not fit each other, or the hosts do not find each other.
+    """
+    if coordinator != "auto":
+        if processes is None or process is None:
+            raise UserError(
+                "The flag --coordinator=HOST:PORT needs --processes, the number of hosts, and "
+                "--process, the number of this one from 0. With --coordinator=auto leave out both."
+            )
+        _check_number(process, processes)
+        _check_address(coordinator, process)
+    elif processes is not None or process is not None:
+        raise UserError(
+            "With --coordinator=auto the cluster tells how many hosts there are: leave out "
+            "--processes and --process, or give --coordinator=HOST:PORT of the first host."
+        )
+    import jax  # late, since --help needs the flags alone
+    from jax._src import distributed
+    from jax._src.lib import _jax
+
+    # There is no public way to name the callback.
+    make, lost = _jax.get_distributed_runtime_client, lifeline.on_lost_service()
+    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lost)
+    try:
+        if coordinator == "auto":
+            jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
+        else:
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=_JOIN_TIMEOUT,
+                heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
+            )
+    except Exception as error:
+        raise UserError(_not_joined(coordinator, processes, process, error)) from error
+    finally:
+        _jax.get_distributed_runtime_client = make
+    state = distributed.global_state
+    process, processes = state.process_id, state.num_processes
+    if processes > 1:
+        first = str(state.coordinator_address).rpartition(":")[0].strip("[]")
+        try:
+            lifeline.start(process, processes, first, state.client)
+        except OSError as error:
+            raise UserError(
+                f"Host {process} has no connection to the first one, {first}, by a port that the "
+                f"latter chose ({error}): open all ports between the hosts."
+            ) from error
+    return process, processes
+
+
+def _check_number(process: int, processes: int) -> None:
+    if not 0 <= process < processes:
+        raise UserError(
+            f"--process={process} is none of --processes={processes} hosts: they are numbered "
+            f"from 0 to {processes - 1}."
+        )
+
+
+def _check_address(coordinator: str, process: int) -> None:
+    """Checks HOST:PORT of the first host; there, also that the port is free."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(
+            f"--coordinator={coordinator} is no HOST:PORT: give name or address of the first host "
+            "and a free port of it, as in --coordinator=10.0.0.1:1234."
+        )
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError as error:
+        raise UserError(
+            f"The first host of --coordinator={coordinator} is not known here ({error}): give "
+            "its name or address as the other hosts know it."
+        ) from None
+    if process:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            raise UserError(
+                f"Port {port} of --coordinator={coordinator} cannot be used on this host "
+                f"({error}): another run may have it; give every host another one."
+            ) from None
+
+
+def _not_joined(
+    coordinator: str, processes: int | None, process: int | None, error: Exception
+) -> str:
+    if coordinator == "auto" and isinstance(error, ValueError):
+        return (
+            "--coordinator=auto finds no cluster here: it works on Cloud TPU, and under SLURM "
+            "within srun. Elsewhere give --coordinator=HOST:PORT of the first host, --processes "
+            f"and --process; a single host needs none of them. ({_first_line(error)})"
+        )
+    return (
+        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
+        f"{processes} waited at --coordinator={coordinator}. Start the same command on every host, "
+        "each with its own --process, and let all of them reach that address. "
+        f"({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 @contextlib.contextmanager
@@ -78,6 +192,21 @@ def first_host_first(key: str) -> Iterator[None]:
     finally:  # the others meet the same error by themselves
         if first:
             barrier(key)
+
+
+def gather(text: str) -> list[str]:
+    """Returns the texts of all hosts; every host must call it."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return [text]
+    own = text.encode()
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.frombuffer(own.ljust(int(sizes.max())), np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [row.tobytes()[:size].decode() for row, size in zip(rows, sizes)]
 
 
 def barrier(key: str) -> None:

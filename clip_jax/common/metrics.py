@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
+from clip_jax.common import hosts
 from clip_jax.common.formatting import format_seconds
 from clip_jax.storage import locations, ranges, writing
 
 FILE = "metrics.jsonl"  # inside the workdir
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
-_TEXT_BYTES = 2**14  # room for the counts of a host
 
 
 class MetricWriter:
@@ -197,11 +196,9 @@ def sum_over_hosts(counts: Mapping[str, int]) -> dict[str, int]:
     """Sums counts by name over all hosts; every host must call it."""
     if jax.process_count() == 1:
         return dict(counts)
-    text = json.dumps(counts).encode().ljust(_TEXT_BYTES)
-    gathered = multihost_utils.process_allgather(np.frombuffer(text, np.uint8))
     total: Counter[str] = Counter()
-    for row in gathered:
-        total.update(json.loads(row.tobytes()))
+    for text in hosts.gather(json.dumps(counts)):
+        total.update(json.loads(text))
     return dict(total)
 
 

@@ -27,12 +27,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from etils import epath
 
 from clip_jax.common import commands
-from clip_jax.curation import dedup_features, dedup_search, store
+from clip_jax.curation import dedup_features, dedup_search
 from clip_jax.curation.check import decode
 from clip_jax.curation.dedup_features import Features
 from clip_jax.curation.dedup_search import Matches
@@ -109,7 +108,25 @@ def _read(name: str, embeddings: str, options: argparse.Namespace) -> tuple[Sour
         found = dedup_features.signatures(source, data, options.workers)
     if not len(found.keys):
         raise UserError(f"No image of {name} can be used: {dict(found.unusable)}.")
-    return source, found
+    return source, _without_repeated_keys(found, name)
+
+
+def _without_repeated_keys(found: Features, name: str) -> Features:
+    """Returns the features of the first image of each key, since a list of keys names no other."""
+    rows = pa.table({"key": found.keys, "row": np.arange(len(found.keys))})
+    first = rows.group_by("key", use_threads=False).aggregate([("row", "min")])["row_min"]
+    if len(first) == len(rows):
+        return found
+    kept = np.sort(first.to_numpy())
+    logging.warning(
+        "%d of the %d examples of %s have the key of an earlier one: they are not compared, and "
+        "are kept or dropped with it",
+        len(rows) - len(kept),
+        len(rows),
+        name,
+    )
+    keys, values = found.keys.take(pa.array(kept)), found.values[kept]
+    return Features(found.indices[kept], keys, values, found.unusable)
 
 
 def _write(
@@ -118,13 +135,6 @@ def _write(
     """Writes duplicates.parquet and keep.txt; returns the former."""
     dropped = np.flatnonzero(matches.kept >= 0)
     kept = matches.kept[dropped]
-    both = pc.is_in(features.keys.take(pa.array(dropped)), features.keys.filter(matches.kept < 0))
-    if shared := pc.sum(both).as_py():
-        logging.warning(
-            "%d near-duplicate images have the key of an image that is kept, such as two rows of a "
-            "table with one path: pack --keep, which goes by keys, keeps both.",
-            shared,
-        )
     columns = {
         "key": features.keys.take(pa.array(dropped)),
         "kept_key": kept_features.keys.take(pa.array(kept)),
@@ -136,7 +146,7 @@ def _write(
         pq.write_table(table, temporary)
     with writing.replacing(output / "keep.txt") as temporary, temporary.open("wb") as file:
         for chunk in features.keys.filter(pa.array(matches.kept < 0)).chunks:
-            file.writelines(store.key_line(key) + b"\n" for key in chunk.to_pylist())
+            file.write("".join(f"{key}\n" for key in chunk.to_pylist()).encode())
     return table
 
 

@@ -29,7 +29,7 @@ from etils import epath
 from PIL import Image
 
 from clip_jax.common import commands
-from clip_jax.curation import parallel, store
+from clip_jax.curation import parallel
 from clip_jax.curation.check import make_tokenizer, try_example
 from clip_jax.data import arguments, images, order
 from clip_jax.data.sources import captions, reading
@@ -103,6 +103,12 @@ def main(argv: list[str]) -> None:
             f"The shards cannot be written: {error}. Once that is solved, run the same command "
             "again; finished shards are kept."
         ) from error
+    found = counts.total() - counts["shards"] - counts["there already"] - counts[NOT_KEPT]
+    if options.keep and not found and not counts["there already"]:
+        raise UserError(
+            f"No key of --keep={options.keep} is that of an example of {options.data}: the list "
+            "must be of the same DATA, with a key a line, as data dedup writes it."
+        )
     print(_report(counts, Counter(getattr(source, "problems", {})), output))
 
 
@@ -250,7 +256,7 @@ def _one_or_all(values: Sequence[Any]) -> Any:
 
 
 def _kept(path: str, key: str) -> bool:
-    hashes, wanted = _keep_list(path), _hash(store.key_line(key))
+    hashes, wanted = _keep_list(path), _hash(key.encode("utf-8", "replace"))
     return bool((hashes[np.searchsorted(hashes, wanted) :][:1] == wanted).any())
 
 

@@ -51,11 +51,6 @@ def shard_name(path: epath.Path) -> str:
     return f"{path.stem}-{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
 
 
-def key_line(key: str) -> bytes:
-    """Returns a key as a line of a list of keys, without the end; the ends of lines are escaped."""
-    return key.replace("\r", "\\r").replace("\n", "\\n").encode("utf-8", "backslashreplace")
-
-
 def fingerprint(values: Mapping[str, Any]) -> str:
     """Returns a fingerprint of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -115,7 +115,7 @@ def data(name: str, options: argparse.Namespace, in_order: bool = True) -> Data:
 def _kind(data: str) -> tuple[str, str]:
     """Returns source.type, and the rest of DATA for name, split or path."""
     prefix, colon, rest = data.partition(":")
-    if colon and prefix in ("tfds", "digits"):
+    if colon and prefix in opening.TYPES:
         return prefix, rest
     names = [item.strip().rpartition("/")[2] for item in data.split(",")]
     if any(".tfrecord" in name or ".tfrec" in name for name in names):

@@ -1,4 +1,4 @@
-"""Crops: the part of an image that is kept, resized to a square; bicubic, antialiased."""
+"""Crops: the part of an image that is kept, resized to a square; antialiased."""
 
 import dataclasses
 import math
@@ -38,6 +38,7 @@ class Crop:
         preprocessing for evaluation makes it; "none": the whole image squashed to a square.
       scale: least and greatest fraction of the image's area, for "resized".
       ratio: least and greatest width / height, for "resized".
+      filter: Pillow's filter for "center" and "none"; random crops are bicubic.
 
     Raises:
       UserError: an unknown name, or ranges that hold no rectangle.
@@ -46,6 +47,7 @@ class Crop:
     name: str
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    filter: str = "bicubic"
 
     def __post_init__(self) -> None:
         if self.name not in CROPS:
@@ -119,7 +121,7 @@ def resize(
     if cut.shape == (size, size, 3):
         return cut
     if simd is None:
-        return _squash(Image.fromarray(cut), size)
+        return _squash(Image.fromarray(cut), size, Image.Resampling.BICUBIC)
     resizer, options = _resizer()
     source = simd.ImageData(part.width, part.height, simd.PixelType.U8x3, cut.tobytes())
     target = simd.ImageData(size, size, simd.PixelType.U8x3)
@@ -138,7 +140,9 @@ def _resizer() -> tuple[Any, Any]:
 
 def fixed(image: Image.Image, size: int, crop: Crop) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Makes a crop that is not random, by Pillow itself."""
-    return _squash(image, size) if crop.name == "none" else _middle(image, size)
+    resample = Image.Resampling[crop.filter.upper()]
+    make = _squash if crop.name == "none" else _middle
+    return make(image, size, resample)
 
 
 def _random_rectangle(crop: Crop, width: int, height: int, rng: np.random.Generator) -> Window:
@@ -165,11 +169,11 @@ def _between(low: float, high: float, rng: np.random.Generator) -> float:
     return low + (high - low) * rng.random()
 
 
-def _squash(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+def _squash(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
+    return np.asarray(image.resize((size, size), resample))
 
 
-def _middle(image: Image.Image, size: int) -> np.ndarray:
+def _middle(image: Image.Image, size: int, resample: Image.Resampling) -> np.ndarray:
     """Resizes and crops as torchvision's Resize(size) and CenterCrop(size), which OpenAI used."""
     image = _limit_aspect(image)
     width, height = image.size
@@ -178,7 +182,7 @@ def _middle(image: Image.Image, size: int) -> np.ndarray:
     else:
         resized = (int(size * width / height), size)
     if resized != image.size:
-        image = image.resize(resized, Image.Resampling.BICUBIC)
+        image = image.resize(resized, resample)
     left, top = (round((length - size) / 2) for length in resized)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

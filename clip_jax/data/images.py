@@ -29,6 +29,7 @@ MAX_PIXELS = 2**26
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _TILE_SIDES = (322, 323)  # tags of TIFF
 _TIFF_ORDERS = {b"II": "<", b"MM": ">"}
+_TIFF_BYTES = (1, 2, 6, 7)  # types of text, profiles and the like, which are read in one piece
 _MAX_TIFF_ENTRIES = 2**17  # such as strips: two for each of 65,536 rows
 # A JPEG is decoded once per scan. Cameras and programs write at most a dozen.
 _SCAN = b"\xff\xda"
@@ -187,14 +188,14 @@ def _tiff_entries(data: bytes) -> int:
     try:
         (tags,) = struct.unpack_from(order + count, data, first)
         starts = range(first + struct.calcsize(count) + 4, len(data), step)[:tags]
-        found = [struct.unpack_from(order + number, data, start)[0] for start in starts]
-    except struct.error:
+        found = [struct.unpack_from(f"{order}H{number}", data, start - 2) for start in starts]
+    except (struct.error, OverflowError):
         return 0  # Pillow says that it is cut
-    return max(found, default=0)
+    return max((entries for kind, entries in found if kind not in _TIFF_BYTES), default=0)
 
 
 def _number(image: Any, tag: int) -> int:
-    """Returns a number of a TIFF's header; 1: there is none; a damaged one is too large."""
+    """Returns a number of a TIFF's header: 1 where there is none, too large where it is damaged."""
     value = image.tag_v2.get(tag, 1)
     return value if isinstance(value, int) else MAX_PIXELS + 1
 

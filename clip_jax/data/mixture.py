@@ -23,6 +23,7 @@ class Mixture:
     """Several sources, one after the other.
 
     Attributes:
+      parts: the sources.
       problems: number of problems of all sources, by reason.
       class_names, templates: empty.
     """
@@ -31,7 +32,7 @@ class Mixture:
     templates: tuple[str, ...] = ()
 
     def __init__(self, parts: Sequence[Source]):
-        self._parts = parts
+        self.parts = parts
         self._first = list(itertools.accumulate(map(len, parts), initial=0))
         self.problems: Counter[str] = Counter()
         for part in parts:
@@ -51,7 +52,7 @@ class Mixture:
         begun: dict[int, Callable[[], Example]] = {}
         for part, own in places.items():
             within = [indices[place] - self._first[part] for place in own]
-            begun |= zip(own, reading.start(self._parts[part], within))
+            begun |= zip(own, reading.start(self.parts[part], within))
         return [begun[place] for place in range(len(indices))]
 
 

@@ -183,6 +183,7 @@ class Weighted:
 
     Attributes:
       size: number of examples of all parts together.
+      sizes: number of examples of each part.
       slots: number of slots of each part in a round.
       streams: number of interleaved streams of each part.
     """
@@ -203,6 +204,7 @@ class Weighted:
         self.size = sum(part.size for part in parts)
         self.slots = _apportion(weights, self.ROUND)
         (self.streams,) = {part.streams for part in parts}
+        self.sizes = [part.size for part in parts]
         self._parts = parts
         self._first = list(itertools.accumulate((part.size for part in parts), initial=0))
         # By slot of a round: its part, and how many slots of the round the part had before it.
@@ -212,6 +214,13 @@ class Weighted:
         self._before = np.zeros(self.ROUND, int)
         for part, count in enumerate(self.slots):
             self._before[self._part == part] = np.arange(count)
+
+    def epochs(self, position: int) -> list[float]:
+        """Returns the epochs of each part in the positions before this one, up to a slot."""
+        round_, slot = divmod(position // self.streams, self.ROUND)
+        begun = np.bincount(self._part[:slot], minlength=len(self.slots))
+        places = round_ * np.array(self.slots) + begun
+        return [float(n) * self.streams / size for n, size in zip(places, self.sizes)]
 
     def __getitem__(self, position: int) -> int:
         place, stream = divmod(position, self.streams)

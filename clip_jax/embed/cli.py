@@ -19,6 +19,7 @@ Writes to --out:
 
 import argparse
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from clip_jax.common import commands, hosts
@@ -138,5 +139,13 @@ def _report(store: "Store", made: int) -> None:
         return
     skipped = store.finish()
     rows = sum(store.counts())
+    if not rows:
+        reasons = Counter(bad["reason"] for bad in skipped)
+        listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise UserError(
+            f"Nothing was embedded: no example of {store.manifest.data['data']} can be used "
+            f"({listed}), see {store.directory / 'skipped.jsonl'}. Once that is solved, embed into "
+            "another --out."
+        )
     print(f"{rows:,} examples in {parts} part(s) in {store.directory}", end="")
     print(f"; {len(skipped):,} skipped, see skipped.jsonl." if skipped else ".")

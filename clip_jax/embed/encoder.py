@@ -48,7 +48,7 @@ class Encoder:
         self.batch_size = -(-batch_size // mesh.size) * mesh.size
         self.image_size = net.size.image_size
         self._size = net.size
-        self._crop = Crop(net.size.image_crop)
+        self._crop = Crop(net.size.image_crop, filter=net.size.image_filter)
         self.mesh = mesh
         self.embeds_texts = hasattr(net, "encode_text")
         self.scores_prompts = hasattr(net, "score")

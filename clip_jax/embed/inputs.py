@@ -9,7 +9,7 @@ from etils import epath
 
 from clip_jax.data import arguments
 from clip_jax.data.sources import captions, folder, parquet_images, tables
-from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Source
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Source, as_key
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations, ranges
 
@@ -143,7 +143,8 @@ class Pictures:
         except OSError as error:
             raise BadExample("unreadable file", key, str(error)) from None
         fields = [(text, 1.0) for text in texts or [None]]
-        return Example(image, captions.collect(fields, key, required=False), labels=(), key=key)
+        found = captions.collect(fields, key, required=False)
+        return Example(image, found, labels=(), key=as_key(key))
 
 
 class CaptionFile:
@@ -182,7 +183,7 @@ class CaptionFile:
         keys: list[str] = list(map(str, range(len(table))))
         if key_column:
             own = map(tables.path_of, table.columns.get(key_column, ()))
-            keys = [found or number for found, number in zip(own, keys)]
+            keys = [as_key(found or number) for found, number in zip(own, keys)]
         self._problems = table.problems
         self._texts = table.columns.get(text_column, ())
         self._rows = list(enumerate(keys))

@@ -124,5 +124,6 @@ class Reader:
                 raise BadExample("empty caption", example.key)
         if self._size is None:
             return self._black
-        side, crop = self._size.image_size, crops.Crop(self._size.image_crop)
+        side = self._size.image_size
+        crop = crops.Crop(self._size.image_crop, filter=self._size.image_filter)
         return images.pixels(example.image, example.key, side, crop, None)

@@ -41,6 +41,7 @@ from clip_jax.storage import locations
 from clip_jax.weights.model import Weights
 
 Say = Callable[[str], None]
+_VERSION = 2  # of the tasks; results of another one are computed again
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -267,14 +268,29 @@ def _result_inputs(
 ) -> Mapping[str, Any]:
     """Returns everything that a result depends on."""
     training = context.training if name == "overlap" else None
+    splits = tasks.get(name).splits
     return {
         "task": name,
+        "version": _VERSION,
+        "samples": [_sample(context, dataset, split) for split in splits],
         "dataset": dataclasses.asdict(dataset),
         "others": [each.name for each in context.datasets if each.base == dataset.name],
         "parameters": parameters,
         "settings": dataclasses.asdict(context.settings),
         "training": (training.name, training.parameters) if training else (),
     }
+
+
+def _sample(context: Context, dataset: Dataset, split: str) -> str:
+    """Returns a checksum of a split; "" where it is not there, which the task then tells."""
+    embeddings = context.embeddings
+    assert isinstance(embeddings, OnDiskEmbeddings)
+    try:
+        return embeddings.sample(dataset, split)
+    except StorageError:
+        raise
+    except UserError:
+        return ""
 
 
 def _line(result: Result, width: int, when: str) -> str:

@@ -11,7 +11,7 @@ before any of them: "ours=runs/a".
 Writes to --out:
     compare.html            one table; scores against compute, error as a power of it, prompts,
                             zero-shot against probe, accuracy against images processed
-    compare.csv             the scores
+    compare.csv             the scores, with the origin of each model's
 """
 
 import argparse
@@ -74,11 +74,13 @@ def _run(options: argparse.Namespace) -> None:
         tables=tables,
         panels=panels,
         curves=comparison.curve_rows(found),
-        published=_published()["reliability"] if any(o.published for o in found) else "",
+        published=_provenance() if any(one.published for one in found) else "",
     )
     _write_table(out / "compare.csv", found)
     for table in tables:
         print(comparison.as_text(table), end="\n\n")
+    if any(one.published for one in found):
+        print(f"Published figures: {_provenance()}\n")
     print(f"Page: {out / 'compare.html'}")
 
 
@@ -112,13 +114,20 @@ def read(name: str) -> list[Compared]:
 def _latest(workdir: epath.Path) -> epath.Path | None:
     """Returns the evaluation of a run at its highest step; None: it has none."""
     found = [path.parent for path in workdir.glob(f"evaluation*/{ALL}")]
-    return max(found, key=lambda path: int(path.name.partition("-")[2] or 0), default=None)
+    steps = {path: path.name.partition("-")[2] for path in found}
+    return max(found, key=lambda p: int(steps[p]) if steps[p].isdecimal() else 0, default=None)
 
 
 def _curve(history: Sequence[Mapping[str, float]]) -> list[tuple[float, float]]:
     """Returns images processed and zero-shot accuracy over the course of a run."""
     names = ("eval/images_seen", "zeroshot/top1")
     return [(row[names[0]], row[names[1]]) for row in history if all(n in row for n in names)]
+
+
+def _provenance() -> str:
+    """Returns the source of the published figures, and how far they have been checked."""
+    published = _published()
+    return f"{published['source']} {published['reliability']}"
 
 
 def _published() -> dict[str, Any]:
@@ -145,11 +154,14 @@ def _paper(model: str, shown: str) -> Compared:
 
 
 def _write_table(path: epath.Path, found: Sequence[Compared]) -> None:
-    names = ["model", *(field.name for field in dataclasses.fields(Score))]
+    names = ["model", "source", *(field.name for field in dataclasses.fields(Score))]
     file = io.StringIO()
     writer = csv.DictWriter(file, names, lineterminator="\n")
     writer.writeheader()
     for one in found:
-        for score in one.evaluation.scores() if one.evaluation else ():
-            writer.writerow({"model": one.name, **dataclasses.asdict(score)})
+        if one.evaluation is None:
+            continue
+        origin = {"model": one.name, "source": one.evaluation.model.source}
+        for score in one.evaluation.scores():
+            writer.writerow({**origin, **dataclasses.asdict(score)})
     writing.write(path, file.getvalue())

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from clip_jax.data.sources import opening, reading
-from clip_jax.data.sources.base import TEMPLATES, Example, Source
+from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.embed.encoder import Encoder, Variables
 from clip_jax.errors import UserError
@@ -20,9 +20,9 @@ from clip_jax.evaluate.embedding_source import TEST
 from clip_jax.evaluate.in_memory import InMemoryEmbeddings
 from clip_jax.evaluate.results import Result, Score
 from clip_jax.evaluate.sets import classes
-from clip_jax.evaluate.sets.dataset import Dataset, Naming
+from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.sets.views import Relabelled
-from clip_jax.models.prompts import class_prompts
+from clip_jax.models.prompts import TEMPLATES, class_prompts
 
 # Names of the data sets that a config describes by fields of its own. No slash: a data set's name
 # with a slash is taken for a path.
@@ -40,7 +40,7 @@ class Evaluator:
       scores: their scores by the names that they are logged under.
       means: mean headline score of each task over `eval.datasets`, by logged name.
       notes: a sentence about each evaluation in the config that this model does not support, or
-        that is not about the data of the training.
+        that is not about the training data's kind.
     """
 
     def __init__(
@@ -89,6 +89,12 @@ class Evaluator:
         featured = any(tasks.get(name).needs_features for name in names)
         self._with_features = {dataset.name for dataset in named} if featured else set()
         self._planned = [*self._labelled(), *self._captioned()]
+        if fields := _only_digits(config):
+            self.notes.append(
+                f"{' and '.join(fields)}: the embedded digits, not your data. Their scores tell "
+                "nothing about it; name labelled or captioned images of your own there, or leave "
+                'them out by the type "".'
+            )
         for dataset in named:
             supported = [n for n in names if tasks.get(n).supports(self._context, dataset)]
             self._planned.append((dataset, supported))
@@ -164,14 +170,6 @@ class Evaluator:
 
     def _describe(self, name: str, spec: ConfigDict) -> Source:
         """Opens the source that the config describes, as the data set of this name."""
-        data = self._config.data
-        trained_on = {each.type for each in data.mixture.values()} or {data.source.type}
-        if spec.type == "digits" and "digits" not in trained_on:
-            self.notes.append(
-                f"{name} is the embedded digits, not your data: its figures say how well the "
-                f"model knows handwritten digits. Give images of your own by --config.{name}.type "
-                f"and .path, or leave it out by --config.{name}.type=''."
-            )
         source = opening.create(
             spec, self._image_size, self._config.seed, fallback_dir=self._fallback_dir
         )
@@ -190,9 +188,13 @@ class Evaluator:
             )
             return []
         source = self._describe(LABELLED, spec.source)
-        own_names = tuple(name.replace("_", " ") for name in source.class_names)
-        class_names = tuple(spec.class_names) or own_names
+        class_names = tuple(spec.class_names) or tuple(map(classes.spoken, source.class_names))
         templates = tuple(spec.templates) or source.templates or TEMPLATES
+        if spec.class_names:
+            by_name = getattr(getattr(source, "labels", None), "by_name", False)
+            names = source.class_names
+            places = classes.match_given(class_names, names, by_name, "eval.zeroshot.source")
+            source = self._described[LABELLED] = Relabelled(source, places, class_names)
         prompts, _ = class_prompts(class_names, templates)  # raises UserError if they are wrong
         try:
             self._embeddings.tokenizer(prompts)
@@ -205,13 +207,8 @@ class Evaluator:
             metric="accuracy",
             class_names=class_names,
             prompts={"own": templates},
-            naming=Naming(numbered=True),
             partial=True,
         )
-        if spec.class_names and source.class_names:
-            where = "the source of eval.zeroshot"
-            numbers = classes.match(dataset, None, source.class_names, where)
-            self._described[LABELLED] = Relabelled(source, numbers, class_names)
         return [(dataset, ["zeroshot"])]
 
     def _captioned(self) -> list[tuple[Dataset, list[str]]]:
@@ -270,6 +267,21 @@ def _is_described(dataset: str) -> bool:
     return dataset in (LABELLED, CAPTIONED)
 
 
+def _only_digits(config: ConfigDict) -> list[str]:
+    """Returns the evaluations of embedded digits in a config that trains on other data."""
+    parts = list(config.data.mixture.values()) or [config.data.source]
+    if any(part.type in ("digits", "synthetic") for part in parts):
+        return []
+    evals = config.eval
+    described = {LABELLED: evals.zeroshot.source.type, CAPTIONED: evals.retrieval.source.type}
+    found = [name for name, type_ in described.items() if type_ == "digits"]
+    named = list(filter(None, map(str.strip, evals.datasets.split(","))))
+    if named and all(name.startswith("digits") for name in named):
+        found.append("eval.datasets")
+    return found
+
+
 def _title(spec: ConfigDict) -> str:
     """Returns the name of a source for people."""
-    return " ".join(filter(None, (spec.name or spec.type, spec.split)))
+    kind = "embedded digits" if spec.type == "digits" else spec.name or spec.type
+    return " ".join(filter(None, (kind, spec.split)))

@@ -11,6 +11,7 @@ from clip_jax.common.pages import charts
 from clip_jax.common.pages.charts import Axis, Points
 from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.evaluate.measures import robustness as robust
+from clip_jax.evaluate.measures import sweep
 from clip_jax.evaluate.measures.overlap import Overlap
 from clip_jax.evaluate.results import Result
 from clip_jax.evaluate.tasks.zeroshot import BARE, ENSEMBLE, SINGLE
@@ -58,8 +59,9 @@ def strengths(result: Result) -> Panel:
     ]
     x, y = Axis("L2 strength (1/C)", "log"), Axis("score on validation", percent=True)
     label = f"{result.title}: chosen {short(details['strength'])}"
-    note = f"{details['train']:,} examples and {details['validation']:,} for validation."
-    return Panel(result.title, charts.draw(points, x, y, label), legend(points), note)
+    note = f"{details['train']:,} examples and {details['validation']:,} for validation. "
+    note += sweep.warning(details.get("unconverged", 0))  # not in results of earlier versions
+    return Panel(result.title, charts.draw(points, x, y, label), legend(points), note.strip())
 
 
 def few_shot(result: Result) -> Panel:
@@ -77,7 +79,8 @@ def few_shot(result: Result) -> Panel:
         ),
         Points("zero-shot", shots, [details["zero_shot"]] * len(shots), joined=True, marked=False),
     ]
-    return _shots_panel(result.title, points, shots, _labels_note(details))
+    note = f"{_labels_note(details)} {sweep.warning(details.get('unconverged', 0))}"
+    return _shots_panel(result.title, points, shots, note.strip())
 
 
 def few_shot_mean(results: Sequence[Result]) -> Panel:

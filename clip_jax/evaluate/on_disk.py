@@ -18,7 +18,7 @@ from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.sources.captions import Captions
 from clip_jax.embed import embedder
 from clip_jax.embed.store import BLOCK, Store
-from clip_jax.errors import UserError
+from clip_jax.errors import BadExample, UserError
 from clip_jax.evaluate.embedding_source import TEST, EmbeddedSplit, Nearest
 from clip_jax.evaluate.sets import finding
 from clip_jax.evaluate.sets.dataset import Dataset
@@ -28,6 +28,7 @@ from clip_jax.sharding import to_host
 from clip_jax.storage import locations, ranges, writing
 
 _ROWS = 16_384  # examples per part, the most that a killed evaluation loses
+_SAMPLED = 32  # examples that data is recognised by
 _POLL = 5.0  # seconds between checks for the parts of other hosts
 
 
@@ -67,6 +68,7 @@ class OnDiskEmbeddings:
         self._views = FrozenConfigDict(views)
         self._sources: dict[tuple[str, str], Source] = {}
         self._held: dict[tuple[str, str], EmbeddedSplit] = {}
+        self._samples: dict[tuple[str, str], str] = {}
         encoder, params = self._embedder.encoder, model.variables["params"]
         self.mesh = encoder.mesh
         self.embeds_texts, self.can_score_text = encoder.embeds_texts, encoder.can_score_text
@@ -94,7 +96,8 @@ class OnDiskEmbeddings:
         if (dataset.name, split) not in self._held:
             source = self.source(dataset, split)
             columns = ("image_embed", "image_features")
-            store = self.fill(name, {"dataset": dataset.name, "split": split}, source, columns)
+            data = {"dataset": dataset.name, "split": split, "sample": self.sample(dataset, split)}
+            store = self.fill(name, data, source, columns)
             if not sum(store.counts()):
                 raise UserError(f"No image of {dataset.title}, {split}, can be used.")
             table = store.table()
@@ -106,6 +109,13 @@ class OnDiskEmbeddings:
                 rows=np.arange(table.num_rows),
             )
         return self._held[dataset.name, split]
+
+    def sample(self, dataset: Dataset, split: str) -> str:
+        """Computes a checksum of a few examples of a split, to recognise the data by."""
+        key = dataset.name, split
+        if key not in self._samples:
+            self._samples[key] = sample(self.source(dataset, split))
+        return self._samples[key]
 
     def release(self, dataset: Dataset) -> None:
         """Frees the memory that a data set takes; its embeddings stay on disk."""
@@ -210,7 +220,8 @@ class TrainingImages:
         """
         self.name, self.parameters = name, detector.parameters
         self._source, self._detector = source, detector
-        self._store = detector.fill("training", {"data": name}, source, ("image_embed",))
+        data = {"data": name, "sample": sample(source)}
+        self._store = detector.fill("training", data, source, ("image_embed",))
 
     def nearest(self, dataset: Dataset, split: EmbeddedSplit) -> Nearest:
         """Finds the nearest training images of examples of a data set's test split."""
@@ -241,6 +252,24 @@ class Texts:
 
     def __getitem__(self, index: int) -> Example:
         return Example(b"", Captions((self._texts[index],), (1.0,)), (), f"text {index}")
+
+
+def sample(source: Source) -> str:
+    """Computes a checksum of the number of examples and of `_SAMPLED` of them, hexadecimal.
+
+    Other shards of the same length under the same name are other data.
+    """
+    digest = hashlib.sha256(str(len(source)).encode())
+    for index in np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(int)).tolist():
+        try:
+            example = source[index]
+        except BadExample as error:
+            digest.update(str(error).encode())
+            continue
+        image = example.image
+        digest.update(image if isinstance(image, bytes) else image.tobytes())
+        digest.update(repr((example.key, example.labels, example.captions.texts)).encode())
+    return digest.hexdigest()[:24]
 
 
 def read(store: Store, column: str) -> np.ndarray:

@@ -4,6 +4,7 @@ preprocess.json says how images and captions are prepared for the towers, and ho
 their embeddings become probabilities.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -16,7 +17,7 @@ from clip_jax.export import card_text, programs, record
 from clip_jax.export.runtime import PREPROCESS
 from clip_jax.export.terms import CARD, Terms
 from clip_jax.models import Size
-from clip_jax.storage import ranges, writing
+from clip_jax.storage import writing
 from clip_jax.weights.convert import files
 from clip_jax.weights.model import Tensors, TokenizerFile, Weights
 
@@ -59,9 +60,9 @@ def _write_files(weights: Weights, folder: pathlib.Path, form: str) -> None:
     write = programs.write_stablehlo if form == "stablehlo" else programs.write_onnx
     write(weights, folder)
     (folder / PREPROCESS).write_text(json.dumps(preprocessing, indent=2) + "\n")
-    file = weights.tokenizer.path
-    if file is not None and not (folder / file.name).exists():
-        (folder / file.name).write_bytes(ranges.read(file))
+    for name, content in weights.tokenizer.files().items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(content)
 
 
 # ---- preprocess.json ---------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def _image(size: Size) -> dict[str, Any]:
         "size": size.image_size,
         "crop": size.image_crop,
         "crop_means": _CROPS[size.image_crop],
-        "resample": "bicubic, antialiased (Pillow's)",
+        "resample": f"{size.image_filter}, antialiased (Pillow's)",
         "input": "uint8 [batch, size, size, 3], RGB",
         "mean": size.image_mean,
         "std": size.image_std,
@@ -97,7 +98,7 @@ def _text(size: Size, tokenizer: TokenizerFile) -> dict[str, Any]:
             "with --tokenizer, and export what comes of it."
         )
     kind, _, checksum = tokenizer.identity.partition(":")
-    file = tokenizer.path.name if tokenizer.path is not None else None
+    file = next(iter(tokenizer.files()), None)
     text: dict[str, Any] = {
         "tokenizer": kind,
         "sha256": checksum,
@@ -106,6 +107,8 @@ def _text(size: Size, tokenizer: TokenizerFile) -> dict[str, Any]:
         "context_length": size.context_length,
         "input": "int32 [batch, context_length]",
     }
+    if kind == "huggingface":
+        text["rules"] = dataclasses.asdict(tokenizer.published().rules)
     if kind in ("openai-bpe", "sentencepiece"):  # rows as data.tokenizer makes them
         text |= {
             "start_token": size.vocab_size - 2,

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from clip_jax.errors import UserError
 
 # Names of the files of an export.
 PREPROCESS, TENSORS, STABLEHLO = "preprocess.json", "model.safetensors", ".stablehlo"
+DESCRIPTION = "clip_jax.json"
 TOWERS = ("encode_image", "encode_text")  # methods of the model, and the stems of their files
 
 
@@ -30,7 +32,8 @@ class Exported:
         find = _finder(directory)
         try:
             self.preprocess: dict[str, Any] = json.loads(find(PREPROCESS).read_text("utf-8"))
-            self._weights = jax.device_put(_read_tensors(find(TENSORS)))
+            checksums = json.loads(find(DESCRIPTION).read_text("utf-8")).get("checksums", {})
+            self._weights = jax.device_put(_read_tensors(find(TENSORS), checksums))
             self._image, self._text = (
                 jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
                 for path in (find(f"{tower}{STABLEHLO}") for tower in TOWERS)
@@ -100,18 +103,27 @@ def _finder(directory: str | os.PathLike[str]) -> Callable[[str], pathlib.Path]:
     return lambda name: local_file(folder / name)
 
 
-def _read_tensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_tensors(path: pathlib.Path, checksums: dict[str, str]) -> dict[str, np.ndarray]:
     """Maps the arrays of a safetensors file, all float32, into memory.
 
     The format is a length, a JSON header and the bytes: reading it here saves whoever serves a
     model one more package.
     """
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
         data = np.memmap(path, np.uint8, "r", offset=file.tell())
     header.pop("__metadata__", None)
     arrays = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         arrays[name] = data[begin:end].view(np.float32).reshape(entry["shape"])
+        found = f"{zlib.crc32(data[begin:end]):08x}"
+        if checksums.get(name, found) != found:
+            raise UserError(
+                f"{path} is damaged: the numbers of {name} are not those that were written (their "
+                "checksum differs). Copy the export again."
+            )
     return arrays

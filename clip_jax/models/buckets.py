@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 from numpy.typing import ArrayLike
 
+from clip_jax.models.image_model import end_places
 from clip_jax.models.sizes import Size
 
 _STEP = 8  # lengths are multiples of it, so that few programs are compiled
@@ -41,7 +42,7 @@ def batches(
     other tower gets rows of full length.
 
     Args:
-      tokens: texts, each up to its end token, its largest id, and zeros.
+      tokens: texts, each up to its end token, and padding.
       size: the model's.
       batch_size: rows in each batch; the last batch is padded with zeros.
 
@@ -50,7 +51,7 @@ def batches(
     """
     lengths = np.full(len(tokens), tokens.shape[1])
     if size.text_causal and size.text_pool == "end":
-        lengths = tokens.argmax(axis=1) + 1
+        lengths = np.asarray(end_places(tokens, size.end_token)) + 1
     order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]

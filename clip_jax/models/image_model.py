@@ -91,6 +91,11 @@ def normalize_images(
     return (jnp.asarray(images, jnp.float32) / 255 - mean) / std
 
 
+def end_places(tokens: TokenIds, end_token: int | None) -> RowIds:
+    """Returns the place of each caption's first end token; None: of its largest id."""
+    return (tokens if end_token is None else tokens == end_token).argmax(axis=1)
+
+
 def l2_normalize(x: Float[Array, "*batch d"]) -> Float32[Array, "*batch d"]:
     """Scales vectors of any float dtype to length 1 in float32; the zero vector stays finite."""
     x = x.astype(jnp.float32)

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from clip_jax import sharding
+from clip_jax.models.image_model import end_places
 from clip_jax.models.transformer import Read
 
 # (params, ids, positions, mask, read) -> states of the last layer at the tokens that `read` picks;
@@ -53,12 +54,15 @@ class Rows(NamedTuple):
     captions: Int[Array, "rows length"]  # 1 + the number of the caption
 
 
-def place(tokens: Int[Array, "captions longest"], length: int) -> Places:
+def place(
+    tokens: Int[Array, "captions longest"], length: int, end_token: int | None = None
+) -> Places:
     """Places captions by first fit, the longest first: each in the first row with room for it.
 
     Args:
-      tokens: captions, each up to its end token, its largest id; none longer than a row.
+      tokens: captions, each up to its end token; none longer than a row.
       length: tokens in a row.
+      end_token: id of the end token; None: the largest id of each caption.
 
     Returns:
       Places in no more than `rows_needed` rows, which suffice for any captions: where a caption
@@ -66,7 +70,7 @@ def place(tokens: Int[Array, "captions longest"], length: int) -> Places:
     """
     captions, longest = tokens.shape
     count = rows_needed(captions, longest, length)
-    lengths = jnp.argmax(tokens, axis=1).astype(jnp.int32) + 1
+    lengths = jnp.asarray(end_places(tokens, end_token), jnp.int32) + 1
     sizes = jnp.arange(longest, 0, -1, dtype=jnp.int32)
 
     # All captions of a length are placed at once: sequential steps are as many as there are
@@ -142,6 +146,7 @@ def end_features(
     params: Any,
     tokens: Int[Array | np.ndarray, "batch longest"],
     packing: Packing,
+    end_token: int | None = None,
 ) -> Float[Array, "batch width"]:
     """Computes the states at the end tokens, equal to those of captions in rows of their own.
 
@@ -155,6 +160,7 @@ def end_features(
       params: parameters of both.
       tokens: captions, split over the batch axes of the mesh if one is set.
       packing: settings of packing.
+      end_token: see `place`.
 
     Returns:
       States in the dtype of the tower.
@@ -170,7 +176,7 @@ def end_features(
     count = min(math.ceil(packing.rows * captions), most)
     # The captions of each batch shard are packed among themselves: no activation crosses devices.
     tokens = sharding.constrain_batch(jnp.reshape(tokens, (shards, captions, longest)))
-    places = jax.vmap(lambda shard: place(shard, packing.length))(tokens)
+    places = jax.vmap(lambda shard: place(shard, packing.length, end_token))(tokens)
     further = None
     if most > count:
         further_round = partial(_round, further_tower, count, packing.length)

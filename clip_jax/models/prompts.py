@@ -1,6 +1,6 @@
 """Prompts of classes: made from templates, then averaged, or scored by models that write texts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Float32, Int
 
 from clip_jax.errors import UserError
 from clip_jax.models.image_model import Images
+
+TEMPLATES = ("a photo of a {}.",)  # the paper's default, for sets without their own
 
 
 class Prompts(NamedTuple):
@@ -68,6 +70,8 @@ def class_prompts(
     Raises:
       UserError: no class, no template, or a template without its {}.
     """
+    class_names = as_texts(class_names, "class names", "cat")
+    templates = as_texts(templates, "templates", *TEMPLATES)
     if not class_names or not templates:
         raise UserError(
             "Zero-shot classification needs class names and templates: the data names none, so "
@@ -78,9 +82,33 @@ def class_prompts(
     prompts, class_ids = [], []
     for class_id, names in enumerate(class_names):
         for name in names.split("|"):
+            if not name.strip():
+                raise UserError(f"The class name {names!r}, number {class_id}, is or has no word.")
             prompts += [template.replace("{}", name) for template in templates]
             class_ids += [class_id] * len(templates)
     return prompts, np.array(class_ids)
+
+
+def as_texts(texts: Any, what: str, example: str) -> list[str]:
+    """Returns texts as a list.
+
+    Args:
+      texts: an iterable in a definite order.
+      what: kind of the texts, for the message.
+      example: one of them, for the message.
+
+    Raises:
+      UserError: it is a single text, which would be taken letter by letter, or holds other values.
+    """
+    if isinstance(texts, (str, bytes, Mapping, Set)) or not isinstance(texts, Iterable):
+        raise UserError(
+            f"The {what} are {texts!r:.60}, and must be a list of texts, as in [{example!r}]."
+        )
+    found = list(texts)
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise UserError(f"Number {i} of the {what} is {text!r:.60}, and must be a text.")
+    return found
 
 
 def average_classes(

@@ -14,6 +14,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "image_pool": choices.IMAGE_POOLS,
     "text_pool": choices.TEXT_POOLS,
     "image_crop": choices.IMAGE_CROPS,
+    "image_filter": choices.IMAGE_FILTERS,
     "resnet_activation": choices.RESNET_ACTIVATIONS,
     "resnet_norm": choices.RESNET_NORMS,
 }
@@ -35,6 +36,7 @@ CONFIGURABLE = (
     "text_mlp",
     "context_length",
     "vocab_size",
+    "end_token",
     "resnet_activation",
     "resnet_norm",
     "activation",
@@ -61,7 +63,7 @@ class Size:
       text_heads: its attention heads.
       text_layers: its blocks; 0 for a bag of words, with text_pool="bag".
       context_length: tokens of a caption, start and end tokens included.
-      vocab_size: entries of the tokenizer; the end token is the last one. For a SentencePiece
+      vocab_size: entries of the tokenizer; its end token is the last one. For a SentencePiece
         tokenizer: its pieces plus 2.
       image_mlp: hidden units of an image block; 0 becomes four times the width (and stays 0 for a
         ResNet, which has no such blocks).
@@ -76,6 +78,8 @@ class Size:
       text_pool: token that stands for the caption: "end", the end token (paper); or "last", the
         token in the last place, so that captions must be padded to the context length. "bag": the
         mean of the caption's embedded words instead, without positions or layers.
+      end_token: id of the end token that text_pool "end" reads, the first in a row; None: the
+        largest id of the row, as in the paper's code.
       text_projection_bias: whether the projection of the text tower has a bias.
       norm_eps: LayerNorm's addition to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
@@ -83,6 +87,7 @@ class Size:
       image_std: divisor of the result, per RGB channel.
       image_crop: square crop where nothing is drawn at random: "center", the middle; or "none", the
         whole picture squashed. See `data.crops.Crop`.
+      image_filter: filter of that resize, antialiased: "bilinear", "bicubic" or "lanczos".
       resnet_activation: activation of a ResNet's convolutions: "relu" (paper) or "gelu" (exact; the
         paper's detector of near-duplicates).
       resnet_norm: normalisation of a ResNet: "batch" (paper), BatchNorm; or "weight", kernels of
@@ -116,9 +121,11 @@ class Size:
     image_mean: tuple[float, ...] = IMAGE_MEAN
     image_std: tuple[float, ...] = IMAGE_STD
     image_crop: str = "center"
+    image_filter: str = "bicubic"
     resnet_activation: str = "relu"
     resnet_norm: str = "batch"
     objective: str = "contrastive"
+    end_token: int | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -165,6 +172,20 @@ class Size:
         return f"{kind} of {layers} layers x {self.image_width} ({self._beside})"
 
     @property
+    def preprocessing(self) -> str:
+        """The preparation of pictures in words."""
+        mean, std = (
+            " ".join(f"{x:.4g}" for x in channels) for channels in (self.image_mean, self.image_std)
+        )
+        side, filter_ = self.image_size, self.image_filter
+        whole = f"squashed to {side} x {side} pixels ({filter_})"
+        middle = f"shorter side to {side} pixels ({filter_}), middle square"
+        crop = middle if self.image_crop == "center" else whole
+        if not self.is_resnet and (edge := side % (self.patch_size or 1)):
+            crop += f" without the right and lower {edge}, which fill no patch"
+        return f"{crop}, mean {mean}, std {std}"
+
+    @property
     def _beside(self) -> str:
         """A description of the modules beside the image tower."""
         other = "text" if self.objective == "contrastive" else self.objective
@@ -192,15 +213,27 @@ class Size:
                 f"Size image_layers is {self.image_layers}: it takes {stages} number(s), the "
                 "blocks of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
             )
-        pixels = self.patch_size or 32  # a ResNet halves its input five times
         width = self.image_width * (32 if self.is_resnet else 1)
+        if (self.patch_size or 0) > self.image_size:
+            raise UserError(
+                f"The image_size ({self.image_size}) must be at least the patch_size "
+                f"({self.patch_size})."
+            )
+        # A ResNet halves its input five times; a ViT leaves out the edge that fills no patch.
+        stride = 32 if self.is_resnet else 1
         for name, value, unit, divisor in (
-            ("image_size", self.image_size, "patch_size or stride", pixels),
+            ("image_size", self.image_size, "the stride", stride),
             ("width of the image tower", width, "image_heads", self.image_heads),
             ("text_width", self.text_width, "text_heads", self.text_heads),
         ):
             if value % divisor:
                 raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
+        named = self.end_token is not None
+        if named and (self.text_pool != "end" or self.end_token >= self.vocab_size):
+            raise UserError(
+                f"Size end_token is {self.end_token}: it takes an id below vocab_size "
+                f"({self.vocab_size}), and text_pool='end' (here {self.text_pool!r})."
+            )
         bag = self.text_pool == "bag"
         if (self.text_layers == 0) != bag or (bag and self.objective == "captioning"):
             raise UserError(

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
-from clip_jax.models.image_model import TokenIds
+from clip_jax.models.image_model import TokenIds, end_places
 from clip_jax.models.layers import Dtype, layer_norm
 from clip_jax.models.packing import Packing, Tower, end_features, pick
 from clip_jax.models.sizes import Size
@@ -19,10 +19,11 @@ from clip_jax.models.transformer import Mask, Read, Transformer
 class TextTransformer(nn.Module):
     """Embeds token ids, not yet L2-normalised.
 
-    The paper's tower reads the feature at the end token, the largest id of the vocabulary. Its
-    attention is causal, so padding after that changes nothing, and captions may have any length up
-    to the context length. Where the last token is read instead, they must have the context length.
-    A bag of words is the mean of the embedded words: it has no positions and no layers.
+    The paper's tower reads the feature at the end token, the largest id of the vocabulary unless
+    the size names another. Its attention is causal, so padding after that changes nothing, and
+    captions may have any length up to the context length. Where the last token is read instead,
+    they must have the context length. A bag of words is the mean of the embedded words: it has
+    no positions and no layers.
 
     Attributes:
       packing: packing of captions in training; None: each has a row of its own.
@@ -102,7 +103,7 @@ class TextTransformer(nn.Module):
             return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
         if self.size.text_pool == "last":
             return self.states(tokens, read=lambda x: x[:, -1:])[:, 0]
-        end = jnp.argmax(tokens, axis=1)
+        end = jnp.asarray(end_places(tokens, self.size.end_token))
         return self.states(tokens, read=lambda x: pick(x, end[:, None]))[:, 0]
 
     def _read_packed(self, tokens: TokenIds) -> Float[Array, "batch width"]:
@@ -112,7 +113,7 @@ class TextTransformer(nn.Module):
         params = {name: self.variables["params"][name] for name in read}
         # The second is for further rounds. They are rare, so it is scanned, which compiles faster.
         towers = self._tower(self.scan_layers), self._tower(scan_layers=True)
-        return end_features(*towers, params, tokens, self.packing)
+        return end_features(*towers, params, tokens, self.packing, self.size.end_token)
 
     def _tower(self, scan_layers: bool) -> Tower:
         """Returns `states` as a pure function: Flax modules cannot be called in a loop of JAX."""

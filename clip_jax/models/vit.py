@@ -95,7 +95,10 @@ class VisionTransformer(nn.Module):
         side = self.size.patch_size
         assert side is not None  # else it is a ResNet
         images = images.astype(self.dtype)
+        # The right and lower edge that fill no patch are left out, as by a strided convolution.
         b, h, w, channels = images.shape
+        h, w = h - h % side, w - w % side
+        images = images[:, :h, :w]
         # A product, where others have a convolution whose gradient XLA's CPU compiler makes
         # several times slower within a loop; on a TPU they cost the same.
         x = nn.Einsum(

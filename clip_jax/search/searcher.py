@@ -10,6 +10,7 @@ from jaxtyping import Float32
 
 from clip_jax import sharding
 from clip_jax.api import Model, Pictures
+from clip_jax.data.sources.base import from_key
 from clip_jax.embed import embedder, inputs
 from clip_jax.embed.store import BLOCK, Row, Store
 from clip_jax.errors import UserError
@@ -73,9 +74,9 @@ class Searcher:
         if self._index is None:
             self._resident = list(self._blocks())
 
-    def texts(self, texts: Sequence[str], k: int) -> list[list[Hit]]:
-        """Finds the k best rows of each text, best first."""
-        return self._search(self.model.encode_text(list(texts), truncate=True), k)
+    def texts(self, texts: str | Sequence[str], k: int) -> list[list[Hit]]:
+        """Finds the k best rows of one or many texts, best first."""
+        return self._search(self.model.encode_text(texts, truncate=True), k)
 
     def pictures(self, pictures: Pictures, k: int) -> list[list[Hit]]:
         """Finds the k best rows of each picture, best first."""
@@ -97,5 +98,5 @@ class Searcher:
         ]
 
     def _hit(self, score: float, row: Row) -> Hit:
-        path = str(epath.Path(self._root) / row.key) if self._root else ""
+        path = str(epath.Path(self._root) / from_key(row.key)) if self._root else ""
         return Hit(score, row, path)

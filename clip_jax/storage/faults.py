@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from etils import epath
 
-from clip_jax.errors import StorageError, UserError
+from clip_jax.errors import StorageError, StorageRefused, UserError
 from clip_jax.storage import remote
 
 # Seconds for which a failing request is retried before its error is final. An environment variable,
@@ -138,7 +138,7 @@ class Backoff:
         if not is_transient(error, self._path, self._writing):
             if isinstance(error, FileNotFoundError) or not reason(error):
                 raise error
-            raise StorageError(explain(error, self._path)) from error
+            raise StorageRefused(explain(error, self._path)) from error
         record(reason(error), self._path)
         if time.monotonic() - self._began + self._wait > RETRY_FOR:
             raise StorageError(

@@ -12,7 +12,8 @@ from etils import epath
 from clip_jax.errors import UserError
 from clip_jax.storage import faults, remote
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
+_COMMA = re.compile(r",(?![^{}]*\})")  # outside of braces
 _MAGIC = re.compile(r"[*?\[]")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://?")
 
@@ -87,7 +88,7 @@ def expand(paths: str, suffix: str) -> list[epath.Path]:
 
     Args:
       paths: files, directories (their files ending in `suffix`), patterns with * ? [ ], and
-        brace ranges such as "{00000..00012}"; local, gs:// or s3://.
+        braces such as "{00000..00012}" and "{train,val}"; local, gs:// or s3://.
       suffix: ending of names, such as ".tar".
 
     Returns:
@@ -95,22 +96,23 @@ def expand(paths: str, suffix: str) -> list[epath.Path]:
       outright or by brace ranges are returned whether they exist or not.
     """
     found = []
-    for item in filter(None, (item.strip() for item in paths.split(","))):
-        for name in _expand_range(item):
+    for item in filter(None, (item.strip() for item in _COMMA.split(paths))):
+        for name in _expand_braces(item):
             found += _expand_pattern(name, suffix)
     return found
 
 
-def _expand_range(name: str) -> list[str]:
-    match = _RANGE.search(name)
+def _expand_braces(name: str) -> list[str]:
+    match = _BRACES.search(name)
     if match is None:
         return [name]
-    first, last = match.groups()
-    return [
-        expanded
-        for number in range(int(first), int(last) + 1)
-        for expanded in _expand_range(_RANGE.sub(f"{number:0{len(first)}}", name, count=1))
-    ]
+    first, last, listed = match.groups()
+    if listed is None:
+        choices = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = listed.split(",")
+    before, after = name[: match.start()], name[match.end() :]
+    return [full for choice in choices for full in _expand_braces(before + choice + after)]
 
 
 def _expand_pattern(name: str, suffix: str) -> list[epath.Path]:
@@ -131,11 +133,26 @@ def _inside(folder: epath.Path, suffix: str) -> list[epath.Path]:
     return [folder / name for name in sorted(listing(folder)) if name.endswith(suffix)]
 
 
+def short_names(paths: Sequence[epath.Path]) -> list[str]:
+    """Returns a name for each file, with directories only where two would have the same name."""
+    texts = list(map(os.fspath, paths))
+    names = [text.rpartition("/")[2] for text in texts]
+    if len(set(names)) == len(set(texts)):
+        return names
+    folders = [text.split("/")[:-1] for text in texts]
+    # The first and the last in order have in common what all have.
+    first, last = min(folders), max(folders)
+    depth = next((i for i, pair in enumerate(zip(first, last)) if len(set(pair)) > 1), len(first))
+    return ["/".join(text.split("/")[depth:]) for text in texts]
+
+
 def listing(folder: epath.Path) -> dict[str, Stat]:
     """Lists the files of a directory, or directly below a prefix, by name; may be empty."""
     if not remote.is_remote(folder):
         with os.scandir(folder) as entries:
-            return {entry.name: _local_stat(entry.path) for entry in entries if entry.is_file()}
+            names = [entry.name for entry in entries if _is_file(entry)]
+        found = {name: stat(folder / name) for name in names}
+        return {name: each for name, each in found.items() if each is not None}
 
     def ask() -> list[dict[str, Any]]:
         try:
@@ -149,6 +166,13 @@ def listing(folder: epath.Path) -> dict[str, Stat]:
         for info in faults.repeat(ask, folder)
         if info["type"] == "file"
     }
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself
+        return False
 
 
 def tree(root: epath.Path) -> list[str]:
@@ -187,6 +211,8 @@ def stat(path: epath.Path) -> Stat | None:
             return _local_stat(path)
         return faults.repeat(lambda: _remote_stat(_describe(path)), path)
     except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:  # a path with a NUL
         return None
 
 

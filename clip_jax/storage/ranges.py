@@ -6,12 +6,10 @@ are needed; TensorStore makes the requests concurrently, without the GIL.
 """
 
 import contextlib
-import functools
 import hashlib
 import io
 import os
 import pathlib
-import stat as stat_mode
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
@@ -97,22 +95,30 @@ def start_whole(path: epath.Path) -> Callable[[], bytes]:
     On a disk, one of more than `MAX_WHOLE` bytes, a pipe or a device is an OSError.
     """
     if not remote.is_remote(path):
-        return functools.partial(_read_ordinary, path)
+        return lambda: _read_file(path)
     return _Read(path, 0, None).wait
 
 
-def _read_ordinary(path: epath.Path) -> bytes:
-    found = os.stat(path)
-    if not (stat_mode.S_ISREG(found.st_mode) or stat_mode.S_ISDIR(found.st_mode)):
-        raise OSError(f"{path} is a pipe or a device, and no file")
-    if found.st_size > MAX_WHOLE:
-        raise OSError(f"{path} has {found.st_size:,} bytes, of at most {MAX_WHOLE:,}")
-    return path.read_bytes()
+def _read_file(path: epath.Path) -> bytes:
+    with _open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_WHOLE:
+            raise OSError(f"{path} has {size:,} bytes, of at most {MAX_WHOLE:,}")
+        return file.read()
+
+
+def _open_file(path: epath.Path) -> IO[bytes]:
+    """Opens a local file; raises OSError for a pipe or a device, whose reading may never end."""
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            raise OSError(f"{path} is a pipe, a socket or a device, not a file")
+        return open(path, "rb")
+    except ValueError as error:  # a path with a NUL
+        raise OSError(f"{str(path)!r} cannot be a file: {error}") from None
 
 
 def _read_local(path: epath.Path, spans: Spans, version: int | str | None) -> list[bytes]:
     found = [b""] * len(spans)
-    with open(path, "rb") as file:
+    with _open_file(path) as file:
         if version not in (None, os.fstat(file.fileno()).st_mtime_ns):
             raise Replaced(f"{path} was replaced since its index was made")
         for first, end, members in _merged(spans, _MAX_REQUEST):
@@ -196,7 +202,7 @@ def read(path: epath.Path) -> bytes:
 def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
     """Opens a file to read its headers, first to last; remote contents in between are skipped."""
     if not remote.is_remote(path):
-        with open(path, "rb") as file:
+        with _open_file(path) as file:
             yield file
         return
     stat = locations.stat(path)

@@ -1,16 +1,14 @@
 """The command that trains: python -m clip_jax train, or python main.py in a clone."""
 
 import faulthandler
-import os
 import pathlib
 import shlex
-import sys
 
 from absl import flags, logging
 
-from clip_jax.common import commands, config_file
+from clip_jax.common import commands, config_file, hosts
 from clip_jax.configs import default
-from clip_jax.errors import DataStalled, StorageError, UserError
+from clip_jax.errors import UserError
 
 _ABOUT = """Trains CLIP: {command} --config={example} --workdir=runs/my_run
 
@@ -39,19 +37,9 @@ def main(
     faulthandler.enable()
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    try:
+    interrupted = "Interrupted. Run the same command again to resume at the last checkpoint."
+    with commands.plain_errors(interrupted):
         _run(config_file.parse(arguments, command, _define), f"{command} {shlex.join(arguments)}")
-    except (DataStalled, StorageError) as error:
-        print(f"\n{error}", file=sys.stderr, flush=True)
-        os._exit(1)  # an ordinary exit would wait for threads, or hosts, that hang
-    except UserError as error:
-        sys.exit(f"\n{error}")
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted. Run the same command again to resume at the last checkpoint.")
-    except Exception as error:
-        if explained := commands.explained(error):
-            sys.exit(f"\n{explained}")
-        raise
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -80,28 +68,18 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(given: config_file.CommandLine, command: str) -> None:
-    # Imported late: --help and a mistyped flag answer at once.
-    import jax
-
     default.validate(given.config)
     coordinator, processes, process = (
         given.flags[name] for name in ("coordinator", "processes", "process")
     )
-    if not coordinator and (processes or process):
+    if not coordinator and (processes is not None or process is not None):
         raise UserError(
             "The flags --processes and --process need --coordinator, HOST:PORT of the first host: "
             "without it each would train alone, all into one workdir."
         )
-    if coordinator not in (None, "", "auto") and (processes is None or process is None):
-        raise UserError(
-            "The flag --coordinator=HOST:PORT needs --processes, the number of hosts, and "
-            "--process, the number of this one from 0. With --coordinator=auto leave out both."
-        )
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    elif coordinator:
-        jax.distributed.initialize(coordinator, processes, process)
-    from clip_jax.training import train
+    if coordinator:
+        hosts.join(coordinator, processes, process)
+    from clip_jax.training import train  # late: --help and a mistyped flag answer at once
 
     train.train(given.config, given.flags["workdir"] or default_workdir(given.name), command)
 

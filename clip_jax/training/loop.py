@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock, metrics
-from clip_jax.data import pipeline
+from clip_jax.data import identity, pipeline
 from clip_jax.data.feed import Feed
-from clip_jax.data.order import Order
+from clip_jax.data.order import Order, Weighted
 from clip_jax.data.sources.base import Source
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
@@ -37,6 +37,7 @@ class Run:
     tokenizer: Tokenizer
     source: Source
     order: Order
+    data: identity.Identity
     evaluator: Evaluator
     total_steps: int
     log_every: int  # steps
@@ -190,6 +191,9 @@ class Loop:
         # This host's alone: a sum over hosts would hold up the device.
         row["data/waiting"] = waited
         row["data/skipped"] = sum(self._data.skipped.values())
+        if isinstance(self._run.order, Weighted):
+            epochs = self._run.order.epochs(self._examples_seen(step))
+            row |= {f"data/epoch/{n}": e for n, e in zip(self._config.data.mixture, epochs)}
         row["data/truncated"] = self._data.truncated
         row["storage/failures"] = faults.counts().total()
         self._writer.write(step, row)
@@ -246,6 +250,7 @@ class Loop:
             "size": dataclasses.asdict(self._run.net.size),
             "hardware": hardware(self._run.mesh),
             "pairs": len(self._run.source),
+            "data": self._run.data,
             "config": workdir.to_plain(self._config),
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here

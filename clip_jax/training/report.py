@@ -33,7 +33,7 @@ class RunSummary:
       skipped: number of unusable examples, by reason.
       truncated: number of captions cut to the context length.
       config_text: the resolved config.
-      notes: a sentence about each thing that was not evaluated.
+      notes: a sentence about each thing that was not evaluated, or not on data of one's own.
     """
 
     title: str

@@ -4,6 +4,7 @@ import functools
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -14,11 +15,11 @@ from ml_collections import ConfigDict
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock, formatting, hosts, metrics
-from clip_jax.data import mixture, pipeline, rows, tokenizer
+from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import lease, program, workdir
+from clip_jax.training import agreement, lease, notices, program, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 
 
@@ -41,6 +42,10 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
         cache = locations.parse(config.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", str(cache))
     directory = locations.reachable(directory)
+    if jax.process_count() > 1:  # before the index, which may take hours
+        agreement.check_program(config)
+        workdir.make(directory)
+        agreement.check_workdir(directory)
     run = _prepare(config, directory)
     workdir.make(directory)
     with (
@@ -72,9 +77,9 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
             resume_state = ResumeState()
             state = run.program.init(start)
         else:
-            resume_state = ResumeState.from_meta(
-                _check_meta(store.read_meta(resumed), run.tokenizer)
-            )
+            meta = _check_meta(store.read_meta(resumed), run.tokenizer)
+            _check_data(meta, run, config, directory)
+            resume_state = ResumeState.from_meta(meta)
             state = store.restore(resumed, run.program.state)
             if not finished:
                 _say(f"Resuming {directory} from step {resumed:,}.")
@@ -101,6 +106,9 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
             fallback_dir=fallback_dir,
         )
         evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
+    notices.check_batch(config, len(source))
+    described = identity.describe(config.data, source)
+    agreement.check_data(described)
     to_steps = functools.partial(
         clock.to_steps, batch_size=config.batch_size, examples_per_epoch=len(source)
     )
@@ -113,6 +121,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         tokenizer=tokens,
         source=source,
         order=order,
+        data=described,
         evaluator=evaluator,
         total_steps=total,
         log_every=to_steps(config.log.every),
@@ -134,8 +143,15 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
             f"not: leave {tokenizer.SIGLIP!r} out of --config.tokenizer={config.tokenizer}, or "
             "train a SigLIP model."
         )
+    largest = tokens.vocab_size - 1 if size.end_token is None else size.end_token
+    if size.text_pool != "last" and tokens.end != largest:
+        raise UserError(
+            f"{size} finds the end of a caption by the id {largest}, but the tokenizer "
+            f"{config.tokenizer!r} ends it with {tokens.end}: add "
+            f"--config.model.size.end_token={tokens.end}, or take another tokenizer."
+        )
     # Published models of this form have more entries than their tokenizer.
-    unused = size.text_pool == "last" and config.init_from
+    unused = bool(config.init_from)
     if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not unused):
         raise UserError(
             f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
@@ -207,6 +223,26 @@ def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, 
     return meta
 
 
+def _check_data(
+    meta: Mapping[str, Any], run: Run, config: ConfigDict, directory: epath.PathLike
+) -> None:
+    """Raises UserError where the checkpoint was trained on other data, unless that is allowed."""
+    if "data" not in meta:
+        _say("The checkpoint is of an earlier version and does not tell the data: not compared.")
+        return
+    changed = "; ".join(identity.differences(meta["data"], run.data, ("before", "now")))
+    if not changed:
+        return
+    if not config.checkpoint.allow_data_change:
+        raise UserError(
+            f"{directory} holds a run on other training data: {changed}. Order, epochs and the "
+            "length of the schedule would change. Restore the data, choose another --workdir, "
+            "perhaps with --config.init_from, or add --config.checkpoint.allow_data_change=True "
+            "to resume on the new data."
+        )
+    _say(f"Resuming on other training data: {changed}.")
+
+
 def _announce(run: Run, config: ConfigDict) -> None:
     count = train_state.count_params(run.program.state.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
@@ -218,6 +254,8 @@ def _announce(run: Run, config: ConfigDict) -> None:
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
         _say(note)
+    for notice in notices.notices(config, run.net, run.source, run.order, run.total_steps):
+        _say(notice)
     best = config.checkpoint.best_metric
     if best and not run.evaluator.measures(best):
         _say(

@@ -57,5 +57,16 @@ def _check(
             f"init_from {config.init_from} holds another model than the config names; only "
             f"image_size may differ: it has {'; '.join(wrong.values())}. "
             + (f"Add {flags}" if len(settings) == len(wrong) else "Take the config of that model")
-            + "."
+            + _conversion(config, wrong, expected)
         )
+
+
+def _conversion(config: ConfigDict, wrong: dict[str, str], expected: models.Size) -> str:
+    """Returns the end of the message: the command that changes the length of captions."""
+    if set(wrong) != {"context_length"}:
+        return "."
+    target = f"{str(config.init_from).rstrip('/')}-{expected.context_length}"
+    return (
+        f"; or change the model: python -m clip_jax convert {config.init_from} {target} "
+        f"--context_length={expected.context_length}, and then --config.init_from={target}."
+    )

@@ -91,8 +91,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
 
     Fields of an old run are compared under their new names.
     """
-    old = {default.RENAMED.get(name, name): value for name, value in _flatten(old).items()}
-    new = _flatten(new)
+    old = {default.RENAMED.get(name, name): value for name, value in flatten(old).items()}
+    new = flatten(new)
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
@@ -109,11 +109,12 @@ def _is_free(name: str) -> bool:
     return any(fnmatch.fnmatch(name, free) or name.startswith(free + ".") for free in FREE)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested fields by dotted name."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat

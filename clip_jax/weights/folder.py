@@ -6,7 +6,10 @@ The tensors have the paths of the variables as names; the JSON has the rest of `
 import dataclasses
 import json
 import pathlib
+import re
+import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -30,19 +33,20 @@ def is_folder(path: epath.Path) -> bool:
 def write(weights: Weights, folder: pathlib.Path) -> None:
     """Writes a model to a local folder; needs its size in memory once."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_safetensors(weights.tensors, folder / _TENSORS)
-    file = weights.tokenizer.path
-    if file is not None:
-        (folder / file.name).write_bytes(ranges.read(file))
+    checksums = save_safetensors(weights.tensors, folder / _TENSORS)
+    files = weights.tokenizer.files()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
     description = {
         "format": _FORMAT,
         "size": dataclasses.asdict(weights.size),
         "tokenizer": {
             "name": weights.tokenizer.name,
             "identity": weights.tokenizer.identity,
-            "file": file.name if file is not None else None,
+            "file": next(iter(files), None),
         },
         "origin": dict(weights.origin),
+        "checksums": checksums,
     }
     (folder / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -56,9 +60,12 @@ def read(folder: epath.Path) -> Weights:
     try:
         description = json.loads(ranges.read(folder / _DESCRIPTION))
         size, fields = models.Size.from_json(description["size"]), description["tokenizer"]
-        file = folder / fields["file"] if fields["file"] else None
+        file = inside(folder, fields["file"]) if fields["file"] else None
+        if fields["name"] == "huggingface":  # its files name each other
+            file = folder
         tokenizer = TokenizerFile(fields["name"], fields["identity"], file)
         origin = {**description["origin"], "source": str(folder)}
+        checksums = dict(description.get("checksums", {}))  # early folders have none
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -66,7 +73,51 @@ def read(folder: epath.Path) -> Weights:
             f"{folder / _DESCRIPTION} cannot be read as the description of a model "
             f"({type(error).__name__}: {error}). Convert the model again."
         ) from error
-    return Weights(size, open_safetensors(folder / _TENSORS), tokenizer, origin)
+    tensors = open_safetensors(folder / _TENSORS)
+    return Weights(size, _verified(tensors, checksums, folder / _TENSORS), tokenizer, origin)
+
+
+def _verified(tensors: Tensors, checksums: Mapping[str, str], path: epath.Path) -> Tensors:
+    """Returns tensors that are compared with their checksums when they are read."""
+
+    def read(name: str) -> np.ndarray:
+        value = tensors.read(name)
+        if checksums.get(name, actual := checksum(value)) != actual:
+            raise UserError(
+                f"{path} is damaged: the numbers of {name} are not those that were written (their "
+                "checksum differs). Copy or convert the model again."
+            )
+        return value
+
+    return Tensors(tensors.shapes, read)
+
+
+def checksum(value: np.ndarray) -> str:
+    """Returns the CRC-32 of an array's numbers as float32."""
+    numbers = np.ascontiguousarray(value, "<f4").reshape(-1)
+    return f"{zlib.crc32(numbers.view(np.uint8)):08x}"
+
+
+def inside(folder: epath.Path, name: Any) -> epath.Path:
+    """Returns a file of a folder by its name, which may come from a stranger.
+
+    Raises:
+      UserError: it is another place's: a path with "..", an absolute one, or a link out of there.
+    """
+    parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
+    plain = parts and not {"..", "/"} & set(parts) and not re.search(r"[\\:\0]", name)
+    if plain and not remote.is_remote(folder):
+        root = pathlib.Path(folder)
+        # A snapshot of the hub links to the blobs beside it, within the cache of that model.
+        if root.parent.name == "snapshots":
+            root = root.parent.parent
+        plain = (pathlib.Path(folder) / name).resolve().is_relative_to(root.resolve())
+    if not plain:
+        raise UserError(
+            f"{folder} names the file {name!r}, which is not inside of it: such a model may not "
+            "choose what is read here. Copy the file into the folder and name it without a path."
+        )
+    return folder / name
 
 
 # ---- Files of tensors --------------------------------------------------------------------------
@@ -74,12 +125,16 @@ def read(folder: epath.Path) -> Weights:
 
 def save_safetensors(
     tensors: Tensors, path: pathlib.Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Writes all arrays to one local file."""
+) -> dict[str, str]:
+    """Writes all arrays to one local file; returns their checksums."""
     arrays = {name: np.ascontiguousarray(read_finite(tensors, name)) for name in tensors.shapes}
     # ascontiguousarray makes a vector of a scalar.
     arrays = {name: value.reshape(tensors.shapes[name]) for name, value in arrays.items()}
+    path.touch()
+    mode = path.stat().st_mode
     safetensors.numpy.save_file(arrays, path, metadata=dict(metadata or {}))
+    path.chmod(mode)  # the library's files are readable by their owner alone
+    return {name: checksum(value) for name, value in arrays.items()}
 
 
 def open_safetensors(path: epath.Path) -> Tensors:
@@ -91,7 +146,7 @@ def open_safetensors(path: epath.Path) -> Tensors:
     try:
         file = safe_open(local_file(path), "numpy")
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ranges.Replaced) as error:
+    except (OSError, ValueError, SafetensorError, ranges.Replaced) as error:
         raise UserError(
             f"{path} cannot be read as safetensors ({error}). Copy or convert it again."
         ) from error

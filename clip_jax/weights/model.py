@@ -16,12 +16,13 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from clip_jax import checksums, models
+from clip_jax.data import published
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
 from clip_jax.sharding import path_name
 from clip_jax.state import abstract_variables, init_variables
-from clip_jax.storage import locations
+from clip_jax.storage import locations, ranges
 
 _LISTED = 8  # names in a message
 _DIVERGED = "the model diverged in training, or the file is damaged. Take an earlier checkpoint."
@@ -51,9 +52,10 @@ class TokenizerFile:
     """The tokenizer of a model and its vocabulary on disk.
 
     Attributes:
-      name: "openai"; or the kind of `path`, "sentencepiece" or "siglip"; "": not known.
+      name: "openai"; or the kind of `path`, "sentencepiece", "siglip" or "huggingface"; "": not
+        known.
       identity: names the vocabulary and its checksum; "": not known.
-      path: vocabulary; None: there is no file.
+      path: vocabulary, or the folder of one of kind "huggingface"; None: there is no file.
     """
 
     name: str
@@ -66,6 +68,9 @@ class TokenizerFile:
         if setting.startswith(tokenizers.SIGLIP):
             path = locations.parse(setting.removeprefix(tokenizers.SIGLIP))
             return cls("siglip", identity, path)
+        if setting.startswith(published.PUBLISHED):
+            path = locations.parse(setting.removeprefix(published.PUBLISHED))
+            return cls("huggingface", identity, path)
         if setting.endswith(".model"):
             return cls("sentencepiece", identity, locations.parse(setting))
         return cls(setting, identity)
@@ -75,6 +80,8 @@ class TokenizerFile:
         """The field `tokenizer` of a config; "": not known."""
         if self.path is None:
             return self.name
+        if self.name == "huggingface":
+            return f"{published.PUBLISHED}{self.path}"
         return f"{tokenizers.SIGLIP if self.name == 'siglip' else ''}{self.path}"
 
     def create(self, context_length: int) -> tokenizers.Tokenizer | None:
@@ -92,6 +99,30 @@ class TokenizerFile:
                 f"{self.path or self.name} is now {tokenizer.identity}."
             )
         return tokenizer
+
+    def files(self) -> dict[str, bytes]:
+        """Returns the files from which it can be made again, by name; {}: it needs none."""
+        if self.path is None:
+            return {}
+        if self.name == "huggingface":
+            return self.published().files()
+        return {self.path.name: ranges.read(self.path)}
+
+    def published(self) -> published.Published:
+        """Returns the vocabulary and rules of one of kind "huggingface".
+
+        Raises:
+          UserError: it is gone, damaged, or not the one the model was trained with.
+        """
+        assert self.path is not None
+        found = published.find(self.path)
+        if found is None or found.identity != self.identity:
+            now = "gone" if found is None else found.identity
+            raise UserError(
+                f"The model was trained with the tokenizer {self.identity}, but that in "
+                f"{self.path} is now {now}."
+            )
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +183,15 @@ class Weights:
           context_length: tokens of a caption; linear. None: unchanged.
 
         Raises:
-          UserError: the patches do not divide the image size.
+          UserError: the patches do not divide another image size.
         """
+        patch = self.size.patch_size or 1
+        if image_size not in (None, self.size.image_size) and image_size % patch:
+            raise UserError(
+                f"--image_size={image_size} is no multiple of the patches of {patch} pixels: its "
+                f"edge would be cut off. Take {max(image_size // patch, 1) * patch} or "
+                f"{(image_size // patch + 1) * patch}."
+            )
         size = dataclasses.replace(
             self.size,
             image_size=image_size or self.size.image_size,
@@ -180,17 +218,11 @@ class Weights:
         """Describes the model and its preprocessing of images and captions, in three lines."""
         size, origin = self.size, self.origin
         step = f", step {origin['step']:,}" if origin.get("step") else ""
-        whole = f"squashed to {size.image_size} x {size.image_size} pixels (bicubic)"
-        middle = f"shorter side to {size.image_size} pixels (bicubic), middle square"
-        mean, std = (
-            " ".join(f"{x:.4g}" for x in channels) for channels in (size.image_mean, size.image_std)
-        )
         tokens = self.tokenizer.identity[:24] or "unknown tokenizer"
         return (
             f"{size}, {self.parameters / 1e6:,.1f} M parameters, {size.activation}, "
             f"from {origin['source']} ({origin['format']}{step})\n"
-            f"  pictures: {middle if size.image_crop == 'center' else whole}, "
-            f"mean {mean}, std {std}\n"
+            f"  pictures: {size.preprocessing}\n"
             f"  captions: {tokens}, {size.context_length} tokens"
         )
 

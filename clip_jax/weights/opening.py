@@ -13,7 +13,7 @@ from etils import epath
 from clip_jax import checkpoint, models, sharding
 from clip_jax.errors import UserError
 from clip_jax.state import abstract_variables
-from clip_jax.storage import faults, locations
+from clip_jax.storage import faults, locations, remote
 from clip_jax.weights import folder
 from clip_jax.weights.convert import files, formats
 from clip_jax.weights.model import (
@@ -26,7 +26,18 @@ from clip_jax.weights.model import (
     variables_by_path,
 )
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# Names on the Hugging Face hub; OpenAI's ResNets are published as archives only.
+_PUBLISHED = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+    "ViT-H/14": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    "ViT-g/14": "laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
+    "SigLIP-B/16": "google/siglip-base-patch16-224",
+    "SigLIP-So400m/14": "google/siglip-so400m-patch14-224",
+}
 
 
 def open_model(
@@ -113,11 +124,45 @@ def _locate(source: epath.PathLike) -> epath.Path:
     path = locations.parse(source)
     if files.exists(path):
         return path
-    if isinstance(source, str) and _HUB_NAME.fullmatch(source):
-        return _download(source)
+    if str(source) in models.available_models():
+        raise UserError(_how_to_get(str(source)))
+    if _is_hub_name(source):
+        return _download(str(source))
+    there = "" if remote.is_remote(path) else f", looked for at {pathlib.Path(path).absolute()}"
     raise UserError(
-        f"There is no model {str(source)!r}: give the workdir of a training run, "
+        f"There is no model {str(source)!r}{there}: give the workdir of a training run, "
         f"{formats.READABLE}."
+    )
+
+
+def _is_hub_name(source: epath.PathLike) -> bool:
+    """Returns whether a missing path can only be a name on the hub, ORG/NAME.
+
+    It is one of this machine where ORG is a folder here, or where NAME ends as a file does.
+    """
+    if not isinstance(source, str) or not _HUB_NAME.fullmatch(source):
+        return False
+    parent, name = source.split("/")
+    suffix = pathlib.PurePath(name).suffix
+    is_file = suffix in (*files.TORCH, ".npz", ".safetensors", ".json")
+    return not is_file and not pathlib.Path(parent).exists()
+
+
+def _how_to_get(name: str) -> str:
+    """Describes where weights of a named model are published."""
+    size = models.get_size(name)
+    ways = []
+    if name in _PUBLISHED:
+        ways.append(f"{_PUBLISHED[name]}, a name on the Hugging Face hub")
+    if size.activation == "quick_gelu":
+        file = name.replace("/", "-").replace("@", "-")
+        ways.append(
+            f"OpenAI's archive {file}.pt, whose address is in clip/clip.py of "
+            "https://github.com/openai/CLIP"
+        )
+    return (
+        f"{name} names an architecture, and no weights come with clip_jax. Give their place: "
+        f"{'; or '.join(ways)}. A workdir of your own does as well."
     )
 
 

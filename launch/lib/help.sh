@@ -85,7 +85,8 @@ END
 launch/tpu.sh status --name=clip --zone=us-east5-b
 
 The state of the request, and a line for each worker: running, finished, failed, stopped, lost (the
-machine was restarted) or idle, with the last line of its log.
+machine was restarted, or main.py was killed, missed another worker or its storage: run --watch starts
+it again) or idle, with the last line of its log.
 END
       ;;
     stop)

@@ -21,6 +21,7 @@ read_main_arguments() {
   [ -n "$CONFIG" ] || die "There is no --config for main.py: its arguments follow a lone --, as in" \
     "'$(again "$COMMAND") $example'."
   CONFIG=${CONFIG%%:*} # the part after a colon is the config's argument
+  case "$CONFIG" in */* | *.py) ;; *) CONFIG=configs/$CONFIG.py ;; esac # as main.py takes it
   case "$CONFIG" in /* | *..*) die "The config $CONFIG is not a path inside the repository: setup" \
     "sends only the repository, so name a file such as configs/vit_b32.py." ;; esac
   [ -f "$CONFIG" ] || die "The config $CONFIG does not exist: in configs/ there are" \

@@ -1,75 +1,75 @@
-"""Numbers and names of classes as files spell them, against the numbers that were meant."""
+"""The numbers of classes, against the numbers themselves."""
+
+import decimal
+import math
 
 import numpy as np
 import pytest
 
-from clip_jax.data.sources.labels import number_labels, number_names
+from clip_jax.data.sources import labels
 from clip_jax.errors import UserError
 
-NUMBERS = [*range(12), 3]
+N = 12
+WANTED = [(i,) for i in range(N)]
+NUMBERS = {
+    "integers": list(range(N)),
+    "floats": [float(i) for i in range(N)],
+    "texts": list(map(str, range(N))),
+    "texts of floats": [f"{i}.0" for i in range(N)],
+    "exponents": [f"{i:.3e}" for i in range(N)],
+    "leading zeros": [f"{i:03}" for i in range(N)],
+    "bytes": [b"%d" % i for i in range(N)],
+    "with spaces": [f" {i}\n" for i in range(N)],
+    "NumPy": list(np.arange(N, dtype=np.uint8)),
+    "NumPy floats": list(np.arange(N, dtype=np.float32)),
+    "arrays": [np.array([i]) for i in range(N)],
+    "decimals": [decimal.Decimal(i) for i in range(N)],
+    "lists": [[float(i)] for i in range(N)],
+    "mixed spellings": [0, "1", 2.0, "3.0", *range(4, N)],
+}
 
 
-@pytest.mark.parametrize(
-    "spelt",
-    [
-        int,
-        float,
-        str,
-        "{}.0".format,
-        "{}.".format,
-        "{:03}".format,
-        " {} ".format,
-        np.int8,
-        np.float32,
-        lambda n: str(n).encode(),
-        lambda n: [n],
-    ],
-)
-def test_numbers_stay_what_they_are(spelt):
-    """As text, 10 would sort before 2; pandas writes 3.0 where a cell of the column is empty."""
-    labels, names = number_labels([spelt(n) for n in NUMBERS])
-    assert [labels[i] for i in range(len(labels))] == [(n,) for n in NUMBERS]
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_whole_number_is_its_own_id(name: str):
+    found, names = labels.number_labels(NUMBERS[name])
+    assert [found[i] for i in range(N)] == WANTED
     assert names == ()
+    assert not found.by_name
 
 
-def test_no_label():
-    labels, _ = number_labels([None, float("nan"), np.float64("nan"), -1, "-1", [], 2.0, [3, None]])
-    found = [labels[i] for i in range(len(labels))]
-    assert found == [(), (), (), (), (), (), (2,), (3,)]
+def test_gaps_ones_and_missing_labels():
+    found, names = labels.number_labels([3, 900, "", None, math.nan, -1, 70_000])
+    assert [found[i] for i in range(7)] == [(3,), (900,), (), (), (), (), (70_000,)]
+    assert names == ()
+    found, _ = labels.number_labels([{"id": 3}, [[1], 2], 3])  # two odd rows
+    assert [found[i] for i in range(3)] == [(), (2,), (3,)]
+    found, _ = labels.number_labels([False, True, True])
+    assert [found[i] for i in range(3)] == [(0,), (1,), (1,)]
 
 
-def test_one_number_in_two_spellings_is_one_class():
-    labels, _ = number_labels([["1", "01", 1.0], True, False])
-    assert [labels[i] for i in range(3)] == [(1,), (1,), (0,)]
-
-
-@pytest.mark.parametrize("value", [0.5, float("inf"), 2**31, 1e12])
-def test_numbers_that_are_no_class_are_refused(value):
-    with pytest.raises(UserError, match="no whole number from 0 to 2,147,483,647"):
-        number_labels([1, value])
-
-
-def test_names():
-    labels, names = number_labels(["cat", 3.0, "3", ["ant", "cat"], {"a": 1}])
-    assert names == ("3", "ant", "cat", "{'a': 1}")
-    assert [labels[i] for i in range(5)] == [(2,), (0,), (0,), (1, 2), (3,)]
+def test_names_that_are_numbers_are_sorted_by_their_value():
+    found, names = labels.number_names([[str(i)] for i in reversed(range(1000))])
+    assert names == tuple(map(str, range(1000)))
+    assert [found[i] for i in (0, 1, 999)] == [(999,), (998,), (0,)]
+    assert labels.number_labels(["b", 10, 2.0, "a"])[1] == ("2", "10", "a", "b")
 
 
 @pytest.mark.parametrize(
-    ("folders", "expected", "names"),
+    ("values", "message"),
     [
-        ([str(n) for n in range(12)], range(12), [str(n) for n in range(12)]),
-        ([f"{n:03}" for n in (10, *range(10))], [10, *range(10)], None),
-        (["1", "2", "3"], [1, 2, 3], ["0", "1", "2", "3"]),  # counted from 1
-        (["3", "10"], [1, 0], ["10", "3"]),  # numbers as names: most would have no image
-        (["1", "01"], [1, 0], ["01", "1"]),
-        (["1", "one"], [0, 1], ["1", "one"]),
-        (["20231105", "20231106"], [0, 1], ["20231105", "20231106"]),
-        (["-1", "1"], [0, 1], ["-1", "1"]),
+        ([0.5, 1.0], "0.5 is no whole number"),
+        (["1.5", "2"], "'1.5' is no whole number"),
+        ([math.inf, 1], "inf is no whole number"),
+        ([-2, 1], "-2 is negative"),
+        ([10**12, 1], "too large"),
+        (["1e300".replace("e", ".0e"), 1], "too large"),
+        (["7", "007"], "'007' and '7' are the same number"),
+        ([[True, False], [False, True]], "list of true and false"),
+        ([[[1], [2]], {"id": 3}], "misspelt"),
+        ([-1, -1], "All labels"),
+        ([None, ""], "misspelt"),
     ],
 )
-def test_folders(folders, expected, names):
-    labels, found = number_names([[folder] for folder in folders])
-    assert [labels[i] for i in range(len(labels))] == [(n,) for n in expected]
-    assert [found[n] for n in expected] == folders  # a label and its name go together
-    assert names is None or list(found) == names
+def test_what_is_no_class_is_refused(values, message: str):
+    with pytest.raises(UserError, match=message):
+        labels.number_labels(values)

@@ -112,7 +112,7 @@ class TestFolder:
         assert [source[0].label, source[1].label] == [0, 1]
         for name in ("great_dane", "cat"):
             (tmp_path / name).rename(tmp_path / str(len(name)))
-        assert ImageFolder(str(tmp_path), "", "").class_names == ("10", "3")
+        assert ImageFolder(str(tmp_path), "", "").class_names == ("3", "10")
 
     def test_nothing_found(self, tmp_path):
         with pytest.raises(UserError, match="no directory"):

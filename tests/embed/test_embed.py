@@ -8,17 +8,15 @@ import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import several_hosts
 import tiny
 import tiny_run
-import xla_flags
+from several_hosts import endings, launch
 from shards import write_tar
 from tiny_data import encoded, picture, sample
 
@@ -235,29 +233,12 @@ def test_another_model_does_not_resume(pictures, whole, capsys):
 @pytest.mark.slow
 def test_hosts_share_the_parts(pictures, tmp_path):
     """Two processes of two devices each, joined by a coordinator."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    hosts = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "clip_jax", "embed", f"--model={tiny_run.finished()}"),
-                *(str(pictures), f"--out={tmp_path / 'out'}", "--rows=3", "--batch_size=4"),
-                *(f"--coordinator={address}", "--processes=2", f"--process={process}"),
-            ],
-            cwd=ROOT,
-            env=xla_flags.environment(2),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        errors = [host.communicate(timeout=300)[1] for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    assert [host.returncode for host in hosts] == [0, 0], errors
+    command = ["-m", "clip_jax", "embed", f"--model={tiny_run.finished()}", str(pictures)]
+    command += [f"--out={tmp_path / 'out'}", "--rows=3", "--batch_size=4"]
+    hosts = [launch([*command, *flags], 2, quick="") for flags in several_hosts.flags(2)]
+    ended = endings(hosts)
+    errors = [each.stderr for each in ended]
+    assert [each.returncode for each in ended] == [0, 0], errors
     assert all("6/6" in error or "5/5" in error for error in errors)  # examples of each host
     alone = table(run(pictures, tmp_path / "alone", "--rows=3"))
     for row, wanted in zip(table(open_store(tmp_path / "out")), alone, strict=True):

@@ -64,6 +64,10 @@ def test_models_and_the_paper_in_one_table(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert {row["model"] for row in rows} == {"ours", "ViT-B/32 (paper)"}
     assert float(rows[0]["value"]) == 0.5
+    assert "tables 10 (linear probe) and 11" in rows[-1]["source"]
+    told = " ".join(printed.split())
+    assert "Radford et al. 2021, tables 10 (linear probe) and 11 (zero-shot)" in told
+    assert "The others are unchecked" in told
 
 
 def test_means_are_over_what_all_have():

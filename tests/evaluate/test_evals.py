@@ -226,23 +226,8 @@ def test_class_names_of_the_config_are_matched_by_name(tiny, mesh8, tmp_path):
     words = [word.replace("_", " ") for word in words]
     assert accuracy("named", sorted(words)) == accuracy("named", words[::-1]) == by_folder
     assert accuracy("numbered", words) == by_folder
-    with pytest.raises(UserError, match=r"are not classes.*'zero'"):
+    with pytest.raises(UserError, match="do not say which of them is the class 'zero'"):
         accuracy("named", [*words[1:], "a cat"])
-
-
-def test_digits_beside_own_data_are_said_to_be_digits(tiny, mesh1, tmp_path):
-    config, net, _ = tiny
-    config = config.copy_and_resolve_references()
-    config.data.source.update({"type": "folder", "path": str(tmp_path)})
-    tokenizer = tokenizers.create("openai", 24)
-    notes = Evaluator(config, net, mesh1, tokenizer).notes
-    assert [note.split(" is the embedded digits, not your data")[0] for note in notes] == [
-        "eval.zeroshot.source",
-        "eval.retrieval.source",
-    ]
-    digits = default.source(type="digits")
-    config.data.mixture = default.mixture(some=digits)
-    assert not Evaluator(config, net, mesh1, tokenizer).notes
 
 
 @pytest.mark.parametrize(
@@ -259,3 +244,51 @@ def test_wrong_settings_fail_before_training(tiny, mesh1, changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
         Evaluator(config, net, mesh1, tokenizers.create("openai", 24))
+
+
+def _folders(root, names: list[str]) -> str:
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.fromarray(np.full((16, 16, 3), len(name), np.uint8)).save(root / name / "a.png")
+    return str(root)
+
+
+def test_class_folders_bring_names_and_a_template(tiny, mesh8, tmp_path):
+    """They need no more in a config; names there are matched, in any order."""
+    config, net, variables = tiny
+    config = config.copy_and_resolve_references()
+    names = ["2", "10", "1"]
+    path = _folders(tmp_path / "numbers", names)
+    config.eval.zeroshot.source = default.source(type="folder", path=path)
+    config.eval.zeroshot.templates = ()
+    evaluator, _ = evaluate(config, net, variables, mesh8)
+    details = of_task(evaluator, "zeroshot").details
+    assert details["templates"] == ["a photo of a {}."]
+    assert details["classes"]["class_names"] == ["1", "2", "10"]
+    path = _folders(tmp_path / "words", ["great_dane", "cat"])
+    config.eval.zeroshot.source = default.source(type="folder", path=path)
+    for given, wanted in (((), (0, 1)), (("great dane", "cat"), (1, 0))):
+        config.eval.zeroshot.class_names = given
+        evaluator = Evaluator(config, net, mesh8, tokenizers.create("openai", 24))
+        ((dataset, _), *_) = evaluator._planned
+        source = evaluator._embeddings.source(dataset, "test")
+        assert [source[i].label for i in range(2)] == list(wanted)  # of cat and great_dane
+        assert dataset.class_names == (given or ("cat", "great dane"))
+    config.eval.zeroshot.class_names = ("puss", "dog")
+    with pytest.raises(UserError, match=r"class 'cat' of eval.zeroshot.source.*JSON"):
+        Evaluator(config, net, mesh8, tokenizers.create("openai", 24))
+
+
+def test_scores_of_the_embedded_digits_are_told_from_those_of_ones_own_data(tiny, mesh8, tmp_path):
+    config, net, _ = tiny
+    config = config.copy_and_resolve_references()
+    notes = Evaluator(config, net, mesh8, tokenizers.create("openai", 24)).notes
+    assert not notes
+    config.data.source = default.source(type="folder", path=str(tmp_path))
+    made = Evaluator(config, net, mesh8, tokenizers.create("openai", 24))
+    (note,) = made.notes
+    assert "eval.zeroshot.source and eval.retrieval.source: the embedded digits, not your" in note
+    assert {dataset.title for dataset, _ in made._planned} >= {"embedded digits test"}
+    config.eval.zeroshot.source.type = ""
+    config.eval.retrieval.source.type = ""
+    assert not Evaluator(config, net, mesh8, tokenizers.create("openai", 24)).notes

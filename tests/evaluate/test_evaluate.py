@@ -6,16 +6,15 @@ import json
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
-import sys
 
 import html_page
 import numpy as np
 import pytest
+import several_hosts
 import tiny_run
 import tiny_sets
-import xla_flags
+from PIL import Image
+from several_hosts import launch, outputs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 
@@ -301,31 +300,31 @@ def test_all_sets_are_listed(capsys):
 @pytest.mark.slow
 def test_hosts_share_an_evaluation(tmp_path):
     """Two processes joined by a coordinator; the scores are those of one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
     common = ["--datasets=digits", "--tasks=zeroshot"]
-    hosts = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "clip_jax", "evaluate", *common),
-                *(f"--checkpoint={tiny_run.finished()}", f"--out={tmp_path / 'both'}"),
-                *(f"--coordinator={address}", "--processes=2", f"--process={process}"),
-            ],
-            env=xla_flags.environment(2),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        errors = [host.communicate(timeout=300)[1] for host in hosts]
-    finally:
-        for host in hosts:
-            host.kill()
-    assert [host.returncode for host in hosts] == [0, 0], errors
+    command = ["-m", "clip_jax", "evaluate", *common, f"--checkpoint={tiny_run.finished()}"]
+    command += [f"--out={tmp_path / 'both'}"]
+    outputs([launch([*command, *flags], 2, quick="") for flags in several_hosts.flags(2)])
     run(tmp_path / "alone", *common)
     both, alone = (scores(tmp_path / name) for name in ("both", "alone"))
     assert both.keys() == alone.keys()
     for key, row in alone.items():
         assert float(both[key]["value"]) == pytest.approx(float(row["value"]), abs=1e-6), key
+
+
+def test_other_data_under_the_same_name_is_not_taken_for_the_old(tmp_path, monkeypatch, capsys):
+    """Other images, as many as before: the embeddings are not reused, and the message says so."""
+    monkeypatch.chdir(tmp_path)
+    for name, shade in (("cat", 10), ("dog", 200)):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (shade, 0, 0)).save(tmp_path / "set" / name / "a.png")
+    asked = (f"--datasets={tmp_path / 'set'}", "--tasks=zeroshot")
+    run(tmp_path / "out", *asked)
+    capsys.readouterr()
+    run(tmp_path / "out", *asked)
+    assert "done before" in capsys.readouterr().out
+    Image.new("RGB", (16, 16), (0, 99, 0)).save(tmp_path / "set" / "dog" / "a.png")
+    with pytest.raises(SystemExit):
+        run(tmp_path / "out", *asked)
+    printed = "".join(capsys.readouterr())
+    assert "done before" not in printed
+    assert "sample" in printed

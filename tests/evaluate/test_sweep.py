@@ -1,5 +1,6 @@
 """The search for the L2 penalty against scikit-learn and constructed scores."""
 
+import functools
 import math
 
 import numpy as np
@@ -47,6 +48,17 @@ def test_coarse_to_fine(peak: int, tried: int):
     assert len(asked) == len(set(asked)) <= tried
     assert asked[:7] == [-48, -32, -16, 0, 16, 32, 48]
     assert sweep.search(lambda exponents: [0.0] * len(exponents)) == 48
+
+
+def test_a_search_counts_the_fits_that_did_not_converge(mesh8, monkeypatch):
+    train, validation, test = digits()
+    assert sweep.probe(train, validation, test, ACCURACY, 10, mesh8).unconverged == 0
+    fit = functools.partial(sweep.logistic.fit_placed, max_iter=30)
+    monkeypatch.setattr(sweep.logistic, "fit_placed", fit)
+    found = sweep.probe(train, validation, test, ACCURACY, 10, mesh8)
+    assert found.unconverged == sum(point.iterations >= 30 for point in found.points) > 0
+    assert "fits have not converged" in sweep.warning(found.unconverged)
+    assert not sweep.warning(0)
 
 
 def test_held_out_are_a_fifth_of_each_class():

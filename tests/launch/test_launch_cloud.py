@@ -218,6 +218,33 @@ def test_watch_ends_without_a_preemption(change, wanted, cloud):
     assert "queued-resources create" not in cloud.calls()
 
 
+@needs_linux
+def test_watch_starts_again_what_missed_a_host(cloud):
+    """Exit status 42; a user error, with 2, would only come back."""
+    cloud.install()
+    watch = subprocess.Popen(
+        ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
+        cwd=cloud.repository,
+        env=cloud.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with watch:
+        first = cloud.arguments()
+        for worker in cloud.workers:
+            (worker / "argv.json").unlink()
+        cloud.set(miss="")
+        fake_cloud.wait_until(lambda: not cloud.processes())
+        (cloud.folder / "miss").unlink()
+        assert cloud.arguments() == first
+        cloud.set(finish="")
+        said, _ = watch.communicate(timeout=30)
+    assert watch.returncode == 0, said
+    assert "The run is lost." in said
+    assert "The run is over: finished." in said
+
+
 def test_watch_gives_up_on_a_refused_request(cloud):
     cloud.set(state="NONE", granted="FAILED")
     answer = cloud.launch(f"run {HERE} --type=v5litepod-16 --spot --watch {MAIN}")

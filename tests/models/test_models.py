@@ -375,7 +375,7 @@ def test_batch_norm_spans_the_devices(mesh8):
     [
         ("ViT-B/23", None, r"Unknown model 'ViT-B/23'.*RN50x16.*ViT-B/32"),
         ("ViT-B/32", {"depth": 3}, r"no depth.*image_layers"),
-        ("ViT-B/32", {"image_size": 100}, r"image_size \(100\).*patch_size.*\(32\)"),
+        ("ViT-B/32", {"image_size": 31}, r"image_size \(31\).*patch_size.*\(32\)"),
         ("ViT-B/32", {"text_heads": 7}, r"text_width \(512\).*text_heads \(7\)"),
         ("ViT-B/32", {"image_layers": (1, 2)}, r"\(1, 2\).*\(12,\)"),
         ("RN50", {"image_layers": (12,)}, r"4 stages.*\(12,\)"),

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+from etils import epath
 
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, writing
@@ -56,3 +57,23 @@ def test_many_sizes_in_one_request(bucket, remote):
 def test_what_is_not_read_is_said(path, message):
     with pytest.raises(UserError, match=f"{message}(.|\n)*gs://BUCKET"):
         locations.expand(path, ".tar")
+
+
+def test_choices_in_braces():
+    found = locations.expand("/d/{train,val}/{0..1}.tar, /e/{a,b}{0..1}.tar,/f.tar", ".tar")
+    assert list(map(str, found)) == [
+        *(f"/d/{split}/{i}.tar" for split in ("train", "val") for i in range(2)),
+        *(f"/e/{name}{i}.tar" for name in "ab" for i in range(2)),
+        "/f.tar",
+    ]
+
+
+def test_names_are_as_short_as_they_can_be():
+    def short(*paths: str) -> list[str]:
+        return locations.short_names(list(map(epath.Path, paths)))
+
+    assert short("/a/0.tar", "/b/1.tar") == ["0.tar", "1.tar"]
+    assert short("/a/0.tar", "/a/0.tar") == ["0.tar", "0.tar"]
+    assert short("/r/a/0.tar", "/r/b/0.tar", "/r/b/1.tar") == ["a/0.tar", "b/0.tar", "b/1.tar"]
+    assert short("/r/0.tar", "/r/b/0.tar") == ["0.tar", "b/0.tar"]
+    assert short("gs://x/0.tar", "gs://y/0.tar") == ["x/0.tar", "y/0.tar"]

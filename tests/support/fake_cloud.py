@@ -20,7 +20,7 @@ import json, os, pathlib, sys, time
 pathlib.Path(os.environ["HOME"], "argv.json").write_text(json.dumps(sys.argv[1:]))
 print("step 1/3 loss 3.7", flush=True)
 while True:
-    for name, status in (("finish", 0), ("fail", 3)):
+    for name, status in (("finish", 0), ("fail", 3), ("miss", 42)):
         if os.path.exists(os.path.join(os.environ["CLOUD"], name)):
             print(f"will {name}")
             sys.exit(status)

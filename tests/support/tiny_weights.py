@@ -23,9 +23,9 @@ SIZES = {
 }
 
 
-def make(kind: str) -> Weights:
-    """Random weights; of OpenAI's tokenizer, but for SigLIP."""
-    size, rng = SIZES[kind], np.random.default_rng(0)
+def make(kind: str, size: models.Size | None = None) -> Weights:
+    """Random weights, also of another size than the kind's; OpenAI's tokenizer but for SigLIP."""
+    size, rng = size or SIZES[kind], np.random.default_rng(0)
     shapes = variable_shapes(size)
     arrays = {}
     for name, shape in shapes.items():

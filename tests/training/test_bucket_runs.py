@@ -12,13 +12,14 @@ import tiny_data
 import tiny_run
 import xla_flags
 from etils import epath
+from several_hosts import free_port, launch, outputs
 from shards import write_tar
-from test_distributed import TOLERANCE, free_port, launch, outputs
+from test_distributed import TOLERANCE
 
 import clip_jax
 from clip_jax import checkpoint
 from clip_jax.configs import default, vit_b32
-from clip_jax.errors import StorageError
+from clip_jax.errors import ExitCode, StorageError
 from clip_jax.storage import faults
 from clip_jax.training import train
 
@@ -179,7 +180,7 @@ def test_a_host_that_cannot_save_ends_the_run_with_a_sentence(bucket, place):
     shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2, **UNEVALUATED}
     processes = [launch(command(place, process=i, **shared), devices=4) for i in range(2)]
     printed = [process.communicate(timeout=200)[1] for process in processes]
-    assert all(process.returncode for process in processes)
+    assert {process.returncode for process in processes} == {ExitCode.RESUME}
     said = "A checkpoint could not be written to .*lack the right.*resumes at the last complete"
     assert any(re.search(said, text) for text in printed)
 
@@ -293,7 +294,7 @@ def test_mistakes_are_sentences(bucket, place, flags, rights, message):
         text=True,
         check=False,
     )
-    assert found.returncode == 1
+    assert found.returncode == ExitCode.USER_ERROR
     assert "Traceback" not in found.stderr, found.stderr
     assert re.search(message, found.stderr.replace("\n", " ")), found.stderr
 

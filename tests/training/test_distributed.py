@@ -6,49 +6,15 @@ import json
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
-import xla_flags
+from several_hosts import free_port, launch, outputs
 
-ROOT = pathlib.Path(__file__).parents[2]
 BATCH, WIDTH = 48, 40
 TOLERANCE = 1e-5  # relative, of losses: sums in another order; seen: 1e-6
-TIMEOUT = 300  # seconds
-
-
-def launch(arguments: list[str], devices: int, quick: str = xla_flags.QUICK) -> subprocess.Popen:
-    """Starts Python with this many virtual devices."""
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=xla_flags.environment(devices, quick),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def outputs(processes: list[subprocess.Popen]) -> list[str]:
-    """Returns what they printed, once all have ended well."""
-    try:
-        printed = [process.communicate(timeout=TIMEOUT) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, printed):
-        assert process.returncode == 0, errors
-    return [out for out, _ in printed]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---- The loss ----------------------------------------------------------------------------------

@@ -147,9 +147,9 @@ def test_parameters_that_decay_are_checked(pattern: str, found: str):
 
 
 def _schedule(step: int, warmup: int, total: int) -> float:
-    """The fraction of the peak."""
+    """The fraction of the peak, as open_clip's schedulers have it."""
     if step < warmup:
-        return step / warmup
+        return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 

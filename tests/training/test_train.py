@@ -90,10 +90,10 @@ def test_metrics_of_a_run():
     losses = [found[step, "train/loss"] for step in every]
     assert np.isfinite(losses).all()
     assert np.log(16) - 1 < losses[0] < np.log(16) + 2  # near that of a guess among 16
-    # Warm-up over 3 steps from zero to 1e-3, then a cosine to zero at the end.
+    # Warm-up over 3 steps to 1e-3, then a cosine to zero at the end.
     rates = [found[step, "train/learning_rate"] for step in every]
     cosine = [0.5 * (1 + np.cos(np.pi * i / 9)) for i in range(9)]
-    np.testing.assert_allclose(rates, 1e-3 * np.array([0, 1 / 3, 2 / 3, *cosine]), rtol=1e-5)
+    np.testing.assert_allclose(rates, 1e-3 * np.array([1 / 3, 2 / 3, 1, *cosine]), rtol=1e-5)
     np.testing.assert_allclose(found[1, "train/logit_scale"], 1 / 0.07, rtol=1e-3)
 
 

@@ -22,6 +22,7 @@ from clip_jax.weights.convert import (
     mapping,
     open_clip,
     openai,
+    preprocessing,
     torch_files,
 )
 from clip_jax.weights.model import Tensors, Weights, variable_shapes
@@ -65,7 +66,7 @@ def test_every_model_has_its_place_in_the_formats(name: str):
         assert open_clip.size_of(open_clip.config_of(size), name) == size
     if not size.is_resnet:
         check(huggingface.table(size))
-        config = huggingface.config_of(size), huggingface.processor_of(size)
+        config = huggingface.config_of(size), preprocessing.to_transformers(size)
         assert huggingface.size_of(*config, name) == size
     if siglip:
         for stacked in (False, True):

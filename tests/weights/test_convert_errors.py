@@ -141,8 +141,21 @@ def edit_json(path: pathlib.Path, **changes):
 @pytest.mark.parametrize(
     ("file", "changes", "match"),
     [
-        ("preprocessor_config.json", {"crop_size": 48}, "image_size 32 in config.json, but 48"),
-        ("preprocessor_config.json", {"resample": 2}, "Pillow's filter 2 .resample"),
+        ("preprocessor_config.json", {"crop_size": 48}, "crop_size .*48.*image_size 32"),
+        ("preprocessor_config.json", {"resample": 0}, "Pillow's filter 0 .resample"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "size .*40.*then the middle"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 32}}, "size .*longest_edge"),
+        ("preprocessor_config.json", {"do_center_crop": False}, "shortest_edge.*without a crop"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize=False"),
+        ("preprocessor_config.json", {"do_pad": True}, "do_pad=True"),
+        ("preprocessor_config.json", {"do_convert_rgb": False}, "do_convert_rgb=False"),
+        ("preprocessor_config.json", {"rescale_factor": 0}, "rescale_factor=0"),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5]}, r"image_mean=\[0.5, 0.5\]"),
+        (
+            "preprocessor_config.json",
+            {"image_processor_type": "ViTImageProcessor"},
+            "transformers' ViTImageProcessor",
+        ),
         (
             "config.json",
             {"text_config__hidden_act": "gelu"},
@@ -166,7 +179,22 @@ def test_a_folder_that_contradicts_itself(file, changes, match, tmp_path: pathli
         ({"model_cfg__text_cfg__hf_model_name": "roberta"}, "text_cfg.hf_model_name = 'roberta'"),
         ({"model_cfg__vision_cfg__attentional_pool": True}, "vision_cfg.attentional_pool = True"),
         ({"model_cfg__vision_cfg__timm_model_name": "convnext"}, "image tower convnext of timm"),
-        ({"preprocess_cfg__interpolation": "bilinear"}, "interpolation 'bilinear'"),
+        ({"preprocess_cfg__interpolation": "random"}, "interpolation 'random'"),
+        ({"preprocess_cfg__resize_mode": "longest"}, "resize_mode 'longest'"),
+        ({"preprocess_cfg__mode": "L"}, "mode 'L'"),
+        ({"preprocess_cfg__gamma": 2}, "preprocess_cfg.gamma = 2"),
+        ({"model_cfg__vision_cfg__norm_kwargs": {"eps": 1e-3}}, "eps 1e-05 in its text"),
+        (
+            {"model_cfg__text_cfg__norm_kwargs": {"elementwise_affine": False}},
+            "norm_kwargs .'elementwise_affine'",
+        ),
+        (
+            {
+                "model_cfg__quick_gelu": True,
+                "model_cfg__vision_cfg__act_kwargs": {"approximate": "tanh"},
+            },
+            "with quick_gelu",
+        ),
         (
             {"model_cfg__text_cfg__act_kwargs": {"approximate": "tanh"}},
             "gelu_tanh in its text tower",

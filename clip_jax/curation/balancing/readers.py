@@ -20,9 +20,10 @@ from typing import IO, Any
 import pyarrow as pa
 from etils import epath
 
-from clip_jax.data.sources import captions, table_scan, tar_index
+from clip_jax.data.sources import captions, table_scan
 from clip_jax.data.sources.table_scan import Damage
 from clip_jax.data.sources.tables import SUFFIXES, TEXT_COLUMNS
+from clip_jax.data.sources.tar_index import Sample, Span, samples
 from clip_jax.errors import BadExample, UserError
 
 RESERVED = ("row", "caption", "key", "problem", "queries")  # columns with a meaning of their own
@@ -113,39 +114,33 @@ def _strings(values: Iterable[Any]) -> pa.Array:
 
 def _tar(file: IO[bytes], path: epath.Path, columns: Columns, rows: int) -> Iterator[pa.Table]:
     problems: Counter[str] = Counter()
-    found, damage = tar_index.samples(file, problems)
+    found, damage = samples(file, problems)
     fields = captions.parse_fields(columns.caption)
-    if damage and found and not {"image"} < found[-1][0].keys() - {"header"}:
+    if (
+        damage
+        and found
+        and not ("image" in found[-1].files and found[-1].files.keys() & {"txt", "json"})
+    ):
         found.pop()  # the damage may have cut off its other file
     for batch in _batches(found, rows):
-        read = [_read_sample(file, *sample, fields, columns.keep) for sample in batch]
+        read = [_read_sample(file, sample, fields, columns.keep) for sample in batch]
         keys, texts, records, reasons = zip(*read)
         kept = {name: _strings([each.get(name) for each in records]) for name in columns.keep}
         texts, reasons = pa.array(texts, pa.string()), pa.array(reasons, pa.string())
         yield pa.table({"caption": texts, "problem": reasons} | kept | {"key": pa.array(keys)})
-    for reason in ("unsafe file name", "sparse file"):
-        yield _unusable([reason] * problems[reason])
+    yield _unusable(["unsafe file name"] * problems["unsafe file name"])
     if damage:
         raise Damage(damage)
 
 
 def _read_sample(
-    file: IO[bytes],
-    sample: tar_index.Sample,
-    repeat: int,
-    fields: Sequence[captions.Field],
-    keep: Sequence[str],
+    file: IO[bytes], sample: Sample, fields: Sequence[captions.Field], keep: Sequence[str]
 ) -> tuple[str, str | None, dict[str, Any], str | None]:
     """Returns key, first caption, .json fields to keep, and why there is no caption."""
-    contents = {}
-    for kind in ("header", *(sample.keys() & {"txt", "json"})):
-        file.seek(sample[kind].offset)
-        contents[kind] = file.read(sample[kind].size)
-    key = tar_index.key_of(tar_index.name_of(contents["header"]))
-    if repeat:
-        key = f"{key}#{repeat + 1}"
+    key = sample.key(_read(file, sample.headers))
+    contents = {kind: _read(file, sample.files[kind]) for kind in sample.files.keys() - {"image"}}
     record = contents.get("json")
-    if "image" not in sample:
+    if "image" not in sample.files:
         return key, None, {}, "no image"
     try:
         texts = captions.read_files(contents.get("txt"), record, fields, key).texts
@@ -153,6 +148,11 @@ def _read_sample(
     except BadExample as error:
         return key, None, {}, error.reason
     return key, texts[0], kept, None
+
+
+def _read(file: IO[bytes], span: Span) -> bytes:
+    file.seek(span.offset)
+    return file.read(span.size)
 
 
 def _first(text: Any) -> Any:

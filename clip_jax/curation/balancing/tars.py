@@ -10,7 +10,7 @@ from typing import IO
 
 from etils import epath
 
-from clip_jax.data.sources import tar_index
+from clip_jax.data.sources.tar_index import FILES, DamagedShard, kind_of, members, samples
 from clip_jax.storage import ranges, remote, writing
 
 _CHUNK = 2**24  # bytes copied at a time
@@ -28,16 +28,18 @@ def copy(source: epath.Path, target: epath.Path, rows: Sequence[int]) -> None:
         writing.remove(target)
         return
     with _at_hand(source) as file, writing.replacing(target) as temporary:
-        found, _ = tar_index.samples(file, Counter())
-        contents = {span.offset for row in rows for span in found[row][0].values()}
-        keys = {_key(member) for member in _whole(file) if member.offset_data in contents}
+        found, _ = samples(file, Counter())
+        contents = {span.offset for row in rows for span in found[row].files.values()}
+        keys = {_key(member) for _, member in _members(file) if member.offset_data in contents}
         with tarfile.open(temporary, mode="w") as out:
-            for member in _whole(file):
-                if not _belongs(member, contents, keys):
-                    continue
-                file.seek(member.offset_data)
-                out.addfile(member, file)
-                out.members = []  # type: ignore[misc]  # would grow by 1 KB each
+            for tar, member in _members(file):
+                # Another sample may have the same key; which of them other files are of is not
+                # known.
+                if member.offset_data in contents or (
+                    _key(member) in keys and _kind(member) not in FILES
+                ):
+                    out.addfile(member, tar.extractfile(member))
+                    out.members = []  # type: ignore[misc]  # would grow by 1 KB each
 
 
 @contextlib.contextmanager
@@ -52,23 +54,19 @@ def _at_hand(path: epath.Path) -> Iterator[IO[bytes]]:
             yield copy
 
 
-def _whole(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
-    """Yields the files of a shard, up to where it is damaged."""
-    with contextlib.suppress(tar_index.DamagedShard):
-        for member in tar_index.members(file):
+def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Yields the complete files of a shard, up to where it is damaged."""
+    try:
+        for tar, member in members(file):
             if member.isfile() and not member.issparse():
-                yield member
-
-
-def _belongs(member: tarfile.TarInfo, contents: set[int], keys: set[str]) -> bool:
-    """Returns whether a file belongs to the samples whose contents begin at these places.
-
-    Files of other kinds belong to all samples of their key, of which there may be several.
-    """
-    if tar_index.kind_of(member.name) in tar_index.FILES:
-        return member.offset_data in contents
-    return _key(member) in keys
+                yield tar, member
+    except DamagedShard:
+        return
 
 
 def _key(member: tarfile.TarInfo) -> str:
-    return tar_index.key_of(member.name)
+    return member.name.rpartition(".")[0]
+
+
+def _kind(member: tarfile.TarInfo) -> str:
+    return kind_of(member.name.rpartition(".")[2])

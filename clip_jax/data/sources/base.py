@@ -1,6 +1,7 @@
 """Examples, and the interface of the sources that they are read from."""
 
 import dataclasses
+import re
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -9,9 +10,10 @@ from ml_collections import ConfigDict
 
 from clip_jax.data.sources.captions import Captions
 
-# Prompt templates of classes for which nobody gives others: the paper's (section 3.1.4).
-TEMPLATES = ("a photo of a {}.",)
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+# Characters that a key is written without: ends of lines, control characters, halves of surrogate
+# pairs (which stand for bytes that are not UTF-8), and the backslash, which escapes the others.
+_ESCAPED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Example:
       image: an encoded file, or uint8 [h, w, 3].
       captions: all captions and their weights in training; empty where the set has none.
       labels: class indices, each once; empty where it has no class, or none of those that count.
-      key: names the example in messages.
+      key: unique name of the example, as `as_key` makes it, so that lists have a key a line.
       groups: values of the source's `group_keys`, "" where there is none; for bias probes.
     """
 
@@ -48,6 +50,8 @@ class Source(Protocol):
     """Random access to examples; called from many threads at once.
 
     A source that gains from many concurrent reads also has a method `start`; see `reading.start`.
+    One that reads files has a method `listing`: a line for each of them, in order, with its name
+    wherever it lies, a tab and what tells it from another, such as size and count.
 
     Attributes:
       class_names: names of the classes, by label; empty where there are no classes or only numbers.
@@ -86,3 +90,13 @@ class Request:
     fallback_dir: epath.Path | None = None
     chunk: int = 1
     cached_chunks: int = 0
+
+
+def as_key(name: str) -> str:
+    """Returns the name of a file as one line of UTF-8, escaped as in Python; one-to-one."""
+    return _ESCAPED.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
+
+
+def from_key(key: str) -> str:
+    """Returns the name of which `as_key` made a key."""
+    return key.encode("latin-1", "backslashreplace").decode("unicode_escape")

@@ -3,14 +3,14 @@
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from etils import epath
 
 from clip_jax.data.sources import captions, parquet_images, tables
-from clip_jax.data.sources.base import IMAGE_SUFFIXES, TEMPLATES, Example, Request
+from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Request, as_key
 from clip_jax.data.sources.captions import Captions
 from clip_jax.data.sources.labels import Labels, group, number_labels, number_names, parse_groups
 from clip_jax.data.sources.parquet_images import StoredImage, StoredImages
@@ -53,7 +53,7 @@ class ImageFolder:
       problems: number of images left out for lack of a caption, by reason.
       labels: class ids of every example; None: there are no classes.
       class_names: class names, by id.
-      templates: the default prompt template, where sub-folders are the classes; else empty.
+      templates: empty; a folder has no prompt templates.
     """
 
     templates: tuple[str, ...] = ()
@@ -101,6 +101,7 @@ class ImageFolder:
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         self._root, found = _find(path, image_key)
+        self._tables = found
         if found:
             self._use_table(found, image_key, label_key, by_image, chunk, cached_chunks)
         else:
@@ -111,6 +112,13 @@ class ImageFolder:
 
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
+
+    def listing(self) -> Iterator[str]:
+        """Lists the tables and the images beside them, as `Source` says."""
+        for path, stat in zip(self._tables, locations.stats(self._tables)):
+            yield f"{path.name}\t{stat.size if stat else 0} bytes"
+        if self._stored is None:
+            yield from self._images
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read images, as `reading.start` does; files beside them are read later."""
@@ -127,7 +135,7 @@ class ImageFolder:
             image=read(),
             captions=self._captions(index),
             labels=() if self.labels is None else self.labels[index],
-            key=key,
+            key=as_key(key) if self._stored is None else key,
             groups=self._groups_of(index) if self._group_keys else (),
         )
 
@@ -147,7 +155,10 @@ class ImageFolder:
         return read
 
     def _stored_image(self, index: int, read: Callable[[], StoredImage]) -> bytes:
-        key, found = self._images[index], read()
+        key = self._images[index]
+        if index in self._bad_rows:
+            raise BadExample(self._bad_rows[index], key)
+        found = read()
         if found.data:
             return found.data
         image = self._read(found.path) if found.path else None
@@ -196,6 +207,7 @@ class ImageFolder:
                 rows = self._merge(table, fields)
         else:
             self._images = [table.key(row) for row in rows]
+            self._bad_rows = dict(table.problems)
         if self._texts is None:
             self._texts = _Texts(table, fields)
         if label_key:
@@ -272,8 +284,7 @@ class ImageFolder:
             self._images = pictures
             folders = [name.rpartition("/")[0] for name in pictures]
             self.labels, self.class_names = number_names([[folder] for folder in folders])
-            self.templates = TEMPLATES
-            texts = [TEMPLATES[0].replace("{}", name.replace("_", " ")) for name in folders]
+            texts = [f"a photo of a {name.replace('_', ' ')}." for name in folders]
             self._texts = [[(text, 1.0)] for text in texts]
         else:
             raise UserError(self._not_found(len(pictures)))

@@ -1,24 +1,28 @@
 """Numbering of the classes found in files, and the groups that examples belong to."""
 
+import decimal
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from clip_jax.errors import UserError
 
-_LARGEST = 2**31 - 1  # class id
-_NUMBER = re.compile(r"-?[0-9]{1,18}(\.0*)?")
-_SPARSEST = 2  # ids per class that folders named by numbers may span
+_LARGEST = 10_000_000  # class ids; beyond it they are identifiers of something else
 
 
 class Labels:
-    """The classes of many examples, each of which may have none, one or several."""
+    """The classes of many examples, each of which may have none, one or several.
 
-    def __init__(self, lists: Sequence[Sequence[int]]):
+    Attributes:
+      by_name: whether the ids are places among the sorted names, not the data's own numbers.
+    """
+
+    def __init__(self, lists: Sequence[Sequence[int]], by_name: bool = False):
         """Flattens lists of class ids, one per example, into two arrays."""
+        self.by_name = by_name
         self._first = np.cumsum([0, *map(len, lists)])
         self._flat = np.fromiter(itertools.chain.from_iterable(lists), np.int32)
 
@@ -38,47 +42,48 @@ def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
     """Converts class labels as found in a file to class ids and names.
 
     Args:
-      values: label of each example. None and NaN mean no label, a list several. If all labels are
-        whole numbers, however they are written (3, 3.0, "3", "003"), they are ids, and negative
-        ones mean no label. Otherwise they are names, numbered in sorted order.
+      values: label of each example. None, NaN, "", a list in a list or an object means no label, a
+        list several. If all labels
+        are whole numbers, also as floats or as text ("3", "3.0", "007"), they are ids; -1 means no
+        label. Otherwise they are names, numbered in their order.
 
     Returns:
       The ids, and the names by id; () if the labels were numbers.
 
     Raises:
-      UserError: no example has a label, or a number is none of a class.
+      UserError: no example has a label, or the labels can be neither ids nor names.
     """
     lists = [_listed(value) for value in values]
-    known = dict.fromkeys(itertools.chain.from_iterable(lists))
+    known = list(dict.fromkeys(itertools.chain.from_iterable(lists)))
     if not known:
         raise UserError("No example has a class under source.label_key; is it misspelt?")
-    numbers = {value: _number(value) for value in known}
-    if None not in numbers.values():
-        ids = [[int(numbers[value]) for value in each] for each in lists]
-        return Labels([list(dict.fromkeys(n for n in each if n >= 0)) for each in ids]), ()
-    if odd := [value for value in known if not isinstance(value, str) and _number(value) is None]:
-        raise UserError(
-            f"The class {odd[0]!r} under source.label_key is no whole number from 0 to {_LARGEST:,}"
-            " and no name; is it the field of the class?"
-        )
-    return number_names([[_name(value) for value in each] for each in lists])
+    found = {label: _number(label) for label in known}
+    if any(number is None for number in found.values()):
+        return number_names([list(dict.fromkeys(map(_name, labels))) for labels in lists])
+    _check_numbers(found)
+    ids = [dict.fromkeys(found[label] for label in labels) for labels in lists]
+    if all(not each or set(each) == {-1} for each in ids):
+        raise UserError("All labels under source.label_key are -1, which means no class.")
+    return Labels([[number for number in each if number >= 0] for each in ids]), ()
 
 
 def number_names(lists: Sequence[Sequence[str]]) -> tuple[Labels, tuple[str, ...]]:
-    """Numbers class names, given by example; returns the ids by example, and the names by id.
+    """Numbers class names in their order; returns the ids by example, and the names by id.
 
-    Names that are all numbers, such as folders from 0 to 999, are the ids themselves, unless most
-    ids up to the largest would be of no class. Others are numbered in sorted order.
+    The order is alphabetical, but names that are numbers come first, by their value. Folders 0 to
+    999 are numbered by their names so.
     """
-    names = sorted(set(itertools.chain.from_iterable(lists)))
+    names = sorted(set(itertools.chain.from_iterable(lists)), key=name_order)
     number = {name: index for index, name in enumerate(names)}
-    ids = {name: _number(name) for name in names}
-    found = [n for n in ids.values() if n is not None and n >= 0]
-    if len(set(found)) == len(names) and max(found) < _SPARSEST * len(names):
-        number = {name: int(n) for name, n in ids.items() if n is not None}
-        named = {n: name for name, n in number.items()}
-        names = [named.get(n, str(n)) for n in range(max(found) + 1)]
-    return Labels([[number[name] for name in each] for each in lists]), tuple(names)
+    ids = [[number[name] for name in each] for each in lists]
+    return Labels(ids, by_name=True), tuple(names)
+
+
+def class_ids(value: Any) -> tuple[int, ...]:
+    """Returns the class ids that one example has, as `number_labels` does for numbers."""
+    found = {label: _number(label) for label in _listed(value)}
+    _check_numbers(found)
+    return tuple(dict.fromkeys(number for number in found.values() if number >= 0))
 
 
 def parse_groups(group_keys: str) -> tuple[str, ...]:
@@ -95,29 +100,70 @@ def group(value: Any) -> str:
 
 def _listed(value: Any) -> list[Any]:
     """Returns the labels of an example, each once, in the order found."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    known = (v for v in values if v is not None and v == v)  # NaN: a cell that pandas left empty
-    return list(dict.fromkeys(map(_plain, known)))
+    value = value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    several = value if isinstance(value, (list, tuple)) else [value]
+    if several is value and any(isinstance(each, bool) for each in several):
+        raise UserError(
+            f"A label is a list of true and false, {several!r:.80}: source.label_key takes the "
+            "list of the classes that are true."
+        )
+    found = [_plain(each) for each in several]
+    return list(dict.fromkeys(each for each in found if each is not None))
 
 
-def _plain(value: Any) -> Any:
-    """Returns a number of NumPy as one of Python, and bytes and anything else as text."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    if isinstance(value, np.generic):
-        value = value.item()
-    return value if isinstance(value, (int, float, str)) else str(value)
+def _plain(label: Any) -> str | int | float | None:
+    """Returns a label as a text or number; None where it stands for no label."""
+    label = label.tolist() if isinstance(label, np.generic) else label
+    if isinstance(label, bytes):
+        label = label.decode("utf-8", "replace")
+    if isinstance(label, (list, tuple, dict, set)):
+        return None  # of one odd row: it must not end a run
+    if isinstance(label, str):
+        return label.strip() or None
+    if label is None or label != label:  # NaN, as pandas writes a missing number
+        return None
+    if isinstance(label, (bool, int, float)):
+        return label
+    return float(label) if isinstance(label, decimal.Decimal) else str(label)
 
 
-def _number(value: Any) -> int | None:
-    """Returns the whole number that a label is or spells; None: it is another value or a name."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-        value = int(value.strip().partition(".")[0])
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return int(value) if isinstance(value, int) and abs(value) <= _LARGEST else None
+def _number(label: Any) -> Any:
+    """Returns the number that a label is or spells; None: it is a name."""
+    if not isinstance(label, str):
+        return int(label) if isinstance(label, int) or label.is_integer() else label
+    if label.removeprefix("-").isdecimal():
+        return int(label)
+    if re.fullmatch(r"[-+]?\d+\.\d*(e[-+]?\d+)?", label):
+        return _number(float(label))
+    return None
 
 
-def _name(value: Any) -> str:
-    number = _number(value)
-    return str(value if isinstance(value, str) or number is None else number)
+def _check_numbers(found: Mapping[Any, Any]) -> None:
+    """Raises UserError where some of the numbers cannot be class ids."""
+    spelt: dict[int, str] = {}
+    for label, number in found.items():
+        if not isinstance(number, int):
+            why = "is no whole number"
+        elif number < -1:
+            why = "is negative, and only -1 has a meaning: no class"
+        elif number > _LARGEST:
+            why = "is too large to be the number of a class"
+        elif isinstance(label, str) and label.isdecimal():
+            if spelt.setdefault(number, label) == label:
+                continue
+            why = f"and {spelt[number]!r} are the same number"
+        else:
+            continue
+        raise UserError(
+            f"The labels under source.label_key are numbers, and so the ids of their classes, but "
+            f"{label!r} {why}. Write names in their place, or number the classes from 0."
+        )
+
+
+def name_order(name: str) -> tuple[int, int, str]:
+    """Returns a key to sort class names by: numbers by their value, then texts."""
+    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+
+
+def _name(label: Any) -> str:
+    return str(_number(label)) if isinstance(label, float) else str(label)

@@ -8,8 +8,10 @@ times; a shard that has changed since is scanned again, the others are not.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
@@ -27,6 +29,8 @@ from clip_jax.storage.locations import Stat
 _FORMAT = "2"  # format of the file; a file of another format is made anew
 # Fewer shards than this are scanned in this process, since processes take a second to start.
 _WORTH_PROCESSES = 16
+_KEEP_EVERY = 1.0  # seconds at least between two writes of an index that is being made
+_PAUSE = 20  # the same in durations of a write, which is long for large sets
 _THREADS = 32  # threads of a process that scans shards in a bucket: mostly they wait
 
 
@@ -102,6 +106,19 @@ def load(
     return [found[path] for path in paths]
 
 
+def listing(
+    paths: Sequence[epath.Path], found: Sequence[ScanResult], counts: Sequence[int]
+) -> list[str]:
+    """Lists shards by name below their common directory, with size and count of examples."""
+    parts = [str(path).split("/") for path in paths]
+    columns = zip(*(each[:-1] for each in parts))
+    common = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, columns)))
+    return [
+        f"{'/'.join(each[common:])}\t{shard.stat.size if shard.stat else 0} bytes, {count} examples"
+        for each, shard, count in zip(parts, found, counts, strict=True)
+    ]
+
+
 def count_problems(found: Sequence[ScanResult]) -> Counter[str]:
     """Counts the problems of shards by reason, damaged shards included."""
     total: Counter[str] = Counter()
@@ -130,22 +147,39 @@ def _load_folder(
     todo = [name for name in names if name not in fresh]
     if stored.shards and todo:
         logging.warning(
-            "The index of %s lacks %d of %d shards, or they have changed since: reading them anew",
+            "The index of %s lacks %d of %d shards, or they have changed since: reading them, and "
+            "keeping the others",
             folder,
             len(todo),
             len(names),
         )
-    scanned = dict(zip(todo, _scan_all([folder / name for name in todo], kind, workers)))
-    scanned = {
-        name: dataclasses.replace(shard, stat=stats[name]) for name, shard in scanned.items()
-    }
-    if changed := {name: shard for name, shard in scanned.items() if shard.stat is not None}:
-        problem = _IndexFile({**stored.shards, **changed}).write(places, kind)
-        if problem and must_keep:
-            raise UserError(f"The index cannot be written: {problem}")
-        if problem:
-            logging.warning("The index of shards is not kept: %s", problem)
+    scanned: dict[str, ScanResult] = {}
+    problem, kept, due = "", 0, time.monotonic() + _KEEP_EVERY
+    for name, shard in zip(todo, _scan_all([folder / name for name in todo], kind, workers)):
+        scanned[name] = dataclasses.replace(shard, stat=stats[name])
+        # Kept as it is made, so that an interruption costs little.
+        if time.monotonic() > due and not problem:
+            began, kept = time.monotonic(), len(scanned)
+            problem = _keep(stored, scanned, places, kind)
+            due = time.monotonic() + max(_KEEP_EVERY, _PAUSE * (time.monotonic() - began))
+    if len(scanned) > kept and not problem:
+        problem = _keep(stored, scanned, places, kind)
+    if problem and must_keep:
+        raise UserError(f"The index cannot be written: {problem}")
+    if problem:
+        logging.warning("The index of shards is not kept: %s", problem)
     return {**fresh, **scanned}
+
+
+def _keep(
+    stored: "_IndexFile",
+    scanned: Mapping[str, ScanResult],
+    places: Sequence[epath.Path],
+    kind: Kind,
+) -> str:
+    """Writes the index with what has been scanned so far; returns the errors, else ""."""
+    changed = {name: shard for name, shard in scanned.items() if shard.stat is not None}
+    return _IndexFile({**stored.shards, **changed}).write(places, kind) if changed else ""
 
 
 def _places(folder: epath.Path, kind: Kind, fallback_dir: epath.Path | None) -> list[epath.Path]:
@@ -159,8 +193,12 @@ def _places(folder: epath.Path, kind: Kind, fallback_dir: epath.Path | None) -> 
 
 def _scan_all(paths: Sequence[epath.Path], kind: Kind, workers: int) -> Iterator[ScanResult]:
     workers = processes.count(workers)
+    if not paths:
+        return
     if len(paths) < _WORTH_PROCESSES or workers == 1:
-        yield from _scan_some(kind, paths)
+        each = _THREADS if remote.is_remote(paths[0]) else 1
+        for first in range(0, len(paths), each):
+            yield from _scan_some(kind, paths[first : first + each])
         return
     # Processes, since headers are parsed under the GIL.
     each = _THREADS if remote.is_remote(paths[0]) else 4
@@ -186,8 +224,8 @@ def _scan(path: epath.Path, kind: Kind) -> ScanResult:
         return kind.scan(path)
     except FileNotFoundError:
         return ScanResult(nothing, {}, "there is no such file")
-    except OSError as error:
-        return ScanResult(nothing, {}, str(error))
+    except Exception as error:  # a hostile file must not end the run
+        return ScanResult(nothing, {}, str(error) or type(error).__name__)
 
 
 @dataclasses.dataclass(frozen=True)

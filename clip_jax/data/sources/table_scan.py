@@ -27,7 +27,7 @@ from clip_jax.data.sources.delimited import LINE_END, MAX_ROW, Dialect, Row, dia
 from clip_jax.errors import UserError
 
 # Reasons why a row cannot be used.
-MALFORMED, INVALID = "malformed row", "invalid UTF-8 caption"
+MALFORMED, INVALID, DAMAGED = "malformed row", "invalid UTF-8 caption", "damaged shard"
 _TEXT = "text"  # the column of .txt files
 ROWS = 2**16  # rows per block
 _BLOCK = 2**23  # bytes of text read at a time
@@ -127,10 +127,29 @@ def _scan_parquet(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) 
         if not wanted:
             yield Block({}, source.metadata.num_rows, {})
             return
-        for batch in source.iter_batches(rows, columns=wanted, use_threads=False):
-            yield Block({name: batch[name] for name in wanted}, len(batch), {})
+        for group in range(source.num_row_groups):
+            yield from _scan_group(source, group, wanted, rows)
     except (pa.ArrowException, EOFError) as error:
         raise Damage(str(error)) from None
+
+
+def _scan_group(
+    source: pq.ParquetFile, group: int, wanted: Sequence[str], rows: int
+) -> Iterator[Block]:
+    """Yields the rows of a row group; those that do not decompress have nulls and a problem."""
+    done, count = 0, source.metadata.row_group(group).num_rows
+    try:
+        batches = source.iter_batches(rows, row_groups=[group], columns=wanted, use_threads=False)
+        for batch in batches:
+            yield Block({name: batch[name] for name in wanted}, len(batch), {})
+            done += len(batch)
+    except (pa.ArrowException, OSError):
+        for first in range(done, count, rows):
+            length = min(rows, count - first)
+            columns = {
+                name: pa.nulls(length, source.schema_arrow.field(name).type) for name in wanted
+            }
+            yield Block(columns, length, dict.fromkeys(range(length), DAMAGED))
 
 
 def _scan_lines(file: IO[bytes], path: epath.Path, choose: Choose, rows: int) -> Iterator[Block]:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 from etils import epath
 
+from clip_jax.data.sources.base import as_key
 from clip_jax.data.sources.table_scan import ROWS, Block, Choose, Damage, Values, scan
 from clip_jax.errors import UserError
-from clip_jax.storage import ranges
+from clip_jax.storage import locations, ranges
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 # Usual names of columns.
@@ -67,7 +69,11 @@ class Table:
     def key(self, row: int) -> str:
         """Names a row by its file and its number in the file, from 0."""
         file = bisect.bisect_right(self.first, row) - 1
-        return f"{self.paths[file].name}:{row - self.first[file]}"
+        return f"{as_key(self._names[file])}:{row - self.first[file]}"
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        return locations.short_names(self.paths)
 
 
 def load(paths: Sequence[epath.Path], choose: Choose) -> Table:
@@ -113,6 +119,10 @@ def _load(path: epath.Path, choose: Choose) -> list[Block]:
         raise UserError(f"The table {path} cannot be read: {error}.") from None
     if path.suffix == ".jsonl":
         _check_objects(blocks, path)
+    elif path.suffix == ".parquet":
+        problems = sum(len(block.problems) for block in blocks)
+        if problems and problems == sum(block.length for block in blocks):
+            raise UserError(f"No row of the table {path} can be read: its contents are damaged.")
     elif path.suffix in (".csv", ".tsv"):
         _check_encoding(blocks, path)
         _warn_of_cells(blocks, path)

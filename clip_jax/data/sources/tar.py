@@ -1,14 +1,14 @@
 """Tar shards as img2dataset and webdataset write them: KEY.jpg beside KEY.txt or KEY.json."""
 
 import bisect
+import dataclasses
 import functools
 import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
 
 from clip_jax.data.sources import captions, shard_index, tar_index, tar_labels
@@ -21,7 +21,12 @@ from clip_jax.storage import faults, locations, ranges, remote
 
 MISSING_FOR = 60.0  # seconds until a missing shard is tried again
 
-_Files = Mapping[str, bytes]  # the files of a sample by kind, and "header" of its image
+
+class _Contents(NamedTuple):
+    """The contents of the files of a sample by kind, and its key."""
+
+    key: str
+    files: Mapping[str, bytes]
 
 
 def open_source(request: Request) -> "TarShards":
@@ -41,7 +46,7 @@ def open_source(request: Request) -> "TarShards":
 class TarShards:
     """Random access to the samples of tar shards, through an index that is kept beside them.
 
-    The index takes 28 bytes per sample, mapped from its file. A shard is opened for each read, so
+    The index takes 27 bytes per sample, mapped from its file. A shard is opened for each read, so
     there may be more shards than a process may have files open. The description of the set in
     CLIP_benchmark's layout, in the directory above that of the shards, is used where it is there.
 
@@ -84,12 +89,13 @@ class TarShards:
         self._captioned = not label_key
         self._group_keys = parse_groups(group_keys)
         self._shards = find(paths)
-        self._names = _short_names(self._shards)
+        self._names = locations.short_names(self._shards)
         self._missing_until: dict[int, float] = {}
         kind = tar_index.LABELLED if label_key in tar_labels.FILES else tar_index.KIND
         found = shard_index.load(self._shards, kind, fallback_dir)
         self.problems: Counter[str] = shard_index.count_problems(found)
         self._rows = [shard.rows for shard in found]
+        self._listing = shard_index.listing(self._shards, found, list(map(len, self._rows)))
         self._versions = [shard.version for shard in found]
         self._is_remote = remote.is_remote(self._shards[0])
         # Number of the first sample of each shard, and of all samples.
@@ -122,6 +128,10 @@ class TarShards:
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
 
+    def listing(self) -> list[str]:
+        """Lists the shards, as `Source` says."""
+        return self._listing
+
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read samples, as `reading.start` does."""
         if self._chunks is not None:
@@ -139,18 +149,16 @@ class TarShards:
             functools.partial(self._example, index, *read) for index, read in zip(indices, reads)
         ]
 
-    def _example(self, index: int, read: "Once[list[_Files | BadExample]]", place: int) -> Example:
+    def _example(self, index: int, read: Once[list[_Contents | BadExample]], place: int) -> Example:
         contents = read()[place]
         if isinstance(contents, BadExample):
             raise contents
-        key = f"{self._names[self._shard(index)]}/{_stem(contents['header'])}"
-        if repeat := self._row(index)["repeat"]:
-            key = f"{key}#{repeat + 1}"
-        txt, record = contents.get("txt"), contents.get("json")
+        key, files = contents
+        txt, record = files.get("txt"), files.get("json")
         if txt is not None and self._a_caption_per_line:
             txt = txt.splitlines()
         return Example(
-            image=contents["image"],
+            image=files["image"],
             captions=captions.read_files(txt, record, self._fields, key, self._captioned),
             labels=() if self.labels is None else self.labels[index],
             key=key,
@@ -162,37 +170,37 @@ class TarShards:
     def _shard(self, index: int) -> int:
         return bisect.bisect_right(self._first, index) - 1
 
-    def _row(self, index: int) -> np.void:
-        shard = self._shard(index)
-        return self._rows[shard][index - self._first[shard]]
-
     def _sample(self, index: int) -> Sample:
-        """Returns the positions of the files of a sample that are needed."""
-        found = tar_index.spans(self._row(index))
+        """Returns a sample with those of its files that are needed."""
+        shard = self._shard(index)
+        found = tar_index.sample_of(self._rows[shard][index - self._first[shard]])
         if self._fields:
             wanted = {"txt" if name == "txt" else "json" for name, _ in self._fields}
         else:
-            wanted = {"txt" if "txt" in found else "json"}
+            wanted = {"txt" if "txt" in found.files else "json"}
         if self._group_keys:
             wanted.add("json")
-        return {kind: span for kind, span in found.items() if kind in wanted | {"image", "header"}}
+        files = {kind: span for kind, span in found.files.items() if kind in wanted | {"image"}}
+        return dataclasses.replace(found, files=files)
 
-    def _start_chunk(self, number: int) -> "Callable[[], list[_Files | BadExample]]":
+    def _start_chunk(self, number: int) -> Callable[[], list[_Contents | BadExample]]:
         """Begins to read a chunk; where it spans shards, one part from each."""
         index, end = number * self._chunk, min((number + 1) * self._chunk, len(self))
-        parts: list[Callable[[], list[_Files | BadExample]]] = []
+        parts: list[Callable[[], list[_Contents | BadExample]]] = []
         while index < end:
             stop = min(end, self._first[self._shard(index) + 1])
             parts.append(self._start_neighbours(index, stop))
             index = stop
         return lambda: [contents for part in parts for contents in part()]
 
-    def _start_neighbours(self, index: int, stop: int) -> "Callable[[], list[_Files | BadExample]]":
+    def _start_neighbours(
+        self, index: int, stop: int
+    ) -> Callable[[], list[_Contents | BadExample]]:
         """Begins to read the files of neighbours in one shard."""
         shard = self._shard(index)
         path = self._shards[shard]
         wanted = [self._sample(i) for i in range(index, stop)]
-        spans = [span for sample in wanted for span in sample.values()]
+        spans = [span for sample in wanted for span in (sample.headers, *sample.files.values())]
 
         def start() -> Callable[[], list[bytes]]:
             return ranges.start(path, spans, self._versions[shard])
@@ -202,7 +210,7 @@ class TarShards:
         def read() -> list[bytes]:
             return (begun.pop() if begun else start())()
 
-        def finish() -> list[_Files | BadExample]:
+        def finish() -> list[_Contents | BadExample]:
             known_missing = time.monotonic() < self._missing_until.get(shard, 0)
             try:
                 pieces = faults.briefly(read, () if known_missing else None)
@@ -215,7 +223,7 @@ class TarShards:
                 return [
                     BadExample("missing shard", _place(path, each), str(error)) for each in wanted
                 ]
-            return _by_sample(pieces, path, wanted)
+            return _by_sample(pieces, self._names[shard], wanted)
 
         return finish
 
@@ -224,7 +232,7 @@ class TarShards:
         kind = tar_labels.label_kind(label_key)
         labels: list[Any] = []
         for path, rows in zip(self._shards, self._rows):
-            samples = list(map(tar_index.spans, rows))
+            samples = [tar_index.sample_of(row).files for row in rows]
             found = [each[kind] for each in samples if kind in each]
             pieces = iter(ranges.start(path, found)()) if found else iter(())
             labels += [
@@ -246,16 +254,6 @@ def find(paths: str) -> list[epath.Path]:
     return shards
 
 
-def _short_names(shards: Sequence[epath.Path]) -> list[str]:
-    """Returns names of shards for keys: of the files; with directories where those are alike."""
-    names, depth = [path.name for path in shards], 1
-    distinct = len(set(shards))
-    while len(set(names)) < distinct and depth < max(len(path.parts) for path in shards):
-        depth += 1
-        names = ["/".join(path.parts[-depth:]) for path in shards]
-    return names
-
-
 def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[list[int]]:
     """Groups indices that follow each other and lie in one shard."""
     groups: list[list[int]] = []
@@ -268,24 +266,20 @@ def _neighbours(indices: Sequence[int], shard_of: Callable[[int], int]) -> list[
 
 
 def _place(path: epath.Path, sample: Sample) -> str:
-    return f"{path} at byte {sample['image'].offset}"
+    return f"{path} at byte {sample.files['image'].offset}"
 
 
 def _by_sample(
-    found: list[bytes], path: epath.Path, wanted: list[Sample]
-) -> "list[_Files | BadExample]":
+    found: list[bytes], shard: str, wanted: list[Sample]
+) -> list[_Contents | BadExample]:
     """Groups the pieces that were read by sample and kind of file."""
     pieces = iter(found)
-    samples: list[_Files | BadExample] = []
+    samples: list[_Contents | BadExample] = []
     for sample in wanted:
-        contents = {kind: next(pieces) for kind in sample}
-        if any(len(contents[kind]) < span.size for kind, span in sample.items()):
-            samples.append(BadExample("truncated shard", _place(path, sample)))
+        key = f"{shard}/{sample.key(next(pieces))}"
+        files = {kind: next(pieces) for kind in sample.files}
+        if any(len(files[kind]) < span.size for kind, span in sample.files.items()):
+            samples.append(BadExample("truncated shard", key))
         else:
-            samples.append(contents)
+            samples.append(_Contents(key, files))
     return samples
-
-
-def _stem(headers: bytes) -> str:
-    """The name of a file without its suffix, from its headers."""
-    return tar_index.key_of(tar_index.name_of(headers))

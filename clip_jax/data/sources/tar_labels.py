@@ -69,13 +69,17 @@ def decode_label(data: bytes, label_key: str) -> Any:
             return captions.read_field(data, label_key, "")
         if kind == "cls":
             return data.decode("utf-8").strip()
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    # The header of an array may raise anything, from SyntaxError to tokenize.TokenError.
-    except Exception:
+    except (BadExample, ValueError):
         return None
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception:  # a header that lies fails in many ways
+        return None
+    is_numeric = isinstance(array, np.ndarray) and array.dtype.kind in "biuf"
+    return array if is_numeric and np.isfinite(array).all() else None
 
 
-def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[int] | None]:
+def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[Any] | None]:
     """Converts arrays of .npy files to lists of classes.
 
     If all of them can be, they are taken as vectors of zeros and ones with one entry per class;
@@ -84,7 +88,7 @@ def decode_arrays(values: Sequence[np.ndarray | None]) -> list[list[int] | None]
     arrays = [np.zeros(0) if value is None else np.ravel(value) for value in values]
     lengths = {len(array) for array, value in zip(arrays, values) if value is not None}
     vectors = len(lengths) == 1 and lengths != {1} and all(map(_is_indicator, arrays))
-    lists = map(np.flatnonzero, arrays) if vectors else (array.astype(int) for array in arrays)
+    lists = map(np.flatnonzero, arrays) if vectors else arrays
     return [None if value is None else found.tolist() for value, found in zip(values, lists)]
 
 

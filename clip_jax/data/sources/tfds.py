@@ -15,7 +15,7 @@ from tensorflow_datasets.core import decode
 import clip_jax.common.tensorflow_cpu  # noqa: F401  before TFDS brings TensorFlow, with its GPUs
 from clip_jax.data.sources import captions, reading, tfrecord
 from clip_jax.data.sources.base import Example, Request
-from clip_jax.data.sources.labels import group, parse_groups
+from clip_jax.data.sources.labels import class_ids, group, parse_groups
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import remote
 
@@ -65,6 +65,11 @@ class TfdsSource:
         for field in self._fields:
             _choose(leaves, field.name, (), "text_key")
         self._label_key = _choose(leaves, spec.label_key, (), "label_key", True)
+        if self._label_key and np.dtype(leaves[self._label_key].np_dtype).kind not in "biuf":
+            raise UserError(
+                f"The feature source.label_key = {spec.label_key!r} of {spec.name} holds texts, "
+                "which TFDS does not number: name a feature of type ClassLabel, or of integers."
+            )
         groups = parse_groups(spec.group_keys)
         self._groups = {_choose(leaves, key, (), "group_keys"): leaves[key] for key in groups}
         texts = (name for name, _ in self._fields)
@@ -83,6 +88,11 @@ class TfdsSource:
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
 
+    def listing(self) -> list[str]:
+        """Lists the data set and its files, as `Source` says."""
+        files = self._records.listing() if isinstance(self._records, tfrecord.TfRecords) else []
+        return [self._key, *files]
+
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read records, as `reading.start` does."""
         begun = zip(indices, reading.start(self._records, indices))
@@ -98,7 +108,7 @@ class TfdsSource:
         return Example(
             image=_image(_lookup(values, self._image_key)),
             captions=captions.collect(texts, key, required=not self._label_key),
-            labels=_labels(_lookup(values, self._label_key)) if self._label_key else (),
+            labels=class_ids(_lookup(values, self._label_key)) if self._label_key else (),
             key=key,
             groups=tuple(
                 _group(_lookup(values, name), feature) for name, feature in self._groups.items()
@@ -175,12 +185,6 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _lookup(tree: Any, key: str) -> Any:
     return functools.reduce(lambda node, name: node[name], key.split("/"), tree)
-
-
-def _labels(value: Any) -> tuple[int, ...]:
-    """Returns a number, or a sequence of them with repetitions (one per object), as classes."""
-    numbers = np.asarray(value).reshape(-1).tolist()
-    return tuple(dict.fromkeys(int(number) for number in numbers if number >= 0))
 
 
 def _group(value: Any, feature: Any) -> str:

@@ -77,6 +77,10 @@ class TfRecords:
         """The record; raises BadExample("unreadable record") if it cannot be read after retries."""
         return self.start([index])[0]()
 
+    def listing(self) -> list[str]:
+        """Lists the files, as `Source` says."""
+        return shard_index.listing(self._paths, self._files, list(map(len, self._offsets)))
+
     def start(self, indices: Sequence[int]) -> list[Callable[[], bytes]]:
         """Begins to read records; for each, a function that waits for it."""
         return [self._start(index) for index in indices]

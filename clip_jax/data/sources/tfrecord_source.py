@@ -18,6 +18,8 @@ from clip_jax.storage import locations
 IMAGE_KEYS = ("image", "image/encoded", "jpg", "jpeg", "png", "webp", "image_bytes", "image_raw")
 TEXT_KEYS = ("caption", "text", "txt", "captions", "image/caption", "TEXT", "title")
 
+_TRIED = 100  # records that are looked at for the names of features
+
 
 def open_source(request: Request) -> "TfRecordSource":
     """Opens a source of type "tfrecord"."""
@@ -56,7 +58,7 @@ class TfRecordSource:
             )
         self._records = records
         self.problems: Counter[str] = records.problems
-        features = _parse(records[0], "first record")
+        features = _first_features(records, spec.path)
         self._image_key = _choose(features, spec.image_key, IMAGE_KEYS, "image_key")
         self._fields = captions.parse_fields(spec.text_key)
         if not self._fields and not spec.label_key:
@@ -76,6 +78,10 @@ class TfRecordSource:
 
     def __getitem__(self, index: int) -> Example:
         return self.start([index])[0]()
+
+    def listing(self) -> list[str]:
+        """Lists the files, as `Source` says."""
+        return self._records.listing()
 
     def start(self, indices: Sequence[int]) -> list[Callable[[], Example]]:
         """Begins to read records, as `reading.start` does."""
@@ -98,6 +104,21 @@ class TfRecordSource:
                 group(next(iter(_values(features, name)), None)) for name in self._group_keys
             ),
         )
+
+
+def _first_features(records: tfrecord.TfRecords, path: str) -> Any:
+    """Returns the features of the first record that has any, of those at the beginning."""
+    problem = ""
+    for index in range(min(len(records), _TRIED)):
+        try:
+            if features := _parse(records[index], f"record {index}"):
+                return features
+        except BadExample as bad:
+            problem = problem or str(bad)
+    raise UserError(
+        f"None of the first {_TRIED} records of source.path = {path!r} is a tf.train.Example with "
+        f"features{f' ({problem})' if problem else ''}. Other records are not read."
+    )
 
 
 def _label(read: Callable[[], bytes], label_key: str) -> Any:

@@ -29,11 +29,13 @@ class Point(NamedTuple):
       shots: examples of each class.
       scores: test score of each repeat.
       l2: chosen L2 penalty of each repeat.
+      unconverged: number of fits, over all penalties and repeats, that have not converged.
     """
 
     shots: int
     scores: tuple[float, ...]
     l2: tuple[float, ...]
+    unconverged: int
 
     @property
     def mean(self) -> float:
@@ -78,7 +80,7 @@ def curve(
     draws = [draw(train.targets, shots[-1], classes, seed + r) for r in range(repeats)]
     points = []
     for count in shots:
-        scores, penalties = [], []
+        scores, penalties, unconverged = [], [], 0
         for drawn in draws:
             few = Split(*(part[drawn[:count].ravel()] for part in train))
             # Padded to one size, all draws of all numbers of shots share two programs.
@@ -86,7 +88,8 @@ def curve(
             found = logistic.scores(choice.fitted, test.features, mesh)[0]
             scores.append(metric(found, test.targets))
             penalties.append(choice.best.l2)
-        points.append(Point(count, tuple(scores), tuple(penalties)))
+            unconverged += choice.unconverged
+        points.append(Point(count, tuple(scores), tuple(penalties), unconverged))
     return points
 
 

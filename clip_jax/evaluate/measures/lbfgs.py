@@ -6,6 +6,12 @@ them twice, and its line search is close to exact. And if all examples had the s
 the Hessian would be known and easily inverted in the features' principal axes: every iteration
 takes that inverse as the initial one of its two loops.
 
+A regression has converged when the next step is expected to lower its objective by no more than
+`tolerance` of it. No fixed norm of the gradient would do. Where classes are separable and the
+penalty is weak, the objective itself falls to 1e-8 per example, and its gradient with it. For the
+same reason float32 holds the probabilities of wrong answers, which may be as small, and never
+their complements.
+
 Shapes: k penalties, c classes, d axes (the last one is the intercept's), m examples, padded.
 Quantities of one regression have shape [k, 1] where its classes are fitted jointly (softmax), and
 [k, c] where each class is a regression of its own (sigmoid); in annotations this axis is r, and
@@ -22,6 +28,8 @@ from jaxtyping import Array, Bool, Float, Int, Int8
 _HISTORY = 10  # steps remembered, as in scikit-learn
 # A line search ends where the slope is at most this fraction of the slope at its start.
 _CURVATURE_CONDITION = 0.3
+# Steps that must be remembered for the expected decrease to be believed.
+_MEMORY = 5
 _TRIALS = 20  # step lengths of a line search; only rounding uses them up
 _EPSILON = float(jnp.finfo(jnp.float32).eps)
 
@@ -34,7 +42,6 @@ class Problem(NamedTuple):
       moments: mean squares of the rows.
       targets: 1 of this class, 0 not, -1 neither, and not to be counted.
       penalty: factor of the halved squares of the weights.
-      units: units in which the gradient is measured.
       count: number of examples.
       joint: whether there is one softmax over the classes, or a sigmoid for each.
       split: sharding of an array [k, c, m].
@@ -44,7 +51,6 @@ class Problem(NamedTuple):
     moments: Float[Array, " d"]
     targets: Int8[Array, "c m"]
     penalty: Float[Array, "k 1 d"]
-    units: Float[Array, " d"]
     count: Float[Array, ""]
     joint: bool
     split: jax.sharding.NamedSharding
@@ -54,23 +60,48 @@ class Problem(NamedTuple):
         logits = jnp.einsum("kcd,dm->kcm", weights, self.rows, precision=jax.lax.Precision.HIGHEST)
         return jax.lax.with_sharding_constraint(logits, self.split)
 
-    def probabilities(self, logits: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
-        """Applies the softmax, or the sigmoids."""
-        return jax.nn.softmax(logits, axis=1) if self.joint else jax.nn.sigmoid(logits)
+    def errors(self, logits: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
+        """Computes the probability of each wrong answer.
 
-    def residuals(self, probabilities: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
+        That is the class's probability where it is not the target, and all others' where it is:
+        the absolute value of the loss's derivative by the logits. Near certainty 1 - p would be
+        rounding, so it is never computed.
+        """
+        if not self.joint:
+            return jnp.where(
+                self.targets < 0, 0, jax.nn.sigmoid(jnp.where(self.targets > 0, -logits, logits))
+            )
+        others = jnp.where(self.targets > 0, 0, jax.nn.softmax(logits, axis=1))
+        return jnp.where(self.targets > 0, others.sum(axis=1, keepdims=True), others)
+
+    def relative(self, logits: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
+        """Subtracts the target's logit from those of an example, which changes no softmax."""
+        if not self.joint:
+            return logits
+        return logits - jnp.where(self.targets > 0, logits, 0).sum(axis=1, keepdims=True)
+
+    def slopes(self, errors: Float[Array, "k c m"]) -> Float[Array, "k c m"]:
         """Computes the derivative of the loss by the logits.
 
-        Padding needs no mask here: its rows are zero wherever residuals are multiplied with them.
+        Padding needs no mask here: its rows are zero wherever slopes are multiplied with them.
         """
-        return jnp.where(self.targets < 0, 0, probabilities - self.targets)
+        return jnp.where(self.targets > 0, -errors, errors)
+
+    def objective(
+        self, weights: Float[Array, "k c d"], errors: Float[Array, "k c m"]
+    ) -> Float[Array, "k r"]:
+        """Computes the mean loss and the penalty."""
+        errors = jnp.where(self.targets > 0, errors, 0) if self.joint else errors
+        losses = self.rows[-1] * jnp.log1p(-jnp.minimum(errors, 1 - _EPSILON))
+        penalty = self.dot(weights, self.penalty * weights) / 2
+        return penalty - self.dot(losses, jnp.ones_like(losses)) / self.count
 
     def gradient(
-        self, weights: Float[Array, "k c d"], probabilities: Float[Array, "k c m"]
+        self, weights: Float[Array, "k c d"], errors: Float[Array, "k c m"]
     ) -> Float[Array, "k c d"]:
         """Computes the gradient of the objective by the weights."""
-        residuals = self.residuals(probabilities)
-        sums = jnp.einsum("kcm,dm->kcd", residuals, self.rows, precision=jax.lax.Precision.HIGHEST)
+        slopes = self.slopes(errors)
+        sums = jnp.einsum("kcm,dm->kcd", slopes, self.rows, precision=jax.lax.Precision.HIGHEST)
         return sums / self.count + self.penalty * weights
 
     def dot(self, a: Float[Array, "k c x"], b: Float[Array, "k c x"]) -> Float[Array, "k r"]:
@@ -78,27 +109,22 @@ class Problem(NamedTuple):
         sums = (a * b).sum(axis=-1)
         return sums.sum(axis=1, keepdims=True) if self.joint else sums
 
-    def norm(self, gradient: Float[Array, "k c d"]) -> Float[Array, "k r"]:
-        """Computes the Euclidean norm of a gradient in its units."""
-        scaled = gradient / self.units
-        return jnp.sqrt(self.dot(scaled, scaled))
-
     def curvature(
-        self, probabilities: Float[Array, "k c m"], change: Float[Array, "k c m"]
+        self, errors: Float[Array, "k c m"], change: Float[Array, "k c m"]
     ) -> Float[Array, "k r"]:
-        """Computes the second derivative of the loss along a change of the logits."""
-        weighted = probabilities * change
-        if self.joint:
+        """Computes the second derivative of the loss along a `relative` change of the logits."""
+        weighted = errors * change
+        if self.joint:  # the target's change is 0
             variance = (weighted * change).sum(axis=1) - weighted.sum(axis=1) ** 2
             return variance.sum(axis=-1)[:, None] / self.count
-        variance = jnp.where(self.targets < 0, 0, weighted * (1 - probabilities) * change)
-        return variance.sum(axis=-1) / self.count
+        return (weighted * (1 - errors) * change).sum(axis=-1) / self.count
 
-    def variance(self, probabilities: Float[Array, "k c m"]) -> Float[Array, "k c"]:
-        """Computes the means of p (1 - p) over the examples, at least the float32 epsilon."""
-        counted = self.rows[-1] * (self.targets >= 0)
-        variance = (probabilities * (1 - probabilities) * counted).sum(axis=-1) / self.count
-        return jnp.maximum(variance, _EPSILON)
+    def variance(self, errors: Float[Array, "k c m"]) -> Float[Array, "k c"]:
+        """Computes the means of p (1 - p) over the examples, above 0."""
+        variance = (errors * (1 - errors) * self.rows[-1]).sum(axis=-1) / self.count
+        # An intercept without a penalty falls for ever where a class has no example.
+        largest = variance.max(axis=1, keepdims=True) if self.joint else variance
+        return jnp.maximum(variance, jnp.maximum(_EPSILON * largest, _EPSILON**2))
 
     def solve(
         self, variance: Float[Array, "k c"], gradient: Float[Array, "k c d"]
@@ -125,11 +151,14 @@ class State(NamedTuple):
     Attributes:
       step: iterations done.
       weights, gradient: current iterate and its gradient.
-      logits, probabilities: predictions of the weights.
+      logits, errors: predictions of the weights; `Problem.relative` ones.
       s: last changes of the weights.
       y: last changes of the gradient.
       rho: 1 / (s . y); 0 where nothing is remembered.
+      direction: direction of the next step.
+      slope: derivative of the objective along the direction.
       iterations: iterations until the regression was done.
+      converged: whether it has converged.
       done: whether it has converged, or no step improves it.
     """
 
@@ -137,11 +166,14 @@ class State(NamedTuple):
     weights: Float[Array, "k c d"]
     gradient: Float[Array, "k c d"]
     logits: Float[Array, "k c m"]
-    probabilities: Float[Array, "k c m"]
+    errors: Float[Array, "k c m"]
     s: Float[Array, "history k c d"]
     y: Float[Array, "history k c d"]
     rho: Float[Array, "history k r"]
+    direction: Float[Array, "k c d"]
+    slope: Float[Array, "k r"]
     iterations: Int[Array, "k r"]
+    converged: Bool[Array, "k r"]
     done: Bool[Array, "k r"]
 
 
@@ -151,77 +183,91 @@ def minimise(
     max_iter: Int[Array, ""],
     tolerance: Float[Array, ""],
 ) -> tuple[Float[Array, "k c d"], Int[Array, "k r"], Bool[Array, "k r"]]:
-    """Minimises the objective until the norm of each gradient is at most `tolerance`.
+    """Minimises the objective until a step is expected to lower it by `tolerance` of itself.
 
     Args:
       problem: the regressions.
       start: initial weights. Where the classes are fitted jointly they sum to zero over the
         classes, and so do the results.
       max_iter: most iterations.
-      tolerance: norm of the gradient at which a regression has converged.
+      tolerance: expected decrease at which a regression has converged, as a fraction of the
+        objective.
 
     Returns:
       Weights, iterations, and whether each regression converged.
     """
-    logits = problem.logits(start)
-    probabilities = problem.probabilities(logits)
-    gradient = problem.gradient(start, probabilities)
-    norm = problem.norm(gradient)
+    logits = problem.relative(problem.logits(start))
+    errors = problem.errors(logits)
+    gradient = problem.gradient(start, errors)
     nothing = jnp.zeros((_HISTORY, *start.shape))
+    none = jnp.zeros_like(problem.dot(gradient, gradient))
     state = State(
         step=jnp.int32(0),
         weights=start,
         gradient=gradient,
         logits=logits,
-        probabilities=probabilities,
+        errors=errors,
         s=nothing,
         y=nothing,
-        rho=jnp.zeros((_HISTORY, *norm.shape)),
-        iterations=jnp.zeros(norm.shape, jnp.int32),
-        done=norm <= tolerance,
+        rho=jnp.zeros((_HISTORY, *none.shape)),
+        direction=start,
+        slope=none,
+        iterations=none.astype(jnp.int32),
+        converged=none > 0,
+        done=none > 0,
     )
     state = jax.lax.while_loop(
         lambda state: (state.step < max_iter) & ~state.done.all(),
         functools.partial(_iterate, problem, tolerance),
-        state,
+        _aim(problem, state),
     )
-    return state.weights, state.iterations, problem.norm(state.gradient) <= tolerance
+    return state.weights, state.iterations, state.converged
 
 
 def _iterate(problem: Problem, tolerance: Float[Array, ""], state: State) -> State:
-    direction = _direction(problem, state)
-    change = problem.logits(direction)
-    length, found = _line_search(problem, state, direction, change)
+    change = problem.relative(problem.logits(state.direction))
+    length, found = _line_search(problem, state, change)
     length = jnp.where(found, length, 0)[..., None]
-    weights = state.weights + length * direction
+    weights = state.weights + length * state.direction
     logits = state.logits + length * change
-    probabilities = problem.probabilities(logits)
-    gradient = problem.gradient(weights, probabilities)
+    errors = problem.errors(logits)
+    gradient = problem.gradient(weights, errors)
 
     s, y = weights - state.weights, gradient - state.gradient
     product = problem.dot(s, y)
     rho = jnp.where(product > 0, 1 / jnp.where(product > 0, product, 1), 0)
     slot = state.step % _HISTORY
     # A regression that finds no step along its direction forgets its history and tries the plain
-    # Newton step. One that has no history either has a gradient as small as float32 can make it.
-    remembered = (state.rho > 0).any(axis=0)
-    return State(
+    # Newton step. One that has no history either is as good as float32 can make it.
+    stuck = ~found & ~(state.rho > 0).any(axis=0)
+    state = state._replace(
         step=state.step + 1,
         weights=weights,
         gradient=gradient,
         logits=logits,
-        probabilities=probabilities,
+        errors=errors,
         s=state.s.at[slot].set(s),
         y=state.y.at[slot].set(y),
         rho=jnp.where(found, state.rho.at[slot].set(rho), 0),
         iterations=state.iterations + ~state.done,
-        done=state.done | (problem.norm(gradient) <= tolerance) | ~(found | remembered),
     )
+    state = _aim(problem, state)
+    # Half the slope is what a Newton step would gain.
+    is_small = -state.slope <= 2 * tolerance * problem.objective(weights, errors)
+    is_known = stuck | ((state.rho > 0).sum(axis=0) >= _MEMORY)
+    converged = state.converged | (is_small & is_known & ~state.done)
+    return state._replace(converged=converged, done=state.done | converged | stuck)
+
+
+def _aim(problem: Problem, state: State) -> State:
+    """Returns the state with the direction of its next step."""
+    direction = _direction(problem, state)
+    return state._replace(direction=direction, slope=problem.dot(state.gradient, direction))
 
 
 def _direction(problem: Problem, state: State) -> Float[Array, "k c d"]:
     """Runs the two loops of L-BFGS (Nocedal and Wright, algorithm 7.4)."""
-    variance = problem.variance(state.probabilities)
+    variance = problem.variance(state.errors)
 
     def newest_first(i, carry):
         q, alphas = carry
@@ -249,7 +295,6 @@ def _direction(problem: Problem, state: State) -> Float[Array, "k c d"]:
 def _line_search(
     problem: Problem,
     state: State,
-    direction: Float[Array, "k c d"],
     change: Float[Array, "k c m"],
 ) -> tuple[Float[Array, "k r"], Bool[Array, "k r"]]:
     """Finds step lengths at which the slope is nearly zero.
@@ -259,23 +304,22 @@ def _line_search(
 
     Args:
       problem: the regressions.
-      state: current iterates.
-      direction: direction of the step.
-      change: the direction in logits.
+      state: current iterates, and the directions of their steps.
+      change: the directions in logits.
 
     Returns:
       Lengths, and whether each was found.
     """
-    first = problem.dot(state.gradient, direction)
+    first, direction = state.slope, state.direction
     # The penalty's slope at length 0, and its curvature.
     penalty_slope = problem.dot(state.weights, problem.penalty * direction)
     penalty_curvature = problem.dot(direction, problem.penalty * direction)
     finished = state.done | ~(first < 0)
 
     def slope_and_curvature(length):
-        probabilities = problem.probabilities(state.logits + length[..., None] * change)
-        slope = problem.dot(problem.residuals(probabilities), change) / problem.count
-        curvature = problem.curvature(probabilities, change) + penalty_curvature
+        errors = problem.errors(state.logits + length[..., None] * change)
+        slope = problem.dot(problem.slopes(errors), change) / problem.count
+        curvature = problem.curvature(errors, change) + penalty_curvature
         return slope + penalty_slope + length * penalty_curvature, curvature
 
     def is_level(slope):

@@ -61,6 +61,11 @@ class Choice(NamedTuple):
     points: tuple[Point, ...]
     fitted: logistic.Fitted
 
+    @property
+    def unconverged(self) -> int:
+        """The number of fits that have not converged."""
+        return sum(not point.converged for point in self.points)
+
 
 class Probe(NamedTuple):
     """A linear probe's result.
@@ -78,6 +83,13 @@ class Probe(NamedTuple):
     score: float
     test_scores: Float[np.ndarray, "n c"]
     fitted: logistic.Fitted
+
+    @property
+    def unconverged(self) -> int:
+        """The number of fits that have not converged, the final one included."""
+        return sum(not point.converged for point in self.points) + int(
+            (~self.fitted.converged).sum()
+        )
 
 
 def probe(
@@ -190,6 +202,17 @@ def _between(fits: dict[int, logistic.Fitted], exponents: list[int]) -> logistic
     weights = [(a.weights + b.weights) / 2 for a, b in zip(below, above)]
     bias = [(a.bias + b.bias) / 2 for a, b in zip(below, above)]
     return np.concatenate(weights), np.concatenate(bias)
+
+
+def warning(unconverged: int) -> str:
+    """Returns a sentence about the fits that have not converged; "" where all have."""
+    if not unconverged:
+        return ""
+    fits = "1 fit has" if unconverged == 1 else f"{unconverged} fits have"
+    return (
+        f"{fits} not converged: float32 or {logistic.MAX_ITER:,} iterations did not suffice for "
+        "a penalty this weak, or for features of such different scales."
+    )
 
 
 def hold_out(examples: Split, seed: int) -> tuple[Split, Split]:

@@ -62,6 +62,55 @@ def match(
     return np.array([known.get(k, -1) for k in keys], np.int32)
 
 
+def match_given(
+    class_names: Sequence[str], names: Sequence[str], by_name: bool, where: str
+) -> Int32[np.ndarray, " source_classes"]:
+    """Matches each class of a source with one of the names that a config gives.
+
+    Args:
+      class_names: names by label, alternatives joined by "|".
+      names: names of the source's classes, by its label; empty: it has only their numbers.
+      by_name: whether the source numbers its classes by their names; else the numbers are its own.
+      where: name of the source in messages.
+
+    Returns:
+      The place of the name among those given.
+
+    Raises:
+      UserError: it cannot be told which name belongs to which class.
+    """
+    places, keys = np.arange(len(class_names), dtype=np.int32), list(map(key, names))
+    if not names or _agree(keys, class_names):
+        return places
+    if all(name.isdecimal() for name in names):
+        numbers = np.array([int(name) for name in names], np.int32)
+        if numbers.max() >= len(class_names):
+            raise UserError(
+                f"There is a class {numbers.max()} in {where}, but {len(class_names)} class names "
+                "are given, which are numbered from 0."
+            )
+        return numbers
+    known = {key(name): i for i, each in enumerate(class_names) for name in each.split("|")}
+    found = [known.get(k, -1) for k in keys]
+    if min(found) >= 0 and len(set(found)) == len(found):
+        return np.array(found, np.int32)
+    in_place = all(place in (-1, i) for i, place in enumerate(found))
+    if not by_name and in_place and len(names) == len(class_names):
+        return places
+    unknown = next((n for n, place in zip(names, found) if place < 0), names[0])
+    raise UserError(
+        f"The class names that are given do not say which of them is the class {unknown!r} of "
+        f"{where}. Give every class its name in the data, in any order, or leave the names out; "
+        "for other words in the prompts describe the set in a JSON file, with class_names and the "
+        "data's names as ids (clip_jax/evaluate/sets/README.md), and name it by eval.datasets."
+    )
+
+
+def spoken(name: str) -> str:
+    """Returns a class name, as folders have them, in the form for a prompt."""
+    return name.replace("/", " ").replace("_", " ")
+
+
 def check_numbers(largest: int, dataset: Dataset, where: str) -> None:
     """Checks that the largest label is a class of the set; UserError where it is not."""
     if largest >= len(dataset.class_names):

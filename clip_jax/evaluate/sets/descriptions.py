@@ -12,10 +12,10 @@ from typing import Any
 from etils import epath
 
 from clip_jax.data.sources import tar_labels
-from clip_jax.data.sources.base import TEMPLATES
 from clip_jax.errors import UserError
-from clip_jax.evaluate.sets import dataset, directories
+from clip_jax.evaluate.sets import classes, dataset, directories
 from clip_jax.evaluate.sets.dataset import Dataset, Location, Naming, Table, Tfds
+from clip_jax.models.prompts import TEMPLATES
 from clip_jax.storage import locations, ranges
 
 # Directory names by split. Where there is none for validation, a part of "train" stands in.
@@ -137,7 +137,7 @@ def _classes(root: epath.Path, found: Dataset) -> dict:
             "clip_jax/evaluate/sets/README.md."
         )
     # The folder is an identifier; its name is what a prompt says.
-    spoken = tuple(name.replace("/", " ").replace("_", " ") for name in folders)
+    spoken = tuple(map(classes.spoken, folders))
     return {"class_names": spoken, "naming": dataclasses.replace(found.naming, ids=folders)}
 
 

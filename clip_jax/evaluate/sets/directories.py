@@ -7,6 +7,7 @@ from etils import epath
 from clip_jax.data.sources import tar_labels
 from clip_jax.data.sources.base import IMAGE_SUFFIXES, Source
 from clip_jax.data.sources.folder import ImageFolder
+from clip_jax.data.sources.labels import name_order
 from clip_jax.data.sources.tar import TarShards
 from clip_jax.errors import UserError
 from clip_jax.evaluate.sets import classes
@@ -51,7 +52,7 @@ def class_folders(root: epath.Path, splits: Mapping[str, Sequence[str]]) -> tupl
     """Returns the class folders of all splits, or of the root if it has none; sorted."""
     directories = [root / name for names in splits.values() for name in names]
     found = {name for directory in directories for name in _image_folders(directory)}
-    return tuple(sorted(found or _image_folders(root)))
+    return tuple(sorted(found or _image_folders(root), key=name_order))
 
 
 def _path(dataset: Dataset, split: str, root: epath.Path) -> epath.Path | None:

@@ -1,11 +1,12 @@
 """Few-shot probes beside zero-shot (paper figures 6 and 7)."""
 
+import logging
 import math
 
 import numpy as np
 
 from clip_jax.evaluate.embedding_source import TEST, TRAIN, VALIDATION, labelled
-from clip_jax.evaluate.measures import few_shot
+from clip_jax.evaluate.measures import few_shot, sweep
 from clip_jax.evaluate.measures.metrics import METRICS
 from clip_jax.evaluate.results import Findings, Score
 from clip_jax.evaluate.sets.dataset import Dataset
@@ -48,11 +49,14 @@ def run(context: Context, dataset: Dataset) -> Findings:
         "mean": means,
         "deviation": [0.0 if math.isnan(p.deviation) else p.deviation for p in points],
         "strengths": [list(p.l2) for p in points],
+        "unconverged": (unconverged := sum(p.unconverged for p in points)),
         "zero_shot": zero,
         "full": full,
         "full_shots": per_class,
         "labels_needed": needed if np.isfinite(needed) else None,
     }
+    if unconverged:
+        logging.warning("%s, few-shot probes: %s", dataset.title, sweep.warning(unconverged))
     return Findings(scores, details)
 
 

@@ -1,5 +1,7 @@
 """Linear probes: logistic regression on features (paper section 3.2)."""
 
+import logging
+
 from clip_jax.evaluate.embedding_source import TEST, TRAIN, VALIDATION, labelled
 from clip_jax.evaluate.measures import sweep
 from clip_jax.evaluate.measures.metrics import METRICS
@@ -45,10 +47,13 @@ def run(context: Context, dataset: Dataset) -> Findings:
         "strength": found.l2,
         "validation_score": max(point.score for point in found.points),
         "points": [list(point) for point in found.points],
+        "unconverged": found.unconverged,
         "train": len(train.targets),
         "validation": len(validation.targets),
         "width": train.features.shape[1],
     }
+    if found.unconverged:
+        logging.warning("%s, linear probe: %s", dataset.title, sweep.warning(found.unconverged))
     return Findings([score], details)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 
 from etils import epath
@@ -81,7 +82,7 @@ def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
         return dataclasses.replace(
             _SIGLIP,
             embed_dim=shapes["txt/head/kernel"][1],
-            image_size=side * round(shapes["img/pos_embedding"][-2] ** 0.5),
+            image_size=_image_size(side, shapes["img/pos_embedding"][-2], str(source)),
             image_layers=(image[0],),
             image_width=width,
             image_heads=image[1],
@@ -102,6 +103,17 @@ def size_of(shapes: Mapping[str, Shape], source: object) -> models.Size:
             f"{source} is no checkpoint of SigLIP from big_vision: it lacks {error}, which its "
             "two towers have."
         ) from error
+
+
+def _image_size(patch: int, positions: int, source: str) -> int:
+    """Returns the pixels along a side.
+
+    Where patches do not divide the picture, the shapes do not tell: 27 x 27 patches of 14 pixels
+    are those of 378 to 391. The name of the file does, as in webli_en_so400m_384_58765454.npz.
+    """
+    grid = round(positions**0.5)
+    numbers = map(int, re.findall(r"\d+", source.rpartition("/")[2]))
+    return next((number for number in numbers if number // patch == grid), patch * grid)
 
 
 def _blocks(shapes: Mapping[str, Shape], stem: str) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import faults, locations, ranges, remote
 from clip_jax.weights.convert import torch_files
 from clip_jax.weights.convert.mapping import Entry, export_tensors
-from clip_jax.weights.folder import local_file, open_safetensors
+from clip_jax.weights.folder import inside, local_file, open_safetensors
 from clip_jax.weights.model import Tensors, TokenizerFile, Weights, size_differences
 
 # Names under which weights are published in a folder, the best first.
@@ -27,6 +27,7 @@ OPEN_CLIP = (
     "open_clip_pytorch_model.bin",
 )
 TORCH = (".pt", ".pth", ".bin")
+MAX_TEXT = 2**28  # bytes of a JSON file; that of a tokenizer has 2**25
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class ForeignWeights:
 def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
     """Returns the first of these files that exists; None: there is none."""
     paths = [folder / name for name in names]
-    return next((path for path, stat in zip(paths, locations.stats(paths)) if stat), None)
+    stats = locations.stats(paths)
+    return next((inside(folder, name) for name, stat in zip(names, stats) if stat), None)
 
 
 def exists(path: epath.Path) -> bool:
@@ -74,10 +76,16 @@ def exists(path: epath.Path) -> bool:
 def read_json(path: epath.Path) -> dict[str, Any]:
     """Reads a JSON object; UserError where it is damaged."""
     try:
-        return json.loads(ranges.read(path))
+        stat = locations.stat(path)
+        if stat is not None and stat.size > MAX_TEXT:
+            raise ValueError(f"its {stat.size:,} bytes are no settings")
+        content = json.loads(ranges.read(path))
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        return content
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): copy it again.") from error
 
 
@@ -91,8 +99,10 @@ def open_tensors(path: epath.Path) -> Tensors:
         return torch_files.read(path).tensors
     if path.suffix != ".json":
         return open_safetensors(path)
-    parts = sorted(set(read_json(path)["weight_map"].values()))
-    opened = [open_safetensors(path.parent / part) for part in parts]
+    named = read_json(path).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(part, str) for part in named.values()):
+        raise UserError(f"{path} has no weight_map of tensors to files: copy it again.")
+    opened = [open_safetensors(inside(path.parent, part)) for part in sorted(set(named.values()))]
     holders = {name: part for part in opened for name in part.shapes}
     shapes = {name: part.shapes[name] for name, part in holders.items()}
     return Tensors(shapes, lambda name: holders[name].read(name))
@@ -124,7 +134,10 @@ def open_npz(path: epath.Path) -> Tensors:
     file = local_file(path)
     try:
         archive = np.load(file, allow_pickle=False)
+        torch_files.check_inflation(archive.zip.filelist, file.stat().st_size)
         shapes = {name: _npy_shape(archive, name) for name in archive.files}
+    except UserError as error:
+        raise UserError(f"{path} is refused. {error}") from error
     except Exception as error:  # zipfile, NumPy and its parser each have their own
         raise UserError(f"{path} is no archive of NumPy ({error}): copy it again.") from error
     return Tensors(shapes, lambda name: np.asarray(archive[name], np.float32))

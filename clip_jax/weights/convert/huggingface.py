@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 from etils import epath
 
 from clip_jax import models
+from clip_jax.data.published import PublishedTokenizer
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES
 from clip_jax.storage import ranges
-from clip_jax.weights.convert import files, tokens
+from clip_jax.weights.convert import files, preprocessing, tokens
 from clip_jax.weights.convert.mapping import (
     CONV,
     LINEAR,
@@ -29,7 +31,6 @@ from clip_jax.weights.folder import save_safetensors
 from clip_jax.weights.model import Weights
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
-_BICUBIC = 3  # Pillow's number
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Defaults that a config.json may leave out, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
             "max_position_embeddings": 77,
             "hidden_act": "quick_gelu",
             "layer_norm_eps": 1e-5,
+            "eos_token_id": 49_407,
         },
         "vision": {
             "hidden_size": 768,
@@ -81,6 +83,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # A model of each kind, whose forms are those that no config.json can change.
 _MODELS = {"clip": SIZES["ViT-B/32"], "siglip": SIZES["SigLIP-B/16"]}
+_LEGACY_END = 2  # eos_token_id of early files: the end token is the largest id of a row
 _NO_WEIGHTS = r"\.position_ids$"
 
 
@@ -90,9 +93,16 @@ def is_folder(folder: epath.Path) -> bool:
         return False
     config = ranges.read(folder / CONFIG)
     try:
-        return json.loads(config).get("model_type") in _MODELS
-    except ValueError:
+        kind = json.loads(config).get("model_type")
+    except (ValueError, AttributeError):
         return False
+    if kind is not None and kind not in _MODELS:
+        raise UserError(
+            f"{folder} holds a model of the kind {kind!r} of transformers (model_type in "
+            f"{CONFIG}), whose towers clip_jax does not have: it has those of "
+            f"{' and '.join(_MODELS)}."
+        )
+    return kind in _MODELS
 
 
 def read(folder: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
@@ -101,8 +111,15 @@ def read(folder: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
     Raises:
       UserError: a file is damaged, or its settings do not go together.
     """
-    config = files.read_json(folder / CONFIG)
-    size = size_of(config, _processor(folder), folder)
+    config, processor = files.read_json(folder / CONFIG), _processor(folder)
+    size = size_of(config, processor, folder)
+    if not processor:
+        logging.warning(
+            "%s has no %s: pictures are prepared as the published models of its kind are, %s.",
+            folder,
+            PROCESSOR,
+            size.preprocessing,
+        )
     path = files.find(folder, files.HUGGINGFACE)
     assert path is not None
     return files.ForeignWeights(
@@ -120,7 +137,8 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     Raises:
       UserError: transformers has no such model.
     """
-    config, processor = config_of(weights.size), processor_of(weights.size)
+    config, processor = config_of(weights.size), preprocessing.to_transformers(weights.size)
+    _name_tokens(config, weights)
     files.check_expressible("transformers", size_of(config, processor, folder), weights.size)
     folder.mkdir(parents=True)
     tokens.write_huggingface(weights.tokenizer, weights.size, folder)
@@ -128,6 +146,26 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     theirs = files.export(table(weights.size), weights)
     save_safetensors(theirs, folder / "model.safetensors", {"format": "pt"})
+    if weights.size.image_crop == "center":
+        logging.warning(
+            "transformers rounds the edge of the middle square down where the margin is odd; this "
+            "model rounds it to even, as OpenAI's code does. Such pictures are cut one pixel off "
+            "there in half of the cases, and no setting changes it (docs/weights.md)."
+        )
+
+
+def _name_tokens(config: dict[str, Any], weights: Weights) -> None:
+    """Writes the ids of the tokenizer's own special tokens into config.json."""
+    tokenizer = weights.tokenizer.create(weights.size.context_length)
+    if isinstance(tokenizer, PublishedTokenizer):
+        rules, text = tokenizer.rules, config["text_config"]
+        text["pad_token_id"] = rules.pad
+        if rules.start:
+            text["bos_token_id"] = rules.start[0]
+        legacy = weights.size.text_pool == "end" and weights.size.end_token is None
+        if tokenizer.end is not None:
+            largest = tokenizer.end == tokenizer.vocab_size - 1
+            text["eos_token_id"] = _LEGACY_END if legacy and not largest else tokenizer.end
 
 
 # ---- Settings ----------------------------------------------------------------------------------
@@ -156,15 +194,10 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
         embed_dim = text.get("projection_size") or text["hidden_size"]
     else:
         embed_dim = {**_DEFAULTS[kind], **config}["projection_dim"]
-    crops = processor.get("do_center_crop", kind == "clip")
-    _check_preprocessing(processor, crops, vision["image_size"], source)
     return dataclasses.replace(
         _MODELS[kind],
         embed_dim=embed_dim,
         image_size=vision["image_size"],
-        image_mean=tuple(processor.get("image_mean", _MODELS[kind].image_mean)),
-        image_std=tuple(processor.get("image_std", _MODELS[kind].image_std)),
-        image_crop="center" if crops else "none",
         image_layers=(vision["num_hidden_layers"],),
         image_width=vision["hidden_size"],
         image_heads=vision["num_attention_heads"],
@@ -176,34 +209,31 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
         text_mlp=text["intermediate_size"],
         context_length=text["max_position_embeddings"],
         vocab_size=text["vocab_size"],
+        end_token=_end_token(text, source) if kind == "clip" else None,
         activation=_ACTIVATIONS[text["hidden_act"]],
         norm_eps=float(text["layer_norm_eps"]),
+        **preprocessing.from_transformers(processor, kind, vision["image_size"], source),
     )
+
+
+def _end_token(text: Mapping[str, Any], source: object) -> int | None:
+    """Returns the id at which captions are read; None: the largest of a row."""
+    end, count = text["eos_token_id"], text["vocab_size"]
+    if end in (_LEGACY_END, count - 1):
+        return None
+    if not isinstance(end, int) or not 0 <= end < count:
+        raise UserError(
+            f"{source} names the end token {end!r} (eos_token_id of text_config in {CONFIG}), but "
+            f"its vocabulary has {count:,} entries: no caption could be read at it. Write the id "
+            "of the tokenizer's end token there."
+        )
+    return end
 
 
 def _tower(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Returns a tower's settings; early files have a second dictionary that takes precedence."""
     first, second = config.get(f"{part}_config"), config.get(f"{part}_config_dict")
     return {**_DEFAULTS[config["model_type"]][part], **(first or {}), **(second or {})}
-
-
-def _check_preprocessing(
-    processor: Mapping[str, Any], crops: bool, image_size: int, source: object
-) -> None:
-    """Raises UserError where images are resized to another size, or by another filter."""
-    target = processor.get("crop_size" if crops else "size", image_size)
-    if isinstance(target, Mapping):
-        target = target.get("shortest_edge", target.get("height"))
-    if target != image_size:
-        raise UserError(
-            f"{source} has the image_size {image_size} in {CONFIG}, but {target} in {PROCESSOR}: "
-            "correct the one that is wrong."
-        )
-    if processor.get("resample", _BICUBIC) != _BICUBIC:
-        raise UserError(
-            f"{source} resizes pictures with Pillow's filter {processor['resample']} (resample in "
-            f"{PROCESSOR}); ours are resized with {_BICUBIC}, bicubic."
-        )
 
 
 def _processor(folder: epath.Path) -> Mapping[str, Any]:
@@ -230,7 +260,7 @@ def config_of(size: models.Size) -> dict[str, Any]:
         "num_attention_heads": size.text_heads,
         "max_position_embeddings": size.context_length,
         "vocab_size": size.vocab_size,
-        **_special_tokens(kind, size.vocab_size),
+        **_special_tokens(kind, size),
         **shared,
     }
     vision = {
@@ -256,35 +286,15 @@ def config_of(size: models.Size) -> dict[str, Any]:
     return config | {"projection_dim": size.embed_dim}
 
 
-def _special_tokens(kind: str, vocab_size: int) -> dict[str, int]:
+def _special_tokens(kind: str, size: models.Size) -> dict[str, int]:
     """The ids of the special tokens.
 
     SigLIP's end token is also its padding; CLIP's model looks for the end token by its id.
     """
     if kind == "siglip":
         return {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
-    end = vocab_size - 1
+    end = size.vocab_size - 1 if size.end_token is None else size.end_token
     return {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
-
-
-def processor_of(size: models.Size) -> dict[str, Any]:
-    """Returns the preprocessor_config.json."""
-    square = {"height": size.image_size, "width": size.image_size}
-    steps = {f"do_{step}": True for step in ("resize", "rescale", "normalize", "convert_rgb")}
-    shared = {
-        **steps,
-        "image_mean": list(size.image_mean),
-        "image_std": list(size.image_std),
-        "resample": _BICUBIC,
-        "rescale_factor": 1 / 255,
-    }
-    kind = "SiglipImageProcessor" if size.image_pool == "map" else "CLIPImageProcessor"
-    if size.image_crop == "none":
-        place = {"size": square, "do_center_crop": False}
-    else:
-        place = {"size": {"shortest_edge": size.image_size}, "crop_size": square}
-        place |= {"do_center_crop": True}
-    return {"image_processor_type": kind, **place, **shared}
 
 
 # ---- Names -------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ from etils import epath
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.models.sizes import IMAGE_MEAN, IMAGE_STD, SIZES
-from clip_jax.storage import ranges
-from clip_jax.weights.convert import files, openai, tokens
+from clip_jax.models.sizes import SIZES
+from clip_jax.weights.convert import files, openai, preprocessing, tokens
 from clip_jax.weights.convert.mapping import (
     CONV,
     BlockNames,
@@ -30,13 +29,16 @@ from clip_jax.weights.model import Weights
 
 CONFIG = "open_clip_config.json"
 _BASE, _SIGLIP = SIZES["ViT-B/32"], SIZES["SigLIP-B/16"]
-_CROPS = {"shortest": "center", "squash": "none"}  # resize_mode: image_crop
 # timm's names of SigLIP towers: width, layers, heads, hidden units.
 _TIMM = {
     "base": (768, 12, 12, 3072),
     "large": (1024, 24, 16, 4096),
     "so400m": (1152, 27, 16, 4304),
 }
+# Those whose activation is the tanh form of GELU; the others have the exact one.
+_TIMM_TANH = {("base", 32, 256), ("large", 16, 512)}
+_TIMM_TANH |= {("so400m", 16, 256), ("so400m", 16, 384), ("so400m", 16, 512)}
+_TIMM_EPS = 1e-6
 _TIMM_NAME = re.compile(rf"vit_({'|'.join(_TIMM)})_patch(\d+)_siglip_(\d+)$")
 # (patch, pixels) that timm has them for.
 _TIMM_INPUTS = {
@@ -48,7 +50,8 @@ _TIMM_INPUTS = {
 _TOWER = {"width", "layers", "mlp_ratio", "norm_kwargs", "act_kwargs"}
 _VISION = _TOWER | {"image_size", "patch_size", "head_width", "no_ln_pre", "timm_model_name"}
 _TEXT = _TOWER | {"context_length", "vocab_size", "heads", "no_causal_mask", "proj_bias"}
-_TEXT |= {"pool_type", "hf_tokenizer_name", "tokenizer_kwargs"}
+_TEXT |= {"pool_type", "eos_id", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"}
+_POOLS = {"argmax": "end", "eos": "end", "last": "last"}
 _FIXED = {
     "timm_model_pretrained": (False,),
     "timm_pool": ("map",),
@@ -96,9 +99,8 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     files.check_expressible("open_clip", size_of(config, folder), weights.size)
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    file = weights.tokenizer.path
-    if file is not None:
-        (folder / file.name).write_bytes(ranges.read(file))
+    for name, content in weights.tokenizer.files().items():
+        (folder / name).write_bytes(content)
     theirs = files.export(table(weights.size, weights.size.image_pool == "map"), weights)
     save_safetensors(theirs, folder / files.OPEN_CLIP[0], {"format": "pt"})
 
@@ -117,8 +119,8 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
     _check_settings(vision, _VISION, "vision_cfg", source)
     _check_settings(text, _TEXT, "text_cfg", source)
     width = text.get("width", 512)
-    size = dataclasses.replace(
-        _BASE,
+    return dataclasses.replace(
+        _with_image_tower(_BASE, vision, source),
         embed_dim=settings["embed_dim"],
         text_width=width,
         text_heads=text.get("heads", 8),
@@ -128,13 +130,31 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
         vocab_size=text.get("vocab_size", 49_408),
         activation=_activation(settings, source),
         text_causal=not text.get("no_causal_mask", False),
-        text_pool={"argmax": "end", "last": "last"}[text.get("pool_type", "argmax")],
+        text_pool=_text_pool(text, source),
+        end_token=_end_token(text),
         text_projection_bias=text.get("proj_bias", False),
-        norm_eps=text.get("norm_kwargs", {}).get("eps", 1e-5),
+        norm_eps=_norm_eps(settings, source),
         logit_bias=settings.get("init_logit_bias") is not None,
+        **preprocessing.from_open_clip(config.get("preprocess_cfg") or {}, source),
     )
-    size = _with_image_tower(size, vision, source)
-    return _with_preprocessing(size, config.get("preprocess_cfg", {}), source)
+
+
+def _text_pool(text: Mapping[str, Any], source: object) -> str:
+    kind = text.get("pool_type", "argmax")
+    if kind not in _POOLS:
+        raise UserError(
+            f"{source} has the setting text_cfg.pool_type = {kind!r} of open_clip, which our text "
+            f"towers do not have: they have {', '.join(_POOLS)}."
+        )
+    return _POOLS[kind]
+
+
+def _end_token(text: Mapping[str, Any]) -> int | None:
+    """Returns the id at which captions are read; None: the largest of a row, or the last place."""
+    if text.get("pool_type", "argmax") != "eos":
+        return None
+    end = text.get("eos_id", 2)  # open_clip's default
+    return None if end == text.get("vocab_size", 49_408) - 1 else end
 
 
 def _check_settings(
@@ -151,15 +171,10 @@ def _check_settings(
 
 
 def _activation(settings: Mapping[str, Any], source: object) -> str:
-    """Returns the activation of both towers; timm's have the exact GELU, whatever is set."""
+    """Returns the activation of both towers; timm's have their own, whatever is set."""
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     quick = settings.get("quick_gelu", False)
-    forms = [
-        "gelu_tanh"
-        if (tower.get("act_kwargs") or {}).get("approximate") == "tanh"
-        else ("quick_gelu" if quick and not tower.get("timm_model_name") else "gelu")
-        for tower in (vision, text)
-    ]
+    forms = [_form(tower, quick, source) for tower in (vision, text)]
     if "layers" in vision and isinstance(vision["layers"], (list, tuple)):
         return forms[1]  # a ResNet has none
     if forms[0] != forms[1]:
@@ -170,9 +185,50 @@ def _activation(settings: Mapping[str, Any], source: object) -> str:
     return forms[1]
 
 
+def _form(tower: Mapping[str, Any], quick: bool, source: object) -> str:
+    """Returns the activation of a tower; UserError where its settings name another."""
+    settings = tower.get("act_kwargs") or {}
+    if name := tower.get("timm_model_name"):
+        match = _TIMM_NAME.match(name)
+        model = match and (match[1], int(match[2]), int(match[3]))
+        return "gelu_tanh" if model in _TIMM_TANH else "gelu"
+    if settings == {"approximate": "tanh"} and not quick:
+        return "gelu_tanh"
+    if settings not in ({}, {"approximate": "none"}) or (quick and settings):
+        raise UserError(
+            f"{source} has act_kwargs {settings!r}{' with quick_gelu' if quick else ''}; our "
+            "models have the activations quick_gelu, gelu and gelu_tanh (approximate: tanh)."
+        )
+    return "quick_gelu" if quick else "gelu"
+
+
+def _norm_eps(settings: Mapping[str, Any], source: object) -> float:
+    """Returns LayerNorm's epsilon; UserError unless both towers have the same and nothing else."""
+    vision, text = (settings[f"{tower}_cfg"] for tower in ("vision", "text"))
+    towers = [text]
+    if not isinstance(vision.get("layers"), (list, tuple)):  # a ResNet has no LayerNorm
+        towers.append(vision)
+    found = []
+    for tower in towers:
+        kwargs = tower.get("norm_kwargs") or {}
+        timm = "timm_model_name" in tower
+        if set(kwargs) - {"eps"} or (timm and kwargs):
+            raise UserError(
+                f"{source} has norm_kwargs {kwargs!r}; our models know eps alone, and timm's "
+                "towers have their own."
+            )
+        found.append(_TIMM_EPS if timm else float(kwargs.get("eps", 1e-5)))
+    if len(set(found)) > 1:
+        raise UserError(
+            f"{source} has the LayerNorm eps {found[0]} in its text tower and {found[1]} in its "
+            "image tower; our models have one for both (norm_kwargs)."
+        )
+    return found[0]
+
+
 def _with_image_tower(size: models.Size, vision: Mapping[str, Any], source: object) -> models.Size:
     if "timm_model_name" in vision:
-        return _with_timm_tower(size, vision["timm_model_name"], source)
+        return _with_timm_tower(size, vision, source)
     width, layers = vision.get("width", 768), vision.get("layers", 12)
     resnet = isinstance(layers, (list, tuple))
     final = width * 32 if resnet else width
@@ -188,7 +244,8 @@ def _with_image_tower(size: models.Size, vision: Mapping[str, Any], source: obje
     )
 
 
-def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Size:
+def _with_timm_tower(size: models.Size, vision: Mapping[str, Any], source: object) -> models.Size:
+    name = vision["timm_model_name"]
     match = _TIMM_NAME.match(name)
     if not match:
         raise UserError(
@@ -196,6 +253,11 @@ def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Siz
             "vit_base, vit_large and vit_so400m with SigLIP's head can be converted."
         )
     kind, patch, pixels = match.groups()
+    if vision.get("image_size", int(pixels)) != int(pixels):
+        raise UserError(
+            f"{source} has the image_size {vision['image_size']} for the image tower {name}, which "
+            f"takes {pixels}: correct the one that is wrong."
+        )
     width, layers, heads, hidden = _TIMM[kind]
     return dataclasses.replace(
         size,
@@ -208,23 +270,6 @@ def _with_timm_tower(size: models.Size, name: str, source: object) -> models.Siz
         image_pool=_SIGLIP.image_pool,
         pre_norm=_SIGLIP.pre_norm,
         patch_bias=_SIGLIP.patch_bias,
-    )
-
-
-def _with_preprocessing(
-    size: models.Size, settings: Mapping[str, Any], source: object
-) -> models.Size:
-    mode, filter_ = (settings.get(k) for k in ("resize_mode", "interpolation"))
-    if (mode or "shortest") not in _CROPS or (filter_ or "bicubic") != "bicubic":
-        raise UserError(
-            f"{source} resizes pictures with resize_mode {mode!r} and interpolation {filter_!r}; "
-            f"ours are resized with {' or '.join(_CROPS)}, and bicubic."
-        )
-    return dataclasses.replace(
-        size,
-        image_mean=tuple(settings.get("mean", IMAGE_MEAN)),
-        image_std=tuple(settings.get("std", IMAGE_STD)),
-        image_crop=_CROPS[mode or "shortest"],
     )
 
 
@@ -243,6 +288,8 @@ def config_of(size: models.Size) -> dict[str, Any]:
         "pool_type": {"end": "argmax", "last": "last"}[size.text_pool],
         "norm_kwargs": {"eps": size.norm_eps},
     }
+    if size.end_token is not None:
+        text |= {"pool_type": "eos", "eos_id": size.end_token}
     settings: dict[str, Any] = {"embed_dim": size.embed_dim}
     if siglip:
         settings["custom_text"] = True
@@ -254,18 +301,14 @@ def config_of(size: models.Size) -> dict[str, Any]:
     vision = _timm_config(size) if siglip else _vision_config(size)
     if size.activation == "quick_gelu":
         settings["quick_gelu"] = True
-    elif size.activation == "gelu_tanh" and not siglip:  # timm's tower would not follow
+    elif size.activation == "gelu_tanh" and (
+        not siglip or _form(vision, False, "") == "gelu_tanh"
+    ):  # timm's other towers would not follow
         text["act_kwargs"] = {"approximate": "tanh"}
-        if not size.is_resnet:
+        if not size.is_resnet and not siglip:
             vision["act_kwargs"] = {"approximate": "tanh"}
-    preprocessing = {
-        "mean": list(size.image_mean),
-        "std": list(size.image_std),
-        "interpolation": "bicubic",
-        "resize_mode": next(mode for mode, crop in _CROPS.items() if crop == size.image_crop),
-    }
     settings |= {"vision_cfg": vision, "text_cfg": text}
-    return {"model_cfg": settings, "preprocess_cfg": preprocessing}
+    return {"model_cfg": settings, "preprocess_cfg": preprocessing.to_open_clip(size)}
 
 
 def _ratio(width: int, hidden: int) -> float:

@@ -6,7 +6,7 @@ import pathlib
 
 from etils import epath
 
-from clip_jax.data import bpe
+from clip_jax.data import bpe, published
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.errors import UserError
 from clip_jax.models import Size
@@ -16,14 +16,19 @@ from clip_jax.weights.model import TokenizerFile
 
 OPENAI = TokenizerFile("openai", tokenizers.OpenAITokenizer.identity)
 UNKNOWN = TokenizerFile("", "")
-_SIGLIP_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model", "tokenizer.json")
 
 
 def named(name: str, size: Size) -> TokenizerFile:
     """Returns the tokenizer that --tokenizer=NAME names for weights of another project."""
     if name == "openai":
         return _checked(OPENAI, bpe.VOCABULARY_SIZE, size, name)
-    path = locations.parse(name)
+    if name.startswith(published.PUBLISHED):
+        folder = locations.parse(name.removeprefix(published.PUBLISHED))
+        made = published.create(folder, size.context_length)
+        _check_end(made, size, folder)
+        file = TokenizerFile("huggingface", made.identity, folder)
+        return _checked(file, made.vocab_size, size, name)
+    path = locations.parse(name.removeprefix(tokenizers.SIGLIP))
     file = TokenizerFile("siglip", tokenizers.siglip_identity(path), path)
     tokenizer = file.create(size.context_length)
     assert tokenizer is not None
@@ -45,40 +50,81 @@ def _checked(file: TokenizerFile, count: int, size: Size, name: object) -> Token
 def find(folder: epath.Path, size: Size) -> TokenizerFile:
     """Returns the tokenizer in a folder of transformers or open_clip.
 
-    Its files say which it is, or the size of the vocabulary.
+    Its files say which it is. Without any, a model of 49,408 entries has OpenAI's.
 
     Raises:
-      UserError: it splits words as OpenAI's does, but in another vocabulary.
+      UserError: a file is damaged, or the model cannot read its ids.
     """
-    if size.vocab_size != bpe.VOCABULARY_SIZE:
-        path = files.find(folder, _SIGLIP_FILES)
-        return UNKNOWN if path is None else named(str(path), size)
-    vocabulary = _published_vocabulary(folder)
-    if vocabulary is not None and vocabulary != openai_vocabulary():
-        known = openai_vocabulary()
-        other = next((word for word, i in vocabulary.items() if known.get(word) != i), "its merges")
+    openai_size = size.vocab_size == bpe.VOCABULARY_SIZE and size.text_pool == "end"
+    text = _open_clip_text(folder)
+    if openai_size and text is not None and not text.get("hf_tokenizer_name"):
+        _check_simple(text, folder)
+        return OPENAI  # open_clip takes its own, whatever else lies there
+    found = published.find(folder)
+    if found is None:
+        return OPENAI if openai_size else UNKNOWN
+    if openai_size and _is_openai(found):
+        return OPENAI
+    tokenizer = published.create(folder, size.context_length)
+    file = TokenizerFile("huggingface", found.identity, folder)
+    _checked(file, tokenizer.vocab_size, size, f"in {folder}")
+    _check_end(tokenizer, size, folder)
+    return file
+
+
+def _open_clip_text(folder: epath.Path) -> dict | None:
+    """Returns the text_cfg of open_clip; None: the folder is none of its."""
+    path = files.find(folder, ("open_clip_config.json",))
+    return None if path is None else files.read_json(path)["model_cfg"]["text_cfg"]
+
+
+def _check_simple(text: dict, folder: epath.Path) -> None:
+    extra = {k: v for k, v in (text.get("tokenizer_kwargs") or {}).items() if v}
+    if extra not in ({}, {"clean": "lower"}):
         raise UserError(
-            f"The tokenizer in {folder} is not OpenAI's: {other!r} has the id "
-            f"{vocabulary.get(other)} instead of {known.get(other)}. Such a model cannot be "
-            "converted yet; if the files are wrong, delete them, or name the "
-            "tokenizer: --tokenizer=openai."
+            f"{folder} uses OpenAI's tokenizer with {json.dumps(extra)} (tokenizer_kwargs), which "
+            "is not known here: name one with --tokenizer."
         )
-    return OPENAI
 
 
-def _published_vocabulary(folder: epath.Path) -> dict[str, int] | None:
-    """Returns words to ids, or None where the folder has no such file."""
-    path = files.find(folder, ("vocab.json", "tokenizer.json"))
-    if path is None:
-        return None
-    content = ranges.read(path)
-    try:
-        fields = json.loads(content)
-        return fields if path.name == "vocab.json" else fields["model"]["vocab"]
-    except (ValueError, KeyError) as error:
+def _check_end(tokenizer: published.PublishedTokenizer, size: Size, folder: epath.Path) -> None:
+    """Raises UserError where the tower would not find the end of a caption."""
+    rules = tokenizer.rules
+    if size.text_pool != "end":
+        return
+    if size.end_token is not None and size.end_token not in rules.end:
         raise UserError(
-            f"The tokenizer in {folder} is damaged ({error}): copy it again."
-        ) from error
+            f"The model in {folder} reads captions at the id {size.end_token} (eos_token_id), with "
+            f"which its tokenizer does not end them: it ends them with {list(rules.end)}. One of "
+            "the two is of another model; name the right tokenizer with --tokenizer."
+        )
+    if not rules.end or rules.pad_side == "left":
+        what = "fills rows on the left" if rules.end else "adds no end token"
+        raise UserError(
+            f"The tokenizer in {folder} {what}, but the model reads captions at their end token "
+            "and counts positions from the left. Save it with padding_side='right' and an end "
+            "token, or name another with --tokenizer."
+        )
+
+
+def _is_openai(found: published.Published) -> bool:
+    """Returns whether a tokenizer is OpenAI's vocabulary with its clean-up and end tokens."""
+    if not found.rules.file.endswith(".json") or found.rules.clean:
+        return False
+    fields = json.loads(found.vocabulary)
+    model = fields["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", ())]
+    words = {token["content"] for token in fields.get("added_tokens") or ()}
+    normalizer = json.dumps(fields.get("normalizer"))
+    return (
+        model["vocab"] == openai_vocabulary()
+        and merges == openai_merges()
+        and words <= {"<|startoftext|>", "<|endoftext|>"}
+        and "Lowercase" in normalizer
+        and not any(kind in normalizer for kind in ("StripAccents", "NFK", "BertNormalizer"))
+        and (found.rules.start, found.rules.end) == ((bpe.START,), (bpe.END,))
+        and found.rules.pad_side == "right"
+    )
 
 
 @functools.cache
@@ -117,13 +163,18 @@ def write_huggingface(file: TokenizerFile, size: Size, folder: pathlib.Path) -> 
         start, end = "<|startoftext|>", "<|endoftext|>"
         special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
         settings |= {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True}
+    elif file.name == "huggingface":
+        special = _write_published(file.published(), folder)
+        settings |= {"tokenizer_class": special.pop("tokenizer_class")}
+        settings |= {"padding_side": special.pop("padding_side")}
+    elif file.path is not None and file.path.name.endswith(".json"):
+        found = published.as_siglip(ranges.read(file.path), file.path)
+        special = _write_published(found, folder)
+        settings |= {k: special.pop(k) for k in ("tokenizer_class", "padding_side")}
     elif file.path is not None:
-        is_json = file.path.name.endswith(".json")
-        copy = folder / ("tokenizer.json" if is_json else "spiece.model")
-        copy.write_bytes(ranges.read(file.path))
+        (folder / "spiece.model").write_bytes(ranges.read(file.path))
         special = {"eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
-        kind = "PreTrainedTokenizerFast" if is_json else "SiglipTokenizer"
-        settings |= {"tokenizer_class": kind, "do_lower_case": True}
+        settings |= {"tokenizer_class": "SiglipTokenizer", "do_lower_case": True}
     else:
         return
     for name, content in (
@@ -131,3 +182,21 @@ def write_huggingface(file: TokenizerFile, size: Size, folder: pathlib.Path) -> 
         ("tokenizer_config.json", settings | special),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_published(found: published.Published, folder: pathlib.Path) -> dict[str, str]:
+    """Writes a vocabulary as transformers reads it; returns the settings beside it."""
+    rules = found.rules
+    if rules.file.endswith(".json"):
+        (folder / "tokenizer.json").write_bytes(published.self_contained(found))
+        kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    elif rules.clean.startswith("siglip"):
+        (folder / "spiece.model").write_bytes(found.vocabulary)
+        kind = {"tokenizer_class": "SiglipTokenizer", "do_lower_case": rules.clean == "siglip"}
+    else:
+        raise UserError(
+            f"The tokenizer is a SentencePiece model cleaned as {rules.clean or 'it is'}, which no "
+            "tokenizer of transformers does: convert the model with --to=clip_jax."
+        )
+    names = published.token_names(found, rules.file)
+    return {**kind, "padding_side": rules.pad_side, **names}

@@ -8,11 +8,12 @@ name nothing but the few types below; one that names another, as a harmful one m
 import collections
 import io
 import itertools
+import math
 import mmap
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ _DTYPES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_MAX_ENTRIES = 1_000_000  # of a state dict
+_MAX_INFLATION = 16
 _LOCAL_HEADER = struct.Struct("<26xHH")  # lengths of a zip entry's name and extra field
 
 
@@ -119,6 +122,7 @@ def read(path: epath.Path) -> TorchFile:
         with zipfile.ZipFile(local) as archive:
             pickled = next(n for n in archive.namelist() if n.split("/")[1:] == ["data.pkl"])
             root = pickled.removesuffix("data.pkl")
+            check_inflation(archive.filelist, local.stat().st_size)
             tree = _Unpickler(io.BytesIO(archive.read(pickled))).load()
             starts = {info.filename.removeprefix(f"{root}data/"): info for info in archive.filelist}
             names = [n for n in archive.namelist() if n.endswith(".py")]
@@ -139,20 +143,38 @@ def read(path: epath.Path) -> TorchFile:
         ) from error
 
 
+def check_inflation(entries: Sequence[zipfile.ZipInfo], size: int) -> None:
+    """Raises UserError if the members of an archive of `size` bytes are absurdly larger than it.
+
+    Weights hardly shrink when they are compressed.
+    """
+    inflated = sum(entry.file_size for entry in entries)
+    if inflated > _MAX_INFLATION * size + 2**26:
+        raise UserError(
+            f"Its {size:,} bytes claim to hold {inflated:,}, which weights never do: it would fill "
+            "the memory. Take it from its first source."
+        )
+
+
 def _state_dict(tree: Any) -> Any:
     """Returns the model, the whole or a part of a training checkpoint."""
     inner = tree.get("state_dict") if isinstance(tree, dict) else None
     return tree if inner is None else inner
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, _Stored]]:
+def _flat(
+    tree: Any, prefix: str = "", visited: Iterator[int] | None = None
+) -> Iterator[tuple[str, _Stored]]:
+    visited = itertools.count() if visited is None else visited
     items = tree.items() if isinstance(tree, dict) else vars(tree).items()
     for name, value in items:
+        if next(visited) > _MAX_ENTRIES:  # dictionaries that hold each other many times
+            raise UserError(f"It holds more than {_MAX_ENTRIES:,} entries, which no model has.")
         full = f"{prefix}{name}"
         if isinstance(value, _Stored):
             yield full.removeprefix("module."), value  # in front of all where it was distributed
         elif isinstance(value, (dict, _Module)):
-            yield from _flat(value, f"{full}.")
+            yield from _flat(value, f"{full}.", visited)
 
 
 def _open(
@@ -172,6 +194,8 @@ def _open(
         data = memoryview(content)[start : start + info.file_size]
         offset = tensor.offset * dtype.itemsize
         strides = [stride * dtype.itemsize for stride in tensor.strides]
+        if math.prod(tensor.shape) > info.file_size // dtype.itemsize:  # strides of 0
+            raise ValueError(f"{path}: {name} of {tensor.shape} is beyond its buffer")
         if not all(tensor.shape):
             return np.zeros(tensor.shape, np.float32)
         view = np.ndarray(tensor.shape, dtype, data, offset, strides)  # checks the bounds

@@ -1,0 +1,197 @@
+"""The lifeline of the hosts of a run: when one ends before its time, the others end too.
+
+Each host keeps a TCP connection to the first. A host that fails says why before it ends. Where a
+process is killed, its kernel closes the connection; where a machine vanishes, keep-alive packets
+are not answered. Neither waits for Python, which may be busy on either side. Without it, the others
+would wait for a collective, or JAX would end them by a signal and a stack of C++.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+from clip_jax.errors import ExitCode
+
+_GONE_AFTER = 30  # seconds without an answer of a host's kernel
+_NEWS_WITHIN = 3.0  # seconds in which news of another host's end come
+_LINGER = 5.0  # seconds that the first host, which serves JAX's clients, waits for them to end
+_CONNECT_WITHIN = 60.0  # seconds
+_KEY = "clip_jax/lifeline"
+_DONE = b"done\n"
+
+
+class Lifeline:
+    """The connections of this host: those of all others on the first, on the others one to it."""
+
+    def __init__(self, process: int, processes: int, first: str, store: Any):
+        """Connects the hosts; all of them call it.
+
+        Args:
+          process: number of this host.
+          processes: number of hosts.
+          first: name or address of the first host.
+          store: JAX's distributed client, by which the first host tells its port.
+        """
+        self._process = process
+        self._links: dict[int, socket.socket] = {}
+        self._threads: dict[int, threading.Thread] = {}
+        self._ending = threading.Lock()
+        self._said: int | None = None  # exit code of this host's own failure, once said
+        if process == 0:
+            self._accept(processes, store)
+        else:
+            port, _, token = store.blocking_key_value_get(
+                _KEY, int(1000 * _CONNECT_WITHIN)
+            ).partition(" ")
+            link = socket.create_connection((first, int(port)), timeout=_CONNECT_WITHIN)
+            link.sendall(f"{token} {process}\n".encode())
+            self._watch(0, link, link.makefile("rb"))
+
+    def _accept(self, processes: int, store: Any) -> None:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(
+            ("", 0), family=family, backlog=processes, dualstack_ipv6=dual
+        ) as server:
+            token = secrets.token_hex()  # strangers may connect too
+            store.key_value_set(_KEY, f"{server.getsockname()[1]} {token}")
+            deadline = time.monotonic() + _CONNECT_WITHIN
+            while len(self._links) < processes - 1:
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                link, _ = server.accept()
+                link.settimeout(_CONNECT_WITHIN)
+                lines = link.makefile("rb")
+                said, _, number = lines.readline().strip().partition(b" ")
+                if secrets.compare_digest(said, token.encode()):
+                    self._watch(int(number), link, lines)
+
+    def _watch(self, host: int, link: socket.socket, lines: IO[bytes]) -> None:
+        link.settimeout(None)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):  # Linux
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _GONE_AFTER // 3)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _GONE_AFTER // 6)
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+        self._links[host] = link
+        thread = threading.Thread(target=self._listen, args=(host, lines), daemon=True)
+        self._threads[host] = thread
+        thread.start()
+
+    def _listen(self, host: int, lines: IO[bytes]) -> None:
+        line = b""
+        with contextlib.suppress(OSError):
+            line = lines.readline()
+        if line == _DONE:
+            return
+        news = json.loads(line) if line.endswith(b"\n") else _gone(host)
+        self.end(news)
+
+    def end(self, news: dict[str, Any]) -> None:
+        """Ends this process because of another host; only the first news do."""
+        if not self._ending.acquire(blocking=False):
+            return
+        if self._said is None or news["code"] != self._said:
+            print(f"\n{news['text']}", file=sys.stderr, flush=True)
+        self._tell(news)
+        sys.stdout.flush()
+        os._exit(news["code"])
+
+    def fail(self, text: str, code: int) -> None:
+        """Tells the other hosts that this one ends, unless one of them is why, and ends it."""
+        self._said = code
+        time.sleep(_NEWS_WITHIN)
+        if not self._ending.acquire(blocking=False):
+            time.sleep(2 * _LINGER)  # another thread ends this process
+        text = f"Host {self._process} has ended, so this one ends too. It says: {text}"
+        self._tell({"code": code, "text": text})
+        sys.stdout.flush()
+        os._exit(code)  # an ordinary exit would wait for hosts that wait for this one
+
+    def _tell(self, news: dict[str, Any]) -> None:
+        line = json.dumps(news).encode() + b"\n"
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.sendall(line)
+        deadline = time.monotonic() + _LINGER
+        for thread in self._threads.values() if self._process == 0 else ():
+            if thread is not threading.current_thread():
+                thread.join(max(deadline - time.monotonic(), 0.0))
+
+    def finish(self) -> None:
+        """Waits until every host is done."""
+        if self._process:
+            self._links[0].sendall(_DONE)
+        for thread in self._threads.values():
+            thread.join()
+        if not self._process:
+            for link in self._links.values():
+                with contextlib.suppress(OSError):
+                    link.sendall(_DONE)
+        self._ending.acquire(blocking=False)  # what comes now is no news
+
+
+_lifeline: Lifeline | None = None
+_kept: list[Any] = []  # what C++ calls must not be collected
+
+
+def start(process: int, processes: int, first: str, store: Any) -> None:
+    """Connects the hosts; arguments as in `Lifeline`."""
+    global _lifeline
+    _lifeline = Lifeline(process, processes, first, store)
+
+
+def joined() -> bool:
+    """Returns whether this process is one of several hosts."""
+    return _lifeline is not None
+
+
+def await_news() -> None:
+    """Waits as long as news of another host's end may take, which end this process."""
+    if _lifeline is not None:
+        time.sleep(_NEWS_WITHIN)
+
+
+def fail(text: str, code: Any) -> None:
+    """Tells the other hosts why this one ends, and ends it; does nothing without others."""
+    if _lifeline is not None:
+        _lifeline.fail(text, code if isinstance(code, int) else int(bool(code)))
+
+
+def finish() -> None:
+    """Waits until every host is done."""
+    if _lifeline is not None:
+        _lifeline.finish()
+
+
+def on_lost_service() -> Callable[..., None]:
+    """Returns a callback for JAX's client, called when it has lost the first host.
+
+    JAX's own callback aborts the process with a stack. jaxlib 0.10 cannot convert the argument of
+    one in Python: the C++ exception that comes of it ends in the terminate handler set here.
+    """
+
+    def lost(*_: Any) -> None:
+        if _lifeline is None:
+            os._exit(ExitCode.RESUME)
+        _lifeline.end(_gone(0))
+        time.sleep(2 * _LINGER)  # another thread ends this process, or it is at its end anyway
+        os._exit(ExitCode.DONE)
+
+    with contextlib.suppress(OSError, AttributeError):  # a C++ library of another name
+        handler = ctypes.CFUNCTYPE(None)(lost)
+        ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(handler)
+        _kept.append(handler)
+    return lost
+
+
+def _gone(host: int) -> dict[str, Any]:
+    text = f"Host {host} is gone: start the same command again on every host to resume."
+    return {"code": int(ExitCode.RESUME), "text": text}

@@ -1,0 +1,90 @@
+"""The meaning of a config for the data that were found, said before the first step."""
+
+from ml_collections import ConfigDict
+
+from clip_jax import models
+from clip_jax.common import clock
+from clip_jax.data.order import Order, Weighted
+from clip_jax.data.sources.base import Source
+from clip_jax.errors import UserError
+
+# Objectives whose loss tells the pairs of a batch from each other.
+_CONTRASTIVE = ("contrastive", "near_duplicates")
+
+
+def check_batch(config: ConfigDict, examples: int) -> None:
+    """Checks the batch of a contrastive loss.
+
+    Raises:
+      UserError: it has a single pair, or more than there are.
+    """
+    if config.objective not in _CONTRASTIVE:
+        return
+    if config.batch_size == 1:
+        raise UserError(
+            "batch_size is 1, but the loss tells each pair from the others of its batch: with one "
+            "pair nothing is learned. Set --config.batch_size to at least 2, better hundreds."
+        )
+    if config.batch_size > examples:
+        raise UserError(
+            f"batch_size is {config.batch_size:,}, but the training data have {examples:,} pairs: "
+            "every batch would hold some twice, and the loss would push the copies apart. Set "
+            f"--config.batch_size to at most {examples:,}, or give more data."
+        )
+
+
+def notices(
+    config: ConfigDict, net: models.ImageModel, source: Source, order: Order, total_steps: int
+) -> list[str]:
+    """Returns sentences about settings that do something else than they seem to.
+
+    Args:
+      config: the whole config.
+      net: the model.
+      source: the training data.
+      order: their order.
+      total_steps: length of the run.
+    """
+    found = []
+    examples, batch = len(source), config.batch_size
+    if batch > examples:
+        found.append(f"A batch of {batch:,} holds some of the {examples:,} examples several times.")
+    for name, duration in (
+        ("duration", config.duration),
+        ("optim.warmup", config.optim.warmup),
+        ("log.every", config.log.every),
+        ("eval.every", config.eval.every),
+        ("checkpoint.every", config.checkpoint.every),
+    ):
+        steps = clock.exact_steps(
+            duration, batch_size=batch, examples_per_epoch=examples, total_steps=total_steps
+        )
+        if 0 < steps < 0.5:
+            found.append(f"{name} = {duration!r} is {steps:.2g} of a step, taken as one step.")
+        if name == "optim.warmup" and round(steps) >= total_steps:
+            found.append(
+                f"optim.warmup = {duration!r} is {round(steps):,} steps, but the run has "
+                f"{total_steps:,}: it is shortened to {max(total_steps - 1, 0):,}, so that the "
+                "learning rate reaches its peak only at the end. About 5 percent is usual: "
+                '--config.optim.warmup="5 percent".'
+            )
+    if config.accum_steps > 1 and net.size.is_resnet:
+        found.append(
+            f"accum_steps = {config.accum_steps}: BatchNorm takes its statistics over each "
+            f"micro-batch of {batch // config.accum_steps:,} pairs, not over the batch of "
+            f"{batch:,}, so that this is another computation than without."
+        )
+    if isinstance(order, Weighted):
+        per_epoch = order.epochs(examples)
+        shares = ", ".join(f"{n} {e:.3g} times" for n, e in zip(config.data.mixture, per_epoch))
+        found.append(
+            f"The mixture goes by its weights: in an epoch of {examples:,} pairs, the examples of "
+            f"{shares}. Some come more than once, others not at all (data/epoch/NAME counts)."
+        )
+        for name, size, slots in zip(config.data.mixture, order.sizes, order.slots):
+            if (share := batch * slots / order.ROUND) > size:
+                found.append(
+                    f"Of a batch, {share:,.0f} pairs are from {name}, which has {size:,}: each "
+                    "batch holds some of them twice."
+                )
+    return found
