@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from clip_jax.data.sources import captions
+from clip_jax.errors import BadExample
 from clip_jax.storage import ranges, remote
 
 FILES = ("cls", "npy")  # kinds of file with classes
