@@ -8,6 +8,8 @@ import contextlib
 import functools
 import io
 import re
+import struct
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,14 +28,22 @@ MAX_PIXELS = 2**26
 # The formats that are opened. Pillow knows others, one of which starts a program (EPS).
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 _TILE_SIDES = (322, 323)  # tags of TIFF
+_TIFF_ORDERS = {b"II": "<", b"MM": ">"}
+_TIFF_BYTES = (1, 2, 6, 7)  # types of text, profiles and the like, which are read in one piece
+_MAX_TIFF_ENTRIES = 2**17  # such as strips: two for each of 65,536 rows
 # A JPEG is decoded once per scan. Cameras and programs write at most a dozen.
 _SCAN = b"\xff\xda"
 _MAX_SCANNED = 32 * MAX_PIXELS  # pixels of all scans together
-_BAND = 2**22  # pixels converted at a time, where a conversion takes memory of its own
+_BAND = 2**20  # pixels converted at a time, where a conversion takes memory of its own
 
 # Formats of animations; further frames of other formats are previews, depth maps or pages.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "AVIF")
 _JPEG_FORMATS = ("JPEG", "MPO")  # MPO: with further pictures; written by phones
+
+# Damaged metadata and large pictures are no news to the user; errors are counted. Pillow would
+# print a line for each.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html|head|body|meta|script)\b", re.I)
 
@@ -144,6 +154,10 @@ def _open(data: bytes, key: str) -> Image.Image:
         raise BadExample("empty image file", key)
     if _HTML.match(data):
         raise BadExample("HTML instead of an image", key)
+    if data.startswith((b"P1", b"P2", b"P3")):  # decoded by Python: half a minute for 100 MB
+        raise BadExample("unreadable image", key, "a PPM of decimal numbers")
+    if (entries := _tiff_entries(data)) > _MAX_TIFF_ENTRIES:
+        raise BadExample("unreadable image", key, f"a TIFF of {entries} strips")
     image = open_header(data)
     width, height = image.size
     _check_pixels(width, height, key)
@@ -161,6 +175,23 @@ def _open(data: bytes, key: str) -> Image.Image:
 def _check_pixels(width: int, height: int, key: str) -> None:
     if width * height > MAX_PIXELS:
         raise BadExample("too many pixels", key, f"{width} x {height}")
+
+
+def _tiff_entries(data: bytes) -> int:
+    """Returns the most values that a tag of a TIFF has, which Pillow reads one by one; 0: none."""
+    order = _TIFF_ORDERS.get(data[:2])
+    if order is None or len(data) < 16:
+        return 0
+    big = struct.unpack_from(order + "H", data, 2)[0] == 43
+    place, count, step, number = ("Q", "Q", 20, "Q") if big else ("I", "H", 12, "I")
+    (first,) = struct.unpack_from(order + place, data, 8 if big else 4)
+    try:
+        (tags,) = struct.unpack_from(order + count, data, first)
+        starts = range(first + struct.calcsize(count) + 4, len(data), step)[:tags]
+        found = [struct.unpack_from(f"{order}H{number}", data, start - 2) for start in starts]
+    except (struct.error, OverflowError):
+        return 0  # Pillow says that it is cut
+    return max((entries for kind, entries in found if kind not in _TIFF_BYTES), default=0)
 
 
 def _number(image: Any, tag: int) -> int:

@@ -7,6 +7,7 @@ A directory holds
     skipped.jsonl                         the unusable examples, once all parts are there
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -164,15 +165,20 @@ class Store:
     def blocks(self, column: str) -> Iterator[Float[np.ndarray, "_ width"]]:
         """Yields the embeddings of a column in order, at most `BLOCK` rows at a time."""
         for part in range(self.manifest.parts):
+            width = self.manifest.columns[column]
             if self.manifest.format == "npy":
-                values = np.load(io.BytesIO(ranges.read(self._array_path(part, column))))
+                path = self._array_path(part, column)
+                with _reading(path):
+                    values = np.load(io.BytesIO(ranges.read(path)), allow_pickle=False)
+                    values = values.reshape(-1, width).astype(self.manifest.dtype, copy=False)
                 for first in range(0, len(values), BLOCK):
                     yield values[first : first + BLOCK]
             else:
-                with ranges.scanning(self.path(part)) as file:
+                path = self.path(part)
+                with _reading(path), ranges.scanning(path) as file:
                     for batch in pq.ParquetFile(file).iter_batches(BLOCK, columns=[column]):
                         flat = batch.column(0).flatten().to_numpy(zero_copy_only=False)
-                        yield flat.reshape(-1, self.manifest.columns[column])
+                        yield flat.reshape(-1, width)
 
     def table(self) -> pa.Table:
         """Reads the fields of all rows, in order."""
@@ -203,7 +209,7 @@ class Store:
         """Applies `read` to the tables of some parts; it takes their number too."""
 
         def open_and_read(part: int) -> Result:
-            with self.path(part).open("rb") as file:
+            with _reading(self.path(part)), self.path(part).open("rb") as file:
                 return read(part, pq.ParquetFile(file))
 
         with futures.ThreadPoolExecutor(_THREADS) as pool:
@@ -246,11 +252,31 @@ def _read_manifest(directory: epath.Path) -> Manifest:
             f"--model=RUN DATA --out={directory}"
         ) from None
     try:
-        return Manifest(**json.loads(text))
-    except (ValueError, TypeError, KeyError) as error:
+        found = Manifest(**json.loads(text))
+        if found.format not in FORMATS or found.dtype not in DTYPES or found.part_rows < 1:
+            raise ValueError("unknown values")
+        if not all(width > 0 for width in (*found.columns.values(), found.examples + 1)):
+            raise ValueError("impossible sizes")
+        return found
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{directory / _MANIFEST} cannot be read ({error}): delete the directory, and make "
             "the embeddings again."
+        ) from None
+
+
+@contextlib.contextmanager
+def _reading(path: epath.Path) -> Iterator[None]:
+    """Turns what a damaged part raises into a UserError."""
+    try:
+        yield
+    except (UserError, FileNotFoundError):
+        raise
+    # The header of an array may raise anything, from SyntaxError to tokenize.TokenError.
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): delete it and its .parquet file, and run the same "
+            "python -m clip_jax embed command again to make that part."
         ) from None
 
 

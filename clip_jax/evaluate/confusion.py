@@ -38,19 +38,43 @@ class Confusion:
 
     Attributes:
       class_names: names to show.
-      counts: number of images, int64 [classes, classes]; rows: true, columns: chosen.
+      pairs: the true and the chosen class of each pair that occurs, in order, int64 [pairs, 2].
+      counts: number of images of each pair, int64 [pairs]. A matrix would take 80 GB for 100,000
+        classes.
       mistakes: the most confident mistakes.
     """
 
     class_names: tuple[str, ...]
+    pairs: np.ndarray
     counts: np.ndarray
     mistakes: Sequence[Mistake] = ()
+
+    @property
+    def totals(self) -> np.ndarray:
+        """Number of images of each class, int64 [classes]."""
+        return self._by_class(np.ones(len(self.pairs), bool))
+
+    @property
+    def right(self) -> np.ndarray:
+        """Number of images of each class that are classified rightly, int64 [classes]."""
+        return self._by_class(self.pairs[:, 0] == self.pairs[:, 1])
 
     @property
     def per_class(self) -> np.ndarray:
         """Accuracy of each class, float64 [classes]; NaN where it has no image."""
         with np.errstate(invalid="ignore"):
-            return np.diagonal(self.counts) / self.counts.sum(axis=1)
+            return self.right / self.totals
+
+    def matrix(self) -> np.ndarray:
+        """Returns the counts as int64 [classes, classes], for few classes; rows: true."""
+        counts = np.zeros([len(self.class_names)] * 2, np.int64)
+        counts[self.pairs[:, 0], self.pairs[:, 1]] = self.counts
+        return counts
+
+    def _by_class(self, kept: np.ndarray) -> np.ndarray:
+        sums = np.zeros(len(self.class_names), np.int64)
+        np.add.at(sums, self.pairs[kept, 0], self.counts[kept])
+        return sums
 
 
 def rank(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -85,9 +109,8 @@ def summarize(
       class_names: names to show.
       picture: returns image i, for the mistakes.
     """
-    counts = np.zeros((len(class_names), len(class_names)), np.int64)
     chosen = ranked[:, 0]
-    np.add.at(counts, (labels, chosen), 1)
+    pairs, counts = np.unique(np.stack([labels, chosen], axis=1), axis=0, return_counts=True)
     wrong = np.flatnonzero(chosen != labels)
     worst = wrong[np.argsort(-probabilities[wrong], kind="stable")][:_MISTAKES]
     mistakes = [
@@ -99,15 +122,14 @@ def summarize(
         )
         for row in worst
     ]
-    return Confusion(tuple(class_names), counts, mistakes)
+    return Confusion(tuple(class_names), pairs, counts, mistakes)
 
 
 def to_json(confusion: Confusion) -> dict[str, Any]:
     """Converts to a form that JSON can hold; the inverse of `from_json`."""
-    rows, columns = np.nonzero(confusion.counts)
     return {
         "class_names": list(confusion.class_names),
-        "counts": [[int(i), int(j), int(confusion.counts[i, j])] for i, j in zip(rows, columns)],
+        "counts": np.column_stack([confusion.pairs, confusion.counts]).tolist(),
         "mistakes": [
             dataclasses.asdict(mistake) | {"image": dataclasses.asdict(thumbnail(mistake.image))}
             for mistake in confusion.mistakes
@@ -117,30 +139,33 @@ def to_json(confusion: Confusion) -> dict[str, Any]:
 
 def from_json(fields: Mapping[str, Any]) -> Confusion:
     """Converts back what `to_json` returned."""
-    classes = len(fields["class_names"])
-    counts = np.zeros((classes, classes), np.int64)
-    for i, j, count in fields["counts"]:
-        counts[i, j] = count
+    counts = np.array(fields["counts"], np.int64).reshape(-1, 3)
     mistakes = [
         Mistake(**mistake | {"image": Thumbnail(**mistake["image"])})
         for mistake in fields["mistakes"]
     ]
-    return Confusion(tuple(fields["class_names"]), counts, mistakes)
+    return Confusion(tuple(fields["class_names"]), counts[:, :2], counts[:, 2], mistakes)
 
 
 def view(confusion: Confusion) -> dict[str, Any]:
     """Returns everything that a page shows, in the order it shows it."""
-    names, counts = confusion.class_names, confusion.counts
-    wrong = counts - np.diag(np.diag(counts))
-    totals, per_class = counts.sum(axis=1), confusion.per_class
+    names, totals, right = confusion.class_names, confusion.totals, confusion.right
+    per_class = confusion.per_class
+    wrong = confusion.pairs[:, 0] != confusion.pairs[:, 1]
+    # The most frequent first; of equal ones in the order of the classes.
+    order = np.argsort(-confusion.counts[wrong], kind="stable")
+    mistaken = np.column_stack([confusion.pairs, confusion.counts])[wrong][order].tolist()
+    taken_for: dict[int, tuple[int, int]] = {}
+    for i, j, count in mistaken:
+        taken_for.setdefault(i, (j, count))
     rows = [
         {
             "name": name,
             "n": int(totals[i]),
-            "right": int(counts[i, i]),
+            "right": int(right[i]),
             "accuracy": float(per_class[i]),
-            "taken_for": names[wrong[i].argmax()],
-            "times": int(wrong[i].max()),
+            "taken_for": names[taken_for[i][0]] if i in taken_for else "",
+            "times": taken_for[i][1] if i in taken_for else 0,
         }
         for i, name in enumerate(names)
     ]
@@ -151,13 +176,24 @@ def view(confusion: Confusion) -> dict[str, Any]:
         "mistakes": confusion.mistakes,
         "rows": rows,
         "worst": [] if few else sorted(tested, key=lambda row: row["accuracy"])[:LISTED],
-        "heat_map": _heat_map(counts) if few else None,
-        "pairs": [] if few else _confused_pairs(names, wrong, totals),
+        "heat_map": _heat_map(confusion) if few else None,
+        "pairs": []
+        if few
+        else [
+            {
+                "true": names[i],
+                "predicted": names[j],
+                "count": count,
+                "fraction": float(count / totals[i]),
+            }
+            for i, j, count in mistaken[:LISTED]
+        ],
     }
 
 
-def _heat_map(counts: np.ndarray) -> list[list[dict[str, Any]]]:
+def _heat_map(confusion: Confusion) -> list[list[dict[str, Any]]]:
     """Returns cells by row: the count, and its depth of colour in [0, 1] from its row's total."""
+    counts = confusion.matrix()
     # The root lifts the few errors of a good model out of the ground colour.
     depth = np.sqrt(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1))
     return [
@@ -166,22 +202,4 @@ def _heat_map(counts: np.ndarray) -> list[list[dict[str, Any]]]:
             for count, shade in zip(*row)
         ]
         for row in zip(counts, depth)
-    ]
-
-
-def _confused_pairs(
-    names: Sequence[str], wrong: np.ndarray, totals: np.ndarray
-) -> list[dict[str, Any]]:
-    """Returns the pairs of classes confused most often, most frequent first."""
-    order = np.argsort(-wrong, axis=None, kind="stable")[:LISTED]
-    pairs = zip(*(axis.tolist() for axis in np.unravel_index(order, wrong.shape)))
-    return [
-        {
-            "true": names[i],
-            "predicted": names[j],
-            "count": int(wrong[i, j]),
-            "fraction": float(wrong[i, j] / totals[i]),
-        }
-        for i, j in pairs
-        if wrong[i, j]
     ]

@@ -53,7 +53,7 @@ def of_task(evaluator: Evaluator, task: str) -> Result:
 
 
 def counts(evaluator: Evaluator) -> np.ndarray:
-    return confusion.from_json(of_task(evaluator, "zeroshot").details["classes"]).counts
+    return confusion.from_json(of_task(evaluator, "zeroshot").details["classes"]).matrix()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,10 @@
 import base64
 import dataclasses
 import io
+import json
 import math
+import tracemalloc
+from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +90,7 @@ def test_zeroshot_equals_the_definition(task, mesh):
     assert found.class_names == tuple(names.split("|")[0] for names in CLASS_NAMES)
     assert result.details["templates"] == list(Cards.templates)
     np.testing.assert_array_equal(
-        found.counts,
+        found.matrix(),
         sklearn_metrics.confusion_matrix(task.labels, predicted, labels=classes),
     )
     top1, top5 = (
@@ -126,7 +129,7 @@ def test_zeroshot_by_the_likelihood_of_prompts(task, mesh):
         wanted.append(np.array(likely) / sum(likely))
     predicted = np.argmax(wanted, axis=1)
     np.testing.assert_array_equal(
-        found.counts,
+        found.matrix(),
         sklearn_metrics.confusion_matrix(task.labels, predicted, labels=range(len(CLASS_NAMES))),
     )
     assert result.details["by_likelihood"]
@@ -221,3 +224,23 @@ def test_without_a_usable_image(mesh1):
     variables = stub(np.eye(WIDTH, dtype=np.float32), np.eye(WIDTH, dtype=np.float32))
     with pytest.raises(UserError, match="no usable image in Cards"):
         evaluate("zeroshot", Cards([None] * 3, None, "ab"), Words(), variables, encoder(mesh1))
+
+
+def test_confusions_of_very_many_classes_take_little_memory():
+    rng, classes, n = np.random.default_rng(0), 100_000, 3000
+    labels, chosen = rng.integers(classes, size=(2, n))
+    chosen[:1000] = labels[:1000]
+    tracemalloc.start()
+    found = confusion.summarize(
+        labels,
+        chosen[:, None],
+        rng.random(n),
+        [str(i) for i in range(classes)],
+        lambda row: np.zeros((1, 1, 3), np.uint8),
+    )
+    shown = confusion.view(confusion.from_json(json.loads(json.dumps(confusion.to_json(found)))))
+    assert tracemalloc.get_traced_memory()[1] < 3e8  # a matrix: 8e10
+    tracemalloc.stop()
+    right = {row["name"]: row["right"] for row in shown["rows"] if row["right"]}
+    assert right == {str(i): k for i, k in Counter(labels[labels == chosen]).items()}
+    assert len(shown["pairs"]) == confusion.LISTED
