@@ -42,7 +42,8 @@ _PADDING = {
     "XLMRobertaTokenizer": "<pad>",
     "BertTokenizer": "[PAD]",
 }
-_PADDED_LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")
+_GEMMA_ENDS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+_GEMMA = ("GemmaTokenizer", "Siglip2Tokenizer")
 
 
 def _squeeze(text: str) -> str:
@@ -217,9 +218,7 @@ def find(folder: epath.Path) -> Published | None:
     """
     rules = _read_json(folder / RULES)
     if rules:
-        found = _from_rules(folder, rules)
-        if found is not None:
-            return found
+        return _from_rules(folder, rules)
     settings = _settings(folder)
     path = _vocabulary_path(folder, settings)
     if path is None:
@@ -236,8 +235,8 @@ def find(folder: epath.Path) -> Published | None:
     return _of_json(raw, settings, clean, path)
 
 
-def _from_rules(folder: epath.Path, fields: Mapping[str, Any]) -> Published | None:
-    """Returns the tokenizer of a folder that we wrote; None: its vocabulary was replaced since."""
+def _from_rules(folder: epath.Path, fields: Mapping[str, Any]) -> Published:
+    """Returns the tokenizer of a folder that we wrote."""
     try:
         values = {field.name: fields[field.name] for field in dataclasses.fields(Rules)}
         rules = Rules(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -249,7 +248,13 @@ def _from_rules(folder: epath.Path, fields: Mapping[str, Any]) -> Published | No
             f"{folder / RULES} is damaged ({type(error).__name__}: {error}). {_REMEDY}"
         ) from error
     content = _read(folder / rules.file)
-    return Published(content, rules) if _checksum(content) == checksum else None
+    if _checksum(content) != checksum:
+        raise UserError(
+            f"The tokenizer in {folder} is damaged or was replaced: {rules.file} is not the one "
+            f"that {RULES} describes. Copy the folder again; or, if the new one is right, delete "
+            f"{RULES}."
+        )
+    return Published(content, rules)
 
 
 def _settings(folder: epath.Path) -> dict[str, Any]:
@@ -318,6 +323,8 @@ def _of_json(
     if clean.startswith("siglip"):  # the class cleans, which a tokenizer.json can as well
         fields["normalizer"] = _sequence(_CANONICAL[clean], fields.get("normalizer"))
         clean = ""
+    if settings["class"] in _GEMMA:  # as these classes set it, whatever the file says
+        fields["model"] |= {"fuse_unk": True, "byte_fallback": True}
     if settings["class"] == "Siglip2Tokenizer" and "Lowercase" not in json.dumps(
         fields.get("normalizer")
     ):
@@ -349,12 +356,13 @@ def _of_json(
 
 def _side(settings: Mapping[str, Any], padding: Mapping[str, Any]) -> str:
     side = settings.get("padding_side") or str(padding.get("direction", "")).lower()
-    return side or ("left" if settings["class"] in _PADDED_LEFT else "right")
+    return side or ("left" if settings["class"] in _GEMMA else "right")
 
 
 def _token(settings: Mapping[str, Any], name: str) -> str | None:
     """Returns a special token, which the files write as a string or as an object."""
-    token = settings.get(name)
+    default = _GEMMA_ENDS.get(name) if settings["class"] in _GEMMA else None
+    token = settings.get(name, default)
     return token.get("content") if isinstance(token, Mapping) else token
 
 
@@ -426,9 +434,7 @@ def _sequence(first: list[dict[str, Any]], then: dict[str, Any] | None) -> dict[
     return {"type": "Sequence", "normalizers": [*first, *([then] if then else [])]}
 
 
-def _template(
-    model: Any, start: tuple[int, ...], end: tuple[int, ...]
-) -> dict[str, Any] | None:
+def _template(model: Any, start: tuple[int, ...], end: tuple[int, ...]) -> dict[str, Any] | None:
     """Returns the post-processor that puts these ids around a text."""
     if not (start or end):
         return None
@@ -490,7 +496,12 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
                     "behavior": "Removed",
                     "invert": True,
                 },
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+                {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                },
             ],
         },
         "post_processor": {
@@ -500,7 +511,12 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
             "trim_offsets": False,
             "add_prefix_space": False,
         },
-        "decoder": {"type": "ByteLevel"},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "unk_token": _token(settings, "unk_token") or end,

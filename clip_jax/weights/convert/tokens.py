@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+from typing import Any
 
 from etils import epath
 
@@ -57,7 +58,8 @@ def find(folder: epath.Path, size: Size) -> TokenizerFile:
     """
     openai_size = size.vocab_size == bpe.VOCABULARY_SIZE and size.text_pool == "end"
     text = _open_clip_text(folder)
-    if openai_size and text is not None and not text.get("hf_tokenizer_name"):
+    ours = files.find(folder, (published.RULES,)) is not None
+    if openai_size and text is not None and not (text.get("hf_tokenizer_name") or ours):
         _check_simple(text, folder)
         return OPENAI  # open_clip takes its own, whatever else lies there
     found = published.find(folder)
@@ -182,6 +184,20 @@ def write_huggingface(file: TokenizerFile, size: Size, folder: pathlib.Path) -> 
         ("tokenizer_config.json", settings | special),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_open_clip(file: TokenizerFile, size: Size, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes a tokenizer for open_clip and for us; returns the settings that name it."""
+    for name, content in file.files().items():
+        (folder / name).write_bytes(content)
+    if file.name != "huggingface":
+        return {}
+    write_huggingface(file, size, folder)
+    found = file.published()  # again as it is: open_clip cleans by itself
+    (folder / found.rules.file).write_bytes(found.vocabulary)
+    clean = found.rules.clean.removeprefix("open_clip:")
+    kwargs = {"clean": clean} if clean != found.rules.clean else {}
+    return {"hf_tokenizer_name": found.rules.file, "tokenizer_kwargs": kwargs}
 
 
 def _write_published(found: published.Published, folder: pathlib.Path) -> dict[str, str]:
