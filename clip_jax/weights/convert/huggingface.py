@@ -10,7 +10,7 @@ from absl import logging
 from etils import epath
 
 from clip_jax import models
-from clip_jax.data.published import PublishedTokenizer
+from clip_jax.data.published_tokenizer import PublishedTokenizer
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES
 from clip_jax.storage import ranges
@@ -105,8 +105,9 @@ def check_kind(folder: epath.Path) -> None:
     kind = None if path is None else files.read_json(path).get("model_type")
     if kind is not None and kind not in _MODELS:
         raise UserError(
-            f"{folder} holds a model of the kind {kind!r} of transformers (model_type in {CONFIG}), "
-            f"whose towers clip_jax does not have: it has those of {' and '.join(_MODELS)}."
+            f"{folder} holds a model of the kind {kind!r} of transformers (model_type in "
+            f"{CONFIG}), whose towers clip_jax does not have: it has those of "
+            f"{' and '.join(_MODELS)}."
         )
 
 
