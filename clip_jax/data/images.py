@@ -166,7 +166,8 @@ def _open(data: bytes, key: str) -> Image.Image:
         if scans * width * height > _MAX_SCANNED:
             raise BadExample("too many scans", key, f"{scans} of {width} x {height}")
     if image.format == "TIFF":  # tiles are decoded whole, however small the image is
-        _check_pixels(*(_number(image, tag) for tag in _TILE_SIDES), key)
+        across, down = _TILE_SIDES
+        _check_pixels(_number(image, across), _number(image, down), key)
     if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image

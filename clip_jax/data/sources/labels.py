@@ -43,10 +43,10 @@ def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
     """Converts class labels as found in a file to class ids and names.
 
     Args:
-      values: label of each example. None, NaN, "", a list in a list, an object, or a number beyond 64
-        bits means no label, a list several. If all labels
-        are whole numbers, also as floats or as text ("3", "3.0", "007"), they are ids; -1 means no
-        label. Otherwise they are names, numbered in their order.
+      values: label of each example. None, NaN, "", a list in a list, an object, or a number beyond
+        64 bits means no label, a list several. If all labels are whole numbers, also as floats or
+        as text ("3", "3.0", "007"), they are ids; -1 means no label. Otherwise they are names,
+        numbered in their order.
 
     Returns:
       The ids, and the names by id; () if the labels were numbers.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
