@@ -4,7 +4,6 @@ A vocabulary alone does not say how a caption becomes a row of ids. The other fi
 say how it is cleaned, which tokens begin and end it, and what fills the row.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
