@@ -99,7 +99,10 @@ def write_onnx(weights: Weights, folder: pathlib.Path) -> None:
 
 
 def _converter() -> Callable[..., Any]:
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # warns of each shape it leaves out
+    # One warns of each shape it leaves out, the other, with a traceback, of each operation that it
+    # cannot convert for lack of a package; where the model has one of these, `to_onnx` raises.
+    for name in ("onnx_ir", "jax2onnx.plugins.plugin_system"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from jax2onnx import to_onnx  # pyrefly: ignore[missing-import]
     except ImportError as error:

@@ -120,7 +120,7 @@ def _read_tensors(path: pathlib.Path, checksums: dict[str, str]) -> dict[str, np
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         arrays[name] = data[begin:end].view(np.float32).reshape(entry["shape"])
-        found = f"{zlib.crc32(data[begin:end]):08x}"
+        found = f"{zlib.crc32(data[begin:end].data):08x}"
         if checksums.get(name, found) != found:
             raise UserError(
                 f"{path} is damaged: the numbers of {name} are not those that were written (their "

@@ -19,7 +19,14 @@ from safetensors import SafetensorError, safe_open
 from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges, remote
-from clip_jax.weights.model import Tensors, TokenizerFile, Weights, read_finite
+from clip_jax.weights.model import (
+    Tensors,
+    TokenizerFile,
+    Weights,
+    check_shapes,
+    read_finite,
+    variable_shapes,
+)
 
 _TENSORS, _DESCRIPTION = "model.safetensors", "clip_jax.json"
 _FORMAT = 1  # version of the description
@@ -74,6 +81,7 @@ def read(folder: epath.Path) -> Weights:
             f"({type(error).__name__}: {error}). Convert the model again."
         ) from error
     tensors = open_safetensors(folder / _TENSORS)
+    check_shapes(tensors.shapes, variable_shapes(size), folder / _TENSORS)
     return Weights(size, _verified(tensors, checksums, folder / _TENSORS), tokenizer, origin)
 
 
@@ -95,7 +103,7 @@ def _verified(tensors: Tensors, checksums: Mapping[str, str], path: epath.Path) 
 def checksum(value: np.ndarray) -> str:
     """Returns the CRC-32 of an array's numbers as float32."""
     numbers = np.ascontiguousarray(value, "<f4").reshape(-1)
-    return f"{zlib.crc32(numbers.view(np.uint8)):08x}"
+    return f"{zlib.crc32(numbers.view(np.uint8).data):08x}"
 
 
 def inside(folder: epath.Path, name: Any) -> epath.Path:

@@ -186,7 +186,7 @@ class Weights:
           UserError: the patches do not divide another image size.
         """
         patch = self.size.patch_size or 1
-        if image_size not in (None, self.size.image_size) and image_size % patch:
+        if image_size and image_size != self.size.image_size and image_size % patch:
             raise UserError(
                 f"--image_size={image_size} is no multiple of the patches of {patch} pixels: its "
                 f"edge would be cut off. Take {max(image_size // patch, 1) * patch} or "

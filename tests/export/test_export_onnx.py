@@ -1,6 +1,8 @@
 """ONNX exports, run by onnxruntime, against the module itself."""
 
+import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -30,6 +32,30 @@ def test_onnxruntime_agrees(kind, tmp_path):
             (found,) = session.run(None, {name: rows[:count]})
             assert found.dtype == np.float32
             np.testing.assert_allclose(found, wanted[:count], atol=1e-5)
+
+
+def test_nothing_is_logged_on_success(tmp_path):
+    """In a process of its own, where jax2onnx loads its plugins."""
+    pytest.importorskip("jax2onnx")
+    script = (
+        "import pathlib, sys, tiny_export\n"
+        "from clip_jax.export import programs\n"
+        "programs.write_onnx(tiny_export.weights('vit'), pathlib.Path(sys.argv[1]))\n"
+    )
+    paths = [
+        *map(str, pathlib.Path(__file__).parents[1:3]),
+        str(pathlib.Path(tiny_export.__file__).parent),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env=os.environ
+        | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Traceback" not in done.stderr
+    assert "Skipping" not in done.stderr
 
 
 def test_what_does_not_depend_on_the_input_is_computed_beforehand():

@@ -17,6 +17,7 @@ from clip_jax.configs import siglip_b16
 from clip_jax.errors import UserError
 from clip_jax.models.resize import image_positions, resize_positions
 from clip_jax.training import train
+from clip_jax.weights.convert import cli
 
 pytestmark = pytest.mark.slow
 
@@ -124,3 +125,18 @@ def test_a_clip_model_cannot_read_the_ids_of_siglip(siglip, tmp_path):
     settings = {"tokenizer": f"siglip:{siglip}/spiece.model", "model.size.vocab_size": 9}
     with pytest.raises(UserError, match=r"largest id, which SigLIP's end token is not"):
         train.train(tiny_run.config(settings), tmp_path / "run")
+
+
+def test_another_length_of_captions(tmp_path):
+    """The error names the command, and the command makes what the run takes."""
+    with pytest.raises(UserError, match=r"convert \S+ \S+ --context_length=9, and") as refused:
+        start_from_finished(tmp_path / "run", {"model.size.context_length": 9})
+    arguments = re.search(r"clip_jax convert (\S+) \S+ (\S+),", str(refused.value))
+    assert arguments is not None
+    target = str(tmp_path / "short")
+    cli.main([arguments[1], target, arguments[2]])
+    changes = {"model.size.context_length": 9, "init_from": target}
+    start_from_finished(tmp_path / "run", changes)
+    run, short = (clip_jax.load(path).variables["params"] for path in (tmp_path / "run", target))
+    assert run["text"]["positions"].shape[0] == 9
+    jax.tree.map(np.testing.assert_array_equal, run, short)

@@ -166,7 +166,7 @@ def from_open_clip(settings: Mapping[str, Any], source: object) -> dict[str, Any
     Raises:
       UserError: our models cannot be fed like that.
     """
-    defaults = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "mode": "RGB"}
+    defaults: dict[str, Any] = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "mode": "RGB"}
     defaults |= {"resize_mode": "shortest", "interpolation": "bicubic"}
     given = {name: value for name, value in settings.items() if value is not None}
     merged = {**defaults, **given}
