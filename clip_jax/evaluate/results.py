@@ -218,7 +218,7 @@ class Folder:
         """Reads a result; None: there is none, or one made of something else, or damaged."""
         try:
             found = Result.from_json(json.loads(ranges.read(self._path(task, dataset))))
-        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
         return found if found.made_of == made_of else None
 

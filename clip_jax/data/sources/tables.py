@@ -38,7 +38,10 @@ class Column(Sequence[Any]):
     def __getitem__(self, row):
         piece = bisect.bisect_right(self._first, row) - 1
         value = self._pieces[piece][row - self._first[piece]]
-        return value.as_py() if isinstance(value, pa.Scalar) else value
+        try:
+            return value.as_py() if isinstance(value, pa.Scalar) else value
+        except UnicodeDecodeError:
+            return value.as_buffer().to_pybytes()  # counted as a caption that is no UTF-8
 
     def __iter__(self) -> Iterator[Any]:
         for piece in self._pieces:

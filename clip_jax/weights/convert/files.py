@@ -140,7 +140,14 @@ def open_npz(path: epath.Path) -> Tensors:
         raise UserError(f"{path} is refused. {error}") from error
     except Exception as error:  # zipfile, NumPy and its parser each have their own
         raise UserError(f"{path} is no archive of NumPy ({error}): copy it again.") from error
-    return Tensors(shapes, lambda name: np.asarray(archive[name], np.float32))
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return np.asarray(archive[name], np.float32)
+        except Exception as error:  # as above; checksums are compared as arrays are read
+            raise UserError(f"{path} is damaged at {name} ({error}): copy it again.") from error
+
+    return Tensors(shapes, read)
 
 
 def _npy_shape(archive: Any, name: str) -> tuple[int, ...]:
