@@ -47,7 +47,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # Micro-batches that each batch is embedded in, to save memory; the loss spans the whole batch.
     config.accum_steps = 1
     # "openai"; or the path of a SentencePiece .model file; or "siglip:" and the path of the .model
-    # or tokenizer.json file of a SigLIP model, for the ids that it was trained with.
+    # or tokenizer.json file of a SigLIP model, for the ids that it was trained with; or
+    # "huggingface:" and a folder of transformers or open_clip, for the tokenizer in it.
     config.tokenizer = "openai"
     # Model that a new run starts from: a workdir, a checkpoint, or anything else that clip_jax.load
     # takes, published weights too; "": random initialisation.

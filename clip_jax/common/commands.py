@@ -49,20 +49,23 @@ def dispatch(table: Table, arguments: list[str], prefix: str) -> None:
 
 
 @contextlib.contextmanager
-def plain_errors(interrupted: str = "Interrupted.") -> Iterator[None]:
+def plain_errors(
+    interrupted: str = "Interrupted.", threads_may_hang: bool = False
+) -> Iterator[None]:
     """Runs a command: an error ends the process with a paragraph and its `ExitCode`.
 
     Among several hosts the others end too, with the same code, and none ends well before all have.
 
     Args:
       interrupted: paragraph after Ctrl-C.
+      threads_may_hang: whether to end without waiting for threads after a failure of storage or a
+        stall of the data.
     """
     try:
         yield
         lifeline.finish()
     except UserError as error:
-        # An ordinary exit would wait for threads that hang.
-        hangs = isinstance(error, DataStalled | StorageError)
+        hangs = threads_may_hang and isinstance(error, DataStalled | StorageError)
         _end(str(error), error.exit_code, hangs)
     except KeyboardInterrupt:
         _end(interrupted, ExitCode.INTERRUPTED)

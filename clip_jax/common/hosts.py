@@ -81,9 +81,13 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
     from jax._src import distributed
     from jax._src.lib import _jax
 
-    # There is no public way to name the callback.
-    make, lost = _jax.get_distributed_runtime_client, lifeline.on_lost_service()
-    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lost)
+    # There is no public way to name the callback. Without it JAX ends the process its own way.
+    make = getattr(_jax, "get_distributed_runtime_client", None)
+    if make is not None:
+        lost = lifeline.on_lost_service()
+        _jax.get_distributed_runtime_client = functools.partial(
+            make, missed_heartbeat_callback=lost
+        )
     try:
         if coordinator == "auto":
             jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
@@ -98,7 +102,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
     except Exception as error:
         raise UserError(_not_joined(coordinator, processes, process, error)) from error
     finally:
-        _jax.get_distributed_runtime_client = make
+        if make is not None:
+            _jax.get_distributed_runtime_client = make
     state = distributed.global_state
     process, processes = state.process_id, state.num_processes
     if processes > 1:

@@ -4,32 +4,35 @@ A vocabulary alone does not say how a caption becomes a row of ids. The other fi
 say how it is cleaned, which tokens begin and end it, and what fills the row.
 """
 
-import dataclasses
-import hashlib
-import html
 import json
 import re
-import string
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import ftfy
-import numpy as np
 from etils import epath
-from jaxtyping import Int32
 
-from clip_jax.data.tokenizer_base import ITEMSIZE, Tokenizer, sentencepiece_model
+from clip_jax.data.published_tokenizer import (
+    CANONICAL,
+    CLEANERS,
+    JSON,
+    REMEDY,
+    RULES,
+    SPACES,
+    Published,
+    PublishedTokenizer,
+    Rules,
+    checksum,
+    dump,
+    load_json,
+    sequence,
+)
+from clip_jax.data.tokenizer_base import sentencepiece_model
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges
 
-PUBLISHED = "huggingface:"  # before the folder
-RULES = "tokenizer_rules.json"
-_JSON = "tokenizer.json"
 _PIECES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
 _OPEN_CLIP = "open_clip_config.json"
-_REMEDY = "Copy the folder again, or name another tokenizer with --tokenizer."
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PROBES = ("a", "A", "0", ".")
 # What transformers takes where a folder does not say, by the class of the tokenizer.
 _PADDING = {
@@ -41,157 +44,8 @@ _PADDING = {
     "XLMRobertaTokenizer": "<pad>",
     "BertTokenizer": "[PAD]",
 }
-_PADDED_LEFT = ("GemmaTokenizer", "Siglip2Tokenizer")
-
-
-def _squeeze(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _fixed(text: str) -> str:
-    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-
-
-def _plain(text: str) -> str:
-    return _squeeze(text.replace("_", " ").translate(_PUNCTUATION).lower())
-
-
-# Clean-up before the vocabulary's own, as the project does it whose folder it is.
-CLEANERS: Mapping[str, Callable[[str], str]] = {
-    "": str,
-    "siglip": lambda text: _squeeze(text.lower().translate(_PUNCTUATION)),
-    "siglip_cased": lambda text: _squeeze(text.translate(_PUNCTUATION)),
-    "open_clip:whitespace": lambda text: _squeeze(_fixed(text)),
-    "open_clip:lower": lambda text: _squeeze(_fixed(text)).lower(),
-    "open_clip:canonicalize": lambda text: _plain(_fixed(text)),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """The way from a caption to a row of ids.
-
-    Attributes:
-      file: name of the vocabulary, a tokenizer.json or a SentencePiece .model.
-      clean: clean-up of a caption, a key of `CLEANERS`.
-      start: ids before the caption.
-      end: ids after the caption, kept where it is cut.
-      pad: id that fills the row.
-      pad_side: side that is filled, "right" or "left".
-    """
-
-    file: str
-    clean: str
-    start: tuple[int, ...]
-    end: tuple[int, ...]
-    pad: int
-    pad_side: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Published:
-    """A vocabulary and its rules.
-
-    Attributes:
-      vocabulary: content of its file; a tokenizer.json holds the rules too, as far as it can.
-      rules: way from a caption to a row.
-    """
-
-    vocabulary: bytes
-    rules: Rules
-
-    @property
-    def identity(self) -> str:
-        """The name and the checksum; equal identities give equal ids."""
-        rules = json.dumps(dataclasses.asdict(self.rules), sort_keys=True).encode()
-        return PUBLISHED + hashlib.sha256(rules + self.vocabulary).hexdigest()
-
-    def files(self) -> dict[str, bytes]:
-        """Returns the files from which `find` makes the same tokenizer, by name."""
-        rules = dataclasses.asdict(self.rules) | {"sha256": _checksum(self.vocabulary)}
-        return {
-            self.rules.file: self.vocabulary,
-            RULES: (json.dumps(rules, indent=2) + "\n").encode(),
-        }
-
-
-class PublishedTokenizer(Tokenizer):
-    """A tokenizer of transformers or open_clip; its rows are theirs."""
-
-    def __init__(self, published: Published, context_length: int, source: object):
-        """Raises UserError if the vocabulary is damaged; `source` names it in messages."""
-        self.rules, self.context_length = published.rules, context_length
-        self.identity = published.identity
-        self._clean = CLEANERS[self.rules.clean]
-        self._ids: Callable[[list[str]], list[list[int]]]
-        self._text: Callable[[list[int]], str]
-        if self.rules.file.endswith(".json"):
-            model = _load_json(published.vocabulary, source)
-            self.vocab_size = 1 + max(model.get_vocab(with_added_tokens=True).values())
-            self._ids = lambda texts: [
-                row.ids for row in model.encode_batch(texts, add_special_tokens=False)
-            ]
-            self._text = model.decode
-        else:
-            pieces = sentencepiece_model(published.vocabulary, source)
-            self.vocab_size = pieces.vocab_size()
-            self._ids, self._text = pieces.encode, pieces.decode
-        room = len(self.rules.start) + len(self.rules.end)
-        if context_length < room + 1:
-            raise UserError(
-                f"A context_length of {context_length} has no room for text beside the {room} "
-                f"special tokens of {source}."
-            )
-        self._empty = np.frombuffer(self._row(next(iter(self._pack([""])))), np.int32)
-
-    @property
-    def end(self) -> int | None:
-        """The id that ends a caption; None: it has none."""
-        return self.rules.end[-1] if self.rules.end else None
-
-    def is_empty(self, row: Int32[np.ndarray, " l"]) -> bool:
-        """Returns whether a row of ids has no text."""
-        return np.array_equal(row, self._empty)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decodes one row of ids, up to the end token."""
-        row = [int(token) for token in ids]
-        first = len(row) - len(list(_without_leading(row, self.rules.pad)))
-        row = row[first:] if self.rules.pad_side == "left" else row
-        row = row[len(self.rules.start) :] if self.rules.start else row
-        stop = {self.end, self.rules.pad}
-        length = next((i for i, token in enumerate(row) if token in stop), len(row))
-        return self._text(row[:length]).strip()
-
-    def _pack(self, texts: Sequence[str]) -> Iterable[bytes]:
-        if not texts:
-            return []
-        rows = self._ids([self._clean(_encodable(text)) for text in texts])
-        return [np.asarray(ids, np.int32).tobytes() for ids in rows]
-
-    def _unpack(self, ids: list[int]) -> str:
-        return self._text(ids)
-
-    def _row(self, ids: bytes) -> bytes:
-        start, end = self.rules.start, self.rules.end
-        room = self.context_length - len(start) - len(end)
-        filled = [*start, *np.frombuffer(ids, np.int32)[:room], *end]
-        padding = [self.rules.pad] * (self.context_length - len(filled))
-        row = filled + padding if self.rules.pad_side == "right" else padding + filled
-        return np.asarray(row, np.int32).tobytes()
-
-    def _length(self, ids: bytes) -> int:
-        return len(ids) // ITEMSIZE + len(self.rules.start) + len(self.rules.end)
-
-
-def _without_leading(row: Sequence[int], token: int) -> Iterable[int]:
-    place = next((i for i, other in enumerate(row) if other != token), len(row))
-    return row[place:]
-
-
-def _encodable(text: str) -> str:
-    """Returns the text with lone surrogates replaced, which the libraries do not take."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+_GEMMA_ENDS = {"bos_token": "<bos>", "eos_token": "<eos>"}
+_GEMMA = ("GemmaTokenizer", "Siglip2Tokenizer")
 
 
 # ---- Folders -----------------------------------------------------------------------------------
@@ -202,7 +56,7 @@ def create(folder: epath.Path, context_length: int) -> PublishedTokenizer:
     found = find(folder)
     if found is None:
         raise UserError(
-            f"{folder} holds no tokenizer: it has neither {_JSON} nor "
+            f"{folder} holds no tokenizer: it has neither {JSON} nor "
             f"{', '.join(_PIECES)}, nor vocab.json with merges.txt."
         )
     return PublishedTokenizer(found, context_length, folder / found.rules.file)
@@ -216,9 +70,7 @@ def find(folder: epath.Path) -> Published | None:
     """
     rules = _read_json(folder / RULES)
     if rules:
-        found = _from_rules(folder, rules)
-        if found is not None:
-            return found
+        return _from_rules(folder, rules)
     settings = _settings(folder)
     path = _vocabulary_path(folder, settings)
     if path is None:
@@ -226,7 +78,7 @@ def find(folder: epath.Path) -> Published | None:
     if settings.get("truncation_side", "right") != "right":
         raise UserError(
             f"The tokenizer in {folder} cuts long texts at their beginning (truncation_side); ours "
-            f"are cut at the end. {_REMEDY}"
+            f"are cut at the end. {REMEDY}"
         )
     clean = settings["clean"]
     if path.name in _PIECES:
@@ -235,20 +87,32 @@ def find(folder: epath.Path) -> Published | None:
     return _of_json(raw, settings, clean, path)
 
 
-def _from_rules(folder: epath.Path, fields: Mapping[str, Any]) -> Published | None:
-    """Returns the tokenizer of a folder that we wrote; None: its vocabulary was replaced since."""
+def _from_rules(folder: epath.Path, fields: Mapping[str, Any]) -> Published:
+    """Returns the tokenizer of a folder that we wrote."""
     try:
-        values = {field.name: fields[field.name] for field in dataclasses.fields(Rules)}
-        rules = Rules(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        if rules.clean not in CLEANERS or rules.file not in (_JSON, *_PIECES):
+        rules = Rules(
+            file=fields["file"],
+            clean=fields["clean"],
+            start=tuple(map(int, fields["start"])),
+            end=tuple(map(int, fields["end"])),
+            pad=int(fields["pad"]),
+            pad_side=fields["pad_side"],
+        )
+        if rules.clean not in CLEANERS or rules.file not in (JSON, *_PIECES):
             raise ValueError(f"clean is {rules.clean!r}, file {rules.file!r}")
-        checksum = fields["sha256"]
+        expected = fields["sha256"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / RULES} is damaged ({type(error).__name__}: {error}). {_REMEDY}"
+            f"{folder / RULES} is damaged ({type(error).__name__}: {error}). {REMEDY}"
         ) from error
     content = _read(folder / rules.file)
-    return Published(content, rules) if _checksum(content) == checksum else None
+    if checksum(content) != expected:
+        raise UserError(
+            f"The tokenizer in {folder} is damaged or was replaced: {rules.file} is not the one "
+            f"that {RULES} describes. Copy the folder again; or, if the new one is right, delete "
+            f"{RULES}."
+        )
+    return Published(content, rules)
 
 
 def _settings(folder: epath.Path) -> dict[str, Any]:
@@ -272,14 +136,14 @@ def _settings(folder: epath.Path) -> dict[str, Any]:
         if extra or clean not in CLEANERS:
             raise UserError(
                 f"The tokenizer in {folder}, {text['hf_tokenizer_name']}, is used with "
-                f"{json.dumps(extra or clean)} by open_clip, which is not known here. {_REMEDY}"
+                f"{json.dumps(extra or clean)} by open_clip, which is not known here. {REMEDY}"
             )
     return settings | {"class": name, "clean": clean}
 
 
 def _vocabulary_path(folder: epath.Path, settings: Mapping[str, Any]) -> epath.Path | None:
     first = _PIECES if settings["class"] == "SiglipTokenizer" else ()
-    path = _first(folder, (*first, _JSON, "vocab.json", *_PIECES, "vocab.txt"))
+    path = _first(folder, (*first, JSON, "vocab.json", *_PIECES, "vocab.txt"))
     known = settings["class"] in ("SiglipTokenizer", "T5Tokenizer", "")
     if path is not None and (
         path.name == "vocab.txt" or (path.name in _PIECES and not known and not first)
@@ -287,7 +151,7 @@ def _vocabulary_path(folder: epath.Path, settings: Mapping[str, Any]) -> epath.P
         raise UserError(
             f"The tokenizer in {folder} ({settings['class'] or 'BERT'}) comes as {path.name}, "
             f"which only transformers can turn into a tokenizer: save it there once, "
-            f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), which writes {_JSON}."
+            f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER), which writes {JSON}."
         )
     return path
 
@@ -301,7 +165,7 @@ def _of_pieces(path: epath.Path, settings: Mapping[str, Any], clean: str) -> Pub
     ids = {token: model.piece_to_id(token) for token in (end, pad)}
     for token, i in ids.items():
         if model.id_to_piece(i) != token:
-            raise UserError(f"{path} has no piece {token!r}, which ends or fills a row. {_REMEDY}")
+            raise UserError(f"{path} has no piece {token!r}, which ends or fills a row. {REMEDY}")
     side = _side(settings, {})
     return Published(content, Rules(path.name, clean, (), (ids[end],), ids[pad], side))
 
@@ -313,21 +177,23 @@ def _of_json(
     padding = fields.get("padding") or {}
     fields = fields | {"padding": None, "truncation": None}
     _check_vocabulary(fields, path)
-    model = _load_json(_dump(fields), path)
+    model = load_json(dump(fields), path)
     if clean.startswith("siglip"):  # the class cleans, which a tokenizer.json can as well
-        fields["normalizer"] = _sequence(_CANONICAL[clean], fields.get("normalizer"))
+        fields["normalizer"] = sequence(CANONICAL[clean], fields.get("normalizer"))
         clean = ""
+    if settings["class"] in _GEMMA:  # as these classes set it, whatever the file says
+        fields["model"] |= {"fuse_unk": True, "byte_fallback": True}
     if settings["class"] == "Siglip2Tokenizer" and "Lowercase" not in json.dumps(
         fields.get("normalizer")
     ):
-        fields["normalizer"] = _sequence([{"type": "Lowercase"}], fields.get("normalizer"))
+        fields["normalizer"] = sequence([{"type": "Lowercase"}], fields.get("normalizer"))
 
     def id_of(token: str | None, purpose: str) -> int:
         i = None if token is None else model.token_to_id(token)
         if i is None:
             raise UserError(
                 f"The tokenizer in {path.parent} names the token {token!r} as its {purpose}, which "
-                f"{path.name} does not have. {_REMEDY}"
+                f"{path.name} does not have. {REMEDY}"
             )
         return i
 
@@ -342,18 +208,19 @@ def _of_json(
     name = _token(settings, "pad_token") or padding.get("pad_token")
     pad = id_of(name or _PADDING.get(settings["class"]), "pad_token")
     fields["post_processor"] = _template(model, start, end)
-    rules = Rules(_JSON, clean, start, end, pad, _side(settings, padding))
-    return Published(_dump(fields), rules)
+    rules = Rules(JSON, clean, start, end, pad, _side(settings, padding))
+    return Published(dump(fields), rules)
 
 
 def _side(settings: Mapping[str, Any], padding: Mapping[str, Any]) -> str:
     side = settings.get("padding_side") or str(padding.get("direction", "")).lower()
-    return side or ("left" if settings["class"] in _PADDED_LEFT else "right")
+    return side or ("left" if settings["class"] in _GEMMA else "right")
 
 
 def _token(settings: Mapping[str, Any], name: str) -> str | None:
     """Returns a special token, which the files write as a string or as an object."""
-    token = settings.get(name)
+    default = _GEMMA_ENDS.get(name) if settings["class"] in _GEMMA else None
+    token = settings.get(name, default)
     return token.get("content") if isinstance(token, Mapping) else token
 
 
@@ -371,58 +238,12 @@ def _ends(model: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 # ---- tokenizer.json ----------------------------------------------------------------------------
 
-_SPACES: list[dict[str, Any]] = [
-    {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
-    {"type": "Strip", "strip_left": True, "strip_right": True},
-]
-_NO_PUNCTUATION: dict[str, Any] = {
-    "type": "Replace",
-    "pattern": {"Regex": r"[!-/:-@\[-`{-~]"},
-    "content": "",
-}
-_CANONICAL: dict[str, list[dict[str, Any]]] = {
-    "siglip": [{"type": "Lowercase"}, _NO_PUNCTUATION, *_SPACES],
-    "siglip_cased": [_NO_PUNCTUATION, *_SPACES],
-    "open_clip:whitespace": _SPACES,
-    "open_clip:lower": [*_SPACES, {"type": "Lowercase"}],
-    "open_clip:canonicalize": [
-        {"type": "Replace", "pattern": {"String": "_"}, "content": " "},
-        _NO_PUNCTUATION,
-        {"type": "Lowercase"},
-        *_SPACES,
-    ],
-}
-
-
-def self_contained(published: Published) -> bytes:
-    """Returns a tokenizer.json that cleans up by itself, but for ftfy and HTML entities."""
-    fields = json.loads(published.vocabulary)
-    if published.rules.clean:
-        first = _CANONICAL[published.rules.clean]
-        fields["normalizer"] = _sequence(first, fields.get("normalizer"))
-    return _dump(fields)
-
 
 def as_siglip(content: bytes, source: epath.Path) -> Published:
     """Returns a tokenizer.json that is used as SigLIP does, whatever it says itself."""
     fields = json.loads(content) | {"post_processor": None, "padding": None}
     settings = {"class": "SiglipTokenizer"}
     return _of_json(fields, settings, "siglip", source)
-
-
-def token_names(published: Published, source: object) -> dict[str, str]:
-    """Returns the special tokens as transformers names them."""
-    rules = published.rules
-    if rules.file == _JSON:
-        name = _load_json(published.vocabulary, source).id_to_token
-    else:
-        name = sentencepiece_model(published.vocabulary, source).id_to_piece
-    ids = {"bos_token": rules.start[:1], "eos_token": rules.end[-1:], "pad_token": (rules.pad,)}
-    return {key: name(*value) for key, value in ids.items() if value}
-
-
-def _sequence(first: list[dict[str, Any]], then: dict[str, Any] | None) -> dict[str, Any]:
-    return {"type": "Sequence", "normalizers": [*first, *([then] if then else [])]}
 
 
 def _template(model: Any, start: tuple[int, ...], end: tuple[int, ...]) -> dict[str, Any] | None:
@@ -453,7 +274,7 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
     if settings["class"] not in ("CLIPTokenizer", ""):
         raise UserError(
             f"The tokenizer in {folder} ({settings['class']}) comes as vocab.json, which is read "
-            f"for CLIP only: save it with transformers once, which writes {_JSON}."
+            f"for CLIP only: save it with transformers once, which writes {JSON}."
         )
     vocabulary = _read_json(folder / "vocab.json")
     lines = _read(folder / "merges.txt").decode("utf-8", "replace").split("\n")
@@ -464,7 +285,7 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
     known = vocabulary | added
     for token in (start, end):
         if not isinstance(known.get(token), int):
-            raise UserError(f"The tokenizer in {folder} has no token {token!r}. {_REMEDY}")
+            raise UserError(f"The tokenizer in {folder} has no token {token!r}. {REMEDY}")
         added.setdefault(token, known[token])
     words = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     return {
@@ -476,7 +297,7 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
         ],
         "normalizer": {
             "type": "Sequence",
-            "normalizers": [{"type": "NFC"}, _SPACES[0], {"type": "Lowercase"}],
+            "normalizers": [{"type": "NFC"}, SPACES[0], {"type": "Lowercase"}],
         },
         "pre_tokenizer": {
             "type": "Sequence",
@@ -487,7 +308,12 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
                     "behavior": "Removed",
                     "invert": True,
                 },
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
+                {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                },
             ],
         },
         "post_processor": {
@@ -497,7 +323,12 @@ def _bpe_json(folder: epath.Path, settings: Mapping[str, Any]) -> dict[str, Any]
             "trim_offsets": False,
             "add_prefix_space": False,
         },
-        "decoder": {"type": "ByteLevel"},
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": True,
+            "trim_offsets": True,
+            "use_regex": True,
+        },
         "model": {
             "type": "BPE",
             "unk_token": _token(settings, "unk_token") or end,
@@ -521,37 +352,16 @@ def _check_vocabulary(fields: Mapping[str, Any], path: epath.Path) -> None:
         whole = all(isinstance(i, int) for i in ids) and ids == set(range(count))
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(
-            f"{path} is no tokenizer ({type(error).__name__}: {error}). {_REMEDY}"
+            f"{path} is no tokenizer ({type(error).__name__}: {error}). {REMEDY}"
         ) from error
     if not whole:
         raise UserError(
             f"The tokenizer {path} is damaged: its {count:,} entries do not have the ids 0 to "
-            f"{count - 1:,}, each once. {_REMEDY}"
+            f"{count - 1:,}, each once. {REMEDY}"
         )
 
 
-def _load_json(content: bytes, source: object) -> Any:
-    """Returns the library's tokenizer."""
-    from tokenizers import Tokenizer as Library  # only those who use it need wait for it
-
-    try:
-        model = Library.from_str(content.decode())
-    except Exception as error:  # the library raises no narrower one
-        raise UserError(f"The tokenizer {source} cannot be read ({error}). {_REMEDY}") from error
-    model.no_padding()
-    model.no_truncation()
-    return model
-
-
 # ---- Files -------------------------------------------------------------------------------------
-
-
-def _dump(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass")
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _first(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
@@ -563,7 +373,7 @@ def _read(path: epath.Path) -> bytes:
     try:
         return ranges.read(path)
     except OSError as error:
-        raise UserError(f"The tokenizer {path} cannot be read ({error}). {_REMEDY}") from error
+        raise UserError(f"The tokenizer {path} cannot be read ({error}). {REMEDY}") from error
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
@@ -575,11 +385,11 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"The tokenizer in {path.parent} is damaged: {path.name} cannot be read as JSON "
-            f"({error}). {_REMEDY}"
+            f"({error}). {REMEDY}"
         ) from error
     if not isinstance(fields, dict):
         raise UserError(
             f"The tokenizer in {path.parent} is damaged: {path.name} holds no JSON object but a "
-            f"{type(fields).__name__}. {_REMEDY}"
+            f"{type(fields).__name__}. {REMEDY}"
         )
     return fields

@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Int32
 
 from clip_jax.data import bpe, published
+from clip_jax.data.published_tokenizer import PUBLISHED
 from clip_jax.data.tokenizer_base import ITEMSIZE, Tokenizer, sentencepiece_model
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges
@@ -173,15 +174,15 @@ def create(name: str, context_length: int) -> Tokenizer:
     if name.startswith(SIGLIP):
         path = locations.parse(name.removeprefix(SIGLIP))
         return SiglipTokenizer(path, context_length)
-    if name.startswith(published.PUBLISHED):
-        folder = locations.parse(name.removeprefix(published.PUBLISHED))
+    if name.startswith(PUBLISHED):
+        folder = locations.parse(name.removeprefix(PUBLISHED))
         return published.create(folder, context_length)
     if name.endswith(".model"):
         return SentencePieceTokenizer(name, context_length)
     raise UserError(
         f"There is no tokenizer {name!r}. Use 'openai'; the path of a SentencePiece model, a file "
         f"whose name ends in .model; {SIGLIP}PATH for one that SigLIP was trained with; or "
-        f"{published.PUBLISHED}FOLDER for the one in a folder of transformers or open_clip."
+        f"{PUBLISHED}FOLDER for the one in a folder of transformers or open_clip."
     )
 
 

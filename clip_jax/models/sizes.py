@@ -228,8 +228,8 @@ class Size:
         ):
             if value % divisor:
                 raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
-        named = self.end_token is not None
-        if named and (self.text_pool != "end" or self.end_token >= self.vocab_size):
+        end = self.end_token
+        if end is not None and (self.text_pool != "end" or end >= self.vocab_size):
             raise UserError(
                 f"Size end_token is {self.end_token}: it takes an id below vocab_size "
                 f"({self.vocab_size}), and text_pool='end' (here {self.text_pool!r})."

@@ -22,8 +22,8 @@ class TextTransformer(nn.Module):
     The paper's tower reads the feature at the end token, the largest id of the vocabulary unless
     the size names another. Its attention is causal, so padding after that changes nothing, and
     captions may have any length up to the context length. Where the last token is read instead,
-    they must have the context length. A bag of words is the mean of the embedded words: it has
-    no positions and no layers.
+    they must have the context length.
+    A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
       packing: packing of captions in training; None: each has a row of its own.

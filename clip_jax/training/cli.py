@@ -38,7 +38,7 @@ def main(
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     interrupted = "Interrupted. Run the same command again to resume at the last checkpoint."
-    with commands.plain_errors(interrupted):
+    with commands.plain_errors(interrupted, threads_may_hang=True):
         _run(config_file.parse(arguments, command, _define), f"{command} {shlex.join(arguments)}")
 
 

@@ -138,6 +138,7 @@ def save_safetensors(
     arrays = {name: np.ascontiguousarray(read_finite(tensors, name)) for name in tensors.shapes}
     # ascontiguousarray makes a vector of a scalar.
     arrays = {name: value.reshape(tensors.shapes[name]) for name, value in arrays.items()}
+    path = pathlib.Path(path)
     path.touch()
     mode = path.stat().st_mode
     safetensors.numpy.save_file(arrays, path, metadata=dict(metadata or {}))

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from clip_jax import checksums, models
 from clip_jax.data import published
 from clip_jax.data import tokenizer as tokenizers
+from clip_jax.data.published_tokenizer import PUBLISHED, Published
 from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
 from clip_jax.sharding import path_name
@@ -68,8 +69,8 @@ class TokenizerFile:
         if setting.startswith(tokenizers.SIGLIP):
             path = locations.parse(setting.removeprefix(tokenizers.SIGLIP))
             return cls("siglip", identity, path)
-        if setting.startswith(published.PUBLISHED):
-            path = locations.parse(setting.removeprefix(published.PUBLISHED))
+        if setting.startswith(PUBLISHED):
+            path = locations.parse(setting.removeprefix(PUBLISHED))
             return cls("huggingface", identity, path)
         if setting.endswith(".model"):
             return cls("sentencepiece", identity, locations.parse(setting))
@@ -81,7 +82,7 @@ class TokenizerFile:
         if self.path is None:
             return self.name
         if self.name == "huggingface":
-            return f"{published.PUBLISHED}{self.path}"
+            return f"{PUBLISHED}{self.path}"
         return f"{tokenizers.SIGLIP if self.name == 'siglip' else ''}{self.path}"
 
     def create(self, context_length: int) -> tokenizers.Tokenizer | None:
@@ -108,7 +109,7 @@ class TokenizerFile:
             return self.published().files()
         return {self.path.name: ranges.read(self.path)}
 
-    def published(self) -> published.Published:
+    def published(self) -> Published:
         """Returns the vocabulary and rules of one of kind "huggingface".
 
         Raises:

@@ -1,7 +1,6 @@
 """Hosts that join, and end together when one of them ends before its time."""
 
 import os
-import re
 import signal
 import socket
 import sys
@@ -55,9 +54,11 @@ def test_a_killed_host_ends_the_others_with_a_sentence(process):
     assert ended.pop(process).returncode == -signal.SIGKILL
     for other in ended:
         assert other.returncode == ExitCode.RESUME
-        said = f"Host {process} is gone: start the same command again on every host to resume.\n"
-        # JAX's own lines cannot be kept away.
-        assert re.sub(r"(?m)^E\d{4} .*\n|^\n", "", other.stderr) == said
+        said = f"Host {process} is gone: start the same command again on every host to resume."
+        assert said in other.stderr  # JAX may log a line before it, or behind
+        assert "Check failure" not in other.stderr
+        assert "Traceback" not in other.stderr
+        assert "Fatal" not in other.stderr
 
 
 @pytest.mark.slow

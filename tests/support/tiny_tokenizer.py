@@ -14,7 +14,7 @@ def sentencepiece_model() -> bytes:
         score_and_kind = b"\x15" + struct.pack("<f", score) + bytes([3 << 3, kind])
         return field(1, field(1, text.encode()) + score_and_kind)
 
-    special = piece("<unk>", 0, 2) + piece("<s>", 0, 3) + piece("</s>", 0, 3)
+    special = piece("<unk>", 0, 2) + piece("</s>", 0, 3) + piece("<s>", 0, 3)
     words = piece("▁a", -1) + piece("▁cat", -2) + piece("▁ca", -1.5)
     return special + words + piece("t", -3) + piece("s", -3) + piece("▁", -4)
 
@@ -25,7 +25,7 @@ def write_tokenizer(path: pathlib.Path) -> None:
         return
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("▁a", -1.0), ("▁cat", -2.0)]
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<s>", 0.0), ("▁a", -1.0), ("▁cat", -2.0)]
     pieces += [("▁ca", -1.5), ("t", -3.0), ("s", -3.0), ("▁", -4.0)]
     made = Tokenizer(models.Unigram(pieces, unk_id=0))
     made.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -101,7 +101,7 @@ def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
     ) as error:
         train.train(siglip_config(siglip, duration="1 steps"), tmp_path / "run")
     flags = re.findall(r"--config\.\S+[^.\s]", str(error.value))
-    wanted = f"--config.tokenizer=siglip:{siglip}/spiece.model"
+    wanted = f"--config.tokenizer=huggingface:{siglip}"
     assert flags == ["--config.model.size.vocab_size=60", wanted]
 
     longer = {"duration": "2 steps", "checkpoint.allow_config_change": True}

@@ -162,7 +162,7 @@ def edit_json(path: pathlib.Path, **changes):
             "hidden_act 'gelu' in its text",
         ),
         ("config.json", {"text_config__layer_norm_eps": 1e-3}, "layer_norm_eps 0.001"),
-        ("vocab.json", {"dog</w>": 7}, r"is not OpenAI's: 'dog</w>' has the id 7 instead of 1929"),
+        ("vocab.json", {"dog</w>": 7}, r"damaged: its 49,408 entries do not have the ids"),
         ("config.json", {"vision_config__num_hidden_layers": 3}, r"lacks 16 tensor.*layers\.2"),
     ],
 )

@@ -138,7 +138,7 @@ def test_siglip_tokenizer(name: str, tmp_path: pathlib.Path):
     model = clip_jax.load(tmp_path / "y")
     assert isinstance(model, api.Model)
     assert model.tokenizer is not None
-    rows = model.tokenizer(["A  cat, cats!", "a_cat", ""])
+    rows = model.tokenizer(["A  cat, cats!", "a ca_t", ""])
     expected = np.ones((3, 10), np.int32)
     expected[0, :4] = [3, 4, 4, 7]
     expected[1, :2] = [3, 4]
@@ -152,5 +152,5 @@ def test_siglip_tokenizer(name: str, tmp_path: pathlib.Path):
         model.encode_text("cat " * 20)
     content = (tmp_path / "x" / name).read_bytes()
     (tmp_path / "y" / name).write_bytes(content.replace("▁cat".encode(), "▁dog".encode()))
-    with pytest.raises(UserError, match=r"trained with the tokenizer siglip:"):
+    with pytest.raises(UserError, match=r"is not the one that tokenizer_rules.json"):
         clip_jax.load(tmp_path / "y")

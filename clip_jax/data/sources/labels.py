@@ -11,6 +11,7 @@ import numpy as np
 from clip_jax.errors import UserError
 
 _LARGEST = 10_000_000  # class ids; beyond it they are identifiers of something else
+_ENDLESS = re.compile(r"[-+]?\d{19,}(\.\d*)?")  # a number that no format of data has room for
 
 
 class Labels:
@@ -42,10 +43,10 @@ def number_labels(values: Sequence[Any]) -> tuple[Labels, tuple[str, ...]]:
     """Converts class labels as found in a file to class ids and names.
 
     Args:
-      values: label of each example. None, NaN, "", a list in a list or an object means no label, a
-        list several. If all labels
-        are whole numbers, also as floats or as text ("3", "3.0", "007"), they are ids; -1 means no
-        label. Otherwise they are names, numbered in their order.
+      values: label of each example. None, NaN, "", a list in a list, an object, or a number beyond
+        64 bits means no label, a list several. If all labels are whole numbers, also as floats or
+        as text ("3", "3.0", "007"), they are ids; -1 means no label. Otherwise they are names,
+        numbered in their order.
 
     Returns:
       The ids, and the names by id; () if the labels were numbers.
@@ -119,8 +120,11 @@ def _plain(label: Any) -> str | int | float | None:
     if isinstance(label, (list, tuple, dict, set)):
         return None  # of one odd row: it must not end a run
     if isinstance(label, str):
-        return label.strip() or None
+        label = label.strip()
+        return None if not label or _ENDLESS.fullmatch(label) else label
     if label is None or label != label:  # NaN, as pandas writes a missing number
+        return None
+    if isinstance(label, int) and abs(label) >= 2**63:
         return None
     if isinstance(label, (bool, int, float)):
         return label

@@ -56,6 +56,7 @@ def _open(path: epath.Path, model: str, activation: str, tokenizer: str) -> file
             return huggingface.read(path, tokenizer)
         if open_clip.is_folder(path):
             return open_clip.read(path, tokenizer)
+        huggingface.check_kind(path)
     elif path.suffix == ".npz":
         return big_vision.read(path, tokenizer)
     elif path.suffix in (*files.TORCH, ".safetensors"):

@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import logging
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from clip_jax import models
-from clip_jax.data.published import PublishedTokenizer
+from clip_jax.data.published_tokenizer import PublishedTokenizer
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES
 from clip_jax.storage import ranges
@@ -93,16 +93,21 @@ def is_folder(folder: epath.Path) -> bool:
         return False
     config = ranges.read(folder / CONFIG)
     try:
-        kind = json.loads(config).get("model_type")
+        return json.loads(config).get("model_type") in _MODELS
     except (ValueError, AttributeError):
         return False
+
+
+def check_kind(folder: epath.Path) -> None:
+    """Raises UserError where a folder holds another model of transformers."""
+    path = files.find(folder, (CONFIG,))
+    kind = None if path is None else files.read_json(path).get("model_type")
     if kind is not None and kind not in _MODELS:
         raise UserError(
             f"{folder} holds a model of the kind {kind!r} of transformers (model_type in "
             f"{CONFIG}), whose towers clip_jax does not have: it has those of "
             f"{' and '.join(_MODELS)}."
         )
-    return kind in _MODELS
 
 
 def read(folder: epath.Path, tokenizer: str = "") -> files.ForeignWeights:
@@ -141,6 +146,13 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     _name_tokens(config, weights)
     files.check_expressible("transformers", size_of(config, processor, folder), weights.size)
     folder.mkdir(parents=True)
+    if not weights.tokenizer.name:  # AutoProcessor would look for one: so it makes images only
+        processor["processor_class"] = processor["image_processor_type"]
+        logging.warning(
+            "The tokenizer of this model is not known, so %s has none: in transformers its "
+            "AutoProcessor prepares images only. Name it with --tokenizer to write it as well.",
+            folder.name,
+        )
     tokens.write_huggingface(weights.tokenizer, weights.size, folder)
     for name, content in ((CONFIG, config), (PROCESSOR, processor)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -98,9 +98,9 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     config = config_of(weights.size)
     files.check_expressible("open_clip", size_of(config, folder), weights.size)
     folder.mkdir(parents=True)
+    text = config["model_cfg"]["text_cfg"]
+    text |= tokens.write_open_clip(weights.tokenizer, weights.size, folder)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    for name, content in weights.tokenizer.files().items():
-        (folder / name).write_bytes(content)
     theirs = files.export(table(weights.size, weights.size.image_pool == "map"), weights)
     save_safetensors(theirs, folder / files.OPEN_CLIP[0], {"format": "pt"})
 

@@ -3,11 +3,20 @@
 import functools
 import json
 import pathlib
+from typing import Any
 
 from etils import epath
 
 from clip_jax.data import bpe, published
 from clip_jax.data import tokenizer as tokenizers
+from clip_jax.data.published_tokenizer import (
+    PUBLISHED,
+    RULES,
+    Published,
+    PublishedTokenizer,
+    self_contained,
+    token_names,
+)
 from clip_jax.errors import UserError
 from clip_jax.models import Size
 from clip_jax.storage import locations, ranges
@@ -22,8 +31,8 @@ def named(name: str, size: Size) -> TokenizerFile:
     """Returns the tokenizer that --tokenizer=NAME names for weights of another project."""
     if name == "openai":
         return _checked(OPENAI, bpe.VOCABULARY_SIZE, size, name)
-    if name.startswith(published.PUBLISHED):
-        folder = locations.parse(name.removeprefix(published.PUBLISHED))
+    if name.startswith(PUBLISHED):
+        folder = locations.parse(name.removeprefix(PUBLISHED))
         made = published.create(folder, size.context_length)
         _check_end(made, size, folder)
         file = TokenizerFile("huggingface", made.identity, folder)
@@ -57,7 +66,8 @@ def find(folder: epath.Path, size: Size) -> TokenizerFile:
     """
     openai_size = size.vocab_size == bpe.VOCABULARY_SIZE and size.text_pool == "end"
     text = _open_clip_text(folder)
-    if openai_size and text is not None and not text.get("hf_tokenizer_name"):
+    ours = files.find(folder, (RULES,)) is not None
+    if openai_size and text is not None and not (text.get("hf_tokenizer_name") or ours):
         _check_simple(text, folder)
         return OPENAI  # open_clip takes its own, whatever else lies there
     found = published.find(folder)
@@ -87,7 +97,7 @@ def _check_simple(text: dict, folder: epath.Path) -> None:
         )
 
 
-def _check_end(tokenizer: published.PublishedTokenizer, size: Size, folder: epath.Path) -> None:
+def _check_end(tokenizer: PublishedTokenizer, size: Size, folder: epath.Path) -> None:
     """Raises UserError where the tower would not find the end of a caption."""
     rules = tokenizer.rules
     if size.text_pool != "end":
@@ -107,7 +117,7 @@ def _check_end(tokenizer: published.PublishedTokenizer, size: Size, folder: epat
         )
 
 
-def _is_openai(found: published.Published) -> bool:
+def _is_openai(found: Published) -> bool:
     """Returns whether a tokenizer is OpenAI's vocabulary with its clean-up and end tokens."""
     if not found.rules.file.endswith(".json") or found.rules.clean:
         return False
@@ -184,11 +194,25 @@ def write_huggingface(file: TokenizerFile, size: Size, folder: pathlib.Path) -> 
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_published(found: published.Published, folder: pathlib.Path) -> dict[str, str]:
+def write_open_clip(file: TokenizerFile, size: Size, folder: pathlib.Path) -> dict[str, Any]:
+    """Writes a tokenizer for open_clip and for us; returns the settings that name it."""
+    for name, content in file.files().items():
+        (folder / name).write_bytes(content)
+    if file.name != "huggingface":
+        return {}
+    write_huggingface(file, size, folder)
+    found = file.published()  # again as it is: open_clip cleans by itself
+    (folder / found.rules.file).write_bytes(found.vocabulary)
+    clean = found.rules.clean.removeprefix("open_clip:")
+    kwargs = {"clean": clean} if clean != found.rules.clean else {}
+    return {"hf_tokenizer_name": found.rules.file, "tokenizer_kwargs": kwargs}
+
+
+def _write_published(found: Published, folder: pathlib.Path) -> dict[str, Any]:
     """Writes a vocabulary as transformers reads it; returns the settings beside it."""
     rules = found.rules
     if rules.file.endswith(".json"):
-        (folder / "tokenizer.json").write_bytes(published.self_contained(found))
+        (folder / "tokenizer.json").write_bytes(self_contained(found))
         kind = {"tokenizer_class": "PreTrainedTokenizerFast"}
     elif rules.clean.startswith("siglip"):
         (folder / "spiece.model").write_bytes(found.vocabulary)
@@ -198,5 +222,5 @@ def _write_published(found: published.Published, folder: pathlib.Path) -> dict[s
             f"The tokenizer is a SentencePiece model cleaned as {rules.clean or 'it is'}, which no "
             "tokenizer of transformers does: convert the model with --to=clip_jax."
         )
-    names = published.token_names(found, rules.file)
+    names = token_names(found, rules.file)
     return {**kind, "padding_side": rules.pad_side, **names}
