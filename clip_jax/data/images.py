@@ -27,7 +27,7 @@ from clip_jax.errors import BadExample
 MAX_PIXELS = 2**26
 # The formats that are opened. Pillow knows others, one of which starts a program (EPS).
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
-_TILE_SIDES = (322, 323)  # tags of TIFF
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of TIFF
 _TIFF_ORDERS = {b"II": "<", b"MM": ">"}
 _TIFF_BYTES = (1, 2, 6, 7)  # types of text, profiles and the like, which are read in one piece
 _MAX_TIFF_ENTRIES = 2**17  # such as strips: two for each of 65,536 rows
@@ -166,8 +166,7 @@ def _open(data: bytes, key: str) -> Image.Image:
         if scans * width * height > _MAX_SCANNED:
             raise BadExample("too many scans", key, f"{scans} of {width} x {height}")
     if image.format == "TIFF":  # tiles are decoded whole, however small the image is
-        across, down = _TILE_SIDES
-        _check_pixels(_number(image, across), _number(image, down), key)
+        _check_pixels(_number(image, _TILE_WIDTH), _number(image, _TILE_HEIGHT), key)
     if image.format in _ANIMATED_FORMATS and getattr(image, "is_animated", False):
         raise BadExample("animated image", key)
     return image

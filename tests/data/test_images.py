@@ -1,8 +1,10 @@
 """clip_jax.data.images against Pillow, NumPy arithmetic and hand-made files."""
 
+import ast
 import dataclasses
 import io
 import pathlib
+import pickle
 import re
 import struct
 import subprocess
@@ -384,11 +386,18 @@ def test_only_the_meant_formats_are_opened(monkeypatch):
 
 
 def test_files_are_opened_in_one_place():
-    package = pathlib.Path(images.__file__).parents[1]
-    found = {
-        path.name for path in package.rglob("*.py") if re.search(r"Image\.open\(", path.read_text())
+    root = pathlib.Path(images.__file__).parents[2]
+    scripts = [*root.glob("clip_jax/**/*.py"), *root.glob("configs/*.py"), root / "main.py"]
+    calls = {
+        (path.name, ast.unparse(node.func))
+        for path in scripts
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
     }
-    assert found == {"images.py", "api.py"}  # the latter in a message
+    found = {
+        (name, call) for name, call in calls if call.endswith(("Image.open", "ImageFile.open"))
+    }
+    assert found == {("images.py", "Image.open")}
 
 
 def test_scans_of_a_progressive_jpeg_are_bounded(monkeypatch):
@@ -418,3 +427,45 @@ def test_memory_of_a_large_picture(kind, bound):
     found = re.search(rf"^{kind} +([\d.]+)", ran.stdout, re.MULTILINE)
     assert found, ran.stdout
     assert 3 < float(found[1]) < bound
+
+
+def tiff(**tags: list[int]) -> bytes:
+    """A grey TIFF of 8 x 8 pixels without contents; each tag of 32-bit numbers by its number."""
+    found = {256: [8], 257: [8], 258: [8], 259: [1], 262: [1], 277: [1]}
+    found |= {int(name[1:]): values for name, values in tags.items()}
+    place = 8 + 2 + 12 * len(found) + 4
+    entries, extra = b"", b""
+    for tag, values in sorted(found.items()):
+        data = struct.pack(f"<{len(values)}I", *values)
+        if len(values) > 1:
+            data, extra = struct.pack("<I", place + len(extra)), extra + data
+        entries += struct.pack("<HHI", tag, 4, len(values)) + data
+    return b"II*\0" + struct.pack("<IH", 8, len(found)) + entries + bytes(4) + extra + bytes(64)
+
+
+def test_small_pictures_that_cost_much_are_refused():
+    tiles = tiff(t322=[2**15], t323=[2**15], t324=[200], t325=[64])
+    assert reason(tiles) == "too many pixels"
+    strips = tiff(t273=[200] * 200_000, t278=[1], t279=[8] * 200_000)
+    assert reason(strips) == "unreadable image"
+    assert decoded(tiff(t273=[122], t278=[8], t279=[64])).shape == (8, 8, 3)
+    assert reason(b"P3 2 2 255\n" + b"1 " * 12) == "unreadable image"
+    image = Image.new("RGB", (9, 9))
+    profile = encode(image, "TIFF", icc_profile=bytes(10**6))  # one value of many bytes
+    assert decoded(profile).shape == (9, 9, 3)
+
+
+def test_damaged_metadata_and_large_pictures_print_nothing():
+    exif = struct.pack(">2sHIHHHI4sI", b"MM", 42, 8, 1, 0x010E, 2, 99, b"\0\0\xff\0", 0)
+    data = encode(Image.new("RGB", (9, 9)), "JPEG", exif=b"Exif\0\0" + exif)
+    huge = encode(Image.new("1", (10_000, 10_000)), "PNG")
+    script = (
+        "import sys, pickle; from clip_jax.data import images; from clip_jax.errors import *\n"
+        "for data in pickle.load(sys.stdin.buffer):\n"
+        "    try: images.decode(data, 'k')\n"
+        "    except BadExample as error: print(error.reason)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], input=pickle.dumps([data, huge]), capture_output=True
+    )
+    assert (ran.stdout.decode().strip(), ran.stderr.decode()) == ("too many pixels", "")

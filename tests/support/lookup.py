@@ -26,6 +26,7 @@ class Table:
     class size:
         image_size = SIDE
         image_crop = "center"
+        image_filter = "bicubic"
         context_length = 3
         objective = "contrastive"
 

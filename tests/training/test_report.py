@@ -285,8 +285,8 @@ def test_what_the_model_cannot_do_is_said(page):
 
 
 def test_class_without_examples_and_perfect_result(page):
-    counts = np.diag([4, 0, 3]).astype(np.int64)
-    _, parsed = page(SUMMARY, [], classified(Confusion(("a", "b", "c"), counts)))
+    found = Confusion(("a", "b", "c"), np.array([[0, 0], [2, 2]]), np.array([4, 3]))
+    _, parsed = page(SUMMARY, [], classified(found))
     assert [row[:4] for row in parsed.rows("classes-D")][1] == ["b", "0", "0", "–"]
 
 
