@@ -50,7 +50,14 @@ def open_model(
     elif folder.is_folder(path):
         weights = folder.read(path)
     else:
-        weights = formats.read(path, model, activation, tokenizer)
+        try:
+            weights = formats.read(path, model, activation, tokenizer)
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            # Whatever a setting of another type makes of what reads it.
+            raise UserError(
+                f"{source} cannot be read: a setting in it is missing or not of the kind that it "
+                f"should be ({type(error).__name__}: {error})."
+            ) from error
     if activation:
         size = dataclasses.replace(weights.size, activation=activation)
         weights = dataclasses.replace(weights, size=size)

@@ -116,7 +116,8 @@ def sample_of(row: np.void) -> Sample:
         if block
     }
     size = int(row["headers"]) * BLOCK
-    return Sample(Span(files["image"].offset - size, size), bool(row["repeated"]), files)
+    image = files.setdefault("image", Span(0, 0))  # damage of the index: an empty file
+    return Sample(Span(max(image.offset - size, 0), size), bool(row["repeated"]), files)
 
 
 def samples(
