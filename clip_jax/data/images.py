@@ -22,7 +22,7 @@ from clip_jax.data import crops
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample
 
-# Above this, a file is refused from its header alone: 8192 x 8192. Decoded, that takes up to 1.3 GB
+# Above this, a file is refused from its header alone: 8192 x 8192. Decoded, that takes up to 1.5 GB
 # for a moment, in most formats 0.7 GB (benchmarks/decoders.py).
 MAX_PIXELS = 2**26
 # The formats that are opened. Pillow knows others, one of which starts a program (EPS).
