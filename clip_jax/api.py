@@ -14,13 +14,13 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from clip_jax import models, sharding, weights
+from clip_jax.choices import TEMPLATES
 from clip_jax.data import images as image_files
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.crops import Crop
 from clip_jax.errors import BadExample, UserError
 from clip_jax.models import buckets
 from clip_jax.models.prompts import (
-    TEMPLATES,
     as_texts,
     average_classes,
     class_prompts,

@@ -27,3 +27,6 @@ RESNET_NORMS = ("batch", "weight")
 
 # evaluate --datasets: all data sets of the registry that are on disk.
 AVAILABLE = "available"
+
+# Prompt templates of classes for which nobody gives others: the paper's default.
+TEMPLATES = ("a photo of a {}.",)

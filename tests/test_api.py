@@ -338,6 +338,7 @@ def test_load_refuses_another_tokenizer(workdir):
     path = workdir / "checkpoints" / "12" / "meta" / "metadata"
     meta = json.loads(path.read_text())
     assert meta["tokenizer"].startswith("openai-bpe:")
+    del meta["checksum"]  # as of an early version, whose vocabulary may have been another
     path.write_text(json.dumps({**meta, "tokenizer": "openai-bpe:0123"}))
     with pytest.raises(UserError, match="tokenizer openai-bpe:0123"):
         clip_jax.load(workdir)

@@ -371,7 +371,7 @@ def _first(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
 
 def _read(path: epath.Path) -> bytes:
     try:
-        return ranges.read(path)
+        return ranges.read(locations.inside(path.parent, path.name))
     except OSError as error:
         raise UserError(f"The tokenizer {path} cannot be read ({error}). {REMEDY}") from error
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from clip_jax.choices import TEMPLATES
 from clip_jax.data.sources import opening, reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.data.tokenizer import Tokenizer
@@ -22,7 +23,7 @@ from clip_jax.evaluate.results import Result, Score
 from clip_jax.evaluate.sets import classes
 from clip_jax.evaluate.sets.dataset import Dataset
 from clip_jax.evaluate.sets.views import Relabelled
-from clip_jax.models.prompts import TEMPLATES, class_prompts
+from clip_jax.models.prompts import class_prompts
 
 # Names of the data sets that a config describes by fields of its own. No slash: a data set's name
 # with a slash is taken for a path.

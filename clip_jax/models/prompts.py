@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from clip_jax.choices import TEMPLATES
 from clip_jax.errors import UserError
 from clip_jax.models.image_model import Images
-
-TEMPLATES = ("a photo of a {}.",)  # the paper's default, for sets without their own
 
 
 class Prompts(NamedTuple):

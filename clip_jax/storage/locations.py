@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import pathlib
 import re
 from collections.abc import Sequence
 from concurrent import futures
@@ -257,3 +258,25 @@ def check_bucket(path: epath.Path) -> None:
         if faults.is_failure(error):
             raise UserError(faults.explain(error, path)) from error
         raise
+
+
+def inside(folder: epath.Path, name: Any) -> epath.Path:
+    """Returns a file of a folder by its name, which may come from a stranger.
+
+    Raises:
+      UserError: it is another place's: a path with "..", an absolute one, or a link out of there.
+    """
+    parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
+    plain = parts and not {"..", "/"} & set(parts) and not re.search(r"[\\:\0]", name)
+    if plain and not remote.is_remote(folder):
+        root = pathlib.Path(folder)
+        # A snapshot of the hub links to the blobs beside it, within the cache of that model.
+        if root.parent.name == "snapshots":
+            root = root.parent.parent
+        plain = (pathlib.Path(folder) / name).resolve().is_relative_to(root.resolve())
+    if not plain:
+        raise UserError(
+            f"{folder} names the file {name!r}, which is not inside of it: such a model may not "
+            "choose what is read here. Copy the file into the folder and name it without a path."
+        )
+    return folder / name

@@ -6,10 +6,8 @@ The tensors have the paths of the variables as names; the JSON has the rest of `
 import dataclasses
 import json
 import pathlib
-import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -67,7 +65,7 @@ def read(folder: epath.Path) -> Weights:
     try:
         description = json.loads(ranges.read(folder / _DESCRIPTION))
         size, fields = models.Size.from_json(description["size"]), description["tokenizer"]
-        file = inside(folder, fields["file"]) if fields["file"] else None
+        file = locations.inside(folder, fields["file"]) if fields["file"] else None
         if fields["name"] == "huggingface":  # its files name each other
             file = folder
         tokenizer = TokenizerFile(fields["name"], fields["identity"], file)
@@ -104,28 +102,6 @@ def checksum(value: np.ndarray) -> str:
     """Returns the CRC-32 of an array's numbers as float32."""
     numbers = np.ascontiguousarray(value, "<f4").reshape(-1)
     return f"{zlib.crc32(numbers.view(np.uint8).data):08x}"
-
-
-def inside(folder: epath.Path, name: Any) -> epath.Path:
-    """Returns a file of a folder by its name, which may come from a stranger.
-
-    Raises:
-      UserError: it is another place's: a path with "..", an absolute one, or a link out of there.
-    """
-    parts = pathlib.PurePosixPath(name).parts if isinstance(name, str) else ()
-    plain = parts and not {"..", "/"} & set(parts) and not re.search(r"[\\:\0]", name)
-    if plain and not remote.is_remote(folder):
-        root = pathlib.Path(folder)
-        # A snapshot of the hub links to the blobs beside it, within the cache of that model.
-        if root.parent.name == "snapshots":
-            root = root.parent.parent
-        plain = (pathlib.Path(folder) / name).resolve().is_relative_to(root.resolve())
-    if not plain:
-        raise UserError(
-            f"{folder} names the file {name!r}, which is not inside of it: such a model may not "
-            "choose what is read here. Copy the file into the folder and name it without a path."
-        )
-    return folder / name
 
 
 # ---- Files of tensors --------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from typing import Any
 
 from etils import epath
 
+from clip_jax.choices import TEMPLATES
 from clip_jax.data.sources import tar_labels
 from clip_jax.errors import UserError
 from clip_jax.evaluate.sets import classes, dataset, directories
 from clip_jax.evaluate.sets.dataset import Dataset, Location, Naming, Table, Tfds
-from clip_jax.models.prompts import TEMPLATES
 from clip_jax.storage import locations, ranges
 
 # Directory names by split. Where there is none for validation, a part of "train" stands in.

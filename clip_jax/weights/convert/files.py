@@ -16,7 +16,7 @@ from clip_jax.errors import UserError
 from clip_jax.storage import faults, locations, ranges, remote
 from clip_jax.weights.convert import torch_files
 from clip_jax.weights.convert.mapping import Entry, export_tensors
-from clip_jax.weights.folder import inside, local_file, open_safetensors
+from clip_jax.weights.folder import local_file, open_safetensors
 from clip_jax.weights.model import Tensors, TokenizerFile, Weights, size_differences
 
 # Names under which weights are published in a folder, the best first.
@@ -53,7 +53,7 @@ def find(folder: epath.Path, names: Sequence[str]) -> epath.Path | None:
     """Returns the first of these files that exists; None: there is none."""
     paths = [folder / name for name in names]
     stats = locations.stats(paths)
-    return next((inside(folder, name) for name, stat in zip(names, stats) if stat), None)
+    return next((locations.inside(folder, name) for name, stat in zip(names, stats) if stat), None)
 
 
 def exists(path: epath.Path) -> bool:
@@ -102,7 +102,8 @@ def open_tensors(path: epath.Path) -> Tensors:
     named = read_json(path).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(part, str) for part in named.values()):
         raise UserError(f"{path} has no weight_map of tensors to files: copy it again.")
-    opened = [open_safetensors(inside(path.parent, part)) for part in sorted(set(named.values()))]
+    parts = [locations.inside(path.parent, part) for part in sorted(set(named.values()))]
+    opened = list(map(open_safetensors, parts))
     holders = {name: part for part in opened for name in part.shapes}
     shapes = {name: part.shapes[name] for name, part in holders.items()}
     return Tensors(shapes, lambda name: holders[name].read(name))
