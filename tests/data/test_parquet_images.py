@@ -207,3 +207,19 @@ def test_embedding_tells_images_from_texts(tmp_path):
         source = inputs.open_source(embed_fields(data))
         assert [source[i].image for i in range(3)] == [picture(i) for i in range(3)]
         assert inputs.picture_root(str(data)) == ""
+
+
+@pytest.mark.parametrize("cached", [0, 2])
+def test_a_path_that_is_not_utf8_costs_its_row(tmp_path, cached):
+    write(tmp_path / "0.parquet", rows_of(0, 3))
+    pq.write_table(
+        pq.read_table(tmp_path / "0.parquet"), tmp_path / "0.parquet", compression="none"
+    )
+    damaged = (tmp_path / "0.parquet").read_bytes().replace(b"1.png", b"\xff.png")
+    (tmp_path / "0.parquet").write_bytes(damaged)
+    source = ImageFolder(str(tmp_path), "", "", chunk=2, cached_chunks=cached)
+    assert source[0].image == picture(0)
+    with pytest.raises(BadExample) as caught:
+        source[1]
+    assert caught.value.reason == "malformed row"
+    assert source[2].image == picture(2)

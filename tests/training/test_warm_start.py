@@ -97,7 +97,7 @@ def siglip_config(folder: pathlib.Path, *flags: str, **settings):
 def test_what_to_set_for_a_siglip_folder_is_said(siglip, tmp_path):
     """And with that it trains, resumes and is converted back, tokenizer included."""
     with pytest.raises(
-        UserError, match=r"vocab_size 60, not 49408; the tokenizer siglip:"
+        UserError, match=r"vocab_size 60, not 49408; the tokenizer huggingface:"
     ) as error:
         train.train(siglip_config(siglip, duration="1 steps"), tmp_path / "run")
     flags = re.findall(r"--config\.\S+[^.\s]", str(error.value))

@@ -210,7 +210,10 @@ class StoredImages:
         return bisect.bisect_right(self._first, row) - 1
 
     def _image(self, group: Callable[[], pa.Array], row: int) -> StoredImage:
-        value = group()[row - self._first[self._group(row)]].as_py()
+        try:
+            value = group()[row - self._first[self._group(row)]].as_py()
+        except UnicodeDecodeError as error:  # a damaged path beside the bytes
+            raise BadExample("malformed row", f"row {row}", str(error)) from None
         if isinstance(value, dict):
             return StoredImage(value.get("bytes"), value.get("path"))
         return StoredImage(value, None)
