@@ -262,7 +262,7 @@ def test_mistakes(tmp_path):
 
 
 def test_keys_with_ends_of_lines(tmp_path):
-    """What is listed is removed, whatever the names of files: the first of each pair stays."""
+    """The second of each pair is removed, whatever the names of the files."""
     names = ["a b", "a\nb", "a\nb~copy", "é\r", "é\r~copy"]
     for i, name in enumerate(sorted(names)):
         source = i - ("~copy" in name)

@@ -119,7 +119,7 @@ class TestTar:
         assert contents(TarShards(str(tmp_path), chunk=2, cached_chunks=2)) == expected
 
     def test_archives_that_were_appended(self, tmp_path):
-        """As `cat a.tar b.tar` makes them; the same key in both is two samples."""
+        """Archives joined by `cat a.tar b.tar`; the same key in both is two samples."""
         for name, keys in (("a", "012"), ("b", "23")):
             write_tar(tmp_path / name, [m for key in keys for m in sample(key, f"{name} {key}")])
         path = tmp_path / "ab.tar"

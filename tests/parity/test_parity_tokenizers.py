@@ -46,7 +46,7 @@ def fast(tokenizer: tokenizers.Tokenizer, **tokens: str):
 
 
 def gemma(folder: Folder):
-    """As SigLIP 2 has: blanks are a letter, no clean-up but lower case by the config, padding 0."""
+    """The form of SigLIP 2: blanks are a letter, lower case by the config, padding 0."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
     made = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")

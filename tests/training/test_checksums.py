@@ -32,7 +32,7 @@ def test_checksums_are_numpys_on_every_mesh(axes):
 
 
 def test_every_single_bit_counts():
-    """Of a small array, each one; and two elements that change places."""
+    """Flips every bit of a small array, and lets two rows change places."""
     values = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
     own = checksums.inspect({"a": values}).checksums["a"]
     for place in range(values.size):
