@@ -161,11 +161,11 @@ def give_up(
     return UserError(
         f"Steps {found.first:,} to {found.last:,} were skipped, more in a row than "
         f"step.max_skipped = {config.max_skipped} allows, and {why}. Skipped in the whole run: "
-        f"{_list(counts)}.{saved if config.saved_batches else ''} Run the same command with a lower "
-        "--config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
-        "--config.optim.grad_clip_norm=1.0, and --config.checkpoint.allow_config_change=True; if "
-        "spikes were skipped that were none, with a higher --config.step.max_grad_norm; or go on "
-        f"as before, with --config.step.max_rollbacks={len(rollbacks) + 3}."
+        f"{_list(counts)}.{saved if config.saved_batches else ''} Run the same command with a "
+        "lower --config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
+        "--config.optim.grad_clip_norm=1.0, and --config.checkpoint.allow_config_change=True; "
+        "where good steps were skipped as spikes, with a higher --config.step.max_grad_norm; or "
+        f"to go on as before, with --config.step.max_rollbacks={len(rollbacks) + 3}."
     )
 
 
