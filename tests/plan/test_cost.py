@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from clip_jax.plan import cost, flops, groups, hlo, loops, topology
 from clip_jax.plan.network import Network
+from clip_jax.training import step
 
 MESH = {"data": 4, "fsdp": 2}
 P = PartitionSpec
@@ -273,6 +274,16 @@ def test_a_conditional_counts_as_its_cheapest_branch():
     assert total.flops == 2 * 256**3
     assert len(total.branches) == 1
     assert total.branches[0][0] < total.branches[0][1]
+
+
+def test_an_update_that_may_be_skipped_counts_in_full():
+    def run(x, p):
+        with jax.named_scope(step.SKIPPABLE):
+            return jax.lax.cond(p, lambda x: jnp.sin(x @ x) @ x, lambda x: x, x) @ x
+
+    total = run_cost(run, zeros(256, 256), zeros(dtype=jnp.bool_))
+    assert total.flops == 3 * 2 * 256**3
+    assert not total.branches
 
 
 # ---- Collectives -------------------------------------------------------------------------------
