@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
@@ -44,7 +45,6 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     """
     began = time.monotonic()
     directory = locations.reachable(directory)
-    _keep_programs(config.compilation_cache, directory)
     requests = Requests(clock.to_seconds(config.checkpoint.every) or 0.0)
     with requests.heard():
         return _train(config, directory, command, requests, began)
@@ -58,6 +58,7 @@ def _keep_programs(cache: str, directory: epath.Path) -> None:
         cache = str(directory / PROGRAMS)
     if cache:
         jax.config.update("jax_compilation_cache_dir", str(locations.parse(cache)))
+        compilation_cache.reset_cache()  # where a program came before, it has decided on none
 
 
 def _train(
@@ -68,12 +69,11 @@ def _train(
         agreement.check_program(config)
         workdir.make(directory)
         agreement.check_workdir(directory)
+    _keep_programs(config.compilation_cache, directory)
     run = _prepare(config, directory)
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lease.held(directory))
-        record = Record(directory, began)
-        stack.enter_context(record.kept(**_facts(run, config, command)))
         store = stack.enter_context(
             checkpoint.Checkpoints(
                 directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
@@ -82,6 +82,8 @@ def _train(
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
+        record = Record(directory, began)
+        stack.enter_context(record.kept(**_facts(run, config, command)))
         _announce(run, config)
         start = None
         if config.init_from and resumed is None:
