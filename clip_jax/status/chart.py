@@ -1,13 +1,16 @@
 """Curves in a terminal, drawn with braille dots or, for several without colour, with letters."""
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from clip_jax.common.formatting import short
-from clip_jax.common.pages.curves import Series
 from clip_jax.status.look import Look
+
+Series = Mapping[int, float]  # values by step
 
 _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of a braille cell
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -24,10 +27,9 @@ def draw(series: Sequence[Series], look: Look, height: int = 8) -> list[str]:
     Returns:
       Lines of text.
     """
-    values = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
-    low, high = float(values.min()), float(values.max())
-    first = min(int(one.steps[0]) for one in series)
-    last = max(int(one.steps[-1]) for one in series)
+    steps = [step for one in series for step in one]
+    values = [value for one in series for value in one.values() if math.isfinite(value)]
+    low, high, first, last = min(values), max(values), min(steps), max(steps)
     ticks = {0: short(high), height - 1: short(low)}
     if high > low and height > 4:
         middle = (height - 1) // 2
@@ -50,13 +52,13 @@ def _dots(
 ) -> Bool[np.ndarray, "height width"]:
     """Draws a line of dots: the mean value in each column, joined where columns are empty."""
     (first, last), (low, high), (height, width) = steps, values, shape
-    there = np.isfinite(series.values)
-    x = (series.steps[there] - first) * (width - 1) // max(1, last - first)
+    points = sorted((step, value) for step, value in series.items() if math.isfinite(value))
+    x = np.array([(step - first) * (width - 1) // max(1, last - first) for step, _ in points])
     dots = np.zeros(shape, bool)
     if not len(x):
         return dots
     columns, group = np.unique(x, return_inverse=True)
-    mean = np.bincount(group, series.values[there]) / np.bincount(group)
+    mean = np.bincount(group, [value for _, value in points]) / np.bincount(group)
     span = np.arange(columns[0], columns[-1] + 1)
     level = (np.interp(span, columns, mean) - low) / ((high - low) or 1.0)
     y = np.clip(np.rint((height - 1) * (1 - level)), 0, height - 1).astype(np.int64)
@@ -77,15 +79,18 @@ def _cells(dots: Sequence[Bool[np.ndarray, "height width"]], look: Look) -> list
     codes = (merged * _DOTS).sum(axis=(2, 3))
     lines = []
     for y in range(height):
+        line = [(int(owner[y, x]), int(codes[y, x])) for x in range(width)]
         text = ""
-        for x in range(width):
-            mine = int(owner[y, x])
-            text += " " if mine < 0 else look.paint(_character(codes[y, x], mine, len(dots), look), mine)
+        for mine, some in itertools.groupby(line, key=lambda cell: cell[0]):
+            drawn = "".join(_character(code, mine, len(dots), look) for _, code in some)
+            text += drawn if mine < 0 else look.paint(drawn, mine)
         lines.append(text)
     return lines
 
 
 def _character(code: int, owner: int, count: int, look: Look) -> str:
+    if owner < 0:
+        return " "
     if look.unicode and (count == 1 or look.colour):
         return chr(0x2800 + int(code))
     return "*" if count == 1 else mark(owner)
@@ -96,9 +101,9 @@ def mark(index: int) -> str:
     return _LETTERS[index % len(_LETTERS)]
 
 
-def level(value: Float[np.ndarray, ""] | float, width: int, look: Look) -> str:
+def level(value: float, width: int, look: Look) -> str:
     """Returns a bar that fills a fraction of the width."""
-    eighths = round(8 * width * min(1.0, max(0.0, float(value))))
+    eighths = round(8 * width * min(1.0, max(0.0, value)))
     if not look.unicode:
         return "#" * round(eighths / 8)
     full, rest = divmod(eighths, 8)

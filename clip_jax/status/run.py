@@ -22,7 +22,7 @@ from clip_jax.training import lease
 SILENT = lease.EXPIRES  # seconds without a sign of life after which a run is dead
 WATCH = 25.0  # seconds in which a run that lives gives one, by any clock
 _STUCK = 120.0  # seconds without a step that are no stall yet, however fast the steps
-_STUCK_STEPS = 20  # likewise, in steps
+_STUCK_STEPS, _STUCK_INTERVALS = 20, 4  # likewise, in steps and in intervals of the log
 _LONG = 1800.0  # seconds without a step: an evaluation, a save or a compilation may take as long
 _RECENT = 20  # rows of metrics over which speed is a median
 _COMPLETE = "commit_success.txt"  # in a checkpoint of a bucket, which has no renames
@@ -310,17 +310,21 @@ def state(run: Run) -> State:
         return State.RUNNING if run.rows else State.STARTING
     if last.code is not None:  # another start holds the lease, and has not written yet
         return State.STARTING
-    quiet = run.since_step
-    done = (last.step or 0) - (last.from_step or 0)
-    if not done:
+    if not (last.step or 0) - (last.from_step or 0):
         return State.STALLED if last.duration > _LONG else State.STARTING
-    if quiet is not None:
-        pace = (last.seconds.get("train", 0.0) + last.seconds.get("data", 0.0)) / done
-        training = last.phase in ("", "train", "data")
-        limit = max(_STUCK, _STUCK_STEPS * pace) if training else _LONG
-        if quiet > limit:
-            return State.STALLED
-    return State.RUNNING
+    return State.STALLED if (run.since_step or 0.0) > _patience(run, last) else State.RUNNING
+
+
+def _patience(run: Run, last: Start) -> float:
+    """Returns the seconds without a step after which a run is stalled."""
+    if last.phase not in ("", "train", "data"):
+        return _LONG
+    busy = last.seconds.get("train", 0.0) + last.seconds.get("data", 0.0) - (run.since_step or 0.0)
+    pace = max(0.0, busy) / max(1, (last.step or 0) - (last.from_step or 0))
+    # A run records the steps that it logs.
+    logged = [int(row["step"]) for row in run.rows if "train/loss" in row][-2:]
+    interval = logged[1] - logged[0] if len(logged) == 2 else 0
+    return max(_STUCK, pace * max(_STUCK_STEPS, _STUCK_INTERVALS * interval))
 
 
 def sentence(run: Run) -> str:
