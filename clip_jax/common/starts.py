@@ -5,6 +5,7 @@ last sign of life. Loads neither JAX nor NumPy: the command `status` answers at 
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -16,6 +17,7 @@ from typing import Any
 from etils import epath
 
 from clip_jax.common.formatting import format_seconds
+from clip_jax.errors import ExitCode
 from clip_jax.storage import locations, ranges
 
 DIRECTORY = "starts"  # inside the workdir
@@ -37,6 +39,13 @@ KINDS = {
     UNKNOWN: "without a record",
 }
 
+_OUTCOMES = {
+    ExitCode.DONE: "finished",
+    ExitCode.FAULT: "fault",
+    ExitCode.USER_ERROR: "user error",
+    ExitCode.RESUME: "stopped",
+    ExitCode.INTERRUPTED: "Ctrl-C",
+}
 _READERS = 16  # files of a bucket that are read at a time
 _NAME = re.compile(r"(\d{4,})\.json")
 _SLACK = 2.0  # seconds by which clocks and sums may differ unnoticed
@@ -96,6 +105,19 @@ class Start:
         """Seconds from its beginning to the last sign of life."""
         return max(0.0, (self.seen - self.began).total_seconds())
 
+    def outcome(self, live: bool = False) -> str:
+        """Returns how it ended, in a word or two; `live`: it may still run."""
+        if self.code is None:
+            return "running" if live else "killed"
+        return _OUTCOMES.get(self.code, f"exit code {self.code}")
+
+    def ending(self, live: bool = False) -> str:
+        """Returns how it ended, with the reason; arguments as `outcome`."""
+        word = self.outcome(live)
+        if word == "killed":
+            return "killed, or its host is gone"
+        return f"{word}: {self.reason}" if self.reason else word
+
 
 @dataclasses.dataclass(frozen=True)
 class Account:
@@ -116,6 +138,11 @@ class Account:
     def wall(self) -> float:
         """Seconds of the whole run."""
         return sum(self.seconds.values())
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that were trained again."""
+        return sum(self.lost.values())
 
     @property
     def goodput(self) -> float:
@@ -256,7 +283,7 @@ def account(starts: Sequence[Start]) -> Account:
             f"{_missing(1, starts[0].number - 1)} The time before start {starts[0].number} is not "
             "counted."
         )
-    for one, other in zip(starts, starts[1:]):
+    for one, other in itertools.pairwise(starts):
         gap = (other.began - max(one.seen, one.began)).total_seconds()
         if gap < -_SLACK:
             remarks.append(

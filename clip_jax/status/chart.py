@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -16,13 +16,16 @@ _DOTS = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]])  # of
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def draw(series: Sequence[Series], look: Look, height: int = 8) -> list[str]:
+def draw(
+    series: Sequence[Series], look: Look, height: int = 8, show: Callable[[float], str] = short
+) -> list[str]:
     """Draws series over one pair of axes.
 
     Args:
       series: at least one, with a finite value somewhere.
       look: width, colours and characters of the terminal.
       height: lines of the plot, without the axis below.
+      show: formats a value.
 
     Returns:
       Lines of text.
@@ -30,10 +33,10 @@ def draw(series: Sequence[Series], look: Look, height: int = 8) -> list[str]:
     steps = [step for one in series for step in one]
     values = [value for one in series for value in one.values() if math.isfinite(value)]
     low, high, first, last = min(values), max(values), min(steps), max(steps)
-    ticks = {0: short(high), height - 1: short(low)}
-    if high > low and height > 4:
+    ticks = {height - 1: show(low)}
+    if high > low:
         middle = (height - 1) // 2
-        ticks[middle] = short(high - (high - low) * (middle + 0.5) / height)
+        ticks |= {0: show(high), middle: show(high - (high - low) * (middle + 0.5) / height)}
     margin = max(len(text) for text in ticks.values())
     width = look.width - margin - 3
     dots = [_dots(one, (first, last), (low, high), (4 * height, 2 * width)) for one in series]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import textwrap
 import unicodedata
@@ -11,6 +12,8 @@ from typing import TextIO
 _LEAST, _PLAIN = 60, 100  # columns: the fewest that are used; and those where nobody tells
 _SERIES = ("34", "33", "32", "35", "36", "31")  # colours by position, as codes of ANSI terminals
 _NAMED = {"good": "32", "bad": "31;1", "warn": "33", "soft": "2", "strong": "1"}
+_ASCII = {0xA0: " ", 0x2013: "-", 0x2026: "...", 0xD7: "x"}
+_CODE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +37,24 @@ class Look:
         code = _NAMED[colour] if isinstance(colour, str) else _SERIES[colour % len(_SERIES)]
         return f"\x1b[{code}m{text}\x1b[0m"
 
+    def pad(self, text: str, width: int) -> str:
+        """Fills a line, which may be coloured, with spaces."""
+        return text + " " * (width - len(_CODE.sub("", text)))
+
+    def shown(self, text: str) -> str:
+        """Returns text with such characters only as can be shown."""
+        if self.unicode:
+            return text
+        return text.translate(_ASCII).encode("ascii", "replace").decode()
+
+    def resized(self, width: int) -> "Look":
+        """Returns the same look for fewer columns."""
+        return dataclasses.replace(self, width=width)
+
     def wrap(self, text: str, indent: int = 2) -> list[str]:
         """Breaks a paragraph into lines."""
         space = " " * indent
-        return textwrap.wrap(
-            plain(text), self.width, initial_indent=space, subsequent_indent=space
-        )
+        return textwrap.wrap(plain(text), self.width, initial_indent=space, subsequent_indent=space)
 
 
 def of_stream(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Look:
@@ -58,6 +73,4 @@ def of_stream(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Lo
 
 def plain(text: str) -> str:
     """Returns text in one line without control characters, which a terminal would obey."""
-    return " ".join(
-        "".join(c if unicodedata.category(c) != "Cc" else " " for c in text).split()
-    )
+    return " ".join("".join(c if unicodedata.category(c) != "Cc" else " " for c in text).split())

@@ -130,6 +130,10 @@ class Run:
             return None
         return max(0.0, (last.seen - last.stepped).total_seconds())
 
+    def lives(self, start: Start) -> bool:
+        """Returns whether a start still runs."""
+        return start is self.last and state(self) in LIVE
+
     def recent(self, name: str) -> float:
         """Returns the median of a metric over the last rows that have it; NaN: none has."""
         found = [row[name] for row in self.rows if math.isfinite(row.get(name, math.nan))]
@@ -189,8 +193,8 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
         )
     if dropped:
         remarks.append(
-            f"{dropped:,} of {len(rows) + dropped:,} lines of {metric_rows.FILE} are left out: they "
-            "are cut short, or no row of numbers with a step."
+            f"{dropped:,} of {len(rows) + dropped:,} lines of {metric_rows.FILE} are left out: "
+            "they are cut short, or no row of numbers with a step."
         )
     run = Run(
         name=name,
@@ -245,7 +249,9 @@ def _config(workdir: epath.Path) -> tuple[dict[str, Any], list[str]]:
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
@@ -351,12 +357,15 @@ def sentence(run: Run) -> str:
         if run.silent is not None and run.holder and lease.lives(run.holder) is False:
             gone = f"Its process {run.holder.pid} on {run.holder.host} is gone"
             return f"{gone}, and left no end: it was killed."
+        silence = format_seconds(max(0.0, run.silent or 0.0))
         return (
-            f"It has left no end, and no sign of life for {format_seconds(max(0, run.silent or 0))} "
-            "(one comes every 15 s): it was killed, its host is gone, or cannot write here."
+            f"It has left no end, and no sign of life for {silence} (one comes every 15 s): it was "
+            "killed, its host is gone, or cannot write here."
         )
     if now is State.STOPPED:
-        return last.reason if last is not None else "It ended before its last step; why is not known."
+        return (
+            last.reason if last is not None else "It ended before its last step; why is not known."
+        )
     return ""
 
 
@@ -365,15 +374,13 @@ def advice(run: Run) -> str:
     now = state(run)
     if now is State.STALLED:
         return (
-            "Its log says what it waits for. If it does not go on, end it (SIGTERM; SIGKILL if that "
-            "does not help) and run the same command again."
+            "Its log says what it waits for. If it does not go on, end it (SIGTERM; SIGKILL if "
+            "that does not help) and run the same command again."
         )
     if now not in (State.STOPPED, State.DEAD):
         return ""
     code = run.last.code if run.last is not None else None
-    steps = run.checkpoints.steps
-    resumes = f"resumes at step {steps[-1]:,}" if steps else "begins afresh: there is no checkpoint"
-    again = f"The same command {resumes}"
+    again = f"The same command {_resumption(run)}"
     if code == ExitCode.USER_ERROR:
         return f"Put right what it names. {again}; unchanged, it would end the same way."
     if code == ExitCode.FAULT:
@@ -383,3 +390,11 @@ def advice(run: Run) -> str:
     if code is None or code == ExitCode.RESUME or code > 127:
         return f"{again}; a launcher that is still there runs it by itself."
     return f"Its log may say more. {again}."
+
+
+def _resumption(run: Run) -> str:
+    if not run.checkpoints.steps:
+        return "begins afresh, since there is no checkpoint"
+    step = run.checkpoints.steps[-1]
+    lost = (run.step or 0) - step
+    return f"resumes at step {step:,}" + (f" and repeats {lost:,} steps" if lost > 0 else "")
