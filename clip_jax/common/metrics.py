@@ -1,7 +1,6 @@
 """The numbers of a run: metrics.jsonl, TensorBoard, and the progress line."""
 
 import json
-import logging
 import os
 import pathlib
 import socket
@@ -17,9 +16,9 @@ from etils import epath
 
 from clip_jax.common import hosts
 from clip_jax.common.formatting import format_seconds
-from clip_jax.storage import locations, ranges, writing
+from clip_jax.common.metric_rows import FILE, read_history
+from clip_jax.storage import locations, writing
 
-FILE = "metrics.jsonl"  # inside the workdir
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
 
 
@@ -104,36 +103,6 @@ class TensorBoardWriter:
 
     def _add(self, **fields: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-
-def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Reads the rows of metrics.jsonl, oldest first; drops and counts lines that are no rows."""
-    path = locations.parse(workdir) / FILE
-    try:
-        lines = [line for line in ranges.read(path).split(b"\n") if line.strip()]
-    except FileNotFoundError:
-        return []
-    rows = [row for line in lines if (row := _parse_row(line)) is not None]
-    if dropped := len(lines) - len(rows):
-        logging.warning(
-            "Dropped %d of %d lines of %s, which are cut short, not UTF-8, or not a row of numbers "
-            "with a step. A process that is killed can leave one such line.",
-            dropped,
-            len(lines),
-            path,
-        )
-    return rows
-
-
-def _parse_row(line: bytes) -> dict[str, float] | None:
-    """Returns a row of metrics.jsonl; None where the line is not one."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):  # cut short, not UTF-8, or nested too deep
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
-        return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
 class Progress:

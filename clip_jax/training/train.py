@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, formatting, hosts, metrics
+from clip_jax.common import clock, formatting, hosts, metrics, starts
 from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
@@ -351,8 +351,9 @@ def _report(
         _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
     path = epath.Path(directory) / "report.html"
     evaluator = run.evaluator
+    past, _ = starts.read(directory)
     report.write_report(
-        path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines()
+        path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines(), past
     )
     _say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
 
