@@ -108,11 +108,19 @@ class TensorBoardWriter:
 class Progress:
     """The progress line: redrawn in place on a terminal, else one line at each update."""
 
-    def __init__(self, start_step: int, total_steps: int, batch_size: int):
+    def __init__(self, start_step: int, total_steps: int, batch_size: int, seconds: float = 0.0):
+        """Shows nothing yet.
+
+        Args:
+          start_step: step that training goes on from.
+          total_steps: last step.
+          batch_size: images per step.
+          seconds: time in training so far, as `measure` takes it.
+        """
         self._step = start_step
         self._total = total_steps
         self._batch_size = batch_size
-        self._seconds = self._waited = 0.0
+        self._seconds, self._waited = seconds, 0.0
         self._live = sys.stdout.isatty()
         self._enabled = jax.process_index() == 0
 
