@@ -51,7 +51,11 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     with (
         lease.held(directory),
         checkpoint.Checkpoints(
-            directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+            directory,
+            keep=config.checkpoint.keep,
+            best_metric=config.checkpoint.best_metric,
+            give_up_after=config.checkpoint.give_up_after,
+            report=_say,
         ) as store,
     ):
         resumed = store.latest_step()
@@ -65,24 +69,25 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
             start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
         finished = resumed == run.total_steps
-        if finished:
-            _say(
-                f"The run in {directory} is finished, at step {resumed:,}: it is evaluated once "
-                "more, for the report. To train on, start another --workdir with "
-                f"--config.init_from={directory}."
-            )
         step_fn = None if finished else _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
             resume_state = ResumeState()
             state = run.program.init(start)
         else:
-            meta = _check_meta(store.read_meta(resumed), run.tokenizer)
-            _check_data(meta, run, config, directory)
-            resume_state = ResumeState.from_meta(meta)
-            state = store.restore(resumed, run.program.state)
-            if not finished:
-                _say(f"Resuming {directory} from step {resumed:,}.")
+            found = store.restore_latest(run.program.state)
+            resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
+            _check_data(found.meta, run, config, directory)
+            state = found.state
+            if found.step == run.total_steps:
+                _say(
+                    f"The run in {directory} is finished, at step {found.step:,}: it is evaluated "
+                    "once more, for the report. To train on, start another --workdir with "
+                    f"--config.init_from={directory}."
+                )
+            else:
+                _say(f"Resuming {directory} from step {found.step:,}.")
+                step_fn = step_fn or _compile(run, config)
         data = _data(run, config, directory, resume_state.examples_seen)
         loop = Loop(run, config, directory, store, data, resume_state, started_monotonic)
         final = loop.run(state, step_fn)
