@@ -86,6 +86,10 @@ class _Manager(ocp.CheckpointManager):
         return None
 
 
+def _log(step: int, text: str) -> None:
+    logging.warning("Step %d: %s", step, text)
+
+
 class Checkpoints:
     """The checkpoints of one workdir; close it, or the last save may be lost.
 
@@ -100,7 +104,7 @@ class Checkpoints:
         keep: int = 1,
         best_metric: str = "",
         give_up_after: float = 3600.0,
-        report: Callable[[str], None] = logging.warning,
+        report: Callable[[int, str], None] = _log,
         create: bool = True,
     ):
         """Opens the workdir.
@@ -110,7 +114,7 @@ class Checkpoints:
           keep: number of most recent checkpoints to keep.
           best_metric: metric whose best checkpoint is kept too; "": none.
           give_up_after: seconds for which saves may fail before one raises StorageError.
-          report: takes sentences about damaged checkpoints and saves that fail.
+          report: takes a step and a sentence about a damaged checkpoint or saves that fail.
           create: whether to write: creates the directory, and removes what a killed run left.
         """
         for_orbax.prepare()
@@ -148,6 +152,8 @@ class Checkpoints:
         self._manager = faults.repeat(
             lambda: _Manager(self.directory, options=options), self.directory
         )
+        self._score = score
+        self._best = self._best_kept()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -178,6 +184,7 @@ class Checkpoints:
         if inspected.not_finite:
             raise UserError(self._poisoned(step, inspected.not_finite))
         rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+        self._best = max(self._best, *rank.values(), -math.inf)
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             meta=ocp.args.JsonSave(reading.describe(step, meta, inspected.checksums)),
@@ -191,6 +198,18 @@ class Checkpoints:
         else:
             self._begun = True
             self._writes.begin(step, self._manager.is_saving_in_progress)
+
+    def _best_kept(self) -> float:
+        """Reads the highest value of the best metric, of all checkpoints.
+
+        Not later: other hosts might see a save that is under way, or not.
+        """
+        kept = [self._manager.metrics(step) for step in self._manager.all_steps()]
+        return max((self._score(metrics or {}) for metrics in kept), default=-math.inf)
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Returns whether the best metric is among these, and above that of all checkpoints."""
+        return metrics.get(self._best_metric, -math.inf) > self._best
 
     def finish(self) -> bool:
         """Waits for the save in progress; False: it failed and has to be repeated.
@@ -325,12 +344,14 @@ class Checkpoints:
             target = next(place / name for name in names if not (place / name).exists())
             writing.move_folder(source, target)
             self._report(
+                instead,
                 f"The checkpoint of step {step:,} cannot be read: {error}. The run resumes from "
                 f"that of step {instead:,}, and the {step - instead:,} steps after it are trained "
-                f"again. The damaged one was moved to {target}; it can be deleted."
+                f"again. The damaged one was moved to {target}; it can be deleted.",
             )
         hosts.gather("moved")
         self._manager.reload()
+        self._best = self._best_kept()
 
     def restore_variables(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads the variables alone, for inference; `like` as `TrainState.variables`."""

@@ -23,17 +23,20 @@ _LONGEST_PAUSE = 10.0  # seconds between two tries while nothing else is left to
 class Writes:
     """Monitors saves: logs those that take long, decides on retries, and gives up in the end."""
 
-    def __init__(self, directory: epath.Path, give_up_after: float, report: Callable[[str], None]):
+    def __init__(
+        self, directory: epath.Path, give_up_after: float, report: Callable[[int, str], None]
+    ):
         """Watches nothing yet.
 
         Args:
           directory: folder of the checkpoints.
           give_up_after: seconds for which saves may fail.
-          report: takes sentences about saves that fail, and that succeed again.
+          report: takes a step and a sentence about saves that fail, and that succeed again.
         """
         self._directory = directory
         self._give_up_after = give_up_after
         self._report = report
+        self._step = 0  # of the last save
         self._failing_since: float | None = None
         self._failures = 0  # since the last success
         self._wait = 0.0  # seconds between two tries
@@ -43,7 +46,7 @@ class Writes:
     def begin(self, step: int, busy: Callable[[], bool]) -> None:
         """Watches a save until it is no longer `busy`."""
         self.succeeded()  # the one before, or this one would not have begun
-        self._retry_at = None
+        self._step, self._retry_at = step, None
         self._done.set()
         self._done = done = threading.Event()
 
@@ -90,9 +93,10 @@ class Writes:
             raise kind(self._sentence(error)) from error
         if first:
             self._report(
+                self._step,
                 f"A checkpoint could not be written to {self._directory}: {faults.explain(error)} "
                 "Training goes on, and saves are tried again. The run ends if none succeeds within "
-                f"{formatting.format_seconds(self._give_up_after)}."
+                f"{formatting.format_seconds(self._give_up_after)}.",
             )
 
     def _sentence(self, error: BaseException) -> str:
@@ -108,8 +112,9 @@ class Writes:
         if self._failing_since is not None:
             seconds = formatting.format_seconds(time.monotonic() - self._failing_since)
             self._report(
+                self._step,
                 f"Checkpoints are written to {self._directory} again, after {seconds} and "
-                f"{self._failures} failures."
+                f"{self._failures} failures.",
             )
         self._failing_since, self._failures, self._wait = None, 0, 0.0
 
