@@ -65,7 +65,7 @@ def read(folder: epath.Path, **args: Any) -> dict[str, Any]:
         raise
     except Exception as error:  # whatever a damaged file makes of the libraries below
         logging.debug("Restoring failed", exc_info=True)
-        if faults.is_transient(error, folder) or faults.denied(error):
+        if not faults.of_the_file(error, folder):
             raise StorageError(f"{folder} could not be read: {faults.explain(error)}") from error
         raise Unreadable(
             f"it is incomplete, damaged, or of another model ({faults.first_line(error)})"

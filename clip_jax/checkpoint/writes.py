@@ -88,8 +88,8 @@ class Writes:
         self._retry_at = now + self._wait
         faults.record(f"{reason} while saving", self._directory, faults.first_line(error))
         if jax.process_count() > 1 or now - self._failing_since > self._give_up_after:
-            lasting = faults.local_reason(error) or faults.denied(error)
-            kind = StorageRefused if lasting and jax.process_count() == 1 else StorageError
+            alone = jax.process_count() == 1  # a right that was lost for a moment may be back
+            kind = StorageRefused if alone and faults.denied(error) else StorageError
             raise kind(self._sentence(error)) from error
         if first:
             self._report(

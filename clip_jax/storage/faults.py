@@ -116,32 +116,29 @@ def local_reason(error: BaseException) -> str:
     return "" if code is None else os.strerror(code)
 
 
-# Failures of this machine or of its rights: the file itself may be whole.
-_NOT_OF_THE_FILE = {
-    os.strerror(code)
-    for code in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
-        errno.ENOTCONN,
-        errno.EHOSTDOWN,
-        errno.EHOSTUNREACH,
-        errno.EROFS,
-        errno.ENOSPC,
-        errno.EDQUOT,
-    )
-}
+_DENIED_HERE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LACKING_HERE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_UNREACHABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
 def denied(error: BaseException) -> bool:
-    """Returns whether the storage refuses a request, whatever the state of the file."""
-    if local := local_reason(error):
-        return local in _NOT_OF_THE_FILE
-    return reason(error) in ("HTTP 401", "HTTP 403", "no credentials")
+    """Returns whether a right is missing, or credentials."""
+    names = ["HTTP 401", "HTTP 403", "no credentials", *map(os.strerror, _DENIED_HERE)]
+    return (local_reason(error) or reason(error)) in names
+
+
+def of_the_file(error: BaseException, path: epath.PathLike) -> bool:
+    """Returns whether an error of reading is of the file: it is missing, cut short or nonsense.
+
+    Otherwise the storage fails, or this machine, and the file may be whole.
+    """
+    elsewhere = map(os.strerror, (*_LACKING_HERE, *_UNREACHABLE))
+    return not (
+        isinstance(error, StorageError)
+        or denied(error)
+        or local_reason(error) in elsewhere
+        or is_transient(error, path)
+    )
 
 
 def is_transient(error: BaseException, path: epath.PathLike, writing: bool = False) -> bool:
