@@ -146,6 +146,7 @@ def validate(config: ConfigDict) -> None:
         ("step.saved_batches", config.step.saved_batches, 0),
         ("eval.batch_size", config.eval.batch_size, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.processes", config.data.processes, 0),
         ("data.threads", config.data.threads, 0),
@@ -402,6 +403,9 @@ def _checkpoint() -> ConfigDict:
     checkpoint.keep = 3  # number of most recent checkpoints to keep
     # The checkpoint with the highest value of this metric is kept too; "": none.
     checkpoint.best_metric = "zeroshot/top1"
+    # Seconds for which saves may fail, on a full disk for instance, before the run ends. Training
+    # goes on meanwhile. With several hosts the first failure ends the run.
+    checkpoint.give_up_after = 3600.0
     checkpoint.allow_config_change = False  # resume although settings that change results differ
     # Resume on other training data: order, epochs and the length of the schedule change.
     checkpoint.allow_data_change = False

@@ -75,15 +75,24 @@ def _train(
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
         stack.enter_context(lease.held(directory))
+        record = Record(directory, began)
+
+        def report(step: int, text: str) -> None:
+            _say(text)
+            record.add(step, text)
+
         store = stack.enter_context(
             checkpoint.Checkpoints(
-                directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+                directory,
+                keep=config.checkpoint.keep,
+                best_metric=config.checkpoint.best_metric,
+                give_up_after=config.checkpoint.give_up_after,
+                report=report,
             )
         )
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
-        record = Record(directory, began)
         stack.enter_context(record.kept(**_facts(run, config, command)))
         _announce(run, config)
         start = None
@@ -93,12 +102,6 @@ def _train(
             start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
         finished = resumed == run.total_steps
-        if finished:
-            _say(
-                f"The run in {directory} is finished, at step {resumed:,}: it is evaluated once "
-                "more, for the report. To train on, start another --workdir with "
-                f"--config.init_from={directory}."
-            )
         with record.during("compile"):
             step_fn = None if finished else _compile(run, config)
         workdir.write(directory, config)
@@ -106,12 +109,20 @@ def _train(
             resume_state = ResumeState()
             state = run.program.init(start)
         else:
-            meta = _check_meta(store.read_meta(resumed), run.tokenizer)
-            _check_data(meta, run, config, directory)
-            resume_state = ResumeState.from_meta(meta)
-            state = store.restore(resumed, run.program.state)
-            if not finished:
-                _say(f"Resuming {directory} from step {resumed:,}.")
+            found = store.restore_latest(run.program.state)
+            resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
+            _check_data(found.meta, run, config, directory)
+            state = found.state
+            if found.step == run.total_steps:
+                _say(
+                    f"The run in {directory} is finished, at step {found.step:,}: it is evaluated "
+                    "once more, for the report. To train on, start another --workdir with "
+                    f"--config.init_from={directory}."
+                )
+            else:
+                _say(f"Resuming {directory} from step {found.step:,}.")
+                with record.during("compile"):
+                    step_fn = step_fn or _compile(run, config)
         record.begins(resume_state.step)
         while True:
             data = _data(run, config, directory, resume_state.examples_seen)
