@@ -19,8 +19,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from etils import epath
-
 from clip_jax.storage import locations, ranges, writing
 
 _ORPHANED = 10.0  # seconds for the last rows after the trainer is gone
@@ -43,14 +41,14 @@ class _Backend(Protocol):
 
 
 class _Wandb:
-    def __init__(self, about: Mapping[str, Any], run_id: str, name: str):
+    def __init__(self, about: Mapping[str, Any], kept: Mapping[str, Any], name: str):
         import wandb
 
         workdir = locations.parse(about["workdir"])
         local = isinstance(workdir, os.PathLike) and "://" not in os.fspath(workdir)
         self._run = wandb.init(
             project=about["project"],
-            id=run_id,
+            id=kept["id"],
             name=name,
             resume="allow",
             config={**about["config"], "hardware": about["hardware"]},
@@ -58,14 +56,17 @@ class _Wandb:
             dir=os.fspath(workdir) if local and "WANDB_DIR" not in os.environ else None,
             settings=wandb.Settings(console="off"),
         )
-        # W&B's own step must never go back, that of a resumed run does.
+        # W&B's own step, the number of the row, must never go back. Offline it begins at 0 again.
+        self._row = kept["rows"]
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
         self.url = self._run.url or ""
 
     def send(self, step: int, metrics: Mapping[str, float]) -> None:
         try:
-            self._run.log({"step": step, **metrics})
+            self._row = max(self._row, self._run.step)
+            self._run.log({"step": step, **metrics}, step=self._row)
+            self._row += 1
         except Exception as error:  # it queues by itself: nothing else fails here
             raise _Refused(_explain(error)) from error
 
@@ -74,7 +75,7 @@ class _Wandb:
 
 
 class _Mlflow:
-    def __init__(self, about: Mapping[str, Any], run_id: str, name: str):
+    def __init__(self, about: Mapping[str, Any], kept: Mapping[str, Any], name: str):
         # Its own repetitions would take many minutes.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -89,12 +90,12 @@ class _Mlflow:
         )
         # MLflow makes the ids of runs: ours is a tag.
         tag = "clip_jax.run"
-        found = client.search_runs([place], f"tags.`{tag}` = '{run_id}'")
+        found = client.search_runs([place], f"tags.`{tag}` = '{kept['id']}'")
         if found:
             run = found[0]
             client.update_run(run.info.run_id, status="RUNNING")
         else:
-            run = client.create_run(place, run_name=name, tags={tag: run_id})
+            run = client.create_run(place, run_name=name, tags={tag: kept["id"]})
         self._id = run.info.run_id
         client.set_tag(self._id, "hardware", about["hardware"])
         # A parameter cannot be changed later: those that a resumed run has changed stay.
@@ -132,12 +133,12 @@ def _mlflow_name(name: str) -> str:
 
 
 class _Trackio:
-    def __init__(self, about: Mapping[str, Any], run_id: str, name: str):
+    def __init__(self, about: Mapping[str, Any], kept: Mapping[str, Any], name: str):
         import trackio
 
         self._run = trackio.init(
             project=about["project"],
-            name=f"{name}-{run_id}",  # runs are told apart by their names
+            name=f"{name}-{kept['id']}",  # runs are told apart by their names
             resume="allow",
             config={**about["config"], "hardware": about["hardware"]},
             embed=False,
@@ -182,7 +183,7 @@ class _Sender:
         """
         settings = json.dumps(self._about["config"], sort_keys=True)
         digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        new = {"id": uuid.uuid4().hex[:8], "config": digest, "refused": 0, "sent": {}}
+        new = {"id": uuid.uuid4().hex[:8], "config": digest, "rows": 0, "refused": 0, "sent": {}}
         try:
             kept = json.loads(ranges.read(self._path))
         except (FileNotFoundError, ValueError):
@@ -206,7 +207,7 @@ class _Sender:
         self.save()
         name = self._workdir.name
         make = _BACKENDS[self._name]
-        self._backend = self._until_done(lambda: make(self._about, self._kept["id"], name))
+        self._backend = self._until_done(lambda: make(self._about, self._kept, name))
         where = f" at {self._backend.url}" if self._backend.url else ""
         _say(f"The metrics go to {self._name} too: run {name}, id {self._kept['id']}{where}.")
         if start_step := self._about["start_step"]:
@@ -228,6 +229,7 @@ class _Sender:
         except _Refused as error:
             self._kept["refused"] += 1
             self._say_once("refused", f"{self._name} refuses a row, at step {step}: {error}.")
+        self._kept["rows"] += 1
         self._sent.update(dict.fromkeys(new, step))
         self._changed = True
         self.save()
