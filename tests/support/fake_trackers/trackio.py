@@ -16,7 +16,7 @@ class Run:
 def init(*, project, name, resume, config, embed, auto_log_gpu, auto_log_cpu) -> Run:
     global _run
     assert resume == "allow"
-    assert not (embed or auto_log_gpu or auto_log_cpu)
+    assert (embed, auto_log_gpu, auto_log_cpu) == (False, False, False)
     fake_log.begin(name, project, name.rpartition("-")[0], config)
     _run = Run(name)
     return _run
