@@ -25,8 +25,9 @@ START = """
 import json, os, pathlib, signal, sys, time
 from etils import epath
 from clip_jax.common import trackers
-sys.path.insert(0, sys.argv.pop())
-name, workdir, start, last, how = sys.argv[1:]
+if "FAKE_TRACKER_LOG" in os.environ:
+    sys.path.insert(0, sys.argv[6])
+name, workdir, start, last, how = sys.argv[1:6]
 path = pathlib.Path(workdir, "metrics.jsonl")
 path.parent.mkdir(exist_ok=True)
 rows = path.read_text().splitlines()[: int(start)] if path.exists() else []
