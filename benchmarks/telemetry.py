@@ -37,7 +37,7 @@ def make_step(config) -> tuple[Callable[[], float], object]:
     def seconds() -> float:
         nonlocal state
         began = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, data))
+        state, _ = jax.block_until_ready(step(state, data))
         return time.perf_counter() - began
 
     return seconds, built
