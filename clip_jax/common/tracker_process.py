@@ -19,10 +19,10 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from clip_jax.storage import locations, ranges, writing
+from clip_jax.storage import locations, ranges, remote, writing
 
 _ORPHANED = 10.0  # seconds for the last rows after the trainer is gone
-_LONGEST_PAUSE = 60.0  # seconds between two tries
+_LONGEST_PAUSE = 10.0  # seconds between two tries
 _SAVE_EVERY = 1.0  # seconds
 
 
@@ -45,7 +45,7 @@ class _Wandb:
         import wandb
 
         workdir = locations.parse(about["workdir"])
-        local = isinstance(workdir, os.PathLike) and "://" not in os.fspath(workdir)
+        inside = not remote.is_remote(workdir) and "WANDB_DIR" not in os.environ
         self._run = wandb.init(
             project=about["project"],
             id=kept["id"],
@@ -53,7 +53,7 @@ class _Wandb:
             resume="allow",
             config={**about["config"], "hardware": about["hardware"]},
             allow_val_change=True,
-            dir=os.fspath(workdir) if local and "WANDB_DIR" not in os.environ else None,
+            dir=os.fspath(workdir) if inside else None,
             settings=wandb.Settings(console="off"),
         )
         # W&B's own step, the number of the row, must never go back. Offline it begins at 0 again.
@@ -314,14 +314,22 @@ def _die_with(parent: int) -> None:
 
 
 def main() -> None:
-    """Reads the facts about the run from the first line, rows from the others."""
+    """Reads facts about the run and rows from standard input, until that is closed."""
     global _out
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # sent to all processes of a job: the trainer tells
     threading.Thread(target=_die_with, args=[os.getppid()], daemon=True).start()
     _out = os.fdopen(os.dup(1), "w")  # trackers print what they like elsewhere
     os.dup2(2, 1)
-    lines = _lines()
+    try:
+        _run(_lines())
+    except Exception as error:
+        _say(f"A tracker's process fails: {_explain(error)}.")
+        raise
+
+
+def _run(lines: Iterator[bytes | None]) -> None:
+    """Sends the rows of all lines; the first one tells about the run."""
     sender = _Sender(json.loads(next(filter(None, lines))))
     sender.start()
     finished = False

@@ -8,7 +8,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -164,10 +163,10 @@ class _Tracker:
     def close(self, deadline: float) -> None:
         """Waits until the process has ended, at most to the deadline; then kills it."""
         while not self._ended and (self._begun or self._lines):
-            select.select([], [self._stdin], [], max(deadline - time.monotonic(), 0))
             self._pump()
             if time.monotonic() > deadline:
                 break
+            time.sleep(0.02)
         with contextlib.suppress(OSError):
             self._stdin.close()
         try:

@@ -217,6 +217,14 @@ def test_a_tracker_that_hangs_or_dies_is_left_behind(fails: str, log, tmp_path, 
     assert sum("has not taken 50 rows" in text for text in said) == (fails == "hang")
 
 
+@pytest.mark.slow
+def test_a_tracker_that_hangs_does_not_outlive_a_killed_trainer(log, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_TRACKER_FAILS", "hang")
+    start("wandb", tmp_path / "run", 0, 20, "kill")
+    (begun,) = log("begin")
+    wait_until(lambda: not pathlib.Path(f"/proc/{begun['pid']}").exists())
+
+
 def test_a_missing_tracker_is_named(monkeypatch):
     assert trackers.parse("") == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

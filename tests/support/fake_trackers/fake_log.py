@@ -23,7 +23,7 @@ def _add(kind: str, run_id: str, **fields):
 
 def begin(run_id: str, project: str, name: str, settings: dict):
     print("chatter of the tracker", flush=True)
-    _add("begin", run_id, project=project, name=name)
+    _add("begin", run_id, project=project, name=name, pid=os.getpid())
     config(run_id, settings)
 
 
