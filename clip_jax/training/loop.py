@@ -194,7 +194,7 @@ class Loop:
             self._record.during("train"),
             contextlib.ExitStack() as stack,
         ):
-            stack.callback(self._tracer.stop)
+            stack.callback(self._tracer.close)
             if self._resume_state.evaluation_due:
                 evaluated = self._evaluate(state, first)
                 if evaluated is None:

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from etils import epath
 from clip_jax.storage import locations, writing
 
 FOLDER = "traces"  # inside the workdir
+_CLOSE_TIMEOUT = 10.0  # seconds for the files of the last trace at the end of a run
 
 
 class Tracer:
@@ -38,6 +40,7 @@ class Tracer:
         self._due, self._steps, self._say = due, steps, say
         self._first: int | None = None  # step of the trace under way
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._writing: threading.Thread | None = None
 
     def start(self, step: int) -> None:
         """Begins a trace before a step, unless one is under way."""
@@ -73,23 +76,38 @@ class Tracer:
             self.stop()
 
     def stop(self) -> None:
-        """Ends the trace under way, if there is one, and writes its files."""
+        """Ends the trace under way, if there is one; its files are written in the background."""
         if self._first is None:
             return
         first, self._first = self._first, None
-        assert self._scratch is not None
+        scratch = self._scratch
+        assert scratch is not None
         try:
             jax.profiler.stop_trace()
-            run = self._directory / "plugins" / "profile" / f"step_{first:08}"
-            for file in pathlib.Path(self._scratch.name).rglob("*.xplane.pb"):
-                # A name per process: several may be on one host.
-                name = f"{socket.gethostname()}.{jax.process_index()}.xplane.pb"
-                writing.write(run / name, file.read_bytes())
-            self._say(
-                f"Traced from step {first:,} on: {run}. To look at it: pip install xprof, then "
-                f"xprof --logdir {self._directory}."
-            )
+        except Exception as error:
+            logging.warning("The trace from step %d on could not be ended: %s", first, error)
+            return
+        self._writing = threading.Thread(target=self._write, args=[first, scratch], daemon=True)
+        self._writing.start()
+
+    def close(self) -> None:
+        """Ends the trace under way, and waits for the files of the last, but not for long."""
+        self.stop()
+        if self._writing is not None:
+            self._writing.join(_CLOSE_TIMEOUT)
+
+    def _write(self, first: int, scratch: "tempfile.TemporaryDirectory[str]") -> None:
+        run = self._directory / "plugins" / "profile" / f"step_{first:08}"
+        # A name per process: several may be on one host.
+        name = f"{socket.gethostname()}.{jax.process_index()}.xplane.pb"
+        try:
+            with scratch as folder:
+                for file in pathlib.Path(folder).rglob("*.xplane.pb"):
+                    writing.write(run / name, file.read_bytes())
         except Exception as error:
             logging.warning("The trace from step %d on could not be written: %s", first, error)
-        finally:
-            self._scratch.cleanup()
+            return
+        self._say(
+            f"Traced from step {first:,} on: {run}. To look at it: pip install xprof, then "
+            f"xprof --logdir {self._directory}."
+        )

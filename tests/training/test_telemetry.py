@@ -112,7 +112,7 @@ def run_steps(made: tracer.Tracer, steps: range) -> None:
         with made.step(step):
             value = add(value)
         made.after(step, value)
-    made.stop()
+    made.close()
 
 
 def events(path) -> list[str]:
