@@ -55,6 +55,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.init_from = ""
     # Directory that keeps compiled programs; "auto": compiled/ in the workdir; "": none.
     config.compilation_cache = "auto"
+    # Time without a step after which the run says what each host was doing, and ends for a restart.
+    # Waits for data have data.stall_timeout in addition, evaluations and checkpoints six times this
+    # without a sign of life; "0 minutes": none.
+    config.step_timeout = "15 minutes"
     config.model = _model()
     config.mesh = _mesh()
     config.loss = _loss()

@@ -28,6 +28,7 @@ from clip_jax.training import workdir
 from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
+from clip_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,13 @@ class Loop:
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
         )
+        self._watchdog = Watchdog(
+            clock.to_seconds(config.step_timeout) or 0.0,
+            config.data.stall_timeout,
+            lambda: "data" if self._feed.waiting else record.phase,
+            self._describe,
+            directory,
+        )
 
     def progress(self, step: int) -> ResumeState:
         """Returns the progress of all hosts up to `step`, the resumed runs included.
@@ -165,6 +173,7 @@ class Loop:
             self._logging(),
             contextlib.closing(self._feed),
             self._requests.deferred(run.mesh),
+            self._watchdog.watching(),
             self._record.during("train"),
         ):
             if self._resume_state.evaluation_due:
@@ -172,6 +181,7 @@ class Loop:
                 if evaluated is None:
                     raise self._requests.stopped(first)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
+                self._watchdog.beat(step)
                 state, values = step_fn(state, batch)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total_steps):
@@ -280,6 +290,7 @@ class Loop:
 
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
+        self._watchdog.beat()
         self._asked |= self._requests.poll()
         if Request.STOP in self._asked:
             raise _Interrupted

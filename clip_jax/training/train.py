@@ -43,6 +43,11 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
       UserError: a fault in config, data or workdir that the user can mend.
     """
     began = time.monotonic()
+    if clock.to_seconds(config.step_timeout) is None:
+        raise UserError(
+            f"step_timeout is {config.step_timeout!r}, and must be a time such as "
+            '"15 minutes"; "0 minutes": none.'
+        )
     directory = locations.reachable(directory)
     _keep_programs(config.compilation_cache, directory)
     requests = Requests(clock.to_seconds(config.checkpoint.every) or 0.0)
