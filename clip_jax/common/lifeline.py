@@ -95,7 +95,9 @@ class Lifeline:
             # While sent data are not acknowledged, no keep-alive packets are sent.
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _GONE_AFTER)
         self._links[host] = link
-        thread = threading.Thread(target=self._listen, args=(host, lines), daemon=True)
+        thread = threading.Thread(
+            target=self._listen, args=(host, lines), name="lifeline", daemon=True
+        )
         self._threads[host] = thread
         thread.start()
 

@@ -23,8 +23,8 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
+from clip_jax.training import lease, workdir
 from clip_jax.training import step as train_step
-from clip_jax.training import workdir
 from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
@@ -93,6 +93,7 @@ class Loop:
         resume_state: ResumeState,
         requests: Requests,
         record: Record,
+        held: lease.Lease,
     ):
         """Opens the logs in `directory`.
 
@@ -105,10 +106,11 @@ class Loop:
           resume_state: progress of the runs that this one resumes.
           requests: what is asked of the run from outside.
           record: the record of this start.
+          held: the lease of the workdir.
         """
         self._run, self._config, self._store = run, config, store
         self._data, self._resume_state = data, resume_state
-        self._requests, self._record = requests, record
+        self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
         self._writer = metrics.MetricWriter(
             directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
@@ -243,6 +245,7 @@ class Loop:
         trained = seconds["train"] + seconds["data"]
         rate, waited = self._progress.measure(step, trained, self._feed.waited)
         self._record.reached(step, self._feed.waited)
+        self._lease.check(if_late=True)
         row = {f"train/{name}": value for name, value in values.items()}
         row["train/images_per_second"] = rate
         # This host's alone: a sum over hosts would hold up the device.
@@ -315,6 +318,7 @@ class Loop:
         self._check_finite(step, metrics.fetch(values))  # waits for the steps under way
         self._record.reached(step, self._feed.waited)
         with self._record.during("checkpoint"):
+            self._lease.check()
             self._write(state, step, evaluated)
         self._requests.saved()
         self._asked &= ~Request.SAVE

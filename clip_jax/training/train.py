@@ -76,7 +76,7 @@ def _train(
     run = _prepare(config, directory)
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lease.held(directory))
+        held = stack.enter_context(lease.held(directory))
         record = Record(directory, began)
         stack.enter_context(record.kept(**_facts(run, config, command)))
         store = stack.enter_context(
@@ -116,7 +116,7 @@ def _train(
                 _say(f"Resuming {directory} from step {resumed:,}.")
         record.begins(resume_state.step)
         data = _data(run, config, directory, resume_state.examples_seen)
-        loop = Loop(run, config, directory, store, data, resume_state, requests, record)
+        loop = Loop(run, config, directory, store, data, resume_state, requests, record, held)
         final = loop.run(state, step_fn)
         done = loop.progress(run.total_steps)
     _report(directory, config, run, done, command, record.began_at)

@@ -40,7 +40,14 @@ _MOST_OF_A_TICK = 10.0  # seconds that count of those between two ticks
 _WRITE_WITHIN = 10.0  # seconds
 _END_WITHIN = 60.0  # seconds
 _FRAMES = 16  # innermost ones shown of a stack
-_OWN = {"watchdog", "lease", "record", "report", "checkpoint watch"}  # threads not shown
+_OWN = {
+    "watchdog",
+    "lease",
+    "lifeline",
+    "record",
+    "report",
+    "checkpoint watch",
+}  # threads not shown
 _ROOT = pathlib.Path(__file__).parents[2]  # of the package's folder
 
 Report = Mapping[str, Any]  # what a host was doing, as JSON
