@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any, NoReturn
 
-from clip_jax.errors import ExitCode
+from clip_jax.errors import ExitCode, NotJoined
 
 _GONE_AFTER = 30  # seconds without an answer of a host's kernel
 _NEWS_WITHIN = 3.0  # seconds in which news of another host's end come
@@ -60,11 +60,13 @@ class Lifeline:
         if process == 0:
             self._accept(processes, store)
         else:
-            port, _, token = store.blocking_key_value_get(
+            port, token, wanted = store.blocking_key_value_get(
                 _KEY, int(1000 * _CONNECT_WITHIN)
-            ).partition(" ")
+            ).split()
             link = socket.create_connection((first, int(port)), timeout=_CONNECT_WITHIN)
-            link.sendall(f"{token} {process}\n".encode())
+            link.sendall(f"{token} {process} {processes}\n".encode())
+            if processes != int(wanted):
+                raise NotJoined(_other_count(process, processes, int(wanted)))
             self._watch(0, link, link.makefile("rb"))
 
     def _accept(self, processes: int, store: Any) -> None:
@@ -74,16 +76,20 @@ class Lifeline:
             ("", 0), family=family, backlog=processes, dualstack_ipv6=dual
         ) as server:
             token = secrets.token_hex()  # strangers may connect too
-            store.key_value_set(_KEY, f"{server.getsockname()[1]} {token}")
+            store.key_value_set(_KEY, f"{server.getsockname()[1]} {token} {processes}")
             deadline = time.monotonic() + _CONNECT_WITHIN
             while len(self._links) < processes - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 link, _ = server.accept()
                 link.settimeout(_CONNECT_WITHIN)
                 lines = link.makefile("rb")
-                said, _, number = lines.readline().strip().partition(b" ")
-                if secrets.compare_digest(said, token.encode()):
-                    self._watch(int(number), link, lines)
+                said, number, count = lines.readline().split() or (b"", 0, 0)
+                if not secrets.compare_digest(said, token.encode()):
+                    continue
+                if int(count) != processes:
+                    text = _other_count(int(number), int(count), processes)
+                    self.end({"code": int(ExitCode.USER_ERROR), "text": text})
+                self._watch(int(number), link, lines)
 
     def _watch(self, host: int, link: socket.socket, lines: IO[bytes]) -> None:
         link.settimeout(None)
@@ -320,6 +326,13 @@ def on_lost_service() -> Callable[..., None]:
         ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(handler)
         _kept.append(handler)
     return lost
+
+
+def _other_count(process: int, processes: int, first: int) -> str:
+    return (
+        f"Host {process} was started with --processes={processes}, host 0 with "
+        f"--processes={first}: give every host the same number, that of all hosts."
+    )
 
 
 def _gone(host: int) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Watchdog:
         self._quiet = 0.0  # seconds without a sign of life
         self._ask_at = 0.0  # of them, when to ask the other hosts again
         self._complained = threading.Event()
+        self._described = False  # at the end, by this host itself
         self._main = threading.current_thread().ident
         self._host = jax.process_index()
 
@@ -174,6 +175,7 @@ class Watchdog:
         timer = threading.Timer(_END_WITHIN, os._exit, (ExitCode.RESUME,))  # if the rest hangs
         timer.daemon = True
         timer.start()
+        self._described = True
         text = verdict(reports, silent)
         path = self._directory / f"{datetime.now():%Y-%m-%dT%H-%M-%S}-host{self._host}.txt"
         several = len(reports) > 1
@@ -190,7 +192,7 @@ class Watchdog:
         """Prints what this host was doing, where the first one ends it since the run hangs."""
         del code, text
         report = self.report()
-        if self._host and report["overdue"]:
+        if report["overdue"] and not self._described:
             print(f"\n{describe({self._host: report})}", file=sys.stderr, flush=True)
 
 
@@ -211,7 +213,7 @@ def verdict(reports: Mapping[int, Report], silent: Sequence[int]) -> str:
         hint = "Its stacks show where it hangs."
     places = _places(reports, reports)
     if silent:
-        places += f"; no answer from {_hosts(silent)}, as if frozen"
+        places += f"; no answer from {_hosts(silent)}, as if frozen or gone"
     return (
         f"No step has ended for {quiet} (step_timeout), so the run ends, and the same command "
         f"resumes at the last checkpoint. {places[0].upper()}{places[1:]}. {hint}"
