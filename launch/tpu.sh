@@ -3,7 +3,11 @@
 
 set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-for part in say options help tpu run; do
+# shellcheck disable=SC2034 # read in launch/lib
+LAUNCHER=launch/tpu.sh
+# shellcheck disable=SC2034
+ENV_EXAMPLE="TPU_NAME=clip, TPU_ZONE=us-east5-b, TPU_TYPE=v5litepod-16 and PROJECT=my-project"
+for part in say options main_arguments help tpu run; do
   # shellcheck source=/dev/null
   . "$ROOT/launch/lib/$part.sh"
 done

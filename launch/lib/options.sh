@@ -33,7 +33,7 @@ read_env_file() {
       --env=*)
         local file=${argument#--env=}
         [ -f "$file" ] || die "The file $file of --env does not exist: give one with lines such as" \
-          "TPU_NAME=clip, TPU_ZONE=us-east5-b, TPU_TYPE=v5litepod-16 and PROJECT=my-project."
+          "$ENV_EXAMPLE."
         case "$file" in */*) ;; *) file=./$file ;; esac
         # shellcheck disable=SC1090
         . "$file"
@@ -58,7 +58,7 @@ read_options() {
       --*=*) value=${option#*=} option=${option%%=*} ;;
       --*) ;;
       *) die "The word '$option' is not understood: options begin with --, and main.py's arguments" \
-        "follow a lone --. See 'launch/tpu.sh $COMMAND --help'." ;;
+        "follow a lone --. See '$LAUNCHER $COMMAND --help'." ;;
     esac
     known=" $(options_of "$COMMAND") "
     case "$known" in
@@ -72,7 +72,7 @@ read_options() {
       *" ${option#--} "*)
         [ -z "$value" ] || die "The option $option takes no value: write just $option."
         ;;
-      *) die "The command $COMMAND has no option $option: see 'launch/tpu.sh $COMMAND --help'. Arguments for" \
+      *) die "The command $COMMAND has no option $option: see '$LAUNCHER $COMMAND --help'. Arguments for" \
         "main.py follow a lone --." ;;
     esac
     set_option "$option" "$value"

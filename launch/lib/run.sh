@@ -3,29 +3,14 @@
 
 # Reads the config, the workdir and the coordinator from main.py's arguments; refuses wrong ones.
 read_main_arguments() {
-  local argument previous=""
-  CONFIG="" WORKDIR="" COORDINATOR=""
-  for argument in ${MAIN_ARGS[@]+"${MAIN_ARGS[@]}"}; do
-    case "$previous$argument" in
-      --config=*) CONFIG=${argument#--config=} ;;
-      --workdir=*) WORKDIR=${argument#--workdir=} ;;
-      --coordinator=*) COORDINATOR=${argument#--coordinator=} ;;
-    esac
-    previous=""
-    case "$argument" in --config | --workdir | --coordinator)
-      previous="$argument="
-      ;;
-    esac
-  done
+  parse_main_arguments
   local example="-- --config=configs/vit_b32.py --workdir=gs://BUCKET/RUN"
   [ -n "$CONFIG" ] || die "There is no --config for main.py: its arguments follow a lone --, as in" \
     "'$(again "$COMMAND") $example'."
-  CONFIG=${CONFIG%%:*} # the part after a colon is the config's argument
-  case "$CONFIG" in */* | *.py) ;; *) CONFIG=configs/$CONFIG.py ;; esac # as main.py takes it
+  find_config
   case "$CONFIG" in /* | *..*) die "The config $CONFIG is not a path inside the repository: setup" \
     "sends only the repository, so name a file such as configs/vit_b32.py." ;; esac
-  [ -f "$CONFIG" ] || die "The config $CONFIG does not exist: in configs/ there are" \
-    "$(cd configs && echo *.py | sed 's/__init__.py //; s/default.py //')."
+  need_config
   [ -n "$COORDINATOR" ] || MAIN_ARGS=("${MAIN_ARGS[@]}" --coordinator=auto)
 }
 
