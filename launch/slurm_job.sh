@@ -122,14 +122,15 @@ job() {
 task() {
   local python=$1 tasks=$2 visible=${CUDA_VISIBLE_DEVICES:-${ROCR_VISIBLE_DEVICES:-}} count first=0
   shift 2
-  # JAX would take one GPU per task, the one of the task's number on its host.
-  if [ -z "$visible" ]; then visible=$(echo /dev/nvidia[0-9]* | tr ' ' ','); fi
-  if [ "$visible" != "/dev/nvidia[0-9]*" ]; then
-    count=$(echo "$visible" | tr ',' '\n' | wc -l)
-    if [ "$count" -eq "${SLURM_GPUS_ON_NODE:-$count}" ]; then # not yet split by SLURM
-      count=$((count / tasks))
-      first=$((SLURM_LOCALID * count))
-    fi
+  # Those of the host, or, where SLURM has split them already, those of the task.
+  count=$(echo "$visible" | tr ',' '\n' | grep -c .)
+  if [ "$count" -eq 0 ]; then count=${SLURM_GPUS_ON_NODE:-$(find /dev -name 'nvidia[0-9]*' | wc -l)}; fi
+  if [ "$count" -eq "${SLURM_GPUS_ON_NODE:-$count}" ]; then
+    count=$((count / tasks))
+    first=$((SLURM_LOCALID * count))
+  fi
+  # JAX would take one GPU for each task, that of its number on the host.
+  if [ "$count" -gt 0 ]; then
     JAX_LOCAL_DEVICE_IDS=$(seq -s , "$first" $((first + count - 1)))
     export JAX_LOCAL_DEVICE_IDS
   fi

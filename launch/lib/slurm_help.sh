@@ -39,7 +39,7 @@ when the run has finished, fails by itself, or is stopped.
   --sbatch-flag=FLAG   handed on to sbatch, such as --sbatch-flag=--exclude=node7; repeatable
   --grace=SECONDS      SIGTERM, on which the run saves, so long    SBATCH_GRACE
                        before the time limit, default 60
-  --restarts=N         restarts in a row without a new checkpoint  SBATCH_RESTARTS
+  --max-restarts=N         restarts in a row without a new checkpoint  SBATCH_MAX_RESTARTS
                        before the job ends, default 5
   --python=PATH        default .venv/bin/python, or python3        SBATCH_PYTHON
   --tasks-per-node=N   default 1, which drives all GPUs of its     SBATCH_TASKS_PER_NODE

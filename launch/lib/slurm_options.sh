@@ -12,7 +12,7 @@ variable_of() { echo "SBATCH_$(echo "$1" | tr 'a-z-' 'A-Z_')"; }
 
 set_defaults() {
   NAME=${SBATCH_NAME:-clip} NODES=${SBATCH_NODES:-1} TASKS=${SBATCH_TASKS_PER_NODE:-1}
-  GRACE=${SBATCH_GRACE:-60} RESTARTS=${SBATCH_RESTARTS:-5} PYTHON=${SBATCH_PYTHON:-}
+  GRACE=${SBATCH_GRACE:-60} RESTARTS=${SBATCH_MAX_RESTARTS:-5} PYTHON=${SBATCH_PYTHON:-}
   DRY_RUN=no FOLLOW=no LINES_SHOWN=50 JOB="" DESCRIPTION=""
   SBATCH_FLAGS=() MAIN_ARGS=()
 }
@@ -27,7 +27,7 @@ handed() {
 options_of() {
   local common="name= env= dry-run"
   case "$1" in
-    run | start) echo "$common nodes= tasks-per-node= grace= restarts= python= sbatch-flag=" \
+    run | start) echo "$common nodes= tasks-per-node= grace= max-restarts= python= sbatch-flag=" \
       "${HANDED_ON// /= }=" ;;
     logs) echo "$common lines= follow" ;;
     *) echo "$common" ;;
@@ -40,7 +40,7 @@ set_option() {
     --nodes) NODES=$2 ;;
     --tasks-per-node) TASKS=$2 ;;
     --grace) GRACE=$2 ;;
-    --restarts) RESTARTS=$2 ;;
+    --max-restarts) RESTARTS=$2 ;;
     --python) PYTHON=$2 ;;
     --sbatch-flag) SBATCH_FLAGS=(${SBATCH_FLAGS[@]+"${SBATCH_FLAGS[@]}"} "$2") ;;
     --lines) LINES_SHOWN=$2 ;;
@@ -59,7 +59,7 @@ check_options() {
   need_number nodes "$NODES"
   need_number tasks-per-node "$TASKS"
   need_number grace "$GRACE"
-  need_number restarts "$RESTARTS"
+  need_number max-restarts "$RESTARTS"
   need_number lines "$LINES_SHOWN"
   if [ "$NODES" -lt 1 ] || [ "$TASKS" -lt 1 ]; then
     die "A job has at least one host and one task on it, not --nodes=$NODES and" \

@@ -222,13 +222,15 @@ def test_a_job_that_slurm_ends_does_not_start_again(job):
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4"}, 2, "2,3"),
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 4, "1"),
         ({"CUDA_VISIBLE_DEVICES": "2", "SLURM_GPUS_ON_NODE": "4"}, 4, "0"),  # SLURM has split them
+        ({"SLURM_GPUS_ON_NODE": "8"}, 2, "4,5,6,7"),
+        ({"SLURM_GPUS_ON_NODE": "0"}, 2, ""),
         ({"ROCR_VISIBLE_DEVICES": "4,5"}, 1, "0,1"),
     ],
 )
 def test_each_task_drives_its_part_of_the_gpus(environment, tasks, ids, tmp_path):
     """JAX would let a task drive the GPU of its own number alone."""
     fake_cloud.executable(tmp_path / "python", '#!/bin/sh\necho "$JAX_LOCAL_DEVICE_IDS" "$@"\n')
-    clean = {k: v for k, v in os.environ.items() if not k.endswith("_VISIBLE_DEVICES")}
+    clean = {k: v for k, v in os.environ.items() if not k.endswith(("_DEVICES", "_IDS"))}
     said = subprocess.run(
         ["launch/slurm_job.sh", "task", tmp_path / "python", str(tasks), "--config=x", "a b"],
         cwd=ROOT,
