@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,12 +44,11 @@ class Run:
             "RESTART_PAUSE": "0",
             "SBATCH_PYTHON": sys.executable,
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",  # one device for each task
         }
-        for name in ("launch", "clip_jax", "configs", "main.py"):
+        for name in ("clip_jax", "configs", "main.py"):
             (folder / name).symlink_to(ROOT / name)
-        # launch/slurm.sh finds the repository by its own place.
-        (folder / "launch").unlink()
-        subprocess.run(["cp", "-r", ROOT / "launch", folder], check=True)
+        shutil.copytree(ROOT / "launch", folder / "launch")  # whose place tells the repository's
         self.read = 0  # characters of the log
 
     def launch(self, command: str, code: int = 0) -> str:
