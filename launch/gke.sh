@@ -3,7 +3,7 @@
 
 set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-for part in say options gke_options gke_machines gke_manifest; do
+for part in say options main_arguments gke_options gke_machines gke_manifest; do
   # shellcheck source=/dev/null
   . "$ROOT/launch/lib/$part.sh"
 done
@@ -112,4 +112,4 @@ command_stop() {
     "autoscaler or you remove them; '$(again run) -- ...' with the same arguments resumes."
 }
 
-run_program "$@"
+run_launcher "$@"

@@ -3,7 +3,7 @@
 
 set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-for part in say options tpu_options help tpu run; do
+for part in say options main_arguments tpu_options help tpu run; do
   # shellcheck source=/dev/null
   . "$ROOT/launch/lib/$part.sh"
 done
@@ -115,4 +115,4 @@ command_run() {
   [ "$OVER" = finished ]
 }
 
-run_program "$@"
+run_launcher "$@"

@@ -152,16 +152,15 @@ def _check_address(coordinator: str, process: int) -> None:
             "and a free port of it, as in --coordinator=10.0.0.1:1234."
         )
     # In a cluster that makes the hosts one by one, the first has a name once it is there.
-    patience = _JOIN_TIMEOUT if "KUBERNETES_SERVICE_HOST" in os.environ else 0
+    waits = "KUBERNETES_SERVICE_HOST" in os.environ
     began = time.monotonic()
     while True:
         try:
             socket.getaddrinfo(host.strip("[]"), int(port))
             break
         except OSError as error:
-            if time.monotonic() - began >= patience:
-                kind = HostMissing if patience else UserError
-                raise kind(
+            if not waits or time.monotonic() - began >= _JOIN_TIMEOUT:
+                raise (HostMissing if waits else UserError)(
                     f"The first host of --coordinator={coordinator} is not known here ({error}): "
                     "give its name or address as the other hosts know it."
                 ) from None

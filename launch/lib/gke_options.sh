@@ -2,9 +2,9 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # the variables are read in the other files
 
-PROGRAM=launch/gke.sh
+LAUNCHER=launch/gke.sh
 COMMANDS="build run status logs stop"
-SETTINGS="GKE_NAME=clip, GKE_TYPE=v5litepod-256 and GKE_IMAGE=us-docker.pkg.dev/my-project/clip/clip_jax"
+ENV_EXAMPLE="GKE_NAME=clip, GKE_TYPE=v5litepod-256 and GKE_IMAGE=us-docker.pkg.dev/my-project/clip/clip_jax"
 CONFIG_GOES="the container has only the repository"
 
 GRACE=120 # seconds that main.py has to save after SIGTERM
@@ -85,7 +85,7 @@ check_options() {
   case "$COMMAND" in build | run)
     choose_machine
     [ -n "$IMAGE" ] || die "There is no image: give --image=us-docker.pkg.dev/PROJECT/REPOSITORY/clip_jax, or" \
-      "set GKE_IMAGE in the environment or in the file of --env; '$PROGRAM build' makes it and sends it there."
+      "set GKE_IMAGE in the environment or in the file of --env; '$LAUNCHER build' makes it and sends it there."
     case "$IMAGE" in [!a-z0-9]* | *[!A-Za-z0-9./_:@-]*) die "The image '$IMAGE' is not the name of one: give" \
       "--image=us-docker.pkg.dev/PROJECT/REPOSITORY/clip_jax." ;; esac
     ;;

@@ -1,8 +1,8 @@
-# The command line: a file of settings, options, main.py's arguments, and the command to run.
+# The command line: a file of settings, options, and the command to run.
 #
-# A program sets PROGRAM (its path), COMMANDS, SETTINGS (an example of a file of --env) and CONFIG_GOES
-# (how the config reaches the workers), defines set_defaults, options_of, set_option, check_options,
-# show_help, again and a function command_NAME for each of COMMANDS, and calls run_program.
+# A launcher sets LAUNCHER (its path), COMMANDS and ENV_EXAMPLE (a file of --env), defines set_defaults,
+# options_of, set_option, check_options, show_help, again, and command_NAME for each of COMMANDS, and
+# calls run_launcher.
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # the variables are read in the other files
 
@@ -15,7 +15,7 @@ read_env_file() {
       --env=*)
         local file=${argument#--env=}
         [ -f "$file" ] || die "The file $file of --env does not exist: give one with lines such as" \
-          "$SETTINGS."
+          "$ENV_EXAMPLE."
         case "$file" in */*) ;; *) file=./$file ;; esac
         # shellcheck disable=SC1090
         . "$file"
@@ -40,7 +40,7 @@ read_options() {
       --*=*) value=${option#*=} option=${option%%=*} ;;
       --*) ;;
       *) die "The word '$option' is not understood: options begin with --, and main.py's arguments" \
-        "follow a lone --. See '$PROGRAM $COMMAND --help'." ;;
+        "follow a lone --. See '$LAUNCHER $COMMAND --help'." ;;
     esac
     known=" $(options_of "$COMMAND") "
     case "$known" in
@@ -54,7 +54,7 @@ read_options() {
       *" ${option#--} "*)
         [ -z "$value" ] || die "The option $option takes no value: write just $option."
         ;;
-      *) die "The command $COMMAND has no option $option: see '$PROGRAM $COMMAND --help'. Arguments for" \
+      *) die "The command $COMMAND has no option $option: see '$LAUNCHER $COMMAND --help'. Arguments for" \
         "main.py follow a lone --." ;;
     esac
     set_option "$option" "$value"
@@ -66,33 +66,6 @@ need_number() {
   case "$2" in "" | *[!0-9]*) die "The option --$1 is '$2', not a whole number." ;; esac
 }
 
-# Reads the config, the workdir and the coordinator from main.py's arguments; refuses wrong ones.
-read_main_arguments() {
-  local argument previous=""
-  CONFIG="" WORKDIR="" COORDINATOR=""
-  for argument in ${MAIN_ARGS[@]+"${MAIN_ARGS[@]}"}; do
-    case "$previous$argument" in
-      --config=*) CONFIG=${argument#--config=} ;;
-      --workdir=*) WORKDIR=${argument#--workdir=} ;;
-      --coordinator=*) COORDINATOR=${argument#--coordinator=} ;;
-    esac
-    previous=""
-    case "$argument" in --config | --workdir | --coordinator)
-      previous="$argument="
-      ;;
-    esac
-  done
-  local example="-- --config=configs/vit_b32.py --workdir=gs://BUCKET/RUN"
-  [ -n "$CONFIG" ] || die "There is no --config for main.py: its arguments follow a lone --, as in" \
-    "'$(again "$COMMAND") $example'."
-  CONFIG=${CONFIG%%:*} # the part after a colon is the config's argument
-  case "$CONFIG" in */* | *.py) ;; *) CONFIG=configs/$CONFIG.py ;; esac # as main.py takes it
-  case "$CONFIG" in /* | *..*) die "The config $CONFIG is not a path inside the repository: $CONFIG_GOES," \
-    "so name a file such as configs/vit_b32.py." ;; esac
-  [ -f "$CONFIG" ] || die "The config $CONFIG does not exist: in configs/ there are" \
-    "$(cd configs && echo *.py | sed 's/__init__.py //; s/default.py //')."
-}
-
 # Writes words as "a, b or c".
 alternatives() {
   local last=${*: -1}
@@ -102,14 +75,14 @@ alternatives() {
   echo "$* or $last" | sed 's/,/, /g'
 }
 
-run_program() {
+run_launcher() {
   local argument names
   # shellcheck disable=SC2086,SC2153 # several words
   names=$(alternatives $COMMANDS)
   COMMAND=${1:-}
   case " $COMMANDS help -h --help " in
     *" ${COMMAND:-?} "*) shift ;;
-    *) die "There is no command${COMMAND:+ "'$COMMAND'"}: use $names. See '$PROGRAM --help'." ;;
+    *) die "There is no command${COMMAND:+ "'$COMMAND'"}: use $names. See '$LAUNCHER --help'." ;;
   esac
   case "$COMMAND" in -h | --help | help) show_help "" && exit ;; esac
   for argument in "$@"; do

@@ -2,9 +2,9 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # the variables are read in the other files
 
-PROGRAM=launch/tpu.sh
+LAUNCHER=launch/tpu.sh
 COMMANDS="create wait setup start logs status stop delete run"
-SETTINGS="TPU_NAME=clip, TPU_ZONE=us-east5-b, TPU_TYPE=v5litepod-16 and PROJECT=my-project"
+ENV_EXAMPLE="TPU_NAME=clip, TPU_ZONE=us-east5-b, TPU_TYPE=v5litepod-16 and PROJECT=my-project"
 CONFIG_GOES="setup sends only the repository"
 
 set_defaults() {
