@@ -110,9 +110,7 @@ class Run:
         return found
 
     def starts(self) -> list[dict]:
-        return [
-            json.loads(path.read_text()) for path in sorted((self.workdir / "starts").iterdir())
-        ]
+        return [json.loads(path.read_text()) for path in sorted((self.workdir / "starts").iterdir())]
 
 
 @pytest.fixture
@@ -190,10 +188,7 @@ def test_gpus_are_shared_out(run):
     )
     python.chmod(0o755)
     for options, lines in {
-        "--tasks-per-node=2 --gpus-per-node=4": [
-            "task 0 of 2 drives 0,1",
-            "task 1 of 2 drives 2,3",
-        ],
+        "--tasks-per-node=2 --gpus-per-node=4": ["task 0 of 2 drives 0,1", "task 1 of 2 drives 2,3"],
         "--gres=gpu:3": ["task 0 of 1 drives 0,1,2"],
         "--tasks-per-node=4 --gpus-per-node=4": [f"task {i} of 4 drives {i}" for i in range(4)],
     }.items():
