@@ -25,6 +25,12 @@ class UserError(ValueError):
     exit_code = ExitCode.USER_ERROR
 
 
+class HostMissing(UserError):
+    """The hosts did not find each other in time: some may still be on their way."""
+
+    exit_code = ExitCode.RESUME
+
+
 class DataStalled(UserError):
     """No batch came in time. Threads that hang may keep the process from ending by itself."""
 

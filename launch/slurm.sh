@@ -3,7 +3,6 @@
 
 set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-LAUNCHER=launch/slurm.sh
 for part in say options main_arguments slurm_options slurm_help slurm; do
   # shellcheck source=/dev/null
   . "$ROOT/launch/lib/$part.sh"
@@ -63,29 +62,4 @@ command_stop() {
   say "$NAME is stopped. start with the same arguments resumes it."
 }
 
-main() {
-  COMMAND=${1:-}
-  case "$COMMAND" in
-    "") die "There is no command: use run, start, status, logs or stop. See '$LAUNCHER --help'." ;;
-    -h | --help | help) show_help "" && exit ;;
-    run | start | status | logs | stop) shift ;;
-    *) die "There is no command '$COMMAND': use run, start, status, logs or stop. See" \
-      "'$LAUNCHER --help'." ;;
-  esac
-  local argument
-  for argument in "$@"; do
-    case "$argument" in
-      --) break ;;
-      -h | --help) show_help "$COMMAND" && exit ;;
-    esac
-  done
-  read_env_file "$@"
-  set_defaults
-  read_options "$@"
-  cd "$ROOT"
-  check_options
-  need_slurm
-  "command_$COMMAND"
-}
-
-main "$@"
+run_launcher "$@"

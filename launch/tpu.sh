@@ -3,11 +3,7 @@
 
 set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-# shellcheck disable=SC2034 # read in launch/lib
-LAUNCHER=launch/tpu.sh
-# shellcheck disable=SC2034
-ENV_EXAMPLE="TPU_NAME=clip, TPU_ZONE=us-east5-b, TPU_TYPE=v5litepod-16 and PROJECT=my-project"
-for part in say options main_arguments help tpu run; do
+for part in say options main_arguments tpu_options help tpu run; do
   # shellcheck source=/dev/null
   . "$ROOT/launch/lib/$part.sh"
 done
@@ -119,29 +115,4 @@ command_run() {
   [ "$OVER" = finished ]
 }
 
-main() {
-  COMMAND=${1:-}
-  case "$COMMAND" in
-    "") die "There is no command: use create, wait, setup, start, logs, status, stop, delete or run." \
-      "See 'launch/tpu.sh --help'." ;;
-    -h | --help | help) show_help "" && exit ;;
-    create | wait | setup | start | logs | status | stop | delete | run) shift ;;
-    *) die "There is no command '$COMMAND': use create, wait, setup, start, logs, status, stop, delete" \
-      "or run. See 'launch/tpu.sh --help'." ;;
-  esac
-  local argument
-  for argument in "$@"; do
-    case "$argument" in
-      --) break ;;
-      -h | --help) show_help "$COMMAND" && exit ;;
-    esac
-  done
-  read_env_file "$@"
-  set_defaults
-  read_options "$@"
-  cd "$ROOT"
-  check_options
-  "command_$COMMAND"
-}
-
-main "$@"
+run_launcher "$@"

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import functools
+import os
 import socket
+import time
 from collections.abc import Iterator
 
 from clip_jax.common import lifeline
-from clip_jax.errors import UserError
+from clip_jax.errors import HostMissing, UserError
 
 # Seconds that hosts wait for the first one: the index of a large data set takes hours.
 _BARRIER_TIMEOUT = 24 * 3600
@@ -62,7 +64,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
       This host's number, and the number of hosts.
 
     Raises:
-      UserError: the flags do not fit each other, or the hosts do not find each other.
+      UserError: the flags do not fit each other.
+      HostMissing: the hosts do not find each other.
     """
     if coordinator != "auto":
         if processes is None or process is None:
@@ -102,7 +105,19 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
                 heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             )
     except Exception as error:
-        raise UserError(_not_joined(coordinator, processes, process, error)) from error
+        if coordinator == "auto" and isinstance(error, ValueError):
+            raise UserError(
+                "--coordinator=auto finds no cluster here: it works on Cloud TPU, and under SLURM "
+                "within srun. Elsewhere give --coordinator=HOST:PORT of the first host, "
+                "--processes and --process; a single host needs none of them. "
+                f"({_first_line(error)})"
+            ) from error
+        raise HostMissing(
+            f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
+            f"{processes} waited at --coordinator={coordinator}. Start the same command on every "
+            "host, each with its own --process, and let all of them reach that address. "
+            f"({_first_line(error)})"
+        ) from error
     finally:
         if make is not None:
             _jax.get_distributed_runtime_client = make
@@ -136,13 +151,20 @@ def _check_address(coordinator: str, process: int) -> None:
             f"--coordinator={coordinator} is no HOST:PORT: give name or address of the first host "
             "and a free port of it, as in --coordinator=10.0.0.1:1234."
         )
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(
-            f"The first host of --coordinator={coordinator} is not known here ({error}): give "
-            "its name or address as the other hosts know it."
-        ) from None
+    # In a cluster that makes the hosts one by one, the first has a name once it is there.
+    waits = "KUBERNETES_SERVICE_HOST" in os.environ
+    began = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            break
+        except OSError as error:
+            if not waits or time.monotonic() - began >= _JOIN_TIMEOUT:
+                raise (HostMissing if waits else UserError)(
+                    f"The first host of --coordinator={coordinator} is not known here ({error}): "
+                    "give its name or address as the other hosts know it."
+                ) from None
+        time.sleep(1)
     if process:
         return
     with socket.socket() as probe:
@@ -154,23 +176,6 @@ def _check_address(coordinator: str, process: int) -> None:
                 f"Port {port} of --coordinator={coordinator} cannot be used on this host "
                 f"({error}): another run may have it; give every host another one."
             ) from None
-
-
-def _not_joined(
-    coordinator: str, processes: int | None, process: int | None, error: Exception
-) -> str:
-    if coordinator == "auto" and isinstance(error, ValueError):
-        return (
-            "--coordinator=auto finds no cluster here: it works on Cloud TPU, and under SLURM "
-            "within srun. Elsewhere give --coordinator=HOST:PORT of the first host, --processes "
-            f"and --process; a single host needs none of them. ({_first_line(error)})"
-        )
-    return (
-        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
-        f"{processes} waited at --coordinator={coordinator}. Start the same command on every host, "
-        "each with its own --process, and let all of them reach that address. "
-        f"({_first_line(error)})"
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -30,3 +30,14 @@ need_config() {
   [ -f "$CONFIG" ] || die "The config $CONFIG does not exist: in configs/ there are" \
     "$(cd configs && echo *.py | sed 's/__init__.py //; s/default.py //')."
 }
+
+# For launchers that send the repository as committed; CONFIG_GOES says how.
+read_main_arguments() {
+  parse_main_arguments
+  [ -n "$CONFIG" ] || die "There is no --config for main.py: its arguments follow a lone --, as in" \
+    "'$(again "$COMMAND") -- --config=configs/vit_b32.py --workdir=gs://BUCKET/RUN'."
+  find_config
+  case "$CONFIG" in /* | *..*) die "The config $CONFIG is not a path inside the repository:" \
+    "$CONFIG_GOES, so name a file such as configs/vit_b32.py." ;; esac
+  need_config
+}

@@ -1,7 +1,7 @@
 # The job in SLURM's queue, its log and its end.
 # shellcheck shell=bash
 
-# In place of those of say.sh.
+# The beginning of every command line for this job.
 again() { echo "$LAUNCHER $1 --name=$NAME"; }
 pause() { sleep "${SBATCH_POLL:-5}"; }
 

@@ -2,6 +2,8 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # the variables are read in the other files
 
+LAUNCHER=launch/slurm.sh
+COMMANDS="run start status logs stop"
 ENV_EXAMPLE="SBATCH_NAME=b32, SBATCH_PARTITION=gpu, SBATCH_NODES=2 and SBATCH_GPUS_PER_NODE=8"
 
 # The options that sbatch takes under the same name.
@@ -81,4 +83,5 @@ check_options() {
     esac
   done
   LOG=runs/slurm/$NAME.log
+  need_slurm
 }
