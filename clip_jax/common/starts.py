@@ -39,7 +39,7 @@ KINDS = {
     UNKNOWN: "without a record",
 }
 
-_OUTCOMES = {
+_OUTCOMES: dict[int, str] = {
     ExitCode.DONE: "finished",
     ExitCode.FAULT: "fault",
     ExitCode.USER_ERROR: "user error",
@@ -48,6 +48,7 @@ _OUTCOMES = {
 }
 _READERS = 16  # files of a bucket that are read at a time
 _NAME = re.compile(r"(\d{4,})\.json")
+_LONGEST = 1e10  # seconds that a start can have taken
 _SLACK = 2.0  # seconds by which clocks and sums may differ unnoticed
 
 
@@ -199,7 +200,7 @@ def parse(text: bytes | str, number: int) -> Start:
       ValueError: a part is missing or impossible; the message names it.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=_refuse)
     except ValueError:
         raise ValueError("it is cut short, or not JSON") from None
     if not isinstance(fields, dict):
@@ -232,9 +233,13 @@ def parse(text: bytes | str, number: int) -> Start:
     )
 
 
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
 def _count(fields: Mapping[str, Any], name: str) -> int | None:
     value = fields.get(name)
-    if value is not None and (type(value) is not int or value < 0):
+    if value is not None and (type(value) is not int or not 0 <= value < 2**63):
         raise ValueError(f'"{name}" is {value!r:.60}')
     return value
 
@@ -246,6 +251,8 @@ def _time(fields: Mapping[str, Any], name: str) -> datetime:
         raise ValueError(f'"{name}" is {fields.get(name)!r:.60}') from None
     if found.tzinfo is None:
         raise ValueError(f'"{name}" has no time zone')
+    if not 1970 <= found.year < 9000:  # near the ends of the calendar there is no local time
+        raise ValueError(f'"{name}" is in the year {found.year}')
     return found
 
 
@@ -254,7 +261,7 @@ def _seconds(fields: Mapping[str, Any]) -> dict[str, float]:
     if not isinstance(found, dict):
         raise ValueError(f'"seconds" is {found!r:.60}')
     for name, value in found.items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+        if type(value) not in (int, float) or not 0 <= value < _LONGEST:
             raise ValueError(f'"seconds" of {name!r:.60} is {value!r:.60}')
     return found
 

@@ -146,7 +146,7 @@ class Run:
             done = (start.step or 0) - (start.from_step or 0)
             if done and self.total is not None and self.step is not None:
                 busy = sum(start.seconds.get(name, 0.0) for name in _BUSY)
-                return (self.total - self.step) * busy / done
+                return max(0, self.total - self.step) * busy / done
         return None
 
 
@@ -182,6 +182,7 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
     account = starts.account(found)
     rows, dropped = metric_rows.read(workdir)
     config, config_remarks = _config(workdir)
+    metric = config.get("checkpoint.best_metric")
     holder = lease.read(workdir)
     if not (found or rows or config or holder or remarks):
         raise UserError(_no_run(name, workdir))
@@ -204,7 +205,7 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
         account=account,
         holder=holder,
         rows=rows,
-        checkpoints=_checkpoints(workdir, rows, config.get("checkpoint.best_metric") or ""),
+        checkpoints=_checkpoints(workdir, rows, metric if isinstance(metric, str) else ""),
         config=config,
         reported=locations.stat(workdir / "report.html") is not None,
         remarks=remarks,
@@ -239,11 +240,11 @@ def _config(workdir: epath.Path) -> tuple[dict[str, Any], list[str]]:
         found = json.loads(ranges.read(path))
         if not isinstance(found, dict):
             raise ValueError
+        return _flat(found), []
     except FileNotFoundError:
         return {}, []
     except (ValueError, RecursionError):
         return {}, ["config.json is left out, since it is damaged."]
-    return _flat(found), []
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -282,9 +283,8 @@ def _alive(run: Run, workdir: epath.Path, before: Run | None) -> bool | None:
     """Returns whether a process of the run lives; None: its clock and this one differ."""
     if run.holder is not None and (here := lease.lives(run.holder)) is not None:
         return here
-    if run.last is not None and run.last.code is not None and run.holder is None:
-        return False
-    ages = [] if run.silent is None or run.last.code is not None else [run.silent]
+    ended = run.last is not None and run.last.code is not None
+    ages = [] if run.silent is None or ended else [run.silent]
     if run.holder is not None and not remote.is_remote(workdir):
         stat = locations.stat(workdir / lease.FILE)
         ages += [] if stat is None else [run.now.timestamp() - int(stat.version) / 1e9]
