@@ -17,9 +17,10 @@ from etils import epath
 from clip_jax.common import hosts
 from clip_jax.common.formatting import format_seconds
 from clip_jax.common.metric_rows import FILE, read_history
-from clip_jax.storage import locations, writing
+from clip_jax.storage import faults, locations, writing
 
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
+_EVENTS_BUFFER = 2**22  # bytes of TensorBoard events that wait for space on the disk
 
 
 class MetricWriter:
@@ -41,6 +42,7 @@ class MetricWriter:
         directory = locations.parse(workdir)
         self._files = writing.Growing(directory)
         self._path = self._files.local / FILE
+        self._unwritten = b""  # rows for which the disk has no space
         rows = [row for row in read_history(directory) if row["step"] <= start_step]
         # Replaced as a whole: a process that is killed here must not lose the rows of weeks.
         writing.write(epath.Path(self._path), "".join(json.dumps(row) + "\n" for row in rows))
@@ -55,10 +57,19 @@ class MetricWriter:
         if not self._writes:
             return
         row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._events is not None:
-            self._events.write(step, metrics)
+        self._unwritten += json.dumps(row).encode() + b"\n"
+        try:
+            if self._events is not None:
+                self._events.write(step, metrics)
+            self._append()
+        except OSError as error:  # a full disk: the next row may find space
+            faults.record(f"{error.strerror} while logging", self._path)
+
+    def _append(self) -> None:
+        """Writes the pending rows; after a failure it goes on at the very byte."""
+        with self._path.open("ab", buffering=0) as file:
+            while self._unwritten:
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
     def flush(self) -> None:
         """Writes pending rows to the workdir, which may be a bucket, if it can be reached."""
@@ -68,6 +79,7 @@ class MetricWriter:
     def close(self) -> None:
         """Writes pending rows; raises an error if the workdir cannot be reached."""
         if self._writes:
+            self._append()
             if self._events is not None:
                 self._events.close()
             self._files.close()
@@ -88,7 +100,9 @@ class TensorBoardWriter:
         self._summary = summary_v2.scalar_pb
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.v2"
-        self._records = record_writer.RecordWriter((directory / name).open("ab"))
+        # The buffer keeps what a full disk does not take, until it does.
+        file = (directory / name).open("ab", buffering=_EVENTS_BUFFER)
+        self._records = record_writer.RecordWriter(file)
         self._add(file_version="brain.Event:2")
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -108,11 +122,19 @@ class TensorBoardWriter:
 class Progress:
     """The progress line: redrawn in place on a terminal, else one line at each update."""
 
-    def __init__(self, start_step: int, total_steps: int, batch_size: int):
+    def __init__(self, start_step: int, total_steps: int, batch_size: int, seconds: float = 0.0):
+        """Shows nothing yet.
+
+        Args:
+          start_step: step that training goes on from.
+          total_steps: last step.
+          batch_size: images per step.
+          seconds: time in training so far, as `measure` takes it.
+        """
         self._step = start_step
         self._total = total_steps
         self._batch_size = batch_size
-        self._seconds = self._waited = 0.0
+        self._seconds, self._waited = seconds, 0.0
         self._live = sys.stdout.isatty()
         self._enabled = jax.process_index() == 0
 
