@@ -178,6 +178,9 @@ def look(name: str, now: datetime | None = None, before: Run | None = None) -> R
 
 def _look(name: str, now: datetime, before: Run | None) -> Run:
     workdir = locations.reachable(name)
+    if not remote.is_remote(workdir) and not workdir.is_dir():
+        there = "is a file" if workdir.exists() else "is no directory"
+        raise UserError(f"{name} {there}. Give the --workdir of a run, or several.")
     found, remarks = starts.read(workdir)
     account = starts.account(found)
     rows, dropped = metric_rows.read(workdir)
@@ -217,10 +220,6 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
 
 def _no_run(name: str, workdir: epath.Path) -> str:
     if not remote.is_remote(workdir):
-        if not workdir.exists():
-            return f"There is no directory {name}. Give the --workdir of a run, or several."
-        if not workdir.is_dir():
-            return f"{name} is a file. Give the --workdir of a run, or several."
         inner = sorted(path.parent.name for path in workdir.glob("*/config.json"))
         if inner:
             return (

@@ -99,7 +99,8 @@ def write_report(
 # ---- Learning curves
 
 
-def _panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+def panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+    """Draws series over one pair of axes; `fraction`: they are shown in percent."""
     show = formatting.percent if fraction else svg.short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
@@ -136,9 +137,9 @@ def panels(
         elif leaf.startswith(("top", "recall@")) and described:
             main.setdefault(group, []).append(one)
         elif leaf != "images_seen":  # a straight line
-            small.append(_panel(_title(name.removeprefix("train/")), [one]))
-    large = [_panel(_title(title), some, title != "loss") for title, some in main.items()]
-    return sorted(large, key=lambda panel: panel.title != "loss"), small
+            small.append(panel(_title(name.removeprefix("train/")), [one]))
+    large = [panel(_title(title), some, title != "loss") for title, some in main.items()]
+    return sorted(large, key=lambda one: one.title != "loss"), small
 
 
 def _title(name: str) -> str:
