@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl, TensorBoard, and the progress line."""
+"""The numbers of a run: metrics.jsonl, TensorBoard and other sinks, and the progress line."""
 
 import json
 import os
@@ -7,8 +7,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,10 +23,27 @@ _STARVED = 0.05  # fraction of the time waiting for data from which the progress
 _EVENTS_BUFFER = 2**22  # bytes of TensorBoard events that wait for space on the disk
 
 
+class Sink(Protocol):
+    """A place besides metrics.jsonl that rows are written to."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one row."""
+
+    def close(self) -> None:
+        """Writes pending rows."""
+
+
 class MetricWriter:
     """Appends rows of scalars to the workdir; only the first process writes."""
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, start_step: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        tensorboard: bool,
+        start_step: int,
+        sinks: Sequence[Sink] = (),
+    ):
         """Opens the workdir.
 
         Args:
@@ -34,8 +51,9 @@ class MetricWriter:
           tensorboard: write TensorBoard events as well.
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
+          sinks: further places for the rows, on the first process.
         """
-        self._events: TensorBoardWriter | None = None
+        self._sinks = list(sinks)
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
@@ -50,17 +68,17 @@ class MetricWriter:
             events = directory / "tensorboard"
             if start_step == 0 and events.exists():
                 events.rmtree()  # left by a run that ended before its first checkpoint
-            self._events = TensorBoardWriter(self._files.local / "tensorboard")
+            self._sinks.append(TensorBoardWriter(self._files.local / "tensorboard"))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one row; values are scalars."""
         if not self._writes:
             return
-        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        self._unwritten += json.dumps(row).encode() + b"\n"
+        row = {name: float(value) for name, value in metrics.items()}
+        self._unwritten += json.dumps({"step": step, **row}).encode() + b"\n"
         try:
-            if self._events is not None:
-                self._events.write(step, metrics)
+            for sink in self._sinks:
+                sink.write(step, row)
             self._append()
         except OSError as error:  # a full disk: the next row may find space
             faults.record(f"{error.strerror} while logging", self._path)
@@ -80,8 +98,8 @@ class MetricWriter:
         """Writes pending rows; raises an error if the workdir cannot be reached."""
         if self._writes:
             self._append()
-            if self._events is not None:
-                self._events.close()
+            for sink in self._sinks:
+                sink.close()
             self._files.close()
 
 
@@ -105,10 +123,10 @@ class TensorBoardWriter:
         self._records = record_writer.RecordWriter(file)
         self._add(file_version="brain.Event:2")
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends scalars, in one write for all of them."""
         for name, value in metrics.items():
-            self._add(step=step, summary=self._summary(name, float(value)))
+            self._add(step=step, summary=self._summary(name, value))
         self._records.flush()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, metrics
+from clip_jax.common import clock, metrics, trackers
 from clip_jax.data import identity, pipeline
 from clip_jax.data.feed import Feed
 from clip_jax.data.order import Order, Weighted
@@ -23,11 +23,14 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
-from clip_jax.training import skips, workdir
+from clip_jax.training import lease, skips, workdir
 from clip_jax.training import step as train_step
 from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
+from clip_jax.training.telemetry import Telemetry
+from clip_jax.training.tracer import Tracer
+from clip_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Run:
     log_every: int  # steps
     eval_every: int  # steps
     checkpoint_every: int  # steps; 0: by the clock, or only at the end
+    trace_at: int  # step; 0: none
 
     @property
     def mesh(self) -> Mesh:
@@ -96,6 +100,7 @@ class Loop:
         resume_state: ResumeState,
         requests: Requests,
         record: Record,
+        held: lease.Lease,
     ):
         """Opens the logs in `directory`.
 
@@ -108,16 +113,24 @@ class Loop:
           resume_state: progress of the runs that this one resumes.
           requests: what is asked of the run from outside.
           record: the record of this start.
+          held: the lease of the workdir.
         """
         self._run, self._config, self._store = run, config, store
         self._directory, self._data, self._resume_state = directory, data, resume_state
-        self._requests, self._record = requests, record
+        self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
-        self._writer = metrics.MetricWriter(
-            directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
-        )
         self._progress = metrics.Progress(
             resume_state.step, run.total_steps, config.batch_size, record.seconds()["train"]
+        )
+        self._writer = metrics.MetricWriter(
+            directory,
+            tensorboard=config.log.tensorboard,
+            start_step=resume_state.step,
+            sinks=self._sinks(directory),
+        )
+        self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
+        self._tracer = Tracer(
+            directory, due=run.trace_at, steps=config.log.trace_steps, say=self._progress.note
         )
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._reported: Mapping[str, int] = resume_state.skipped
@@ -136,6 +149,29 @@ class Loop:
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
         )
+        self._watchdog = Watchdog(
+            config.step.timeout,
+            config.data.stall_timeout,
+            lambda: "data" if self._feed.waiting else record.phase,
+            self._describe,
+            directory,
+        )
+
+    def _sinks(self, directory: epath.PathLike) -> list[metrics.Sink]:
+        """Starts the trackers of the config."""
+        names = trackers.parse(self._config.log.trackers)
+        if not names or jax.process_index() != 0:
+            return []
+        started = trackers.Trackers(
+            names,
+            workdir=epath.Path(directory),
+            project=self._config.log.project,
+            start_step=self._resume_state.step,
+            config=workdir.flatten(workdir.to_plain(self._config)),
+            hardware=hardware(self._run.mesh),
+            say=self._progress.note,
+        )
+        return [started]
 
     def progress(self, step: int) -> ResumeState:
         """Returns the progress of all hosts up to `step`, the resumed runs included.
@@ -186,19 +222,28 @@ class Loop:
             self._logging(),
             contextlib.closing(self._feed),
             self._requests.deferred(run.mesh),
+            self._watchdog.watching(),
             self._record.during("train"),
+            contextlib.ExitStack() as stack,
         ):
+            stack.callback(self._tracer.close)
             if self._resume_state.evaluation_due:
                 evaluated = self._evaluate(state, first)
                 if evaluated is None:
                     raise self._requests.stopped(first)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
-                state, values = step_fn(state, batch)
+                self._watchdog.beat(step)
+                with self._tracer.step(step):
+                    state, values = step_fn(state, batch)
                 self._skips.record(step, values)
+                self._tracer.after(step, values)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total_steps):
                     self._pending = step, values
                 self._asked |= self._requests.poll()
+                if Request.TRACE in self._asked:
+                    self._tracer.start(step + 1)
+                    self._asked &= ~Request.TRACE
                 evaluated = {}
                 if clock.is_due(step, run.eval_every, run.total_steps):
                     evaluated = self._evaluate(state, step)
@@ -260,10 +305,12 @@ class Loop:
         trained = seconds["train"] + seconds["data"]
         rate, waited = self._progress.measure(step, trained, self._feed.waited)
         self._record.reached(step, self._feed.waited)
+        self._lease.check(if_late=True)
         row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
         if "skipped" in values:
             row["train/skipped_steps"] = self._skips.counts.total()
         row["train/images_per_second"] = rate
+        row |= self._telemetry.measure(rate)
         # This host's alone: a sum over hosts would hold up the device.
         row["data/waiting"] = waited
         row["data/skipped"] = sum(self._data.skipped.values())
@@ -329,6 +376,7 @@ class Loop:
 
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
+        self._watchdog.beat()
         self._asked |= self._requests.poll()
         if Request.STOP in self._asked:
             raise _Interrupted
@@ -354,6 +402,7 @@ class Loop:
         self._skips.read(step)
         self._record.reached(step, self._feed.waited)
         with self._record.during("checkpoint"):
+            self._lease.check()
             self._write(state, step, evaluated)
         self._requests.saved()
         self._asked &= ~Request.SAVE

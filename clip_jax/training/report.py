@@ -14,6 +14,8 @@ from clip_jax.evaluate import report
 from clip_jax.evaluate.results import Result, Score
 
 _DIRECTIONS = ("text_to_image", "image_to_text")
+# A straight line, and images_per_second over a constant.
+_REDUNDANT = ("images_seen", "images_per_second_per_chip")
 SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first so many
 
 
@@ -122,10 +124,10 @@ def panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -
 def panels(
     history: Iterable[Mapping[str, float]], chance: Mapping[str, float]
 ) -> tuple[list[Panel], list[Panel]]:
-    """Draws losses and the main scores by group; then every other metric in a plot of its own."""
+    """Draws losses and the main scores by group; then all other metrics, families in one plot."""
     series = curves.collect(history, chance)
     main: dict[str, list[curves.Series]] = {}
-    small = []
+    small: dict[str, list[curves.Series]] = {}
     for name, one in series.items():
         group, _, leaf = name.rpartition("/")
         # There may be dozens of data sets by name ("zeroshot/imagenet/top1").
@@ -136,10 +138,19 @@ def panels(
             main.setdefault("mean over data sets", []).append(one)
         elif leaf.startswith(("top", "recall@")) and described:
             main.setdefault(group, []).append(one)
-        elif leaf != "images_seen":  # a straight line
-            small.append(panel(_title(name.removeprefix("train/")), [one]))
+        elif leaf not in _REDUNDANT:
+            small.setdefault(_family(name), []).append(one)
     large = [panel(_title(title), some, title != "loss") for title, some in main.items()]
-    return sorted(large, key=lambda one: one.title != "loss"), small
+    drawn = [panel(_title(title.removeprefix("train/")), some) for title, some in small.items()]
+    return sorted(large, key=lambda one: one.title != "loss"), drawn
+
+
+def _family(name: str) -> str:
+    """Returns the plot of a metric: that of the whole for "train/grad_norm/image", else its own."""
+    group, _, rest = name.partition("/")
+    if group in ("time", "device"):
+        return group
+    return f"{group}/{rest.partition('/')[0]}" if group in ("train", "data") else name
 
 
 def _title(name: str) -> str:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, formatting, hosts, metrics, starts
+from clip_jax.common import clock, formatting, hosts, metrics, starts, trackers
 from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
@@ -74,7 +74,7 @@ def _train(
     run = _prepare(config, directory)
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lease.held(directory))
+        held = stack.enter_context(lease.held(directory))
         record = Record(directory, began)
 
         def report(step: int, text: str) -> None:
@@ -126,7 +126,7 @@ def _train(
         record.begins(resume_state.step)
         while True:
             data = _data(run, config, directory, resume_state.examples_seen)
-            loop = Loop(run, config, directory, store, data, resume_state, requests, record)
+            loop = Loop(run, config, directory, store, data, resume_state, requests, record, held)
             try:
                 final = loop.run(state, step_fn)
                 done = loop.progress(run.total_steps)
@@ -162,6 +162,7 @@ def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
 def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     """Does all that can fail on a wrong setting, before anything slow."""
     mesh, net = program.make_mesh_and_net(config)
+    trackers.parse(config.log.trackers)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
     fallback_dir = _fallback_dir(directory)
@@ -196,6 +197,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         log_every=to_steps(config.log.every),
         eval_every=to_steps(config.eval.every),
         checkpoint_every=_every(config.checkpoint.every, to_steps),
+        trace_at=to_steps(config.log.trace) if config.log.trace else 0,
     )
 
 

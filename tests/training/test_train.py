@@ -46,7 +46,7 @@ def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     return {
         key: value
         for key, value in tiny_run.read_metrics(workdir).items()
-        if key[1] != "train/images_per_second" and not key[1].startswith(("data/", "time/"))
+        if not key[1].startswith(("train/images_per_second", "data/", "time/", "host/"))
     }
 
 
@@ -82,9 +82,12 @@ def test_metrics_of_a_run():
     for step, name in found:
         by_name[name].append(step)
     every = list(range(1, 13))
-    for name in ("loss", "grad_norm", "param_norm", "logit_scale", "learning_rate"):
+    trained = ["loss", "logit_scale", "learning_rate", "alignment", "uniformity/text"]
+    trained += ["grad_norm", "param_norm", "param_norm/image", "images_per_second_per_chip"]
+    for name in trained:
         assert by_name[f"train/{name}"] == every
     assert by_name["train/images_per_second"] == by_name["data/skipped"] == every
+    assert by_name["host/memory_gib"] == every
     for name in ("zeroshot/top1", "zeroshot/top5", "retrieval/text_to_image/recall@10"):
         assert by_name[name] == [6, 12]
     losses = [found[step, "train/loss"] for step in every]
