@@ -143,10 +143,9 @@ class Run:
     def left(self) -> float | None:
         """Seconds to the end at the pace of the last start that trained; None: not known."""
         for start in self.starts[::-1]:
-            done = (start.step or 0) - (start.from_step or 0)
-            if done and self.total is not None and self.step is not None:
+            if start.trained and self.total is not None and self.step is not None:
                 busy = sum(start.seconds.get(name, 0.0) for name in _BUSY)
-                return max(0, self.total - self.step) * busy / done
+                return max(0, self.total - self.step) * busy / start.trained
         return None
 
 
@@ -315,7 +314,7 @@ def state(run: Run) -> State:
         return State.RUNNING if run.rows else State.STARTING
     if last.code is not None:  # another start holds the lease, and has not written yet
         return State.STARTING
-    if not (last.step or 0) - (last.from_step or 0):
+    if not last.trained:
         return State.STALLED if last.duration > _LONG else State.STARTING
     return State.STALLED if (run.since_step or 0.0) > _patience(run, last) else State.RUNNING
 
@@ -325,7 +324,7 @@ def _patience(run: Run, last: Start) -> float:
     if last.phase not in ("", "train", "data"):
         return _LONG
     busy = last.seconds.get("train", 0.0) + last.seconds.get("data", 0.0) - (run.since_step or 0.0)
-    pace = max(0.0, busy) / max(1, (last.step or 0) - (last.from_step or 0))
+    pace = max(0.0, busy) / max(1, last.trained)
     # A run records the steps that it logs.
     logged = [int(row["step"]) for row in run.rows if "train/loss" in row][-2:]
     interval = logged[1] - logged[0] if len(logged) == 2 else 0
@@ -345,7 +344,7 @@ def sentence(run: Run) -> str:
             else "A lease names a run, but not when it gave a sign of life."
         )
     if now is State.STALLED and last is not None:
-        if run.since_step is None or last.step == last.from_step:
+        if run.since_step is None or not last.trained:
             return f"It has not come to a step in {format_seconds(last.duration)}."
         during = {"checkpoint": " (saving)", "evaluation": " (evaluating)"}.get(last.phase, "")
         return (

@@ -101,6 +101,20 @@ def test_a_start_that_finished_no_step(tmp_path):
     assert account.goodput == 0.0
 
 
+def test_roll_backs(tmp_path):
+    """Steps 51 to 80 twice, then 21 to 100 again; the next start repeats 91 to 100."""
+    rollbacks = [{"from_step": 80, "to_step": 50}, {"from_step": 70, "to_step": 20}]
+    made_runs.write_start(
+        tmp_path, 1, (0, 400), (10, 100), {"train": 340.0, "data": 60.0}, rollbacks=rollbacks
+    )
+    made_runs.write_start(tmp_path, 2, (400, 500), (90, 190), {"train": 100.0})
+    account, _ = read(tmp_path)
+    trained = [*range(11, 81), *range(51, 71), *range(21, 101)]  # by start 1, 2 s each
+    assert account.lost == {1: len(trained) - 80, 2: 0}
+    assert account.seconds["train"] == pytest.approx(80 * 2 + 100)
+    assert account.seconds["lost"] == pytest.approx((len(trained) - 80) * 2)
+
+
 # ---- Damage ------------------------------------------------------------------------------------
 
 
@@ -152,7 +166,10 @@ DAMAGES: list[tuple[dict[str, Any] | bytes, str]] = [
     ({"step": 3.5}, '"step" is 3.5'),
     ({"step": True}, '"step" is True'),
     ({"step": 10**400}, '"step" is 1'),
-    ({"from_step": 300}, '"step" 100 is before "from_step" 300'),
+    ({"from_step": 300}, "it goes from step 300 to step 100"),
+    ({"rollbacks": [{"from_step": 90, "to_step": 300}]}, "it goes from step 300 to step 100"),
+    ({"rollbacks": [{"from_step": 90, "to_step": -3}]}, '"to_step" is -3'),
+    ({"rollbacks": 3}, '"rollbacks"'),
     ({"seconds": {"train": -1.0}}, "'train' is -1.0"),
     ({"seconds": {"train": float("nan")}}, "not JSON"),
     ({"seconds": {"train": 10**400}}, "'train' is 1"),

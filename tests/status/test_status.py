@@ -14,10 +14,12 @@ import html_page
 import made_runs
 import pytest
 import tiny_run
+from etils import epath
 
 from clip_jax.status import chart, cli, page, run, text
 from clip_jax.status.look import Look, of_stream
 from clip_jax.status.run import State
+from clip_jax.storage import faults
 from clip_jax.training import lease
 
 PLAIN = Look(100, colour=False, unicode=True)
@@ -465,3 +467,36 @@ def test_a_real_run_that_is_killed_and_resumed(tmp_path):
     assert first["ended"].startswith("killed")
     assert 0 < finished["goodput"] < 1
     assert finished["seconds"]["down"] >= 0
+
+
+# ---- Buckets -----------------------------------------------------------------------------------
+
+
+def test_in_a_bucket(bucket, weekend, monkeypatch):
+    """The same as on disk; an object that marks a checkpoint as complete is there or not."""
+    far = epath.Path("gs://bucket/runs/weekend")
+    for path in weekend.rglob("*"):
+        if path.is_file():
+            (far / path.relative_to(weekend)).write_bytes(path.read_bytes())
+    for step in ("8000", "10000"):
+        (far / "checkpoints" / step / "commit_success.txt").write_text("")
+    (far / "checkpoints" / "12000" / "model").write_text("half")
+    found = run.look(str(far), made_runs.at(NOW))
+    here = look(weekend)
+    assert found.error is None
+    assert run.state(found) is State.RUNNING
+    assert (found.starts, found.rows, found.account) == (here.starts, here.rows, here.account)
+    assert found.checkpoints.steps == [8000, 10_000]
+    assert run.state(run.look(str(far), made_runs.at(9400))) is State.DEAD
+    page.write(far / "status.html", [found])
+    html_page.check((far / "status.html").read_text())
+
+
+def test_buckets_that_cannot_be_read(bucket, monkeypatch):
+    monkeypatch.setattr(faults, "RETRY_FOR", 1.0)
+    for name, told in ("gs://bucket/nothing", "holds no run"), ("gs://no-such/a", "no-such"):
+        found = run.look(name)
+        assert run.state(found) is State.UNREADABLE
+        assert told in str(found.error)
+    bucket.rights("bucket", "none")
+    assert run.state(run.look("gs://bucket/nothing")) is State.UNREADABLE
