@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import Any
 
 from etils import epath
 
@@ -43,4 +44,9 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
+    return row if all(map(_is_number, row.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    # JSON has integers of any length; one that is no float would be an error wherever it is used.
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -39,7 +39,7 @@ KINDS = {
     UNKNOWN: "without a record",
 }
 
-_OUTCOMES = {
+_OUTCOMES: dict[int, str] = {
     ExitCode.DONE: "finished",
     ExitCode.FAULT: "fault",
     ExitCode.USER_ERROR: "user error",
@@ -48,6 +48,7 @@ _OUTCOMES = {
 }
 _READERS = 16  # files of a bucket that are read at a time
 _NAME = re.compile(r"(\d{4,})\.json")
+_LONGEST = 1e10  # seconds that a start can have taken
 _SLACK = 2.0  # seconds by which clocks and sums may differ unnoticed
 
 
@@ -76,6 +77,7 @@ class Start:
       code: exit code; None: no end is recorded.
       reason: sentence on the end, "" without one.
       from_step, step: first and last step; None: it did not come to training.
+      rollbacks: steps from and to which it went back, to train them again past bad batches.
       total_steps: length of the run; None: not known.
       batch_size: examples per step; None: not known.
       seconds: time by phase.
@@ -92,6 +94,7 @@ class Start:
     reason: str
     from_step: int | None
     step: int | None
+    rollbacks: Sequence[tuple[int, int]]
     total_steps: int | None
     batch_size: int | None
     seconds: Mapping[str, float]
@@ -104,6 +107,19 @@ class Start:
     def duration(self) -> float:
         """Seconds from its beginning to the last sign of life."""
         return max(0.0, (self.seen - self.began).total_seconds())
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """First and last step of each stretch between roll-backs, in order."""
+        if self.from_step is None or self.step is None:
+            return []
+        firsts = [self.from_step, *(to for _, to in self.rollbacks)]
+        return list(zip(firsts, [*(last for last, _ in self.rollbacks), self.step]))
+
+    @property
+    def trained(self) -> int:
+        """The number of steps that it took, repeated ones counted again."""
+        return sum(last - first for first, last in self.stretches)
 
     def outcome(self, live: bool = False) -> str:
         """Returns how it ended, in a word or two; `live`: it may still run."""
@@ -126,7 +142,7 @@ class Account:
     Attributes:
       seconds: time by kind, as in `KINDS`; the sum is the time from the first beginning to the last
         sign of life.
-      lost: number of steps of each start, by its number, that a later one trained again.
+      lost: number of steps of each start, by its number, that were trained again.
       remarks: a sentence about each thing that makes the figures uncertain.
     """
 
@@ -199,7 +215,7 @@ def parse(text: bytes | str, number: int) -> Start:
       ValueError: a part is missing or impossible; the message names it.
     """
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=_refuse)
     except ValueError:
         raise ValueError("it is cut short, or not JSON") from None
     if not isinstance(fields, dict):
@@ -211,10 +227,7 @@ def parse(text: bytes | str, number: int) -> Start:
     from_step, step = _count(fields, "from_step"), _count(fields, "step")
     if from_step is None or step is None:
         from_step = step = None
-    elif step < from_step:
-        raise ValueError(f'"step" {step} is before "from_step" {from_step}')
-    seconds = _seconds(fields)
-    return Start(
+    start = Start(
         number=number,
         began=_time(fields, "began"),
         seen=_time(fields, "seen"),
@@ -224,17 +237,26 @@ def parse(text: bytes | str, number: int) -> Start:
         step=step,
         total_steps=_count(fields, "total_steps"),
         batch_size=_count(fields, "batch_size"),
-        seconds=seconds,
+        rollbacks=_rollbacks(fields.get("rollbacks") or []),
+        seconds=_seconds(fields),
         events=_events(fields.get("events") or []),
         phase=str(fields.get("phase") or ""),
         stepped=_time(fields, "stepped") if fields.get("stepped") else None,
         facts={name: value for name, value in fields.items() if name not in known},
     )
+    for first, last in start.stretches:
+        if last < first:
+            raise ValueError(f"it goes from step {first} to step {last}")
+    return start
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _count(fields: Mapping[str, Any], name: str) -> int | None:
     value = fields.get(name)
-    if value is not None and (type(value) is not int or value < 0):
+    if value is not None and (type(value) is not int or not 0 <= value < 2**63):
         raise ValueError(f'"{name}" is {value!r:.60}')
     return value
 
@@ -246,6 +268,8 @@ def _time(fields: Mapping[str, Any], name: str) -> datetime:
         raise ValueError(f'"{name}" is {fields.get(name)!r:.60}') from None
     if found.tzinfo is None:
         raise ValueError(f'"{name}" has no time zone')
+    if not 1970 <= found.year < 9000:  # near the ends of the calendar there is no local time
+        raise ValueError(f'"{name}" is in the year {found.year}')
     return found
 
 
@@ -254,9 +278,15 @@ def _seconds(fields: Mapping[str, Any]) -> dict[str, float]:
     if not isinstance(found, dict):
         raise ValueError(f'"seconds" is {found!r:.60}')
     for name, value in found.items():
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+        if type(value) not in (int, float) or not 0 <= value < _LONGEST:
             raise ValueError(f'"seconds" of {name!r:.60} is {value!r:.60}')
     return found
+
+
+def _rollbacks(found: Any) -> list[tuple[int, int]]:
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError('"rollbacks" is no list of objects')
+    return [(_count(one, "from_step") or 0, _count(one, "to_step") or 0) for one in found]
 
 
 def _events(found: Any) -> list[Event]:
@@ -275,9 +305,11 @@ def account(starts: Sequence[Start]) -> Account:
     """Sums up the time of all starts, in order."""
     seconds = dict.fromkeys(KINDS, 0.0)
     remarks: list[str] = []
-    kept = _kept(starts)
-    for start in starts:
-        _add(start, kept[start.number][1] if start.number in kept else None, seconds, remarks)
+    lost = {}
+    for start, stretches in zip(starts, _stretches(starts)):
+        if start.step is not None:
+            lost[start.number] = sum(one.reached - one.kept for one in stretches)
+        _add(start, stretches, seconds, remarks)
     if starts and starts[0].number > 1:
         remarks.append(
             f"{_missing(1, starts[0].number - 1)} The time before start {starts[0].number} is not "
@@ -299,7 +331,6 @@ def account(starts: Sequence[Start]) -> Account:
             )
         else:
             seconds[DOWN] += max(0.0, gap)
-    lost = {number: reached - until for number, (reached, until) in sorted(kept.items())}
     return Account(seconds, lost, remarks)
 
 
@@ -309,36 +340,57 @@ def _missing(first: int, last: int) -> str:
     return f"Starts {first} to {last} have no record that can be read."
 
 
-def _kept(starts: Sequence[Start]) -> dict[int, tuple[int, int]]:
-    """Returns the last step of each start, and the last that no later start trained again."""
-    kept: dict[int, tuple[int, int]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Stretch:
+    """Steps that were trained one after the other.
+
+    Attributes:
+      first, last: first and last step, as recorded.
+      reached: last step that was trained.
+      kept: last step that was not trained again.
+    """
+
+    first: int
+    last: int
+    reached: int
+    kept: int
+
+
+def _stretches(starts: Sequence[Start]) -> list[list[_Stretch]]:
+    """Returns the stretches of each start, with what later ones left of them."""
+    found: list[list[_Stretch]] = []
     following: Start | None = None  # the start that trained next
-    limit = math.inf  # the first step of all later starts
+    limit = math.inf  # the first step of all later stretches
     for start in reversed(starts):
-        if start.from_step is None or start.step is None:
-            continue
-        reached = start.step
-        # The record of a killed start is some seconds old, and the steps since then may have been
-        # saved. Where a start is missing between the two, it may as well have done them.
-        if following is not None and _complete(starts, start.number, following.number):
-            reached = max(reached, following.from_step or 0)
-        kept[start.number] = reached, max(int(min(reached, limit)), start.from_step)
-        limit, following = min(limit, start.from_step), start
-    return kept
+        found.append([])
+        for first, last in reversed(start.stretches):
+            reached = last
+            # The record of a killed start is some seconds old, and the steps since then may have
+            # been saved. Where a start is missing between, it may as well have done them.
+            if not found[-1] and following and _complete(starts, start.number, following.number):
+                reached = max(reached, following.from_step or 0)
+            kept = max(first, int(min(reached, limit)))
+            found[-1].insert(0, _Stretch(first, last, reached, kept))
+            limit = min(limit, first)
+        following = start if start.stretches else following
+    return found[::-1]
 
 
 def _complete(starts: Sequence[Start], first: int, last: int) -> bool:
     return sum(first <= start.number <= last for start in starts) == last - first + 1
 
 
-def _add(start: Start, until: int | None, seconds: dict[str, float], remarks: list[str]) -> None:
-    """Adds the time within one start; steps after `until` were lost."""
+def _add(
+    start: Start, stretches: Sequence[_Stretch], seconds: dict[str, float], remarks: list[str]
+) -> None:
+    """Adds the time within one start."""
     for name, value in start.seconds.items():
         seconds[name if name in PHASES else OTHER] += value
-    if until is not None and start.step is not None and start.from_step is not None:
+    if stretches:
         # A step lost beyond the record took no recorded time; one that was not finished was lost.
-        steps, lost = start.step - start.from_step, max(0, start.step - until)
-        repeated = start.seconds.get("train", 0.0) * (lost / steps if steps else 1.0)
+        steps = sum(one.last - one.first for one in stretches)
+        again = sum(max(0, one.last - one.kept) for one in stretches)
+        repeated = start.seconds.get("train", 0.0) * (again / steps if steps else 1.0)
         seconds["train"] -= repeated
         seconds[LOST] += repeated
     rest = start.duration - sum(start.seconds.values())

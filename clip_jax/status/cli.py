@@ -95,8 +95,10 @@ def _show(found: Sequence[Run], options: argparse.Namespace) -> None:
     how = look.of_stream(sys.stdout)
     shown = text.one(found[0], how) if len(found) == 1 else text.several(found, how)
     if options.watch:
-        clear = _CLEAR if sys.stdout.isatty() else ""
-        shown = f"{clear}{datetime.now():%a %d %b %H:%M:%S}\n\n{shown}\n"
+        shown = f"{datetime.now():%a %d %b %H:%M:%S}\n\n{shown}\n"
+    if options.watch and sys.stdout.isatty():  # what does not fit would scroll the rest away
+        height = os.get_terminal_size(sys.stdout.fileno()).lines
+        shown = _CLEAR + "\n".join(shown.splitlines()[: height - 1])
     print(how.shown(shown), flush=True)
     if options.html:
         print(f"\nPage: {options.html}", flush=True)

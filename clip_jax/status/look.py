@@ -44,7 +44,7 @@ class Look:
     def shown(self, text: str) -> str:
         """Returns text with such characters only as can be shown."""
         if self.unicode:
-            return text
+            return text.encode("utf-8", "replace").decode()
         return text.translate(_ASCII).encode("ascii", "replace").decode()
 
     def resized(self, width: int) -> "Look":
@@ -73,4 +73,4 @@ def of_stream(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Lo
 
 def plain(text: str) -> str:
     """Returns text in one line without control characters, which a terminal would obey."""
-    return " ".join("".join(c if unicodedata.category(c) != "Cc" else " " for c in text).split())
+    return " ".join("".join(" " if unicodedata.category(c)[0] == "C" else c for c in text).split())

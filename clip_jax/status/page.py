@@ -7,7 +7,8 @@ from typing import Any
 from etils import epath
 
 from clip_jax.common import starts
-from clip_jax.common.pages import page
+from clip_jax.common.pages import curves, page
+from clip_jax.common.pages.svg import Panel
 from clip_jax.status import run as runs
 from clip_jax.status import text
 from clip_jax.status.run import LIVE, Run
@@ -22,27 +23,36 @@ def write(path: epath.PathLike, found: Sequence[Run]) -> None:
       found: at least one run.
     """
     names = text.short_names([run.name for run in found])
-    rows = [row for name, run in zip(names, found) for row in _losses(name, run)]
     page.write(
         path,
         Path(__file__).with_name("status.html.jinja"),
         title=found[0].name if len(found) == 1 else f"{len(found)} runs",
         now=found[0].now,
-        runs=[_values(run, name) for run, name in zip(found, names)],
+        runs=[_values(run, name, len(found) == 1) for run, name in zip(found, names)],
         columns=text.COLUMNS,
-        compared=report.panels(rows, {})[0] if len(found) > 1 else [],
+        compared=_compared(names, found) if len(found) > 1 else [],
         kinds=starts.KINDS,
     )
 
 
-def _losses(name: str, run: Run) -> list[dict[str, float]]:
-    """Returns the losses of a run under its own name, for one plot of all."""
-    values = text.series(run, "train/loss")
-    return [{"step": step, f"{name}/loss": value} for step, value in values.items()]
+def _compared(names: Sequence[str], found: Sequence[Run]) -> list[Panel]:
+    """Draws the loss and the scores of all runs, each over one pair of axes."""
+    panels = []
+    for metric in dict.fromkeys(["train/loss", *filter(None, map(text.score_name, found))]):
+        points = [text.series(run, metric) for run in found]
+        rows = [
+            {"step": step, f"{name}/{metric}": value}
+            for name, values in zip(names, points)
+            for step, value in values.items()
+        ]
+        if series := list(curves.collect(rows, {}).values()):
+            title = "loss" if metric == "train/loss" else metric
+            panels.append(report.panel(title, series, text.is_score(metric)))
+    return panels
 
 
-def _values(run: Run, name: str) -> dict[str, Any]:
-    main_plots, small_plots = report.panels(run.rows, {})
+def _values(run: Run, name: str, alone: bool) -> dict[str, Any]:
+    main_plots, small_plots = report.panels(run.rows if alone else [], {})
     return {
         "name": name,
         "state": runs.state(run).value,

@@ -143,10 +143,9 @@ class Run:
     def left(self) -> float | None:
         """Seconds to the end at the pace of the last start that trained; None: not known."""
         for start in self.starts[::-1]:
-            done = (start.step or 0) - (start.from_step or 0)
-            if done and self.total is not None and self.step is not None:
+            if start.trained and self.total is not None and self.step is not None:
                 busy = sum(start.seconds.get(name, 0.0) for name in _BUSY)
-                return (self.total - self.step) * busy / done
+                return max(0, self.total - self.step) * busy / start.trained
         return None
 
 
@@ -178,10 +177,14 @@ def look(name: str, now: datetime | None = None, before: Run | None = None) -> R
 
 def _look(name: str, now: datetime, before: Run | None) -> Run:
     workdir = locations.reachable(name)
+    if not remote.is_remote(workdir) and not workdir.is_dir():
+        there = "is a file" if workdir.exists() else "is no directory"
+        raise UserError(f"{name} {there}. Give the --workdir of a run, or several.")
     found, remarks = starts.read(workdir)
     account = starts.account(found)
     rows, dropped = metric_rows.read(workdir)
     config, config_remarks = _config(workdir)
+    metric = config.get("checkpoint.best_metric")
     holder = lease.read(workdir)
     if not (found or rows or config or holder or remarks):
         raise UserError(_no_run(name, workdir))
@@ -204,7 +207,7 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
         account=account,
         holder=holder,
         rows=rows,
-        checkpoints=_checkpoints(workdir, rows, config.get("checkpoint.best_metric") or ""),
+        checkpoints=_checkpoints(workdir, rows, metric if isinstance(metric, str) else ""),
         config=config,
         reported=locations.stat(workdir / "report.html") is not None,
         remarks=remarks,
@@ -216,10 +219,6 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
 
 def _no_run(name: str, workdir: epath.Path) -> str:
     if not remote.is_remote(workdir):
-        if not workdir.exists():
-            return f"There is no directory {name}. Give the --workdir of a run, or several."
-        if not workdir.is_dir():
-            return f"{name} is a file. Give the --workdir of a run, or several."
         inner = sorted(path.parent.name for path in workdir.glob("*/config.json"))
         if inner:
             return (
@@ -239,11 +238,11 @@ def _config(workdir: epath.Path) -> tuple[dict[str, Any], list[str]]:
         found = json.loads(ranges.read(path))
         if not isinstance(found, dict):
             raise ValueError
+        return _flat(found), []
     except FileNotFoundError:
         return {}, []
     except (ValueError, RecursionError):
         return {}, ["config.json is left out, since it is damaged."]
-    return _flat(found), []
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -282,9 +281,8 @@ def _alive(run: Run, workdir: epath.Path, before: Run | None) -> bool | None:
     """Returns whether a process of the run lives; None: its clock and this one differ."""
     if run.holder is not None and (here := lease.lives(run.holder)) is not None:
         return here
-    if run.last is not None and run.last.code is not None and run.holder is None:
-        return False
-    ages = [] if run.silent is None or run.last.code is not None else [run.silent]
+    ended = run.last is not None and run.last.code is not None
+    ages = [] if run.silent is None or ended else [run.silent]
     if run.holder is not None and not remote.is_remote(workdir):
         stat = locations.stat(workdir / lease.FILE)
         ages += [] if stat is None else [run.now.timestamp() - int(stat.version) / 1e9]
@@ -316,7 +314,7 @@ def state(run: Run) -> State:
         return State.RUNNING if run.rows else State.STARTING
     if last.code is not None:  # another start holds the lease, and has not written yet
         return State.STARTING
-    if not (last.step or 0) - (last.from_step or 0):
+    if not last.trained:
         return State.STALLED if last.duration > _LONG else State.STARTING
     return State.STALLED if (run.since_step or 0.0) > _patience(run, last) else State.RUNNING
 
@@ -326,7 +324,7 @@ def _patience(run: Run, last: Start) -> float:
     if last.phase not in ("", "train", "data"):
         return _LONG
     busy = last.seconds.get("train", 0.0) + last.seconds.get("data", 0.0) - (run.since_step or 0.0)
-    pace = max(0.0, busy) / max(1, (last.step or 0) - (last.from_step or 0))
+    pace = max(0.0, busy) / max(1, last.trained)
     # A run records the steps that it logs.
     logged = [int(row["step"]) for row in run.rows if "train/loss" in row][-2:]
     interval = logged[1] - logged[0] if len(logged) == 2 else 0
@@ -346,7 +344,7 @@ def sentence(run: Run) -> str:
             else "A lease names a run, but not when it gave a sign of life."
         )
     if now is State.STALLED and last is not None:
-        if run.since_step is None or last.step == last.from_step:
+        if run.since_step is None or not last.trained:
             return f"It has not come to a step in {format_seconds(last.duration)}."
         during = {"checkpoint": " (saving)", "evaluation": " (evaluating)"}.get(last.phase, "")
         return (

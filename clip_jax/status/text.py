@@ -17,6 +17,7 @@ COLUMNS = ("state", "step", "done", "loss", "score", "images/s", "MFU", "goodput
 _STARTS, _EVENTS = 10, 8  # that are listed, the latest
 _METRICS = 24  # that are listed
 _WIDE, _GAP = 96, 4  # columns from which two plots stand side by side, and those between them
+_FAR = 3e8  # seconds from which no date of the end is given
 _BAR = 24  # columns of a full bar
 _COLOURS = {State.STALLED: "warn", State.STOPPED: "warn", State.UNCLEAR: "warn"} | dict.fromkeys(
     WELL, "good"
@@ -154,8 +155,9 @@ def _speed(run: Run, state: State) -> str:
     if math.isfinite(mfu := run.recent("train/mfu")):
         parts.append(f"MFU {percent(mfu)}")
     if state is State.RUNNING and run.left is not None:
-        at = clock_time(run.now + timedelta(seconds=run.left), run.now)
-        parts.append(f"about {format_seconds(run.left)} left, until {at}")
+        until = run.now + timedelta(seconds=min(run.left, _FAR))
+        parts.append(f"about {format_seconds(run.left)} left")
+        parts += [f"until {clock_time(until, run.now)}"] if run.left < _FAR else []
     return ", ".join(parts)
 
 
@@ -336,8 +338,8 @@ def score_name(run: Run) -> str:
     """Returns the metric by which a run is judged: that of its best checkpoint, or the first."""
     names = dict.fromkeys(name for row in run.rows for name in row)
     best = run.config.get("checkpoint.best_metric")
-    if best in names:
-        return str(best)
+    if isinstance(best, str) and best in names:
+        return best
     return next((n for leaf in _SCORES for n in names if n.rpartition("/")[2] == leaf), "")
 
 

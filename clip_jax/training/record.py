@@ -60,7 +60,8 @@ class Record:
         self._from_step: int | None = None  # until it is known
         self._step = 0
         self._stepped = began
-        self._waited = 0.0
+        self._waited = self._waited_before = 0.0  # in this stretch, and before its roll-back
+        self._rollbacks: list[dict[str, int]] = []
         self._end: dict[str, Any] | None = None
         self._events: list[dict[str, Any]] = []
         self._changed = threading.Lock()
@@ -105,11 +106,11 @@ class Record:
         """Returns the seconds of this start by phase.
 
         Args:
-          waited: those of the training that were spent waiting for data.
+          waited: those of the training, since the last roll-back, that were spent waiting for data.
         """
         self._switch(None)  # by name, another thread might undo a switch of this moment
         found = dict(self._seconds)
-        found["data"] = min(waited, found["train"])
+        found["data"] = min(self._waited_before + waited, found["train"])
         found["train"] -= found["data"]
         return found
 
@@ -121,6 +122,12 @@ class Record:
     def reached(self, step: int, waited: float) -> None:
         """Records a step that the devices have finished, and the seconds waited for data so far."""
         self._step, self._waited, self._stepped = step, waited, time.monotonic()
+
+    def went_back(self, from_step: int, to_step: int) -> None:
+        """Records a roll-back, after which another feed brings the data."""
+        self._rollbacks = [*self._rollbacks, {"from_step": from_step, "to_step": to_step}]
+        self._waited_before += self._waited
+        self.reached(to_step, 0.0)
 
     def add(self, step: int, text: str) -> None:
         """Records that something went wrong, or was mended."""
@@ -163,6 +170,7 @@ class Record:
             "stepped": self._at(self._stepped),
             "from_step": self._from_step,
             "step": None if self._from_step is None else self._step,
+            "rollbacks": self._rollbacks,
             "seconds": self.seconds(self._waited),
             "events": self._events,
             **self._facts,

@@ -101,7 +101,8 @@ def write_report(
 # ---- Learning curves
 
 
-def _panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+def panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+    """Draws series over one pair of axes; `fraction`: they are shown in percent."""
     show = formatting.percent if fraction else svg.short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
@@ -139,9 +140,9 @@ def panels(
             main.setdefault(group, []).append(one)
         elif leaf not in _REDUNDANT:
             small.setdefault(_family(name), []).append(one)
-    large = [_panel(_title(title), some, title != "loss") for title, some in main.items()]
-    drawn = [_panel(_title(title.removeprefix("train/")), some) for title, some in small.items()]
-    return sorted(large, key=lambda panel: panel.title != "loss"), drawn
+    large = [panel(_title(title), some, title != "loss") for title, some in main.items()]
+    drawn = [panel(_title(title.removeprefix("train/")), some) for title, some in small.items()]
+    return sorted(large, key=lambda one: one.title != "loss"), drawn
 
 
 def _family(name: str) -> str:

@@ -353,7 +353,7 @@ def _roll_back(
     )
     _say(text)
     record.add(found.last, text)
-    record.reached(good, 0.0)
+    record.went_back(found.last, good)
     return dataclasses.replace(done, step=good, skipped_in_a_row=0, rollbacks=rollbacks), state
 
 

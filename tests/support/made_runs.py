@@ -60,13 +60,20 @@ def write_start(
     return fields
 
 
+def loss(step: int) -> float:
+    """The loss of a step."""
+    return 1.2 + 6 * math.exp(-step / 3000) + 0.1 * math.sin(step)
+
+
 def write_rows(workdir: pathlib.Path, steps: Sequence[int], offset: float = 0.0) -> None:
     """Writes rows of a loss that falls, and of a score that rises every 1,000 steps."""
     rows: list[dict[str, float]] = []
     for step in steps:
-        loss = 1.2 + 6 * math.exp(-step / 3000) + 0.1 * math.sin(step) + offset
-        rows.append({"step": step, "train/loss": loss, "train/images_per_second": 3210.0})
-        rows[-1] |= {"train/mfu": 0.412, "train/learning_rate": 1e-4, "data/skipped": 0.0}
+        rows.append(
+            {"step": step, "train/loss": loss(step) + offset, "train/images_per_second": 3210.0}
+        )
+        rows[-1] |= {"train/mfu": 0.412}
+        rows[-1] |= {"train/learning_rate": 1e-4, "data/skipped": 0.0}
         if step % 1000 == 0:
             rows.append({"step": step, "zeroshot/top1": 0.4 * (1 - math.exp(-step / 5000))})
     workdir.mkdir(parents=True, exist_ok=True)
