@@ -12,6 +12,9 @@ LOSS_METHODS = ("all_gather", "ring")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
+# config.step.nonfinite.
+NONFINITE = ("stop", "skip")
+
 # config.data.crop and config.data.order; see `data.crops` and `data.order`.
 CROPS = ("random", "resized", "center", "none")
 ORDERS = ("shuffled", "windowed", "stored")

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +23,8 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
+from clip_jax.training import skips, workdir
 from clip_jax.training import step as train_step
-from clip_jax.training import workdir
 from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
@@ -68,6 +68,10 @@ class ResumeState:
     seconds: float = 0.0  # wall time
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # examples by reason
     truncated: int = 0  # captions
+    skipped_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
+    skipped_in_a_row: int = 0  # steps, the last ones
+    # Each with "from_step", "to_step", and "examples_seen", the position to go on from.
+    rollbacks: Sequence[Mapping[str, int]] = ()
     seconds_by_phase: Mapping[str, float] = dataclasses.field(default_factory=dict)
     evaluation_due: bool = False  # the run was stopped before the evaluation of this step was done
 
@@ -109,10 +113,12 @@ class Loop:
           record: the record of this start.
         """
         self._run, self._config, self._store = run, config, store
-        self._data, self._resume_state = data, resume_state
+        self._directory, self._data, self._resume_state = directory, data, resume_state
         self._requests, self._record = requests, record
         self._asked = Request(0)  # and not served yet
-        self._progress = metrics.Progress(resume_state.step, run.total_steps, config.batch_size)
+        self._progress = metrics.Progress(
+            resume_state.step, run.total_steps, config.batch_size, record.seconds()["train"]
+        )
         self._writer = metrics.MetricWriter(
             directory,
             tensorboard=config.log.tensorboard,
@@ -125,6 +131,14 @@ class Loop:
         )
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._reported: Mapping[str, int] = resume_state.skipped
+        self._skips = skips.Skips(
+            config.step.max_skipped,
+            config.step.saved_batches,
+            counts=resume_state.skipped_steps,
+            in_a_row=resume_state.skipped_in_a_row,
+            note=self._report_event,
+            save=self._save_batch,
+        )
         self._feed = Feed(
             data,
             sharding.batch_sharding(run.mesh),
@@ -163,6 +177,9 @@ class Loop:
             seconds=before.seconds + sum(self._record.seconds().values()),
             skipped=dict(Counter(before.skipped) + Counter(seen)),
             truncated=before.truncated + truncated,
+            skipped_steps=dict(self._skips.counts),
+            skipped_in_a_row=self._skips.in_a_row,
+            rollbacks=before.rollbacks,
             seconds_by_phase=self._seconds_by_phase(),
         )
 
@@ -184,7 +201,11 @@ class Loop:
         )
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
-        """Trains to the last step; returns the last evaluation's metrics."""
+        """Trains to the last step; returns the last evaluation's metrics.
+
+        Raises:
+          RollBack: too many steps in a row were skipped.
+        """
         run, first = self._run, self._resume_state.step
         evaluated: dict[str, float] | None = {}
         with (
@@ -202,6 +223,7 @@ class Loop:
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
                 with self._tracer.step(step):
                     state, values = step_fn(state, batch)
+                self._skips.record(step, values)
                 self._tracer.after(step, values)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total_steps):
@@ -245,6 +267,10 @@ class Loop:
             yield
         except StorageError:
             raise  # to ask the same storage again would take as long again
+        except skips.RollBack:
+            self._requests.repeat(self._asked)
+            self._writer.close()
+            raise
         except BaseException:
             self._writer.flush()
             raise
@@ -261,12 +287,15 @@ class Loop:
         step, device_values = self._pending
         self._pending = None
         values = metrics.fetch(device_values)
+        self._skips.read(step)
         self._check_finite(step, values)
         seconds = self._record.seconds(self._feed.waited)
         trained = seconds["train"] + seconds["data"]
         rate, waited = self._progress.measure(step, trained, self._feed.waited)
         self._record.reached(step, self._feed.waited)
-        row = {f"train/{name}": value for name, value in values.items()}
+        row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
+        if "skipped" in values:
+            row["train/skipped_steps"] = self._skips.counts.total()
         row["train/images_per_second"] = rate
         row |= self._telemetry.measure(rate)
         # This host's alone: a sum over hosts would hold up the device.
@@ -282,9 +311,29 @@ class Loop:
         self._progress.show(step, values["loss"], rate, waited)
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        if values.get("skipped"):
+            return  # the model is as before
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"The {name} is {value} at step {step}. {self._store.way_back()}")
+                raise UserError(
+                    f"The {name} is {value} at step {step}. {self._store.way_back()} If only a few "
+                    "batches do this, the same command with --config.step.nonfinite=skip leaves "
+                    "them out."
+                )
+
+    def _report_event(self, step: int, text: str) -> None:
+        """Shows something that went wrong, and records it."""
+        self._progress.note(text)
+        self._record.add(step, text)
+
+    def _save_batch(self, step: int) -> str:
+        """Saves this host's part of the batch of a skipped step, read once more."""
+        path = skips.batch_path(self._directory, step, *sharding.process_part(self._run.mesh))
+        try:
+            batch = self._data.reread(self._examples_seen(step - 1))
+        except (OSError, UserError) as error:
+            return f"; its batch could not be read again: {error}"
+        return skips.save_batch(path, batch)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float] | None:
         """Evaluates; returns the scores, None where the run is asked to stop meanwhile."""
@@ -336,6 +385,7 @@ class Loop:
         """
         self._flush()
         self._check_finite(step, metrics.fetch(values))  # waits for the steps under way
+        self._skips.read(step)
         self._record.reached(step, self._feed.waited)
         with self._record.during("checkpoint"):
             self._write(state, step, evaluated)

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from clip_jax.common import formatting
+from clip_jax.common import formatting, starts
 from clip_jax.common.pages import curves, page, svg
 from clip_jax.common.pages.svg import Line, Panel
+from clip_jax.common.starts import Start
 from clip_jax.evaluate import report
 from clip_jax.evaluate.results import Result, Score
 
@@ -61,6 +62,7 @@ def write_report(
     results: Sequence[Result] = (),
     scores: Mapping[str, Score] | None = None,
     headlines: Mapping[str, Score] | None = None,
+    past: Sequence[Start] = (),
 ) -> None:
     """Writes the report of a run.
 
@@ -72,9 +74,10 @@ def write_report(
       results: results of the last evaluation.
       scores: scores of it by the names of the history, for the lines of chance.
       headlines: those of them that stand on top.
+      past: starts of the run, in order.
     """
     chance = {n: s.chance for n, s in (scores or {}).items() if s.chance is not None}
-    main_plots, small_plots = _panels(history, chance)
+    main_plots, small_plots = panels(history, chance)
     page.write(
         path,
         Path(__file__).with_name("report.html.jinja"),
@@ -85,6 +88,9 @@ def write_report(
         small_plots=small_plots[:SMALL_PLOTS],
         plots_left_out=len(small_plots[SMALL_PLOTS:]),
         sections=report.sections(results),
+        past=past,
+        account=starts.account(past),
+        kinds=starts.KINDS,
         stats=[
             {"label": _stat_title(name), "value": score.value, "chance": score.chance}
             for name, score in (headlines or {}).items()
@@ -114,7 +120,7 @@ def _panel(title: str, series: Sequence[curves.Series], fraction: bool = False) 
     return Panel(title, curves.draw(series, f"{title}: {text}", percent=fraction), legend)
 
 
-def _panels(
+def panels(
     history: Iterable[Mapping[str, float]], chance: Mapping[str, float]
 ) -> tuple[list[Panel], list[Panel]]:
     """Draws losses and the main scores by group; then all other metrics, families in one plot."""

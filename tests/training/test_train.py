@@ -118,7 +118,7 @@ def test_config_and_checkpoints_of_a_run():
     stored = json.loads((workdir / "config.json").read_text())
     assert stored == json.loads(tiny_run.config().to_json_best_effort())
     assert stored["batch_size"] == 16
-    assert steps_kept(workdir) == [4, 8, 12]
+    assert steps_kept(workdir) == [6, 8, 12]  # 6 was the best so far
     meta = json.loads((workdir / "checkpoints/12/meta/metadata").read_text())
     assert meta["config"] == stored
     assert (meta["step"], meta["examples_seen"]) == (12, 12 * 16)
@@ -177,8 +177,8 @@ def test_a_killed_run_resumes_to_the_bit(tmp_path, capsys):
     assert max(row["step"] for row in metrics.read_history(tmp_path)) == 8
     assert not (tmp_path / "report.html").exists()
     train.train(tiny_run.config(), tmp_path)
-    # The save at step 8 was perhaps still under way, the one at step 4 was not.
-    assert re.search(r"Resuming .* from step [48]\.", capsys.readouterr().out)
+    # The save at step 8 was perhaps still under way, the one at step 6 was not.
+    assert re.search(r"Resuming .* from step [68]\.", capsys.readouterr().out)
     whole = tiny_run.finished()
     assert learned(tmp_path) == learned(whole)
     assert_same_checkpoint(tmp_path, whole, step=12)
@@ -192,7 +192,7 @@ def test_resuming_from_an_earlier_checkpoint(copy, capsys):
     changes = {"checkpoint.keep": 1, "data.threads": 3, "data.processes": 2}
     config = tiny_run.config({**changes, "log.tensorboard": False})
     final = train.train(config, copy)
-    assert "from step 4." in capsys.readouterr().out
+    assert "from step 6." in capsys.readouterr().out
     whole = tiny_run.finished()
     assert learned(copy) == learned(whole)
     assert_same_checkpoint(copy, whole, step=12)
