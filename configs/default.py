@@ -140,6 +140,7 @@ def validate(config: ConfigDict) -> None:
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
+        ("step.timeout", config.step.timeout, 0),
         ("step.max_grad_norm", config.step.max_grad_norm, 0),
         ("step.max_skipped", config.step.max_skipped, 0),
         ("step.max_rollbacks", config.step.max_rollbacks, 0),
@@ -304,6 +305,10 @@ def _optim() -> ConfigDict:
 
 def _step() -> ConfigDict:
     step = ConfigDict()
+    # Seconds without a step after which the run says what each host was doing, and ends for a
+    # restart; 0: none. Waits for data have data.stall_timeout in addition, evaluations and
+    # checkpoints six times this without a sign of life.
+    step.timeout = 900.0
     # At a loss or gradient norm that is NaN or infinite: "stop" the run | "skip" the step, which
     # then changes neither model nor optimiser.
     step.nonfinite = "stop"

@@ -23,13 +23,14 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
-from clip_jax.training import skips, workdir
+from clip_jax.training import lease, skips, workdir
 from clip_jax.training import step as train_step
 from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
 from clip_jax.training.telemetry import Telemetry
 from clip_jax.training.tracer import Tracer
+from clip_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +100,7 @@ class Loop:
         resume_state: ResumeState,
         requests: Requests,
         record: Record,
+        held: lease.Lease,
     ):
         """Opens the logs in `directory`.
 
@@ -111,10 +113,11 @@ class Loop:
           resume_state: progress of the runs that this one resumes.
           requests: what is asked of the run from outside.
           record: the record of this start.
+          held: the lease of the workdir.
         """
         self._run, self._config, self._store = run, config, store
         self._directory, self._data, self._resume_state = directory, data, resume_state
-        self._requests, self._record = requests, record
+        self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
         self._progress = metrics.Progress(
             resume_state.step, run.total_steps, config.batch_size, record.seconds()["train"]
@@ -145,6 +148,13 @@ class Loop:
             config.data.prefetch,
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
+        )
+        self._watchdog = Watchdog(
+            config.step.timeout,
+            config.data.stall_timeout,
+            lambda: "data" if self._feed.waiting else record.phase,
+            self._describe,
+            directory,
         )
 
     def _sinks(self, directory: epath.PathLike) -> list[metrics.Sink]:
@@ -212,6 +222,7 @@ class Loop:
             self._logging(),
             contextlib.closing(self._feed),
             self._requests.deferred(run.mesh),
+            self._watchdog.watching(),
             self._record.during("train"),
             contextlib.ExitStack() as stack,
         ):
@@ -221,6 +232,7 @@ class Loop:
                 if evaluated is None:
                     raise self._requests.stopped(first)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
+                self._watchdog.beat(step)
                 with self._tracer.step(step):
                     state, values = step_fn(state, batch)
                 self._skips.record(step, values)
@@ -293,6 +305,7 @@ class Loop:
         trained = seconds["train"] + seconds["data"]
         rate, waited = self._progress.measure(step, trained, self._feed.waited)
         self._record.reached(step, self._feed.waited)
+        self._lease.check(if_late=True)
         row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
         if "skipped" in values:
             row["train/skipped_steps"] = self._skips.counts.total()
@@ -363,6 +376,7 @@ class Loop:
 
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
+        self._watchdog.beat()
         self._asked |= self._requests.poll()
         if Request.STOP in self._asked:
             raise _Interrupted
@@ -388,6 +402,7 @@ class Loop:
         self._skips.read(step)
         self._record.reached(step, self._feed.waited)
         with self._record.during("checkpoint"):
+            self._lease.check()
             self._write(state, step, evaluated)
         self._requests.saved()
         self._asked &= ~Request.SAVE

@@ -74,7 +74,7 @@ def _train(
     run = _prepare(config, directory)
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lease.held(directory))
+        held = stack.enter_context(lease.held(directory))
         record = Record(directory, began)
 
         def report(step: int, text: str) -> None:
@@ -126,7 +126,7 @@ def _train(
         record.begins(resume_state.step)
         while True:
             data = _data(run, config, directory, resume_state.examples_seen)
-            loop = Loop(run, config, directory, store, data, resume_state, requests, record)
+            loop = Loop(run, config, directory, store, data, resume_state, requests, record, held)
             try:
                 final = loop.run(state, step_fn)
                 done = loop.progress(run.total_steps)
