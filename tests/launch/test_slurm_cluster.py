@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,12 +44,11 @@ class Run:
             "RESTART_PAUSE": "0",
             "SBATCH_PYTHON": sys.executable,
             "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",  # one device for each task
         }
-        for name in ("launch", "clip_jax", "configs", "main.py"):
+        for name in ("clip_jax", "configs", "main.py"):
             (folder / name).symlink_to(ROOT / name)
-        # launch/slurm.sh finds the repository by its own place.
-        (folder / "launch").unlink()
-        subprocess.run(["cp", "-r", ROOT / "launch", folder], check=True)
+        shutil.copytree(ROOT / "launch", folder / "launch")  # whose place tells the repository's
         self.read = 0  # characters of the log
 
     def launch(self, command: str, code: int = 0) -> str:
@@ -110,7 +110,9 @@ class Run:
         return found
 
     def starts(self) -> list[dict]:
-        return [json.loads(path.read_text()) for path in sorted((self.workdir / "starts").iterdir())]
+        return [
+            json.loads(path.read_text()) for path in sorted((self.workdir / "starts").iterdir())
+        ]
 
 
 @pytest.fixture
@@ -188,7 +190,10 @@ def test_gpus_are_shared_out(run):
     )
     python.chmod(0o755)
     for options, lines in {
-        "--tasks-per-node=2 --gpus-per-node=4": ["task 0 of 2 drives 0,1", "task 1 of 2 drives 2,3"],
+        "--tasks-per-node=2 --gpus-per-node=4": [
+            "task 0 of 2 drives 0,1",
+            "task 1 of 2 drives 2,3",
+        ],
         "--gres=gpu:3": ["task 0 of 1 drives 0,1,2"],
         "--tasks-per-node=4 --gpus-per-node=4": [f"task {i} of 4 drives {i}" for i in range(4)],
     }.items():

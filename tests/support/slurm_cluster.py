@@ -87,7 +87,11 @@ class Cluster:
         )
         (folder / "slurm.conf").write_text(
             _CONFIG.format(
-                folder=folder, host=host, ports=_free_ports(2), user=getpass.getuser(), gpus=len(GPUS)
+                folder=folder,
+                host=host,
+                ports=_free_ports(2),
+                user=getpass.getuser(),
+                gpus=len(GPUS),
             )
         )
         try:
