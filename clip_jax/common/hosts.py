@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
       This host's number, and the number of hosts.
 
     Raises:
-      UserError: the flags do not fit each other, or the hosts do not find each other.
+      UserError: the flags do not fit each other.
+      NotJoined: the hosts do not find each other.
     """
     if coordinator != "auto":
         if processes is None or process is None:
@@ -140,13 +142,21 @@ def _check_address(coordinator: str, process: int) -> None:
             f"--coordinator={coordinator} is no HOST:PORT: give name or address of the first host "
             "and a free port of it, as in --coordinator=10.0.0.1:1234."
         )
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(
-            f"The first host of --coordinator={coordinator} is not known here ({error}): give "
-            "its name or address as the other hosts know it."
-        ) from None
+    # In a cluster that makes the hosts one by one, the first has a name once it is there.
+    waits = "KUBERNETES_SERVICE_HOST" in os.environ
+    began = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            break
+        except OSError as error:
+            if not waits or time.monotonic() - began >= _JOIN_TIMEOUT:
+                raise NotJoined(
+                    f"The first host of --coordinator={coordinator} is not known here ({error}): "
+                    "give its name or address as the other hosts know it.",
+                    ExitCode.RESUME if waits else ExitCode.USER_ERROR,
+                ) from None
+        time.sleep(1)
     if process:
         return
     with socket.socket() as probe:

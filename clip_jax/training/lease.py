@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-import jax
 from etils import epath
 
 from clip_jax.common import lifeline
@@ -104,6 +103,8 @@ def held(workdir: epath.PathLike) -> Iterator[Lease]:
     Raises:
       UserError: another run holds it.
     """
+    import jax  # late: the command `status` reads leases without it
+
     path = locations.parse(workdir) / FILE
     if jax.process_index() != 0:
         yield Lease(path, None)
@@ -162,10 +163,22 @@ def _create(path: epath.Path, mine: Holder) -> bool:
     return True
 
 
+def read(workdir: epath.PathLike) -> Holder | None:
+    """Returns the holder of a workdir, dead or alive; None: there is none."""
+    return _read(locations.parse(workdir) / FILE)
+
+
+def lives(found: Holder) -> bool | None:
+    """Returns whether a holder on this machine lives; None: it is elsewhere."""
+    if found.machine and found.machine == _machine():
+        return _started(found.pid) == found.started
+    return None
+
+
 def _is_dead(path: epath.Path, found: Holder) -> bool:
     """Returns whether the holder has ended; takes `EXPIRES` seconds for one elsewhere."""
-    if found.machine and found.machine == _machine():
-        return _started(found.pid) != found.started
+    if (alive := lives(found)) is not None:
+        return not alive
     print(
         f"{path} names a run on {found.host}, process {found.pid}: watching for {EXPIRES:.0f} s "
         "whether it is alive.",

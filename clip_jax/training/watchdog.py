@@ -215,7 +215,7 @@ def verdict(reports: Mapping[int, Report], silent: Sequence[int]) -> str:
     if silent:
         places += f"; no answer from {_hosts(silent)}, as if frozen or gone"
     return (
-        f"No step has ended for {quiet} (step_timeout), so the run ends, and the same command "
+        f"No step has ended for {quiet} (step.timeout), so the run ends, and the same command "
         f"resumes at the last checkpoint. {places[0].upper()}{places[1:]}. {hint}"
     )
 

@@ -175,5 +175,30 @@ def test_two_hosts_of_one_number():
     assert "refuses host 1 of 3: another one was started with --process=1" in wrong[0].stderr
 
 
+def test_the_first_host_of_a_cluster_is_waited_for(monkeypatch):
+    """There it gets its name only once it has been placed, maybe after the others."""
+    asked = []
+
+    def lookup(*address):
+        asked.append(address)
+        if len(asked) < 3:
+            raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(hosts.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(hosts.time, "sleep", lambda _: None)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    hosts._check_address("clip-slice-0-0.clip:8476", 1)
+    assert len(asked) == 3
+    asked.clear()
+    monkeypatch.setattr(hosts, "_JOIN_TIMEOUT", 0)
+    with pytest.raises(UserError, match="clip-slice-0-0.clip:8476 is not known here") as raised:
+        hosts._check_address("clip-slice-0-0.clip:8476", 1)
+    assert raised.value.exit_code == ExitCode.RESUME
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(UserError, match="is not known here") as raised:
+        hosts._check_address("clip-slice-0-0.clip:8476", 1)
+    assert raised.value.exit_code == ExitCode.USER_ERROR
+
+
 if __name__ == "__main__":
     work(*sys.argv[1:])
