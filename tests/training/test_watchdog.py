@@ -30,7 +30,7 @@ def work(how: str, workdir: str, *address: str) -> None:
         at_fault = how if host == (0 if how == "first frozen" else count - 1) else "in step"
         phase = ["train"]
         dog = watchdog.Watchdog(
-            LIMIT, 2 * LIMIT, lambda: phase[0], lambda: "reading example 7", workdir
+            LIMIT, {"data": 2 * LIMIT}, lambda: phase[0], lambda: "reading example 7", workdir
         )
         with dog.watching():
             for step in range(1, STEPS + 1):
@@ -172,7 +172,7 @@ def test_hosts_wait_for_one_that_gives_signs_of_life(tmp_path):
 
 
 def test_usr1_says_what_a_host_does_and_ends_nothing(tmp_path, capfd):
-    dog = watchdog.Watchdog(LATER, LATER, lambda: "data", lambda: "reading example 7", tmp_path)
+    dog = watchdog.Watchdog(LATER, {}, lambda: "data", lambda: "reading example 7", tmp_path)
     with dog.watching():
         dog.beat(7)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -192,7 +192,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypa
     monkeypatch.setattr(watchdog, "_TICK", 0.02)
     clock, jump = time.monotonic, [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock() + jump[0])
-    dog = watchdog.Watchdog(20, LATER, lambda: "train", lambda: "", tmp_path)
+    dog = watchdog.Watchdog(20, {}, lambda: "train", lambda: "", tmp_path)
     with dog.watching():
         time.sleep(0.1)
         jump[0] += 3600
@@ -201,6 +201,26 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypa
         time.sleep(0.1)
         jump[0] += 8
         assert ended.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "phase", "ends"),
+    [
+        (0.3, "train", True),
+        (0.3, "data", False),
+        (0.3, "checkpoint", False),  # six times as long
+        (0.05, "checkpoint", True),
+        (0.0, "train", False),
+        (0.0, "data", False),
+    ],
+)
+def test_limits(limit, phase, ends, tmp_path, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(lifeline, "end", lambda *_: ended.set())
+    monkeypatch.setattr(watchdog, "_TICK", 0.02)
+    dog = watchdog.Watchdog(limit, {"data": LATER}, lambda: phase, lambda: "", tmp_path)
+    with dog.watching():
+        assert ended.wait(1.0) == ends
 
 
 if __name__ == "__main__":
