@@ -118,9 +118,15 @@ class Watchdog:
             "quiet": self._quiet,
             # Hosts come to a standstill at about the same time.
             "overdue": 0 < 0.9 * self._limit(phase) < self._quiet,
-            "pipeline": self._pipeline(),
+            "pipeline": self._describe_pipeline(),
             "stacks": _stacks(self._main),
         }
+
+    def _describe_pipeline(self) -> str:
+        try:
+            return self._pipeline()
+        except Exception as error:  # it may be about to end
+            return f"not known ({error})"
 
     def _limit(self, phase: str) -> float:
         """Returns the seconds without a sign of life that a phase may take; 0: any number."""
