@@ -151,7 +151,10 @@ class Loop:
         )
         self._watchdog = Watchdog(
             config.step.timeout,
-            config.data.stall_timeout,
+            {
+                "data": config.data.stall_timeout,
+                "checkpoint": config.checkpoint.give_up_after,
+            },
             lambda: "data" if self._feed.waiting else record.phase,
             self._describe,
             directory,
