@@ -126,6 +126,10 @@ class Checkpoints:
                 "is cut short, and run the same command again."
             ) from error
 
+        # Not read again: other hosts might see a save that is under way, or not.
+        kept = [self._manager.metrics(step) for step in self._manager.all_steps()]
+        self._best = max((score(metrics or {}) for metrics in kept), default=-math.inf)
+
     def __enter__(self) -> "Checkpoints":
         return self
 
@@ -159,6 +163,7 @@ class Checkpoints:
         described = json.loads(json.dumps(described))
         described[_OWN] = checksums.of_json(described)
         rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+        self._best = max(self._best, *rank.values(), -math.inf)
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             meta=ocp.args.JsonSave(described),
@@ -170,6 +175,10 @@ class Checkpoints:
             except Exception as error:  # an error of this save, or of the one before
                 self._writes.failed(error)
                 self._writes.pause()
+
+    def improves(self, metrics: Mapping[str, float]) -> bool:
+        """Returns whether the best metric is among these, and above that of all checkpoints."""
+        return metrics.get(self._best_metric, -math.inf) > self._best
 
     def finish(self) -> bool:
         """Waits for the save in progress; False: it failed and has to be repeated.

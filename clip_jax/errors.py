@@ -13,7 +13,9 @@ class ExitCode(enum.IntEnum):
     DONE = 0
     FAULT = 1  # a fault of the program, with a traceback; or a check that found something
     USER_ERROR = 2  # what the user can put right: a setting, a path, the data
-    RESUME = 42  # a host is gone, storage fails or data stall: the same command may succeed
+    # Asked to stop by SIGTERM or SIGHUP; or a host is gone, storage fails, data stall: the same
+    # command goes on.
+    RESUME = 42
     INTERRUPTED = 130  # Ctrl-C
 
 
@@ -39,6 +41,20 @@ class StorageRefused(StorageError):
     """A failure of storage that repeating does not cure: no such bucket, or no right to it."""
 
     exit_code = ExitCode.USER_ERROR
+
+
+class Stopped(BaseException):
+    """A run has stopped since it was asked to.
+
+    Attributes:
+      exit_code: that of the process.
+      everywhere: whether all hosts have stopped at the same step.
+    """
+
+    def __init__(self, text: str, exit_code: ExitCode, everywhere: bool = False):
+        super().__init__(text)
+        self.exit_code = exit_code
+        self.everywhere = everywhere
 
 
 class BadExample(Exception):

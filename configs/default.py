@@ -1,7 +1,7 @@
 """Every setting of clip_jax, once, with its unit; other configs only override.
 
 Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", or "5 percent"
-(percent of the run, so not for `duration` itself).
+(percent of the run, so not for `duration` itself). `checkpoint.every` may be a time: "10 minutes".
 """
 
 from ml_collections import ConfigDict
@@ -53,7 +53,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # Model that a new run starts from: a workdir, a checkpoint, or anything else that clip_jax.load
     # takes, published weights too; "": random initialisation.
     config.init_from = ""
-    config.compilation_cache = ""  # directory that keeps compiled programs; "": none
+    # Directory that keeps compiled programs; "auto": compiled/ in the workdir; "": none.
+    config.compilation_cache = "auto"
     config.model = _model()
     config.mesh = _mesh()
     config.loss = _loss()
@@ -366,7 +367,9 @@ def _eval() -> ConfigDict:
 
 def _checkpoint() -> ConfigDict:
     checkpoint = ConfigDict()
-    checkpoint.every = "1000 steps"  # interval of checkpoints; one more at the end of the run
+    # Interval of checkpoints, a time or a duration. One more is saved at the end of the run, when
+    # it is asked to stop (SIGTERM, SIGHUP, Ctrl-C), and where best_metric reaches a new height.
+    checkpoint.every = "10 minutes"
     checkpoint.keep = 3  # number of most recent checkpoints to keep
     # The checkpoint with the highest value of this metric is kept too; "": none.
     checkpoint.best_metric = "zeroshot/top1"

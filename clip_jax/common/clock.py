@@ -1,10 +1,12 @@
 """Converts durations such as "32 epochs" to steps, and schedules periodic work."""
 
 import math
+from collections.abc import Collection
 
 from clip_jax.errors import UserError
 
 UNITS = ("steps", "examples", "epochs", "percent")
+_SECONDS = {"seconds": 1.0, "minutes": 60.0, "hours": 3600.0}
 
 
 def to_steps(
@@ -38,7 +40,7 @@ def exact_steps(
     duration: str, *, batch_size: int, examples_per_epoch: int, total_steps: int | None = None
 ) -> float:
     """Converts a duration to steps, not rounded; arguments and errors as for `to_steps`."""
-    number, unit = _parse(duration)
+    number, unit = _parse(duration, UNITS)
     if unit == "percent" and total_steps is None:
         raise UserError(f"{duration!r}: the length of the run cannot be a percentage of itself.")
     return {
@@ -49,16 +51,26 @@ def exact_steps(
     }[unit]
 
 
-def _parse(duration: str) -> tuple[float, str]:
+def to_seconds(interval: str) -> float | None:
+    """Returns the seconds of an interval such as "10 minutes"; None: it is a duration in steps.
+
+    Raises:
+      UserError: it is neither.
+    """
+    number, unit = _parse(interval, (*_SECONDS, *UNITS))
+    return number * _SECONDS[unit] if unit in _SECONDS else None
+
+
+def _parse(duration: str, units: Collection[str]) -> tuple[float, str]:
     try:
         text, unit = duration.split()
         number = float(text.replace("_", "").replace(",", ""))
     except ValueError:
         number, unit = -1.0, ""
     unit = unit if unit.endswith("s") or unit == "percent" else unit + "s"
-    if not math.isfinite(number) or number < 0 or unit not in UNITS:
+    if not math.isfinite(number) or number < 0 or unit not in units:
         raise UserError(
-            f"{duration!r} is not a duration: write a number and one of {', '.join(UNITS)}, "
+            f"{duration!r} is not a duration: write a number and one of {', '.join(units)}, "
             'such as "500 steps" or "32 epochs".'
         )
     return number, unit

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 from clip_jax.common import lifeline
-from clip_jax.errors import DataStalled, ExitCode, StorageError, UserError
+from clip_jax.errors import DataStalled, ExitCode, Stopped, StorageError, UserError
 
 # Packages that only some sources of data and tokenizers need, by the module that they bring.
 OPTIONAL = {
@@ -64,23 +64,37 @@ def plain_errors(
     try:
         yield
         lifeline.finish()
-    except UserError as error:
-        hangs = threads_may_hang and isinstance(error, DataStalled | StorageError)
-        _end(str(error), error.exit_code, hangs)
     except KeyboardInterrupt:
         _end(interrupted, ExitCode.INTERRUPTED)
     except SystemExit as error:
         lifeline.fail(f"it ended with exit status {error.code}.", error.code)
         raise
+    except Stopped as error:
+        if error.everywhere:
+            lifeline.finish()
+        _end(str(error), error.exit_code)
     except Exception as error:
-        lifeline.await_news()  # it may come of another host's end
-        if text := explained(error):
-            missing = isinstance(error, ModuleNotFoundError)
-            _end(text, ExitCode.USER_ERROR if missing else ExitCode.RESUME)
+        if not isinstance(error, UserError):
+            lifeline.await_news()  # it may come of another host's end
+        code, text = ending(error)
+        if code != ExitCode.FAULT:
+            _end(text, code, threads_may_hang and isinstance(error, DataStalled | StorageError))
         if not lifeline.joined():
             raise
         traceback.print_exc()
-        _end(f"{type(error).__name__}: {error}", ExitCode.FAULT, said=True)
+        _end(text, code, said=True)
+
+
+def ending(error: BaseException) -> tuple[ExitCode, str]:
+    """Returns the exit code that an error ends a command with, and the paragraph on it."""
+    if isinstance(error, UserError | Stopped):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED, "Ctrl-C."
+    if isinstance(error, Exception) and (text := explained(error)):
+        missing = isinstance(error, ModuleNotFoundError)
+        return ExitCode.USER_ERROR if missing else ExitCode.RESUME, text
+    return ExitCode.FAULT, f"{type(error).__name__}: {error}"
 
 
 def _end(text: str, code: ExitCode, hangs: bool = False, said: bool = False) -> None:

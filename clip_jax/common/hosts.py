@@ -81,6 +81,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
     from jax._src import distributed
     from jax._src.lib import _jax
 
+    # It would take SIGTERM from who wants to hear of it.
+    jax.config.update("jax_enable_preemption_service", False)
     # There is no public way to name the callback. Without it JAX ends the process its own way.
     make = getattr(_jax, "get_distributed_runtime_client", None)
     if make is not None:

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from clip_jax.errors import ExitCode
@@ -101,6 +101,8 @@ class Lifeline:
         if self._said is None or news["code"] != self._said:
             print(f"\n{news['text']}", file=sys.stderr, flush=True)
         self._tell(news)
+        for hook in _hooks:
+            hook(news["code"], news["text"])
         sys.stdout.flush()
         os._exit(news["code"])
 
@@ -139,6 +141,7 @@ class Lifeline:
 
 
 _lifeline: Lifeline | None = None
+_hooks: list[Callable[[int, str], None]] = []
 _kept: list[Any] = []  # what C++ calls must not be collected
 
 
@@ -146,6 +149,16 @@ def start(process: int, processes: int, first: str, store: Any) -> None:
     """Connects the hosts; arguments as in `Lifeline`."""
     global _lifeline
     _lifeline = Lifeline(process, processes, first, store)
+
+
+@contextlib.contextmanager
+def on_end(hook: Callable[[int, str], None]) -> Iterator[None]:
+    """Calls a function with exit code and text if another host ends this process in the body."""
+    _hooks.append(hook)
+    try:
+        yield
+    finally:
+        _hooks.remove(hook)
 
 
 def joined() -> bool:

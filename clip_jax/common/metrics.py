@@ -143,34 +143,25 @@ class Progress:
         self._step = start_step
         self._total = total_steps
         self._batch_size = batch_size
-        self._time = time.monotonic()
-        self._waited = 0.0
+        self._seconds = self._waited = 0.0
         self._live = sys.stdout.isatty()
         self._enabled = jax.process_index() == 0
 
-    def pause(self) -> float:
-        """Marks the start of something that is not training; returns the time for `resume`."""
-        return time.monotonic()
-
-    def resume(self, paused_at: float) -> None:
-        """Takes the time since `pause` out of the rate."""
-        self._time += time.monotonic() - paused_at
-
-    def measure(self, step: int, waited: float) -> tuple[float, float]:
-        """Measures the speed since the last call, without pauses.
+    def measure(self, step: int, seconds: float, waited: float) -> tuple[float, float]:
+        """Measures the speed since the last call.
 
         Args:
           step: now.
-          waited: seconds of the whole run that were spent waiting for data.
+          seconds: time in training so far, without evaluations and checkpoints.
+          waited: those of them that were spent waiting for data.
 
         Returns:
           Images per second, and the fraction of the time spent waiting.
         """
-        now = time.monotonic()
-        seconds, steps = max(now - self._time, 1e-9), step - self._step
-        fraction = min((waited - self._waited) / seconds, 1.0)
-        self._time, self._step, self._waited = now, step, waited
-        return steps * self._batch_size / seconds, fraction
+        passed, steps = max(seconds - self._seconds, 1e-9), step - self._step
+        fraction = min((waited - self._waited) / passed, 1.0)
+        self._seconds, self._step, self._waited = seconds, step, waited
+        return steps * self._batch_size / passed, fraction
 
     def show(self, step: int, loss: float, rate: float, waited: float) -> None:
         """Shows step, loss, images/s, the time left, and the fraction waiting if it matters."""

@@ -86,11 +86,14 @@ def count(workers: int) -> int:
 
 
 def begin_worker() -> None:
-    """Leaves Ctrl-C to the parent, which ends its workers, and ends when the parent is killed.
+    """Leaves signals to the parent, which ends its workers, and ends when the parent is killed.
+
+    Ctrl-C, a closed terminal and SLURM signal all processes of a run, not the first alone.
 
     Every process that works for another one calls it first.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -100,19 +100,28 @@ class Evaluator:
             supported = [n for n in names if tasks.get(n).supports(self._context, dataset)]
             self._planned.append((dataset, supported))
 
-    def run(self, variables: Variables) -> dict[str, float]:
-        """Evaluates variables; returns the numbers to log, named by `logged_name`.
+    def run(
+        self, variables: Variables, between: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """Evaluates variables.
 
-        With several data sets in `eval.datasets`, "TASK/mean" is added: the mean of the headlines
-        over the data sets that are not shifts.
+        Args:
+          variables: variables of the model.
+          between: called after each batch, at the same places on all hosts; it may raise an error
+            to end the evaluation.
+
+        Returns:
+          The numbers to log, named by `logged_name`. With several data sets in `eval.datasets`,
+          "TASK/mean" is added: the mean of the headlines over the data sets that are not shifts.
         """
-        self._embeddings.bind(variables, self._with_features)
+        self._embeddings.bind(variables, self._with_features, between)
         self._context.probes.clear()
         self.results, self.scores = [], {}
         by_task: dict[str, list[float]] = defaultdict(list)
         for dataset, names in self._planned:
             for name in names:
                 result = tasks.run(self._context, name, dataset)
+                between()
                 self.results.append(result)
                 self.scores |= {logged_name(score): score for score in result.logged_scores}
                 if not _is_described(dataset.name) and not dataset.base:

@@ -1,7 +1,7 @@
 """Embeddings by a model in training, held in memory, the same on every host."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,18 +59,26 @@ class InMemoryEmbeddings:
         self._views, self._seed = FrozenConfigDict(views), seed
         self._with_features: Collection[str] = ()
         self._variables: Variables = {}
+        self._between: Callable[[], None] = lambda: None
         self._sources: dict[tuple[str, str], Source] = {}
         self._tables: dict[tuple[str, str], pa.Table] = {}
         self._splits: dict[tuple[str, str], EmbeddedSplit] = {}
 
-    def bind(self, variables: Variables, with_features: Collection[str] = ()) -> None:
+    def bind(
+        self,
+        variables: Variables,
+        with_features: Collection[str] = (),
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
         """Sets the variables, and drops the embeddings by earlier ones.
 
         Args:
           variables: variables to embed with from now on.
           with_features: names of the data sets whose pre-projection features are wanted too.
+          between: called after each batch of images.
         """
         self._variables, self._with_features = variables, with_features
+        self._between = between
         self._splits.clear()
         if "logit_scale" in variables["params"]:
             self.scale = float(np.exp(to_host(variables["params"]["logit_scale"])))
@@ -98,7 +106,7 @@ class InMemoryEmbeddings:
                 found = self._encoder.images(self._variables, source, features=features)
             else:  # no task needs embeddings, only the usable examples and their labels
                 found = self._encoder.each(lambda batch: {}, source)
-            batches = [batch for batch in found if len(batch["index"])]
+            batches = [batch for batch in self._each(found) if len(batch["index"])]
             if not batches:
                 raise UserError(f"There is no usable image in {dataset.title}, {split}.")
             columns = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
@@ -111,6 +119,11 @@ class InMemoryEmbeddings:
             +Counter({"unusable example": len(source) - len(table)}),
             np.arange(len(table)),
         )
+
+    def _each(self, batches: Iterable[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+        for batch in batches:
+            yield batch
+            self._between()
 
     def release(self, dataset: Dataset) -> None:
         """Drops the embeddings of a data set."""
@@ -133,13 +146,13 @@ class InMemoryEmbeddings:
         prompts = prepare(self.tokenizer(list(texts), truncate=True))
         source = self.source(dataset, split)
         batches = self._encoder.scores(self._variables, source, prompts, class_ids, classes)
-        return np.concatenate([batch["scores"] for batch in batches])
+        return np.concatenate([batch["scores"] for batch in self._each(batches)])
 
     def views(self, dataset: Dataset, split: str) -> np.ndarray:
         """Embeds two views of each usable image, the same at every call: float32 [n, 2, e]."""
         source = self.source(dataset, split)
         found = self._encoder.views(self._variables, source, self._views, self._seed)
-        batches = [batch["embed"] for batch in found if len(batch["index"])]
+        batches = [batch["embed"] for batch in self._each(found) if len(batch["index"])]
         if not batches:
             raise UserError(f"There is no usable image in {dataset.title}, {split}.")
         return np.concatenate(batches)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -27,6 +26,8 @@ from clip_jax.storage import faults
 from clip_jax.training import step as train_step
 from clip_jax.training import workdir
 from clip_jax.training.program import Program
+from clip_jax.training.record import Record
+from clip_jax.training.requests import Request, Requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Run:
     total_steps: int
     log_every: int  # steps
     eval_every: int  # steps
-    checkpoint_every: int  # steps
+    checkpoint_every: int  # steps; 0: by the clock, or only at the end
 
     @property
     def mesh(self) -> Mesh:
@@ -64,11 +65,18 @@ class ResumeState:
     seconds: float = 0.0  # wall time
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # examples by reason
     truncated: int = 0  # captions
+    seconds_by_phase: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    evaluation_due: bool = False  # the run was stopped before the evaluation of this step was done
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> "ResumeState":
-        """Reads the metadata of a checkpoint."""
-        return cls(**{field.name: meta[field.name] for field in dataclasses.fields(cls)})
+        """Reads the metadata of a checkpoint; an earlier version's has not all fields."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: meta[name] for name in names if name in meta})
+
+
+class _Interrupted(Exception):
+    """The evaluation was ended, since the run is asked to stop."""
 
 
 class Loop:
@@ -82,7 +90,8 @@ class Loop:
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
         resume_state: ResumeState,
-        started_monotonic: float,
+        requests: Requests,
+        record: Record,
     ):
         """Opens the logs in `directory`.
 
@@ -93,11 +102,13 @@ class Loop:
           store: its checkpoints.
           data: training data, from where `resume_state` ended.
           resume_state: progress of the runs that this one resumes.
-          started_monotonic: start of this run by `time.monotonic`.
+          requests: what is asked of the run from outside.
+          record: the record of this start.
         """
         self._run, self._config, self._store = run, config, store
         self._data, self._resume_state = data, resume_state
-        self._started_monotonic = started_monotonic
+        self._requests, self._record = requests, record
+        self._asked = Request(0)  # and not served yet
         self._writer = metrics.MetricWriter(
             directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
         )
@@ -123,10 +134,16 @@ class Loop:
         return ResumeState(
             step=step,
             examples_seen=self._examples_seen(step),
-            seconds=before.seconds + time.monotonic() - self._started_monotonic,
+            seconds=before.seconds + sum(self._record.seconds().values()),
             skipped=dict(Counter(before.skipped) + Counter(seen)),
             truncated=before.truncated + truncated,
+            seconds_by_phase=self._seconds_by_phase(),
         )
+
+    def _seconds_by_phase(self) -> dict[str, float]:
+        """Returns the time of the whole run that led to this state."""
+        before, now = self._resume_state.seconds_by_phase, self._record.seconds(self._feed.waited)
+        return {name: before.get(name, 0.0) + seconds for name, seconds in now.items()}
 
     def _describe(self) -> str:
         """Describes the state of the data pipeline, for the error when it hangs."""
@@ -142,24 +159,51 @@ class Loop:
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
         """Trains to the last step; returns the last evaluation's metrics."""
-        run = self._run
-        evaluated: dict[str, float] = {}
-        with self._logging(), contextlib.closing(self._feed):
-            for step, batch in zip(
-                range(self._resume_state.step + 1, run.total_steps + 1), self._feed
-            ):
+        run, first = self._run, self._resume_state.step
+        evaluated: dict[str, float] | None = {}
+        with (
+            self._logging(),
+            contextlib.closing(self._feed),
+            self._requests.deferred(run.mesh),
+            self._record.during("train"),
+        ):
+            if self._resume_state.evaluation_due:
+                evaluated = self._evaluate(state, first)
+                if evaluated is None:
+                    raise self._requests.stopped(first)
+            for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
                 state, values = step_fn(state, batch)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total_steps):
                     self._pending = step, values
-                evaluated = self._evaluate(state, step)
-                if clock.is_due(step, run.checkpoint_every, run.total_steps) or self._lost(step):
-                    self._save(state, step, values, evaluated)
-                    while step == run.total_steps and not self._store.finish():
-                        self._save(state, step, values, evaluated)
+                self._asked |= self._requests.poll()
+                evaluated = {}
+                if clock.is_due(step, run.eval_every, run.total_steps):
+                    evaluated = self._evaluate(state, step)
+                self._serve(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluator.run(state.variables)
         return evaluated
+
+    def _serve(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        values: train_step.Metrics,
+        evaluated: Mapping[str, float] | None,
+    ) -> None:
+        """Saves where that is due, and ends the run where it was asked to; arguments as `_save`."""
+        stop = Request.STOP in self._asked
+        last = stop or step == self._run.total_steps
+        due = clock.is_due(step, self._run.checkpoint_every, 0) or Request.SAVE in self._asked
+        if due or last or self._lost(step) or self._store.improves(evaluated or {}):
+            self._save(state, step, values, evaluated)
+        if last:
+            with self._record.during("checkpoint"):
+                while not self._store.finish():
+                    self._save(state, step, values, evaluated)
+        if stop:
+            raise self._requests.stopped(step)
 
     @contextlib.contextmanager
     def _logging(self) -> Iterator[None]:
@@ -185,7 +229,10 @@ class Loop:
         self._pending = None
         values = metrics.fetch(device_values)
         self._check_finite(step, values)
-        rate, waited = self._progress.measure(step, self._feed.waited)
+        seconds = self._record.seconds(self._feed.waited)
+        trained = seconds["train"] + seconds["data"]
+        rate, waited = self._progress.measure(step, trained, self._feed.waited)
+        self._record.reached(step, self._feed.waited)
         row = {f"train/{name}": value for name, value in values.items()}
         row["train/images_per_second"] = rate
         # This host's alone: a sum over hosts would hold up the device.
@@ -196,6 +243,7 @@ class Loop:
             row |= {f"data/epoch/{n}": e for n, e in zip(self._config.data.mixture, epochs)}
         row["data/truncated"] = self._data.truncated
         row["storage/failures"] = faults.counts().total()
+        row |= {f"time/{name}": value for name, value in self._seconds_by_phase().items()}
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
 
@@ -204,15 +252,17 @@ class Loop:
             if not math.isfinite(value):
                 raise UserError(f"The {name} is {value} at step {step}. {self._store.way_back()}")
 
-    def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float]:
-        """Evaluates where it is due; returns the scores, {} where it is not."""
+    def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float] | None:
+        """Evaluates; returns the scores, None where the run is asked to stop meanwhile."""
         run = self._run
-        if not clock.is_due(step, run.eval_every, run.total_steps):
-            return {}
         self._flush()
         jax.block_until_ready(state.step)  # the time of the steps under way is training time
-        paused = self._progress.pause()
-        results = run.evaluator.run(state.variables)
+        try:
+            with self._record.during("evaluation"):
+                self._heed()
+                results = run.evaluator.run(state.variables, self._heed)
+        except _Interrupted:
+            return None
         if results:
             # Differs from step times batch size where the batch size was changed on the way.
             seen = {"eval/images_seen": self._examples_seen(step)}
@@ -226,21 +276,46 @@ class Loop:
                     f"checkpoint.best_metric {best} is none of the metrics measured: "
                     f"{', '.join(sorted(results))}."
                 )
-        self._progress.resume(paused)
         return results
+
+    def _heed(self) -> None:
+        """Ends the evaluation where the run is asked to stop."""
+        self._asked |= self._requests.poll()
+        if Request.STOP in self._asked:
+            raise _Interrupted
 
     def _save(
         self,
         state: train_state.TrainState,
         step: int,
         values: train_step.Metrics,
-        evaluated: Mapping[str, float],
+        evaluated: Mapping[str, float] | None,
     ) -> None:
-        """Saves a checkpoint; the metrics of its evaluation decide whether it is the best."""
+        """Saves a checkpoint.
+
+        Args:
+          state: state to save.
+          step: its step.
+          values: metrics of that step.
+          evaluated: metrics of its evaluation, which decide whether it is the best; None: it was
+            ended before it was done.
+        """
         self._flush()
         self._check_finite(step, metrics.fetch(values))  # waits for the steps under way
-        paused = self._progress.pause()
-        done = self.progress(step)
+        self._record.reached(step, self._feed.waited)
+        with self._record.during("checkpoint"):
+            self._write(state, step, evaluated)
+        self._requests.saved()
+        self._asked &= ~Request.SAVE
+
+    def _write(
+        self,
+        state: train_state.TrainState,
+        step: int,
+        evaluated: Mapping[str, float] | None,
+    ) -> None:
+        """Starts to write a checkpoint and its description; arguments as `_save`."""
+        done = dataclasses.replace(self.progress(step), evaluation_due=evaluated is None)
         if done.skipped != self._reported:
             self._progress.note(f"Skipped so far: {list_counts(done.skipped)}.")
             self._reported = done.skipped
@@ -254,8 +329,7 @@ class Loop:
             "config": workdir.to_plain(self._config),
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
-        self._store.save(state, step, meta, evaluated)
-        self._progress.resume(paused)
+        self._store.save(state, step, meta, evaluated or {})
 
 
 def list_counts(counts: Mapping[str, int]) -> str:

@@ -56,6 +56,8 @@ def notices(
         ("eval.every", config.eval.every),
         ("checkpoint.every", config.checkpoint.every),
     ):
+        if name == "checkpoint.every" and clock.to_seconds(duration) is not None:
+            continue
         steps = clock.exact_steps(
             duration, batch_size=batch, examples_per_epoch=examples, total_steps=total_steps
         )

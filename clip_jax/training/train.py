@@ -1,10 +1,11 @@
 """A training run from start to end: mesh, model, data, state, restore, loop, report."""
 
+import contextlib
 import functools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +22,10 @@ from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
 from clip_jax.training import agreement, lease, notices, program, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
+from clip_jax.training.record import Record, surroundings
+from clip_jax.training.requests import Requests
+
+PROGRAMS = "compiled"  # inside the workdir
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
@@ -37,23 +42,43 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     Raises:
       UserError: a fault in config, data or workdir that the user can mend.
     """
-    started_at, started_monotonic = datetime.now(), time.monotonic()
-    if config.compilation_cache:
-        cache = locations.parse(config.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    began = time.monotonic()
     directory = locations.reachable(directory)
+    _keep_programs(config.compilation_cache, directory)
+    requests = Requests(clock.to_seconds(config.checkpoint.every) or 0.0)
+    with requests.heard():
+        return _train(config, directory, command, requests, began)
+
+
+def _keep_programs(cache: str, directory: epath.Path) -> None:
+    """Keeps compiled programs, so that a run that starts again is soon back at its steps."""
+    if cache == "auto":
+        if jax.config.values["jax_compilation_cache_dir"]:  # JAX_COMPILATION_CACHE_DIR
+            return
+        cache = str(directory / PROGRAMS)
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", str(locations.parse(cache)))
+
+
+def _train(
+    config: ConfigDict, directory: epath.Path, command: str, requests: Requests, began: float
+) -> dict[str, float]:
+    """Trains; arguments as `train`, and the requests to the run and its beginning."""
     if jax.process_count() > 1:  # before the index, which may take hours
         agreement.check_program(config)
         workdir.make(directory)
         agreement.check_workdir(directory)
     run = _prepare(config, directory)
     workdir.make(directory)
-    with (
-        lease.held(directory),
-        checkpoint.Checkpoints(
-            directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
-        ) as store,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(lease.held(directory))
+        record = Record(directory, began)
+        stack.enter_context(record.kept(**_facts(run, config, command)))
+        store = stack.enter_context(
+            checkpoint.Checkpoints(
+                directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+            )
+        )
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
@@ -71,7 +96,8 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
                 "more, for the report. To train on, start another --workdir with "
                 f"--config.init_from={directory}."
             )
-        step_fn = None if finished else _compile(run, config)
+        with record.during("compile"):
+            step_fn = None if finished else _compile(run, config)
         workdir.write(directory, config)
         if resumed is None:
             resume_state = ResumeState()
@@ -83,11 +109,26 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
             state = store.restore(resumed, run.program.state)
             if not finished:
                 _say(f"Resuming {directory} from step {resumed:,}.")
+        record.begins(resume_state.step)
         data = _data(run, config, directory, resume_state.examples_seen)
-        loop = Loop(run, config, directory, store, data, resume_state, started_monotonic)
+        loop = Loop(run, config, directory, store, data, resume_state, requests, record)
         final = loop.run(state, step_fn)
-    _report(directory, config, run, loop.progress(run.total_steps), command, started_at)
+        done = loop.progress(run.total_steps)
+    _report(directory, config, run, done, command, record.began_at)
     return final
+
+
+def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
+    """Returns what a start's record says of its run."""
+    return {
+        "total_steps": run.total_steps,
+        "batch_size": config.batch_size,
+        "command": command,
+        "hardware": hardware(run.mesh),
+        "hosts": jax.process_count(),
+        "mesh": dict(run.mesh.shape),
+        **surroundings(),
+    }
 
 
 def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
@@ -126,8 +167,13 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         total_steps=total,
         log_every=to_steps(config.log.every),
         eval_every=to_steps(config.eval.every),
-        checkpoint_every=to_steps(config.checkpoint.every),
+        checkpoint_every=_every(config.checkpoint.every, to_steps),
     )
+
+
+def _every(interval: str, to_steps: Callable[[str], int]) -> int:
+    """Returns an interval in steps; 0: it is a time."""
+    return to_steps(interval) if clock.to_seconds(interval) is None else 0
 
 
 def _fallback_dir(directory: epath.PathLike) -> epath.Path:
