@@ -81,11 +81,10 @@ class Fault:
         """
         if self.signal is signal.SIGKILL:
             return {-signal.SIGKILL} if hit else {42}
+        codes = {42}
         if self.signal is signal.SIGINT:
             codes = {130} if hit else {42, 130}
-        else:
-            codes = {42}
-        # While Python starts, signals are the system's; and the news of another host's end come too.
+        # While Python starts, signals are the system's, and another host may be the first to end.
         return codes if running else codes | {42, -self.signal, 128 + self.signal}
 
 
@@ -270,10 +269,10 @@ class Chaos:
             return None
         for process, code in zip(processes, codes):
             allowed = fault.exit_codes(process in targets, running)
+            if work.newest() == self._options.steps:
+                allowed.add(0)  # it was at its end just then
             if code not in allowed:
-                # Where the run was at its end just then, it ends well.
-                if not (code == 0 and work.newest() == self._options.steps):
-                    self.fail(f"{fault} on {hosts} hosts: exit code {code}, not {allowed}", logs)
+                self.fail(f"{fault} on {hosts} hosts: exit code {code}, not {allowed}", logs)
         last = work.last_step() if running else resumes
         newest = work.newest()
         played = Played(fault, hosts, codes, seconds, last, max(0, last - newest), newest)
@@ -462,8 +461,9 @@ def run(chaos: Chaos, options: argparse.Namespace) -> int:
             continue
         played.append(each)
         print(
-            f"{number}/{options.kills}  {hosts} hosts: {fault}: {each.codes} in {each.seconds:.1f} s "
-            f"at step {each.step}, {each.lost} lost, resumes at {each.resumes}  ETA {eta:.0f} s",
+            f"{number}/{options.kills}  {hosts} hosts: {fault}: {each.codes} in "
+            f"{each.seconds:.1f} s at step {each.step}, {each.lost} lost, resumes at "
+            f"{each.resumes}  ETA {eta:.0f} s",
             flush=True,
         )
     chaos.finish("killed", HOSTS[(HOSTS.index(hosts) + 1) % len(HOSTS)])
