@@ -20,13 +20,21 @@ from clip_jax.common.formatting import format_seconds
 from clip_jax.storage import locations, ranges, writing
 
 FILE = "metrics.jsonl"  # inside the workdir
+EVALUATED = "eval/images_seen"  # in every row of an evaluation
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
 
 
 class MetricWriter:
     """Appends rows of scalars to the workdir; only the first process writes."""
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, start_step: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        tensorboard: bool,
+        start_step: int,
+        evaluation_due: bool = False,
+    ):
         """Opens the workdir.
 
         Args:
@@ -34,6 +42,7 @@ class MetricWriter:
           tensorboard: write TensorBoard events as well.
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
+          evaluation_due: drop the evaluation of `start_step` as well, for the same reason.
         """
         self._events: TensorBoardWriter | None = None
         self._writes = jax.process_index() == 0
@@ -42,7 +51,11 @@ class MetricWriter:
         directory = locations.parse(workdir)
         self._files = writing.Growing(directory)
         self._path = self._files.local / FILE
-        rows = [row for row in read_history(directory) if row["step"] <= start_step]
+        rows = [
+            row
+            for row in read_history(directory)
+            if row["step"] <= start_step - (evaluation_due and EVALUATED in row)
+        ]
         # Replaced as a whole: a process that is killed here must not lose the rows of weeks.
         writing.write(epath.Path(self._path), "".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:

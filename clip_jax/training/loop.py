@@ -110,7 +110,10 @@ class Loop:
         self._requests, self._record = requests, record
         self._asked = Request(0)  # and not served yet
         self._writer = metrics.MetricWriter(
-            directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
+            directory,
+            tensorboard=config.log.tensorboard,
+            start_step=resume_state.step,
+            evaluation_due=resume_state.evaluation_due,
         )
         self._progress = metrics.Progress(resume_state.step, run.total_steps, config.batch_size)
         self._pending: tuple[int, train_step.Metrics] | None = None
@@ -265,7 +268,7 @@ class Loop:
             return None
         if results:
             # Differs from step times batch size where the batch size was changed on the way.
-            seen = {"eval/images_seen": self._examples_seen(step)}
+            seen = {metrics.EVALUATED: self._examples_seen(step)}
             self._writer.write(step, {**results, **seen})
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
             shown = [f"{name} {results[name]:.1%}" for name in brief]
