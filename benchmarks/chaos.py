@@ -58,7 +58,7 @@ MOMENTS = {
     "evaluation": "in an evaluation",
 }
 # Values that differ from run to run, or that are of one start and host.
-TIMES = ("time/", "train/images_per_second", "train/mfu", "data/", "memory/", "storage/")
+TIMES = ("time/", "train/images_per_second", "train/mfu", "data/", "device/", "host/", "storage/")
 
 
 @dataclasses.dataclass(frozen=True)
