@@ -19,11 +19,7 @@ from clip_jax.common.formatting import format_seconds
 from clip_jax.common.metric_rows import FILE, read_history
 from clip_jax.storage import faults, locations, writing
 
-<<<<<<< HEAD
-FILE = "metrics.jsonl"  # inside the workdir
 EVALUATED = "eval/images_seen"  # in every row of an evaluation
-=======
->>>>>>> main
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
 _EVENTS_BUFFER = 2**22  # bytes of TensorBoard events that wait for space on the disk
 
@@ -47,11 +43,8 @@ class MetricWriter:
         *,
         tensorboard: bool,
         start_step: int,
-<<<<<<< HEAD
         evaluation_due: bool = False,
-=======
         sinks: Sequence[Sink] = (),
->>>>>>> main
     ):
         """Opens the workdir.
 
@@ -60,11 +53,8 @@ class MetricWriter:
           tensorboard: write TensorBoard events as well.
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
-<<<<<<< HEAD
           evaluation_due: drop the evaluation of `start_step` as well, for the same reason.
-=======
           sinks: further places for the rows, on the first process.
->>>>>>> main
         """
         self._sinks = list(sinks)
         self._writes = jax.process_index() == 0
@@ -73,16 +63,12 @@ class MetricWriter:
         directory = locations.parse(workdir)
         self._files = writing.Growing(directory)
         self._path = self._files.local / FILE
-<<<<<<< HEAD
+        self._unwritten = b""  # rows for which the disk has no space
         rows = [
             row
             for row in read_history(directory)
             if row["step"] <= start_step - (evaluation_due and EVALUATED in row)
         ]
-=======
-        self._unwritten = b""  # rows for which the disk has no space
-        rows = [row for row in read_history(directory) if row["step"] <= start_step]
->>>>>>> main
         # Replaced as a whole: a process that is killed here must not lose the rows of weeks.
         writing.write(epath.Path(self._path), "".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
