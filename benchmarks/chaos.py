@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -128,8 +129,15 @@ class Workdir:
             return []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
-    def last_step(self) -> int:
-        return max((int(row["step"]) for row in self.rows()), default=0)
+    def last_row(self) -> dict[str, float]:
+        """Returns the last row, without reading the others."""
+        try:
+            with (self.path / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
+                lines = [line for line in file.readlines() if line.endswith(b"\n")]
+        except FileNotFoundError:
+            lines = []
+        return json.loads(lines[-1]) if lines else {"step": 0}
 
     def newest(self) -> int:
         """Returns the step of the newest complete checkpoint; 0: none."""
@@ -149,10 +157,9 @@ class Workdir:
 
     def evaluating(self, beyond: int) -> bool:
         """Returns whether an evaluation of a step after `beyond` is under way."""
-        rows = self.rows()
-        last = int(rows[-1]["step"]) if rows else 0
-        due = last % self._eval_every == 0 or last == self._steps
-        return last > beyond and due and "train/loss" in rows[-1]
+        row = self.last_row()
+        due = row["step"] % self._eval_every == 0 or row["step"] == self._steps
+        return row["step"] > beyond and due and "train/loss" in row
 
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
@@ -164,7 +171,6 @@ class Chaos:
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         self._options, self._folder = options, folder
-        self._began = time.monotonic()
         self._starts = itertools.count(1)
         self._start_seconds = 5.0  # from the start to the first step, as last seen
         self.failures: list[str] = []
@@ -242,13 +248,14 @@ class Chaos:
         def at_moment() -> bool:
             if fault.moment == "start":
                 return time.monotonic() - began > delay * self._start_seconds
-            if not self._running(logs, resumes):
+            if not stepping(logs[0]):
+                self._start_seconds = time.monotonic() - began
                 return False
             if fault.moment == "save":
                 return work.saving(launched)
             if fault.moment == "evaluation":
                 return work.evaluating(resumes)
-            return work.last_step() >= resumes + steps
+            return work.last_row()["step"] >= resumes + steps
 
         came = self._await(at_moment, processes)
         targets = [processes[struck]] if fault.one else processes
@@ -258,7 +265,7 @@ class Chaos:
         signalled = time.monotonic()
         codes = self._endings(processes, logs, str(fault))
         seconds = time.monotonic() - signalled
-        running = self._running(logs, resumes)
+        running = stepping(logs[0])
         if not came:
             if any(codes):
                 self.fail(f"Ended by itself with {codes}, before {fault}", logs)
@@ -269,21 +276,15 @@ class Chaos:
                 allowed.add(0)  # it was at its end just then
             if code not in allowed:
                 self.fail(f"{fault} on {hosts} hosts: exit code {code}, not {allowed}", logs)
-        last = work.last_step() if running else resumes
+        last = int(work.last_row()["step"]) if running else resumes
         newest = work.newest()
         played = Played(fault, hosts, codes, seconds, last, max(0, last - newest), newest)
         if played.lost and fault.signal is not signal.SIGKILL:
             self.fail(f"{fault} on {hosts} hosts: {played.lost} steps before {last} are lost", logs)
-        if newest < resumes:
-            self.fail(f"{fault}: the checkpoint of step {resumes} is gone", logs)
+        said = re.search(r"^Resuming .* from step ([\d,]+)\.$", logs[0].read_text(), re.MULTILINE)
+        if running and resumes != int(said[1].replace(",", "") if said else 0):
+            self.fail(f"{fault}: did not resume at step {resumes}", logs)
         return played
-
-    def _running(self, logs: list[Path], resumes: int) -> bool:
-        """Returns whether the start has come to its steps."""
-        text = logs[0].read_text(errors="replace")
-        if resumes and f"from step {resumes:,}." not in text:
-            return False
-        return any(line.startswith(("step ", "\x1b[2Kstep ")) for line in text.splitlines())
 
     def _await(self, moment: Callable[[], bool], processes: list[subprocess.Popen]) -> bool:
         """Waits for a moment; False: the run has ended before."""
@@ -293,7 +294,7 @@ class Chaos:
                 return False
             if moment():
                 return True
-            time.sleep(0.005)
+            time.sleep(0.01)
         self.fail("The moment of the fault did not come")
         return True
 
@@ -400,6 +401,11 @@ def load(path: Path) -> dict:
         for where, leaf in jax.tree.leaves_with_path(tree):
             found[f"{item}{jax.tree_util.keystr(where)}"] = np.asarray(leaf)
     return found
+
+
+def stepping(log: Path) -> bool:
+    """Returns whether a start has come to its steps, by what it has printed."""
+    return bool(re.search(r"^step ", log.read_text(errors="replace"), re.MULTILINE))
 
 
 def free_port() -> int:
