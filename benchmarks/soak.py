@@ -11,7 +11,7 @@ squares over the samples after the warm-up, with its standard error. A figure gr
 more than two standard errors above what is allowed; the exit code is then 1.
 
 What is allowed has a part for each checkpoint. TensorStore 0.1.86 never frees the Python objects
-that it makes of its specs and metrics, and orbax asks it for some of each array at every save.
+that it makes of its specs, and orbax asks it for that of each array at every save.
 
 PSS counts a page that n processes share as an n-th of it. "in use" and "free" are what malloc has
 given out, and what it holds for later: memory that grows while "in use" does not is fragmented.
