@@ -126,6 +126,7 @@ class Loop:
             directory,
             tensorboard=config.log.tensorboard,
             start_step=resume_state.step,
+            evaluation_due=resume_state.evaluation_due,
             sinks=self._sinks(directory),
         )
         self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
@@ -364,7 +365,7 @@ class Loop:
             return None
         if results:
             # Differs from step times batch size where the batch size was changed on the way.
-            seen = {"eval/images_seen": self._examples_seen(step)}
+            seen = {metrics.EVALUATED: self._examples_seen(step)}
             self._writer.write(step, {**results, **seen})
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
             shown = [f"{name} {results[name]:.1%}" for name in brief]
