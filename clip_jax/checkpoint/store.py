@@ -4,6 +4,7 @@ A resume takes the newest that can be read, and moves damaged ones out of the wa
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -287,6 +288,12 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, which the run has gone back from."""
+        self.finish()
+        for later in [other for other in self.steps() if other > step]:
+            faults.repeat(functools.partial(self._manager.delete, later), self.directory)
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads the description saved with a checkpoint."""
