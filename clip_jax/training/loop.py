@@ -271,7 +271,8 @@ class Loop:
             self._save(state, step, values, evaluated)
         if last:
             with self._record.during("checkpoint"):
-                while not self._store.finish():
+                while not self._store.finish(hurry=Request.STOP in self._asked):
+                    self._asked |= self._requests.poll()
                     self._save(state, step, values, evaluated)
         if stop:
             raise self._requests.stopped(step)
