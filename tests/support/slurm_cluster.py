@@ -1,9 +1,10 @@
 """A SLURM cluster of this machine alone, with its own munge, in one folder.
 
 apt-get install slurm-wlm munge
-python tests/support/slurm_cluster.py       # keeps one up until Ctrl-C, to try launch/slurm.sh by hand
+python tests/support/slurm_cluster.py       # keeps one up until Ctrl-C, to try launch/slurm.sh
 """
 
+import contextlib
 import getpass
 import os
 import pathlib
@@ -44,7 +45,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1
 MpiDefault=none
 ReturnToService=2
-KillWait=60
+KillWait=300
 GresTypes=gpu
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:{gpus} RealMemory=8000
@@ -85,11 +86,9 @@ class Cluster:
         (folder / "gres.conf").write_text(
             "".join(f"Name=gpu File=/dev/{device}\n" for device in GPUS)
         )
-        (folder / "slurm.conf").write_text(
-            _CONFIG.format(
-                folder=folder, host=host, ports=_free_ports(2), user=getpass.getuser(), gpus=len(GPUS)
-            )
-        )
+        facts = {"folder": folder, "host": host, "ports": _free_ports(2)}
+        facts |= {"user": getpass.getuser(), "gpus": len(GPUS)}
+        (folder / "slurm.conf").write_text(_CONFIG.format_map(facts))
         try:
             self._start(
                 *f"munged --foreground --force --socket={folder}/run/munge.socket".split(),
@@ -161,10 +160,8 @@ def main() -> None:
         sys.exit(f"Not installed: {', '.join(lacking)}. Try 'apt-get install slurm-wlm munge'.")
     with tempfile.TemporaryDirectory() as folder, Cluster(pathlib.Path(folder)):
         print(f"export SLURM_CONF={folder}/slurm.conf", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":
