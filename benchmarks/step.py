@@ -95,6 +95,7 @@ def clip_jax_step(
         seed=0,
         augment=lambda images, key: images,
         max_logit_scale=100.0,
+        skip_above=None,
     ).compile()
 
     def take_step() -> float:

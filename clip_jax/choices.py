@@ -12,9 +12,15 @@ LOSS_METHODS = ("all_gather", "ring")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 MOMENT_DTYPES = ("float32", "bfloat16")
 
+# config.step.nonfinite.
+NONFINITE = ("stop", "skip")
+
 # config.data.crop and config.data.order; see `data.crops` and `data.order`.
 CROPS = ("random", "resized", "center", "none")
 ORDERS = ("shuffled", "windowed", "stored")
+
+# config.log.trackers; see `common.trackers`.
+TRACKERS = ("wandb", "mlflow", "trackio")
 
 # Forms of the towers, fields of `models.Size`.
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")

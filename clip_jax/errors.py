@@ -25,16 +25,18 @@ class UserError(ValueError):
     exit_code = ExitCode.USER_ERROR
 
 
-class HostMissing(UserError):
-    """The hosts did not find each other in time: some may still be on their way."""
-
-    exit_code = ExitCode.RESUME
-
-
 class DataStalled(UserError):
     """No batch came in time. Threads that hang may keep the process from ending by itself."""
 
     exit_code = ExitCode.RESUME
+
+
+class NotJoined(UserError):
+    """The hosts have not joined. JAX's threads that wait for the others may crash at exit."""
+
+    def __init__(self, text: str, exit_code: ExitCode = ExitCode.USER_ERROR):
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class StorageError(UserError):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, BFloat16, Float32, Key, UInt32
+from jaxtyping import Array, BFloat16, Float32, Int32, Key, UInt32
 
 from clip_jax import sharding
 from clip_jax.errors import UserError
@@ -66,6 +66,11 @@ def make_optimizer(
         optax.add_decayed_weights(weight_decay, mask=partial(decay_mask, pattern=decay_params)),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def updates_applied(opt_state: Any) -> Int32[Array, ""]:
+    """Returns the number of updates in a state of `make_optimizer`, which its schedule counts."""
+    return opt_state[-1].count
 
 
 def decay_mask(params: Any, pattern: str) -> Any:

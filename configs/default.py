@@ -59,6 +59,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.mesh = _mesh()
     config.loss = _loss()
     config.optim = _optim()
+    config.step = _step()
     config.data = _data()
     config.eval = _eval()
     config.checkpoint = _checkpoint()
@@ -127,6 +128,7 @@ def validate(config: ConfigDict) -> None:
         ("loss.name", config.loss.name, choices.LOSS_NAMES),
         ("loss.method", config.loss.method, choices.LOSS_METHODS),
         ("optim.moment_dtype", config.optim.moment_dtype, choices.MOMENT_DTYPES),
+        ("step.nonfinite", config.step.nonfinite, choices.NONFINITE),
     ):
         if value not in allowed:
             problems.append(f"{name} is {value!r}, and must be one of {', '.join(allowed)}")
@@ -138,16 +140,28 @@ def validate(config: ConfigDict) -> None:
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
+        ("step.timeout", config.step.timeout, 0),
+        ("step.max_grad_norm", config.step.max_grad_norm, 0),
+        ("step.max_skipped", config.step.max_skipped, 0),
+        ("step.max_rollbacks", config.step.max_rollbacks, 0),
+        ("step.saved_batches", config.step.saved_batches, 0),
         ("eval.batch_size", config.eval.batch_size, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
+        ("log.trace_steps", config.log.trace_steps, 1),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.processes", config.data.processes, 0),
         ("data.threads", config.data.threads, 0),
         ("data.shuffle_window", config.data.shuffle_window, 1),
         ("data.chunk", config.data.chunk, 1),
     ):
-        if value < least:
+        if not value >= least:  # NaN too
             problems.append(f"{name} is {value}, and must be at least {least}")
+    names = [name.strip() for name in config.log.trackers.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in choices.TRACKERS]:
+        problems.append(
+            f"log.trackers names {', '.join(unknown)}, and may name {', '.join(choices.TRACKERS)}"
+        )
     data, views = config.data, config.data.views
     for name, pair in (
         ("data.crop_scale", data.crop_scale),
@@ -160,6 +174,11 @@ def validate(config: ConfigDict) -> None:
             problems.append(
                 f"{name} is {pair}, and must be two numbers, the least and the greatest"
             )
+    if config.step.max_grad_norm and config.step.nonfinite != "skip":
+        problems.append(
+            f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
+            "step.nonfinite=skip"
+        )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
@@ -284,6 +303,28 @@ def _optim() -> ConfigDict:
     return optim
 
 
+def _step() -> ConfigDict:
+    step = ConfigDict()
+    # Seconds without a step after which the run says what each host was doing, and ends for a
+    # restart; 0: none. Waits for data have data.stall_timeout in addition, evaluations and
+    # checkpoints six times this without a sign of life.
+    step.timeout = 900.0
+    # At a loss or gradient norm that is NaN or infinite: "stop" the run | "skip" the step, which
+    # then changes neither model nor optimiser.
+    step.nonfinite = "stop"
+    # skip: gradient norm, before clipping, above which a step is skipped too; 0: none. Should be
+    # several times the train/grad_norm of healthy steps.
+    step.max_grad_norm = 0.0
+    # skip: steps skipped in a row, above which the run goes back to the last checkpoint before them
+    # and on from there, past the examples read since then.
+    step.max_skipped = 10
+    step.max_rollbacks = 3  # skip: number of times that a run may go back so; then it ends
+    # skip: number of skipped batches to save in the workdir, for inspection; 0: none. One takes
+    # batch_size x image_size^2 x 3 bytes.
+    step.saved_batches = 3
+    return step
+
+
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.source = source()
@@ -373,6 +414,9 @@ def _checkpoint() -> ConfigDict:
     checkpoint.keep = 3  # number of most recent checkpoints to keep
     # The checkpoint with the highest value of this metric is kept too; "": none.
     checkpoint.best_metric = "zeroshot/top1"
+    # Seconds for which saves may fail, on a full disk for instance, before the run ends. Training
+    # goes on meanwhile. With several hosts the first failure ends the run.
+    checkpoint.give_up_after = 3600.0
     checkpoint.allow_config_change = False  # resume although settings that change results differ
     # Resume on other training data: order, epochs and the length of the schedule change.
     checkpoint.allow_data_change = False
@@ -383,4 +427,10 @@ def _log() -> ConfigDict:
     log = ConfigDict()
     log.every = "50 steps"  # interval of rows in metrics.jsonl, TensorBoard and the progress line
     log.tensorboard = True  # write TensorBoard events beside metrics.jsonl
+    # Experiment trackers that get the rows too, comma-separated: "wandb" | "mlflow" | "trackio";
+    # "": none. Server, account and key are those of the tracker's own environment variables.
+    log.trackers = ""
+    log.project = "clip_jax"  # project there; of MLflow the experiment
+    log.trace = ""  # step at which a trace for XProf begins, "200 steps"; "": only at SIGUSR2
+    log.trace_steps = 5  # steps in a trace
     return log

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 
 from clip_jax.common import lifeline
-from clip_jax.errors import HostMissing, UserError
+from clip_jax.errors import ExitCode, NotJoined, UserError
 
 # Seconds that hosts wait for the first one: the index of a large data set takes hours.
 _BARRIER_TIMEOUT = 24 * 3600
@@ -65,7 +65,7 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
 
     Raises:
       UserError: the flags do not fit each other.
-      HostMissing: the hosts do not find each other.
+      NotJoined: the hosts do not find each other.
     """
     if coordinator != "auto":
         if processes is None or process is None:
@@ -93,6 +93,7 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
         _jax.get_distributed_runtime_client = functools.partial(
             make, missed_heartbeat_callback=lost
         )
+    began = time.monotonic()
     try:
         if coordinator == "auto":
             jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
@@ -105,19 +106,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
                 heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             )
     except Exception as error:
-        if coordinator == "auto" and isinstance(error, ValueError):
-            raise UserError(
-                "--coordinator=auto finds no cluster here: it works on Cloud TPU, and under SLURM "
-                "within srun. Elsewhere give --coordinator=HOST:PORT of the first host, "
-                "--processes and --process; a single host needs none of them. "
-                f"({_first_line(error)})"
-            ) from error
-        raise HostMissing(
-            f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
-            f"{processes} waited at --coordinator={coordinator}. Start the same command on every "
-            "host, each with its own --process, and let all of them reach that address. "
-            f"({_first_line(error)})"
-        ) from error
+        seconds = time.monotonic() - began
+        raise _not_joined(coordinator, processes, process, error, seconds) from error
     finally:
         if make is not None:
             _jax.get_distributed_runtime_client = make
@@ -128,9 +118,10 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
         try:
             lifeline.start(process, processes, first, state.client)
         except OSError as error:
-            raise UserError(
-                f"Host {process} has no connection to the first one, {first}, by a port that the "
-                f"latter chose ({error}): open all ports between the hosts."
+            who = "Some host has" if process == 0 else f"Host {process} has"
+            raise NotJoined(
+                f"{who} not connected to the first one, {first}, by a port that the latter chose "
+                f"({error}): open all ports between the hosts."
             ) from error
     return process, processes
 
@@ -160,9 +151,10 @@ def _check_address(coordinator: str, process: int) -> None:
             break
         except OSError as error:
             if not waits or time.monotonic() - began >= _JOIN_TIMEOUT:
-                raise (HostMissing if waits else UserError)(
+                raise NotJoined(
                     f"The first host of --coordinator={coordinator} is not known here ({error}): "
-                    "give its name or address as the other hosts know it."
+                    "give its name or address as the other hosts know it.",
+                    ExitCode.RESUME if waits else ExitCode.USER_ERROR,
                 ) from None
         time.sleep(1)
     if process:
@@ -178,8 +170,34 @@ def _check_address(coordinator: str, process: int) -> None:
             ) from None
 
 
+def _not_joined(
+    coordinator: str, processes: int | None, process: int | None, error: Exception, seconds: float
+) -> UserError:
+    if coordinator == "auto" and isinstance(error, ValueError):
+        return UserError(
+            "--coordinator=auto finds no cluster here: it works on Cloud TPU, and under SLURM "
+            "within srun. Elsewhere give --coordinator=HOST:PORT of the first host, --processes "
+            f"and --process; a single host needs none of them. ({_first_line(error)})"
+        )
+    if process and seconds < 0.9 * _JOIN_TIMEOUT:  # JAX 0.10 loses the reason on the way to Python
+        return NotJoined(
+            f"The first host, at --coordinator={coordinator}, refuses host {process} of "
+            f"{processes}: another one was started with --process={process} too, or the first one "
+            "with another number of --processes. Give every host the number of all hosts as "
+            "--processes, and its own as --process, from 0."
+        )
+    return NotJoined(
+        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
+        f"{processes} waited at --coordinator={coordinator}. Start the same command on every host, "
+        "each with its own --process, and let all of them reach that address. See also to why a "
+        f"host that is missing has ended. ({_first_line(error)})",
+        ExitCode.RESUME,  # it may be on its way, or a scheduler took it away
+    )
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    line = (str(error).splitlines() or [""])[0]
+    return "JAX gives no reason" if "bad_cast" in line else line
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Sources to batches: one pipeline per host, entered at any example."""
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import os
@@ -92,6 +93,32 @@ class TrainPipeline:
                     if skipped is not None:
                         self.skipped[skipped.reason] += 1
                 yield batch.arrays
+
+    def reread(self, start: int) -> Batch:
+        """Reads once more the rows of this host in the step whose positions begin at `start`.
+
+        Returns:
+          A batch, with three more arrays: the "position" of each row in the run, the "key" of the
+          example there, and "replaced", whether that was unusable and the row is another one's.
+        """
+        numbers, config = dataclasses.replace(self._positions, start=start), self._spec.config
+        positions = [numbers[number] for number in range(len(numbers.rows))]
+        batches = loading.batches(
+            lambda numbers: self._rows.start([positions[number] for number in numbers]),
+            self._rows.empty(),
+            count=len(positions),
+            batch_size=len(positions),
+            threads=config.threads,
+            prefetch=1,
+        )
+        with contextlib.closing(batches):
+            batch = next(batches)
+        return {
+            **batch.arrays,
+            "position": np.array(positions),
+            "key": np.array(self._rows.keys(positions, config.threads)),
+            "replaced": np.array([skipped is not None for _, skipped, _ in batch.stats]),
+        }
 
     def describe(self) -> str:
         """Returns the work of the threads that load, in whatever process they are."""

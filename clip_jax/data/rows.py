@@ -120,6 +120,11 @@ class Rows:
         reads = reading.start(self._source, indices)
         return [functools.partial(self._finish, *each) for each in zip(positions, indices, reads)]
 
+    def keys(self, positions: Sequence[int], threads: int) -> list[str]:
+        """Reads the keys of the examples at some positions, with threads as in `config.threads`."""
+        indices = [self._order[position] for position in positions]
+        return list(reading.by_threads(_read_key, self._source, indices, threads))
+
     def __getitem__(self, position: int) -> tuple[Row | None, RowStats]:
         """The row at one position, as by `start`."""
         return self.start([position])[0]()
@@ -160,6 +165,13 @@ class Rows:
             raise BadExample("empty caption", example.key)
         image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
         return {"image": image, "tokens": tokens}, truncated
+
+
+def _read_key(read: Callable[[], Example]) -> str:
+    try:
+        return read().key
+    except BadExample as bad:
+        return bad.key
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def _log_failures_once() -> None:
 
     def wanted(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if error is None or not faults.is_failure(error):
+        if error is None or not (faults.is_failure(error) or faults.local_reason(error)):
             return True
         if "background save thread" in record.getMessage():
             failures.append(error)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, metrics
+from clip_jax.common import clock, metrics, trackers
 from clip_jax.data import identity, pipeline
 from clip_jax.data.feed import Feed
 from clip_jax.data.order import Order, Weighted
@@ -23,11 +23,14 @@ from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import StorageError, UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
+from clip_jax.training import lease, skips, workdir
 from clip_jax.training import step as train_step
-from clip_jax.training import workdir
 from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
+from clip_jax.training.telemetry import Telemetry
+from clip_jax.training.tracer import Tracer
+from clip_jax.training.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Run:
     log_every: int  # steps
     eval_every: int  # steps
     checkpoint_every: int  # steps; 0: by the clock, or only at the end
+    trace_at: int  # step; 0: none
 
     @property
     def mesh(self) -> Mesh:
@@ -65,6 +69,10 @@ class ResumeState:
     seconds: float = 0.0  # wall time
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # examples by reason
     truncated: int = 0  # captions
+    skipped_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
+    skipped_in_a_row: int = 0  # steps, the last ones
+    # Each with "from_step", "to_step", and "examples_seen", the position to go on from.
+    rollbacks: Sequence[Mapping[str, int]] = ()
     seconds_by_phase: Mapping[str, float] = dataclasses.field(default_factory=dict)
     evaluation_due: bool = False  # the run was stopped before the evaluation of this step was done
 
@@ -92,6 +100,7 @@ class Loop:
         resume_state: ResumeState,
         requests: Requests,
         record: Record,
+        held: lease.Lease,
     ):
         """Opens the logs in `directory`.
 
@@ -104,17 +113,35 @@ class Loop:
           resume_state: progress of the runs that this one resumes.
           requests: what is asked of the run from outside.
           record: the record of this start.
+          held: the lease of the workdir.
         """
         self._run, self._config, self._store = run, config, store
-        self._data, self._resume_state = data, resume_state
-        self._requests, self._record = requests, record
+        self._directory, self._data, self._resume_state = directory, data, resume_state
+        self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
-        self._writer = metrics.MetricWriter(
-            directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
+        self._progress = metrics.Progress(
+            resume_state.step, run.total_steps, config.batch_size, record.seconds()["train"]
         )
-        self._progress = metrics.Progress(resume_state.step, run.total_steps, config.batch_size)
+        self._writer = metrics.MetricWriter(
+            directory,
+            tensorboard=config.log.tensorboard,
+            start_step=resume_state.step,
+            sinks=self._sinks(directory),
+        )
+        self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
+        self._tracer = Tracer(
+            directory, due=run.trace_at, steps=config.log.trace_steps, say=self._progress.note
+        )
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._reported: Mapping[str, int] = resume_state.skipped
+        self._skips = skips.Skips(
+            config.step.max_skipped,
+            config.step.saved_batches,
+            counts=resume_state.skipped_steps,
+            in_a_row=resume_state.skipped_in_a_row,
+            note=self._report_event,
+            save=self._save_batch,
+        )
         self._feed = Feed(
             data,
             sharding.batch_sharding(run.mesh),
@@ -122,6 +149,29 @@ class Loop:
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
         )
+        self._watchdog = Watchdog(
+            config.step.timeout,
+            config.data.stall_timeout,
+            lambda: "data" if self._feed.waiting else record.phase,
+            self._describe,
+            directory,
+        )
+
+    def _sinks(self, directory: epath.PathLike) -> list[metrics.Sink]:
+        """Starts the trackers of the config."""
+        names = trackers.parse(self._config.log.trackers)
+        if not names or jax.process_index() != 0:
+            return []
+        started = trackers.Trackers(
+            names,
+            workdir=epath.Path(directory),
+            project=self._config.log.project,
+            start_step=self._resume_state.step,
+            config=workdir.flatten(workdir.to_plain(self._config)),
+            hardware=hardware(self._run.mesh),
+            say=self._progress.note,
+        )
+        return [started]
 
     def progress(self, step: int) -> ResumeState:
         """Returns the progress of all hosts up to `step`, the resumed runs included.
@@ -137,6 +187,9 @@ class Loop:
             seconds=before.seconds + sum(self._record.seconds().values()),
             skipped=dict(Counter(before.skipped) + Counter(seen)),
             truncated=before.truncated + truncated,
+            skipped_steps=dict(self._skips.counts),
+            skipped_in_a_row=self._skips.in_a_row,
+            rollbacks=before.rollbacks,
             seconds_by_phase=self._seconds_by_phase(),
         )
 
@@ -158,25 +211,39 @@ class Loop:
         )
 
     def run(self, state: train_state.TrainState, step_fn) -> dict[str, float]:
-        """Trains to the last step; returns the last evaluation's metrics."""
+        """Trains to the last step; returns the last evaluation's metrics.
+
+        Raises:
+          RollBack: too many steps in a row were skipped.
+        """
         run, first = self._run, self._resume_state.step
         evaluated: dict[str, float] | None = {}
         with (
             self._logging(),
             contextlib.closing(self._feed),
             self._requests.deferred(run.mesh),
+            self._watchdog.watching(),
             self._record.during("train"),
+            contextlib.ExitStack() as stack,
         ):
+            stack.callback(self._tracer.close)
             if self._resume_state.evaluation_due:
                 evaluated = self._evaluate(state, first)
                 if evaluated is None:
                     raise self._requests.stopped(first)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
-                state, values = step_fn(state, batch)
+                self._watchdog.beat(step)
+                with self._tracer.step(step):
+                    state, values = step_fn(state, batch)
+                self._skips.record(step, values)
+                self._tracer.after(step, values)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total_steps):
                     self._pending = step, values
                 self._asked |= self._requests.poll()
+                if Request.TRACE in self._asked:
+                    self._tracer.start(step + 1)
+                    self._asked &= ~Request.TRACE
                 evaluated = {}
                 if clock.is_due(step, run.eval_every, run.total_steps):
                     evaluated = self._evaluate(state, step)
@@ -212,6 +279,10 @@ class Loop:
             yield
         except StorageError:
             raise  # to ask the same storage again would take as long again
+        except skips.RollBack:
+            self._requests.repeat(self._asked)
+            self._writer.close()
+            raise
         except BaseException:
             self._writer.flush()
             raise
@@ -228,13 +299,18 @@ class Loop:
         step, device_values = self._pending
         self._pending = None
         values = metrics.fetch(device_values)
+        self._skips.read(step)
         self._check_finite(step, values)
         seconds = self._record.seconds(self._feed.waited)
         trained = seconds["train"] + seconds["data"]
         rate, waited = self._progress.measure(step, trained, self._feed.waited)
         self._record.reached(step, self._feed.waited)
-        row = {f"train/{name}": value for name, value in values.items()}
+        self._lease.check(if_late=True)
+        row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
+        if "skipped" in values:
+            row["train/skipped_steps"] = self._skips.counts.total()
         row["train/images_per_second"] = rate
+        row |= self._telemetry.measure(rate)
         # This host's alone: a sum over hosts would hold up the device.
         row["data/waiting"] = waited
         row["data/skipped"] = sum(self._data.skipped.values())
@@ -248,9 +324,29 @@ class Loop:
         self._progress.show(step, values["loss"], rate, waited)
 
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
+        if values.get("skipped"):
+            return  # the model is as before
         for name, value in values.items():
             if not math.isfinite(value):
-                raise UserError(f"The {name} is {value} at step {step}. {self._store.way_back()}")
+                raise UserError(
+                    f"The {name} is {value} at step {step}. {self._store.way_back()} If only a few "
+                    "batches do this, the same command with --config.step.nonfinite=skip leaves "
+                    "them out."
+                )
+
+    def _report_event(self, step: int, text: str) -> None:
+        """Shows something that went wrong, and records it."""
+        self._progress.note(text)
+        self._record.add(step, text)
+
+    def _save_batch(self, step: int) -> str:
+        """Saves this host's part of the batch of a skipped step, read once more."""
+        path = skips.batch_path(self._directory, step, *sharding.process_part(self._run.mesh))
+        try:
+            batch = self._data.reread(self._examples_seen(step - 1))
+        except (OSError, UserError) as error:
+            return f"; its batch could not be read again: {error}"
+        return skips.save_batch(path, batch)
 
     def _evaluate(self, state: train_state.TrainState, step: int) -> dict[str, float] | None:
         """Evaluates; returns the scores, None where the run is asked to stop meanwhile."""
@@ -280,6 +376,7 @@ class Loop:
 
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
+        self._watchdog.beat()
         self._asked |= self._requests.poll()
         if Request.STOP in self._asked:
             raise _Interrupted
@@ -302,8 +399,10 @@ class Loop:
         """
         self._flush()
         self._check_finite(step, metrics.fetch(values))  # waits for the steps under way
+        self._skips.read(step)
         self._record.reached(step, self._feed.waited)
         with self._record.during("checkpoint"):
+            self._lease.check()
             self._write(state, step, evaluated)
         self._requests.saved()
         self._asked &= ~Request.SAVE

@@ -121,7 +121,15 @@ class Program:
             zero1=config.mesh.zero1,
             seed=config.seed,
             max_logit_scale=config.optim.max_logit_scale,
+            skip_above=_skip_above(config.step),
         )
+
+
+def _skip_above(step_config: ConfigDict) -> float | None:
+    """Returns the gradient norm above which steps are skipped, as the step takes it."""
+    if step_config.nonfinite == "stop":
+        return None
+    return step_config.max_grad_norm or math.inf
 
 
 def make_mesh_and_net(

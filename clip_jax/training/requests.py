@@ -112,6 +112,10 @@ class Requests:
         flags = np.asarray(before.addressable_data(0))
         return Request(sum(int(flag) * request for flag, request in zip(flags, Request)))
 
+    def repeat(self, asked: Request) -> None:
+        """Has the next polls return once more what could not be served."""
+        self._asked |= asked
+
     def saved(self) -> None:
         """Begins the time to the next save."""
         self._saved_at = time.monotonic()

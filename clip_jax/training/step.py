@@ -10,19 +10,23 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from clip_jax import optim, sharding
+from clip_jax.losses import geometry
 from clip_jax.optim import to_float32
 from clip_jax.state import TrainState
 
 # "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s].
 Batch = dict[str, Shaped[Array, "batch ..."]]
+TOWERS = ("image", "text")  # names in the parameters
 Metrics = dict[str, Float32[Array, ""]]
 Loss = Callable[..., jax.Array]  # takes the outputs of the model
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # takes images and a PRNG key
 # (params, part of the batch) -> outputs of the model, new BatchNorm statistics.
 Embed = Callable[[Any, Batch], tuple[tuple[jax.Array, ...], Any]]
+# Scope of the update where it may be skipped, by which the planner knows that it rarely is.
+SKIPPABLE = "skippable_update"
 
 
 def train_step(
@@ -38,8 +42,12 @@ def train_step(
     zero1: bool,
     seed: int,
     max_logit_scale: float,
+    skip_above: float | None,
 ) -> tuple[TrainState, Metrics]:
     """Updates the state on the global batch.
+
+    A skipped step changes nothing but `step`, so that order and randomness go on: parameters,
+    BatchNorm statistics and the optimiser, its count included, keep every bit.
 
     Args:
       state: training state.
@@ -56,10 +64,13 @@ def train_step(
       seed: PRNG seed; all randomness is folded from it by step and by the example's place in the
         batch.
       max_logit_scale: bound on the multiplier exp(logit_scale), applied after the update.
+      skip_above: gradient norm above which the step is skipped; a step whose loss or gradient norm
+        is not finite is skipped as well. None: no step is.
 
     Returns:
-      The new state, and scalars: loss, grad_norm (before clipping), param_norm,
-      learning_rate, and, where the model has one, logit_scale (the multiplier).
+      The new state, and scalars: loss, grad_norm (before clipping) and param_norm, both also by
+      tower, learning_rate, where the model has one, logit_scale (the multiplier), where it compares
+      embeddings, their alignment and uniformity, and, where steps are skipped, skipped (0 or 1).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout_key, rounding_key, augment_key = jax.random.split(key, 3)
@@ -79,40 +90,93 @@ def train_step(
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
-    loss, batch_stats, grads = gradients(embed, loss_fn, state.params, batch)
+    loss, (batch_stats, measured), grads = gradients(embed, loss_fn, state.params, batch)
     # From here on each device works on its own shards, which under ZeRO are smaller than those it
     # holds of the parameters.
     constrain = partial(sharding.constrain_update, zero1=zero1)
     grads = constrain(to_float32(grads))
-    updates, opt_state = tx.update(grads, state.opt_state, constrain(to_float32(state.params)))
-    params: Any = constrain(optim.apply_updates(constrain(state.params), updates, rounding_key))
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics = {"loss": loss, **measured, **_norms("grad_norm", grads)}
+    old: Any = constrain(state.params)
+
+    def update() -> tuple[Any, Any, Any]:
+        updates, opt_state = tx.update(grads, state.opt_state, constrain(to_float32(state.params)))
+        params: Any = constrain(optim.apply_updates(old, updates, rounding_key))
+        if "logit_scale" in params:
+            logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
+            params = {**params, "logit_scale": logit_scale}
+        return params, batch_stats, opt_state
+
+    if skip_above is None:
+        params, batch_stats, opt_state = update()
+    else:
+        applied = _is_finite_up_to(skip_above, metrics)
+        with jax.named_scope(SKIPPABLE):
+            # Costs nothing: a selection by jnp.where keeps a copy of the old state, and takes
+            # another pass over both.
+            params, batch_stats, opt_state = jax.lax.cond(
+                applied, update, lambda: (old, state.batch_stats, state.opt_state)
+            )
+        metrics["skipped"] = 1.0 - applied
     if "logit_scale" in params:
-        logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
-        params = {**params, "logit_scale": logit_scale}
-        metrics["logit_scale"] = jnp.exp(logit_scale)
-    metrics["param_norm"] = optax.tree.norm(to_float32(params))
-    metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        metrics["logit_scale"] = jnp.exp(params["logit_scale"])
+    metrics |= _norms("param_norm", to_float32(params))
+    learning_rate = schedule(optim.updates_applied(state.opt_state))
+    metrics["learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
     state = TrainState(state.step + 1, params, batch_stats, opt_state)
     return state, metrics
 
 
+def _is_finite_up_to(greatest_norm: float, metrics: Metrics) -> Bool[Array, ""]:
+    """Returns whether loss and gradient norm are finite, and the norm is no greater than that."""
+    loss, norm = metrics["loss"], metrics["grad_norm"]
+    return jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= greatest_norm)
+
+
+def _norms(name: str, tree: Any) -> Metrics:
+    """Computes the norm of all, of each tower, and of what belongs to neither, such as logit_scale.
+
+    The compiler computes each leaf's sum of squares once for both.
+    """
+    towers = {tower: tree[tower] for tower in TOWERS if tower in tree}
+    others = {key: part for key, part in tree.items() if key not in towers}
+    parts = {**towers, **({"other": others} if others else {})}
+    norms = {f"{name}/{part}": optax.tree.norm(leaves) for part, leaves in parts.items()}
+    return {name: optax.tree.norm(tree), **norms}
+
+
+def _geometry(outputs: tuple[jax.Array, ...], params: Any) -> Metrics:
+    """Measures alignment and uniformity, where the first two outputs are embeddings of pairs.
+
+    Two views of an image count as one tower: the first is measured.
+    """
+    images, texts, *_ = jax.lax.stop_gradient(outputs)
+    if images.ndim == 1 or len(images) < 2:
+        return {}
+    towers = {"image": images, "text": texts}
+    uniformity = {
+        f"uniformity/{tower}": geometry.uniformity(embeds)
+        for tower, embeds in towers.items()
+        if tower in params
+    }
+    return {"alignment": geometry.alignment(images, texts), **uniformity}
+
+
 def _gradients(
     embed: Embed, loss_fn: Loss, params: Any, batch: Batch
-) -> tuple[Float[Array, ""], Any, Any]:
-    """Computes loss, BatchNorm statistics and gradients of the whole batch at once."""
+) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
+    """Computes loss, BatchNorm statistics, metrics and gradients of the whole batch at once."""
 
     def loss(params):
         outputs, batch_stats = embed(params, batch)
-        return loss_fn(*outputs), batch_stats
+        return loss_fn(*outputs), (batch_stats, _geometry(outputs, params))
 
-    (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return value, batch_stats, grads
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, aux, grads
 
 
 def _accumulated(
     count: int, embed: Embed, loss_fn: Loss, params: Any, batch: Batch
-) -> tuple[Float[Array, ""], Any, Any]:
+) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
     """Computes the same with the activations of one micro-batch alive at a time.
 
     GradCache (Gao et al. 2021, arXiv:2101.06983). All micro-batches are embedded; the loss of all
@@ -137,7 +201,8 @@ def _accumulated(
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     grads, _ = jax.lax.scan(replay, zeros, (parts, d_outputs))
-    return value, jax.tree.map(lambda x: x.mean(axis=0), batch_stats), grads
+    batch_stats = jax.tree.map(lambda x: x.mean(axis=0), batch_stats)
+    return value, (batch_stats, _geometry(outputs, params)), grads
 
 
 def _split(
@@ -170,14 +235,15 @@ def lower_step(
     zero1: bool,
     seed: int,
     max_logit_scale: float,
+    skip_above: float | None,
 ) -> jax.stages.Lowered:
     """Lowers `train_step` for a mesh, to be compiled; the state passed to the result is donated.
 
     Args:
       state, batch: arrays or `ShapeDtypeStruct`s with shardings.
       mesh: devices of the run.
-      net, tx, schedule, loss_fn, augment, accum_steps, zero1, seed, max_logit_scale: see
-        `train_step`.
+      net, tx, schedule, loss_fn, augment, accum_steps, zero1, seed, max_logit_scale, skip_above:
+        see `train_step`.
 
     Returns:
       The lowered step. Compiled, it is called as step(state, batch), and reports the memory and
@@ -196,6 +262,7 @@ def lower_step(
             zero1=zero1,
             seed=seed,
             max_logit_scale=max_logit_scale,
+            skip_above=skip_above,
         ),
         donate_argnums=0,
         out_shardings=(state_shardings, sharding.replicated(mesh)),

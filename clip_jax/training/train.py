@@ -1,6 +1,7 @@
 """A training run from start to end: mesh, model, data, state, restore, loop, report."""
 
 import contextlib
+import dataclasses
 import functools
 import os
 import statistics
@@ -11,16 +12,17 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, models, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, formatting, hosts, metrics
+from clip_jax.common import clock, formatting, hosts, metrics, starts, trackers
 from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, lease, notices, program, workdir
+from clip_jax.training import agreement, lease, notices, program, skips, workdir
 from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
 from clip_jax.training.record import Record, surroundings
 from clip_jax.training.requests import Requests
@@ -44,7 +46,6 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     """
     began = time.monotonic()
     directory = locations.reachable(directory)
-    _keep_programs(config.compilation_cache, directory)
     requests = Requests(clock.to_seconds(config.checkpoint.every) or 0.0)
     with requests.heard():
         return _train(config, directory, command, requests, began)
@@ -58,6 +59,7 @@ def _keep_programs(cache: str, directory: epath.Path) -> None:
         cache = str(directory / PROGRAMS)
     if cache:
         jax.config.update("jax_compilation_cache_dir", str(locations.parse(cache)))
+        compilation_cache.reset_cache()  # where a program came before, it has decided on none
 
 
 def _train(
@@ -68,20 +70,30 @@ def _train(
         agreement.check_program(config)
         workdir.make(directory)
         agreement.check_workdir(directory)
+    _keep_programs(config.compilation_cache, directory)
     run = _prepare(config, directory)
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(lease.held(directory))
+        held = stack.enter_context(lease.held(directory))
         record = Record(directory, began)
-        stack.enter_context(record.kept(**_facts(run, config, command)))
+
+        def report(step: int, text: str) -> None:
+            _say(text)
+            record.add(step, text)
+
         store = stack.enter_context(
             checkpoint.Checkpoints(
-                directory, keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric
+                directory,
+                keep=config.checkpoint.keep,
+                best_metric=config.checkpoint.best_metric,
+                give_up_after=config.checkpoint.give_up_after,
+                report=report,
             )
         )
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
+        stack.enter_context(record.kept(**_facts(run, config, command)))
         _announce(run, config)
         start = None
         if config.init_from and resumed is None:
@@ -90,12 +102,6 @@ def _train(
             start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
             _say(f"Starting from the model in {config.init_from}.")
         finished = resumed == run.total_steps
-        if finished:
-            _say(
-                f"The run in {directory} is finished, at step {resumed:,}: it is evaluated once "
-                "more, for the report. To train on, start another --workdir with "
-                f"--config.init_from={directory}."
-            )
         with record.during("compile"):
             step_fn = None if finished else _compile(run, config)
         workdir.write(directory, config)
@@ -103,17 +109,39 @@ def _train(
             resume_state = ResumeState()
             state = run.program.init(start)
         else:
-            meta = _check_meta(store.read_meta(resumed), run.tokenizer)
-            _check_data(meta, run, config, directory)
-            resume_state = ResumeState.from_meta(meta)
-            state = store.restore(resumed, run.program.state)
-            if not finished:
-                _say(f"Resuming {directory} from step {resumed:,}.")
+            found = store.restore_latest(run.program.state)
+            resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
+            _check_data(found.meta, run, config, directory)
+            state = found.state
+            if found.step == run.total_steps:
+                _say(
+                    f"The run in {directory} is finished, at step {found.step:,}: it is evaluated "
+                    "once more, for the report. To train on, start another --workdir with "
+                    f"--config.init_from={directory}."
+                )
+            else:
+                _say(f"Resuming {directory} from step {found.step:,}.")
+                with record.during("compile"):
+                    step_fn = step_fn or _compile(run, config)
         record.begins(resume_state.step)
-        data = _data(run, config, directory, resume_state.examples_seen)
-        loop = Loop(run, config, directory, store, data, resume_state, requests, record)
-        final = loop.run(state, step_fn)
-        done = loop.progress(run.total_steps)
+        while True:
+            data = _data(run, config, directory, resume_state.examples_seen)
+            loop = Loop(run, config, directory, store, data, resume_state, requests, record, held)
+            try:
+                final = loop.run(state, step_fn)
+                done = loop.progress(run.total_steps)
+                break
+            except skips.RollBack as error:
+                # Frames of its traceback hold the state: there is no memory for a second one.
+                found = error.with_traceback(None)
+            del state
+            # Times stay those of the runs before: the record of this start goes on.
+            done = dataclasses.replace(
+                loop.progress(found.last),
+                seconds=resume_state.seconds,
+                seconds_by_phase=resume_state.seconds_by_phase,
+            )
+            resume_state, state = _roll_back(run, config, directory, store, found, done, record)
     _report(directory, config, run, done, command, record.began_at)
     return final
 
@@ -134,6 +162,7 @@ def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
 def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
     """Does all that can fail on a wrong setting, before anything slow."""
     mesh, net = program.make_mesh_and_net(config)
+    trackers.parse(config.log.trackers)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
     fallback_dir = _fallback_dir(directory)
@@ -168,6 +197,7 @@ def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
         log_every=to_steps(config.log.every),
         eval_every=to_steps(config.eval.every),
         checkpoint_every=_every(config.checkpoint.every, to_steps),
+        trace_at=to_steps(config.log.trace) if config.log.trace else 0,
     )
 
 
@@ -289,6 +319,44 @@ def _check_data(
     _say(f"Resuming on other training data: {changed}.")
 
 
+def _roll_back(
+    run: Run,
+    config: ConfigDict,
+    directory: epath.PathLike,
+    store: checkpoint.Checkpoints,
+    found: skips.RollBack,
+    done: ResumeState,
+    record: Record,
+) -> tuple[ResumeState, train_state.TrainState]:
+    """Restores the last good checkpoint, to be resumed past the examples read since.
+
+    Nothing but the next checkpoint stores this: a run that is killed before it takes the same
+    steps again, and goes back again.
+
+    Raises:
+      UserError: there is none, or the run has gone back too often.
+    """
+    store.finish()
+    good = skips.choose_checkpoint(store.steps(), found.first, done.rollbacks)
+    if good is None or len(done.rollbacks) >= config.step.max_rollbacks:
+        raise skips.give_up(found, done.skipped_steps, done.rollbacks, config.step, directory)
+    state = store.restore(good, run.program.state)
+    store.discard_after(good)
+    seen = done.examples_seen
+    rollback = {"from_step": found.last, "to_step": good, "examples_seen": seen}
+    rollbacks = (*done.rollbacks, rollback)
+    text = (
+        f"Steps {found.first:,} to {found.last:,} were skipped, more in a row than "
+        f"step.max_skipped = {config.step.max_skipped} allows: back to step {good:,}, "
+        f"and on from there with the examples from {seen:,} on (roll-back {len(rollbacks)} of at "
+        f"most {config.step.max_rollbacks})."
+    )
+    _say(text)
+    record.add(found.last, text)
+    record.reached(good, 0.0)
+    return dataclasses.replace(done, step=good, skipped_in_a_row=0, rollbacks=rollbacks), state
+
+
 def _announce(run: Run, config: ConfigDict) -> None:
     count = train_state.count_params(run.program.state.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
@@ -343,14 +411,15 @@ def _report(
         skipped=done.skipped,
         truncated=done.truncated,
         config_text=str(config),
-        notes=run.evaluator.notes,
+        notes=[*run.evaluator.notes, *skips.notes(done.skipped_steps, done.rollbacks)],
     )
     if failures := faults.counts():
         _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
     path = epath.Path(directory) / "report.html"
     evaluator = run.evaluator
+    past, _ = starts.read(directory)
     report.write_report(
-        path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines()
+        path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines(), past
     )
     _say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
 

@@ -16,7 +16,7 @@ FILE = "config.json"  # inside the workdir
 
 # Fields that may differ between a run and its resumption: they change where and how it computes,
 # or what it reports, not the results.
-FREE = ("mesh", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
+FREE = ("mesh", "step", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
 FREE += ("model.remat", "model.packing", "accum_steps", "loss.method", "loss.tile")
 FREE += (
     "data.threads",

@@ -82,6 +82,7 @@ def compile_step(
         "zero1": False,
         "seed": 0,
         "max_logit_scale": 100.0,
+        "skip_above": None,
         **overrides,
     }
     lowered = train_step.lower_step(state, batch, mesh=mesh, net=net, schedule=schedule, **settings)
