@@ -19,6 +19,7 @@ COMMANDS = {
         "clip_jax.search.cli",
         "searches embedded images by text or picture, here or on a web page",
     ),
+    "status": ("clip_jax.status.cli", "tells how runs are doing: state, time spent, curves"),
 }
 
 

@@ -19,6 +19,9 @@ NONFINITE = ("stop", "skip")
 CROPS = ("random", "resized", "center", "none")
 ORDERS = ("shuffled", "windowed", "stored")
 
+# config.log.trackers; see `common.trackers`.
+TRACKERS = ("wandb", "mlflow", "trackio")
+
 # Forms of the towers, fields of `models.Size`.
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 IMAGE_POOLS = ("class", "map")

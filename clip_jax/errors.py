@@ -31,6 +31,14 @@ class DataStalled(UserError):
     exit_code = ExitCode.RESUME
 
 
+class NotJoined(UserError):
+    """The hosts have not joined. JAX's threads that wait for the others may crash at exit."""
+
+    def __init__(self, text: str, exit_code: ExitCode = ExitCode.USER_ERROR):
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class StorageError(UserError):
     """A failure of storage that repeating did not cure. Threads may still wait for it."""
 

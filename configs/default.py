@@ -140,12 +140,15 @@ def validate(config: ConfigDict) -> None:
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
+        ("step.timeout", config.step.timeout, 0),
         ("step.max_grad_norm", config.step.max_grad_norm, 0),
         ("step.max_skipped", config.step.max_skipped, 0),
         ("step.max_rollbacks", config.step.max_rollbacks, 0),
         ("step.saved_batches", config.step.saved_batches, 0),
         ("eval.batch_size", config.eval.batch_size, 1),
         ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
+        ("log.trace_steps", config.log.trace_steps, 1),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.processes", config.data.processes, 0),
         ("data.threads", config.data.threads, 0),
@@ -154,6 +157,11 @@ def validate(config: ConfigDict) -> None:
     ):
         if not value >= least:  # NaN too
             problems.append(f"{name} is {value}, and must be at least {least}")
+    names = [name.strip() for name in config.log.trackers.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in choices.TRACKERS]:
+        problems.append(
+            f"log.trackers names {', '.join(unknown)}, and may name {', '.join(choices.TRACKERS)}"
+        )
     data, views = config.data, config.data.views
     for name, pair in (
         ("data.crop_scale", data.crop_scale),
@@ -297,6 +305,10 @@ def _optim() -> ConfigDict:
 
 def _step() -> ConfigDict:
     step = ConfigDict()
+    # Seconds without a step after which the run says what each host was doing, and ends for a
+    # restart; 0: none. Waits for data have data.stall_timeout in addition, evaluations and
+    # checkpoints six times this without a sign of life.
+    step.timeout = 900.0
     # At a loss or gradient norm that is NaN or infinite: "stop" the run | "skip" the step, which
     # then changes neither model nor optimiser.
     step.nonfinite = "stop"
@@ -402,6 +414,9 @@ def _checkpoint() -> ConfigDict:
     checkpoint.keep = 3  # number of most recent checkpoints to keep
     # The checkpoint with the highest value of this metric is kept too; "": none.
     checkpoint.best_metric = "zeroshot/top1"
+    # Seconds for which saves may fail, on a full disk for instance, before the run ends. Training
+    # goes on meanwhile. With several hosts the first failure ends the run.
+    checkpoint.give_up_after = 3600.0
     checkpoint.allow_config_change = False  # resume although settings that change results differ
     # Resume on other training data: order, epochs and the length of the schedule change.
     checkpoint.allow_data_change = False
@@ -412,4 +427,10 @@ def _log() -> ConfigDict:
     log = ConfigDict()
     log.every = "50 steps"  # interval of rows in metrics.jsonl, TensorBoard and the progress line
     log.tensorboard = True  # write TensorBoard events beside metrics.jsonl
+    # Experiment trackers that get the rows too, comma-separated: "wandb" | "mlflow" | "trackio";
+    # "": none. Server, account and key are those of the tracker's own environment variables.
+    log.trackers = ""
+    log.project = "clip_jax"  # project there; of MLflow the experiment
+    log.trace = ""  # step at which a trace for XProf begins, "200 steps"; "": only at SIGUSR2
+    log.trace_steps = 5  # steps in a trace
     return log

@@ -80,7 +80,7 @@ start() {
 supervise() {
   local child status
   cd "$BASE/code"
-  PYTHONUNBUFFERED=1 "$BASE/venv/bin/python" main.py "$@" &
+  PYTHONUNBUFFERED=1 CLIP_JAX_REVISION=$(cut -c 1-12 "$BASE/commit") "$BASE/venv/bin/python" main.py "$@" &
   child=$!
   # shellcheck disable=SC2064 # the present value is meant
   trap "kill -TERM $child 2>/dev/null || true" TERM
@@ -90,6 +90,15 @@ supervise() {
     kill -0 "$child" 2>/dev/null || break
   done
   echo "$status" >"$BASE/run.status"
+}
+
+# True if the same command may succeed: as in clip_jax/errors.py, and where no status was left.
+may_resume() {
+  [ -f "$BASE/run.status" ] || return 0
+  case "$(cat "$BASE/run.status")" in
+    42 | 12[7-9] | 1[3-9]? | 2??) ;; # 42, or from 127 on: a signal
+    *) return 1 ;;
+  esac
 }
 
 status() {
@@ -105,9 +114,7 @@ status() {
     case "$ended" in
       0) state="finished" ;;
       stopped) state="stopped" ;;
-      # As in clip_jax/errors.py; the others are signals. The same command may succeed.
-      42 | 12[7-9] | 1[3-9]? | 2??) state="lost: exit status $ended" ;;
-      *) state="failed with exit status $ended" ;;
+      *) if may_resume; then state="lost: exit status $ended"; else state="failed with exit status $ended"; fi ;;
     esac
   fi
   if [ -f "$BASE/run.log" ]; then
@@ -126,8 +133,10 @@ logs() {
 }
 
 stop() {
-  local pid tenths=$((${1:-30} * 10))
+  local pid tenths=$((${1:-120} * 10)) how="stopped"
   if ! pid=$(running); then
+    # When another worker is stopped first, main.py has ended here by itself: to be started again.
+    if [ -f "$BASE/run.pid" ] && may_resume; then echo stopped >"$BASE/run.status"; fi
     echo "$HOST: main.py was not running"
     return
   fi
@@ -136,9 +145,10 @@ stop() {
     sleep 0.1
     tenths=$((tenths - 1))
   done
+  if running >/dev/null; then how="killed, since it did not end by itself"; fi
   kill -KILL -- "-$pid" 2>/dev/null || true # the rest of the group, data workers included
   echo stopped >"$BASE/run.status"
-  echo "$HOST: stopped"
+  echo "$HOST: $how"
 }
 
 "$@"

@@ -3,7 +3,7 @@
 
 set -euo pipefail
 ROOT=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-for part in say options help tpu run; do
+for part in say options main_arguments tpu_options help tpu run; do
   # shellcheck source=/dev/null
   . "$ROOT/launch/lib/$part.sh"
 done
@@ -115,29 +115,4 @@ command_run() {
   [ "$OVER" = finished ]
 }
 
-main() {
-  COMMAND=${1:-}
-  case "$COMMAND" in
-    "") die "There is no command: use create, wait, setup, start, logs, status, stop, delete or run." \
-      "See 'launch/tpu.sh --help'." ;;
-    -h | --help | help) show_help "" && exit ;;
-    create | wait | setup | start | logs | status | stop | delete | run) shift ;;
-    *) die "There is no command '$COMMAND': use create, wait, setup, start, logs, status, stop, delete" \
-      "or run. See 'launch/tpu.sh --help'." ;;
-  esac
-  local argument
-  for argument in "$@"; do
-    case "$argument" in
-      --) break ;;
-      -h | --help) show_help "$COMMAND" && exit ;;
-    esac
-  done
-  read_env_file "$@"
-  set_defaults
-  read_options "$@"
-  cd "$ROOT"
-  check_options
-  "command_$COMMAND"
-}
-
-main "$@"
+run_launcher "$@"

@@ -18,7 +18,7 @@ FILES = sorted(path for folder in ("clip_jax", "configs") for path in (ROOT / fo
 # Each layer may import those below it and, as long as no circle comes of it, its own.
 LAYERS = (
     ("main", "clip_jax.__main__"),
-    ("clip_jax.curation", "clip_jax.plan"),
+    ("clip_jax.curation", "clip_jax.plan", "clip_jax.status"),
     ("clip_jax.training",),
     ("clip_jax.evaluate", "clip_jax.export", "clip_jax.search"),
     ("clip_jax.embed",),
@@ -190,7 +190,7 @@ def test_the_trainer_imports_what_it_runs():
     assert "clip_jax.evaluate.evaluator" in loaded
     foreign = {"jinja2", "matplotlib", "pandas", "scipy.stats", "sklearn", "tensorflow"}
     assert not loaded & foreign
-    tools = ("curation", "export", "plan", "search", "weights", "evaluate.measures.lbfgs")
+    tools = ("curation", "export", "plan", "search", "status", "weights", "evaluate.measures.lbfgs")
     assert not {name for name in loaded if name.startswith(tuple(f"clip_jax.{t}" for t in tools))}
 
 

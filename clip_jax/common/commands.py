@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 
 from clip_jax.common import lifeline
-from clip_jax.errors import DataStalled, ExitCode, Stopped, StorageError, UserError
+from clip_jax.errors import DataStalled, ExitCode, NotJoined, Stopped, StorageError, UserError
 
 # Packages that only some sources of data and tokenizers need, by the module that they bring.
 OPTIONAL = {
@@ -78,7 +78,8 @@ def plain_errors(
             lifeline.await_news()  # it may come of another host's end
         code, text = ending(error)
         if code != ExitCode.FAULT:
-            _end(text, code, threads_may_hang and isinstance(error, DataStalled | StorageError))
+            hangs = threads_may_hang and isinstance(error, DataStalled | StorageError)
+            _end(text, code, hangs or isinstance(error, NotJoined))
         if not lifeline.joined():
             raise
         traceback.print_exc()

@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import functools
+import os
 import socket
+import time
 from collections.abc import Iterator
 
 from clip_jax.common import lifeline
-from clip_jax.errors import UserError
+from clip_jax.errors import ExitCode, NotJoined, UserError
 
 # Seconds that hosts wait for the first one: the index of a large data set takes hours.
 _BARRIER_TIMEOUT = 24 * 3600
@@ -62,7 +64,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
       This host's number, and the number of hosts.
 
     Raises:
-      UserError: the flags do not fit each other, or the hosts do not find each other.
+      UserError: the flags do not fit each other.
+      NotJoined: the hosts do not find each other.
     """
     if coordinator != "auto":
         if processes is None or process is None:
@@ -90,6 +93,7 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
         _jax.get_distributed_runtime_client = functools.partial(
             make, missed_heartbeat_callback=lost
         )
+    began = time.monotonic()
     try:
         if coordinator == "auto":
             jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT)
@@ -102,7 +106,8 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
                 heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT,
             )
     except Exception as error:
-        raise UserError(_not_joined(coordinator, processes, process, error)) from error
+        seconds = time.monotonic() - began
+        raise _not_joined(coordinator, processes, process, error, seconds) from error
     finally:
         if make is not None:
             _jax.get_distributed_runtime_client = make
@@ -113,9 +118,10 @@ def join(coordinator: str, processes: int | None, process: int | None) -> tuple[
         try:
             lifeline.start(process, processes, first, state.client)
         except OSError as error:
-            raise UserError(
-                f"Host {process} has no connection to the first one, {first}, by a port that the "
-                f"latter chose ({error}): open all ports between the hosts."
+            who = "Some host has" if process == 0 else f"Host {process} has"
+            raise NotJoined(
+                f"{who} not connected to the first one, {first}, by a port that the latter chose "
+                f"({error}): open all ports between the hosts."
             ) from error
     return process, processes
 
@@ -136,13 +142,21 @@ def _check_address(coordinator: str, process: int) -> None:
             f"--coordinator={coordinator} is no HOST:PORT: give name or address of the first host "
             "and a free port of it, as in --coordinator=10.0.0.1:1234."
         )
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except OSError as error:
-        raise UserError(
-            f"The first host of --coordinator={coordinator} is not known here ({error}): give "
-            "its name or address as the other hosts know it."
-        ) from None
+    # In a cluster that makes the hosts one by one, the first has a name once it is there.
+    waits = "KUBERNETES_SERVICE_HOST" in os.environ
+    began = time.monotonic()
+    while True:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))
+            break
+        except OSError as error:
+            if not waits or time.monotonic() - began >= _JOIN_TIMEOUT:
+                raise NotJoined(
+                    f"The first host of --coordinator={coordinator} is not known here ({error}): "
+                    "give its name or address as the other hosts know it.",
+                    ExitCode.RESUME if waits else ExitCode.USER_ERROR,
+                ) from None
+        time.sleep(1)
     if process:
         return
     with socket.socket() as probe:
@@ -157,24 +171,34 @@ def _check_address(coordinator: str, process: int) -> None:
 
 
 def _not_joined(
-    coordinator: str, processes: int | None, process: int | None, error: Exception
-) -> str:
+    coordinator: str, processes: int | None, process: int | None, error: Exception, seconds: float
+) -> UserError:
     if coordinator == "auto" and isinstance(error, ValueError):
-        return (
+        return UserError(
             "--coordinator=auto finds no cluster here: it works on Cloud TPU, and under SLURM "
             "within srun. Elsewhere give --coordinator=HOST:PORT of the first host, --processes "
             f"and --process; a single host needs none of them. ({_first_line(error)})"
         )
-    return (
-        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
-        f"{processes} waited at --coordinator={coordinator}. Start the same command on every host, "
-        "each with its own --process, and let all of them reach that address. "
-        f"({_first_line(error)})"
+    if process and seconds < 0.9 * _JOIN_TIMEOUT:  # JAX 0.10 loses the reason on the way to Python
+        return NotJoined(
+            f"The first host, at --coordinator={coordinator}, refuses host {process} of "
+            f"{processes}: another one was started with --process={process} too, or the first one "
+            "with another number of --processes. Give every host the number of all hosts as "
+            "--processes, and its own as --process, from 0."
+        )
+    who = "this one" if process is None else f"host {process} of {processes}"
+    return NotJoined(
+        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: {who} "
+        f"waited at --coordinator={coordinator}. Start the same command on every host, "
+        "each with its own --process, and let all of them reach that address. See also to why a "
+        f"host that is missing has ended. ({_first_line(error)})",
+        ExitCode.RESUME,  # it may be on its way, or a scheduler took it away
     )
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    line = (str(error).splitlines() or [""])[0]
+    return "JAX gives no reason" if "bad_cast" in line else line
 
 
 @contextlib.contextmanager

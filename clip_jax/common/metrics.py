@@ -1,15 +1,14 @@
-"""The numbers of a run: metrics.jsonl, TensorBoard, and the progress line."""
+"""The numbers of a run: metrics.jsonl, TensorBoard and other sinks, and the progress line."""
 
 import json
-import logging
 import os
 import pathlib
 import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -17,16 +16,36 @@ from etils import epath
 
 from clip_jax.common import hosts
 from clip_jax.common.formatting import format_seconds
-from clip_jax.storage import locations, ranges, writing
+from clip_jax.common.metric_rows import FILE, read_history
+from clip_jax.storage import faults, locations, writing
 
-FILE = "metrics.jsonl"  # inside the workdir
+EVALUATED = "eval/images_seen"  # in every row of an evaluation
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
+_EVENTS_BUFFER = 2**22  # bytes of TensorBoard events that wait for space on the disk
+
+
+class Sink(Protocol):
+    """A place besides metrics.jsonl that rows are written to."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds one row."""
+
+    def close(self) -> None:
+        """Writes pending rows."""
 
 
 class MetricWriter:
     """Appends rows of scalars to the workdir; only the first process writes."""
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool, start_step: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        tensorboard: bool,
+        start_step: int,
+        evaluation_due: bool = False,
+        sinks: Sequence[Sink] = (),
+    ):
         """Opens the workdir.
 
         Args:
@@ -34,32 +53,48 @@ class MetricWriter:
           tensorboard: write TensorBoard events as well.
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
+          evaluation_due: drop the evaluation of `start_step` as well, for the same reason.
+          sinks: further places for the rows, on the first process.
         """
-        self._events: TensorBoardWriter | None = None
+        self._sinks = list(sinks)
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
         directory = locations.parse(workdir)
         self._files = writing.Growing(directory)
         self._path = self._files.local / FILE
-        rows = [row for row in read_history(directory) if row["step"] <= start_step]
+        self._unwritten = b""  # rows for which the disk has no space
+        rows = [
+            row
+            for row in read_history(directory)
+            if row["step"] <= start_step - (evaluation_due and EVALUATED in row)
+        ]
         # Replaced as a whole: a process that is killed here must not lose the rows of weeks.
         writing.write(epath.Path(self._path), "".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:
             events = directory / "tensorboard"
             if start_step == 0 and events.exists():
                 events.rmtree()  # left by a run that ended before its first checkpoint
-            self._events = TensorBoardWriter(self._files.local / "tensorboard")
+            self._sinks.append(TensorBoardWriter(self._files.local / "tensorboard"))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Adds one row; values are scalars."""
         if not self._writes:
             return
-        row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._events is not None:
-            self._events.write(step, metrics)
+        row = {name: float(value) for name, value in metrics.items()}
+        self._unwritten += json.dumps({"step": step, **row}).encode() + b"\n"
+        try:
+            for sink in self._sinks:
+                sink.write(step, row)
+            self._append()
+        except OSError as error:  # a full disk: the next row may find space
+            faults.record(f"{error.strerror} while logging", self._path)
+
+    def _append(self) -> None:
+        """Writes the pending rows; after a failure it goes on at the very byte."""
+        with self._path.open("ab", buffering=0) as file:
+            while self._unwritten:
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
     def flush(self) -> None:
         """Writes pending rows to the workdir, which may be a bucket, if it can be reached."""
@@ -69,8 +104,9 @@ class MetricWriter:
     def close(self) -> None:
         """Writes pending rows; raises an error if the workdir cannot be reached."""
         if self._writes:
-            if self._events is not None:
-                self._events.close()
+            self._append()
+            for sink in self._sinks:
+                sink.close()
             self._files.close()
 
 
@@ -89,13 +125,15 @@ class TensorBoardWriter:
         self._summary = summary_v2.scalar_pb
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}.v2"
-        self._records = record_writer.RecordWriter((directory / name).open("ab"))
+        # The buffer keeps what a full disk does not take, until it does.
+        file = (directory / name).open("ab", buffering=_EVENTS_BUFFER)
+        self._records = record_writer.RecordWriter(file)
         self._add(file_version="brain.Event:2")
 
-    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends scalars, in one write for all of them."""
         for name, value in metrics.items():
-            self._add(step=step, summary=self._summary(name, float(value)))
+            self._add(step=step, summary=self._summary(name, value))
         self._records.flush()
 
     def close(self) -> None:
@@ -104,36 +142,6 @@ class TensorBoardWriter:
 
     def _add(self, **fields: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
-
-
-def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
-    """Reads the rows of metrics.jsonl, oldest first; drops and counts lines that are no rows."""
-    path = locations.parse(workdir) / FILE
-    try:
-        lines = [line for line in ranges.read(path).split(b"\n") if line.strip()]
-    except FileNotFoundError:
-        return []
-    rows = [row for line in lines if (row := _parse_row(line)) is not None]
-    if dropped := len(lines) - len(rows):
-        logging.warning(
-            "Dropped %d of %d lines of %s, which are cut short, not UTF-8, or not a row of numbers "
-            "with a step. A process that is killed can leave one such line.",
-            dropped,
-            len(lines),
-            path,
-        )
-    return rows
-
-
-def _parse_row(line: bytes) -> dict[str, float] | None:
-    """Returns a row of metrics.jsonl; None where the line is not one."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError):  # cut short, not UTF-8, or nested too deep
-        return None
-    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
-        return None
-    return row if all(type(value) in (int, float) for value in row.values()) else None
 
 
 class Progress:

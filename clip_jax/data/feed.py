@@ -20,6 +20,7 @@ class Feed:
 
     Attributes:
       waited: seconds for which the consumer has waited for batches so far.
+      waiting: whether it waits for one now.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Feed:
           stall_timeout: seconds without a batch until DataStalled is raised.
           describe: returns the state of the pipeline, for that error.
         """
-        self.waited = 0.0
+        self.waited, self.waiting = 0.0, False
         self._batches, self._sharding = batches, sharding
         self._stall_timeout, self._describe = stall_timeout, describe
         self._ready: queue.Queue = queue.Queue(depth)
@@ -73,7 +74,7 @@ class Feed:
             thread.join(timeout=2)
 
     def _wait(self) -> tuple[Any, BaseException | None]:
-        began = time.monotonic()
+        began, self.waiting = time.monotonic(), True
         stall_timeout = None if self._stall_timeout == float("inf") else self._stall_timeout
         try:
             return self._ready.get(timeout=stall_timeout)
@@ -86,6 +87,7 @@ class Feed:
             ) from None
         finally:
             self.waited += time.monotonic() - began
+            self.waiting = False
 
     def _transfer(self) -> None:
         try:

@@ -5,6 +5,7 @@ are retried with exponential back-off and jitter. Each such failure is counted b
 logged now and then. A permanent failure, such as a missing bucket, becomes one sentence.
 """
 
+import errno
 import functools
 import logging
 import os
@@ -102,6 +103,42 @@ def _status(error: BaseException) -> str:
         return str(code)
     match = _CODE.search(str(error)) if isinstance(error, OSError | ValueError) else None
     return next(filter(None, match.groups()), "") if match else ""
+
+
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in messages of TensorStore
+
+
+def local_reason(error: BaseException) -> str:
+    """Returns a short name of a failure of the local file system; "": not one."""
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, ValueError) and (found := _OS_ERROR.search(str(error))):
+        code = int(found[1])
+    return "" if code is None else os.strerror(code)
+
+
+_DENIED_HERE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LACKING_HERE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_UNREACHABLE = (errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+
+
+def denied(error: BaseException) -> bool:
+    """Returns whether a right is missing, or credentials."""
+    names = ["HTTP 401", "HTTP 403", "no credentials", *map(os.strerror, _DENIED_HERE)]
+    return (local_reason(error) or reason(error)) in names
+
+
+def of_the_file(error: BaseException, path: epath.PathLike) -> bool:
+    """Returns whether an error of reading is of the file: it is missing, cut short or nonsense.
+
+    Otherwise the storage fails, or this machine, and the file may be whole.
+    """
+    elsewhere = map(os.strerror, (*_LACKING_HERE, *_UNREACHABLE))
+    return not (
+        isinstance(error, StorageError)
+        or denied(error)
+        or local_reason(error) in elsewhere
+        or is_transient(error, path)
+    )
 
 
 def is_transient(error: BaseException, path: epath.PathLike, writing: bool = False) -> bool:
@@ -209,6 +246,13 @@ _REMEDIES = {
     "HTTP 404": "Check the name",
     "no credentials": "Log in",
 }
+_LOCAL_REMEDIES = {
+    os.strerror(errno.ENOSPC): " Free space on that disk.",
+    os.strerror(errno.EDQUOT): " Free space within your quota, or have it raised.",
+    os.strerror(errno.EACCES): " Grant the right to write there.",
+    os.strerror(errno.EPERM): " Grant the right to write there.",
+    os.strerror(errno.EROFS): " Mount it for writing.",
+}
 _LOGIN = {
     "gs": " (gcloud auth application-default login, or the service account of the machine; reading"
     " needs the role Storage Object Viewer, writing Storage Object User).",
@@ -221,10 +265,12 @@ def explain(error: BaseException, path: epath.PathLike = "") -> str:
     """Returns the meaning of a failure, and its remedy, in one or two sentences."""
     if isinstance(error, StorageError):
         return str(error)
+    where = f"{path}: " if path else ""
+    if local := local_reason(error):
+        return f"{where}{local}.{_LOCAL_REMEDIES.get(local, '')}"
     name = reason(error)
     scheme, bucket, _ = remote.split(path) if remote.is_remote(path) else ("", "", "")
-    what = _MEANINGS.get(name, f"{type(error).__name__}: {_first_line(error)}")
-    where = f"{path}: " if path else ""
+    what = _MEANINGS.get(name, f"{type(error).__name__}: {first_line(error)}")
     if name == "HTTP 404" and bucket:
         return f"{where}{what}. Check the name of the bucket, {bucket!r}, and the path in it."
     remedy = _REMEDIES.get(name, "")
@@ -261,7 +307,8 @@ def explained(error: BaseException) -> str:
     return f"The storage failed{where}: {explain(error)}" if is_failure(error) else ""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's message, shortened."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 

@@ -95,6 +95,17 @@ def remove(path: epath.Path) -> None:
     faults.repeat(lambda: path.unlink(missing_ok=True), path, writing=True)
 
 
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Moves a folder within a disk or a bucket; the target must not exist."""
+    if not remote.is_remote(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(source, target)
+        return
+    client = remote.filesystem(source)
+    old, new = os.fspath(source), os.fspath(target)
+    faults.repeat(lambda: client.mv(old, new, recursive=True), source, writing=True)
+
+
 # ---- Files that grow -----------------------------------------------------------------------------
 
 _UPLOAD_EVERY = 60.0  # seconds

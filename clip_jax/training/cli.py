@@ -3,6 +3,7 @@
 import faulthandler
 import pathlib
 import shlex
+import signal
 
 from absl import flags, logging
 
@@ -35,6 +36,7 @@ def main(
         return
     # As absl's own app.run does it.
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # until the watchdog hears it, who knows more
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     interrupted = "Interrupted. Run the same command again to resume at the last checkpoint."

@@ -3,6 +3,9 @@
 The file names its holder and a beat, which the holder renews. A holder on this machine is asked for
 by its process. One elsewhere is watched for `EXPIRES` seconds: if the beat stays the same in this
 time, it is dead. So no clocks of two machines are compared.
+
+A process that was frozen, or whose machine was, may find on waking up that it was taken for dead.
+It looks at once, and before it writes, and ends where another run has taken over.
 """
 
 import contextlib
@@ -11,23 +14,25 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
-import jax
 from etils import epath
 
-from clip_jax.errors import StorageError, UserError
+from clip_jax.common import lifeline
+from clip_jax.errors import ExitCode, StorageError, UserError
 from clip_jax.storage import locations, ranges, remote, writing
 
 FILE = "lease.json"  # inside the workdir
 
 _BEAT = 15.0  # seconds between two renewals
 EXPIRES = 60.0  # seconds without a renewal after which a holder is dead
+_CLOCKS = [time.CLOCK_MONOTONIC, time.CLOCK_REALTIME]
+if hasattr(time, "CLOCK_BOOTTIME"):  # Linux
+    _CLOCKS.append(time.CLOCK_BOOTTIME)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +58,57 @@ class Holder:
     beat: int = 0
 
 
+class Lease:
+    """A lease that this process holds, or on a host other than the first, that it relies on."""
+
+    def __init__(self, path: epath.Path, mine: Holder | None):
+        self._path, self._mine = path, mine
+        self._seen = _times()  # when it was last seen to be this process's
+
+    def check(self, *, if_late: bool = False) -> None:
+        """Checks that no other run has taken the workdir, before it is written to.
+
+        Args:
+          if_late: whether to look only if nobody has for as long as a lease takes to expire.
+
+        Raises:
+          UserError: another run has taken it.
+        """
+        if self._mine is None or (if_late and _passed(self._seen) < EXPIRES):
+            return
+        with contextlib.suppress(OSError, StorageError):  # the writing itself will tell
+            now = _times()
+            found = _read(self._path)
+            if found is not None and found.id != self._mine.id:
+                raise UserError(_refusal(self._path, found))
+            self._seen = now
+
+    def renew(self, ended: threading.Event) -> None:
+        """Renews the lease until the run has ended; ends it where another one has taken over."""
+        while self._mine is not None and not _waits(ended):
+            try:
+                self.check()
+            except UserError as error:
+                lifeline.end(str(error), ExitCode.USER_ERROR)
+            self._mine = dataclasses.replace(self._mine, beat=self._mine.beat + 1)
+            if not ended.is_set():
+                with contextlib.suppress(OSError, StorageError):  # the next beat may succeed
+                    writing.write(self._path, _to_json(self._mine))
+
+
 @contextlib.contextmanager
-def held(workdir: epath.PathLike) -> Iterator[None]:
+def held(workdir: epath.PathLike) -> Iterator[Lease]:
     """Holds a workdir while its body runs; the first host does so for all hosts of a run.
 
     Raises:
       UserError: another run holds it.
     """
-    if jax.process_index() != 0:
-        yield
-        return
+    import jax  # late: the command `status` reads leases without it
+
     path = locations.parse(workdir) / FILE
+    if jax.process_index() != 0:
+        yield Lease(path, None)
+        return
     mine = Holder(
         id=uuid.uuid4().hex,
         host=socket.gethostname(),
@@ -74,11 +119,12 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     )
     _take(path, mine)
     ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(path, mine, ended), name="lease", daemon=True)
+    lease = Lease(path, mine)
+    thread = threading.Thread(target=lease.renew, args=(ended,), name="lease", daemon=True)
     thread.start()
     release = True
     try:
-        yield
+        yield lease
     except StorageError:
         release = False  # to ask the same storage again would take as long again; it expires
         raise
@@ -117,18 +163,30 @@ def _create(path: epath.Path, mine: Holder) -> bool:
     return True
 
 
+def read(workdir: epath.PathLike) -> Holder | None:
+    """Returns the holder of a workdir, dead or alive; None: there is none."""
+    return _read(locations.parse(workdir) / FILE)
+
+
+def lives(found: Holder) -> bool | None:
+    """Returns whether a holder on this machine lives; None: it is elsewhere."""
+    if found.machine and found.machine == _machine():
+        return _started(found.pid) == found.started
+    return None
+
+
 def _is_dead(path: epath.Path, found: Holder) -> bool:
     """Returns whether the holder has ended; takes `EXPIRES` seconds for one elsewhere."""
-    if found.machine and found.machine == _machine():
-        return _started(found.pid) != found.started
+    if (alive := lives(found)) is not None:
+        return not alive
     print(
         f"{path} names a run on {found.host}, process {found.pid}: watching for {EXPIRES:.0f} s "
         "whether it is alive.",
         flush=True,
     )
-    deadline = time.monotonic() + EXPIRES
-    while time.monotonic() < deadline:
-        time.sleep(min(1.0, EXPIRES / 4))
+    waits = 60  # counted, since this process may be frozen meanwhile, and clocks jump
+    for _ in range(waits):
+        time.sleep(EXPIRES / waits)
         now = _read(path)
         if now is None:
             return True
@@ -137,17 +195,25 @@ def _is_dead(path: epath.Path, found: Holder) -> bool:
     return True
 
 
-def _renew(path: epath.Path, mine: Holder, ended: threading.Event) -> None:
-    """Renews the lease; ends the process where another run has taken it."""
-    while not ended.wait(_BEAT):
-        with contextlib.suppress(OSError, StorageError):  # the next beat may succeed
-            found = _read(path)
-            if found is not None and found.id != mine.id:
-                print(f"\n{_refusal(path, found)}", file=sys.stderr, flush=True)
-                os._exit(2)
-            mine = dataclasses.replace(mine, beat=mine.beat + 1)
-            if not ended.is_set():
-                writing.write(path, _to_json(mine))
+def _waits(ended: threading.Event) -> bool:
+    """Waits until the next beat, and no longer where a clock has jumped; returns whether to end."""
+    began = _times()
+    while _passed(began) < _BEAT:
+        if ended.wait(min(_BEAT, 1.0)):
+            return True
+    return ended.is_set()
+
+
+def _times() -> list[float]:
+    return [time.clock_gettime(each) for each in _CLOCKS]
+
+
+def _passed(since: Sequence[float]) -> float:
+    """Returns the seconds that have passed by the clock that has gone furthest.
+
+    When a machine was suspended, some clocks have stood still.
+    """
+    return max(now - before for now, before in zip(_times(), since))
 
 
 def _release(path: epath.Path, mine: Holder) -> None:

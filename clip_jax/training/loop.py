@@ -4,79 +4,28 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, models, sharding
+from clip_jax import checkpoint, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, metrics
-from clip_jax.data import identity, pipeline
+from clip_jax.common import clock, metrics, trackers
+from clip_jax.data import pipeline
 from clip_jax.data.feed import Feed
-from clip_jax.data.order import Order, Weighted
-from clip_jax.data.sources.base import Source
-from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.order import Weighted
 from clip_jax.errors import StorageError, UserError
-from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
-from clip_jax.training import skips, workdir
+from clip_jax.training import lease, skips, workdir
 from clip_jax.training import step as train_step
-from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run that do not change."""
-
-    program: Program
-    tokenizer: Tokenizer
-    source: Source
-    order: Order
-    data: identity.Identity
-    evaluator: Evaluator
-    total_steps: int
-    log_every: int  # steps
-    eval_every: int  # steps
-    checkpoint_every: int  # steps; 0: by the clock, or only at the end
-
-    @property
-    def mesh(self) -> Mesh:
-        """The devices."""
-        return self.program.mesh
-
-    @property
-    def net(self) -> models.ImageModel:
-        """The model."""
-        return self.program.net
-
-
-@dataclasses.dataclass(frozen=True)
-class ResumeState:
-    """The progress of a run and of those that it resumes, as a checkpoint stores it."""
-
-    step: int = 0
-    examples_seen: int = 0
-    seconds: float = 0.0  # wall time
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # examples by reason
-    truncated: int = 0  # captions
-    skipped_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
-    skipped_in_a_row: int = 0  # steps, the last ones
-    # Each with "from_step", "to_step", and "examples_seen", the position to go on from.
-    rollbacks: Sequence[Mapping[str, int]] = ()
-    seconds_by_phase: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    evaluation_due: bool = False  # the run was stopped before the evaluation of this step was done
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> "ResumeState":
-        """Reads the metadata of a checkpoint; an earlier version's has not all fields."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: meta[name] for name in names if name in meta})
+from clip_jax.training.run import ResumeState, Run, hardware, list_counts
+from clip_jax.training.telemetry import Telemetry
+from clip_jax.training.tracer import Tracer
+from clip_jax.training.watchdog import Watchdog
 
 
 class _Interrupted(Exception):
@@ -96,6 +45,7 @@ class Loop:
         resume_state: ResumeState,
         requests: Requests,
         record: Record,
+        held: lease.Lease,
     ):
         """Opens the logs in `directory`.
 
@@ -108,16 +58,25 @@ class Loop:
           resume_state: progress of the runs that this one resumes.
           requests: what is asked of the run from outside.
           record: the record of this start.
+          held: the lease of the workdir.
         """
         self._run, self._config, self._store = run, config, store
         self._directory, self._data, self._resume_state = directory, data, resume_state
-        self._requests, self._record = requests, record
+        self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
-        self._writer = metrics.MetricWriter(
-            directory, tensorboard=config.log.tensorboard, start_step=resume_state.step
-        )
         self._progress = metrics.Progress(
             resume_state.step, run.total_steps, config.batch_size, record.seconds()["train"]
+        )
+        self._writer = metrics.MetricWriter(
+            directory,
+            tensorboard=config.log.tensorboard,
+            start_step=resume_state.step,
+            evaluation_due=resume_state.evaluation_due,
+            sinks=self._sinks(directory),
+        )
+        self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
+        self._tracer = Tracer(
+            directory, due=run.trace_at, steps=config.log.trace_steps, say=self._progress.note
         )
         self._pending: tuple[int, train_step.Metrics] | None = None
         self._reported: Mapping[str, int] = resume_state.skipped
@@ -136,6 +95,32 @@ class Loop:
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
         )
+        self._watchdog = Watchdog(
+            config.step.timeout,
+            {
+                "data": config.data.stall_timeout,
+                "checkpoint": config.checkpoint.give_up_after,
+            },
+            lambda: "data" if self._feed.waiting else record.phase,
+            self._describe,
+            directory,
+        )
+
+    def _sinks(self, directory: epath.PathLike) -> list[metrics.Sink]:
+        """Starts the trackers of the config."""
+        names = trackers.parse(self._config.log.trackers)
+        if not names or jax.process_index() != 0:
+            return []
+        started = trackers.Trackers(
+            names,
+            workdir=epath.Path(directory),
+            project=self._config.log.project,
+            start_step=self._resume_state.step,
+            config=workdir.flatten(workdir.to_plain(self._config)),
+            hardware=hardware(self._run.mesh),
+            say=self._progress.note,
+        )
+        return [started]
 
     def progress(self, step: int) -> ResumeState:
         """Returns the progress of all hosts up to `step`, the resumed runs included.
@@ -186,19 +171,28 @@ class Loop:
             self._logging(),
             contextlib.closing(self._feed),
             self._requests.deferred(run.mesh),
+            self._watchdog.watching(),
             self._record.during("train"),
+            contextlib.ExitStack() as stack,
         ):
+            stack.callback(self._tracer.close)
             if self._resume_state.evaluation_due:
                 evaluated = self._evaluate(state, first)
                 if evaluated is None:
                     raise self._requests.stopped(first)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
-                state, values = step_fn(state, batch)
+                self._watchdog.beat(step)
+                with self._tracer.step(step):
+                    state, values = step_fn(state, batch)
                 self._skips.record(step, values)
+                self._tracer.after(step, values)
                 self._flush()  # an earlier step's, so that the device has this one to do meanwhile
                 if clock.is_due(step, run.log_every, run.total_steps):
                     self._pending = step, values
                 self._asked |= self._requests.poll()
+                if Request.TRACE in self._asked:
+                    self._tracer.start(step + 1)
+                    self._asked &= ~Request.TRACE
                 evaluated = {}
                 if clock.is_due(step, run.eval_every, run.total_steps):
                     evaluated = self._evaluate(state, step)
@@ -222,7 +216,8 @@ class Loop:
             self._save(state, step, values, evaluated)
         if last:
             with self._record.during("checkpoint"):
-                while not self._store.finish():
+                while not self._store.finish(hurry=Request.STOP in self._asked):
+                    self._asked |= self._requests.poll()
                     self._save(state, step, values, evaluated)
         if stop:
             raise self._requests.stopped(step)
@@ -260,10 +255,12 @@ class Loop:
         trained = seconds["train"] + seconds["data"]
         rate, waited = self._progress.measure(step, trained, self._feed.waited)
         self._record.reached(step, self._feed.waited)
+        self._lease.check(if_late=True)
         row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
         if "skipped" in values:
             row["train/skipped_steps"] = self._skips.counts.total()
         row["train/images_per_second"] = rate
+        row |= self._telemetry.measure(rate)
         # This host's alone: a sum over hosts would hold up the device.
         row["data/waiting"] = waited
         row["data/skipped"] = sum(self._data.skipped.values())
@@ -314,7 +311,7 @@ class Loop:
             return None
         if results:
             # Differs from step times batch size where the batch size was changed on the way.
-            seen = {"eval/images_seen": self._examples_seen(step)}
+            seen = {metrics.EVALUATED: self._examples_seen(step)}
             self._writer.write(step, {**results, **seen})
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
             shown = [f"{name} {results[name]:.1%}" for name in brief]
@@ -329,6 +326,7 @@ class Loop:
 
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
+        self._watchdog.beat()
         self._asked |= self._requests.poll()
         if Request.STOP in self._asked:
             raise _Interrupted
@@ -354,6 +352,7 @@ class Loop:
         self._skips.read(step)
         self._record.reached(step, self._feed.waited)
         with self._record.during("checkpoint"):
+            self._lease.check()
             self._write(state, step, evaluated)
         self._requests.saved()
         self._asked &= ~Request.SAVE
@@ -380,13 +379,3 @@ class Loop:
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
         self._store.save(state, step, meta, evaluated or {})
-
-
-def list_counts(counts: Mapping[str, int]) -> str:
-    """Lists counts, most frequent first: "3 x unreadable image, 1 x empty caption"."""
-    return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
-
-
-def hardware(mesh: Mesh) -> str:
-    """Returns number and kind of the devices."""
-    return f"{mesh.size} x {jax.devices()[0].device_kind}"

@@ -55,6 +55,7 @@ def notices(
         ("log.every", config.log.every),
         ("eval.every", config.eval.every),
         ("checkpoint.every", config.checkpoint.every),
+        ("log.trace", config.log.trace or "0 steps"),
     ):
         if name == "checkpoint.every" and clock.to_seconds(duration) is not None:
             continue
@@ -63,6 +64,11 @@ def notices(
         )
         if 0 < steps < 0.5:
             found.append(f"{name} = {duration!r} is {steps:.2g} of a step, taken as one step.")
+        if name == "log.trace" and round(steps) > total_steps:
+            found.append(
+                f"log.trace = {duration!r} is step {round(steps):,}, but the run has "
+                f"{total_steps:,}: nothing is traced, unless SIGUSR2 asks for it."
+            )
         if name == "optim.warmup" and round(steps) >= total_steps:
             found.append(
                 f"optim.warmup = {duration!r} is {round(steps):,} steps, but the run has "

@@ -22,17 +22,15 @@ import jax
 from etils import epath
 
 from clip_jax.common import commands, lifeline
+from clip_jax.common.starts import DIRECTORY, PHASES
 from clip_jax.errors import StorageError
 from clip_jax.storage import locations, writing
-
-DIRECTORY = "starts"  # inside the workdir
 
 _EVERY = 15.0  # seconds between two renewals
 _LAST_WITHIN = 5.0  # seconds that the end of a run waits for its record
 _MOST_EVENTS = 100  # in the record of a start
 _PACKAGES = ("clip_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")  # and those that begin with JAX_
-PHASES = ("start", "compile", "train", "data", "checkpoint", "evaluation")
 
 
 class Record:
@@ -59,8 +57,11 @@ class Record:
         self.began_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - began)
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._facts: dict[str, Any] = {}
-        self._from_step = self._step = 0
-        self._waited = 0.0
+        self._from_step: int | None = None  # until it is known
+        self._step = 0
+        self._stepped = began
+        self._waited = self._waited_before = 0.0  # in this stretch, and before its roll-back
+        self._rollbacks: list[dict[str, int]] = []
         self._end: dict[str, Any] | None = None
         self._events: list[dict[str, Any]] = []
         self._changed = threading.Lock()
@@ -93,32 +94,40 @@ class Record:
         finally:
             self._switch(before)
 
-    def _switch(self, phase: str) -> str:
+    def _switch(self, phase: str | None) -> str:
+        """Counts the time so far; the next is that of `phase`, None: of the same as before."""
         with self._changed:
             now, before = time.monotonic(), self.phase
             self._seconds[before] += now - self._since
-            self._since, self.phase = now, phase
+            self._since, self.phase = now, phase or before
         return before
 
     def seconds(self, waited: float = 0.0) -> dict[str, float]:
         """Returns the seconds of this start by phase.
 
         Args:
-          waited: those of the training that were spent waiting for data.
+          waited: those of the training, since the last roll-back, that were spent waiting for data.
         """
-        self._switch(self.phase)
+        self._switch(None)  # by name, another thread might undo a switch of this moment
         found = dict(self._seconds)
-        found["data"] = min(waited, found["train"])
+        found["data"] = min(self._waited_before + waited, found["train"])
         found["train"] -= found["data"]
         return found
 
     def begins(self, step: int) -> None:
         """Records the step that this start goes on from."""
         self._step = self._from_step = step
+        self._stepped = time.monotonic()
 
     def reached(self, step: int, waited: float) -> None:
         """Records a step that the devices have finished, and the seconds waited for data so far."""
-        self._step, self._waited = step, waited
+        self._step, self._waited, self._stepped = step, waited, time.monotonic()
+
+    def went_back(self, from_step: int, to_step: int) -> None:
+        """Records a roll-back, after which another feed brings the data."""
+        self._rollbacks = [*self._rollbacks, {"from_step": from_step, "to_step": to_step}]
+        self._waited_before += self._waited
+        self.reached(to_step, 0.0)
 
     def add(self, step: int, text: str) -> None:
         """Records that something went wrong, or was mended."""
@@ -144,7 +153,10 @@ class Record:
             self._ended.wait(_EVERY)
 
     def _now(self) -> str:
-        return (self.began_at + timedelta(seconds=time.monotonic() - self._began)).isoformat()
+        return self._at(time.monotonic())
+
+    def _at(self, monotonic: float) -> str:
+        return (self.began_at + timedelta(seconds=monotonic - self._began)).isoformat()
 
     def _described(self) -> dict[str, Any]:
         seen = self._now()
@@ -154,8 +166,11 @@ class Record:
             "seen": seen,
             "ended": seen if self._end else None,
             "end": self._end,
+            "phase": self.phase,
+            "stepped": self._at(self._stepped),
             "from_step": self._from_step,
-            "step": self._step,
+            "step": None if self._from_step is None else self._step,
+            "rollbacks": self._rollbacks,
             "seconds": self.seconds(self._waited),
             "events": self._events,
             **self._facts,

@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from clip_jax.common import formatting
+from clip_jax.common import formatting, starts
 from clip_jax.common.pages import curves, page, svg
 from clip_jax.common.pages.svg import Line, Panel
+from clip_jax.common.starts import Start
 from clip_jax.evaluate import report
 from clip_jax.evaluate.results import Result, Score
 
 _DIRECTIONS = ("text_to_image", "image_to_text")
+# A straight line, and images_per_second over a constant.
+_REDUNDANT = ("images_seen", "images_per_second_per_chip")
 SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first so many
 
 
@@ -59,6 +62,7 @@ def write_report(
     results: Sequence[Result] = (),
     scores: Mapping[str, Score] | None = None,
     headlines: Mapping[str, Score] | None = None,
+    past: Sequence[Start] = (),
 ) -> None:
     """Writes the report of a run.
 
@@ -70,9 +74,10 @@ def write_report(
       results: results of the last evaluation.
       scores: scores of it by the names of the history, for the lines of chance.
       headlines: those of them that stand on top.
+      past: starts of the run, in order.
     """
     chance = {n: s.chance for n, s in (scores or {}).items() if s.chance is not None}
-    main_plots, small_plots = _panels(history, chance)
+    main_plots, small_plots = panels(history, chance)
     page.write(
         path,
         Path(__file__).with_name("report.html.jinja"),
@@ -83,6 +88,9 @@ def write_report(
         small_plots=small_plots[:SMALL_PLOTS],
         plots_left_out=len(small_plots[SMALL_PLOTS:]),
         sections=report.sections(results),
+        past=past,
+        account=starts.account(past),
+        kinds=starts.KINDS,
         stats=[
             {"label": _stat_title(name), "value": score.value, "chance": score.chance}
             for name, score in (headlines or {}).items()
@@ -93,7 +101,8 @@ def write_report(
 # ---- Learning curves
 
 
-def _panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+def panel(title: str, series: Sequence[curves.Series], fraction: bool = False) -> Panel:
+    """Draws series over one pair of axes; `fraction`: they are shown in percent."""
     show = formatting.percent if fraction else svg.short
     leaves = [one.label.rpartition("/")[2] for one in series]
     unique = len(set(leaves)) == len(leaves)
@@ -112,13 +121,13 @@ def _panel(title: str, series: Sequence[curves.Series], fraction: bool = False) 
     return Panel(title, curves.draw(series, f"{title}: {text}", percent=fraction), legend)
 
 
-def _panels(
+def panels(
     history: Iterable[Mapping[str, float]], chance: Mapping[str, float]
 ) -> tuple[list[Panel], list[Panel]]:
-    """Draws losses and the main scores by group; then every other metric in a plot of its own."""
+    """Draws losses and the main scores by group; then all other metrics, families in one plot."""
     series = curves.collect(history, chance)
     main: dict[str, list[curves.Series]] = {}
-    small = []
+    small: dict[str, list[curves.Series]] = {}
     for name, one in series.items():
         group, _, leaf = name.rpartition("/")
         # There may be dozens of data sets by name ("zeroshot/imagenet/top1").
@@ -129,10 +138,19 @@ def _panels(
             main.setdefault("mean over data sets", []).append(one)
         elif leaf.startswith(("top", "recall@")) and described:
             main.setdefault(group, []).append(one)
-        elif leaf != "images_seen":  # a straight line
-            small.append(_panel(_title(name.removeprefix("train/")), [one]))
-    large = [_panel(_title(title), some, title != "loss") for title, some in main.items()]
-    return sorted(large, key=lambda panel: panel.title != "loss"), small
+        elif leaf not in _REDUNDANT:
+            small.setdefault(_family(name), []).append(one)
+    large = [panel(_title(title), some, title != "loss") for title, some in main.items()]
+    drawn = [panel(_title(title.removeprefix("train/")), some) for title, some in small.items()]
+    return sorted(large, key=lambda one: one.title != "loss"), drawn
+
+
+def _family(name: str) -> str:
+    """Returns the plot of a metric: that of the whole for "train/grad_norm/image", else its own."""
+    group, _, rest = name.partition("/")
+    if group in ("time", "device"):
+        return group
+    return f"{group}/{rest.partition('/')[0]}" if group in ("train", "data") else name
 
 
 def _title(name: str) -> str:

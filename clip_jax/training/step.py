@@ -13,11 +13,13 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Shaped
 
 from clip_jax import optim, sharding
+from clip_jax.losses import geometry
 from clip_jax.optim import to_float32
 from clip_jax.state import TrainState
 
 # "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s].
 Batch = dict[str, Shaped[Array, "batch ..."]]
+TOWERS = ("image", "text")  # names in the parameters
 Metrics = dict[str, Float32[Array, ""]]
 Loss = Callable[..., jax.Array]  # takes the outputs of the model
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # takes images and a PRNG key
@@ -66,9 +68,9 @@ def train_step(
         is not finite is skipped as well. None: no step is.
 
     Returns:
-      The new state, and scalars: loss, grad_norm (before clipping), param_norm,
-      learning_rate, where the model has one, logit_scale (the multiplier), and, where steps are
-      skipped, skipped (0 or 1).
+      The new state, and scalars: loss, grad_norm (before clipping) and param_norm, both also by
+      tower, learning_rate, where the model has one, logit_scale (the multiplier), where it compares
+      embeddings, their alignment and uniformity, and, where steps are skipped, skipped (0 or 1).
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout_key, rounding_key, augment_key = jax.random.split(key, 3)
@@ -88,12 +90,12 @@ def train_step(
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
-    loss, batch_stats, grads = gradients(embed, loss_fn, state.params, batch)
+    loss, (batch_stats, measured), grads = gradients(embed, loss_fn, state.params, batch)
     # From here on each device works on its own shards, which under ZeRO are smaller than those it
     # holds of the parameters.
     constrain = partial(sharding.constrain_update, zero1=zero1)
     grads = constrain(to_float32(grads))
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+    metrics = {"loss": loss, **measured, **_norms("grad_norm", grads)}
     old: Any = constrain(state.params)
 
     def update() -> tuple[Any, Any, Any]:
@@ -117,7 +119,7 @@ def train_step(
         metrics["skipped"] = 1.0 - applied
     if "logit_scale" in params:
         metrics["logit_scale"] = jnp.exp(params["logit_scale"])
-    metrics["param_norm"] = optax.tree.norm(to_float32(params))
+    metrics |= _norms("param_norm", to_float32(params))
     learning_rate = schedule(optim.updates_applied(state.opt_state))
     metrics["learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
     state = TrainState(state.step + 1, params, batch_stats, opt_state)
@@ -130,22 +132,51 @@ def _is_finite_up_to(greatest_norm: float, metrics: Metrics) -> Bool[Array, ""]:
     return jnp.isfinite(loss) & jnp.isfinite(norm) & (norm <= greatest_norm)
 
 
+def _norms(name: str, tree: Any) -> Metrics:
+    """Computes the norm of all, of each tower, and of what belongs to neither, such as logit_scale.
+
+    The compiler computes each leaf's sum of squares once for both.
+    """
+    towers = {tower: tree[tower] for tower in TOWERS if tower in tree}
+    others = {key: part for key, part in tree.items() if key not in towers}
+    parts = {**towers, **({"other": others} if others else {})}
+    norms = {f"{name}/{part}": optax.tree.norm(leaves) for part, leaves in parts.items()}
+    return {name: optax.tree.norm(tree), **norms}
+
+
+def _geometry(outputs: tuple[jax.Array, ...], params: Any) -> Metrics:
+    """Measures alignment and uniformity, where the first two outputs are embeddings of pairs.
+
+    Two views of an image count as one tower: the first is measured.
+    """
+    images, texts, *_ = jax.lax.stop_gradient(outputs)
+    if images.ndim == 1 or len(images) < 2:
+        return {}
+    towers = {"image": images, "text": texts}
+    uniformity = {
+        f"uniformity/{tower}": geometry.uniformity(embeds)
+        for tower, embeds in towers.items()
+        if tower in params
+    }
+    return {"alignment": geometry.alignment(images, texts), **uniformity}
+
+
 def _gradients(
     embed: Embed, loss_fn: Loss, params: Any, batch: Batch
-) -> tuple[Float[Array, ""], Any, Any]:
-    """Computes loss, BatchNorm statistics and gradients of the whole batch at once."""
+) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
+    """Computes loss, BatchNorm statistics, metrics and gradients of the whole batch at once."""
 
     def loss(params):
         outputs, batch_stats = embed(params, batch)
-        return loss_fn(*outputs), batch_stats
+        return loss_fn(*outputs), (batch_stats, _geometry(outputs, params))
 
-    (value, batch_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-    return value, batch_stats, grads
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, aux, grads
 
 
 def _accumulated(
     count: int, embed: Embed, loss_fn: Loss, params: Any, batch: Batch
-) -> tuple[Float[Array, ""], Any, Any]:
+) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
     """Computes the same with the activations of one micro-batch alive at a time.
 
     GradCache (Gao et al. 2021, arXiv:2101.06983). All micro-batches are embedded; the loss of all
@@ -170,7 +201,8 @@ def _accumulated(
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     grads, _ = jax.lax.scan(replay, zeros, (parts, d_outputs))
-    return value, jax.tree.map(lambda x: x.mean(axis=0), batch_stats), grads
+    batch_stats = jax.tree.map(lambda x: x.mean(axis=0), batch_stats)
+    return value, (batch_stats, _geometry(outputs, params)), grads
 
 
 def _split(

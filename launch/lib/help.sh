@@ -93,8 +93,9 @@ END
       cat <<'END'
 launch/tpu.sh stop --name=clip --zone=us-east5-b
 
-Sends SIGTERM to main.py on every worker, and SIGKILL to what is left after 30 seconds. What was
-trained since the last checkpoint is lost; start with the same arguments resumes there. The TPU stays.
+Sends SIGTERM to main.py on every worker, which saves a checkpoint and ends; what is left after two
+minutes gets SIGKILL. No run --watch starts it again; start with the same arguments resumes. The TPU
+stays.
 END
       ;;
     delete)
@@ -115,7 +116,10 @@ the same command again to resume where it was interrupted. Takes create's option
   --watch     instead of the log, watches the run until it is over (asking every TPU_POLL seconds,
               default 60); when the TPU is preempted, deletes it, creates it again and starts the
               same command, which resumes from its last checkpoint. Keep the terminal open, or use nohup or tmux
-  --delete    deletes the TPU when the run has finished, failed or been stopped
+  --max-restarts=N   with --watch: a run that is lost, although its TPU is there, is started again
+              until this happened N times in a row (default 5), each within 20 minutes of the start.
+              A preemption does not count
+  --delete    deletes the TPU when the run has finished, failed or been stopped, or was given up
 END
       ;;
     *) return 1 ;;

@@ -1,28 +1,10 @@
-# The command line: defaults from the environment or a file, then options.
+# The command line: a file of settings, options, and the command to run.
+#
+# A launcher sets LAUNCHER (its path), COMMANDS and ENV_EXAMPLE (a file of --env), defines set_defaults,
+# options_of, set_option, check_options, show_help, again, and command_NAME for each of COMMANDS, and
+# calls run_launcher.
 # shellcheck shell=bash
 # shellcheck disable=SC2034 # the variables are read in the other files
-
-set_defaults() {
-  NAME=${TPU_NAME:-} ZONE=${TPU_ZONE:-} TYPE=${TPU_TYPE:-} SLICES=${TPU_SLICES:-1}
-  RUNTIME=${TPU_RUNTIME:-} PROJECT=${PROJECT:-}
-  SPOT=no RESERVED=no WATCH=no DELETE=no DRY_RUN=no FOLLOW=no YES=no WAIT=no
-  REF="" WORKER=0 SLICE=0 LINES_SHOWN=50
-  REASON="" REPORT="" RUN="" OVER="" STATE="" NODES=""
-  CREATE_FLAGS=() MAIN_ARGS=()
-}
-
-# Options beyond the common ones; a trailing = takes a value.
-options_of() {
-  local common="name= zone= project= type= slices= env= dry-run" create="runtime= create-flag= spot reserved"
-  case "$1" in
-    create) echo "$common $create wait" ;;
-    setup) echo "$common ref=" ;;
-    logs) echo "$common worker= slice= lines= follow" ;;
-    run) echo "$common $create ref= watch delete" ;;
-    delete) echo "$common yes" ;;
-    *) echo "$common" ;;
-  esac
-}
 
 read_env_file() {
   local argument previous=""
@@ -33,7 +15,7 @@ read_env_file() {
       --env=*)
         local file=${argument#--env=}
         [ -f "$file" ] || die "The file $file of --env does not exist: give one with lines such as" \
-          "TPU_NAME=clip, TPU_ZONE=us-east5-b, TPU_TYPE=v5litepod-16 and PROJECT=my-project."
+          "$ENV_EXAMPLE."
         case "$file" in */*) ;; *) file=./$file ;; esac
         # shellcheck disable=SC1090
         . "$file"
@@ -51,14 +33,14 @@ read_options() {
     case "$option" in
       --)
         case "$COMMAND" in start | run) ;; *) die "The command $COMMAND takes nothing after --: only" \
-          "start and run hand arguments on to main.py." ;; esac
+          "the commands that start main.py do." ;; esac
         MAIN_ARGS=("$@")
         return
         ;;
       --*=*) value=${option#*=} option=${option%%=*} ;;
       --*) ;;
       *) die "The word '$option' is not understood: options begin with --, and main.py's arguments" \
-        "follow a lone --. See 'launch/tpu.sh $COMMAND --help'." ;;
+        "follow a lone --. See '$LAUNCHER $COMMAND --help'." ;;
     esac
     known=" $(options_of "$COMMAND") "
     case "$known" in
@@ -72,67 +54,47 @@ read_options() {
       *" ${option#--} "*)
         [ -z "$value" ] || die "The option $option takes no value: write just $option."
         ;;
-      *) die "The command $COMMAND has no option $option: see 'launch/tpu.sh $COMMAND --help'. Arguments for" \
+      *) die "The command $COMMAND has no option $option: see '$LAUNCHER $COMMAND --help'. Arguments for" \
         "main.py follow a lone --." ;;
     esac
     set_option "$option" "$value"
   done
 }
 
-set_option() {
-  case "$1" in
-    --name) NAME=$2 ;;
-    --zone) ZONE=$2 ;;
-    --project) PROJECT=$2 ;;
-    --type) TYPE=$2 ;;
-    --slices) SLICES=$2 ;;
-    --runtime) RUNTIME=$2 ;;
-    --create-flag) CREATE_FLAGS=(${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} "$2") ;;
-    --ref) REF=$2 ;;
-    --worker) WORKER=$2 ;;
-    --slice) SLICE=$2 ;;
-    --lines) LINES_SHOWN=$2 ;;
-    --spot) SPOT=yes ;;
-    --reserved) RESERVED=yes ;;
-    --wait) WAIT=yes ;;
-    --watch) WATCH=yes ;;
-    --delete) DELETE=yes ;;
-    --follow) FOLLOW=yes ;;
-    --yes) YES=yes ;;
-    --dry-run) DRY_RUN=yes ;;
-  esac
-}
-
-# A whole number, and no option of gcloud or of a remote command.
+# A whole number, and no option of another program.
 need_number() {
   case "$2" in "" | *[!0-9]*) die "The option --$1 is '$2', not a whole number." ;; esac
 }
 
-check_options() {
-  [ -n "$NAME" ] || die "There is no name for the TPU: give --name=clip, or set TPU_NAME in the" \
-    "environment or in the file of --env."
-  case "$NAME" in [!a-z]* | *[!a-z0-9-]* | *-) die "The name '$NAME' cannot be a TPU's: it begins with" \
-    "a lower-case letter, continues with lower-case letters, digits and hyphens, and does not end in" \
-    "a hyphen, as in --name=clip-l14." ;; esac
-  [ -n "$ZONE" ] || die "There is no zone: give --zone=us-east5-b, or set TPU_ZONE in the environment" \
-    "or in the file of --env. 'gcloud compute tpus locations list' lists the zones with TPUs."
-  case "$ZONE" in [a-z]*-[a-z]*[0-9]-[a-z]) ;; *) die "The zone '$ZONE' is not one: a zone is a region" \
-    "with a letter, as in --zone=us-east5-b." ;; esac
-  need_number slices "$SLICES"
-  need_number worker "$WORKER"
-  need_number slice "$SLICE"
-  need_number lines "$LINES_SHOWN"
-  [ "$SLICES" -ge 1 ] || die "The option --slices is $SLICES: a TPU has at least one slice."
-  if [ "$SPOT" = yes ] && [ "$RESERVED" = yes ]; then
-    die "A TPU is either --spot or --reserved: spot capacity is cheap and can be taken back, a" \
-      "reservation is capacity you hold. Leave one of them out (or both, for on-demand)."
-  fi
+# Writes words as "a, b or c".
+alternatives() {
+  local last=${*: -1}
+  [ $# -gt 1 ] || { echo "$last" && return; }
+  set -- "${@:1:$#-1}"
+  local IFS=,
+  echo "$* or $last" | sed 's/,/, /g'
 }
 
-# For the commands that create a TPU.
-check_type() {
-  [ -n "$TYPE" ] || die "There is no type of TPU: give --type=v5litepod-16, or set TPU_TYPE in the" \
-    "environment or in the file of --env; 'gcloud compute tpus accelerator-types list --zone=$ZONE'" \
-    "lists what your zone has."
-  [ -n "$RUNTIME" ] || default_runtime "$TYPE" >/dev/null
+run_launcher() {
+  local argument names
+  # shellcheck disable=SC2086,SC2153 # several words
+  names=$(alternatives $COMMANDS)
+  COMMAND=${1:-}
+  case " $COMMANDS help -h --help " in
+    *" ${COMMAND:-?} "*) shift ;;
+    *) die "There is no command${COMMAND:+ "'$COMMAND'"}: use $names. See '$LAUNCHER --help'." ;;
+  esac
+  case "$COMMAND" in -h | --help | help) show_help "" && exit ;; esac
+  for argument in "$@"; do
+    case "$argument" in
+      --) break ;;
+      -h | --help) show_help "$COMMAND" && exit ;;
+    esac
+  done
+  read_env_file "$@"
+  set_defaults
+  read_options "$@"
+  cd "$ROOT" || exit
+  check_options
+  "command_$COMMAND"
 }

@@ -1,34 +1,6 @@
 # A training run on the TPU: its code, its start and its end.
 # shellcheck shell=bash
 
-# Reads the config, the workdir and the coordinator from main.py's arguments; refuses wrong ones.
-read_main_arguments() {
-  local argument previous=""
-  CONFIG="" WORKDIR="" COORDINATOR=""
-  for argument in ${MAIN_ARGS[@]+"${MAIN_ARGS[@]}"}; do
-    case "$previous$argument" in
-      --config=*) CONFIG=${argument#--config=} ;;
-      --workdir=*) WORKDIR=${argument#--workdir=} ;;
-      --coordinator=*) COORDINATOR=${argument#--coordinator=} ;;
-    esac
-    previous=""
-    case "$argument" in --config | --workdir | --coordinator)
-      previous="$argument="
-      ;;
-    esac
-  done
-  local example="-- --config=configs/vit_b32.py --workdir=gs://BUCKET/RUN"
-  [ -n "$CONFIG" ] || die "There is no --config for main.py: its arguments follow a lone --, as in" \
-    "'$(again "$COMMAND") $example'."
-  CONFIG=${CONFIG%%:*} # the part after a colon is the config's argument
-  case "$CONFIG" in */* | *.py) ;; *) CONFIG=configs/$CONFIG.py ;; esac # as main.py takes it
-  case "$CONFIG" in /* | *..*) die "The config $CONFIG is not a path inside the repository: setup" \
-    "sends only the repository, so name a file such as configs/vit_b32.py." ;; esac
-  [ -f "$CONFIG" ] || die "The config $CONFIG does not exist: in configs/ there are" \
-    "$(cd configs && echo *.py | sed 's/__init__.py //; s/default.py //')."
-  [ -n "$COORDINATOR" ] || MAIN_ARGS=("${MAIN_ARGS[@]}" --coordinator=auto)
-}
-
 # Several workers write one checkpoint, so it must lie where all of them reach it.
 need_shared_workdir() {
   case "$WORKDIR" in gs://?*) return ;; esac
@@ -61,7 +33,9 @@ set_up() {
 launch_run() {
   on_workers check "$CONFIG" || die "Nothing was started, because not every worker is ready; the" \
     "lines above say why. '$(again stop)' ends a run, '$(again setup)' sends the committed code."
-  on_workers start "${MAIN_ARGS[@]}" || die "Not every worker started: see '$(again status)', and" \
+  set -- "${MAIN_ARGS[@]}"
+  [ -n "$COORDINATOR" ] || set -- "$@" --coordinator=auto
+  on_workers start "$@" || die "Not every worker started: see '$(again status)', and" \
     "end the others with '$(again stop)' before you start again."
 }
 
@@ -187,8 +161,14 @@ follow_run() {
   OVER=$RUN
 }
 
+# Counts a lost run in RESTARTS unless it went on for a while: a cause that lasts is left to the user.
+count_restart() {
+  if [ $((SECONDS - STARTED)) -gt "${TPU_STEADY:-1200}" ]; then RESTARTS=0; fi
+  RESTARTS=$((RESTARTS + 1))
+}
+
 run_to_its_end() {
-  local failures=0
+  local failures=0 STARTED RESTARTS=0
   while :; do
     obtain_tpu
     need_shared_workdir
@@ -203,6 +183,7 @@ run_to_its_end() {
         show_plan_of_watch
         break
       fi
+      STARTED=$SECONDS
       watch_run
     else
       failures=$((failures + 1))
@@ -220,6 +201,12 @@ run_to_its_end() {
         if [ "$STATE" = ACTIVE ]; then give_back_tpu || true; fi
         ;;
       lost)
+        if [ "$failures" -eq 0 ]; then count_restart; fi
+        if [ "$RESTARTS" -gt "$MAX_RESTARTS" ]; then
+          say "The run was lost $RESTARTS times in a row, each time within $((${TPU_STEADY:-1200} / 60))" \
+            "minutes of its start, so it is not started again (--max-restarts=$MAX_RESTARTS)."
+          break
+        fi
         say "$(date '+%H:%M:%S') Starting the run again."
         pause
         ;;

@@ -27,10 +27,3 @@ call() {
 }
 
 pause() { dry_run || sleep "${TPU_POLL:-60}"; }
-
-# The beginning of every command line of launch/tpu.sh for this TPU.
-again() { echo "launch/tpu.sh $1 --name=$NAME --zone=$ZONE${PROJECT:+ --project=$PROJECT}"; }
-
-remind_of_costs() {
-  say "The TPU is still yours and billed. When you are done: $(again delete)"
-}

@@ -123,13 +123,81 @@ def test_a_port_in_use():
             hosts.join(f"127.0.0.1:{port}", 2, 0)
 
 
-def test_hosts_that_do_not_come():
-    program = "from clip_jax.common import commands, hosts; hosts._JOIN_TIMEOUT = 3\n"
-    program += "with commands.plain_errors(): hosts.join('127.0.0.1:%d', 2, %d)"
-    started = [launch(["-c", program % (free_port(), process)], devices=1) for process in (0, 1)]
-    for process, ended in enumerate(endings(started)):
+JOIN = """
+from clip_jax.common import commands, hosts
+hosts._JOIN_TIMEOUT = {seconds}
+with commands.plain_errors():
+    hosts.join("127.0.0.1:{port}", {processes}, {process})
+"""
+
+
+def join(*given: tuple[int, int], seconds: int = 20):
+    """Lets hosts join that were given these --processes and --process."""
+    port = free_port()
+    programs = [
+        JOIN.format(port=port, processes=processes, process=process, seconds=seconds)
+        for processes, process in given
+    ]
+    return endings([launch(["-c", program], devices=1) for program in programs])
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_hosts_that_do_not_come(process):
+    """They may be on their way: launchers start the others again."""
+    (ended,) = join((2, process), seconds=3)
+    assert ended.returncode == ExitCode.RESUME
+    assert f"did not find each other within 3 s: host {process} of 2" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_host_that_counts_more_hosts_than_the_first():
+    for ended in join((2, 0), (3, 1)):
         assert ended.returncode == ExitCode.USER_ERROR
-        assert f"did not find each other within 3 s: host {process} of 2" in ended.stderr
+        said = "Host 1 was started with --processes=3, host 0 with --processes=2: give every host"
+        assert ended.stderr.count(said) == 1
+        assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_number_that_the_first_host_does_not_know():
+    first, other, wrong = join((2, 0), (3, 1), (3, 2), seconds=10)
+    assert "refuses host 2 of 3" in wrong.stderr or wrong.returncode == ExitCode.RESUME
+    assert "Traceback" not in wrong.stderr
+    assert first.returncode == other.returncode == ExitCode.USER_ERROR
+
+
+@pytest.mark.slow
+def test_two_hosts_of_one_number():
+    first, *others = join((3, 0), (3, 1), (3, 1), seconds=8)
+    assert first.returncode == ExitCode.RESUME, first.stderr
+    wrong = [each for each in others if each.returncode == ExitCode.USER_ERROR]
+    assert len(wrong) == 1
+    assert "refuses host 1 of 3: another one was started with --process=1" in wrong[0].stderr
+
+
+def test_the_first_host_of_a_cluster_is_waited_for(monkeypatch):
+    """There it gets its name only once it has been placed, maybe after the others."""
+    asked = []
+
+    def lookup(*address):
+        asked.append(address)
+        if len(asked) < 3:
+            raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(hosts.socket, "getaddrinfo", lookup)
+    monkeypatch.setattr(hosts.time, "sleep", lambda _: None)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    hosts._check_address("clip-slice-0-0.clip:8476", 1)
+    assert len(asked) == 3
+    asked.clear()
+    monkeypatch.setattr(hosts, "_JOIN_TIMEOUT", 0)
+    with pytest.raises(UserError, match="clip-slice-0-0.clip:8476 is not known here") as raised:
+        hosts._check_address("clip-slice-0-0.clip:8476", 1)
+    assert raised.value.exit_code == ExitCode.RESUME
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
+    with pytest.raises(UserError, match="is not known here") as raised:
+        hosts._check_address("clip-slice-0-0.clip:8476", 1)
+    assert raised.value.exit_code == ExitCode.USER_ERROR
 
 
 if __name__ == "__main__":

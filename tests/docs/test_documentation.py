@@ -21,8 +21,9 @@ from clip_jax.configs import default
 
 LANGUAGES = {"bash", "python", "json", "text", "diff", "{settings}", "{eval-rst}", "{toctree}"}
 # Programs of others: that they are called so is all that is known here.
-FOREIGN = {"git", "source", "img2dataset", "tfds", "cat"}
+FOREIGN = {"git", "source", "img2dataset", "tfds", "cat", "gcloud", "kubectl", "sinfo"}
 TOOLS = {"ruff", "pyrefly"}  # requirements-dev.txt
+LAUNCHERS = {"launch/tpu.sh", "launch/gke.sh", "launch/slurm.sh"}
 MODULES = {"pytest", "venv", "sphinx"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=markdown_pages.name)
@@ -182,7 +183,7 @@ def kind(command: Command) -> str:
         if rest[0] == "-m":
             return "module" if rest[1] in MODULES else "unknown"
         return "script"
-    if program in ("pip", "launch/tpu.sh"):
+    if program == "pip" or program in LAUNCHERS:
         return program
     return "foreign" if program in FOREIGN | TOOLS else "unknown"
 
@@ -289,19 +290,21 @@ def test_tests_that_are_run_exist():
 
 
 def test_launch_commands(tmp_path: pathlib.Path):
-    """Each with --dry-run, in a folder that has the file the page writes first."""
+    """Each with --dry-run, in a folder that has the files the page writes first."""
     repository = fake_cloud.make_repository(tmp_path / "clip_jax")
-    (block, *_) = markdown_pages.blocks(ROOT / "launch" / "README.md")
-    heredoc = re.search(r"<<'END'\n(.*?)^END$", block.text, re.MULTILINE | re.DOTALL)
-    assert heredoc
-    (repository / "tpu.env").write_text(heredoc[1])
-    found = [command for command in all_commands() if kind(command) == "launch/tpu.sh"]
-    assert len(found) >= 8
+    text = (ROOT / "launch" / "README.md").read_text()
+    heredoc = r"^cat >(\S+) <<'END'\n(.*?)^END$"
+    for name, settings in re.findall(heredoc, text, re.MULTILINE | re.DOTALL):
+        (repository / name).write_text(settings)
+    found = [command for command in all_commands() if kind(command) in LAUNCHERS]
+    assert {kind(command) for command in found} == LAUNCHERS
     for command in found:
         words = [word for word in command.words[1:] if word != "..."]
         at = words.index("--") if "--" in words else len(words)
         words[at:at] = ["--dry-run"]
-        done = fake_cloud.launch(repository, words, fake_cloud.environment())
+        done = fake_cloud.launch(
+            repository, words, fake_cloud.environment(), program=command.words[0]
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 

@@ -96,6 +96,7 @@ MISTAKES = {
     "a nickname": (f"create {HERE} --type=v5e-16", r"v5e-16.*--type=v5litepod-16"),
     "spot and reserved": (f"create {HERE} --type=v6e-8 --spot --reserved", r"--spot.*--reserved"),
     "bad number": (f"create {HERE} --type=v6e-8 --slices=two", r"--slices.*'two'"),
+    "no limit": (f"run {HERE} --type=v6e-8 --watch --max-restarts=often", r"max-restarts.*'often'"),
     "no slices": (f"create {HERE} --type=v6e-8 --slices=0", r"--slices is 0"),
     "unknown option": (f"stop {HERE} --spot", r"stop.*--spot.*--help"),
     "no value": (f"stop {HERE} --project", r"--project.*VALUE"),

@@ -1,9 +1,11 @@
 """launch/: its conduct with a feigned cloud."""
 
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 
 import fake_cloud
@@ -123,8 +125,9 @@ def test_setup_sends_what_is_committed(cloud):
 def test_stop_insists(cloud):
     cloud.install()
     for worker in cloud.workers:
-        stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-        (worker / "clip_jax/code/main.py").write_text(stubborn + fake_cloud.DUMMY_MAIN)
+        stubborn = fake_cloud.DUMMY_MAIN.replace("lambda *_: sys.exit(42)", "signal.SIG_IGN")
+        assert stubborn != fake_cloud.DUMMY_MAIN
+        (worker / "clip_jax/code/main.py").write_text(stubborn)
     cloud.ready(f"start {HERE} {MAIN}")
     cloud.arguments()
     pids = cloud.processes()
@@ -243,6 +246,75 @@ def test_watch_starts_again_what_missed_a_host(cloud):
     assert watch.returncode == 0, said
     assert "The run is lost." in said
     assert "The run is over: finished." in said
+
+
+def starts(cloud) -> list[int]:
+    """Returns how often each worker started main.py."""
+    logs = [worker / "clip_jax" / "run.log" for worker in cloud.workers]
+    return [len(re.findall("^===.*main.py", log.read_text(), re.MULTILINE)) for log in logs]
+
+
+@needs_linux
+def test_watch_gives_up_on_a_run_that_is_lost_at_once_each_time(cloud):
+    cloud.install()
+    cloud.set(miss="")
+    command = f"run {HERE} --type=v5litepod-16 --watch --max-restarts=2 --delete {MAIN}"
+    answer = cloud.launch(command)
+    assert answer.returncode == 1
+    assert "lost 3 times in a row" in answer.stderr
+    assert "--max-restarts=2" in answer.stderr
+    assert "The run is over: lost." in answer.stderr
+    assert "will miss" in answer.stdout  # the end of the log
+    assert cloud.calls()[-1] == "queued-resources delete"
+    assert cloud.calls().count("tpu-vm scp") == 3
+
+
+@needs_linux
+def test_watch_does_not_count_what_is_lost_later(cloud):
+    """With a limit of 1, a run that went on for a while is started again a third time."""
+    cloud.install()
+    cloud.set(miss="")
+    watch = subprocess.Popen(
+        ["launch/tpu.sh", *shlex.split(f"run {HERE} --watch --max-restarts=1 --type=v6e-8 {MAIN}")],
+        cwd=cloud.repository,
+        env=cloud.env | {"TPU_STEADY": "-1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with watch:
+        fake_cloud.wait_until(lambda: cloud.calls().count("tpu-vm scp") >= 3, seconds=40)
+        (cloud.folder / "miss").unlink()
+        cloud.set(finish="")
+        said, _ = watch.communicate(timeout=30)
+    assert watch.returncode == 0, said
+
+
+@needs_linux
+def test_watch_does_not_start_again_what_was_stopped(cloud):
+    cloud.install()
+    watch = subprocess.Popen(
+        ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
+        cwd=cloud.repository,
+        env=cloud.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    with watch:
+        cloud.arguments()
+        # Asked on one host, all of a run save and end: this one before its own stop comes.
+        worker = cloud.workers[1]
+        pid = int((worker / "clip_jax/run.pid").read_text())
+        os.kill(pid, signal.SIGTERM)
+        fake_cloud.wait_until(lambda: (worker / "clip_jax/run.status").exists())
+        assert (worker / "clip_jax/run.status").read_text() == "42\n"
+        cloud.ready(f"stop {HERE}")
+        said, _ = watch.communicate(timeout=30)
+    assert watch.returncode == 1
+    assert "The run is over: stopped." in said
+    assert starts(cloud) == [1, 1]
+    assert cloud.ready(f"status {HERE}").stdout.count(": stopped") == 2
 
 
 def test_watch_gives_up_on_a_refused_request(cloud):

@@ -14,9 +14,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 HERE = "--name=clip --zone=us-east5-b "
 MAIN = " -- --config=configs/vit_b32.py --workdir=gs://bucket/run"
 
-# A training run that lasts until the file finish, or fail, appears in the feigned cloud.
+# A training run that lasts until the file finish, or fail, appears in the feigned cloud. By SIGTERM
+# it ends with 42, as main.py does.
 DUMMY_MAIN = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
 pathlib.Path(os.environ["HOME"], "argv.json").write_text(json.dumps(sys.argv[1:]))
 print("step 1/3 loss 3.7", flush=True)
 while True:
@@ -102,15 +104,16 @@ def make_repository(folder: pathlib.Path) -> pathlib.Path:
 
 def environment(**more: str) -> dict[str, str]:
     """This process's, without what would change the answers."""
-    return {
-        k: v for k, v in os.environ.items() if not k.startswith("TPU_") and k != "PROJECT"
-    } | more
+    settings = ("TPU_", "GKE_", "KUEUE_", "PROJECT")
+    return {k: v for k, v in os.environ.items() if not k.startswith(settings)} | more
 
 
-def launch(repository, arguments, env=None, answer="") -> subprocess.CompletedProcess:
+def launch(
+    repository, arguments, env=None, answer="", program="launch/tpu.sh"
+) -> subprocess.CompletedProcess:
     words = shlex.split(arguments) if isinstance(arguments, str) else arguments
     return subprocess.run(
-        ["launch/tpu.sh", *words],
+        [program, *words],
         cwd=repository,
         env=env or environment(),
         input=answer,

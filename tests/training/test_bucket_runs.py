@@ -17,7 +17,7 @@ from shards import write_tar
 from test_distributed import TOLERANCE
 
 import clip_jax
-from clip_jax import checkpoint
+from clip_jax.checkpoint import writes
 from clip_jax.configs import default, vit_b32
 from clip_jax.errors import ExitCode, StorageError
 from clip_jax.storage import faults
@@ -35,7 +35,7 @@ KEPT = [6, 9, 12]  # the checkpoints that remain of such a run: the best and the
 # Processes of their own compile what they run.
 UNEVALUATED = {"config.eval.zeroshot.source.type": "", "config.eval.retrieval.source.type": ""}
 # Whatever is measured in seconds differs between two runs.
-TIMED = ("images_per_second", "data/waiting", "storage/failures")
+TIMED = ("train/images_per_second", "data/waiting", "storage/failures", "time/", "host/")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def metrics(data: bytes) -> dict[int, dict[str, float]]:
     """All that does not depend on time, by step."""
     found: dict[int, dict[str, float]] = {}
     for row in map(json.loads, data.splitlines()):
-        kept = {name: value for name, value in row.items() if not name.endswith(TIMED)}
+        kept = {name: value for name, value in row.items() if not name.startswith(TIMED)}
         found.setdefault(int(row["step"]), {}).update(kept)
     return found
 
@@ -225,35 +225,41 @@ def test_a_checkpoint_that_failed_is_tried_again(bucket, place, local, caplog, s
 
 
 def test_the_limit_counts_from_the_first_failure_since_a_success(bucket, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])
-    writes = checkpoint._Writes(epath.Path("gs://bucket/run"))
+    now, said = [0.0], []
+    monkeypatch.setattr(writes.time, "monotonic", lambda: now[0])
+    limit = 3600.0
+    saves = writes.Writes(
+        epath.Path("gs://bucket/run"), limit, lambda step, text: said.append((step, text))
+    )
     error = ValueError("[http_response_code='503']")
     for start in (1.0, 1e4):
         now[0] = start
-        writes.failed(error)
-        assert not writes.retry_due()
+        saves.failed(error)
+        assert not saves.retry_due()
         now[0] = start + 500
-        assert writes.retry_due()
-        writes.begin(1, lambda: False)  # is tried again, and fails again
-        writes.failed(error)
-        writes.begin(2, lambda: False)
-        writes.succeeded()
+        assert saves.retry_due()
+        saves.begin(1, lambda: False)  # is tried again, and fails again
+        saves.failed(error)
+        saves.begin(2, lambda: False)
+        saves.succeeded()
     now[0] = 2e4
-    writes.failed(error)
-    now[0] += faults.RETRY_FOR + 1
-    writes.begin(3, lambda: False)
+    saves.failed(error)
+    now[0] += limit + 1
+    saves.begin(3, lambda: False)
     with pytest.raises(StorageError, match="could not be written"):
-        writes.failed(error)
+        saves.failed(error)
+    assert [step for step, _ in said] == [0, 2, 2, 2, 2]  # failing, written, twice; failing
+    assert all("Training goes on" in text for _, text in said[::2])
+    assert all("again, after 8m 20s and 2 failures" in text for _, text in said[1::2])
 
 
-def test_checkpoints_that_never_succeed(bucket, place, monkeypatch):
+def test_checkpoints_that_never_succeed(bucket, place):
     """They are not tried again at once, and end the run in a sentence."""
-    monkeypatch.setattr(faults, "RETRY_FOR", 4.0)
     fault = {"match": "POST .*upload.*checkpoints/", "kind": 403}
     bucket.faults([fault])
+    made = config(f"gs://bucket/{place}/shards", **{"checkpoint.give_up_after": 4.0})
     with tiny_run.compile_once(), pytest.raises(StorageError, match=r"could not be written.*right"):
-        train.train(config(f"gs://bucket/{place}/shards"), f"gs://bucket/{place}/run")
+        train.train(made, f"gs://bucket/{place}/run")
     # Tries after 1, 2 and 4 seconds, of a few requests each, until a later one is past the limit.
     tries = [r for r in bucket.requests() if r["status"] == 403]
     assert len(tries) < 200

@@ -208,12 +208,17 @@ def widened(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def test_metrics_cut_short(tmp_path):
-    """All of them are read when the directory is opened."""
-    save(tmp_path, {4: {"score": 0.5}}, best_metric="score")
-    (tmp_path / checkpoint.DIRECTORY / "4/metrics/metrics").write_text('{"score": 0.')
-    with pytest.raises(UserError, match=r"checkpoints is damaged: its metrics .*Delete the folder"):
-        checkpoint.Checkpoints(tmp_path, best_metric="score")
+@pytest.mark.parametrize("text", ['{"score": 0.', "[0.5]", '{"score": "much"}', "\xff"])
+def test_metrics_damaged(tmp_path, text: str, caplog):
+    """They are read when the directory is opened, and rank a checkpoint, no more."""
+    save(tmp_path, {4: {"score": 0.9}, 5: {"score": 0.5}}, best_metric="score", keep=2)
+    path = tmp_path / checkpoint.DIRECTORY / "4/metrics/metrics"
+    path.write_bytes(text.encode("latin-1"))
+    with checkpoint.Checkpoints(tmp_path, best_metric="score", keep=2) as store:
+        assert store.steps() == [4, 5]
+        assert store.improves({"score": 0.6})
+        assert_same(store.restore(4, abstract((1, 1))), make_state())
+    assert "checkpoints/4 are damaged: it does not count as the best" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["resnet", "wider"])

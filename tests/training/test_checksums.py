@@ -8,6 +8,7 @@ import pytest
 from test_checkpoint import META, abstract, assert_same, kept, make_state, save
 
 from clip_jax import checkpoint, checksums
+from clip_jax.checkpoint import reading
 from clip_jax.errors import UserError
 
 FLIPS = 40
@@ -100,7 +101,7 @@ def test_damage_of_the_weights_is_named(stored):
 
 def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch):
     """Those of versions that wrote none."""
-    monkeypatch.setattr(checkpoint, "_OWN", "other")
+    monkeypatch.setattr(reading, "OWN", "other")
     save(tmp_path, {5: {}})
     monkeypatch.undo()
     with checkpoint.Checkpoints(tmp_path) as store:

@@ -7,11 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
 
-from clip_jax.errors import UserError
+from clip_jax.errors import ExitCode, UserError
 from clip_jax.training import lease
 from clip_jax.training import workdir as workdirs
 
@@ -26,9 +27,10 @@ with lease.held(sys.argv[1]):
 """
 
 
-def hold(workdir) -> subprocess.Popen:
+def hold(workdir, before: str = "", **streams) -> subprocess.Popen:
+    code = HOLD.replace("with lease", f"{before}\nwith lease", 1)
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(workdir)], stdout=subprocess.PIPE, text=True, **streams
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -115,15 +117,7 @@ def test_process_number_used_again_is_another_process(tmp_path):
 
 
 def test_run_whose_lease_was_taken_ends(tmp_path):
-    code = HOLD.replace("with lease", "lease._BEAT = 0.1\nwith lease")
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
+    process = hold(tmp_path, stderr=subprocess.PIPE, before="lease._BEAT = 0.1")
     for _ in range(20):  # against a renewal that was under way
         elsewhere(epath.Path(tmp_path))
         try:
@@ -134,6 +128,81 @@ def test_run_whose_lease_was_taken_ends(tmp_path):
     assert process.returncode == 2
     assert process.stderr is not None
     assert "on other" in process.stderr.read()
+
+
+def test_taken_lease_is_noticed_before_the_workdir_is_written_to(workdir):
+    with lease.held(workdir) as held:
+        held.check()
+        elsewhere(workdir)
+        held.check(if_late=True)  # seen a moment ago: not looked at again
+        with pytest.raises(UserError, match=r"Another run writes to .* on other"):
+            held.check()
+    assert json.loads((workdir / lease.FILE).read_text())["host"] == "other"  # left alone
+
+
+@pytest.mark.parametrize("clock", lease._CLOCKS)
+def test_lease_is_looked_at_when_any_clock_has_jumped(workdir, monkeypatch, clock):
+    real, jump = lease.time.clock_gettime, [0.0]
+    monkeypatch.setattr(
+        lease.time, "clock_gettime", lambda each: real(each) + jump[0] * (each == clock)
+    )
+    with lease.held(workdir) as held:
+        elsewhere(workdir)
+        jump[0] = -3600.0
+        held.check(if_late=True)
+        jump[0] = lease.EXPIRES
+        with pytest.raises(UserError, match="Another run writes to"):
+            held.check(if_late=True)
+
+
+def test_beats_go_on_when_a_clock_is_set_back(tmp_path, monkeypatch):
+    real, jump = lease.time.clock_gettime, [0.0]
+    monkeypatch.setattr(
+        lease.time,
+        "clock_gettime",
+        lambda each: real(each) + jump[0] * (each == lease.time.CLOCK_REALTIME),
+    )
+    monkeypatch.setattr(lease, "_BEAT", 0.05)
+    with lease.held(tmp_path):
+        jump[0] = -3600.0
+        deadline = time.monotonic() + 10
+        while json.loads((tmp_path / lease.FILE).read_text())["beat"] < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def test_frozen_run_that_was_taken_for_dead_ends_when_it_wakes_up(tmp_path):
+    process = hold(tmp_path, stderr=subprocess.PIPE, before="lease._BEAT = 3.0")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(3.5)  # one beat and more are missed
+    elsewhere(epath.Path(tmp_path))
+    began = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began < 2.5  # not a beat later, but at once
+    assert process.returncode == ExitCode.USER_ERROR
+    assert "Another run writes to" in said
+    assert json.loads((tmp_path / lease.FILE).read_text())["host"] == "other"
+
+
+def test_watching_for_a_dead_holder_takes_no_clock(tmp_path, monkeypatch):
+    """The one that watches is frozen for an hour: the holder's beats after that still count."""
+    monkeypatch.setattr(lease, "EXPIRES", 0.4)
+    elsewhere(epath.Path(tmp_path))
+    real, naps = lease.time.sleep, iter(range(1, 1000))
+
+    def sleep(seconds):
+        real(seconds)
+        nap = next(naps)
+        if nap == 10:
+            monotonic = time.monotonic
+            monkeypatch.setattr(lease.time, "monotonic", lambda: monotonic() + 3600)
+        if nap > 20:
+            elsewhere(epath.Path(tmp_path), beat=1)
+
+    monkeypatch.setattr(lease.time, "sleep", sleep)
+    with pytest.raises(UserError, match="on other, since 2020"), lease.held(tmp_path):
+        pass
 
 
 def test_read_only_workdir_is_said_before_anything_slow(tmp_path, monkeypatch):

@@ -53,6 +53,8 @@ def test_a_warmup_longer_than_the_run(warmup, steps):
 
 def test_durations_below_a_step():
     assert "log.every = '3 examples' is 0.19 of a step" in said(log__every="3 examples")
+    assert "nothing is traced" in said(log__trace="1e6 steps")
+    assert "traced" not in said(log__trace="1 steps")
 
 
 def test_micro_batches_of_batch_norm():

@@ -310,6 +310,19 @@ def test_each_metric_is_shown_once_with_its_last_value_and_chance(page):
     assert "chance" not in figures["loss"]
 
 
+def test_families_share_a_plot(page):
+    names = ["train/images_per_second", "train/images_per_second_per_chip", "train/grad_norm"]
+    names += [f"train/grad_norm/{part}" for part in ("image", "text", "other")]
+    names += ["time/train", "time/data", "device/memory_gib", "device/peak_memory_gib"]
+    names += ["host/memory_gib", "host/threads", "bias/all/age", "bias/all/race"]
+    _, parsed = page(SUMMARY, [{"step": step, **dict.fromkeys(names, 2.0)} for step in (1, 2)])
+    lines = [[line.strip() for line in f["text"].split("\n")] for f in parsed.find("figure")]
+    titles = ["images per second", "grad norm", "time", "device", "host: memory gib"]
+    titles += ["host: threads", "bias: all: age", "bias: all: race"]
+    assert [line[1] for line in lines] == titles
+    assert " ".join(filter(None, lines[1])).endswith("grad norm 2 image 2 text 2 other 2")
+
+
 def test_diverged_run_is_drawn(page):
     values = [1.0, float("nan"), float("inf"), 2.0, float("nan")]
     history = [{"step": i, "train/loss": value} for i, value in enumerate(values)]

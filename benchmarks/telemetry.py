@@ -1,0 +1,113 @@
+"""The cost of telemetry: the training step with and without it in turns, and a row of the log.
+
+    python benchmarks/telemetry.py
+    python benchmarks/telemetry.py --model=vit_b32 --batch=32 --rounds=7
+
+Both programs are compiled first and take turns within one process, each on a state of its own. The
+step without leaves out the norms by tower, alignment and uniformity; the rest of the telemetry is
+computed once a row, whose seconds are measured by themselves.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import turns
+
+
+def make_step(config) -> tuple[Callable[[], float], object]:
+    """Compiles the training step that main.py would run; returns a timed call of it."""
+    import jax
+    import numpy as np
+
+    from clip_jax.training import program
+
+    built = program.build(config, warmup=0, total=1_000_000)
+    rng = np.random.default_rng(0)
+    arrays = {
+        "image": rng.integers(0, 256, built.batch["image"].shape, np.uint8),
+        "tokens": rng.integers(1, 49_408, built.batch["tokens"].shape, np.int32),
+    }
+    data = {name: jax.device_put(x, built.batch[name].sharding) for name, x in arrays.items()}
+    state, step = built.init(), built.lower().compile()
+
+    def seconds() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(step(state, data))
+        return time.perf_counter() - began
+
+    return seconds, built
+
+
+def without_telemetry(config) -> Callable[[], float]:
+    """Compiles the step with nothing but the norms of the whole."""
+    import optax
+
+    from clip_jax.training import step
+
+    kept = step._norms, step._geometry
+    step._norms = lambda name, tree: {name: optax.tree.norm(tree)}
+    step._geometry = lambda outputs, params: {}
+    try:
+        return make_step(config)[0]
+    finally:
+        step._norms, step._geometry = kept
+
+
+def row_seconds(built, rows: int = 200) -> float:
+    """Measures the median of a row: the numbers of the host, metrics.jsonl and TensorBoard."""
+    from clip_jax.common import metrics
+    from clip_jax.training import telemetry
+
+    measured = telemetry.Telemetry(built.net.size, built.config.batch_size, built.mesh)
+    others = {f"train/metric_{i}": 1.0 for i in range(30)}
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = metrics.MetricWriter(folder, tensorboard=True, start_step=0)
+        for step in range(rows):
+            began = time.perf_counter()
+            writer.write(step, {**others, **measured.measure(100.0)})
+            times.append(time.perf_counter() - began)
+        writer.close()
+    return statistics.median(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", default="vit_b32:smoke", help="a config")
+    parser.add_argument("--batch", type=int, help="pairs per step; default: the config's")
+    parser.add_argument("--rounds", type=int, default=200, help="timed steps of each")
+    args = parser.parse_args()
+    sys.path.insert(0, str(turns.ROOT))
+    from clip_jax.common import config_file
+
+    config = config_file.load(args.model)
+    config.batch_size = args.batch or config.batch_size
+    config.loss.method = "ring"
+    bare = without_telemetry(config)
+    full, built = make_step(config)
+    pairs = []
+    for round_number in range(args.rounds + 1):
+        first, second = (bare, full) if round_number % 2 else (full, bare)
+        one, other = first(), second()
+        pairs.append((one, other) if round_number % 2 else (other, one))
+    pairs = pairs[1:]  # the first one warms up
+    step = statistics.median(without for without, _ in pairs)
+    more = statistics.median(with_ - without for without, with_ in pairs)
+    row = row_seconds(built)
+    every = int(config.log.every.split()[0])
+    print(f"{args.model}, batch {config.batch_size}, {args.rounds} rounds")
+    print("| step without, s | in the step | a row, s | a row every N steps | in all |")
+    print("|---|---|---|---|---|")
+    print(
+        f"| {step:.4f} | {more / step:+.2%} | {row:.5f} | {every} "
+        f"| {(more + row / every) / step:+.2%} |"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Rows of metrics.jsonl, read back; loads no JAX."""
+
+import json
+import logging
+from typing import Any
+
+from etils import epath
+
+from clip_jax.storage import locations, ranges
+
+FILE = "metrics.jsonl"  # inside the workdir
+
+
+def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
+    """Reads the rows of metrics.jsonl, oldest first; drops and counts lines that are no rows."""
+    rows, dropped = read(workdir)
+    if dropped:
+        logging.warning(
+            "Dropped %d of %d lines of %s, which are cut short, not UTF-8, or not a row of numbers "
+            "with a step. A process that is killed can leave one such line.",
+            dropped,
+            len(rows) + dropped,
+            locations.parse(workdir) / FILE,
+        )
+    return rows
+
+
+def read(workdir: epath.PathLike) -> tuple[list[dict[str, float]], int]:
+    """Reads the rows of metrics.jsonl, oldest first, and the number of lines that are no rows."""
+    try:
+        data = ranges.read(locations.parse(workdir) / FILE)
+    except FileNotFoundError:
+        return [], 0
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    rows = [row for line in lines if (row := _parse_row(line)) is not None]
+    return rows, len(lines) - len(rows)
+
+
+def _parse_row(line: bytes) -> dict[str, float] | None:
+    """Returns a row of metrics.jsonl; None where the line is not one."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):  # cut short, not UTF-8, or nested too deep
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        return None
+    return row if all(map(_is_number, row.values())) else None
+
+
+def _is_number(value: Any) -> bool:
+    # JSON has integers of any length; one that is no float would be an error wherever it is used.
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

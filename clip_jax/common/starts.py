@@ -1,0 +1,407 @@
+"""The starts of a run, read back: how each went, how it ended, and where the time of all went.
+
+`clip_jax.training.record` writes one file for each start. A start that was killed has no end, but a
+last sign of life. Loads neither JAX nor NumPy: the command `status` answers at once.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from datetime import datetime
+from typing import Any
+
+from etils import epath
+
+from clip_jax.common.formatting import format_seconds
+from clip_jax.errors import ExitCode
+from clip_jax.storage import locations, ranges
+
+DIRECTORY = "starts"  # inside the workdir
+# Kinds of time in a record. "data", waiting for batches, is not part of "train".
+PHASES = ("start", "compile", "train", "data", "checkpoint", "evaluation")
+# And those that only the starts together show: training that was repeated, time between starts,
+# time within a start that its record does not explain, time between starts one of which is missing.
+LOST, DOWN, OTHER, UNKNOWN = "lost", "down", "other", "unknown"
+KINDS = {
+    "train": "training",
+    LOST: "training that was lost",
+    "data": "waiting for data",
+    "checkpoint": "checkpoints",
+    "evaluation": "evaluation",
+    "compile": "compilation",
+    "start": "starting",
+    OTHER: "not accounted for",
+    DOWN: "down, between starts",
+    UNKNOWN: "without a record",
+}
+
+_OUTCOMES: dict[int, str] = {
+    ExitCode.DONE: "finished",
+    ExitCode.FAULT: "fault",
+    ExitCode.USER_ERROR: "user error",
+    ExitCode.RESUME: "stopped",
+    ExitCode.INTERRUPTED: "Ctrl-C",
+}
+_READERS = 16  # files of a bucket that are read at a time
+_NAME = re.compile(r"(\d{4,})\.json")
+_LONGEST = 1e10  # seconds that a start can have taken
+_SLACK = 2.0  # seconds by which clocks and sums may differ unnoticed
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that went wrong, or was mended.
+
+    Attributes:
+      time: time at which it was noticed.
+      step: step of the run.
+      text: one sentence or more.
+    """
+
+    time: datetime
+    step: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """One start of a run.
+
+    Attributes:
+      number: number of the start, from 1.
+      began, seen: its beginning and its last sign of life.
+      code: exit code; None: no end is recorded.
+      reason: sentence on the end, "" without one.
+      from_step, step: first and last step; None: it did not come to training.
+      rollbacks: steps from and to which it went back, to train them again past bad batches.
+      total_steps: length of the run; None: not known.
+      batch_size: examples per step; None: not known.
+      seconds: time by phase.
+      events: what went wrong, oldest first.
+      phase: the phase at `seen`; "": not known.
+      stepped: time of the last step; None: not known.
+      facts: further fields, such as "command" and "hardware".
+    """
+
+    number: int
+    began: datetime
+    seen: datetime
+    code: int | None
+    reason: str
+    from_step: int | None
+    step: int | None
+    rollbacks: Sequence[tuple[int, int]]
+    total_steps: int | None
+    batch_size: int | None
+    seconds: Mapping[str, float]
+    events: Sequence[Event]
+    phase: str
+    stepped: datetime | None
+    facts: Mapping[str, Any]
+
+    @property
+    def duration(self) -> float:
+        """Seconds from its beginning to the last sign of life."""
+        return max(0.0, (self.seen - self.began).total_seconds())
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """First and last step of each stretch between roll-backs, in order."""
+        if self.from_step is None or self.step is None:
+            return []
+        firsts = [self.from_step, *(to for _, to in self.rollbacks)]
+        return list(zip(firsts, [*(last for last, _ in self.rollbacks), self.step]))
+
+    @property
+    def trained(self) -> int:
+        """The number of steps that it took, repeated ones counted again."""
+        return sum(last - first for first, last in self.stretches)
+
+    def outcome(self, live: bool = False) -> str:
+        """Returns how it ended, in a word or two; `live`: it may still run."""
+        if self.code is None:
+            return "running" if live else "killed"
+        return _OUTCOMES.get(self.code, f"exit code {self.code}")
+
+    def ending(self, live: bool = False) -> str:
+        """Returns how it ended, with the reason; arguments as `outcome`."""
+        word = self.outcome(live)
+        if word == "killed":
+            return "killed, or its host is gone"
+        return f"{word}: {self.reason}" if self.reason else word
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """The time of all starts together.
+
+    Attributes:
+      seconds: time by kind, as in `KINDS`; the sum is the time from the first beginning to the last
+        sign of life.
+      lost: number of steps of each start, by its number, that were trained again.
+      remarks: a sentence about each thing that makes the figures uncertain.
+    """
+
+    seconds: Mapping[str, float]
+    lost: Mapping[int, int]
+    remarks: Sequence[str]
+
+    @property
+    def wall(self) -> float:
+        """Seconds of the whole run."""
+        return sum(self.seconds.values())
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that were trained again."""
+        return sum(self.lost.values())
+
+    @property
+    def goodput(self) -> float:
+        """The fraction of the time in which steps were trained that remain; NaN without time."""
+        return self.seconds["train"] / self.wall if self.wall else math.nan
+
+
+# ---- Reading -----------------------------------------------------------------------------------
+
+
+def read(workdir: epath.PathLike) -> tuple[list[Start], list[str]]:
+    """Reads the starts of a run.
+
+    Args:
+      workdir: local, gs:// or s3://.
+
+    Returns:
+      The starts in order, and a sentence about each file that cannot be used.
+    """
+    folder = locations.parse(workdir) / DIRECTORY
+    try:
+        names = sorted(filter(_NAME.fullmatch, locations.listing(folder)), key=_number)
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    found, damaged = [], []
+    with futures.ThreadPoolExecutor(_READERS) as pool:
+        for name, text in zip(names, pool.map(lambda name: _read(folder / name), names)):
+            try:
+                found.append(parse(text, _number(name)))
+            except (ValueError, RecursionError) as error:
+                damaged.append(f"{DIRECTORY}/{name} is left out, since it is damaged: {error}.")
+    return found, damaged
+
+
+def _number(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+def _read(path: epath.Path) -> bytes:
+    try:
+        return ranges.read(path)
+    except FileNotFoundError:  # removed meanwhile
+        return b""
+
+
+def parse(text: bytes | str, number: int) -> Start:
+    """Returns the start that a file describes.
+
+    Args:
+      text: contents of the file.
+      number: number of the start.
+
+    Raises:
+      ValueError: a part is missing or impossible; the message names it.
+    """
+    try:
+        fields = json.loads(text, parse_constant=_refuse)
+    except ValueError:
+        raise ValueError("it is cut short, or not JSON") from None
+    if not isinstance(fields, dict):
+        raise ValueError("it is not an object")
+    known = {field.name for field in dataclasses.fields(Start)} | {"start", "end", "ended"}
+    end = fields.get("end")
+    if end is not None and not (isinstance(end, dict) and type(end.get("code")) is int):
+        raise ValueError(f'"end" is {end!r:.60}')
+    from_step, step = _count(fields, "from_step"), _count(fields, "step")
+    if from_step is None or step is None:
+        from_step = step = None
+    start = Start(
+        number=number,
+        began=_time(fields, "began"),
+        seen=_time(fields, "seen"),
+        code=end["code"] if end else None,
+        reason=str(end.get("reason", "")) if end else "",
+        from_step=from_step,
+        step=step,
+        total_steps=_count(fields, "total_steps"),
+        batch_size=_count(fields, "batch_size"),
+        rollbacks=_rollbacks(fields.get("rollbacks") or []),
+        seconds=_seconds(fields),
+        events=_events(fields.get("events") or []),
+        phase=str(fields.get("phase") or ""),
+        stepped=_time(fields, "stepped") if fields.get("stepped") else None,
+        facts={name: value for name, value in fields.items() if name not in known},
+    )
+    for first, last in start.stretches:
+        if last < first:
+            raise ValueError(f"it goes from step {first} to step {last}")
+    return start
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _count(fields: Mapping[str, Any], name: str) -> int | None:
+    value = fields.get(name)
+    if value is not None and (type(value) is not int or not 0 <= value < 2**63):
+        raise ValueError(f'"{name}" is {value!r:.60}')
+    return value
+
+
+def _time(fields: Mapping[str, Any], name: str) -> datetime:
+    try:
+        found = datetime.fromisoformat(fields[name])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'"{name}" is {fields.get(name)!r:.60}') from None
+    if found.tzinfo is None:
+        raise ValueError(f'"{name}" has no time zone')
+    if not 1970 <= found.year < 9000:  # near the ends of the calendar there is no local time
+        raise ValueError(f'"{name}" is in the year {found.year}')
+    return found
+
+
+def _seconds(fields: Mapping[str, Any]) -> dict[str, float]:
+    found = fields.get("seconds") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f'"seconds" is {found!r:.60}')
+    for name, value in found.items():
+        if type(value) not in (int, float) or not 0 <= value < _LONGEST:
+            raise ValueError(f'"seconds" of {name!r:.60} is {value!r:.60}')
+    return found
+
+
+def _rollbacks(found: Any) -> list[tuple[int, int]]:
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError('"rollbacks" is no list of objects')
+    return [(_count(one, "from_step") or 0, _count(one, "to_step") or 0) for one in found]
+
+
+def _events(found: Any) -> list[Event]:
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise ValueError('"events" is no list of objects')
+    return [
+        Event(_time(one, "time"), _count(one, "step") or 0, str(one.get("text", "")))
+        for one in found
+    ]
+
+
+# ---- Sums --------------------------------------------------------------------------------------
+
+
+def account(starts: Sequence[Start]) -> Account:
+    """Sums up the time of all starts, in order."""
+    seconds = dict.fromkeys(KINDS, 0.0)
+    remarks: list[str] = []
+    lost = {}
+    for start, stretches in zip(starts, _stretches(starts)):
+        if start.step is not None:
+            lost[start.number] = sum(one.reached - one.kept for one in stretches)
+        _add(start, stretches, seconds, remarks)
+    if starts and starts[0].number > 1:
+        remarks.append(
+            f"{_missing(1, starts[0].number - 1)} The time before start {starts[0].number} is not "
+            "counted."
+        )
+    for one, other in itertools.pairwise(starts):
+        gap = (other.began - max(one.seen, one.began)).total_seconds()
+        if gap < -_SLACK:
+            remarks.append(
+                f"Start {other.number} began {format_seconds(-gap)} before the last sign of life "
+                f"of start {one.number}: the clocks differ, or one jumped. No time between them is "
+                "counted."
+            )
+        if other.number > one.number + 1:
+            seconds[UNKNOWN] += max(0.0, gap)
+            remarks.append(
+                f"{_missing(one.number + 1, other.number - 1)} The time between starts "
+                f"{one.number} and {other.number} is not explained, and the goodput may be higher."
+            )
+        else:
+            seconds[DOWN] += max(0.0, gap)
+    return Account(seconds, lost, remarks)
+
+
+def _missing(first: int, last: int) -> str:
+    if first == last:
+        return f"Start {first} has no record that can be read."
+    return f"Starts {first} to {last} have no record that can be read."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stretch:
+    """Steps that were trained one after the other.
+
+    Attributes:
+      first, last: first and last step, as recorded.
+      reached: last step that was trained.
+      kept: last step that was not trained again.
+    """
+
+    first: int
+    last: int
+    reached: int
+    kept: int
+
+
+def _stretches(starts: Sequence[Start]) -> list[list[_Stretch]]:
+    """Returns the stretches of each start, with what later ones left of them."""
+    found: list[list[_Stretch]] = []
+    following: Start | None = None  # the start that trained next
+    limit = math.inf  # the first step of all later stretches
+    for start in reversed(starts):
+        found.append([])
+        for first, last in reversed(start.stretches):
+            reached = last
+            # The record of a killed start is some seconds old, and the steps since then may have
+            # been saved. Where a start is missing between, it may as well have done them.
+            if not found[-1] and following and _complete(starts, start.number, following.number):
+                reached = max(reached, following.from_step or 0)
+            kept = max(first, int(min(reached, limit)))
+            found[-1].insert(0, _Stretch(first, last, reached, kept))
+            limit = min(limit, first)
+        following = start if start.stretches else following
+    return found[::-1]
+
+
+def _complete(starts: Sequence[Start], first: int, last: int) -> bool:
+    return sum(first <= start.number <= last for start in starts) == last - first + 1
+
+
+def _add(
+    start: Start, stretches: Sequence[_Stretch], seconds: dict[str, float], remarks: list[str]
+) -> None:
+    """Adds the time within one start."""
+    for name, value in start.seconds.items():
+        seconds[name if name in PHASES else OTHER] += value
+    if stretches:
+        # A step lost beyond the record took no recorded time; one that was not finished was lost.
+        steps = sum(one.last - one.first for one in stretches)
+        again = sum(max(0, one.last - one.kept) for one in stretches)
+        repeated = start.seconds.get("train", 0.0) * (again / steps if steps else 1.0)
+        seconds["train"] -= repeated
+        seconds[LOST] += repeated
+    rest = start.duration - sum(start.seconds.values())
+    if start.seen < start.began:
+        remarks.append(
+            f"Start {start.number} has its last sign of life before its beginning: its clock "
+            "jumped, and its duration is taken from its parts."
+        )
+    elif rest < -max(_SLACK, 0.01 * start.duration):
+        remarks.append(
+            f"The parts of start {start.number} are {format_seconds(-rest)} longer than the whole: "
+            "its clock jumped. The parts are counted."
+        )
+    seconds[OTHER] += max(0.0, rest)
