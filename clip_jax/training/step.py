@@ -111,7 +111,7 @@ def train_step(
     else:
         applied = _is_finite_up_to(skip_above, metrics)
         with jax.named_scope(SKIPPABLE):
-            # Costs nothing: a selection by jnp.where keeps a copy of the old state, and takes
+            # Cheaper than a selection by jnp.where, which keeps a copy of the old state and takes
             # another pass over both.
             params, batch_stats, opt_state = jax.lax.cond(
                 applied, update, lambda: (old, state.batch_stats, state.opt_state)
