@@ -17,7 +17,6 @@ from collections.abc import Callable
 
 import turns
 
-
 Timed = Callable[[], tuple[float, float]]  # takes a step: seconds, and those of the CPUs
 
 
@@ -102,9 +101,8 @@ def main():
     row = row_seconds(built)
     every = int(config.log.every.split()[0])
     print(f"{args.model}, batch {config.batch_size}, {args.rounds} rounds; a row {row:.4f} s")
-    print(
-        "| | a step without, s | in the step | with a row every N steps | N |\n|---|---|---|---|---|"
-    )
+    print("| | a step without, s | in the step | with a row every N steps | N |")
+    print("|---|---|---|---|---|")
     for kind, name in enumerate(("wall time", "CPU time")):
         pairs = [(one[kind], other[kind]) for one, other in rounds[1:]]  # the first warms up
         step = statistics.median(without for without, _ in pairs)
