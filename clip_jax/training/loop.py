@@ -4,83 +4,28 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import jax
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, models, sharding
+from clip_jax import checkpoint, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock, metrics, trackers
-from clip_jax.data import identity, pipeline
+from clip_jax.data import pipeline
 from clip_jax.data.feed import Feed
-from clip_jax.data.order import Order, Weighted
-from clip_jax.data.sources.base import Source
-from clip_jax.data.tokenizer import Tokenizer
+from clip_jax.data.order import Weighted
 from clip_jax.errors import StorageError, UserError
-from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults
 from clip_jax.training import lease, skips, workdir
 from clip_jax.training import step as train_step
-from clip_jax.training.program import Program
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
+from clip_jax.training.run import ResumeState, Run, hardware, list_counts
 from clip_jax.training.telemetry import Telemetry
 from clip_jax.training.tracer import Tracer
 from clip_jax.training.watchdog import Watchdog
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """The parts of a run that do not change."""
-
-    program: Program
-    tokenizer: Tokenizer
-    source: Source
-    order: Order
-    data: identity.Identity
-    evaluator: Evaluator
-    total_steps: int
-    log_every: int  # steps
-    eval_every: int  # steps
-    checkpoint_every: int  # steps; 0: by the clock, or only at the end
-    trace_at: int  # step; 0: none
-
-    @property
-    def mesh(self) -> Mesh:
-        """The devices."""
-        return self.program.mesh
-
-    @property
-    def net(self) -> models.ImageModel:
-        """The model."""
-        return self.program.net
-
-
-@dataclasses.dataclass(frozen=True)
-class ResumeState:
-    """The progress of a run and of those that it resumes, as a checkpoint stores it."""
-
-    step: int = 0
-    examples_seen: int = 0
-    seconds: float = 0.0  # wall time
-    skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)  # examples by reason
-    truncated: int = 0  # captions
-    skipped_steps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by reason
-    skipped_in_a_row: int = 0  # steps, the last ones
-    # Each with "from_step", "to_step", and "examples_seen", the position to go on from.
-    rollbacks: Sequence[Mapping[str, int]] = ()
-    seconds_by_phase: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    evaluation_due: bool = False  # the run was stopped before the evaluation of this step was done
-
-    @classmethod
-    def from_meta(cls, meta: Mapping[str, Any]) -> "ResumeState":
-        """Reads the metadata of a checkpoint; an earlier version's has not all fields."""
-        names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: meta[name] for name in names if name in meta})
 
 
 class _Interrupted(Exception):
@@ -434,13 +379,3 @@ class Loop:
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
         self._store.save(state, step, meta, evaluated or {})
-
-
-def list_counts(counts: Mapping[str, int]) -> str:
-    """Lists counts, most frequent first: "3 x unreadable image, 1 x empty caption"."""
-    return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
-
-
-def hardware(mesh: Mesh) -> str:
-    """Returns number and kind of the devices."""
-    return f"{mesh.size} x {jax.devices()[0].device_kind}"

@@ -2,11 +2,10 @@
 
 import contextlib
 import dataclasses
-import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -15,17 +14,17 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from clip_jax import checkpoint, models, sharding
+from clip_jax import checkpoint
 from clip_jax import state as train_state
-from clip_jax.common import clock, formatting, hosts, metrics, starts, trackers
-from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
+from clip_jax.common import clock, formatting, metrics, starts
+from clip_jax.data import identity, tokenizer
 from clip_jax.errors import UserError
-from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, lease, notices, program, skips, workdir
-from clip_jax.training.loop import Loop, ResumeState, Run, hardware, list_counts
+from clip_jax.training import agreement, lease, notices, skips, workdir
+from clip_jax.training.loop import Loop
 from clip_jax.training.record import Record, surroundings
 from clip_jax.training.requests import Requests
+from clip_jax.training.run import ResumeState, Run, hardware, list_counts, open_data, prepare
 
 PROGRAMS = "compiled"  # inside the workdir
 
@@ -71,7 +70,7 @@ def _train(
         workdir.make(directory)
         agreement.check_workdir(directory)
     _keep_programs(config.compilation_cache, directory)
-    run = _prepare(config, directory)
+    run = prepare(config, directory)
     workdir.make(directory)
     with contextlib.ExitStack() as stack:
         held = stack.enter_context(lease.held(directory))
@@ -125,7 +124,7 @@ def _train(
                     step_fn = step_fn or _compile(run, config)
         record.begins(resume_state.step)
         while True:
-            data = _data(run, config, directory, resume_state.examples_seen)
+            data = open_data(run, config, directory, resume_state.examples_seen)
             loop = Loop(run, config, directory, store, data, resume_state, requests, record, held)
             try:
                 final = loop.run(state, step_fn)
@@ -157,103 +156,6 @@ def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
         "mesh": dict(run.mesh.shape),
         **surroundings(),
     }
-
-
-def _prepare(config: ConfigDict, directory: epath.Path) -> Run:
-    """Does all that can fail on a wrong setting, before anything slow."""
-    mesh, net = program.make_mesh_and_net(config)
-    trackers.parse(config.log.trackers)
-    tokens = tokenizer.create(config.tokenizer, net.size.context_length)
-    _check_tokenizer(config, tokens, net.size)
-    fallback_dir = _fallback_dir(directory)
-    with hosts.first_host_first("indices of the data"):
-        source, order = mixture.create(
-            config.data,
-            net.size.image_size,
-            config.seed,
-            batch_size=config.batch_size,
-            parts=sharding.process_part(mesh)[1],
-            fallback_dir=fallback_dir,
-        )
-        evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
-    notices.check_batch(config, len(source))
-    described = identity.describe(config.data, source)
-    agreement.check_data(described)
-    to_steps = functools.partial(
-        clock.to_steps, batch_size=config.batch_size, examples_per_epoch=len(source)
-    )
-    total = to_steps(config.duration)
-    if not total:
-        raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
-    to_steps = functools.partial(to_steps, total_steps=total)
-    return Run(
-        program=program.build(config, warmup=to_steps(config.optim.warmup), total=total),
-        tokenizer=tokens,
-        source=source,
-        order=order,
-        data=described,
-        evaluator=evaluator,
-        total_steps=total,
-        log_every=to_steps(config.log.every),
-        eval_every=to_steps(config.eval.every),
-        checkpoint_every=_every(config.checkpoint.every, to_steps),
-        trace_at=to_steps(config.log.trace) if config.log.trace else 0,
-    )
-
-
-def _every(interval: str, to_steps: Callable[[str], int]) -> int:
-    """Returns an interval in steps; 0: it is a time."""
-    return to_steps(interval) if clock.to_seconds(interval) is None else 0
-
-
-def _fallback_dir(directory: epath.PathLike) -> epath.Path:
-    """Returns the directory for indices of shards whose own directory cannot be written to."""
-    return epath.Path(directory) / "index"
-
-
-def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: models.Size) -> None:
-    """Raises UserError where the model cannot read the ids of the tokenizer."""
-    if isinstance(tokens, tokenizer.SiglipTokenizer) and size.text_pool == "end":
-        raise UserError(
-            f"{size} finds the end of a caption by the largest id, which SigLIP's end token is "
-            f"not: leave {tokenizer.SIGLIP!r} out of --config.tokenizer={config.tokenizer}, or "
-            "train a SigLIP model."
-        )
-    largest = tokens.vocab_size - 1 if size.end_token is None else size.end_token
-    if size.text_pool != "last" and tokens.end != largest:
-        raise UserError(
-            f"{size} finds the end of a caption by the id {largest}, but the tokenizer "
-            f"{config.tokenizer!r} ends it with {tokens.end}: add "
-            f"--config.model.size.end_token={tokens.end}, or take another tokenizer."
-        )
-    # Published models of this form have more entries than their tokenizer.
-    unused = bool(config.init_from)
-    if tokens.vocab_size > size.vocab_size or (tokens.vocab_size < size.vocab_size and not unused):
-        raise UserError(
-            f"The tokenizer {config.tokenizer!r} has {tokens.vocab_size} entries, the model "
-            f"{size.vocab_size}: add --config.model.size.vocab_size={tokens.vocab_size}."
-        )
-
-
-def _data(
-    run: Run, config: ConfigDict, directory: epath.PathLike, examples_seen: int
-) -> pipeline.TrainPipeline:
-    """Opens the training data after the examples seen already, this host's part of them."""
-    part, parts = sharding.process_part(run.mesh)
-    size = run.net.size
-    spec = rows.Spec(
-        config=config.data,
-        tokenizer=config.tokenizer,
-        context_length=size.context_length,
-        image_size=size.image_size,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        parts=parts,
-        fallback_dir=_fallback_dir(directory),
-    )
-    return pipeline.TrainPipeline(
-        run.source, run.order, run.tokenizer, spec, start=examples_seen, part=part
-    )
 
 
 def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
@@ -400,8 +302,8 @@ def _report(
     summary = report.RunSummary(
         title=f"{run.net.size} on {_data_name(config.data)}",
         command=command,
-        started=started_at,
-        finished=datetime.now(),
+        started=started_at.astimezone(),
+        finished=datetime.now().astimezone(),
         wall_seconds=done.seconds,
         hardware=hardware(run.mesh),
         params=train_state.count_params(run.program.state.params),

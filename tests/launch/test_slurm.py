@@ -138,9 +138,9 @@ def job(tmp_path):
         (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
         (tmp_path / "left").write_text(left + "\n")
         (tmp_path / "srun.calls").write_text("")
-        command = ["launch/slurm_job.sh", "job", "b32"] + [sys.executable]
+        command = shlex.split(f"launch/slurm_job.sh job b32 {sys.executable} 1 3 60 work")
         return subprocess.run(
-            [*command, *["1", "3", "60", "work", "--config=x", "--config.tag"], "two words"],
+            [*command, "--config=x", "--config.tag", "two words"],
             cwd=tmp_path,
             env=os.environ
             | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}

@@ -1,9 +1,10 @@
-"""A SLURM cluster of this machine alone, with its own munge, in one folder.
+"""A SLURM cluster of two hosts, both of which are this machine, with its own munge, in one folder.
 
 apt-get install slurm-wlm munge
-python tests/support/slurm_cluster.py       # keeps one up until Ctrl-C, to try launch/slurm.sh by hand
+python tests/support/slurm_cluster.py       # keeps one up until Ctrl-C, to try launch/slurm.sh
 """
 
+import contextlib
 import getpass
 import os
 import pathlib
@@ -16,7 +17,8 @@ import tempfile
 import time
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-# Devices that SLURM takes for the node's GPUs, which it only counts.
+FIRST = "127.0.0.2"  # name of the first host: another address of this machine, known without DNS
+# Devices that SLURM takes for the GPUs of a host, which it only counts.
 GPUS = ("null", "zero", "full", "random")
 
 # A requeued job may start again once its old credentials have expired: after 2 minutes by default.
@@ -24,16 +26,15 @@ _CONFIG = """
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 AuthInfo=socket={folder}/run/munge.socket,cred_expire=20
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd.pid
+SlurmdPidFile={folder}/run/slurmd.%n.pid
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -44,11 +45,13 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=1
 MpiDefault=none
 ReturnToService=2
-KillWait=60
+KillWait=300
 GresTypes=gpu
 SlurmdParameters=config_overrides
-NodeName={host} NodeAddr=127.0.0.1 CPUs=4 Gres=gpu:{gpus} RealMemory=8000
-PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE
+NodeName=DEFAULT CPUs=4 Gres=gpu:{gpus} RealMemory=8000
+NodeName={first} NodeHostname=another NodeAddr=127.0.0.1 Port={ports[1]}
+NodeName={host} NodeAddr=127.0.0.1 Port={ports[2]}
+PartitionName=all Nodes={first},{host} Default=YES MaxTime=INFINITE
 """
 
 
@@ -85,15 +88,9 @@ class Cluster:
         (folder / "gres.conf").write_text(
             "".join(f"Name=gpu File=/dev/{device}\n" for device in GPUS)
         )
-        (folder / "slurm.conf").write_text(
-            _CONFIG.format(
-                folder=folder,
-                host=host,
-                ports=_free_ports(2),
-                user=getpass.getuser(),
-                gpus=len(GPUS),
-            )
-        )
+        facts = {"folder": folder, "host": host, "ports": _free_ports(3)}
+        facts |= {"user": getpass.getuser(), "gpus": len(GPUS), "first": FIRST}
+        (folder / "slurm.conf").write_text(_CONFIG.format_map(facts))
         try:
             self._start(
                 *f"munged --foreground --force --socket={folder}/run/munge.socket".split(),
@@ -104,15 +101,17 @@ class Cluster:
             )
             _wait(lambda: (folder / "run/munge.socket").exists())
             self._start("slurmctld", "-D", "-f", folder / "slurm.conf")
-            self._start("slurmd", "-D", "-f", folder / "slurm.conf", "-N", host)
-            _wait(lambda: "idle" in self.call("sinfo", "--noheader", "--format=%T", check=False))
+            for name in (FIRST, host):
+                self._start("slurmd", "-D", "-f", folder / "slurm.conf", "-N", name)
+            ready = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+            _wait(lambda: self.call(*ready, check=False).strip() == "2")
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def _start(self, *command) -> None:
-        with open(self.folder / "log" / f"{command[0]}.out", "w") as log:
+        with open(self.folder / "log" / f"{command[0]}.out", "a") as log:
             self._daemons.append(
                 subprocess.Popen(
                     [str(word) for word in command],
@@ -165,10 +164,8 @@ def main() -> None:
         sys.exit(f"Not installed: {', '.join(lacking)}. Try 'apt-get install slurm-wlm munge'.")
     with tempfile.TemporaryDirectory() as folder, Cluster(pathlib.Path(folder)):
         print(f"export SLURM_CONF={folder}/slurm.conf", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
-        except KeyboardInterrupt:
-            pass
 
 
 if __name__ == "__main__":

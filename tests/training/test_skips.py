@@ -20,6 +20,7 @@ from clip_jax.configs import default
 from clip_jax.data import rows
 from clip_jax.errors import UserError
 from clip_jax.training import augment, skips, train
+from clip_jax.training import run as runs
 
 BATCH = 16
 
@@ -251,7 +252,7 @@ def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
     assert saved["position"].tolist() == list(range(2 * BATCH, 3 * BATCH))
     assert (saved["image"] == 255).all((1, 2, 3)).tolist() == [i == 3 for i in range(BATCH)]
     assert not saved["replaced"].any()
-    prepared = train._prepare(tiny_run.config(SETTINGS), tmp_path)
+    prepared = runs.prepare(tiny_run.config(SETTINGS), tmp_path)
     for position, key, tokens in zip(saved["position"], saved["key"], saved["tokens"]):
         example = prepared.source[prepared.order[int(position)]]
         assert key == example.key
@@ -285,11 +286,11 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     assert "Gone back from step 8 to 4." in said
     # By hand: the step, from the state of step 4, on the data from there on.
     config = tiny_run.config(SETTINGS)
-    prepared = train._prepare(config, tmp_path)
+    prepared = runs.prepare(config, tmp_path)
     with checkpoint.Checkpoints(without(whole, tmp_path / "by_hand", 8, 12)) as store:
         state = store.restore(4, prepared.program.state)
     step_fn = prepared.program.lower().compile()
-    batches = iter(train._data(prepared, config, tmp_path, 8 * BATCH))
+    batches = iter(runs.open_data(prepared, config, tmp_path, 8 * BATCH))
     for step, batch in zip(range(5, 13), batches):
         state, metrics = step_fn(state, jax.device_put(batch, step_fn.input_shardings[0][1]))
         assert float(metrics["loss"]) == found[step, "train/loss"]
