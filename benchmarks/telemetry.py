@@ -17,8 +17,10 @@ from collections.abc import Callable
 
 import turns
 
+Timed = Callable[[], tuple[float, float]]  # takes a step: seconds, and those of the CPUs
 
-def make_step(config) -> tuple[Callable[[], float], object]:
+
+def make_step(config) -> tuple[Timed, object]:
     """Compiles the training step that main.py would run; returns a timed call of it."""
     import jax
     import numpy as np
@@ -34,16 +36,16 @@ def make_step(config) -> tuple[Callable[[], float], object]:
     data = {name: jax.device_put(x, built.batch[name].sharding) for name, x in arrays.items()}
     state, step = built.init(), built.lower().compile()
 
-    def seconds() -> float:
+    def seconds() -> tuple[float, float]:
         nonlocal state
-        began = time.perf_counter()
+        began = time.perf_counter(), time.process_time()
         state, _ = jax.block_until_ready(step(state, data))
-        return time.perf_counter() - began
+        return time.perf_counter() - began[0], time.process_time() - began[1]
 
     return seconds, built
 
 
-def without_telemetry(config) -> Callable[[], float]:
+def without_telemetry(config) -> Timed:
     """Compiles the step with nothing but the norms of the whole."""
     import optax
 
@@ -80,7 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="vit_b32:smoke", help="a config")
     parser.add_argument("--batch", type=int, help="pairs per step; default: the config's")
-    parser.add_argument("--rounds", type=int, default=200, help="timed steps of each")
+    parser.add_argument("--rounds", type=int, default=100, help="timed steps of each")
     args = parser.parse_args()
     sys.path.insert(0, str(turns.ROOT))
     from clip_jax.common import config_file
@@ -90,23 +92,23 @@ def main():
     config.loss.method = "ring"
     bare = without_telemetry(config)
     full, built = make_step(config)
-    pairs = []
-    for round_number in range(args.rounds + 1):
-        first, second = (bare, full) if round_number % 2 else (full, bare)
-        one, other = first(), second()
-        pairs.append((one, other) if round_number % 2 else (other, one))
-    pairs = pairs[1:]  # the first one warms up
-    step = statistics.median(without for without, _ in pairs)
-    more = statistics.median(with_ - without for without, with_ in pairs)
+    rounds = []
+    for number in range(args.rounds + 1):
+        if number % 2:
+            rounds.append((bare(), full()))
+        else:
+            rounds.append(tuple(reversed((full(), bare()))))
     row = row_seconds(built)
     every = int(config.log.every.split()[0])
-    print(f"{args.model}, batch {config.batch_size}, {args.rounds} rounds")
-    print("| step without, s | in the step | a row, s | a row every N steps | in all |")
+    print(f"{args.model}, batch {config.batch_size}, {args.rounds} rounds; a row {row:.4f} s")
+    print("| | a step without, s | in the step | with a row every N steps | N |")
     print("|---|---|---|---|---|")
-    print(
-        f"| {step:.4f} | {more / step:+.2%} | {row:.5f} | {every} "
-        f"| {(more + row / every) / step:+.2%} |"
-    )
+    for kind, name in enumerate(("wall time", "CPU time")):
+        pairs = [(one[kind], other[kind]) for one, other in rounds[1:]]  # the first warms up
+        step = statistics.median(without for without, _ in pairs)
+        more = statistics.median(telemetry - without for without, telemetry in pairs)
+        both = (more + row / every) / step
+        print(f"| {name} | {step:.4f} | {more / step:+.2%} | {both:+.2%} | {every} |")
 
 
 if __name__ == "__main__":
