@@ -70,7 +70,18 @@ class Restored(NamedTuple):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which reads the metrics of all checkpoints when it opens a directory."""
+    """Orbax's manager, which outlives damaged metrics and saves that fail."""
+
+    def save(self, step: int, *args: Any, **kwargs: Any) -> bool:
+        self._before = list(self._checkpoints)
+        return super().save(step, *args, **kwargs)
+
+    def undo(self) -> None:
+        """Restores the list of checkpoints to that before a save that failed.
+
+        At the beginning of a save the manager strikes off those that its success will replace.
+        """
+        self._checkpoints.set(self._before)
 
     def _get_metrics(self, step: int) -> Any:
         try:
@@ -143,6 +154,11 @@ class Checkpoints:
             # Else a save would wait for a bucket that cannot be reached. There is nothing to
             # validate: steps that exist are refused, and half-written ones replaced.
             file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
+            # Threads of the save would wait minutes for a directory that cannot be made. This one
+            # does not, but for the answer of a bucket.
+            async_options=ocp.options.AsyncOptions(
+                create_directories_asynchronously=remote.is_remote(path)
+            ),
             create=create,
         )
         self._report = report
@@ -192,6 +208,10 @@ class Checkpoints:
         )
         self._collect()
         self._begun = False
+        if self._writes.lost:  # threads of that save may have gone on, and failed too
+            with contextlib.suppress(Exception):
+                self._manager.check_for_errors()
+            self._remove_unfinished()
         try:
             self._manager.save(step, args=args, metrics=rank)
         except Exception as error:
@@ -212,12 +232,17 @@ class Checkpoints:
         """Returns whether the best metric is among these, and above that of all checkpoints."""
         return metrics.get(self._best_metric, -math.inf) > self._best
 
-    def finish(self) -> bool:
+    def finish(self, hurry: bool = False) -> bool:
         """Waits for the save in progress; False: it failed and has to be repeated.
+
+        Args:
+          hurry: give up soon, since the process is about to be killed.
 
         Raises:
           StorageError: saves have failed for too long.
         """
+        if hurry:
+            self._writes.hurry()
         self._collect()
         self._writes.pause()
         return not self._writes.lost
@@ -228,13 +253,15 @@ class Checkpoints:
         Raises:
           StorageError: saves have failed for too long.
         """
-        if self._begun and self._manager.is_saving_in_progress():
+        if self._begun and self._manager.is_saving_in_progress():  # stays so where none was begun
             return False
         self._collect()
         return self._writes.retry_due()
 
     def _collect(self) -> None:
-        """Waits for the save in progress, and records how it ended."""
+        """Waits for the save in progress, if there is one, and records how it ended."""
+        if not self._begun:
+            return
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
@@ -245,9 +272,14 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> None:
         self._begun = False
-        if not remote.is_remote(self.directory):
-            remove_unfinished(self.directory)  # they may be what fills the disk
+        self._manager.undo()
+        self._remove_unfinished()
         self._writes.failed(error)
+
+    def _remove_unfinished(self) -> None:
+        """Makes space on a disk; in a bucket, which has no end, the next start does it."""
+        if not remote.is_remote(self.directory):
+            remove_unfinished(self.directory)
 
     def latest_step(self) -> int | None:
         """Returns the step of the most recent complete checkpoint; None if there is none."""

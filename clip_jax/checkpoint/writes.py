@@ -17,6 +17,7 @@ from clip_jax.storage import faults, for_orbax, remote
 
 _LOG_EVERY = 60.0  # seconds
 _LONGEST_WAIT = 300.0  # seconds of training between two tries: each costs a copy of the state
+_GRACE = 10.0  # seconds in which a save may be tried again once the run is asked to end
 _LONGEST_PAUSE = 10.0  # seconds between two tries while nothing else is left to do
 
 
@@ -74,12 +75,18 @@ class Writes:
 
         threading.Thread(target=watch, name="checkpoint watch", daemon=True).start()
 
+    def hurry(self) -> None:
+        """Gives up soon from now on."""
+        failing = time.monotonic() - self._failing_since if self._failing_since else 0.0
+        self._give_up_after = min(self._give_up_after, failing + _GRACE)
+
     def failed(self, error: Exception) -> None:
         """Records a failure; raises it if it is not of storage, or has lasted too long."""
         self._done.set()
-        reason = faults.local_reason(error) or (faults.is_failure(error) and faults.reason(error))
-        if not reason:
+        waited = isinstance(error, TimeoutError)  # for a thread of orbax, which retries
+        if not (waited or faults.local_reason(error) or faults.is_failure(error)):
             raise error
+        reason = faults.local_reason(error) or faults.reason(error)
         now = time.monotonic()
         first = self._failing_since is None
         self._failing_since = self._failing_since or now

@@ -186,9 +186,10 @@ def _not_joined(
             "with another number of --processes. Give every host the number of all hosts as "
             "--processes, and its own as --process, from 0."
         )
+    who = "this one" if process is None else f"host {process} of {processes}"
     return NotJoined(
-        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: host {process} of "
-        f"{processes} waited at --coordinator={coordinator}. Start the same command on every host, "
+        f"The hosts did not find each other within {_JOIN_TIMEOUT} s: {who} "
+        f"waited at --coordinator={coordinator}. Start the same command on every host, "
         "each with its own --process, and let all of them reach that address. See also to why a "
         f"host that is missing has ended. ({_first_line(error)})",
         ExitCode.RESUME,  # it may be on its way, or a scheduler took it away

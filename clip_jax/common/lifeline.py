@@ -31,6 +31,7 @@ _GONE_AFTER = 30  # seconds without an answer of a host's kernel
 _NEWS_WITHIN = 3.0  # seconds in which news of another host's end come
 _ANSWER_WITHIN = 4.0  # seconds in which a host that runs answers the first
 _LINGER = 5.0  # seconds that the first host, which serves JAX's clients, waits for them to end
+_LEAVE_WITHIN = 30.0  # seconds that a process has to end, even if a disk or a pipe hangs
 _CONNECT_WITHIN = 60.0  # seconds
 _KEY = "clip_jax/lifeline"
 _DONE = b"done\n"
@@ -124,6 +125,8 @@ class Lifeline:
             elif "stalled" in message:
                 for hook in _on_stalled:
                     hook()
+                if not _on_stalled:  # at work before or behind the steps, which has no limit
+                    self.reassure()
             elif "wait" in message:
                 self._told_to_wait.set()
             else:
@@ -276,6 +279,9 @@ def end(text: str, code: int) -> None:
 
 
 def _leave(code: int, text: str) -> NoReturn:
+    timer = threading.Timer(_LEAVE_WITHIN, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
     for hook in _hooks:
         hook(code, text)
     for child in multiprocessing.active_children():  # a frozen one would not notice

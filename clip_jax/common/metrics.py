@@ -19,6 +19,7 @@ from clip_jax.common.formatting import format_seconds
 from clip_jax.common.metric_rows import FILE, read_history
 from clip_jax.storage import faults, locations, writing
 
+EVALUATED = "eval/images_seen"  # in every row of an evaluation
 _STARVED = 0.05  # fraction of the time waiting for data from which the progress line says so
 _EVENTS_BUFFER = 2**22  # bytes of TensorBoard events that wait for space on the disk
 
@@ -42,6 +43,7 @@ class MetricWriter:
         *,
         tensorboard: bool,
         start_step: int,
+        evaluation_due: bool = False,
         sinks: Sequence[Sink] = (),
     ):
         """Opens the workdir.
@@ -51,6 +53,7 @@ class MetricWriter:
           tensorboard: write TensorBoard events as well.
           start_step: rows of later steps are dropped: an interrupted run wrote them, and this one
             will write them again.
+          evaluation_due: drop the evaluation of `start_step` as well, for the same reason.
           sinks: further places for the rows, on the first process.
         """
         self._sinks = list(sinks)
@@ -61,7 +64,11 @@ class MetricWriter:
         self._files = writing.Growing(directory)
         self._path = self._files.local / FILE
         self._unwritten = b""  # rows for which the disk has no space
-        rows = [row for row in read_history(directory) if row["step"] <= start_step]
+        rows = [
+            row
+            for row in read_history(directory)
+            if row["step"] <= start_step - (evaluation_due and EVALUATED in row)
+        ]
         # Replaced as a whole: a process that is killed here must not lose the rows of weeks.
         writing.write(epath.Path(self._path), "".join(json.dumps(row) + "\n" for row in rows))
         if tensorboard:

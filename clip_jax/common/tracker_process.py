@@ -279,7 +279,7 @@ class _Sender:
 def _explain(error: Exception) -> str:
     """Returns an error as a short text on one line."""
     text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
 
 
 _out = sys.stdout

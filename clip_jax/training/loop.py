@@ -126,6 +126,7 @@ class Loop:
             directory,
             tensorboard=config.log.tensorboard,
             start_step=resume_state.step,
+            evaluation_due=resume_state.evaluation_due,
             sinks=self._sinks(directory),
         )
         self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
@@ -151,7 +152,10 @@ class Loop:
         )
         self._watchdog = Watchdog(
             config.step.timeout,
-            config.data.stall_timeout,
+            {
+                "data": config.data.stall_timeout,
+                "checkpoint": config.checkpoint.give_up_after,
+            },
             lambda: "data" if self._feed.waiting else record.phase,
             self._describe,
             directory,
@@ -267,7 +271,8 @@ class Loop:
             self._save(state, step, values, evaluated)
         if last:
             with self._record.during("checkpoint"):
-                while not self._store.finish():
+                while not self._store.finish(hurry=Request.STOP in self._asked):
+                    self._asked |= self._requests.poll()
                     self._save(state, step, values, evaluated)
         if stop:
             raise self._requests.stopped(step)
@@ -361,7 +366,7 @@ class Loop:
             return None
         if results:
             # Differs from step times batch size where the batch size was changed on the way.
-            seen = {"eval/images_seen": self._examples_seen(step)}
+            seen = {metrics.EVALUATED: self._examples_seen(step)}
             self._writer.write(step, {**results, **seen})
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
             shown = [f"{name} {results[name]:.1%}" for name in brief]

@@ -59,7 +59,7 @@ class Watchdog:
     def __init__(
         self,
         limit: float,
-        data_limit: float,
+        more: Mapping[str, float],
         phase: Callable[[], str],
         pipeline: Callable[[], str],
         directory: epath.PathLike,
@@ -68,13 +68,12 @@ class Watchdog:
 
         Args:
           limit: seconds without a step after which the run ends; 0: none.
-          data_limit: seconds that a step may wait for data in addition.
+          more: seconds that some phases may take in addition.
           phase: returns the phase of this host: "train", "data", "checkpoint", "evaluation".
           pipeline: describes the state of the data.
           directory: the workdir, for the reports of all hosts.
         """
-        self._limits = {"train": limit, "data": limit + data_limit}
-        self._longer = _LONGER * limit
+        self._usual, self._more = limit, more
         self._phase, self._pipeline = phase, pipeline
         self._directory = locations.parse(directory) / DIRECTORY
         self._step, self._beats = 0, 0
@@ -118,13 +117,23 @@ class Watchdog:
             "phase": phase,
             "quiet": self._quiet,
             # Hosts come to a standstill at about the same time.
-            "overdue": self._quiet > 0.9 * self._limit(phase),
-            "pipeline": self._pipeline(),
+            "overdue": 0 < 0.9 * self._limit(phase) < self._quiet,
+            "pipeline": self._describe_pipeline(),
             "stacks": _stacks(self._main),
         }
 
+    def _describe_pipeline(self) -> str:
+        try:
+            return self._pipeline()
+        except Exception as error:  # it may be about to end
+            return f"not known ({error})"
+
     def _limit(self, phase: str) -> float:
-        return self._limits.get(phase, self._longer)
+        """Returns the seconds without a sign of life that a phase may take; 0: any number."""
+        if not self._usual:
+            return 0.0
+        times = 1 if phase in ("train", "data") else _LONGER
+        return times * self._usual + self._more.get(phase, 0.0)
 
     def _watch(self, signals: int) -> None:
         seen: tuple[Any, ...] = ()

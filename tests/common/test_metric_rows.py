@@ -69,3 +69,20 @@ def test_lines_that_are_no_rows_are_dropped_and_counted(tmp_path, caplog, line, 
     caplog.clear()
     assert metrics.read_history(tmp_path) == rows(4)
     assert not caplog.text
+
+
+def test_an_evaluation_that_is_due_again_leaves_one_row(tmp_path):
+    """A start that was killed after the evaluation that it owed, and before its next checkpoint."""
+    evaluation = {"step": 4, metrics.EVALUATED: 64.0, "zeroshot/top1": 0.5}
+    earlier = {"step": 2, metrics.EVALUATED: 32.0, "zeroshot/top1": 0.25}
+    before = [*rows(2), earlier, *rows(4)[2:]]
+    (tmp_path / metrics.FILE).write_text("".join(json.dumps(row) + "\n" for row in before))
+    for _ in range(2):
+        writer = metrics.MetricWriter(
+            tmp_path, tensorboard=False, start_step=4, evaluation_due=True
+        )
+        writer.write(4, {k: v for k, v in evaluation.items() if k != "step"})
+        writer.write(5, {"train/loss": 0.2})
+    assert metrics.read_history(tmp_path) == [*before, evaluation, rows(5)[4]]
+    metrics.MetricWriter(tmp_path, tensorboard=False, start_step=4)
+    assert metrics.read_history(tmp_path) == [*before, evaluation]

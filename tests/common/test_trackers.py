@@ -51,7 +51,7 @@ def row(step: int) -> dict[str, float]:
     return {"train/loss": 1 / step, "retrieval/recall@1": step / 100}
 
 
-def open_writer(name: str, workdir: pathlib.Path, start_step: int, say):
+def open_writer(name: str, workdir: pathlib.Path | epath.Path, start_step: int, say):
     sink = trackers.Trackers(
         [name],
         workdir=epath.Path(workdir),
@@ -135,6 +135,18 @@ def test_a_tracker_added_later_gets_the_rows_of_before(log, tmp_path):
     writer.write(9, row(9))
     writer.close()
     assert [one["step"] for one in log("row")] == list(range(1, 10))
+
+
+def test_a_workdir_in_a_bucket(log, bucket):
+    """What is kept of the run is kept there, and its rows are read from there."""
+    for start_step, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
+        writer, _ = open_writer("mlflow", epath.Path("gs://bucket/tracked"), start_step, print)
+        for step in steps:
+            writer.write(step, row(step))
+        writer.close()
+    assert [one["step"] for one in log("row")] == [1, 2, 3, 4, 5]
+    assert len({one["id"] for one in log("row")}) == 1
+    assert "tracked/trackers/mlflow.json" in bucket.names("bucket", "tracked/")
 
 
 def test_another_run_in_the_same_place_is_another_run_there(log, tmp_path, monkeypatch):

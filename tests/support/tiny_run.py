@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Iterator
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
@@ -64,6 +66,34 @@ def read_metrics(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
             assert (step, name) not in found
             found[step, name] = value
     return found
+
+
+def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
+    """Returns the metrics that do not depend on the speed of the machine."""
+    return {
+        key: value
+        for key, value in read_metrics(workdir).items()
+        if not key[1].startswith(("train/images_per_second", "data/", "time/", "host/"))
+    }
+
+
+def read_checkpoint(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path, read with orbax alone."""
+    arrays = {}
+    with ocp.PyTreeCheckpointer() as reader:
+        for item in ("model", "optimizer"):
+            tree = reader.restore(workdir / "checkpoints" / str(step) / item)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                arrays[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
+    return arrays
+
+
+def assert_same_checkpoint(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
+    arrays, others = read_checkpoint(one, step), read_checkpoint(other, step)
+    assert len(arrays) > 50
+    assert arrays.keys() == others.keys()
+    for path, array in arrays.items():
+        assert array.tobytes() == others[path].tobytes(), path
 
 
 @functools.cache

@@ -138,6 +138,14 @@ def test_a_trace_when_due_and_one_on_request(tmp_path):
     assert events(file).count("train") == 2  # the marks of the steps
 
 
+def test_a_trace_in_a_bucket(bucket):
+    made = tracer.Tracer("gs://bucket/traced", due=1, steps=1, say=print)
+    run_steps(made, range(1, 3))
+    (name,) = bucket.names("bucket", "traced/")
+    assert name.startswith("traced/traces/plugins/profile/step_00000001/")
+    assert name.endswith(".xplane.pb")
+
+
 def test_a_trace_that_fails_costs_no_step(tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("Only one profile may be run at a time.")

@@ -1,5 +1,6 @@
 """The watchdog: hosts that come to a standstill are described, named and ended for a restart."""
 
+import json
 import os
 import pathlib
 import signal
@@ -30,7 +31,7 @@ def work(how: str, workdir: str, *address: str) -> None:
         at_fault = how if host == (0 if how == "first frozen" else count - 1) else "in step"
         phase = ["train"]
         dog = watchdog.Watchdog(
-            LIMIT, 2 * LIMIT, lambda: phase[0], lambda: "reading example 7", workdir
+            LIMIT, {"data": 2 * LIMIT}, lambda: phase[0], lambda: "reading example 7", workdir
         )
         with dog.watching():
             for step in range(1, STEPS + 1):
@@ -172,7 +173,7 @@ def test_hosts_wait_for_one_that_gives_signs_of_life(tmp_path):
 
 
 def test_usr1_says_what_a_host_does_and_ends_nothing(tmp_path, capfd):
-    dog = watchdog.Watchdog(LATER, LATER, lambda: "data", lambda: "reading example 7", tmp_path)
+    dog = watchdog.Watchdog(LATER, {}, lambda: "data", lambda: "reading example 7", tmp_path)
     with dog.watching():
         dog.beat(7)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -192,7 +193,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypa
     monkeypatch.setattr(watchdog, "_TICK", 0.02)
     clock, jump = time.monotonic, [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock() + jump[0])
-    dog = watchdog.Watchdog(20, LATER, lambda: "train", lambda: "", tmp_path)
+    dog = watchdog.Watchdog(20, {}, lambda: "train", lambda: "", tmp_path)
     with dog.watching():
         time.sleep(0.1)
         jump[0] += 3600
@@ -201,6 +202,69 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypa
         time.sleep(0.1)
         jump[0] += 8
         assert ended.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("limit", "phase", "ends"),
+    [
+        (0.3, "train", True),
+        (0.3, "data", False),
+        (0.3, "checkpoint", False),  # six times as long
+        (0.05, "checkpoint", True),
+        (0.0, "train", False),
+        (0.0, "data", False),
+    ],
+)
+def test_limits(limit, phase, ends, tmp_path, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(lifeline, "end", lambda *_: ended.set())
+    monkeypatch.setattr(watchdog, "_TICK", 0.02)
+    dog = watchdog.Watchdog(limit, {"data": LATER}, lambda: phase, lambda: "", tmp_path)
+    with dog.watching():
+        assert ended.wait(1.0) == ends
+
+
+@pytest.mark.slow
+def test_a_run_of_two_hosts_of_which_one_freezes(tmp_path):
+    import tiny_run
+
+    settings = {**tiny_run.SETTINGS, "duration": "100000 steps", "eval.every": "100000 steps"}
+    settings |= {"step.timeout": 4.0, "data.processes": 2, "log.tensorboard": False}
+    command = ["main.py", "--config=configs/vit_b32.py:smoke", f"--workdir={tmp_path}"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    first, frozen = [launch([*command, *each], devices=1) for each in flags(2)]
+    assert first.stdout is not None
+    assert any(line.startswith("step 3/") for line in first.stdout)
+    workers = [*children(first.pid), *children(frozen.pid)]
+    assert len(workers) >= 4
+    frozen.send_signal(signal.SIGSTOP)
+    (ended,) = endings([first])
+    frozen.send_signal(signal.SIGCONT)
+    (woken,) = endings([frozen])
+    assert ended.returncode == woken.returncode == ExitCode.RESUME
+    assert "no answer from host 1, as if frozen or gone. See to host 1 first." in ended.stderr
+    assert "clip_jax/training/loop.py" in ended.stderr
+    assert "Data: " in files(tmp_path)[0].read_text()
+    deadline = time.monotonic() + 10
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    start = json.loads((tmp_path / "starts" / "0001.json").read_text())
+    assert start["end"]["code"] == ExitCode.RESUME
+    assert "See to host 1 first" in start["end"]["reason"]
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes that any of its threads has started."""
+    texts = [path.read_text() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for text in texts for child in text.split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":
