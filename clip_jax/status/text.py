@@ -22,6 +22,7 @@ _BAR = 24  # columns of a full bar
 _COLOURS = {State.STALLED: "warn", State.STOPPED: "warn", State.UNCLEAR: "warn"} | dict.fromkeys(
     WELL, "good"
 )
+_FIRST = ("train/loss", "train/images_per_second", "train/mfu")
 _SCORES = ("top1", "mean", "recall@1")  # last parts of the names of scores worth a curve
 
 
@@ -257,8 +258,8 @@ def _events(run: Run, look: Look) -> list[str]:
     more = f", the last {_EVENTS}" if len(events) > _EVENTS else ""
     lines = [look.paint(f"{len(events):,} events{more}" if events[1:] else "1 event", "strong")]
     for event in events[-_EVENTS:]:
-        head = f"  {clock_time(event.time, run.now)}  step {event.step:,}  "
-        body = look.wrap(f"{head.strip()}  {event.text}", 4)
+        when = clock_time(event.time, run.now)
+        body = look.wrap(f"{when}, step {event.step:,}: {event.text}", 4)
         lines += [body[0][2:], *body[1:]]
     return lines
 
@@ -325,7 +326,12 @@ def latest(run: Run) -> dict[str, tuple[int, float]]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return (0 if name == "train/loss" else 1 if name.startswith("train/") else 2), name
+    """Returns the place of a metric in the list: what is looked at most often comes first."""
+    leaf = name.rpartition("/")[2]
+    if name in _FIRST:
+        return _FIRST.index(name), name
+    place = 0 if leaf in _SCORES else 1 if name.startswith("train/") else 2
+    return len(_FIRST) + place, name
 
 
 def is_score(name: str) -> bool:

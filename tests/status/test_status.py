@@ -64,7 +64,7 @@ def test_running(weekend):
     assert "Where 2h 30m went: goodput 60.3 %, 2,000 steps trained again" in told
     assert "training that was lost 15m 25s 10.3 %" in told
     assert "4,000 to 8,000 2,000 killed, or its host is gone" in told
-    assert "step 7,000 The newest checkpoint, of step 8,000, is damaged" in told
+    assert "step 7,000: The newest checkpoint, of step 8,000, is damaged" in told
     assert "latest 12,000, best 12,000 with zeroshot/top1 36.4 %" in told
     assert "loss 1.233" in told
 
