@@ -50,6 +50,7 @@ def several(found: Sequence[Run], look: Look) -> str:
     used = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]
     sides = ["<<<>>>>>>>>"[i] for i in used]
     table = aligned([[row[i] for i in used] for row in rows], "".join(sides)).splitlines()
+    table = [_cut(line, look) for line in table]
     losses = [(i, series(run, "train/loss")) for i, run in enumerate(found)]
     losses = [(i, values) for i, values in losses if _drawable(values)]
     drawn = {i: position for position, (i, _) in enumerate(losses)}
@@ -100,9 +101,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     """Returns the names without the directories that all have in common."""
     parts = [name.rstrip("/").split("/") for name in names]
     depth = 0
-    while len({tuple(p[: depth + 1]) for p in parts}) == 1 and all(
-        len(p) > depth + 1 for p in parts
-    ):
+    while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
         depth += 1
     return ["/".join(p[depth:]) for p in parts]
 
