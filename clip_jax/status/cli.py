@@ -64,7 +64,7 @@ def _interval(given: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    names = list(dict.fromkeys(options.workdirs))
+    names = list(dict.fromkeys(name.rstrip("/") or name for name in options.workdirs))
     found = _look(names, [])
     if not options.watch and any(runs.state(run) is State.UNCLEAR for run in found):
         print(f"Watching for {runs.WATCH:.0f} s for a sign of life.", file=sys.stderr, flush=True)

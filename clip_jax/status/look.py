@@ -54,7 +54,13 @@ class Look:
     def wrap(self, text: str, indent: int = 2) -> list[str]:
         """Breaks a paragraph into lines."""
         space = " " * indent
-        return textwrap.wrap(plain(text), self.width, initial_indent=space, subsequent_indent=space)
+        return textwrap.wrap(
+            plain(text),
+            self.width,
+            initial_indent=space,
+            subsequent_indent=space,
+            break_on_hyphens=False,
+        )
 
 
 def of_stream(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Look:

@@ -22,6 +22,7 @@ _BAR = 24  # columns of a full bar
 _COLOURS = {State.STALLED: "warn", State.STOPPED: "warn", State.UNCLEAR: "warn"} | dict.fromkeys(
     WELL, "good"
 )
+_FIRST = ("train/loss", "train/images_per_second", "train/mfu")
 _SCORES = ("top1", "mean", "recall@1")  # last parts of the names of scores worth a curve
 
 
@@ -49,6 +50,7 @@ def several(found: Sequence[Run], look: Look) -> str:
     used = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]
     sides = ["<<<>>>>>>>>"[i] for i in used]
     table = aligned([[row[i] for i in used] for row in rows], "".join(sides)).splitlines()
+    table = [_cut(line, look) for line in table]
     losses = [(i, series(run, "train/loss")) for i, run in enumerate(found)]
     losses = [(i, values) for i, values in losses if _drawable(values)]
     drawn = {i: position for position, (i, _) in enumerate(losses)}
@@ -99,9 +101,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     """Returns the names without the directories that all have in common."""
     parts = [name.rstrip("/").split("/") for name in names]
     depth = 0
-    while len({tuple(p[: depth + 1]) for p in parts}) == 1 and all(
-        len(p) > depth + 1 for p in parts
-    ):
+    while all(len(p) > depth + 1 and p[depth] == parts[0][depth] for p in parts):
         depth += 1
     return ["/".join(p[depth:]) for p in parts]
 
@@ -257,8 +257,8 @@ def _events(run: Run, look: Look) -> list[str]:
     more = f", the last {_EVENTS}" if len(events) > _EVENTS else ""
     lines = [look.paint(f"{len(events):,} events{more}" if events[1:] else "1 event", "strong")]
     for event in events[-_EVENTS:]:
-        head = f"  {clock_time(event.time, run.now)}  step {event.step:,}  "
-        body = look.wrap(f"{head.strip()}  {event.text}", 4)
+        when = clock_time(event.time, run.now)
+        body = look.wrap(f"{when}, step {event.step:,}: {event.text}", 4)
         lines += [body[0][2:], *body[1:]]
     return lines
 
@@ -325,7 +325,12 @@ def latest(run: Run) -> dict[str, tuple[int, float]]:
 
 
 def _order(name: str) -> tuple[int, str]:
-    return (0 if name == "train/loss" else 1 if name.startswith("train/") else 2), name
+    """Returns the place of a metric in the list: what is looked at most often comes first."""
+    leaf = name.rpartition("/")[2]
+    if name in _FIRST:
+        return _FIRST.index(name), name
+    place = 0 if leaf in _SCORES else 1 if name.startswith("train/") else 2
+    return len(_FIRST) + place, name
 
 
 def is_score(name: str) -> bool:

@@ -246,6 +246,24 @@ def _read_metrics(folder: pathlib.Path) -> None:
         assert row.get("step", 0) is not None
 
 
+def _make_run(folder: pathlib.Path) -> None:
+    import made_runs
+
+    made_runs.weekend(folder)
+
+
+def _read_run(folder: pathlib.Path) -> None:
+    from clip_jax.status import export, run, text
+    from clip_jax.status.look import Look
+
+    found = run.look(str(folder))
+    if found.error is not None:
+        raise found.error
+    for look in Look(100, colour=True, unicode=True), Look(60, colour=False, unicode=False):
+        look.shown(text.one(found, look) + text.several([found, found], look)).encode()
+    json.dumps(export.to_plain(found), allow_nan=False)
+
+
 def _make_store(form: str) -> Callable[[pathlib.Path], None]:
     def make(folder: pathlib.Path) -> None:
         from clip_jax.embed import store
@@ -311,6 +329,7 @@ TARGETS = {
     "openai": Target(_make_weights("resnet", "openai"), _read_weights("model.pt")),
     "big_vision": Target(_make_weights("siglip", "big_vision"), _read_weights("model.npz")),
     "metrics": Target(_make_metrics, _read_metrics),
+    "run": Target(_make_run, _read_run),
     "parquet store": Target(_make_store("parquet"), _read_store),
     "npy store": Target(_make_store("npy"), _read_store),
     "results": Target(_make_results, _read_results),

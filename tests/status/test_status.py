@@ -1,13 +1,18 @@
 """python -m clip_jax status: states, text, page and JSON of made and of real runs."""
 
+import fcntl
 import io
 import json
 import os
 import pathlib
+import pty
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import html_page
@@ -64,7 +69,7 @@ def test_running(weekend):
     assert "Where 2h 30m went: goodput 60.3 %, 2,000 steps trained again" in told
     assert "training that was lost 15m 25s 10.3 %" in told
     assert "4,000 to 8,000 2,000 killed, or its host is gone" in told
-    assert "step 7,000 The newest checkpoint, of step 8,000, is damaged" in told
+    assert "step 7,000: The newest checkpoint, of step 8,000, is damaged" in told
     assert "latest 12,000, best 12,000 with zeroshot/top1 36.4 %" in told
     assert "loss 1.233" in told
 
@@ -341,9 +346,9 @@ def test_command_line(tmp_path):
         "bool({'jax', 'matplotlib', 'orbax', 'flax'} & set(sys.modules)); cli.main(sys.argv[1:])"
     )
     subprocess.run([sys.executable, "-c", code, name], check=True, stdout=subprocess.DEVNULL)
-    command = f"{sys.executable} -m clip_jax status {name} | head -1"
+    command = f"{sys.executable} -m clip_jax status {name} --watch=0.1 | head -3"
     piped = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert (piped.stdout.split()[0], piped.stderr) == (name, "")
+    assert (piped.stdout.splitlines()[2].split()[0], piped.stderr) == (name, "")
     ascii_only = subprocess.run(
         [sys.executable, "-m", "clip_jax", "status", name],
         env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "70"},
@@ -373,9 +378,32 @@ def test_watch(tmp_path):
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize(("stream", "how"), [(io.StringIO(), Look(100, False, False))])
-def test_no_terminal_is_plain(stream, how):
-    assert of_stream(stream, {}) == how
+def test_a_terminal_is_filled_and_not_overfilled(tmp_path):
+    """On a terminal of 20 lines and 72 columns --watch shows the head of the page, in colour."""
+    name = write_three(tmp_path)[2]
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 72, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
+    environment = {k: v for k, v in environment.items() if k not in ("NO_COLOR", "COLUMNS")}
+    command = [sys.executable, "-m", "clip_jax", "status", name, "--watch=60"]
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    shown = b""
+    while b"Where" not in shown and shown.count(b"\n") < 18:
+        shown += os.read(ours, 65536)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    os.close(theirs)
+    os.close(ours)
+    assert b"\x1b[32m" in shown
+    lines = re.sub(r"\x1b\[[0-9;]*[mJH]", "", shown.decode(errors="ignore")).splitlines()
+    assert len(lines) <= 20
+    assert all(len(line) <= 72 for line in lines if name not in line)
+    assert any("FINISHED" in line for line in lines)
+
+
+def test_no_terminal_is_plain():
+    assert of_stream(io.StringIO(), {}) == Look(100, colour=False, unicode=False)
+    assert of_stream(io.StringIO(), {"COLUMNS": "30"}).width == 60
 
 
 # ---- Curves ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import tiny
 import tiny_run
 
 from clip_jax import checkpoint
+from clip_jax.common import starts
 from clip_jax.configs import default
 from clip_jax.data import rows
 from clip_jax.errors import UserError
@@ -279,6 +280,9 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     assert np.isfinite([found[step, "train/loss"] for step in range(1, 13)]).all()
     said = html_page.text_of((whole / "report.html").read_text())
     assert "Gone back from step 8 to 4." in said
+    (start,), _ = starts.read(whole)
+    assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
+    assert starts.account([start]).lost == {1: 4}
     # By hand: the step, from the state of step 4, on the data from there on.
     config = tiny_run.config(SETTINGS)
     prepared = runs.prepare(config, tmp_path)
