@@ -145,7 +145,7 @@ def test_faults(run):
     assert "RUNNING" in run.launch("status")
     run.launch("stop")
     assert run.job() == ""
-    assert run.launch("status").startswith("clip: stopped\n")
+    assert run.launch("status").startswith("clip: stopped by SLURM\n")
     stopped = run.starts()[-1]["step"]
     assert f"saved at step {stopped:,}" in run.log()
 
