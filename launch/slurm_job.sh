@@ -99,7 +99,7 @@ job() {
     esac
     state=$(job_state)
     if [ "$state" != RUNNING ]; then
-      over "$code" "stopped" "SLURM ends the job, or requeues it (exit status $code)."
+      over "$code" "stopped by SLURM" "SLURM ends the job, or requeues it (exit status $code)."
     fi
     count_failure
     if [ "$FAILURES" -gt "$restarts" ]; then

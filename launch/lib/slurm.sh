@@ -118,7 +118,7 @@ ended() {
   fi
   # shellcheck source=/dev/null
   . "runs/slurm/$NAME.state"
-  echo "${END:-lost: the job ended without a trace, as when a host fails; start resumes it}"
+  echo "${END:-lost: the job ended without a trace, as when it is killed at its time limit; start resumes it}"
 }
 
 last_line() {

@@ -51,7 +51,7 @@ END
 launch/slurm.sh status [--name=clip]
 
 A job in the queue with its state, time and hosts, or why it waits; else how the run ended: finished,
-failed with an exit status, stopped, or lost, which start resumes.
+failed with an exit status, stopped by SLURM (stop, scancel), or lost. start resumes the last two.
 END
       ;;
     logs)

@@ -212,7 +212,7 @@ def test_failures_are_counted_across_requeues(job):
 def test_a_job_that_slurm_ends_does_not_start_again(job):
     ended = job("+42c 0")
     assert (ended.returncode, job.starts()) == (42, 1)
-    assert job.end() == "stopped"
+    assert job.end() == "stopped\\ by\\ SLURM"
 
 
 @pytest.mark.parametrize(
