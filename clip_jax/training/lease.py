@@ -91,7 +91,8 @@ class Lease:
             except UserError as error:
                 lifeline.end(str(error), ExitCode.USER_ERROR)
             self._mine = dataclasses.replace(self._mine, beat=self._mine.beat + 1)
-            if not ended.is_set():
+            # Not if this process was frozen since it looked, or could not look.
+            if not ended.is_set() and _passed(self._seen) < _BEAT:
                 with contextlib.suppress(OSError, StorageError):  # the next beat may succeed
                     writing.write(self._path, _to_json(self._mine))
 

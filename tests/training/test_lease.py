@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import several_hosts
 from etils import epath
 
 from clip_jax.errors import ExitCode, UserError
@@ -183,6 +185,57 @@ def test_frozen_run_that_was_taken_for_dead_ends_when_it_wakes_up(tmp_path):
     assert process.returncode == ExitCode.USER_ERROR
     assert "Another run writes to" in said
     assert json.loads((tmp_path / lease.FILE).read_text())["host"] == "other"
+
+
+def test_lease_is_not_renewed_by_a_run_that_was_frozen_since_it_looked(tmp_path, monkeypatch):
+    check = lease.Lease.check
+
+    def frozen_after(self, **given):
+        check(self, **given)
+        elsewhere(epath.Path(tmp_path))
+        self._seen = [at - lease.EXPIRES for at in self._seen]
+
+    monkeypatch.setattr(lease.Lease, "check", frozen_after)
+    monkeypatch.setattr(lease.lifeline, "end", lambda *_: ended.set())
+    monkeypatch.setattr(lease, "_BEAT", 0.1)
+    ended = threading.Event()
+    with lease.held(tmp_path):
+        time.sleep(0.15)
+        monkeypatch.setattr(lease.Lease, "check", check)
+        assert ended.wait(5)  # the next look tells
+    assert json.loads((tmp_path / lease.FILE).read_text())["host"] == "other"
+
+
+HOST = """
+import sys, time
+from clip_jax.common import commands, hosts
+from clip_jax.training import lease
+lease._BEAT = 0.2
+workdir, coordinator, processes, process = sys.argv[1:]
+with commands.plain_errors():
+    hosts.join(coordinator, int(processes), int(process))
+    with lease.held(workdir):
+        print("held", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_all_hosts_end_when_the_first_has_lost_the_lease(tmp_path):
+    addresses = [[flag.partition("=")[2] for flag in each] for each in several_hosts.flags(2)]
+    started = [
+        several_hosts.launch(["-c", HOST, str(tmp_path), *each], devices=1) for each in addresses
+    ]
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+    while any(process.poll() is None for process in started):  # against a renewal under way
+        elsewhere(epath.Path(tmp_path))
+        time.sleep(0.3)
+    for ended in several_hosts.endings(started):
+        assert ended.returncode == ExitCode.USER_ERROR
+        assert "Another run writes to" in ended.stderr
+        assert "on other" in ended.stderr
 
 
 def test_watching_for_a_dead_holder_takes_no_clock(tmp_path, monkeypatch):
