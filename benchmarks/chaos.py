@@ -451,6 +451,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options.folder or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "alone").exists() or (folder / "killed").exists():
+            parser.error(f"--folder={folder} holds runs already: take another one")
         sys.exit(run(Chaos(folder, options), options))
 
 
@@ -481,16 +483,13 @@ def run(chaos: Chaos, options: argparse.Namespace) -> int:
         )
     chaos.finish("killed", options.hosts[options.kills % len(options.hosts)])
     seconds = time.monotonic() - began
-    problems, sentence = compare(killed, chaos.workdir("alone"), options.steps, options.eval_every)
+    problems, sentence = compare(killed, chaos.workdir("alone"), options)
     for problem in problems:
         chaos.fail(problem)
     print(f"\n{table(played)}\n")
     print(f"{len(played)} kills of {options.steps:,} steps, seed {options.seed}. {sentence}")
-    for name, wall in (("left alone", took), ("killed", seconds)):
-        work = chaos.workdir("alone" if name == "left alone" else "killed")
-        trained = next(
-            (row["time/train"] for row in reversed(work.rows()) if "time/train" in row), 0
-        )
+    for name, wall in (("alone", took), ("killed", seconds)):
+        trained = max(row.get("time/train", 0.0) for row in chaos.workdir(name).rows())
         print(f"Goodput, {name}: {trained / wall:.1%} of {wall:,.0f} s were steps that remain.")
     if len(played) < options.kills:
         chaos.fail(f"{options.kills - len(played)} faults were not played")
