@@ -9,15 +9,12 @@ import pathlib
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 
 import fake_cloud
 import fake_kubernetes
 import pytest
-import several_hosts
-import tiny_run
 import yaml
 from fake_cloud import MAIN, ROOT
 from jax._src.clusters import cloud_tpu_cluster
@@ -208,49 +205,6 @@ def test_gpu_hosts_find_each_other(cluster):
         assert pod["args"][-3:] == [first, "--processes=3", f"--process={index}"]
     (alone,) = fake_kubernetes.pods(manifest(cluster, "--type=a3-highgpu-8g"))
     assert alone["args"] == MAIN.split()[1:]
-
-
-@pytest.mark.slow
-def test_a_jobset_trains_and_resumes(cluster):
-    """Its pods as processes: a node is taken, a pod killed, and both times the JobSet resumes."""
-    settings = {**tiny_run.SETTINGS, "duration": "400 steps", "checkpoint.every": "100 steps"}
-    settings |= {"log.every": "10 steps", "eval.every": "200 steps"}
-    main = ["--", "--config=vit_b32:smoke", "--workdir=gs://bucket/run"]
-    main += [f"--config.{name}={value}" for name, value in settings.items()]
-    made = manifest(cluster, "--type=a3-highgpu-8g --hosts=2", main)
-    workdir = cluster.folder / "run"
-
-    def start() -> list[subprocess.Popen]:
-        port = several_hosts.free_port()
-        started = []
-        for pod in fake_kubernetes.pods(made):
-            words = [word.replace("gs://bucket/run", str(workdir)) for word in pod["args"]]
-            words = [
-                word.replace("clip-slice-0-0.clip:8476", f"127.0.0.1:{port}") for word in words
-            ]
-            started.append(several_hosts.launch(["main.py", *words], devices=1))
-        return started
-
-    def steps() -> int:
-        rows = workdir / "metrics.jsonl"
-        return (
-            max((row["step"] for row in tiny_run.read_rows(workdir)), default=0)
-            if rows.exists()
-            else 0
-        )
-
-    reached = 0
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        pods = start()
-        fake_cloud.wait_until(lambda: steps() >= reached + 20, seconds=120)  # noqa: B023
-        reached = steps()
-        pods[1].send_signal(sent)
-        for ended in several_hosts.endings(pods):
-            code = ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
-            assert fake_kubernetes.action(made, code) == "RestartJobSet", ended.stderr
-    said = several_hosts.outputs(start())
-    assert "Resum" in said[0]
-    assert steps() == 400
 
 
 def test_arguments_arrive_as_typed(cluster):
