@@ -22,6 +22,7 @@ from clip_jax.configs import default
 LANGUAGES = {"bash", "python", "json", "text", "diff", "{settings}", "{eval-rst}", "{toctree}"}
 # Programs of others: that they are called so is all that is known here.
 FOREIGN = {"git", "source", "img2dataset", "tfds", "cat", "gcloud", "kubectl", "sinfo"}
+FOREIGN |= {"kill", "xprof"}
 TOOLS = {"ruff", "pyrefly"}  # requirements-dev.txt
 LAUNCHERS = {"launch/tpu.sh", "launch/gke.sh", "launch/slurm.sh"}
 MODULES = {"pytest", "venv", "sphinx"}
