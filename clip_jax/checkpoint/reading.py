@@ -15,7 +15,7 @@ from clip_jax.common import hosts
 from clip_jax.errors import StorageError, UserError
 from clip_jax.sharding import path_name
 from clip_jax.state import TrainState
-from clip_jax.storage import faults
+from clip_jax.storage import faults, ranges, remote
 
 Result = TypeVar("Result")
 
@@ -67,6 +67,7 @@ def read(folder: epath.Path, **args: Any) -> dict[str, Any]:
         logging.debug("Restoring failed", exc_info=True)
         if not faults.of_the_file(error, folder):
             raise StorageError(f"{folder} could not be read: {faults.explain(error)}") from error
+        _check_bucket(folder, [*args])
         raise Unreadable(
             f"it is incomplete, damaged, or of another model ({faults.first_line(error)})"
         ) from error
@@ -77,6 +78,21 @@ def read(folder: epath.Path, **args: Any) -> dict[str, Any]:
     if own is not None and own != checksums.of_json(meta):
         raise Unreadable("its meta/metadata is damaged")
     return items
+
+
+def _check_bucket(folder: epath.Path, names: list[str]) -> None:
+    """Raises StorageError where a bucket refuses to tell whether items are there.
+
+    Libraries that ask it take a failure for "no".
+    """
+    if not remote.is_remote(folder):
+        return
+    for path in [folder / "meta" / "metadata", *(folder / name / "_METADATA" for name in names)]:
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                ranges.read(path)
+            except StorageError as error:
+                raise StorageError(f"{folder} could not be read: {error}") from error
 
 
 def verify(items: Mapping[str, Any]) -> None:

@@ -279,7 +279,8 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         """Makes space on a disk; in a bucket, which has no end, the next start does it."""
         if not remote.is_remote(self.directory):
-            remove_unfinished(self.directory)
+            with contextlib.suppress(OSError):  # the save that failed tells more
+                remove_unfinished(self.directory)
 
     def latest_step(self) -> int | None:
         """Returns the step of the most recent complete checkpoint; None if there is none."""

@@ -13,7 +13,7 @@ from orbax.checkpoint.path import atomicity, atomicity_types
 
 from clip_jax.common import formatting
 from clip_jax.errors import ExitCode, StorageError, StorageRefused
-from clip_jax.storage import faults, for_orbax, remote
+from clip_jax.storage import faults, for_orbax, ranges, remote
 
 _LOG_EVERY = 60.0  # seconds
 _LONGEST_WAIT = 300.0  # seconds of training between two tries: each costs a copy of the state
@@ -145,20 +145,30 @@ class Writes:
 
 
 def remove_unfinished(directory: epath.Path) -> None:
-    """Deletes the folders of saves that failed, or whose process was killed; logs a failure."""
-    far = remote.is_remote(directory)
+    """Deletes the folders of saves that failed, or whose process was killed; logs a failure.
+
+    Raises:
+      StorageError: a bucket does not tell which ones they are.
+    """
+    if not directory.exists():
+        return
+    unfinished = [path for path in directory.iterdir() if _is_unfinished(path)]
     try:
-        if not directory.exists():
-            return
-        for path in directory.iterdir():
-            if far:  # a step without the file that orbax writes last
-                done = path / atomicity.COMMIT_SUCCESS_FILE
-                unfinished = path.name.isdecimal() and not done.exists()
-            else:
-                unfinished = atomicity_types.TMP_DIR_SUFFIX in path.name
-            if unfinished:
-                path.rmtree()
+        for path in unfinished:
+            path.rmtree()
     except Exception as error:  # a later save needs it more, and will tell
         logging.warning(
             "Half-written checkpoints in %s were not removed: %s", directory, faults.explain(error)
         )
+
+
+def _is_unfinished(path: epath.Path) -> bool:
+    if not remote.is_remote(path):
+        return atomicity_types.TMP_DIR_SUFFIX in path.name
+    if not path.name.isdecimal():
+        return False
+    try:  # not by exists(), which takes a failure of the bucket for "no"
+        ranges.read(path / atomicity.COMMIT_SUCCESS_FILE)  # which orbax writes last
+    except FileNotFoundError:
+        return True
+    return False

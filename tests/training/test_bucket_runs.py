@@ -14,10 +14,11 @@ import xla_flags
 from etils import epath
 from several_hosts import free_port, launch, outputs
 from shards import write_tar
+from test_checkpoint import META, abstract, assert_same, make_state, save
 from test_distributed import TOLERANCE
 
 import clip_jax
-from clip_jax.checkpoint import writes
+from clip_jax.checkpoint import Checkpoints, writes
 from clip_jax.configs import default, vit_b32
 from clip_jax.errors import ExitCode, StorageError
 from clip_jax.storage import faults
@@ -263,6 +264,49 @@ def test_checkpoints_that_never_succeed(bucket, place):
     # Tries after 1, 2 and 4 seconds, of a few requests each, until a later one is past the limit.
     tries = [r for r in bucket.requests() if r["status"] == 403]
     assert len(tries) < 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_moved_within_the_bucket(bucket, place):
+    """The next save of its step does not meet it, nor what a killed save left."""
+    said, workdir = [], f"gs://bucket/{place}/run"
+    settings = {"keep": 3, "report": lambda *each: said.append(each)}
+    save(workdir, {4: {}, 8: {}}, **settings)
+    names = bucket.names("bucket", f"{place}/run/checkpoints/8/")
+    bucket.delete("bucket", next(name for name in names if "/model/d/" in name))
+    bucket.put("bucket", f"{place}/run/checkpoints/6/model/d/left", b"half")
+    with Checkpoints(workdir, **settings) as store:
+        assert not bucket.names("bucket", f"{place}/run/checkpoints/6/")
+        found = store.restore_latest(abstract((1, 1)))
+        assert_same(found.state, make_state())
+        assert (found.step, store.steps()) == (4, [4])
+        store.save(make_state(), 8, META, {})
+        assert store.finish()
+    ((_, sentence),) = said
+    assert f"moved to gs://bucket/{place}/run/damaged/8;" in sentence
+    moved = bucket.names("bucket", f"{place}/run/damaged/8/")
+    assert len(moved) == len(names) - 1
+    with Checkpoints(workdir, **settings) as store:
+        assert store.restore_latest(abstract((1, 1))).step == 8
+
+
+@pytest.mark.parametrize("what", ["(model|optimizer)", "commit_success"])
+def test_a_bucket_that_fails_is_no_damage(bucket, place, monkeypatch, what: str):
+    """Nothing is moved, deleted or passed over because the bucket does not tell."""
+    monkeypatch.setattr(faults, "RETRY_FOR", 0.1)
+    workdir = f"gs://bucket/{place}/run"
+    save(workdir, {4: {}, 8: {}}, keep=2)
+
+    def resume() -> int:
+        with Checkpoints(workdir, keep=2) as store:
+            return store.restore_latest(abstract((1, 1))).step
+
+    monkeypatch.setattr(faults, "_accessed", set())  # as in a new process
+    bucket.faults([{"match": f"GET .*checkpoints/8/{what}", "kind": 403}])
+    with pytest.raises(StorageError, match=r"checkpoints/8.*lack the right"):
+        resume()
+    bucket.faults([])
+    assert resume() == 8
 
 
 def test_with_rights_on_objects_alone(bucket, place, local):
