@@ -55,7 +55,7 @@ class Stopped(BaseException):
     """A run has stopped since it was asked to.
 
     Attributes:
-      exit_code: that of the process.
+      exit_code: exit code of the process.
       everywhere: whether all hosts have stopped at the same step.
     """
 

@@ -25,7 +25,7 @@ from clip_jax.errors import ExitCode, Stopped
 
 
 class Request(enum.IntFlag):
-    """What may be asked of a run."""
+    """A request to a run."""
 
     STOP = 1  # save, and end
     SAVE = 2  # a checkpoint is due by the clock
