@@ -87,7 +87,7 @@ def assert_same_bits(one, other) -> None:
     ("name", "case"),
     [
         ("vit", PLAIN),
-        ("vit", SHARDED),
+        pytest.param("vit", SHARDED, marks=pytest.mark.slow),
         pytest.param("vit", ((8, 1), {"zero1": True, "accum_steps": 2}), marks=pytest.mark.slow),
         pytest.param("resnet", PLAIN, marks=pytest.mark.slow),
     ],
@@ -184,7 +184,8 @@ def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     return {
         key: str(value)
         for key, value in tiny_run.read_metrics(workdir).items()
-        if key[1] != "train/images_per_second" and not key[1].startswith(("data/", "time/"))
+        if key[1].startswith(("train/", "zeroshot/", "retrieval/"))
+        and not key[1].endswith(("per_second", "per_chip", "mfu"))
     }
 
 
@@ -258,7 +259,7 @@ def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
         example = prepared.source[prepared.order[int(position)]]
         assert key == example.key
         assert tokens.tolist() in [
-            prepared.tokenizer.encode(text)[0].tolist() for text, _ in example.captions
+            prepared.tokenizer.encode(text)[0].tolist() for text in example.captions[0]
         ]
 
 
