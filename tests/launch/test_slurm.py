@@ -123,39 +123,51 @@ code=${code#+} && exit "${code%c}"
 FAKE_SQUEUE = '#!/bin/sh\ncase "$*" in *%T) cat state ;; *) cat left ;; esac\n'
 
 
-@pytest.fixture
-def job(tmp_path):
-    """Returns a function that runs the job's batch script with given exit codes of srun."""
-    fake_cloud.executable(tmp_path / "bin/srun", FAKE_SRUN)
-    fake_cloud.executable(tmp_path / "bin/squeue", FAKE_SQUEUE)
-    fake_cloud.executable(tmp_path / "bin/scontrol", '#!/bin/sh\necho "$*" >>scontrol.calls\n')
-    for name in ("launch", "clip_jax", "main.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "runs/slurm").mkdir(parents=True)
-    (tmp_path / "state").write_text("RUNNING\n")
+class Job:
+    """The job's batch script, run with given exit codes of srun."""
 
-    def run(codes: str, left: str = "UNLIMITED", **environment: str):
-        (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
-        (tmp_path / "left").write_text(left + "\n")
-        (tmp_path / "srun.calls").write_text("")
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        fake_cloud.executable(folder / "bin/srun", FAKE_SRUN)
+        fake_cloud.executable(folder / "bin/squeue", FAKE_SQUEUE)
+        fake_cloud.executable(folder / "bin/scontrol", '#!/bin/sh\necho "$*" >>scontrol.calls\n')
+        for name in ("launch", "clip_jax", "main.py"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / "runs/slurm").mkdir(parents=True)
+        (folder / "state").write_text("RUNNING\n")
+
+    def __call__(self, codes: str, left: str = "UNLIMITED", restarted: int = 0):
+        (self.folder / "codes").write_text("\n".join(codes.split()) + "\n")
+        (self.folder / "left").write_text(left + "\n")
+        (self.folder / "srun.calls").write_text("")
         command = shlex.split(f"launch/slurm_job.sh job b32 {sys.executable} 1 3 60 work")
+        env = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+        env |= {"RESTART_PAUSE": "0", "SLURM_RESTART_COUNT": str(restarted)}
         return subprocess.run(
             [*command, "--config=x", "--config.tag", "two words"],
-            cwd=tmp_path,
-            env=os.environ
-            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-            | {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "RESTART_PAUSE": "0"}
-            | environment,
+            cwd=self.folder,
+            env=os.environ | env | {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             timeout=60,
         )
 
-    run.folder = tmp_path
-    run.starts = lambda: len((tmp_path / "srun.calls").read_text().splitlines())
-    run.requeued = lambda: (tmp_path / "scontrol.calls").exists()
-    run.end = lambda: re.findall("END=(.*)", (tmp_path / "runs/slurm/b32.state").read_text())[0]
-    return run
+    def calls(self) -> list[str]:
+        return (self.folder / "srun.calls").read_text().splitlines()
+
+    def starts(self) -> int:
+        return len(self.calls())
+
+    def requeued(self) -> bool:
+        return (self.folder / "scontrol.calls").exists()
+
+    def end(self) -> str:
+        return re.findall("END=(.*)", (self.folder / "runs/slurm/b32.state").read_text())[0]
+
+
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +195,7 @@ def test_restarts(job, codes, code, starts):
 
 def test_every_start_is_the_same(job):
     job("42 0")
-    calls = (job.folder / "srun.calls").read_text().splitlines()
+    calls = job.calls()
     assert calls[0] == calls[1]
     for part in ("--ntasks=2 --ntasks-per-node=1", "--kill-on-bad-exit=0", "--label"):
         assert part in calls[0]
@@ -204,7 +216,7 @@ def test_shortly_before_the_time_limit_the_job_is_requeued(job, left, requeued):
 
 def test_failures_are_counted_across_requeues(job):
     job("42", left="1:00")
-    ended = job("42 42 42 0", left="1:00:00", SLURM_RESTART_COUNT="1")
+    ended = job("42 42 42 0", left="1:00:00", restarted=1)
     assert (ended.returncode, job.starts()) == (42, 3), ended.stdout
     assert job("42 42 42 0").returncode == 0  # submitted anew
 
