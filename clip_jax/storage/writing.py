@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import queue
 import shutil
 import tempfile
 import threading
@@ -109,6 +110,7 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 # ---- Files that grow -----------------------------------------------------------------------------
 
 _UPLOAD_EVERY = 60.0  # seconds
+_FLUSH_WITHIN = 10.0  # seconds that a flush waits for the upload
 
 
 class Growing:
@@ -132,6 +134,7 @@ class Growing:
         self._uploaded: dict[pathlib.Path, int] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._flushes: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
         if not self._remote:
             directory.mkdir(parents=True, exist_ok=True)
             self.local = pathlib.Path(directory)
@@ -141,11 +144,20 @@ class Growing:
         self._thread.start()
 
     def flush(self) -> None:
-        """Uploads all that has changed; logs a failure and continues."""
+        """Uploads all that has changed; goes on without, where that fails or takes long.
+
+        A later upload may succeed; `close` raises.
+        """
+        if self._remote:
+            done = threading.Event()
+            self._flushes.put(done)
+            done.wait(_FLUSH_WITHIN)
+
+    def _try(self) -> None:
         began = time.monotonic()
         try:
             self._upload()
-        except Exception as error:  # a later flush may succeed; `close` raises
+        except Exception as error:
             logging.warning(
                 "The logs of %s are not there yet, after %.0f s: %s",
                 self._directory,
@@ -154,8 +166,6 @@ class Growing:
             )
 
     def _upload(self) -> None:
-        if not self._remote:
-            return
         with self._lock:
             for file in sorted(p for p in self.local.rglob("*") if p.is_file()):
                 size = file.stat().st_size
@@ -166,10 +176,17 @@ class Growing:
     def close(self) -> None:
         """Uploads all that has changed, and removes the temporary directory."""
         self._closed.set()
+        self._flushes.put(threading.Event())  # ends the thread
         if self._remote and self.local.exists():
             self._upload()
             shutil.rmtree(self.local, ignore_errors=True)
 
     def _work(self) -> None:
-        while not self._closed.wait(_UPLOAD_EVERY):
-            self.flush()
+        while True:
+            done = threading.Event()
+            with contextlib.suppress(queue.Empty):
+                done = self._flushes.get(timeout=_UPLOAD_EVERY)
+            if self._closed.is_set():
+                return
+            self._try()
+            done.set()
