@@ -259,7 +259,7 @@ def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
         example = prepared.source[prepared.order[int(position)]]
         assert key == example.key
         assert tokens.tolist() in [
-            prepared.tokenizer.encode(text)[0].tolist() for text in example.captions[0]
+            prepared.tokenizer.encode(text)[0].tolist() for text in example.captions.texts
         ]
 
 
