@@ -191,7 +191,7 @@ def test_the_first_host_of_a_cluster_is_waited_for(monkeypatch):
     assert len(asked) == 3
     asked.clear()
     monkeypatch.setattr(hosts, "_JOIN_TIMEOUT", 0)
-    with pytest.raises(UserError, match="clip-slice-0-0.clip:8476 is not known here") as raised:
+    with pytest.raises(UserError, match=r"clip-slice-0-0\.clip:8476 is not known here") as raised:
         hosts._check_address("clip-slice-0-0.clip:8476", 1)
     assert raised.value.exit_code == ExitCode.RESUME
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST")
