@@ -1,7 +1,5 @@
 """Saves that take long or fail: logged, reported, tried again, given up in the end."""
 
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +9,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.path import atomicity, atomicity_types
 
-from clip_jax.common import formatting
+from clip_jax.common import formatting, lifeline
 from clip_jax.errors import ExitCode, StorageError, StorageRefused
 from clip_jax.storage import faults, for_orbax, ranges, remote
 
@@ -56,10 +54,7 @@ class Writes:
             while not done.wait(1.0) and busy():
                 if jax.process_count() > 1 and for_orbax.failures:
                     # The main thread and the other hosts wait for this part of the checkpoint.
-                    print(
-                        f"\n{self._sentence(for_orbax.failures[-1])}", file=sys.stderr, flush=True
-                    )
-                    os._exit(ExitCode.RESUME)
+                    lifeline.end(self._sentence(for_orbax.failures[-1]), ExitCode.RESUME)
                 if (now := time.monotonic()) - logged < _LOG_EVERY:
                     continue
                 logged = now

@@ -53,7 +53,8 @@ class Lifeline:
         self._links: dict[int, socket.socket] = {}
         self._threads: dict[int, threading.Thread] = {}
         self._ending = threading.Lock()
-        self._said: int | None = None  # exit code of this host's own failure, once said
+        self._said: int | None = None  # exit code of this host's own end, once said
+        self._finished = False  # all hosts are done
         self._sending = threading.Lock()
         self._reports: dict[int, dict[str, Any]] = {}
         self._changed = threading.Condition()
@@ -191,8 +192,13 @@ class Lifeline:
         _leave(news["code"], news["text"])
 
     def fail(self, text: str, code: int) -> None:
-        """Tells the other hosts that this one ends, unless one of them is why, and ends it."""
+        """Tells the other hosts that this one ends, unless one of them is why, and ends it.
+
+        Does nothing once all hosts are done.
+        """
         self._said = code
+        if self._finished:
+            return
         time.sleep(_NEWS_WITHIN)
         if not self._ending.acquire(blocking=False):
             time.sleep(2 * _LINGER)  # another thread ends this process
@@ -220,6 +226,7 @@ class Lifeline:
                 with contextlib.suppress(OSError):
                     link.sendall(_DONE)
         self._ending.acquire(blocking=False)  # what comes now is no news
+        self._finished = True
 
 
 _lifeline: Lifeline | None = None
@@ -325,7 +332,7 @@ def on_lost_service() -> Callable[..., None]:
             os._exit(ExitCode.RESUME)
         _lifeline.lost()
         time.sleep(2 * _LINGER)  # another thread ends this process, or it is at its end anyway
-        os._exit(ExitCode.DONE)
+        os._exit(_lifeline._said or ExitCode.DONE)
 
     with contextlib.suppress(OSError, AttributeError):  # a C++ library of another name
         handler = ctypes.CFUNCTYPE(None)(lost)

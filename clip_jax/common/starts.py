@@ -179,22 +179,30 @@ def read(workdir: epath.PathLike) -> tuple[list[Start], list[str]]:
       The starts in order, and a sentence about each file that cannot be used.
     """
     folder = locations.parse(workdir) / DIRECTORY
-    try:
-        names = sorted(filter(_NAME.fullmatch, locations.listing(folder)), key=_number)
-    except (FileNotFoundError, NotADirectoryError):
-        return [], []
+    paths = {number: path(folder, number) for number in numbers(folder)}
     found, damaged = [], []
     with futures.ThreadPoolExecutor(_READERS) as pool:
-        for name, text in zip(names, pool.map(lambda name: _read(folder / name), names)):
+        for number, text in zip(paths, pool.map(_read, paths.values())):
             try:
-                found.append(parse(text, _number(name)))
+                found.append(parse(text, number))
             except (ValueError, RecursionError) as error:
-                damaged.append(f"{DIRECTORY}/{name} is left out, since it is damaged: {error}.")
+                name = f"{DIRECTORY}/{paths[number].name}"
+                damaged.append(f"{name} is left out, since it is damaged: {error}.")
     return found, damaged
 
 
-def _number(name: str) -> int:
-    return int(name.partition(".")[0])
+def numbers(folder: epath.Path) -> list[int]:
+    """Returns the numbers of the starts that have a record in a folder, ascending."""
+    try:
+        names = locations.listing(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+
+
+def path(folder: epath.Path, number: int) -> epath.Path:
+    """Returns the file of a start."""
+    return folder / f"{number:04}.json"
 
 
 def _read(path: epath.Path) -> bytes:

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from clip_jax.common import metric_rows
 from clip_jax.storage import locations, ranges, remote, writing
 
 _ORPHANED = 10.0  # seconds for the last rows after the trainer is gone
@@ -211,9 +212,7 @@ class _Sender:
         where = f" at {self._backend.url}" if self._backend.url else ""
         _say(f"The metrics go to {self._name} too: run {name}, id {self._kept['id']}{where}.")
         if start_step := self._about["start_step"]:
-            from clip_jax.common import metrics  # with JAX
-
-            for row in metrics.read_history(self._workdir):
+            for row in metric_rows.read_history(self._workdir):
                 if row["step"] <= start_step:
                     self.send(row)
 

@@ -65,7 +65,7 @@ class Loop:
         self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
         self._progress = metrics.Progress(
-            resume_state.step, run.total_steps, config.batch_size, record.seconds()["train"]
+            resume_state.step, run.total_steps, config.batch_size, record.trained()
         )
         self._writer = metrics.MetricWriter(
             directory,
@@ -229,7 +229,8 @@ class Loop:
             yield
         except StorageError:
             raise  # to ask the same storage again would take as long again
-        except skips.RollBack:
+        except skips.RollBack as error:
+            self._record.reached(error.last, self._feed.waited)
             self._requests.repeat(self._asked)
             self._writer.close()
             raise
@@ -251,9 +252,7 @@ class Loop:
         values = metrics.fetch(device_values)
         self._skips.read(step)
         self._check_finite(step, values)
-        seconds = self._record.seconds(self._feed.waited)
-        trained = seconds["train"] + seconds["data"]
-        rate, waited = self._progress.measure(step, trained, self._feed.waited)
+        rate, waited = self._progress.measure(step, self._record.trained(), self._feed.waited)
         self._record.reached(step, self._feed.waited)
         self._lease.check(if_late=True)
         row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
@@ -276,8 +275,8 @@ class Loop:
     def _check_finite(self, step: int, values: Mapping[str, float]) -> None:
         if values.get("skipped"):
             return  # the model is as before
-        for name, value in values.items():
-            if not math.isfinite(value):
+        for name in ("loss", *values):  # of several the one that says most
+            if not math.isfinite(value := values[name]):
                 raise UserError(
                     f"The {name} is {value} at step {step}. {self._store.way_back()} If only a few "
                     "batches do this, the same command with --config.step.nonfinite=skip leaves "

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import platform
-import re
 import subprocess
 import threading
 import time
@@ -21,8 +20,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from clip_jax.common import commands, lifeline
-from clip_jax.common.starts import DIRECTORY, PHASES
+from clip_jax.common import commands, lifeline, starts
 from clip_jax.errors import StorageError
 from clip_jax.storage import locations, writing
 
@@ -39,7 +37,7 @@ class Record:
     Attributes:
       number: number of the start, from 1.
       began_at: beginning of the start, UTC.
-      phase: current phase, one of `PHASES`; "data", waiting for batches, is a part of "train".
+      phase: current phase, one of `starts.PHASES` but "data", which is part of "train".
     """
 
     def __init__(self, workdir: epath.PathLike, began: float):
@@ -49,13 +47,13 @@ class Record:
           workdir: local, gs:// or s3://.
           began: beginning of the start by `time.monotonic`.
         """
-        self._directory = locations.parse(workdir) / DIRECTORY
+        self._directory = locations.parse(workdir) / starts.DIRECTORY
         self._writes = jax.process_index() == 0
-        self.number = 1 + max(numbers(self._directory), default=0) if self._writes else 0
+        self.number = 1 + max(starts.numbers(self._directory), default=0) if self._writes else 0
         self.phase = "start"
         self._began = self._since = began
         self.began_at = datetime.now(UTC) - timedelta(seconds=time.monotonic() - began)
-        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._seconds = dict.fromkeys(starts.PHASES, 0.0)
         self._facts: dict[str, Any] = {}
         self._from_step: int | None = None  # until it is known
         self._step = 0
@@ -114,6 +112,11 @@ class Record:
         found["train"] -= found["data"]
         return found
 
+    def trained(self) -> float:
+        """Returns the seconds of this start in training, those of waiting for data included."""
+        self._switch(None)
+        return self._seconds["train"]
+
     def begins(self, step: int) -> None:
         """Records the step that this start goes on from."""
         self._step = self._from_step = step
@@ -146,7 +149,7 @@ class Record:
         while self._writes:
             ended = self._ended.is_set()
             with contextlib.suppress(OSError, StorageError):  # the next one may succeed
-                path = self._directory / f"{self.number:04}.json"
+                path = starts.path(self._directory, self.number)
                 writing.write(path, json.dumps(self._described(), indent=1) + "\n")
             if ended:
                 return
@@ -175,14 +178,6 @@ class Record:
             "events": self._events,
             **self._facts,
         }
-
-
-def numbers(directory: epath.Path) -> list[int]:
-    """Returns the numbers of the starts that have a record, ascending."""
-    if not directory.exists():
-        return []
-    names = [path.name for path in directory.iterdir()]
-    return sorted(int(name[:-5]) for name in names if re.fullmatch(r"\d{4,}\.json", name))
 
 
 def surroundings() -> dict[str, Any]:

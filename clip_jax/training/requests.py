@@ -7,6 +7,7 @@ were asked. Its result is read one step later, when it has long been there.
 Without the own handlers JAX's preemption service would take SIGTERM, which knows no other request.
 """
 
+import collections
 import contextlib
 import enum
 import signal
@@ -55,7 +56,8 @@ class Requests:
         """
         self.save_every = save_every
         self._saved_at = time.monotonic()
-        self._asked = Request(0)  # of this host, since the last poll
+        # Of this host, since the last poll. A queue, since a signal may come in the midst of it.
+        self._asked: collections.deque[Request] = collections.deque()
         self._signal: signal.Signals | None = None  # the one that asked this host to stop
         self._deferred = False
         self._share: Callable[[Request], jax.Array] | None = None
@@ -95,15 +97,16 @@ class Requests:
 
         On several hosts, what is asked now is returned by the next call.
         """
-        asked, self._asked = self._asked, Request(0)
-        if (
-            Request.STOP in asked and self._signal
-        ):  # not in the handler, which may be within a print
+        asked = Request(0)
+        while self._asked:
+            asked |= self._asked.popleft()
+        if Request.STOP in asked and self._signal:  # not in the handler: it may be within a print
             again = " Ctrl-C once more ends it at once." if self._signal == signal.SIGINT else ""
             print(f"\n{self._signal.name}: saving, then ending.{again}", flush=True)
         due = self.save_every and time.monotonic() - self._saved_at >= self.save_every
         if due and jax.process_index() == 0:
             asked |= Request.SAVE
+            self._saved_at = time.monotonic()  # or the next poll, before that save, asks for two
         if self._share is None:
             return asked
         before, self._shared = self._shared, self._share(asked)
@@ -114,7 +117,7 @@ class Requests:
 
     def repeat(self, asked: Request) -> None:
         """Has the next polls return once more what could not be served."""
-        self._asked |= asked
+        self._asked.append(asked)
 
     def saved(self) -> None:
         """Begins the time to the next save."""
@@ -131,7 +134,7 @@ class Requests:
         del frame
         request, name = _SIGNALS[signal.Signals(number)], signal.Signals(number).name
         if request is not Request.STOP:
-            self._asked |= request
+            self._asked.append(request)
             return
         if number == signal.SIGINT and (not self._deferred or self._signal == signal.SIGINT):
             raise KeyboardInterrupt
@@ -139,7 +142,7 @@ class Requests:
             text = f"{name}, and no step is under way. The same command resumes."
             raise Stopped(text, ExitCode.RESUME)
         self._signal = signal.Signals(number)
-        self._asked |= request
+        self._asked.append(request)
 
 
 def _sharing(mesh: Mesh) -> Callable[[Request], jax.Array]:

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,8 @@ import tiny_run
 import xla_flags
 from several_hosts import endings, flags
 
-from clip_jax.common import metrics
+from clip_jax import sharding
+from clip_jax.common import commands, lifeline, metrics
 from clip_jax.errors import ExitCode, Stopped
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.training import record, train
@@ -154,6 +156,48 @@ def test_saves_by_the_clock(tmp_path, monkeypatch):
     assert 4 <= len(kept) < 12
 
 
+def test_on_several_hosts_the_clock_asks_for_one_save(monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)  # so that the next poll returns a request
+    mesh = sharding.make_mesh()
+    asked = Requests(save_every=10.0)
+    found = []
+    with asked.deferred(mesh):
+        asked._saved_at -= 11
+        for _ in range(5):
+            found.append(asked.poll())
+            if Request.SAVE in found[-1]:
+                asked.saved()
+    assert found == [0, Request.SAVE, 0, 0, 0]
+
+
+def test_no_signal_is_lost_that_comes_within_a_poll():
+    count, asked, sent = 300, Requests(), threading.Semaphore(0)
+    heard = []
+    take = asked._take
+    asked._take = lambda *signal: (take(*signal), heard.append(signal))
+
+    def send() -> None:
+        for _ in range(count):
+            sent.acquire()
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with asked.heard():
+            thread = threading.Thread(target=send, daemon=True)
+            thread.start()
+            for number in range(count):
+                sent.release()
+                found = Request(0)
+                while len(heard) == number:
+                    found |= asked.poll()
+                assert Request.TRACE in found | asked.poll()
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_start_that_is_killed_leaves_its_last_sign_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "_EVERY", 0.05)
     kept = record.Record(tmp_path, time.monotonic())
@@ -171,6 +215,18 @@ def test_a_start_that_is_killed_leaves_its_last_sign_of_life(tmp_path, monkeypat
     assert 0.2 < start["seconds"]["train"] + start["seconds"]["data"] < 5
     assert start["seconds"]["data"] == 0.01
     assert record.Record(tmp_path, time.monotonic()).number == 2
+
+
+def test_hosts_that_have_all_stopped_do_not_wait_for_news(monkeypatch):
+    class Store:
+        def key_value_set(self, key: str, value: str) -> None:
+            pass
+
+    monkeypatch.setattr(lifeline, "_lifeline", lifeline.Lifeline(0, 1, "localhost", Store()))
+    monkeypatch.setattr(lifeline.time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    with pytest.raises(SystemExit) as ended, commands.plain_errors():
+        raise Stopped("SIGTERM", ExitCode.RESUME, everywhere=True)
+    assert ended.value.code == ExitCode.RESUME
 
 
 @pytest.mark.slow
