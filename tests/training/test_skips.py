@@ -10,7 +10,6 @@ import html_page
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 import tiny_run
@@ -179,31 +178,9 @@ def meta(workdir: pathlib.Path, step: int) -> dict:
     return json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
 
 
-def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    """Returns the metrics that do not depend on the speed of the machine, NaN as text."""
-    return {
-        key: str(value)
-        for key, value in tiny_run.read_metrics(workdir).items()
-        if key[1].startswith(("train/", "zeroshot/", "retrieval/"))
-        and not key[1].endswith(("per_second", "per_chip", "mfu"))
-    }
-
-
-def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-    found = {}
-    with ocp.PyTreeCheckpointer() as reader:
-        for item in ("model", "optimizer"):
-            tree = reader.restore(workdir / "checkpoints" / str(step) / item)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return found
-
-
-def assert_same_checkpoint(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    want, got = arrays(one, step), arrays(other, step)
-    assert want.keys() == got.keys()
-    for path, array in want.items():
-        assert array.tobytes() == got[path].tobytes(), path
+def assert_same_run(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
+    assert tiny_run.learned(one) == tiny_run.learned(other)
+    tiny_run.assert_same_checkpoint(one, other, step)
     for field in ("examples_seen", "skipped_steps", "skipped_in_a_row", "rollbacks"):
         assert meta(one, step)[field] == meta(other, step)[field]
 
@@ -242,8 +219,7 @@ def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, cap
     copy = without(whole, tmp_path / "copy", 12)
     shutil.rmtree(copy / "skipped")
     run(copy, **{"step.saved_batches": 2})
-    assert learned(copy) == learned(whole)
-    assert_same_checkpoint(whole, copy, 12)
+    assert_same_run(whole, copy, 12)
 
 
 def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
@@ -296,14 +272,13 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
         assert float(metrics["loss"]) == found[step, "train/loss"]
     batches.close()
     want = {np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)}
-    assert want <= {leaf.tobytes() for leaf in arrays(whole, 12).values()}
+    assert want <= {leaf.tobytes() for leaf in tiny_run.read_checkpoint(whole, 12).values()}
     # Killed after the next checkpoint, and before it: then it goes back once more.
     for lost in ((12,), (8, 12)):
         copy = without(whole, tmp_path / f"without_{len(lost)}", *lost)
         run(copy, **{"step.max_skipped": 2})
         assert ("Steps 6 to 8 were skipped" in capsys.readouterr().out) == (8 in lost)
-        assert learned(copy) == learned(whole)
-        assert_same_checkpoint(whole, copy, 12)
+        assert_same_run(whole, copy, 12)
 
 
 def test_a_run_that_only_skips_ends_with_an_error(tmp_path, bad_steps):
