@@ -224,7 +224,7 @@ def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, cap
 
 def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
     bad_steps({3, 5})
-    run(tmp_path, **{"step.saved_batches": 1, "duration": "6 steps"})
+    run(tmp_path, **{"step.saved_batches": 1})
     assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_0000003.npz"]
     saved = np.load(tmp_path / "skipped/step_0000003.npz")
     assert saved["position"].tolist() == list(range(2 * BATCH, 3 * BATCH))
@@ -260,7 +260,18 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     (start,), _ = starts.read(whole)
     assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
     assert starts.account([start]).lost == {1: 4}
-    # By hand: the step, from the state of step 4, on the data from there on.
+
+
+@pytest.mark.slow
+def test_steps_after_a_roll_back_are_those_taken_by_hand_and_resume_to_the_bit(
+    tmp_path, bad_steps, capsys
+):
+    """The step, from the state of step 4, on the data that come after the bad ones."""
+    bad_steps({6, 7, 8})
+    whole = tmp_path / "whole"
+    run(whole, **{"step.max_skipped": 2})
+    found = tiny_run.read_metrics(whole)
+    capsys.readouterr()
     config = tiny_run.config(SETTINGS)
     prepared = runs.prepare(config, tmp_path)
     with checkpoint.Checkpoints(without(whole, tmp_path / "by_hand", 8, 12)) as store:
@@ -304,12 +315,14 @@ def test_a_run_that_only_skips_ends_with_an_error(tmp_path, bad_steps):
     assert sum("back to step" in event["text"] for event in record["events"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_never_took_a_step_has_nowhere_to_go_back_to(tmp_path, bad_steps):
     bad_steps(range(1, 1000))
     with pytest.raises(UserError, match=r"Steps 1 to 2 .* there is no checkpoint to go back to"):
         run(tmp_path, **{"step.max_skipped": 1})
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_names_the_remedy_which_resumes_it(tmp_path, bad_steps):
     bad_steps({6})
     with pytest.raises(UserError, match=r"is nan at step 6.*--config\.step\.nonfinite=skip"):
@@ -321,7 +334,7 @@ def test_a_run_that_stops_names_the_remedy_which_resumes_it(tmp_path, bad_steps)
 def test_a_batch_that_cannot_be_saved_does_not_end_the_run(tmp_path, bad_steps, capsys):
     (tmp_path / "skipped").write_text("a file where a folder should be")
     bad_steps({3})
-    run(tmp_path, **{"duration": "4 steps"})
+    run(tmp_path)
     assert re.search(r"Skipped: step 3 .*could not be saved: .*skipped", capsys.readouterr().out)
 
 
