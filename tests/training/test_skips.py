@@ -331,6 +331,7 @@ def test_a_run_that_stops_names_the_remedy_which_resumes_it(tmp_path, bad_steps)
     assert meta(tmp_path, 12)["skipped_steps"] == {"non-finite step": 1}
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_saved_does_not_end_the_run(tmp_path, bad_steps, capsys):
     (tmp_path / "skipped").write_text("a file where a folder should be")
     bad_steps({3})
