@@ -193,7 +193,7 @@ def without(workdir: pathlib.Path, copy: pathlib.Path, *steps: int) -> pathlib.P
     return copy
 
 
-def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, capsys):
+def test_a_run_skips_and_saves_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, capsys):
     bad_steps({3, 8, 9})
     whole = tmp_path / "whole"
     run(whole, **{"step.saved_batches": 2})
@@ -215,6 +215,9 @@ def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, cap
     )
     events = json.loads((whole / "starts/0001.json").read_text())["events"]
     assert [event["step"] for event in events] == [3, 8, 9]
+    names = sorted(path.name for path in (whole / "skipped").iterdir())
+    assert names == ["step_0000003.npz", "step_0000008.npz"]
+    assert_saved_with_its_keys(whole)
     # Resumed in the middle of a row.
     copy = without(whole, tmp_path / "copy", 12)
     shutil.rmtree(copy / "skipped")
@@ -222,15 +225,13 @@ def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, cap
     assert_same_run(whole, copy, 12)
 
 
-def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
-    bad_steps({3, 5})
-    run(tmp_path, **{"step.saved_batches": 1})
-    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_0000003.npz"]
-    saved = np.load(tmp_path / "skipped/step_0000003.npz")
+def assert_saved_with_its_keys(workdir: pathlib.Path) -> None:
+    """The batch of step 3."""
+    saved = np.load(workdir / "skipped/step_0000003.npz")
     assert saved["position"].tolist() == list(range(2 * BATCH, 3 * BATCH))
     assert (saved["image"] == 255).all((1, 2, 3)).tolist() == [i == 3 for i in range(BATCH)]
     assert not saved["replaced"].any()
-    prepared = runs.prepare(tiny_run.config(SETTINGS), tmp_path)
+    prepared = runs.prepare(tiny_run.config(SETTINGS), workdir)
     for position, key, tokens in zip(saved["position"], saved["key"], saved["tokens"]):
         example = prepared.source[prepared.order[int(position)]]
         assert key == example.key
