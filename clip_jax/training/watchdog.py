@@ -105,7 +105,7 @@ class Watchdog:
                 yield
             finally:
                 os.write(wake, _STOP)
-                thread.join(_TICK)
+                thread.join(_END_WITHIN)  # it may be asking the others, and its pipe is closed next
 
     def report(self) -> dict[str, Any]:
         """Returns what this host is doing."""

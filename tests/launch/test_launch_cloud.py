@@ -183,7 +183,7 @@ def test_watch_outlives_a_preemption(told_by, cloud):
             assert cloud.arguments() == first
             assert len(cloud.processes()) == 2
             cloud.set(finish="")
-            said, _ = watch.communicate(timeout=30)
+            said, _ = watch.communicate(timeout=90)
         finally:
             watch.kill()
     assert watch.returncode == 0, said
@@ -215,7 +215,7 @@ def test_watch_ends_without_a_preemption(change, wanted, cloud):
     with watch:
         cloud.arguments()
         cloud.set(**change)
-        said, _ = watch.communicate(timeout=30)
+        said, _ = watch.communicate(timeout=90)
     assert watch.returncode == 1
     assert re.search(wanted, said, re.DOTALL), said
     assert "queued-resources create" not in cloud.calls()
@@ -242,7 +242,7 @@ def test_watch_starts_again_what_missed_a_host(cloud):
         (cloud.folder / "miss").unlink()
         assert cloud.arguments() == first
         cloud.set(finish="")
-        said, _ = watch.communicate(timeout=30)
+        said, _ = watch.communicate(timeout=90)
     assert watch.returncode == 0, said
     assert "The run is lost." in said
     assert "The run is over: finished." in said
@@ -283,10 +283,10 @@ def test_watch_does_not_count_what_is_lost_later(cloud):
         text=True,
     )
     with watch:
-        fake_cloud.wait_until(lambda: cloud.calls().count("tpu-vm scp") >= 3, seconds=40)
+        fake_cloud.wait_until(lambda: cloud.calls().count("tpu-vm scp") >= 3)
         (cloud.folder / "miss").unlink()
         cloud.set(finish="")
-        said, _ = watch.communicate(timeout=30)
+        said, _ = watch.communicate(timeout=90)
     assert watch.returncode == 0, said
 
 
@@ -310,7 +310,7 @@ def test_watch_does_not_start_again_what_was_stopped(cloud):
         fake_cloud.wait_until(lambda: (worker / "clip_jax/run.status").exists())
         assert (worker / "clip_jax/run.status").read_text() == "42\n"
         cloud.ready(f"stop {HERE}")
-        said, _ = watch.communicate(timeout=30)
+        said, _ = watch.communicate(timeout=90)
     assert watch.returncode == 1
     assert "The run is over: stopped." in said
     assert starts(cloud) == [1, 1]
@@ -338,7 +338,7 @@ def test_watch_does_not_ask_again_for_what_was_deleted(cloud):
         fake_cloud.wait_until(lambda: "queued-resources create" in cloud.calls())
         fake_cloud.wait_until(lambda: cloud.calls()[-1] == "queued-resources describe")
         cloud.set(state="NONE")
-        _, said = watch.communicate(timeout=30)
+        _, said = watch.communicate(timeout=90)
     assert watch.returncode == 1
     assert "deleted while it was waited for" in said
     assert cloud.calls().count("queued-resources create") == 1

@@ -373,7 +373,7 @@ def test_watch(tmp_path):
     )
     assert any("Storage failed." in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
     assert "Traceback" not in errors
 

@@ -205,7 +205,7 @@ class Cloud:
             os.killpg(pid, signal.SIGKILL)
 
 
-def wait_until(condition, seconds: float = 20) -> None:
+def wait_until(condition, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"

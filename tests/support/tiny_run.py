@@ -68,12 +68,13 @@ def read_metrics(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
     return found
 
 
-def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    """Returns the metrics that do not depend on the speed of the machine."""
+def learned(workdir: pathlib.Path) -> dict[tuple[int, str], str]:
+    """Returns the metrics that do not depend on the machine, as text, so that NaN equals NaN."""
+    of_machine = ("train/images_per_second", "train/mfu", "data/", "time/", "host/", "device/")
     return {
-        key: value
+        key: str(value)
         for key, value in read_metrics(workdir).items()
-        if not key[1].startswith(("train/images_per_second", "data/", "time/", "host/"))
+        if not key[1].startswith(of_machine)
     }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 
@@ -20,8 +21,7 @@ def disk(tmp_path) -> Iterator[pathlib.Path]:
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=150m", "tmpfs", place]
-    mounted = subprocess.run(mount, capture_output=True, check=False)
-    if mounted.returncode:
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a disk")
     yield place
     subprocess.run(["umount", "--lazy", place], check=True)

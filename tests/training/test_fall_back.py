@@ -75,7 +75,13 @@ def replace(path: pathlib.Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize(
+    "how",
+    [
+        how if how in ("flipped", "no meta") else pytest.param(how, marks=pytest.mark.slow)
+        for how in DAMAGE
+    ],
+)
 def test_the_one_before_is_taken(workdir, how: str):
     DAMAGE[how](folder(workdir, 12))
     found, said = resume(workdir)

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import tiny
 import tiny_run
 import xla_flags
 from several_hosts import endings, flags
@@ -58,13 +59,28 @@ def assert_goes_on_to_the_bit(workdir: pathlib.Path) -> None:
     tiny_run.assert_same_checkpoint(workdir, whole, step=12)
 
 
+SIGNALS = [
+    (signal.SIGTERM, ExitCode.RESUME),
+    (signal.SIGHUP, ExitCode.RESUME),
+    (signal.SIGINT, ExitCode.INTERRUPTED),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_signals_that_ask_for_a_stop(number, code):
+    before, asked = signal.getsignal(number), Requests()
+    with asked.heard(), asked.deferred(tiny.make_mesh(1, 1)):
+        assert not asked.poll()
+        os.kill(os.getpid(), number)
+        assert asked.poll() == Request.STOP
+        assert asked.stopped(3).exit_code == code
+        assert str(asked.stopped(3)).startswith(f"{number.name}: saved at step 3.")
+    assert signal.getsignal(number) is before
+
+
 @pytest.mark.parametrize(
     ("number", "code"),
-    [
-        (signal.SIGTERM, ExitCode.RESUME),
-        (signal.SIGHUP, ExitCode.RESUME),
-        (signal.SIGINT, ExitCode.INTERRUPTED),
-    ],
+    [SIGNALS[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in SIGNALS[1:])],
 )
 def test_a_signal_saves_the_step_under_way(tmp_path, send, monkeypatch, number, code):
     before = signal.getsignal(number)
@@ -99,12 +115,11 @@ def test_a_signal_ends_an_evaluation_which_the_next_start_does(tmp_path, monkeyp
         rows = tiny_run.read_metrics(tmp_path)
         assert (6, "train/loss") in rows
         assert (6, "zeroshot/top1") not in rows
-        with pytest.raises(Stopped, match="saved at step 6"):  # in the same evaluation
-            train.train(tiny_run.config(), tmp_path)
     assert_goes_on_to_the_bit(tmp_path)
     assert capsys.readouterr().out.count("step 6 evaluation") == 1
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_evaluation(tmp_path, send, monkeypatch):
     send(12, signal.SIGTERM)
     with pytest.raises(Stopped, match="saved at step 12"):
@@ -206,13 +221,16 @@ def test_a_start_that_is_killed_leaves_its_last_sign_of_life(tmp_path, monkeypat
         kept.begins(3)
         kept.reached(5, waited=0.01)
         kept.add(4, "something went wrong")
-        time.sleep(0.3)
-        (start,) = starts(tmp_path)
+        deadline, seconds = time.monotonic() + 30, 0.0
+        while seconds <= 0.2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+            (start,) = starts(tmp_path)
+            seconds = start["seconds"].get("train", 0.0)
     kept._ended.set()
     assert start["ended"] is start["end"] is None
     assert (start["from_step"], start["step"], start["command"]) == (3, 5, "train")
     assert [event["text"] for event in start["events"]] == ["something went wrong"]
-    assert 0.2 < start["seconds"]["train"] + start["seconds"]["data"] < 5
+    assert 0.2 < seconds < 30
     assert start["seconds"]["data"] == 0.01
     assert record.Record(tmp_path, time.monotonic()).number == 2
 

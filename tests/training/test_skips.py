@@ -10,7 +10,6 @@ import html_page
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tiny
 import tiny_run
@@ -179,31 +178,9 @@ def meta(workdir: pathlib.Path, step: int) -> dict:
     return json.loads((workdir / f"checkpoints/{step}/meta/metadata").read_text())
 
 
-def learned(workdir: pathlib.Path) -> dict[tuple[int, str], float]:
-    """Returns the metrics that do not depend on the speed of the machine, NaN as text."""
-    return {
-        key: str(value)
-        for key, value in tiny_run.read_metrics(workdir).items()
-        if key[1].startswith(("train/", "zeroshot/", "retrieval/"))
-        and not key[1].endswith(("per_second", "per_chip", "mfu"))
-    }
-
-
-def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
-    found = {}
-    with ocp.PyTreeCheckpointer() as reader:
-        for item in ("model", "optimizer"):
-            tree = reader.restore(workdir / "checkpoints" / str(step) / item)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-                found[item + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return found
-
-
-def assert_same_checkpoint(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
-    want, got = arrays(one, step), arrays(other, step)
-    assert want.keys() == got.keys()
-    for path, array in want.items():
-        assert array.tobytes() == got[path].tobytes(), path
+def assert_same_run(one: pathlib.Path, other: pathlib.Path, step: int) -> None:
+    assert tiny_run.learned(one) == tiny_run.learned(other)
+    tiny_run.assert_same_checkpoint(one, other, step)
     for field in ("examples_seen", "skipped_steps", "skipped_in_a_row", "rollbacks"):
         assert meta(one, step)[field] == meta(other, step)[field]
 
@@ -216,7 +193,7 @@ def without(workdir: pathlib.Path, copy: pathlib.Path, *steps: int) -> pathlib.P
     return copy
 
 
-def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, capsys):
+def test_a_run_skips_and_saves_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, capsys):
     bad_steps({3, 8, 9})
     whole = tmp_path / "whole"
     run(whole, **{"step.saved_batches": 2})
@@ -238,23 +215,23 @@ def test_a_run_skips_bad_batches_and_resumes_to_the_bit(tmp_path, bad_steps, cap
     )
     events = json.loads((whole / "starts/0001.json").read_text())["events"]
     assert [event["step"] for event in events] == [3, 8, 9]
+    names = sorted(path.name for path in (whole / "skipped").iterdir())
+    assert names == ["step_0000003.npz", "step_0000008.npz"]
+    assert_saved_with_its_keys(whole)
     # Resumed in the middle of a row.
     copy = without(whole, tmp_path / "copy", 12)
     shutil.rmtree(copy / "skipped")
     run(copy, **{"step.saved_batches": 2})
-    assert learned(copy) == learned(whole)
-    assert_same_checkpoint(whole, copy, 12)
+    assert_same_run(whole, copy, 12)
 
 
-def test_a_skipped_batch_is_saved_with_its_keys(tmp_path, bad_steps):
-    bad_steps({3, 5})
-    run(tmp_path, **{"step.saved_batches": 1, "duration": "6 steps"})
-    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_0000003.npz"]
-    saved = np.load(tmp_path / "skipped/step_0000003.npz")
+def assert_saved_with_its_keys(workdir: pathlib.Path) -> None:
+    """The batch of step 3."""
+    saved = np.load(workdir / "skipped/step_0000003.npz")
     assert saved["position"].tolist() == list(range(2 * BATCH, 3 * BATCH))
     assert (saved["image"] == 255).all((1, 2, 3)).tolist() == [i == 3 for i in range(BATCH)]
     assert not saved["replaced"].any()
-    prepared = runs.prepare(tiny_run.config(SETTINGS), tmp_path)
+    prepared = runs.prepare(tiny_run.config(SETTINGS), workdir)
     for position, key, tokens in zip(saved["position"], saved["key"], saved["tokens"]):
         example = prepared.source[prepared.order[int(position)]]
         assert key == example.key
@@ -284,7 +261,18 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     (start,), _ = starts.read(whole)
     assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
     assert starts.account([start]).lost == {1: 4}
-    # By hand: the step, from the state of step 4, on the data from there on.
+
+
+@pytest.mark.slow
+def test_steps_after_a_roll_back_are_those_taken_by_hand_and_resume_to_the_bit(
+    tmp_path, bad_steps, capsys
+):
+    """The step, from the state of step 4, on the data that come after the bad ones."""
+    bad_steps({6, 7, 8})
+    whole = tmp_path / "whole"
+    run(whole, **{"step.max_skipped": 2})
+    found = tiny_run.read_metrics(whole)
+    capsys.readouterr()
     config = tiny_run.config(SETTINGS)
     prepared = runs.prepare(config, tmp_path)
     with checkpoint.Checkpoints(without(whole, tmp_path / "by_hand", 8, 12)) as store:
@@ -296,14 +284,13 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
         assert float(metrics["loss"]) == found[step, "train/loss"]
     batches.close()
     want = {np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state.params)}
-    assert want <= {leaf.tobytes() for leaf in arrays(whole, 12).values()}
+    assert want <= {leaf.tobytes() for leaf in tiny_run.read_checkpoint(whole, 12).values()}
     # Killed after the next checkpoint, and before it: then it goes back once more.
     for lost in ((12,), (8, 12)):
         copy = without(whole, tmp_path / f"without_{len(lost)}", *lost)
         run(copy, **{"step.max_skipped": 2})
         assert ("Steps 6 to 8 were skipped" in capsys.readouterr().out) == (8 in lost)
-        assert learned(copy) == learned(whole)
-        assert_same_checkpoint(whole, copy, 12)
+        assert_same_run(whole, copy, 12)
 
 
 def test_a_run_that_only_skips_ends_with_an_error(tmp_path, bad_steps):
@@ -329,12 +316,14 @@ def test_a_run_that_only_skips_ends_with_an_error(tmp_path, bad_steps):
     assert sum("back to step" in event["text"] for event in record["events"]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_that_never_took_a_step_has_nowhere_to_go_back_to(tmp_path, bad_steps):
     bad_steps(range(1, 1000))
     with pytest.raises(UserError, match=r"Steps 1 to 2 .* there is no checkpoint to go back to"):
         run(tmp_path, **{"step.max_skipped": 1})
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_names_the_remedy_which_resumes_it(tmp_path, bad_steps):
     bad_steps({6})
     with pytest.raises(UserError, match=r"is nan at step 6.*--config\.step\.nonfinite=skip"):
@@ -343,10 +332,11 @@ def test_a_run_that_stops_names_the_remedy_which_resumes_it(tmp_path, bad_steps)
     assert meta(tmp_path, 12)["skipped_steps"] == {"non-finite step": 1}
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_saved_does_not_end_the_run(tmp_path, bad_steps, capsys):
     (tmp_path / "skipped").write_text("a file where a folder should be")
     bad_steps({3})
-    run(tmp_path, **{"duration": "4 steps"})
+    run(tmp_path)
     assert re.search(r"Skipped: step 3 .*could not be saved: .*skipped", capsys.readouterr().out)
 
 

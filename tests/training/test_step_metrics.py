@@ -26,8 +26,10 @@ def norm(leaves: list[np.ndarray]) -> float:
     return np.sqrt(sum(np.sum(leaf.astype(np.float64) ** 2) for leaf in leaves))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("batch", [2, 16, 256, 600, 1001])
+@pytest.mark.parametrize(
+    ("batch", "dtype"),
+    [(2, "float32"), (16, "bfloat16"), (256, "float32"), (600, "bfloat16"), (1001, "float32")],
+)
 def test_geometry(batch: int, dtype: str):
     rng = np.random.default_rng(batch)
     made = rng.normal(0.3, 1, (2, batch, 8))
@@ -77,7 +79,12 @@ def expected() -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("axes", "accum_steps"), [pytest.param(ONE, 1, marks=pytest.mark.slow), (FSDP, 1), (FSDP, 2)]
+    ("axes", "accum_steps"),
+    [
+        pytest.param(ONE, 1, marks=pytest.mark.slow),
+        pytest.param(FSDP, 1, marks=pytest.mark.slow),
+        (FSDP, 2),
+    ],
 )
 def test_metrics_of_the_step(axes: tuple[int, int], accum_steps: int):
     net, mesh = tiny.make_net("vit"), tiny.make_mesh(*axes)

@@ -95,28 +95,28 @@ def test_one_host(tmp_path):
 @pytest.mark.parametrize(
     ("how", "place", "hint"),
     [
-        ("waiting for data", "host 2: waiting for data after step 3", "See to host 2 first."),
+        ("waiting for data", "host 1: waiting for data after step 3", "See to host 1 first."),
         pytest.param(
-            "a step behind", "host 2: in step 3", "See to host 2 first.", marks=pytest.mark.slow
+            "a step behind", "host 1: in step 3", "See to host 1 first.", marks=pytest.mark.slow
         ),
         pytest.param(
             "evaluating",
-            "host 2: evaluating after step 3",
-            "See to host 2 first.",
+            "host 1: evaluating after step 3",
+            "See to host 1 first.",
             marks=pytest.mark.slow,
         ),
-        pytest.param("in step", "osts 0, 1, 2: in step 3", "same place", marks=pytest.mark.slow),
+        pytest.param("in step", "osts 0, 1: in step 3", "same place", marks=pytest.mark.slow),
     ],
 )
 def test_several_hosts(how, place, hint, tmp_path):
-    ended = run(how, tmp_path, 3)
+    ended = run(how, tmp_path, 2)
     (file,) = files(tmp_path)
     first = ended[0].stderr
     for text in (first.strip().splitlines()[-1], file.read_text()):
         assert place in text
         assert hint in text
-    assert file.read_text().count("in stuck_in_a_collective") == 3
-    assert "Stack on hosts 0, 1, 2:" in first
+    assert file.read_text().count("in stuck_in_a_collective") == 2
+    assert "Stack on hosts 0, 1:" in first
     for host, each in enumerate(ended):
         assert each.returncode == ExitCode.RESUME
         assert hint in each.stderr
@@ -125,6 +125,7 @@ def test_several_hosts(how, place, hint, tmp_path):
         assert "Traceback" not in each.stderr
 
 
+@pytest.mark.slow
 def test_frozen_host_is_named(tmp_path):
     first, other, frozen = run("frozen", tmp_path, 3)
     for each in (first, other):
@@ -133,14 +134,12 @@ def test_frozen_host_is_named(tmp_path):
     assert frozen.returncode == ExitCode.RESUME  # it wakes up, and its connection is closed
 
 
-@pytest.mark.slow
 def test_frozen_first_host_is_named(tmp_path):
-    first, *others = run("first frozen", tmp_path, 3)
-    for each in others:
-        assert each.returncode == ExitCode.RESUME
-        assert "no answer from host 0, as if frozen or gone. See to host 0 first." in each.stderr
+    first, other = run("first frozen", tmp_path, 2)
+    assert other.returncode == ExitCode.RESUME
+    assert "no answer from host 0, as if frozen or gone. See to host 0 first." in other.stderr
     assert first.returncode == ExitCode.RESUME
-    assert {file.stem[-5:] for file in files(tmp_path)} == {"host1", "host2"}
+    assert [file.stem[-5:] for file in files(tmp_path)] == ["host1"]
 
 
 @pytest.mark.slow
@@ -221,7 +220,7 @@ def test_limits(limit, phase, ends, tmp_path, monkeypatch):
     monkeypatch.setattr(watchdog, "_TICK", 0.02)
     dog = watchdog.Watchdog(limit, {"data": LATER}, lambda: phase, lambda: "", tmp_path)
     with dog.watching():
-        assert ended.wait(1.0) == ends
+        assert ended.wait(30 if ends else 0.7) == ends
 
 
 @pytest.mark.slow
