@@ -69,11 +69,21 @@ def _parse(duration: str, units: Collection[str]) -> tuple[float, str]:
         number, unit = -1.0, ""
     unit = unit if unit.endswith("s") or unit == "percent" else unit + "s"
     if not math.isfinite(number) or number < 0 or unit not in units:
+        examples = '"500 steps" or "10 minutes"' if "minutes" in units else '"500 steps"'
         raise UserError(
             f"{duration!r} is not a duration: write a number and one of {', '.join(units)}, "
-            'such as "500 steps" or "32 epochs".'
+            f"such as {examples}."
         )
     return number, unit
+
+
+def fault(duration: str, *, may_be_time: bool = False) -> str:
+    """Returns the error that a duration would give, whatever the run; "": none."""
+    try:
+        _parse(duration, (*_SECONDS, *UNITS) if may_be_time else UNITS)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def is_due(step: int, every: int, last: int) -> bool:
