@@ -94,34 +94,16 @@ def _train(
             workdir.check(directory, config)
         stack.enter_context(record.kept(**_facts(run, config, command)))
         _announce(run, config)
-        start = None
-        if config.init_from and resumed is None:
-            from clip_jax.training import warm_start  # with readers of all formats of weights
-
-            start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
-            _say(f"Starting from the model in {config.init_from}.")
-        finished = resumed == run.total_steps
-        with record.during("compile"):
-            step_fn = None if finished else _compile(run, config)
+        start = _initial_variables(run, config) if resumed is None else None
+        # Early: a step that does not fit into memory is said before anything is read.
+        step_fn = None if resumed == run.total_steps else _compile(run, config, record)
         workdir.write(directory, config)
         if resumed is None:
-            resume_state = ResumeState()
-            state = run.program.init(start)
+            resume_state, state = ResumeState(), run.program.init(start)
         else:
-            found = store.restore_latest(run.program.state)
-            resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
-            _check_data(found.meta, run, config, directory)
-            state = found.state
-            if found.step == run.total_steps:
-                _say(
-                    f"The run in {directory} is finished, at step {found.step:,}: it is evaluated "
-                    "once more, for the report. To train on, start another --workdir with "
-                    f"--config.init_from={directory}."
-                )
-            else:
-                _say(f"Resuming {directory} from step {found.step:,}.")
-                with record.during("compile"):
-                    step_fn = step_fn or _compile(run, config)
+            resume_state, state = _restore(run, config, directory, store)
+            if resume_state.step < run.total_steps and step_fn is None:  # it has fallen back
+                step_fn = _compile(run, config, record)
         record.begins(resume_state.step)
         while True:
             data = open_data(run, config, directory, resume_state.examples_seen)
@@ -158,10 +140,40 @@ def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
     }
 
 
-def _compile(run: Run, config: ConfigDict) -> jax.stages.Compiled:
+def _initial_variables(run: Run, config: ConfigDict) -> Any:
+    """Reads the model that the run starts from; None: it starts at random."""
+    if not config.init_from:
+        return None
+    from clip_jax.training import warm_start  # with readers of all formats of weights
+
+    start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
+    _say(f"Starting from the model in {config.init_from}.")
+    return start
+
+
+def _restore(
+    run: Run, config: ConfigDict, directory: epath.PathLike, store: checkpoint.Checkpoints
+) -> tuple[ResumeState, train_state.TrainState]:
+    """Reads the newest checkpoint that is whole."""
+    found = store.restore_latest(run.program.state)
+    resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
+    _check_data(found.meta, run, config, directory)
+    if found.step == run.total_steps:
+        _say(
+            f"The run in {directory} is finished, at step {found.step:,}: it is evaluated once "
+            "more, for the report. To train on, start another --workdir with "
+            f"--config.init_from={directory}."
+        )
+    else:
+        _say(f"Resuming {directory} from step {found.step:,}.")
+    return resume_state, found.state
+
+
+def _compile(run: Run, config: ConfigDict, record: Record) -> jax.stages.Compiled:
     """Compiles the training step; UserError where it does not fit into memory."""
     began = time.monotonic()
-    compiled = run.program.lower().compile()
+    with record.during("compile"):
+        compiled = run.program.lower().compile()
     _check_memory(compiled.memory_analysis(), config.batch_size)
     _say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
     return compiled
