@@ -295,6 +295,7 @@ class Checkpoints:
         self.finish()
         for later in [other for other in self.steps() if other > step]:
             faults.repeat(functools.partial(self._manager.delete, later), self.directory)
+        self._best = self._best_kept()
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """Reads the description saved with a checkpoint."""

@@ -138,6 +138,8 @@ class Requests:
             return
         if number == signal.SIGINT and (not self._deferred or self._signal == signal.SIGINT):
             raise KeyboardInterrupt
+        if not self._deferred and self._signal:
+            return  # it ends already; schedulers like to send it twice
         if not self._deferred:
             text = f"{name}, and no step is under way. The same command resumes."
             raise Stopped(text, ExitCode.RESUME)

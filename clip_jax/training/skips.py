@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, writing
+from clip_jax.training.run import list_counts
 
 DIRECTORY = "skipped"  # inside the workdir
 
@@ -161,8 +162,8 @@ def give_up(
     return UserError(
         f"Steps {found.first:,} to {found.last:,} were skipped, more in a row than "
         f"step.max_skipped = {config.max_skipped} allows, and {why}. Skipped in the whole run: "
-        f"{_list(counts)}.{saved if config.saved_batches else ''} Run the same command with a "
-        "lower --config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
+        f"{list_counts(counts)}.{saved if config.saved_batches else ''} Run the same command with "
+        "a lower --config.optim.learning_rate, a longer --config.optim.warmup or a bound such as "
         "--config.optim.grad_clip_norm=1.0, and --config.checkpoint.allow_config_change=True; "
         "where good steps were skipped as spikes, with a higher --config.step.max_grad_norm; or "
         f"to go on as before, with --config.step.max_rollbacks={len(rollbacks) + 3}."
@@ -173,12 +174,8 @@ def notes(counts: Mapping[str, int], rollbacks: Sequence[Mapping[str, int]]) -> 
     """Returns sentences about the skipped steps of a run and its roll-backs, for its report."""
     if not counts:
         return []
-    told = [f"Skipped steps: {_list(counts)}."]
+    told = [f"Skipped steps: {list_counts(counts)}."]
     return [*told, f"Gone back {_list_rollbacks(rollbacks)}."] if rollbacks else told
-
-
-def _list(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} x {name}" for name, count in Counter(counts).most_common())
 
 
 def _list_rollbacks(rollbacks: Sequence[Mapping[str, int]]) -> str:

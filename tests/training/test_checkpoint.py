@@ -221,6 +221,17 @@ def test_metrics_damaged(tmp_path, text: str, caplog):
     assert "checkpoints/4 are damaged: it does not count as the best" in caplog.text
 
 
+def test_the_best_of_discarded_checkpoints_no_longer_counts(tmp_path):
+    scores = {3: {"score": 0.5}, 4: {"score": 0.9}}
+    with checkpoint.Checkpoints(tmp_path, best_metric="score", keep=2) as store:
+        for step, metrics in scores.items():
+            store.save(make_state(), step, META, metrics)
+        store.discard_after(3)
+        assert store.steps() == [3]
+        assert store.improves({"score": 0.6})
+        assert not store.improves({"score": 0.4})
+
+
 @pytest.mark.parametrize("name", ["resnet", "wider"])
 def test_checkpoint_of_another_model(tmp_path, name: str):
     save(tmp_path, {3: {}})

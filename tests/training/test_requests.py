@@ -171,6 +171,17 @@ def test_saves_by_the_clock(tmp_path, monkeypatch):
     assert 4 <= len(kept) < 12
 
 
+def test_a_second_sigterm_leaves_the_end_alone():
+    asked = Requests()
+    with asked.heard():
+        with asked.deferred(sharding.make_mesh()):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked.poll() == Request.STOP
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_on_several_hosts_the_clock_asks_for_one_save(monkeypatch):
     monkeypatch.setattr("jax.process_count", lambda: 2)  # so that the next poll returns a request
     mesh = sharding.make_mesh()
