@@ -133,13 +133,16 @@ class Requests:
         if request is not Request.STOP:
             self._asked |= request
             return
-        if number == signal.SIGINT and (not self._deferred or self._signal == signal.SIGINT):
+        twice = number == signal.SIGINT and self._signal == signal.SIGINT
+        # Kept for `poll` too: what a handler raises within a callback of the garbage collector is
+        # printed and lost.
+        self._signal = signal.Signals(number)
+        self._asked |= request
+        if number == signal.SIGINT and (twice or not self._deferred):
             raise KeyboardInterrupt
         if not self._deferred:
             text = f"{name}, and no step is under way. The same command resumes."
             raise Stopped(text, ExitCode.RESUME)
-        self._signal = signal.Signals(number)
-        self._asked |= request
 
 
 def _sharing(mesh: Mesh) -> Callable[[Request], jax.Array]:
