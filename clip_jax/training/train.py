@@ -312,7 +312,7 @@ def _report(
         images_per_second=statistics.median(rates) if rates else 0.0,
         skipped=done.skipped,
         truncated=done.truncated,
-        config_text=str(config),
+        config_text=workdir.to_json(config),
         notes=[*run.evaluator.notes, *skips.notes(done.skipped_steps, done.rollbacks)],
     )
     if failures := faults.counts():
