@@ -220,6 +220,8 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
 def _no_run(name: str, workdir: epath.Path) -> str:
     if not remote.is_remote(workdir):
         inner = sorted(path.parent.name for path in workdir.glob("*/config.json"))
+        if len(inner) == 1:
+            return f"{name} is no workdir of a run, but holds one: {os.path.join(name, inner[0])}."
         if inner:
             return (
                 f"{name} is no workdir of a run, but holds {len(inner)}: give "
