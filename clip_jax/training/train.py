@@ -45,6 +45,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     """
     began = time.monotonic()
     directory = locations.reachable(directory)
+    notices.check_durations(config)
     requests = Requests(clock.to_seconds(config.checkpoint.every) or 0.0)
     with requests.heard():
         return _train(config, directory, command, requests, began)
