@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from clip_jax import choices
-from clip_jax.common import clock
 from clip_jax.errors import UserError
 from clip_jax.models import sizes
 
@@ -158,16 +157,6 @@ def validate(config: ConfigDict) -> None:
     ):
         if not value >= least:  # NaN too
             problems.append(f"{name} is {value}, and must be at least {least}")
-    for name, duration in (
-        ("duration", config.duration),
-        ("optim.warmup", config.optim.warmup),
-        ("eval.every", config.eval.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.every", config.log.every),
-        ("log.trace", config.log.trace or "0 steps"),
-    ):
-        if text := clock.fault(duration, may_be_time=name == "checkpoint.every"):
-            problems.append(f"{name}: {text.removesuffix('.')}")
     names = [name.strip() for name in config.log.trackers.split(",") if name.strip()]
     if unknown := [name for name in names if name not in choices.TRACKERS]:
         problems.append(

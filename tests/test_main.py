@@ -219,23 +219,3 @@ def test_validate_names_every_problem_at_once():
         default.validate(config)
     assert re.search(r"seed is -1.*at least 0", str(caught.value))
     assert re.search(r"model\.dtype is 'float64'.*bfloat16", str(caught.value), re.IGNORECASE)
-
-
-@pytest.mark.parametrize(
-    "name", ["duration", "optim.warmup", "eval.every", "checkpoint.every", "log.every", "log.trace"]
-)
-def test_a_wrong_unit_names_its_setting(name: str):
-    config = vit_b32.get_config("smoke")
-    group, _, field = name.rpartition(".")
-    (config[group] if group else config)[field] = "10 min"
-    with pytest.raises(UserError, match=rf"{name}: '10 min' is not a duration: .* steps"):
-        default.validate(config)
-
-
-def test_only_checkpoints_are_saved_by_the_clock():
-    config = vit_b32.get_config("smoke")
-    config.checkpoint.every = "10 minutes"
-    default.validate(config)
-    config.log.every = "10 minutes"
-    with pytest.raises(UserError, match=r"run: log\.every: '10 minutes' is not a duration"):
-        default.validate(config)

@@ -26,10 +26,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def short(value: float) -> str:
-    """Formats a number in about five characters: 2.5e-4, 0.05, 12.5, 1191, 12k, 3M."""
+    """Formats a number in about five characters: 2.5e-4, 0.05, 12.5, 1191, 12k, 3M, 2e20."""
     if not math.isfinite(value):
         return "not finite"
-    if 0 < abs(value) < 1e-3:
+    if 0 < abs(value) < 1e-3 or abs(value) >= 9.995e15:
         digits, exponent = f"{value:.2e}".split("e")
         return f"{float(digits):g}e{int(exponent)}"
     for unit, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -17,6 +17,7 @@ cannot be read; 42 where its storage cannot be reached.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -57,9 +58,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _interval(given: str) -> float:
-    value = float(given)
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
     if not 0.1 <= value <= 86400:
-        raise argparse.ArgumentTypeError(f"{given} is not between 0.1 and 86,400 seconds")
+        raise argparse.ArgumentTypeError(
+            f"{given!r} is not a number of seconds between 0.1 and 86,400"
+        )
     return value
 
 

@@ -220,6 +220,8 @@ def _look(name: str, now: datetime, before: Run | None) -> Run:
 def _no_run(name: str, workdir: epath.Path) -> str:
     if not remote.is_remote(workdir):
         inner = sorted(path.parent.name for path in workdir.glob("*/config.json"))
+        if len(inner) == 1:
+            return f"{name} is no workdir of a run, but holds one: {os.path.join(name, inner[0])}."
         if inner:
             return (
                 f"{name} is no workdir of a run, but holds {len(inner)}: give "
@@ -354,7 +356,7 @@ def sentence(run: Run) -> str:
     if now is State.DEAD and last is not None:
         if run.silent is not None and run.holder and lease.lives(run.holder) is False:
             gone = f"Its process {run.holder.pid} on {run.holder.host} is gone"
-            return f"{gone}, and left no end: it was killed."
+            return f"{gone}, and left no end: it was killed, or could not write here."
         silence = format_seconds(max(0.0, run.silent or 0.0))
         return (
             f"It has left no end, and no sign of life for {silence} (one comes every 15 s): it was "

@@ -308,9 +308,9 @@ def explained(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    """Returns the first line of an error's message; one that is cut ends with "…"."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 200 else line[:199] + "…"
 
 
 @functools.cache

@@ -12,6 +12,29 @@ from clip_jax.errors import UserError
 _CONTRASTIVE = ("contrastive", "near_duplicates")
 
 
+def _durations(config: ConfigDict) -> dict[str, str]:
+    """Returns the durations of a config by the names of their settings."""
+    return {
+        "duration": config.duration,
+        "optim.warmup": config.optim.warmup,
+        "log.every": config.log.every,
+        "eval.every": config.eval.every,
+        "checkpoint.every": config.checkpoint.every,
+        "log.trace": config.log.trace or "0 steps",
+    }
+
+
+def check_durations(config: ConfigDict) -> None:
+    """Checks how durations are written, before the data are read, which may take minutes.
+
+    Raises:
+      UserError: one has no number or a unit that its setting does not take.
+    """
+    for name, duration in _durations(config).items():
+        if fault := clock.fault(duration, may_be_time=name == "checkpoint.every"):
+            raise UserError(f"{name}: {fault}")
+
+
 def check_batch(config: ConfigDict, examples: int) -> None:
     """Checks the batch of a contrastive loss.
 
@@ -49,14 +72,7 @@ def notices(
     examples, batch = len(source), config.batch_size
     if batch > examples:
         found.append(f"A batch of {batch:,} holds some of the {examples:,} examples several times.")
-    for name, duration in (
-        ("duration", config.duration),
-        ("optim.warmup", config.optim.warmup),
-        ("log.every", config.log.every),
-        ("eval.every", config.eval.every),
-        ("checkpoint.every", config.checkpoint.every),
-        ("log.trace", config.log.trace or "0 steps"),
-    ):
+    for name, duration in _durations(config).items():
         if name == "checkpoint.every" and clock.to_seconds(duration) is not None:
             continue
         steps = clock.exact_steps(

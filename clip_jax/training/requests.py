@@ -136,15 +136,17 @@ class Requests:
         if request is not Request.STOP:
             self._asked.append(request)
             return
-        if number == signal.SIGINT and (not self._deferred or self._signal == signal.SIGINT):
-            raise KeyboardInterrupt
-        if not self._deferred and self._signal:
-            return  # it ends already; schedulers like to send it twice
-        if not self._deferred:
-            text = f"{name}, and no step is under way. The same command resumes."
-            raise Stopped(text, ExitCode.RESUME)
+        first = self._signal is None
+        twice = number == signal.SIGINT and self._signal == signal.SIGINT
+        # Kept for `poll` too: what a handler raises within a callback of the garbage collector is
+        # printed and lost.
         self._signal = signal.Signals(number)
         self._asked.append(request)
+        if number == signal.SIGINT and (twice or not self._deferred):
+            raise KeyboardInterrupt
+        if first and not self._deferred:  # else it ends already; schedulers like to send it twice
+            text = f"{name}, and no step is under way. The same command resumes."
+            raise Stopped(text, ExitCode.RESUME)
 
 
 def _sharing(mesh: Mesh) -> Callable[[Request], jax.Array]:

@@ -45,6 +45,7 @@ def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> d
     """
     began = time.monotonic()
     directory = locations.reachable(directory)
+    notices.check_durations(config)
     requests = Requests(clock.to_seconds(config.checkpoint.every) or 0.0)
     with requests.heard():
         return _train(config, directory, command, requests, began)
@@ -324,7 +325,7 @@ def _report(
         images_per_second=statistics.median(rates) if rates else 0.0,
         skipped=done.skipped,
         truncated=done.truncated,
-        config_text=str(config),
+        config_text=workdir.to_json(config),
         notes=[*run.evaluator.notes, *skips.notes(done.skipped_steps, done.rollbacks)],
     )
     if failures := faults.counts():

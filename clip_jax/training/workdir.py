@@ -53,9 +53,12 @@ def make(workdir: epath.Path) -> None:
 def write(workdir: epath.PathLike, config: ConfigDict) -> None:
     """Writes the resolved config; only the first process does."""
     if jax.process_index() == 0:
-        writing.write(
-            locations.parse(workdir) / FILE, json.dumps(to_plain(config), indent=2) + "\n"
-        )
+        writing.write(locations.parse(workdir) / FILE, to_json(config))
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the text of config.json."""
+    return json.dumps(to_plain(config), indent=2) + "\n"
 
 
 def check(workdir: epath.PathLike, config: ConfigDict) -> None:

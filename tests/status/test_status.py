@@ -263,14 +263,16 @@ def test_a_workdir_of_an_earlier_version(tmp_path):
 
 
 def test_what_is_no_workdir(tmp_path, capsys):
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "config.json").write_text("{}")
+    for name in ("runs/a", "more/a", "more/b"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     for name, told in (
         ("nothing", "is no directory"),
         ("file", "is a file"),
-        ("runs", "is no workdir of a run, but holds 1: give"),
+        ("runs", f"is no workdir of a run, but holds one: {tmp_path}/runs/a."),
         ("runs/a", ""),
+        ("more", f"is no workdir of a run, but holds 2: give {tmp_path}/more/*, or some of a, b."),
     ):
         error = run.look(str(tmp_path / name)).error
         assert told in str(error)
@@ -278,6 +280,14 @@ def test_what_is_no_workdir(tmp_path, capsys):
         cli.main([str(tmp_path / "nothing"), "--json"])
     assert ended.value.code == 2
     assert "is no directory" in json.loads(capsys.readouterr().out)["sentence"]
+
+
+@pytest.mark.parametrize("seconds", ["often", "0", "-1", "nan", "1e9"])
+def test_a_wrong_interval(seconds: str, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([".", f"--watch={seconds}"])
+    assert ended.value.code == 2
+    assert f"--watch: '{seconds}' is not a number of seconds" in capsys.readouterr().err
 
 
 # ---- Command, page, JSON -----------------------------------------------------------------------

@@ -90,3 +90,10 @@ def test_a_missing_local_file_is_no_failure_of_storage(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         ranges.read(epath.Path(tmp_path / "none"))
     assert faults.explained(caught.value) == ""
+
+
+def test_a_message_that_is_cut_says_so():
+    assert faults.first_line(ValueError("one\ntwo")) == "one"
+    assert faults.first_line(ValueError()) == "ValueError"
+    assert faults.first_line(ValueError("a" * 200)) == "a" * 200
+    assert faults.first_line(ValueError("a" * 201)) == "a" * 199 + "…"

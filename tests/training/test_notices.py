@@ -81,3 +81,23 @@ def test_mixtures_count_their_epochs():
     assert {n: float(t) for n, t in times} == pytest.approx(
         {"a": counts["a"] / 30, "b": counts["b"] / 70}, rel=0.01
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["duration", "optim.warmup", "eval.every", "checkpoint.every", "log.every", "log.trace"]
+)
+def test_a_wrong_unit_names_its_setting(name: str):
+    config = default.finish(default.get_config(), "smoke")
+    group, _, field = name.rpartition(".")
+    (config[group] if group else config)[field] = "10 min"
+    with pytest.raises(UserError, match=rf"^{name}: '10 min' is not a duration: .* steps"):
+        notices.check_durations(config)
+
+
+def test_only_checkpoints_are_saved_by_the_clock():
+    config = default.finish(default.get_config(), "smoke")
+    config.checkpoint.every = "10 minutes"
+    notices.check_durations(config)
+    config.log.every = "10 minutes"
+    with pytest.raises(UserError, match=r"^log\.every: '10 minutes' is not a duration"):
+        notices.check_durations(config)

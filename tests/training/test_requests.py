@@ -1,5 +1,6 @@
 """Runs that are asked to stop, to save or to trace, by signals and by the clock."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -142,6 +143,21 @@ def test_before_the_first_step_there_is_nothing_to_save(tmp_path, monkeypatch):
     assert stopped.value.exit_code == ExitCode.RESUME
     assert not stopped.value.everywhere
     assert starts(tmp_path)[0]["end"]["code"] == ExitCode.RESUME
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_ends_nothing_is_not_lost(tmp_path, monkeypatch, number):
+    """Python prints and drops what is raised within a callback of the garbage collector."""
+    compiled = train._compile
+
+    def dropped(*arguments):
+        with contextlib.suppress(Stopped, KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(train, "_compile", dropped)
+    with pytest.raises(Stopped, match=rf"^{number.name}: saved at step 1\."):
+        train.train(tiny_run.config(), tmp_path)
 
 
 def test_signals_that_a_shell_has_switched_off_stay_so():
