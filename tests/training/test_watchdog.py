@@ -186,10 +186,17 @@ def test_usr1_says_what_a_host_does_and_ends_nothing(tmp_path, capfd):
     assert "in test_usr1_says_what_a_host_does" in printed
 
 
-def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypatch):
+@pytest.fixture
+def ended(monkeypatch) -> threading.Event:
+    """Set where the watchdog would end this process, which goes on."""
     ended = threading.Event()
     monkeypatch.setattr(lifeline, "end", lambda *_: ended.set())
+    monkeypatch.setattr(watchdog, "_END_WITHIN", 1e6)  # or a timer would, a minute later
     monkeypatch.setattr(watchdog, "_TICK", 0.02)
+    return ended
+
+
+def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypatch, ended):
     clock, jump = time.monotonic, [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock() + jump[0])
     dog = watchdog.Watchdog(20, {}, lambda: "train", lambda: "", tmp_path)
@@ -214,10 +221,7 @@ def test_time_in_which_the_process_was_stopped_does_not_count(tmp_path, monkeypa
         (0.0, "data", False),
     ],
 )
-def test_limits(limit, phase, ends, tmp_path, monkeypatch):
-    ended = threading.Event()
-    monkeypatch.setattr(lifeline, "end", lambda *_: ended.set())
-    monkeypatch.setattr(watchdog, "_TICK", 0.02)
+def test_limits(limit, phase, ends, tmp_path, ended):
     dog = watchdog.Watchdog(limit, {"data": LATER}, lambda: phase, lambda: "", tmp_path)
     with dog.watching():
         assert ended.wait(30 if ends else 0.7) == ends
