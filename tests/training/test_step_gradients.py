@@ -34,8 +34,9 @@ def gradients(
         lambda params: {"mu": params},
         lambda updates, _, params=None: (jax.tree.map(jnp.zeros_like, updates), {"mu": updates}),
     )
-    state = state.replace(opt_state={"mu": state.opt_state[1].mu})
-    settings = {"tx": keep, "accum_steps": accum_steps, "method": method, "zero1": zero1}
+    tx = optax.chain(keep, optax.scale_by_schedule(lambda count: 1.0))  # the step reads the count
+    state = state.replace(opt_state=({"mu": state.opt_state[1].mu}, state.opt_state[-1]))
+    settings = {"tx": tx, "accum_steps": accum_steps, "method": method, "zero1": zero1}
     if objective == "near_duplicates":
         scale = jnp.float32(math.log(1 / 0.07))
         settings["loss_fn"] = functools.partial(
@@ -46,7 +47,7 @@ def gradients(
         settings["loss_fn"] = losses.prediction_loss
     program = tiny.compile_step(net, mesh, state, batch, **settings)
     after, metrics = program(state, batch)
-    return float(metrics["loss"]), tiny.named_leaves(after.opt_state["mu"])
+    return float(metrics["loss"]), tiny.named_leaves(after.opt_state[0]["mu"])
 
 
 def assert_gradients(got, want) -> None:
