@@ -121,6 +121,7 @@ def events(path) -> list[str]:
     return [event.name for plane in data.planes for line in plane.lines for event in line.events]
 
 
+@pytest.mark.slow  # JAX's profiler can crash a process with many threads
 def test_a_trace_when_due_and_one_on_request(tmp_path):
     said: list[str] = []
     made = tracer.Tracer(tmp_path, due=3, steps=2, say=said.append)
@@ -138,6 +139,7 @@ def test_a_trace_when_due_and_one_on_request(tmp_path):
     assert events(file).count("train") == 2  # the marks of the steps
 
 
+@pytest.mark.slow  # JAX's profiler can crash a process with many threads
 def test_a_trace_in_a_bucket(bucket):
     made = tracer.Tracer("gs://bucket/traced", due=1, steps=1, say=print)
     run_steps(made, range(1, 3))
@@ -146,6 +148,7 @@ def test_a_trace_in_a_bucket(bucket):
     assert name.endswith(".xplane.pb")
 
 
+@pytest.mark.slow  # JAX's profiler can crash a process with many threads
 def test_a_trace_that_fails_costs_no_step(tmp_path, monkeypatch, caplog):
     def fail(*args, **kwargs):
         raise RuntimeError("Only one profile may be run at a time.")
