@@ -104,7 +104,7 @@ DECK += [Fault(each, True, moment) for moment in MOMENTS for each in ALL if mome
 
 @dataclasses.dataclass
 class Played:
-    """What came of a fault."""
+    """A fault that was played, and its outcome."""
 
     fault: Fault
     hosts: int

@@ -62,7 +62,7 @@ FIGURES = {
 
 
 class MallInfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns."""
+    """The result of glibc's mallinfo2."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks")]
     _fields_ += [(name, ctypes.c_size_t) for name in ("hblkhd", "usmblks", "fsmblks")]

@@ -138,7 +138,7 @@ def test_a_tracker_added_later_gets_the_rows_of_before(log, tmp_path):
 
 
 def test_a_workdir_in_a_bucket(log, bucket):
-    """What is kept of the run is kept there, and its rows are read from there."""
+    """The state of a tracker is kept in the bucket, and the rows are read from there."""
     for start_step, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
         writer, _ = open_writer("mlflow", epath.Path("gs://bucket/tracked"), start_step, print)
         for step in steps:
@@ -170,7 +170,7 @@ def test_another_run_in_the_same_place_is_another_run_there(log, tmp_path, monke
 
 
 def test_metrics_of_one_step_may_come_in_two_rows(log, tmp_path):
-    """As training and evaluation do."""
+    """Training and evaluation each write one."""
     writer, _ = open_writer("mlflow", tmp_path, 0, print)
     writer.write(1, {"train/loss": 2.0})
     writer.write(1, {"zeroshot/top1": 0.5})

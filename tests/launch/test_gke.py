@@ -146,7 +146,7 @@ def test_a_wrong_manifest_is_refused(name, cluster):
 
 
 def test_the_exit_codes_that_start_again(cluster):
-    """The same as of the TPU VMs' workers, and those that clip_jax/errors.py tells."""
+    """Equal to those of the TPU VMs' workers and of clip_jax/errors.py."""
     made = manifest(cluster, "--type=v6e-64 --max-restarts=7")
     assert made["spec"]["failurePolicy"]["maxRestarts"] == 7
     again = {

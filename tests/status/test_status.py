@@ -511,7 +511,7 @@ def test_a_real_run_that_is_killed_and_resumed(tmp_path):
 
 
 def test_in_a_bucket(bucket, weekend, monkeypatch):
-    """The same as on disk; an object that marks a checkpoint as complete is there or not."""
+    """Reads a bucket as a disk; the object that marks a checkpoint as complete decides."""
     far = epath.Path("gs://bucket/runs/weekend")
     for path in weekend.rglob("*"):
         if path.is_file():

@@ -124,7 +124,7 @@ def test_an_error_of_the_program_is_raised(tmp_path):
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
-    """Of other steps too, on which saves by the clock fall."""
+    """Removes leftovers of other steps too, since saves by the clock fall on any step."""
     left = tmp_path / checkpoint.DIRECTORY / "7.orbax-checkpoint-tmp"
     (left / "model").mkdir(parents=True)
     with checkpoint.Checkpoints(tmp_path, create=False):

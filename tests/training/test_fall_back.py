@@ -148,7 +148,7 @@ def test_another_model_is_no_damage(workdir):
 
 
 def test_nan_in_a_checkpoint_without_checksums(workdir, monkeypatch):
-    """As versions wrote it that did not look."""
+    """Earlier versions wrote such checkpoints without looking at the values."""
     monkeypatch.setattr(reading, "OWN", "other")
     state = make_state()
     state = state.replace(params={**state.params, "logit_scale": np.float32("nan")})

@@ -107,7 +107,7 @@ def test_damaged_lease_expires(tmp_path, monkeypatch, contents):
     monkeypatch.setattr(lease, "EXPIRES", 0.1)
     (tmp_path / lease.FILE).write_bytes(contents)
     with lease.held(tmp_path):
-        pass
+        assert json.loads((tmp_path / lease.FILE).read_text())["pid"] == os.getpid()
 
 
 def test_process_number_used_again_is_another_process(tmp_path):
@@ -115,7 +115,8 @@ def test_process_number_used_again_is_another_process(tmp_path):
         text = (tmp_path / lease.FILE).read_text()
     (tmp_path / lease.FILE).write_text(re.sub(r'"started": "\d+"', '"started": "1"', text))
     with lease.held(tmp_path):
-        pass
+        now = json.loads((tmp_path / lease.FILE).read_text())
+        assert (now["pid"], now["id"] != json.loads(text)["id"]) == (os.getpid(), True)
 
 
 def test_run_whose_lease_was_taken_ends(tmp_path):

@@ -1,4 +1,4 @@
-"""What MLflow is sent."""
+"""The classes of the records that MLflow is sent."""
 
 from typing import NamedTuple
 
