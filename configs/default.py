@@ -123,6 +123,7 @@ def validate(config: ConfigDict) -> None:
     for name, value, allowed in (
         ("objective", config.objective, choices.OBJECTIVES),
         ("model.dtype", config.model.dtype, choices.COMPUTE_DTYPES),
+        ("model.attention", config.model.attention, choices.ATTENTIONS),
         ("data.crop", config.data.crop, choices.CROPS),
         ("data.order", config.data.order, choices.ORDERS),
         ("loss.name", config.loss.name, choices.LOSS_NAMES),
@@ -233,6 +234,10 @@ def _model() -> ConfigDict:
     # jax.checkpoint_policies: "nothing_saveable" | "dots_saveable" |
     # "dots_with_no_batch_dims_saveable" | "everything_saveable".
     model.remat = "none"
+    model.text_remat = ""  # the same for the text tower; "": as model.remat
+    # Attention of the transformers: "xla" | "pallas" (a kernel for TPUs) | "cudnn" (NVIDIA's, in
+    # bfloat16) | "auto" (the kernel on TPUs where it fits, else XLA's).
+    model.attention = "auto"
     model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
     # Packing: several captions share a row of the contrastive text tower, so that little compute is
     # spent on padding. Results are the same; the rows needed depend on the captions: see

@@ -276,7 +276,8 @@ def _announce(run: Run, config: ConfigDict) -> None:
     count = train_state.count_params(run.program.state.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
     _say(
-        f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
+        f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, "
+        f"attention {run.net.attention}, on "
         f"{hardware(run.mesh)} (mesh {axes})."
     )
     if problems := getattr(run.source, "problems", None):
