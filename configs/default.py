@@ -230,8 +230,10 @@ def _model() -> ConfigDict:
     # Compute dtype: "float32" | "bfloat16" | "auto" (bfloat16, on a CPU float32).
     model.dtype = "auto"
     model.scan_layers = True  # run transformer layers in lax.scan (compiles fast), or unroll them
-    # Activations recomputed in the backward pass: "none" | "full" | a policy of
-    # jax.checkpoint_policies: "nothing_saveable" | "dots_saveable" |
+    # Activations recomputed in the backward pass, from the least memory to the least time: "full"
+    # (all but the input of each layer) | "attention" (its output is kept) | "qkv" (so are queries,
+    # keys and values) | "residual" (and the input of the MLP) | "mlp" (and its hidden units) |
+    # "none". Or a policy of jax.checkpoint_policies: "nothing_saveable" | "dots_saveable" |
     # "dots_with_no_batch_dims_saveable" | "everything_saveable".
     model.remat = "none"
     model.text_remat = ""  # the same for the text tower; "": as model.remat

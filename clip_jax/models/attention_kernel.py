@@ -123,7 +123,7 @@ def _call(
     b, _, heads, d, _ = inputs[0].sequence.shape
     group = 8 if heads % 8 == 0 else heads  # as the tiles of what has heads along the sublanes
 
-    def blocks(tree: NamedTuple) -> Any:
+    def blocks(tree: Any) -> Any:
         axis = 2 if isinstance(tree, Projected) else 1  # of the heads
 
         def block(x) -> pl.BlockSpec:

@@ -24,6 +24,7 @@ from clip_jax.models.layers import (
     Dtype,
     Init,
     layer_norm,
+    named,
     remat_layer,
     torch_default_bias_init,
     torch_default_init,
@@ -60,10 +61,11 @@ class Block(nn.Module):
         y = self._attend(qkv, each(layer_norm(self.norm_eps, self.dtype, "ln_1"), x), mask, read)
         x = x if read is None else read(x)
         out = dense(width, axis=(-2, -1), kernel_init=self.out_init, name="attn_out")
-        x = each(jnp.add, x, each(out, y))
+        x = named(each(jnp.add, x, each(out, y)), "residual")
         y = each(layer_norm(self.norm_eps, self.dtype, "ln_2"), x)
         bias = torch_default_bias_init(width)
         y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
+        y = named(y, "mlp")
         y = each(ACTIVATIONS[self.activation], y)
         bias = torch_default_bias_init(self.mlp)
         y = each(dense(width, kernel_init=self.out_init, bias_init=bias, name="mlp_out"), y)
@@ -79,13 +81,16 @@ class Block(nn.Module):
                 mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
             parts = x if isinstance(x, tuple) else (x, None)
             projected = [part if part is None else qkv(part, for_kernel=True) for part in parts]
-            y = attend_in_kernel(attention_kernel.Projected(*projected), mask)
+            projected = attention_kernel.Projected(*named(projected, "qkv"))
+            y = attend_in_kernel(projected, mask)  # which names what it keeps
         elif isinstance(x, tuple):
-            y = attend_with_token(*jax.tree.map(qkv, x))
+            projected = named(jax.tree.map(qkv, x), "qkv")
+            y = named(attend_with_token(*projected), "attention")
         elif few:
             return attend(qkv(x, read(x)))
         else:
-            y = attend(qkv(x), mask, self.causal, self.attention)
+            projected = named(qkv(x), "qkv")
+            y = named(attend(projected, mask, self.causal, self.attention), "attention")
         return y if read is None else read(y)
 
     def _fits_kernel(self, x: Tokens) -> bool:
