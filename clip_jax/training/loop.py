@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, metrics, trackers
+from clip_jax.common import clock, metrics, output, trackers
 from clip_jax.data import pipeline
 from clip_jax.data.feed import Feed
 from clip_jax.data.order import Weighted
@@ -269,6 +269,8 @@ class Loop:
         row["data/truncated"] = self._data.truncated
         row["storage/failures"] = faults.counts().total()
         row |= {f"time/{name}": value for name, value in self._seconds_by_phase().items()}
+        if news := output.take_news():
+            self._record.add(step, news)
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
 
