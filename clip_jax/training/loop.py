@@ -64,6 +64,7 @@ class Loop:
         self._directory, self._data, self._resume_state = directory, data, resume_state
         self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
+        self._saved = 0  # the step of the last checkpoint that this loop has begun
         self._progress = metrics.Progress(
             resume_state.step, run.total_steps, config.batch_size, record.trained()
         )
@@ -94,6 +95,7 @@ class Loop:
             config.data.prefetch,
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
+            interrupted=self._stop_while_waiting,
         )
         self._watchdog = Watchdog(
             config.step.timeout,
@@ -167,6 +169,7 @@ class Loop:
         """
         run, first = self._run, self._resume_state.step
         evaluated: dict[str, float] | None = {}
+        step, values = first, None
         with (
             self._logging(),
             contextlib.closing(self._feed),
@@ -197,6 +200,8 @@ class Loop:
                 if clock.is_due(step, run.eval_every, run.total_steps):
                     evaluated = self._evaluate(state, step)
                 self._serve(state, step, values, evaluated)
+            if step < run.total_steps:  # asked to stop while waiting for the next batch
+                self._serve(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluator.run(state.variables)
         return evaluated
@@ -205,16 +210,24 @@ class Loop:
         self,
         state: train_state.TrainState,
         step: int,
-        values: train_step.Metrics,
+        values: train_step.Metrics | None,
         evaluated: Mapping[str, float] | None,
     ) -> None:
-        """Saves where that is due, and ends the run where it was asked to; arguments as `_save`."""
+        """Saves where that is due, and ends the run where it was asked to.
+
+        Args:
+          state: as in `_save`.
+          step: likewise.
+          values: likewise; None: no step was taken yet, and there is nothing to save.
+          evaluated: likewise.
+        """
         stop = Request.STOP in self._asked
         last = stop or step == self._run.total_steps
         due = clock.is_due(step, self._run.checkpoint_every, 0) or Request.SAVE in self._asked
-        if due or last or self._lost(step) or self._store.improves(evaluated or {}):
+        due = due or last or self._lost(step) or self._store.improves(evaluated or {})
+        if due and values is not None and step != self._saved:
             self._save(state, step, values, evaluated)
-        if last:
+        if last and values is not None:
             with self._record.during("checkpoint"):
                 while not self._store.finish(hurry=Request.STOP in self._asked):
                     self._asked |= self._requests.poll()
@@ -255,6 +268,8 @@ class Loop:
         rate, waited = self._progress.measure(step, self._record.trained(), self._feed.waited)
         self._record.reached(step, self._feed.waited)
         self._lease.check(if_late=True)
+        if news := output.take_news():
+            self._record.add(step, news)
         row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
         if "skipped" in values:
             row["train/skipped_steps"] = self._skips.counts.total()
@@ -269,8 +284,6 @@ class Loop:
         row["data/truncated"] = self._data.truncated
         row["storage/failures"] = faults.counts().total()
         row |= {f"time/{name}": value for name, value in self._seconds_by_phase().items()}
-        if news := output.take_news():
-            self._record.add(step, news)
         self._writer.write(step, row)
         self._progress.show(step, values["loss"], rate, waited)
 
@@ -324,6 +337,15 @@ class Loop:
                     f"{', '.join(sorted(results))}."
                 )
         return results
+
+    def _stop_while_waiting(self) -> bool:
+        """Returns whether the run is asked to stop; called while it waits for a batch.
+
+        Only of one host: others may have begun the next step, and wait for this one in it.
+        """
+        if jax.process_count() == 1:
+            self._asked |= self._requests.poll()
+        return jax.process_count() == 1 and Request.STOP in self._asked
 
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
@@ -380,3 +402,4 @@ class Loop:
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
         self._store.save(state, step, meta, evaluated or {})
+        self._saved = step
