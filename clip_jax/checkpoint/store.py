@@ -319,20 +319,21 @@ class Checkpoints:
         except reading.Unreadable as error:
             raise UserError(self._unreadable(step, error)) from error
 
-    def restore_latest(self, like: TrainState) -> Restored:
+    def restore_latest(self, like: TrainState, last: int | None = None) -> Restored:
         """Reads the newest checkpoint that is whole, and moves damaged ones into `DAMAGED`.
 
         Every host must call it, and all of them take the same checkpoint.
 
         Args:
           like: as for `restore`.
+          last: the last step to be considered; None: that of the newest checkpoint.
 
         Raises:
           UserError: there is none, or all are unreadable; nothing is moved then.
           StorageError: the storage fails, which says nothing about the checkpoints.
         """
         errors: dict[int, UserError] = {}
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if last is None or step <= last]):
             try:
                 found = self._restore(step, like)
             except (reading.Unreadable, reading.OtherPrecision) as error:

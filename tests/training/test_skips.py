@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 
 import html_page
 import jax
@@ -18,7 +20,7 @@ from clip_jax import checkpoint
 from clip_jax.common import starts
 from clip_jax.configs import default
 from clip_jax.data import rows
-from clip_jax.errors import UserError
+from clip_jax.errors import ExitCode, Stopped, UserError
 from clip_jax.training import augment, skips, train
 from clip_jax.training import run as runs
 
@@ -261,6 +263,54 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     (start,), _ = starts.read(whole)
     assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
     assert starts.account([start]).lost == {1: 4}
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_a_roll_back(
+    tmp_path, bad_steps, capsys, monkeypatch
+):
+    """As at a start: the one before is taken, and both are told."""
+    bad_steps({6, 7, 8})
+    choose = skips.choose_checkpoint
+
+    def damage(*args) -> int | None:
+        chosen = choose(*args)
+        shutil.rmtree(tmp_path / f"checkpoints/{chosen}/optimizer")
+        return chosen
+
+    monkeypatch.setattr(skips, "choose_checkpoint", damage)
+    run(tmp_path, **{"step.max_skipped": 2, "checkpoint.every": "2 steps", "checkpoint.keep": 9})
+    said = capsys.readouterr().out
+    assert "The checkpoint of step 4 cannot be read: " in said
+    assert "back to step 2, and on from there with the examples from 128 on" in said
+    assert (tmp_path / "damaged/4").is_dir()
+    for step in (4, 12):  # 4 is saved again
+        rollbacks = [{"from_step": 8, "to_step": 2, "examples_seen": 8 * BATCH}]
+        assert meta(tmp_path, step)["rollbacks"] == rollbacks
+    found = tiny_run.read_metrics(tmp_path)
+    assert [step for step, name in found if name == "train/loss"] == list(range(1, 13))
+    (start,), _ = starts.read(tmp_path)
+    assert start.rollbacks == [(8, 2)]
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_roll_back(tmp_path, bad_steps, monkeypatch):
+    """It ends the start at once; the next one goes back again, and the run is as without it."""
+    bad_steps({6, 7, 8})
+    run(tmp_path / "whole", **{"step.max_skipped": 2})
+    restore = checkpoint.Checkpoints.restore_latest
+
+    def restore_and_ask(self, like, last=None):
+        found = restore(self, like, last)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "restore_latest", restore_and_ask)
+        with pytest.raises(Stopped, match=r"^SIGTERM, and no step is under way") as stopped:
+            run(tmp_path / "asked", **{"step.max_skipped": 2})
+    assert stopped.value.exit_code == ExitCode.RESUME
+    run(tmp_path / "asked", **{"step.max_skipped": 2})
+    assert_same_run(tmp_path / "whole", tmp_path / "asked", 12)
 
 
 @pytest.mark.slow
