@@ -6,6 +6,7 @@ A resume takes the newest that can be read, and moves damaged ones out of the wa
 import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,13 +16,14 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import checksums
 from clip_jax.checkpoint import reading
 from clip_jax.checkpoint.writes import Writes, remove_unfinished
 from clip_jax.common import hosts
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.state import TrainState
 from clip_jax.storage import faults, for_orbax, locations, remote, writing
 
@@ -200,7 +202,7 @@ class Checkpoints:
         inspected = checksums.inspect(items)
         if inspected.not_finite:
             raise UserError(self._poisoned(step, inspected.not_finite))
-        rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+        rank = self._rank(metrics)
         self._best = max(self._best, *rank.values(), -math.inf)
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
@@ -219,6 +221,30 @@ class Checkpoints:
         else:
             self._begun = True
             self._writes.begin(step, self._manager.is_saving_in_progress)
+
+    def _rank(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns those metrics that rank a checkpoint: the best one, if it is among them."""
+        return {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+
+    def rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Ranks a checkpoint by an evaluation that came after its save; every host must call it."""
+        if not (rank := self._rank(metrics)):
+            return
+        if jax.process_index() == 0:
+            try:
+                writing.write(
+                    self.directory / str(step) / METRIC_ITEM_NAME / METRIC_ITEM_NAME,
+                    json.dumps(rank),
+                )
+            except (OSError, StorageError) as error:  # without it the run goes on as well
+                self._report(
+                    step,
+                    f"The checkpoint of step {step:,} does not count as the best, since its "
+                    f"{self._best_metric} could not be written: {faults.explain(error)}",
+                )
+        hosts.gather("ranked")
+        self._manager.reload()
+        self._best = self._best_kept()
 
     def _best_kept(self) -> float:
         """Reads the highest value of the best metric, of all checkpoints.

@@ -183,6 +183,7 @@ class Loop:
                 evaluated = self._evaluate(state, first)
                 if evaluated is None:
                     raise self._requests.stopped(first)
+                self._store.rank(first, evaluated)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
                 self._watchdog.beat(step)
                 with self._tracer.step(step):

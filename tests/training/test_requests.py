@@ -118,8 +118,13 @@ def test_a_signal_ends_an_evaluation_which_the_next_start_does(tmp_path, monkeyp
         rows = tiny_run.read_metrics(tmp_path)
         assert (6, "train/loss") in rows
         assert (6, "zeroshot/top1") not in rows
-    assert_goes_on_to_the_bit(tmp_path)
+    capsys.readouterr()
+    train.train(tiny_run.config(), tmp_path)
     assert capsys.readouterr().out.count("step 6 evaluation") == 1
+    assert_goes_on_to_the_bit(tmp_path)
+    # Its checkpoint, saved before, is ranked by it.
+    ranked = json.loads((tmp_path / "checkpoints/6/metrics/metrics").read_text())
+    assert ranked == {"zeroshot/top1": tiny_run.read_metrics(tmp_path)[6, "zeroshot/top1"]}
 
 
 @pytest.mark.slow
