@@ -113,11 +113,14 @@ class Loop:
         names = trackers.parse(self._config.log.trackers)
         if not names or jax.process_index() != 0:
             return []
+        step, rollbacks = self._resume_state.step, self._resume_state.rollbacks
         started = trackers.Trackers(
             names,
             workdir=epath.Path(directory),
             project=self._config.log.project,
-            start_step=self._resume_state.step,
+            start_step=step,
+            # The checkpoint gone back to does not know of it, so this is the loop right after.
+            went_back=bool(rollbacks) and rollbacks[-1]["to_step"] == step,
             config=workdir.flatten(workdir.to_plain(self._config)),
             hardware=hardware(self._run.mesh),
             say=self._progress.note,
