@@ -243,7 +243,7 @@ def _roll_back(
     done: ResumeState,
     record: Record,
 ) -> tuple[ResumeState, train_state.TrainState]:
-    """Restores the last good checkpoint, to be resumed past the examples read since.
+    """Restores the last good checkpoint that is whole, to be resumed past the examples read since.
 
     Nothing but the next checkpoint stores this: a run that is killed before it takes the same
     steps again, and goes back again.
@@ -255,7 +255,7 @@ def _roll_back(
     good = skips.choose_checkpoint(store.steps(), found.first, done.rollbacks)
     if good is None or len(done.rollbacks) >= config.step.max_rollbacks:
         raise skips.give_up(found, done.skipped_steps, done.rollbacks, config.step, directory)
-    state = store.restore(good, run.program.state)
+    good, _, state = store.restore_latest(run.program.state, last=good)
     store.discard_after(good)
     seen = done.examples_seen
     rollback = {"from_step": found.last, "to_step": good, "examples_seen": seen}
