@@ -35,8 +35,8 @@ def mismatch() -> str:
         wanted = next((pin[1] for pin in pins if pin), "")
         if not f"{there}.".startswith(wanted):
             return (
-                f"the profiler of libtpu {there} would crash JAX {jax.__version__}, which goes with "
-                f"{wanted}*. Install that: pip install 'libtpu=={wanted}*'."
+                f"the profiler of libtpu {there} would crash JAX {jax.__version__}, which asks for "
+                f"another: pip install 'libtpu=={wanted}*'."
             )
     return ""
 
