@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from typing import Any
 
 from etils import epath
@@ -9,6 +10,7 @@ from etils import epath
 from clip_jax.storage import locations, ranges
 
 FILE = "metrics.jsonl"  # inside the workdir
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
@@ -44,7 +46,12 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
-    return row if all(map(_is_number, row.values())) else None
+    return row if all(map(_is_number, row.values())) and all(map(_is_name, row)) else None
+
+
+def _is_name(name: str) -> bool:
+    # Neither a terminal nor a page is to obey a name, or to fail at one.
+    return name.isprintable() or not _CONTROL.search(name)
 
 
 def _is_number(value: Any) -> bool:
