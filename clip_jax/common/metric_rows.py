@@ -2,12 +2,14 @@
 
 import json
 import logging
+import re
 
 from etils import epath
 
 from clip_jax.storage import locations, ranges
 
 FILE = "metrics.jsonl"  # inside the workdir
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
@@ -43,7 +45,14 @@ def _parse_row(line: bytes) -> dict[str, float] | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
-    return row if _NUMBERS.issuperset(map(type, row.values())) else None
+    if not _NUMBERS.issuperset(map(type, row.values())) or not all(map(_is_name, row)):
+        return None
+    return row
+
+
+def _is_name(name: str) -> bool:
+    # Neither a terminal nor a page is to obey a name, or to fail at one.
+    return name.isprintable() or not _CONTROL.search(name)
 
 
 def _integer(text: str) -> int:

@@ -34,6 +34,16 @@ def _compile_once():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _not_under_nohup():
+    """The suite may be, and runs would ignore SIGHUP too."""
+    before = signal.getsignal(signal.SIGHUP)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def send(monkeypatch):
     """A function that has signals sent to this process where the log shows a step."""
