@@ -219,7 +219,7 @@ class _Walk:
         kernel = next((y for y in (x, *(y for _, y in inside)) if kernels.is_kernel(y)), None)
         if kernel:
             if (timing := self.timings.get(kernel.name)) and timing.cycles is not None:
-                # The least that a kernel moves is its arrays, once.
+                traffic = timing.bytes or traffic
                 cycles = max(timing.cycles, traffic / bandwidth * chip.clock)
             declared = kernels.declared_cost(kernel)  # XLA does not look inside
             work += declared[0]

@@ -11,10 +11,8 @@ of scheduled instructions stands in.
     python -m clip_jax.plan.kernels FOLDER TOPOLOGY    compiles the kernel in FOLDER/kernel.json
 """
 
-import base64
 import concurrent.futures
 import dataclasses
-import io
 import json
 import math
 import os
@@ -23,11 +21,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from clip_jax.plan import mosaic
 from clip_jax.plan import topology as topologies
 from clip_jax.plan.chips import CHIPS
-from clip_jax.plan.hlo import Array, Computation, Instruction, Module
+from clip_jax.plan.hlo import Array, Computation, Instruction, Module, item_bytes
 from clip_jax.plan.topology import Topology
 
 # Options of libtpu; FOLDER is replaced. Extrapolating loops ("fast forward") errs by a factor of
@@ -62,6 +61,7 @@ class Timing:
         instructions counts as one cycle, which is too few where units or copies are waited for.
       bundles: scheduled bundles, each as often as it runs; None: not known.
       slots: fraction of the slots of each unit that the schedule fills, by name ("MATMUL").
+      bytes: traffic to HBM, blocks as often as they are copied; None: not known.
       reason: why it is not simulated.
     """
 
@@ -69,6 +69,7 @@ class Timing:
     simulated: bool
     bundles: float | None
     slots: dict[str, float]
+    bytes: float | None = None
     reason: str = ""
 
 
@@ -173,12 +174,33 @@ def _time(kernel: _Kernel) -> Timing:
         _collect(pathlib.Path(folder))
         parts = sorted(pathlib.Path(folder).glob("turns-*"), key=_turns)
         if not parts:
-            return Timing(None, False, None, {}, _reason(said))
+            return Timing(None, False, None, {}, reason=_reason(said))
         found = [read_timing(path) for path in parts]
         if not found[0].simulated:
             found[0] = dataclasses.replace(found[0], reason=_reason(said))
-        whole = math.prod(grid(kernel.config))
-        return extrapolate([(_turns(path), t) for path, t in zip(parts, found)], whole)
+        whole = math.prod(mosaic.grid(kernel.config))
+        timing = extrapolate([(_turns(path), t) for path, t in zip(parts, found)], whole)
+        return dataclasses.replace(timing, bytes=_traffic(kernel))
+
+
+def _traffic(kernel: _Kernel) -> float:
+    """Counts the bytes that a kernel moves from and to HBM."""
+    arrays = (*kernel.operands, *kernel.results)
+    blocks = mosaic.windows(kernel.config)
+    blocks = [None] * (len(arrays) - len(blocks)) + blocks  # scalars come first, without a block
+    total = 0.0
+    for array, block in zip(arrays, blocks):
+        shape, copies = block or (array.dims, 1)
+        total += _padded_bytes(shape, array.dtype) * copies * (array.space == 0)
+    return total
+
+
+def _padded_bytes(shape: Sequence[int], dtype: str) -> float:
+    """Returns the bytes of an array, padded to tiles of 8 x 128 numbers of 32 bits."""
+    size = item_bytes(dtype)
+    tile = (8 * 4 // max(size, 1), 128) if len(shape) > 1 else (128 * 4 // max(size, 1),)
+    outer, inner = shape[: -len(tile)], shape[-len(tile) :]
+    return float(math.prod(outer) * math.prod(-(-n // t) * t for n, t in zip(inner, tile)) * size)
 
 
 def _collect(folder: pathlib.Path) -> None:
@@ -297,32 +319,6 @@ def slot_usage(text: str) -> dict[str, float]:
     return {name: n / c / len(used) for name, n, c in zip(names, sums, capacity)}
 
 
-def grid(config: str) -> list[int]:
-    """Reads the grid of a kernel from its configuration; empty: it has none."""
-    return _with_grid(config, None)[1]
-
-
-def _with_grid(config: str, bounds: list[int] | None) -> tuple[str, list[int]]:
-    """Replaces the grid of a configuration, unless by None, and returns the grid it had as well."""
-    from jaxlib.mlir import ir
-    from jaxlib.mosaic.python import tpu
-
-    fields, found = json.loads(config), []
-    with ir.Context() as context:
-        context.allow_unregistered_dialects = True
-        tpu.register_dialect(context)
-        module = ir.Module.parse(base64.b64decode(fields["custom_call_config"]["body"]))
-        for operation in module.body.operations:
-            if "iteration_bounds" in operation.attributes:
-                found = list(ir.DenseI64ArrayAttr(operation.attributes["iteration_bounds"]))
-                if bounds is not None:
-                    operation.attributes["iteration_bounds"] = ir.DenseI64ArrayAttr.get(bounds)
-        buffer = io.BytesIO()
-        module.operation.write_bytecode(buffer)
-    fields["custom_call_config"]["body"] = base64.b64encode(buffer.getvalue()).decode()
-    return json.dumps(fields), found
-
-
 def parts_of_grid(bounds: list[int]) -> list[list[int]]:
     """Returns the parts of a grid to simulate: all of a small one, two of a large one.
 
@@ -359,13 +355,13 @@ def compile_alone(folder: pathlib.Path, topology: str) -> None:
     )
     outputs = [x.format for x in results]
     single = "shape_index" not in kernel["config"]
-    for bounds in parts_of_grid(grid(kernel["config"])):
+    for bounds in parts_of_grid(mosaic.grid(kernel["config"])):
         (folder / f"turns-{math.prod(bounds)}").mkdir()
         call = jax.ffi.ffi_call(
             "tpu_custom_call",
             results[0] if single else results,
             custom_call_api_version=1,
-            legacy_backend_config=_with_grid(kernel["config"], bounds)[0],
+            legacy_backend_config=mosaic.with_grid(kernel["config"], bounds),
             has_side_effect=True,
         )
         out = outputs[0] if single else outputs

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tiny_plan import needs_compiler
 
-from clip_jax.plan import cost, hlo, kernels, topology
+from clip_jax.plan import cost, hlo, kernels, mosaic, topology
 from clip_jax.plan.network import Network
 
 V5E = topology.parse_topology("v5e:1x1")
@@ -78,6 +78,8 @@ def test_a_product_takes_as_long_as_xlas():
     assert least < timing.cycles < 1.25 * least
     assert timing.cycles == pytest.approx(xla, rel=0.15)
     assert timing.bundles < timing.cycles
+    # The left matrix is read once, the right one once for each of four rows of blocks.
+    assert timing.bytes == 2 * (2048 * 1024 + 4 * 1024 * 2048 + 2048 * 2048)
     assert max(timing.slots, key=timing.slots.get) == "MATMUL"
 
 
@@ -151,7 +153,7 @@ def test_kernels_of_a_sharded_scan_and_its_gradient():
 @needs_compiler
 def test_a_kernel_that_does_not_compile_alone(monkeypatch):
     """A kernel without a time counts as it declares, and the reason is kept."""
-    monkeypatch.setattr(kernels, "grid", lambda config: [4])
+    monkeypatch.setattr(mosaic, "grid", lambda config: [4])
     text = """ENTRY %e (a: f32[8]) -> f32[8] {
   %a = f32[8] parameter(0)
   ROOT %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config="""
