@@ -7,5 +7,6 @@ table.py      figures for people     estimate.py   rough needs before compiling
 
 From the text of a compiled program: hlo.py reads it, loops.py finds trip counts, groups.py the
 devices of a collective, flops.py the operations and bytes of an instruction, network.py the time of
-a collective. cost.py adds all of it up, and parts.py attributes it to parts of the model.
+a collective. kernels.py times Pallas kernels, whose grids mosaic.py reads. cost.py adds all of it
+up, and parts.py attributes it to parts of the model.
 """

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from clip_jax.common import clock
 from clip_jax.errors import UserError
 from clip_jax.models import flops as model_flops
-from clip_jax.plan import chips, cost, hlo, parts
+from clip_jax.plan import chips, cost, hlo, kernels, parts
 from clip_jax.plan.chips import GIB
 from clip_jax.plan.network import Network
 from clip_jax.plan.topology import Topology
@@ -86,6 +86,29 @@ class Collective:
 
 
 @dataclasses.dataclass
+class Kernel:
+    """A Pallas kernel in a step.
+
+    Attributes:
+      name: instruction.
+      part: part of the model that it belongs to.
+      times: number of calls in a step.
+      seconds: time of all calls.
+      flops: operations of a call, as it declares.
+      bytes: arrays that a call takes from HBM and leaves there.
+      timing: cycles of a call, and the schedule behind them; None: not known.
+    """
+
+    name: str
+    part: str
+    times: float
+    seconds: float
+    flops: float
+    bytes: float
+    timing: kernels.Timing | None
+
+
+@dataclasses.dataclass
 class Step:
     """The cost of one step on one chip.
 
@@ -100,6 +123,7 @@ class Step:
       collectives: collectives, summed by kind and axes, the longest first.
       parts: (name, seconds, operations) of computation, the longest first.
       top: (instruction, origin, executions, seconds, operations, bytes) of single instructions.
+      kernels: Pallas kernels, the longest first.
       notes: assumptions behind the figures.
     """
 
@@ -114,6 +138,7 @@ class Step:
     collectives: list[Collective]
     parts: list[tuple[str, float, float]]
     top: list[tuple[str, str, float, float, float, float]]
+    kernels: list[Kernel]
     notes: list[str]
 
 
@@ -229,7 +254,7 @@ def make_plan(
         if hlo_file:
             pathlib.Path(hlo_file).write_text(text)
         _complete(memory, compiled)
-        step = _step(text, built, topology, top)
+        step = _step(text, built, topology, top, report)
         missing = max((memory.peak or 0.0) - memory.available, 0.0)
     return Plan(
         model=str(built.net.size),
@@ -331,9 +356,17 @@ def read_shortage(report: str, memory: Memory) -> float:
     return exceeded or max((used or 0.0) - memory.available, 0.0)
 
 
-def _step(text: str, built: program.Program, topology: Topology, top: int) -> Step:
+def _step(
+    text: str,
+    built: program.Program,
+    topology: Topology,
+    top: int,
+    report: Callable[[str], None] | None,
+) -> Step:
     module = hlo.parse_module(text)
-    total = cost.program_cost(module, Network.of(built.mesh, topology, module.partitions))
+    timings = kernels.time_kernels(module, topology, report)
+    network = Network.of(built.mesh, topology, module.partitions)
+    total = cost.program_cost(module, network, timings)
     needed = model_flops.step_flops(built.net.size, built.config.batch_size) / topology.size
     peak = topology.chip.flops * total.elapsed
     return Step(
@@ -351,7 +384,8 @@ def _step(text: str, built: program.Program, topology: Topology, top: int) -> St
         ],
         parts=parts.by_part(total, module.frames),
         top=_top(total, top),
-        notes=_notes(total, topology),
+        kernels=_kernels(total, module.frames, timings),
+        notes=_notes(total, topology, timings),
     )
 
 
@@ -364,7 +398,26 @@ def _top(total: cost.Cost, count: int) -> list[tuple[str, str, float, float, flo
     ]
 
 
-def _notes(total: cost.Cost, topology: Topology) -> list[str]:
+def _kernels(
+    total: cost.Cost, frames: hlo.Frames, timings: dict[str, kernels.Timing]
+) -> list[Kernel]:
+    ops = sorted(total.ops, key=lambda op: -op.seconds)
+    return [
+        Kernel(
+            name=op.kernel.name,
+            part=parts.label(op, frames),
+            times=op.times,
+            seconds=op.seconds,
+            flops=op.flops / op.times,
+            bytes=op.bytes / op.times,
+            timing=timings.get(op.kernel.name),
+        )
+        for op in ops
+        if op.kernel and op.times
+    ]
+
+
+def _notes(total: cost.Cost, topology: Topology, timings: dict[str, kernels.Timing]) -> list[str]:
     chip = topology.chip
     notes = [
         f"Computation: XLA's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop iterations "
@@ -383,17 +436,42 @@ def _notes(total: cost.Cost, topology: Topology) -> list[str]:
             f"{len(total.branches)} conditional(s) count as their cheapest branch, which is the "
             f"common case; the most expensive branches would add {extra * 1e3:.2f} ms."
         )
-    kernels = [op for op in total.ops if cost.is_kernel(op.instruction)]
-    if kernels:
-        silent = sum(not op.flops for op in kernels)
-        notes.append(
-            f"{len(kernels)} Pallas kernel(s) count at {chips.KERNEL_EFFICIENCY:.0%} of the peak, "
-            f"or at the bandwidth of HBM where that is slower, by the cost they declare; {silent} "
-            "of them declare no operations."
-        )
+    notes += _kernel_notes(total, timings)
     if total.open_loops:
         notes.append(
             f"{total.open_loops} loop(s) whose trip count depends on the data count as not run: "
             "text packing needs no further iterations for most batches."
+        )
+    return notes
+
+
+def _kernel_notes(total: cost.Cost, timings: dict[str, kernels.Timing]) -> list[str]:
+    ops = {op.kernel.name: op for op in total.ops if op.kernel}
+    names = {name: timings.get(name) for name in ops}
+    simulated = sum(bool(t and t.simulated) for t in names.values())
+    unknown = sum(t is None or t.cycles is None for t in names.values())
+    silent = sum(not op.flops for op in ops.values())
+    reasons = "; ".join(dict.fromkeys(t.reason for t in names.values() if t and t.reason))
+    notes = []
+    if simulated:
+        notes.append(
+            f"{simulated} Pallas kernel(s): cycles by the compiler's simulation of all their "
+            "instructions, each compiled alone; or the time of their arrays from and to HBM, where "
+            "that is longer."
+        )
+    if scheduled := len(names) - simulated - unknown:
+        notes.append(
+            f"{scheduled} Pallas kernel(s) cannot be simulated and count a cycle for each "
+            f"scheduled bundle of instructions (~ in the table), which is too few: {reasons}."
+        )
+    if unknown:
+        notes.append(
+            f"{unknown} Pallas kernel(s) do not compile alone and count at "
+            f"{chips.KERNEL_EFFICIENCY:.0%} of the peak, or at the bandwidth of HBM where that is "
+            f"slower, by the cost they declare: {reasons or 'not compiled'}."
+        )
+    if silent:
+        notes.append(
+            f"{silent} Pallas kernel(s) declare no operations: those executed are more than stated."
         )
     return notes

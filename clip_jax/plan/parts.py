@@ -71,6 +71,12 @@ def _first(rules: tuple[tuple[str, str], ...], text: str) -> str:
     return next((part for rule, part in rules if re.search(rule, text)), "")
 
 
+def label(op: Op, frames: Frames) -> str:
+    """Names the part that an executed instruction belongs to, with the pass where it has two."""
+    owner, piece, direction = part_of(op, frames)
+    return ", ".join(filter(None, (owner, piece, direction if owner in _TWO_WAYS else "")))
+
+
 def by_part(total: Cost, frames: Frames) -> list[tuple[str, float, float]]:
     """Sums the computation of a step by part, the longest first.
 
@@ -80,12 +86,8 @@ def by_part(total: Cost, frames: Frames) -> list[tuple[str, float, float]]:
     sums: dict[str, list[float]] = {}
     for op in total.ops:
         if not op.channel and op.seconds:
-            owner, piece, direction = part_of(op, frames)
-            label = ", ".join(filter(None, (owner, piece)))
-            if owner in _TWO_WAYS:
-                label += f", {direction}"
-            row = sums.setdefault(label, [0.0, 0.0])
+            row = sums.setdefault(label(op, frames), [0.0, 0.0])
             row[0] += op.seconds
             row[1] += op.flops
-    rows = [(label, seconds, flops) for label, (seconds, flops) in sums.items()]
+    rows = [(name, seconds, flops) for name, (seconds, flops) in sums.items()]
     return sorted(rows, key=lambda row: -row[1])

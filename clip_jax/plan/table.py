@@ -10,6 +10,8 @@ def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
     blocks = [_head(plan), _memory(plan)]
     if plan.step:
         blocks += [_speed(plan, plan.step), _collectives(plan.step), _parts(plan.step)]
+        if plan.step.kernels:
+            blocks.append(_kernels(plan.step))
         if plan.step.top:
             blocks.append(_top(plan.step))
         blocks.append("\n".join(f"* {note}" for note in plan.step.notes))
@@ -112,6 +114,22 @@ def _parts(step: Step) -> str:
             work = f"{flops / 1e12:.3f}" if flops else ""
             rows.append((f"  {name}", f"{seconds * 1e3:.2f}", fraction, work, used))
     return aligned(rows, "<>>>>")
+
+
+def _kernels(step: Step) -> str:
+    """Formats the kernels: cycles and bundles of a call, and the units that they fill most."""
+    rows = [("Pallas kernels", "runs", "ms", "cycles", "bundles", "TFLOP", "MiB", "slots", "part")]
+    for x in step.kernels:
+        cycles = bundles = slots = "?"
+        if x.timing and x.timing.cycles is not None:
+            cycles = f"{'' if x.timing.simulated else '~'}{x.timing.cycles:,.0f}"
+            bundles = f"{x.timing.bundles:,.0f}" if x.timing.bundles else "?"
+            fullest = sorted(x.timing.slots.items(), key=lambda item: -item[1])[:3]
+            slots = ", ".join(f"{name} {used:.2f}" for name, used in fullest)
+        work = f"{x.flops / 1e12:.4f}" if x.flops else ""
+        cells = f"{x.times:,.0f}", f"{x.seconds * 1e3:.2f}", cycles, bundles, work
+        rows.append((f"  {x.name}", *cells, f"{x.bytes / 2**20:,.1f}", slots, x.part))
+    return aligned(rows, "<>>>>>><<")
 
 
 def _top(step: Step) -> str:
