@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import checksums
-from clip_jax.checkpoint import reading
+from clip_jax.checkpoint import reading, together
 from clip_jax.checkpoint.writes import Writes, remove_unfinished
 from clip_jax.common import hosts
 from clip_jax.errors import StorageError, UserError
@@ -132,6 +132,7 @@ class Checkpoints:
           create: whether to write: creates the directory, and removes what a killed run left.
         """
         for_orbax.prepare()
+        together.prepare()
         path = locations.parse(workdir)
         if not remote.is_remote(path):  # orbax refuses relative paths
             path = epath.Path(os.path.abspath(path))
@@ -166,6 +167,7 @@ class Checkpoints:
         self._report = report
         self._writes = Writes(self.directory, give_up_after, report)
         self._begun = False  # whether the last save was begun
+        self._error: Exception | None = None  # of the last save, on this host
         if create and jax.process_index() == 0:
             remove_unfinished(self.directory)
         self._manager = faults.repeat(
@@ -209,6 +211,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(reading.describe(step, meta, inspected.checksums)),
         )
         self._collect()
+        self._agree()
         self._begun = False
         if self._writes.lost:  # threads of that save may have gone on, and failed too
             with contextlib.suppress(Exception):
@@ -219,7 +222,7 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
         else:
-            self._begun = True
+            self._begun, self._error = True, None
             self._writes.begin(step, self._manager.is_saving_in_progress)
 
     def _rank(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -270,11 +273,14 @@ class Checkpoints:
         if hurry:
             self._writes.hurry()
         self._collect()
+        self._agree()
         self._writes.pause()
         return not self._writes.lost
 
     def lost(self) -> bool:
         """Returns whether the last save failed and the state should be saved again.
+
+        Hosts need not call it together, and may find out one after the other.
 
         Raises:
           StorageError: saves have failed for too long.
@@ -296,15 +302,22 @@ class Checkpoints:
         else:
             self._writes.succeeded()
 
+    def _agree(self) -> None:
+        """Has the last save count as failed on all hosts, where it has failed on one."""
+        if jax.process_count() > 1:
+            error = together.agree("end", self._error)
+            if error is not None and self._error is None:
+                self._failed(error)
+
     def _failed(self, error: Exception) -> None:
-        self._begun = False
+        self._begun, self._error = False, error
         self._manager.undo()
         self._remove_unfinished()
         self._writes.failed(error)
 
     def _remove_unfinished(self) -> None:
         """Makes space on a disk; in a bucket, which has no end, the next start does it."""
-        if not remote.is_remote(self.directory):
+        if not remote.is_remote(self.directory) and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the save that failed tells more
                 remove_unfinished(self.directory)
 

@@ -257,8 +257,15 @@ class Loop:
         self._writer.close()
 
     def _lost(self, step: int) -> bool:
-        """Returns whether the last checkpoint failed and is to be saved again now."""
-        return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+        """Returns whether the last checkpoint failed and is to be saved again now.
+
+        On several hosts it asks all of them for that, since they may not know it yet.
+        """
+        lost = clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+        if lost and jax.process_count() > 1:
+            self._requests.repeat(Request.SAVE)
+            return False
+        return lost
 
     def _flush(self) -> None:
         """Writes the pending metrics, once the device has computed them."""
