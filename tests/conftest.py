@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 from xla_flags import DEVICES, QUICK
 
@@ -31,6 +32,9 @@ jaxtyping.install_import_hook([f"clip_jax.{name}" for name in CHECKED], "beartyp
 from clip_jax import sharding
 from clip_jax.storage import faults
 
+# In the background a suite is told to ignore Ctrl-C; its runs and processes must not.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 jax.jit(lambda x: x + 1)(0.0)  # XLA reads its flags
 os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].removesuffix(QUICK)  # unknown to libtpu
 # Processes that tests start find the package and the tests' helpers too.

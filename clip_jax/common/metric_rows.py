@@ -2,13 +2,14 @@
 
 import json
 import logging
-from typing import Any
+import re
 
 from etils import epath
 
 from clip_jax.storage import locations, ranges
 
 FILE = "metrics.jsonl"  # inside the workdir
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # and lone surrogates
 
 
 def read_history(workdir: epath.PathLike) -> list[dict[str, float]]:
@@ -39,14 +40,28 @@ def read(workdir: epath.PathLike) -> tuple[list[dict[str, float]], int]:
 def _parse_row(line: bytes) -> dict[str, float] | None:
     """Returns a row of metrics.jsonl; None where the line is not one."""
     try:
-        row = json.loads(line.decode())
+        row = _decoder.decode(line.decode())
     except (ValueError, RecursionError):  # cut short, not UTF-8, or nested too deep
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
-    return row if all(map(_is_number, row.values())) else None
+    if not _NUMBERS.issuperset(map(type, row.values())) or not all(map(_is_name, row)):
+        return None
+    return row
 
 
-def _is_number(value: Any) -> bool:
+def _is_name(name: str) -> bool:
+    # Neither a terminal nor a page is to obey a name, or to fail at one.
+    return name.isprintable() or not _CONTROL.search(name)
+
+
+def _integer(text: str) -> int:
     # JSON has integers of any length; one that is no float would be an error wherever it is used.
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+_NUMBERS = {int, float}  # and not bool
+_decoder = json.JSONDecoder(parse_int=_integer)

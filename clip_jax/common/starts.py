@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent import futures
 from datetime import datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from etils import epath
 
@@ -132,7 +132,8 @@ class Start:
         word = self.outcome(live)
         if word == "killed":
             return "killed, or its host is gone"
-        return f"{word}: {self.reason}" if self.reason else word
+        # The reason of a run that finished says that it did.
+        return f"{word}: {self.reason}" if self.reason and self.code != ExitCode.DONE else word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +224,7 @@ def parse(text: bytes | str, number: int) -> Start:
       ValueError: a part is missing or impossible; the message names it.
     """
     try:
-        fields = json.loads(text, parse_constant=_refuse)
+        fields = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except ValueError:
         raise ValueError("it is cut short, or not JSON") from None
     if not isinstance(fields, dict):
@@ -258,8 +259,12 @@ def parse(text: bytes | str, number: int) -> Start:
     return start
 
 
-def _refuse(name: str) -> None:
+def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _refuse(text)
 
 
 def _count(fields: Mapping[str, Any], name: str) -> int | None:

@@ -43,6 +43,7 @@ def to_plain(run: Run) -> dict[str, Any]:
 
 def _start(start: Start, run: Run) -> dict[str, Any]:
     return {
+        **start.facts,
         "start": start.number,
         "began": _time(start.began),
         "seen": _time(start.seen),
@@ -56,7 +57,6 @@ def _start(start: Start, run: Run) -> dict[str, Any]:
             {"time": _time(event.time), "step": event.step, "text": event.text}
             for event in start.events
         ],
-        **start.facts,
     }
 
 

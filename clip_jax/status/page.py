@@ -1,5 +1,6 @@
 """The state of runs as a page."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from etils import epath
 
 from clip_jax.common import starts
 from clip_jax.common.pages import curves, page
-from clip_jax.common.pages.svg import Panel
+from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.status import run as runs
 from clip_jax.status import text
 from clip_jax.status.run import LIVE, Run
@@ -45,9 +46,14 @@ def _compared(names: Sequence[str], found: Sequence[Run]) -> list[Panel]:
             for name, values in zip(names, points)
             for step, value in values.items()
         ]
-        if series := list(curves.collect(rows, {}).values()):
+        if series := curves.collect(rows, {}):
             title = "loss" if metric == "train/loss" else metric
-            panels.append(report.panel(title, series, text.is_score(metric)))
+            panel = report.panel(title, list(series.values()), text.is_score(metric))
+            legend = [
+                Line(name.removesuffix(f"/{metric}"), line.last)
+                for name, line in zip(series, panel.legend)
+            ]
+            panels.append(dataclasses.replace(panel, legend=legend))
     return panels
 
 

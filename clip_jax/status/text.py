@@ -37,7 +37,7 @@ def one(run: Run, look: Look) -> str:
             _starts(run, look),
             _events(run, look),
             _metrics(run, look),
-            _checkpoints(run),
+            _checkpoints(run, look),
         ]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -46,7 +46,7 @@ def several(found: Sequence[Run], look: Look) -> str:
     """Compares runs: a line for each, their losses over one pair of axes, and what is wrong."""
     names = short_names([run.name for run in found])
     rows = [["", "run", *COLUMNS]]
-    rows += [["", name, *cells(run)] for name, run in zip(names, found)]
+    rows += [["", _end(name, look), *cells(run)] for name, run in zip(names, found)]
     used = [i for i, column in enumerate(zip(*rows)) if i == 0 or any(column[1:])]
     sides = ["<<<>>>>>>>>"[i] for i in used]
     table = aligned([[row[i] for i in used] for row in rows], "".join(sides)).splitlines()
@@ -59,9 +59,11 @@ def several(found: Sequence[Run], look: Look) -> str:
         word = runs.state(run)
         mark = " " if i not in drawn else chart.mark(drawn[i]) if _lettered(look) else _dot(look)
         key = look.paint(mark, drawn.get(i, 0))
-        lines.append(key + line[1:].replace(word, look.paint(word, _COLOURS.get(word, "bad")), 1))
+        before, _, after = line[1:].rpartition(word)  # a name may have the word too
+        lines.append(key + before + look.paint(word, _COLOURS.get(word, "bad")) + after)
     scores = dict.fromkeys(filter(None, map(score_name, found)))
-    lines += [look.paint(f"  score: {', '.join(scores)}", "soft")] if scores else []
+    told = look.wrap(f"score: {', '.join(scores)}") if scores else []
+    lines += [look.paint(line, "soft") for line in told]
     parts = [lines]
     if losses:
         parts.append(["loss", *chart.draw([values for _, values in losses], look, 12)])
@@ -213,7 +215,8 @@ def _times(run: Run, look: Look) -> list[str]:
         for kind, value in seconds.items()
         if value >= 0.5 or kind == "train"
     ]
-    bars = [chart.level(value / wall, _BAR, look) for value in seconds.values() if value >= 0.5]
+    bar = min(_BAR, look.width // 4)
+    bars = [chart.level(value / wall, bar, look) for value in seconds.values() if value >= 0.5]
     bars = bars if seconds["train"] >= 0.5 else ["", *bars]
     table = aligned(rows, "<>>").splitlines()
     lost = run.account.lost_steps
@@ -269,7 +272,7 @@ def _metrics(run: Run, look: Look) -> list[str]:
         return []
     step = max(step for step, _ in found.values())
     cells = [
-        (name.removeprefix("train/"), percent(v) if is_score(name) else short(v))
+        (_end(name.removeprefix("train/"), look), percent(v) if is_score(name) else short(v))
         + (() if at == step else (f"({at:,})",))
         for name, (at, v) in found.items()
     ]
@@ -286,7 +289,7 @@ def _metrics(run: Run, look: Look) -> list[str]:
     return [look.paint(f"Metrics at step {step:,}", "strong"), *lines]
 
 
-def _checkpoints(run: Run) -> list[str]:
+def _checkpoints(run: Run, look: Look) -> list[str]:
     steps, best = run.checkpoints.steps, run.checkpoints
     if not steps:
         return ["No checkpoint yet."] if runs.state(run) is not State.FINISHED else []
@@ -294,7 +297,7 @@ def _checkpoints(run: Run) -> list[str]:
     text = f"Checkpoints: latest {steps[-1]:,}"
     if best.best is not None:
         text += f", best {best.best:,} with {best.metric} {percent(best.value)}"
-    return [f"{text}; kept: {'… ' if len(steps) > 6 else ''}{kept}."]
+    return look.wrap(f"{text}; kept: {'… ' if len(steps) > 6 else ''}{kept}.", 0)
 
 
 # ---- Values ------------------------------------------------------------------------------------
@@ -311,14 +314,12 @@ def _drawable(values: Mapping[int, float]) -> bool:
 
 def last(run: Run, name: str) -> float:
     """Returns the last value of a metric; NaN: there is none."""
-    return next((float(row[name]) for row in reversed(run.rows) if name in row), math.nan)
+    return run.latest[name][1] if name in run.latest else math.nan
 
 
 def latest(run: Run) -> dict[str, tuple[int, float]]:
     """Returns the last value of every metric with its step, without those that are always zero."""
-    found: dict[str, tuple[int, float]] = {}
-    for row in run.rows:
-        found |= {name: (int(row["step"]), float(v)) for name, v in row.items() if "/" in name}
+    found = {name: value for name, value in run.latest.items() if "/" in name}
     hidden = {name for name, (_, value) in found.items() if not value and not is_score(name)}
     hidden |= {name for name in found if name.startswith("time/") or name == "eval/images_seen"}
     return {name: found[name] for name in sorted(found.keys() - hidden, key=_order)}
@@ -341,7 +342,7 @@ def is_score(name: str) -> bool:
 
 def score_name(run: Run) -> str:
     """Returns the metric by which a run is judged: that of its best checkpoint, or the first."""
-    names = dict.fromkeys(name for row in run.rows for name in row)
+    names = run.latest
     best = run.config.get("checkpoint.best_metric")
     if isinstance(best, str) and best in names:
         return best
@@ -361,6 +362,12 @@ def _number(value: float) -> str:
 
 def _share(value: float) -> str:
     return "" if math.isnan(value) else percent(value)
+
+
+def _end(name: str, look: Look) -> str:
+    """Returns the end of a name that is too long for a table: names differ there."""
+    most = look.width // 3
+    return name if len(name) <= most else ("…" if look.unicode else "...") + name[3 - most :]
 
 
 def _cut(line: str, look: Look) -> str:

@@ -226,7 +226,10 @@ def _release(path: epath.Path, mine: Holder) -> None:
 def _read(path: epath.Path) -> Holder | None:
     """Returns the holder that the file names; None: there is no file, or one that names none."""
     try:
-        return Holder(**json.loads(ranges.read(path)))
+        found = Holder(**json.loads(ranges.read(path)))
+        if all(type(getattr(found, x.name)) is x.type for x in dataclasses.fields(found)):
+            return found
+        raise TypeError
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, RecursionError):

@@ -14,8 +14,10 @@ from clip_jax.evaluate import report
 from clip_jax.evaluate.results import Result, Score
 
 _DIRECTIONS = ("text_to_image", "image_to_text")
-# A straight line, and images_per_second over a constant.
+# A straight line, and images_per_second over a constant. So are all of "time", which the table of
+# the starts explains better, and counters that stay at zero.
 _REDUNDANT = ("images_seen", "images_per_second_per_chip")
+_FRACTIONS = ("/mfu", "/waiting")
 SMALL_PLOTS = 24  # a run may log hundreds of metrics; the page shows the first so many
 
 
@@ -138,23 +140,27 @@ def panels(
             main.setdefault("mean over data sets", []).append(one)
         elif leaf.startswith(("top", "recall@")) and described:
             main.setdefault(group, []).append(one)
-        elif leaf not in _REDUNDANT:
+        elif leaf not in _REDUNDANT and group != "time" and one.values.any():
             small.setdefault(_family(name), []).append(one)
     large = [panel(_title(title), some, title != "loss") for title, some in main.items()]
-    drawn = [panel(_title(title.removeprefix("train/")), some) for title, some in small.items()]
+    drawn = [
+        panel(_title(title.removeprefix("train/")), some, title.endswith(_FRACTIONS))
+        for title, some in small.items()
+    ]
     return sorted(large, key=lambda one: one.title != "loss"), drawn
 
 
 def _family(name: str) -> str:
     """Returns the plot of a metric: that of the whole for "train/grad_norm/image", else its own."""
     group, _, rest = name.partition("/")
-    if group in ("time", "device"):
+    if group == "device":
         return group
     return f"{group}/{rest.partition('/')[0]}" if group in ("train", "data") else name
 
 
 def _title(name: str) -> str:
-    return name.replace("/", ": ").replace("_", " ").replace("zeroshot", "zero-shot accuracy")
+    title = name.replace("/", ": ").replace("_", " ").replace("zeroshot", "zero-shot accuracy")
+    return "MFU" if title == "mfu" else title.replace(" gib", " (GiB)")
 
 
 def _stat_title(name: str) -> str:

@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import pathlib
+import re
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -15,7 +17,28 @@ from etils import epath
 from clip_jax.storage import locations, writing
 
 FOLDER = "traces"  # inside the workdir
+_PIN = re.compile(r"libtpu==([\d.]+\.)\*")  # in what JAX requires on a TPU
 _CLOSE_TIMEOUT = 10.0  # seconds for the files of the last trace at the end of a run
+
+
+def mismatch() -> str:
+    """Returns why a trace would crash this process; "": it would not.
+
+    XLA's profiler asks libtpu too, wherever that is loaded, also without a TPU. A libtpu with a
+    profiler of another version than jaxlib's ends the process by SIGSEGV.
+    """
+    with contextlib.suppress(OSError, metadata.PackageNotFoundError):
+        if "/libtpu.so" not in pathlib.Path("/proc/self/maps").read_text():
+            return ""
+        there = metadata.version("libtpu")
+        pins = map(_PIN.match, metadata.requires("jax") or [])
+        wanted = next((pin[1] for pin in pins if pin), "")
+        if not f"{there}.".startswith(wanted):
+            return (
+                f"the profiler of libtpu {there} would crash JAX {jax.__version__}, which asks for "
+                f"another: pip install 'libtpu=={wanted}*'."
+            )
+    return ""
 
 
 class Tracer:
@@ -45,6 +68,9 @@ class Tracer:
     def start(self, step: int) -> None:
         """Begins a trace before a step, unless one is under way."""
         if self._first is not None:
+            return
+        if reason := mismatch():
+            logging.warning("No trace of step %d: %s", step, reason)
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="clip_jax-trace-")
         options = jax.profiler.ProfileOptions()

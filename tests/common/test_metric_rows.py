@@ -53,6 +53,8 @@ def test_no_kill_loses_a_row(tmp_path):
         b'{"step": "4", "train/loss": 1.0}\n',
         b'{"step": 4, "train/loss": "low"}\n',
         b'{"step": 4, "train/loss": null}\n',
+        b'{"step": 4, "train/\\u001b[2J": 1.0}\n',
+        b'{"step": 4, "train/\\ud800": 1.0}\n',
         b"[" * 100_000 + b"\n",
         b"\0" * 512 + b"\n",
     ],

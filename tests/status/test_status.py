@@ -206,6 +206,10 @@ def test_damage_is_said_and_counted(weekend):
     (weekend / "config.json").write_text("[]")
     (weekend / "lease.json").write_text("{")
     touch(weekend, 9000)
+    assert "on an unknown host" in words(look(weekend))
+    made_runs.write_lease(weekend, pid=float("inf"))
+    assert "on an unknown host" in words(look(weekend))
+    touch(weekend, 9000)
     with (weekend / "metrics.jsonl").open("a") as file:
         file.write(f'{{"step": {10**400}}}\n{{"step": 12020, "train/lo')
     found = look(weekend)
@@ -237,11 +241,16 @@ def test_nothing_of_a_run_obeys(tmp_path):
         tmp_path, 1, (0, 100), (0, 3), {"train": 90.0}, (2, evil), hardware=evil, command=evil,
         events=[{"time": made_runs.at(5).isoformat(), "step": 1, "text": evil}],
     )  # fmt: skip
+    rows = [{"step": i, f"train/{evil}": i, "train/loss": i, f"{evil}/top1": 0.5} for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"checkpoint": {"best_metric": f"{evil}/top1"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoints" / "2").mkdir(parents=True)
     found = look(tmp_path)
-    told = PLAIN.shown(text.one(found, PLAIN))
-    assert "\x1b" not in told
-    assert "\r" not in told
-    told.encode()
+    for told in text.one(found, PLAIN), text.several([found, found], PLAIN):
+        assert "\x1b" not in told
+        assert "\r" not in told
+        PLAIN.shown(told).encode()
     page.write(tmp_path / "status.html", [found])
     assert "<script>" not in (tmp_path / "status.html").read_text()
 
@@ -320,6 +329,21 @@ def test_several(tmp_path):
     assert sum("a" in line and "b" in line and "│" in line for line in lines) >= 3  # overlaid
 
 
+def test_names_leave_room_for_figures(tmp_path):
+    """A long name shows its end; one that holds the word of a state is not taken for it."""
+    for name in "running", "sweep/" + "x" * 80 + "-0001":
+        made_runs.write_start(tmp_path / name, 1, (0, 100), (0, 7000), {"train": 90.0}, (42, ""))
+    found = [look(tmp_path / name) for name in ("running", f"sweep/{'x' * 80}-0001")]
+    for how in Look(60, True, True), Look(100, False, False):
+        lines = text.several(found, how).splitlines()
+        cells = re.sub(r"\x1b\[[0-9;]*m", "", lines[1]).split()
+        assert cells[:4] == ["running", "stopped", "7,000", "35.0"]
+        assert "x-0001" in lines[2]
+        assert "7,000" in lines[2]
+    (painted,) = re.findall(r"\x1b\[33m(\w+)", text.several(found, Look(60, True, True)))[:1]
+    assert painted == "stopped"
+
+
 def test_page(tmp_path):
     found = [run.look(name, made_runs.at(9010)) for name in write_three(tmp_path)]
     page.write(tmp_path / "one.html", found[:1])
@@ -332,6 +356,8 @@ def test_page(tmp_path):
     assert [row[0] for row in several.rows("runs")] == ["b32", "lr2", "l14"]
     labels = [svg["attrs"].get("aria-label", "") for svg in several.find("svg")]
     assert sum("b32/train/loss" in label and "l14/train/loss" in label for label in labels) == 1
+    legend = several.find("figcaption")[0]["text"].split()
+    assert legend == ["b32", "1.233", "lr2", "1.96", "l14", "1.666"]
 
 
 def test_json_and_exit_codes(tmp_path, capsys):

@@ -1,11 +1,14 @@
 """Saves onto a full disk, without rights, and into a bucket that is gone: training goes on."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 from collections.abc import Iterator
 
+import orbax.checkpoint as ocp
 import pytest
 import tiny_run
 from test_checkpoint import META, abstract, assert_same, kept, make_state
@@ -116,6 +119,37 @@ def test_a_disk_mounted_read_only(disk, quick):
         with pytest.raises(StorageRefused, match="Read-only file system"):
             save()
     assert StorageRefused.exit_code == ExitCode.USER_ERROR
+
+
+# As Python words it, and as TensorStore does.
+QUOTA = {
+    "Python": OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    "TensorStore": ValueError(
+        f"RESOURCE_EXHAUSTED: Failed to write: Disk quota exceeded [os_error_code='{errno.EDQUOT}']"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", QUOTA)
+def test_a_quota_that_is_used_up(tmp_path, quick, monkeypatch, name: str):
+    said = []
+    with checkpoint.Checkpoints(tmp_path, report=lambda *each: said.append(each)) as store:
+        with monkeypatch.context() as patched:
+
+            async def fail(*_) -> None:
+                raise QUOTA[name]
+
+            patched.setattr(ocp.JsonCheckpointHandler, "_save_fn", fail)
+            store.save(make_state(), 1, META, {})
+            assert not store.finish()
+        store.save(make_state(), 2, META, {})
+        assert store.finish()
+        assert store.steps() == [2]
+        assert_same(store.restore(2, abstract((1, 1))), make_state())
+    (step, first), (_, second) = said
+    assert step == 1
+    assert "Disk quota exceeded. Free space within your quota" in first
+    assert "again, after" in second
 
 
 def test_an_error_of_the_program_is_raised(tmp_path):

@@ -317,10 +317,21 @@ def test_families_share_a_plot(page):
     names += ["host/memory_gib", "host/threads", "bias/all/age", "bias/all/race"]
     _, parsed = page(SUMMARY, [{"step": step, **dict.fromkeys(names, 2.0)} for step in (1, 2)])
     lines = [[line.strip() for line in f["text"].split("\n")] for f in parsed.find("figure")]
-    titles = ["images per second", "grad norm", "time", "device", "host: memory gib"]
+    titles = ["images per second", "grad norm", "device", "host: memory (GiB)"]
     titles += ["host: threads", "bias: all: age", "bias: all: race"]
     assert [line[1] for line in lines] == titles
     assert " ".join(filter(None, lines[1])).endswith("grad norm 2 image 2 text 2 other 2")
+
+
+def test_what_says_nothing_is_not_drawn(page):
+    """Counters that stay at zero; and one evaluation stands in the run, not around itself."""
+    rows = [{"step": step, "data/skipped": 0, "data/truncated": step // 20} for step in (10, 20)]
+    rows.append({"step": 20, "zeroshot/top1": 0.5, "train/mfu": 0.4})
+    _, parsed = page(SUMMARY, rows)
+    figures = {next(iter(f["text"].split("\n")[1:])).strip(): f for f in parsed.find("figure")}
+    assert list(figures) == ["zero-shot accuracy", "data: truncated", "MFU"]
+    assert "40.0\xa0%" in figures["MFU"]["text"]
+    assert [text["text"] for text in parsed.find("text")][:5] == ["0", "5", "10", "15", "20"]
 
 
 def test_diverged_run_is_drawn(page):

@@ -71,6 +71,8 @@ def draw(series: Sequence[Series], label: str, *, percent: bool = False) -> Mark
     axes = svg.new_axes()
     for index, one in enumerate(series):
         _draw_series(axes, one, index)
+    if len(steps := {step for one in series for step in one.steps.tolist()}) == 1:
+        axes.set_xlim(0, 1.05 * max(1, *steps))
     svg.style(axes)
     svg.number_ticks(axes.xaxis, integer=True)
     svg.number_ticks(axes.yaxis, percent=percent)

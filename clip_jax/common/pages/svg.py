@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from clip_jax.common.formatting import short
 
-LINES = 4  # line styles before they repeat; the page's CSS has as many --line-N colours
+LINES = 4  # colours before they repeat, then with other dashes; the page's CSS has as many --line-N
 # Lines and marks differ by more than their colour, for readers who cannot tell colours apart.
 DASHES = ("", "6 3", "8 2 2 2", "3 2")
 MARKS = ("o", "s", "^", "D")
@@ -89,7 +89,7 @@ def colour(index: int) -> str:
 
 def dash(index: int) -> Any:
     """Returns matplotlib's dash style of the line at a position."""
-    lengths = [float(length) for length in DASHES[index % LINES].split()]
+    lengths = [float(length) for length in DASHES[(index + index // LINES) % LINES].split()]
     return (0, lengths) if lengths else "-"
 
 
