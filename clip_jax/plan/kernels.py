@@ -21,12 +21,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from clip_jax.plan import mosaic
 from clip_jax.plan import topology as topologies
 from clip_jax.plan.chips import CHIPS
 from clip_jax.plan.hlo import Array, Computation, Instruction, Module, item_bytes
+from clip_jax.plan.progress import Report, stage
 from clip_jax.plan.topology import Topology
 
 # Options of libtpu; FOLDER is replaced. Extrapolating loops ("fast forward") errs by a factor of
@@ -100,14 +101,14 @@ def declared_cost(x: Instruction) -> tuple[float, float]:
 
 
 def time_kernels(
-    module: Module, topology: Topology, report: Callable[[str], None] | None = None
+    module: Module, topology: Topology, report: Report | None = None
 ) -> dict[str, Timing]:
     """Times the kernels of a compiled program.
 
     Args:
       module: compiled program.
       topology: topology that it is compiled for.
-      report: called with a line before the simulation.
+      report: called with lines of progress.
 
     Returns:
       Timings by the name of the instruction.
@@ -117,10 +118,10 @@ def time_kernels(
         for x in filter(is_kernel, computation):
             found[x.name] = _read(x, computation, topology.chip.name)
     new = list(dict.fromkeys(kernel for kernel in found.values() if kernel not in _known))
-    if new and report:
-        report(f"Simulating {len(new)} kernel(s).")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        _known.update(zip(new, pool.map(_time, new)))
+    if new:
+        workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+        with stage(f"Simulating {len(new)} kernels", report), workers as pool:
+            _known.update(zip(new, pool.map(_time, new)))
     return {name: _known[kernel] for name, kernel in found.items()}
 
 

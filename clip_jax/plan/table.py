@@ -2,7 +2,8 @@
 
 from clip_jax.common.formatting import aligned, format_seconds
 from clip_jax.plan.chips import GIB
-from clip_jax.plan.make import Memory, Plan, Step
+from clip_jax.plan.make import Memory, Plan
+from clip_jax.plan.step_cost import Step
 
 
 def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
@@ -105,15 +106,18 @@ def _collectives(step: Step) -> str:
 
 
 def _parts(step: Step) -> str:
-    rows = [("Where the time goes", "ms", "fraction", "TFLOP", "of peak")]
-    peak = step.hardware_flops / step.hfu / step.seconds if step.hfu else 0.0
-    for name, seconds, flops in step.parts:
-        if seconds >= 0.003 * step.compute_seconds:
-            used = f"{flops / seconds / peak:.2f}" if flops and peak else ""
-            fraction = f"{seconds / step.compute_seconds:.1%}"
-            work = f"{flops / 1e12:.3f}" if flops else ""
-            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", fraction, work, used))
-    return aligned(rows, "<>>>>")
+    """Formats the parts, with the time that their matrix products and their traffic need alone."""
+    head = "Where the time goes", "ms", "fraction", "TFLOP", "of peak", "GiB", "matrix ms", "HBM ms"
+    rows = [head]
+    for part in step.parts:
+        if part.seconds >= 0.003 * step.compute_seconds:
+            used = f"{part.matrix_seconds / part.seconds:.2f}" if part.flops else ""
+            work = f"{part.flops / 1e12:.3f}" if part.flops else ""
+            least = f"{part.matrix_seconds * 1e3:.2f}" if part.flops else ""
+            fraction = f"{part.seconds / step.compute_seconds:.1%}"
+            cells = f"{part.seconds * 1e3:.2f}", fraction, work, used, f"{part.bytes / GIB:.2f}"
+            rows.append((f"  {part.name}", *cells, least, f"{part.hbm_seconds * 1e3:.2f}"))
+    return aligned(rows, "<>>>>>>>")
 
 
 def _kernels(step: Step) -> str:
