@@ -3,8 +3,7 @@
 import math
 from dataclasses import dataclass
 
-import scipy  # whose stats load at first use: they take a second
-from scipy import special
+import scipy  # whose parts load at first use: training does not wait for them
 
 CONFIDENCE = 0.995  # coverage of the paper's intervals
 
@@ -49,8 +48,8 @@ def clopper_pearson(
     tail, failures = (1 - confidence) / 2, trials - successes
     # Quantiles of beta distributions. `binomtest` finds the same by a root search, 30 times as
     # slowly, and a sweep over thresholds asks for hundreds.
-    low = special.betaincinv(successes, failures + 1, tail) if successes else 0.0
-    high = special.betainccinv(successes + 1, failures, tail) if failures else 1.0
+    low = scipy.special.betaincinv(successes, failures + 1, tail) if successes else 0.0
+    high = scipy.special.betainccinv(successes + 1, failures, tail) if failures else 1.0
     return float(low), float(high)
 
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import scipy  # whose stats load at first use: they take a second
+import scipy  # whose stats load at first use: reports without a line do not wait for them
 from jaxtyping import Float, Real
 
 from clip_jax.errors import UserError
