@@ -18,7 +18,7 @@ import tiny_run
 from several_hosts import endings, flags, launch
 
 from clip_jax import checkpoint
-from clip_jax.common import starts
+from clip_jax.common import goodput, starts
 from clip_jax.configs import default
 from clip_jax.data import rows
 from clip_jax.errors import ExitCode, Stopped, UserError
@@ -263,7 +263,7 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     assert "Gone back from step 8 to 4." in said
     (start,), _ = starts.read(whole)
     assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
-    assert starts.account([start]).lost == {1: 4}
+    assert goodput.account([start]).lost == {1: 4}
 
 
 RARELY = {
