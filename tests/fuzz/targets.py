@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from tiny_data import encoded
 
 
 class Target(NamedTuple):
@@ -33,12 +34,6 @@ class _bad_examples:
         return isinstance(error, BadExample)
 
 
-def _encode(image, format_: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format_, **options)
-    return file.getvalue()
-
-
 def _make_images(folder: pathlib.Path) -> None:
     from PIL import Image
 
@@ -48,24 +43,24 @@ def _make_images(folder: pathlib.Path) -> None:
     exif[0x010E] = "a description"
     grey16 = Image.fromarray(np.arange(960, dtype=np.uint16).reshape(24, 40) * 68)
     files = {
-        "a.jpg": _encode(image, "JPEG", exif=exif),
-        "progressive.jpg": _encode(image, "JPEG", progressive=True),
-        "cmyk.jpg": _encode(image.convert("CMYK"), "JPEG"),
-        "a.png": _encode(image, "PNG", exif=exif),
-        "palette.png": _encode(image.convert("P"), "PNG", transparency=3),
-        "grey16.png": _encode(grey16, "PNG"),
-        "a.gif": _encode(image.convert("P"), "GIF"),
-        "film.gif": _encode(image, "GIF", save_all=True, append_images=[image.rotate(9)]),
-        "a.bmp": _encode(image, "BMP"),
-        "a.tif": _encode(image, "TIFF"),
-        "deflated.tif": _encode(image, "TIFF", compression="tiff_adobe_deflate"),
-        "grey16.tif": _encode(grey16, "TIFF"),
-        "a.webp": _encode(image, "WEBP"),
-        "transparent.webp": _encode(image.convert("RGBA"), "WEBP", lossless=True, exif=exif),
-        "a.jp2": _encode(image, "JPEG2000"),
-        "a.avif": _encode(image, "AVIF", speed=10),
-        "a.ppm": _encode(image, "PPM"),
-        "a.eps": _encode(image, "EPS"),
+        "a.jpg": encoded(image, "JPEG", exif=exif),
+        "progressive.jpg": encoded(image, "JPEG", progressive=True),
+        "cmyk.jpg": encoded(image.convert("CMYK"), "JPEG"),
+        "a.png": encoded(image, "PNG", exif=exif),
+        "palette.png": encoded(image.convert("P"), "PNG", transparency=3),
+        "grey16.png": encoded(grey16, "PNG"),
+        "a.gif": encoded(image.convert("P"), "GIF"),
+        "film.gif": encoded(image, "GIF", save_all=True, append_images=[image.rotate(9)]),
+        "a.bmp": encoded(image, "BMP"),
+        "a.tif": encoded(image, "TIFF"),
+        "deflated.tif": encoded(image, "TIFF", compression="tiff_adobe_deflate"),
+        "grey16.tif": encoded(grey16, "TIFF"),
+        "a.webp": encoded(image, "WEBP"),
+        "transparent.webp": encoded(image.convert("RGBA"), "WEBP", lossless=True, exif=exif),
+        "a.jp2": encoded(image, "JPEG2000"),
+        "a.avif": encoded(image, "AVIF", speed=10),
+        "a.ppm": encoded(image, "PPM"),
+        "a.eps": encoded(image, "EPS"),
     }
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -86,7 +81,7 @@ def _read_images(folder: pathlib.Path) -> None:
 def _picture() -> bytes:
     from PIL import Image
 
-    return _encode(Image.new("RGB", (5, 4), (200, 30, 30)), "PNG")
+    return encoded(Image.new("RGB", (5, 4), (200, 30, 30)), "PNG")
 
 
 def _source(**spec) -> Callable[[pathlib.Path], None]:
