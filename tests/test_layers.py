@@ -182,8 +182,10 @@ def test_configs_are_light():
 
 def test_the_trainer_imports_what_it_runs(tmp_path: pathlib.Path):
     """Solvers, readers of others' weights, tools and plotting wait for those who need them."""
-    code = "import sys; from clip_jax.configs import vit_b32; from clip_jax.training import run"
-    code += ", train; run.prepare(vit_b32.get_config('smoke'), sys.argv[1])"
+    code = (
+        "import pathlib, sys; from clip_jax.configs import vit_b32; from clip_jax.training import "
+    )
+    code += "run, train; run.prepare(vit_b32.get_config('smoke'), pathlib.Path(sys.argv[1]))"
     code += "; print(*sorted(sys.modules), sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path],

@@ -409,7 +409,7 @@ def test_steps_after_a_roll_back_are_those_taken_by_hand_and_resume_to_the_bit(
     with checkpoint.Checkpoints(without(whole, tmp_path / "by_hand", 8, 12)) as store:
         state = store.restore(4, prepared.program.state)
     step_fn = prepared.program.lower().compile()
-    batches = iter(runs.open_data(prepared, config, tmp_path, 8 * BATCH))
+    batches = iter(runs.open_data(prepared, 8 * BATCH))
     for step, batch in zip(range(5, 13), batches):
         state, metrics = step_fn(state, jax.device_put(batch, step_fn.input_shardings[0][1]))
         assert float(metrics["loss"]) == found[step, "train/loss"]
