@@ -213,7 +213,7 @@ def choose_attention(asked: str, platform: str, dtype: str) -> str:
 
     Args:
       asked: config.model.attention.
-      platform: that of the devices.
+      platform: platform of the devices, as JAX names it.
       dtype: compute dtype.
 
     Raises:
