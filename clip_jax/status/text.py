@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from clip_jax.common.formatting import aligned, format_seconds, percent, short
-from clip_jax.common.starts import KINDS, Event
+from clip_jax.common.goodput import KINDS
+from clip_jax.common.starts import Event
 from clip_jax.status import chart
 from clip_jax.status import run as runs
 from clip_jax.status.look import Look, plain
