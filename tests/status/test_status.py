@@ -285,6 +285,15 @@ def test_what_is_no_workdir(tmp_path, capsys):
     ):
         error = run.look(str(tmp_path / name)).error
         assert told in str(error)
+    assert "A WORKDIR is empty" in str(run.look("").error)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gs://"])
+    assert ended.value.code == 2
+    assert "names no bucket" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(tmp_path / "runs/a"), f"--html={tmp_path}"])
+    assert ended.value.code == 2
+    assert f"--html={tmp_path} cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         cli.main([str(tmp_path / "nothing"), "--json"])
     assert ended.value.code == 2
@@ -440,6 +449,7 @@ def test_a_terminal_is_filled_and_not_overfilled(tmp_path):
 def test_no_terminal_is_plain():
     assert of_stream(io.StringIO(), {}) == Look(100, colour=False, unicode=False)
     assert of_stream(io.StringIO(), {"COLUMNS": "30"}).width == 60
+    assert of_stream(io.StringIO(), {"COLUMNS": "9" * 5000}).width == 400
 
 
 # ---- Curves ------------------------------------------------------------------------------------
