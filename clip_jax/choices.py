@@ -10,6 +10,7 @@ LOSS_METHODS = ("all_gather", "ring")
 
 # config.model.dtype and config.optim.moment_dtype.
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+ATTENTIONS = ("auto", "xla", "pallas", "cudnn")  # config.model.attention
 MOMENT_DTYPES = ("float32", "bfloat16")
 
 # config.step.nonfinite.

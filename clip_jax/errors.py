@@ -17,6 +17,7 @@ class ExitCode(enum.IntEnum):
     # command goes on.
     RESUME = 42
     INTERRUPTED = 130  # Ctrl-C
+    UNREAD = 141  # nobody reads the output any more, as in | head; SIGPIPE's
 
 
 class UserError(ValueError):

@@ -123,6 +123,7 @@ def validate(config: ConfigDict) -> None:
     for name, value, allowed in (
         ("objective", config.objective, choices.OBJECTIVES),
         ("model.dtype", config.model.dtype, choices.COMPUTE_DTYPES),
+        ("model.attention", config.model.attention, choices.ATTENTIONS),
         ("data.crop", config.data.crop, choices.CROPS),
         ("data.order", config.data.order, choices.ORDERS),
         ("loss.name", config.loss.name, choices.LOSS_NAMES),
@@ -229,10 +230,16 @@ def _model() -> ConfigDict:
     # Compute dtype: "float32" | "bfloat16" | "auto" (bfloat16, on a CPU float32).
     model.dtype = "auto"
     model.scan_layers = True  # run transformer layers in lax.scan (compiles fast), or unroll them
-    # Activations recomputed in the backward pass: "none" | "full" | a policy of
-    # jax.checkpoint_policies: "nothing_saveable" | "dots_saveable" |
+    # Activations recomputed in the backward pass, from the least memory to the least time: "full"
+    # (all but the input of each layer) | "attention" (its output is kept) | "qkv" (so are queries,
+    # keys and values) | "residual" (and the input of the MLP) | "mlp" (and its hidden units) |
+    # "none". Or a policy of jax.checkpoint_policies: "nothing_saveable" | "dots_saveable" |
     # "dots_with_no_batch_dims_saveable" | "everything_saveable".
     model.remat = "none"
+    model.text_remat = ""  # the same for the text tower; "": as model.remat
+    # Attention of the transformers: "xla" | "pallas" (a kernel for TPUs) | "cudnn" (NVIDIA's, in
+    # bfloat16) | "auto" (the kernel on TPUs where it fits, else XLA's).
+    model.attention = "auto"
     model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
     # Packing: several captions share a row of the contrastive text tower, so that little compute is
     # spent on padding. Results are the same; the rows needed depend on the captions: see

@@ -11,7 +11,7 @@ done
 command_create() {
   check_type
   need_gcloud
-  ask_for_tpu || exit 1
+  ask_for_tpu || exit 2
   dry_run || say "Asked for $NAME ($SLICES x $TYPE) in $ZONE."
   if [ "$WAIT" = yes ]; then command_wait; else
     dry_run || say "'$(again wait)' waits for it; a request can be deleted at any time."

@@ -219,3 +219,16 @@ def test_validate_names_every_problem_at_once():
         default.validate(config)
     assert re.search(r"seed is -1.*at least 0", str(caught.value))
     assert re.search(r"model\.dtype is 'float64'.*bfloat16", str(caught.value), re.IGNORECASE)
+
+
+def test_the_first_warning_stands_alone():
+    """Not behind a line of absl, whose flags are not those of the command line here."""
+    code = """
+from absl import logging
+from clip_jax.training import cli
+cli._run = lambda *_: logging.warning("a disk is full")
+cli.main(["--config=vit_b32:smoke"])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    (line,) = ran.stderr.splitlines()
+    assert line.endswith("] a disk is full")

@@ -6,6 +6,7 @@ A resume takes the newest that can be read, and moves damaged ones out of the wa
 import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,13 +16,14 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import checksums
-from clip_jax.checkpoint import reading
+from clip_jax.checkpoint import reading, together
 from clip_jax.checkpoint.writes import Writes, remove_unfinished
 from clip_jax.common import hosts
-from clip_jax.errors import UserError
+from clip_jax.errors import StorageError, UserError
 from clip_jax.state import TrainState
 from clip_jax.storage import faults, for_orbax, locations, remote, writing
 
@@ -130,6 +132,7 @@ class Checkpoints:
           create: whether to write: creates the directory, and removes what a killed run left.
         """
         for_orbax.prepare()
+        together.prepare()
         path = locations.parse(workdir)
         if not remote.is_remote(path):  # orbax refuses relative paths
             path = epath.Path(os.path.abspath(path))
@@ -164,6 +167,7 @@ class Checkpoints:
         self._report = report
         self._writes = Writes(self.directory, give_up_after, report)
         self._begun = False  # whether the last save was begun
+        self._error: Exception | None = None  # of the last save, on this host
         if create and jax.process_index() == 0:
             remove_unfinished(self.directory)
         self._manager = faults.repeat(
@@ -200,13 +204,14 @@ class Checkpoints:
         inspected = checksums.inspect(items)
         if inspected.not_finite:
             raise UserError(self._poisoned(step, inspected.not_finite))
-        rank = {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+        rank = self._rank(metrics)
         self._best = max(self._best, *rank.values(), -math.inf)
         args = ocp.args.Composite(
             **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             meta=ocp.args.JsonSave(reading.describe(step, meta, inspected.checksums)),
         )
         self._collect()
+        self._agree()
         self._begun = False
         if self._writes.lost:  # threads of that save may have gone on, and failed too
             with contextlib.suppress(Exception):
@@ -217,8 +222,32 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
         else:
-            self._begun = True
+            self._begun, self._error = True, None
             self._writes.begin(step, self._manager.is_saving_in_progress)
+
+    def _rank(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Returns those metrics that rank a checkpoint: the best one, if it is among them."""
+        return {k: float(v) for k, v in metrics.items() if k == self._best_metric}
+
+    def rank(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Ranks a checkpoint by an evaluation that came after its save; every host must call it."""
+        if not (rank := self._rank(metrics)):
+            return
+        if jax.process_index() == 0:
+            try:
+                writing.write(
+                    self.directory / str(step) / METRIC_ITEM_NAME / METRIC_ITEM_NAME,
+                    json.dumps(rank),
+                )
+            except (OSError, StorageError) as error:  # without it the run goes on as well
+                self._report(
+                    step,
+                    f"The checkpoint of step {step:,} does not count as the best, since its "
+                    f"{self._best_metric} could not be written: {faults.explain(error)}",
+                )
+        hosts.gather("ranked")
+        self._manager.reload()
+        self._best = self._best_kept()
 
     def _best_kept(self) -> float:
         """Reads the highest value of the best metric, of all checkpoints.
@@ -244,11 +273,14 @@ class Checkpoints:
         if hurry:
             self._writes.hurry()
         self._collect()
+        self._agree()
         self._writes.pause()
         return not self._writes.lost
 
     def lost(self) -> bool:
         """Returns whether the last save failed and the state should be saved again.
+
+        Hosts need not call it together, and may find out one after the other.
 
         Raises:
           StorageError: saves have failed for too long.
@@ -270,15 +302,22 @@ class Checkpoints:
         else:
             self._writes.succeeded()
 
+    def _agree(self) -> None:
+        """Has the last save count as failed on all hosts, where it has failed on one."""
+        if jax.process_count() > 1:
+            error = together.agree("end", self._error)
+            if error is not None and self._error is None:
+                self._failed(error)
+
     def _failed(self, error: Exception) -> None:
-        self._begun = False
+        self._begun, self._error = False, error
         self._manager.undo()
         self._remove_unfinished()
         self._writes.failed(error)
 
     def _remove_unfinished(self) -> None:
         """Makes space on a disk; in a bucket, which has no end, the next start does it."""
-        if not remote.is_remote(self.directory):
+        if not remote.is_remote(self.directory) and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the save that failed tells more
                 remove_unfinished(self.directory)
 
@@ -319,20 +358,21 @@ class Checkpoints:
         except reading.Unreadable as error:
             raise UserError(self._unreadable(step, error)) from error
 
-    def restore_latest(self, like: TrainState) -> Restored:
+    def restore_latest(self, like: TrainState, last: int | None = None) -> Restored:
         """Reads the newest checkpoint that is whole, and moves damaged ones into `DAMAGED`.
 
         Every host must call it, and all of them take the same checkpoint.
 
         Args:
           like: as for `restore`.
+          last: the last step to be considered; None: that of the newest checkpoint.
 
         Raises:
           UserError: there is none, or all are unreadable; nothing is moved then.
           StorageError: the storage fails, which says nothing about the checkpoints.
         """
         errors: dict[int, UserError] = {}
-        for step in reversed(self.steps()):
+        for step in reversed([step for step in self.steps() if last is None or step <= last]):
             try:
                 found = self._restore(step, like)
             except (reading.Unreadable, reading.OtherPrecision) as error:

@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 
-from clip_jax.common import lifeline
+from clip_jax.common import lifeline, output
 from clip_jax.errors import DataStalled, ExitCode, NotJoined, Stopped, StorageError, UserError
 
 # Packages that only some sources of data and tokenizers need, by the module that they bring.
@@ -37,9 +37,11 @@ def dispatch(table: Table, arguments: list[str], prefix: str) -> None:
     """
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
-        print(_usage(table, prefix))
+        with output.ends_unread():
+            print(_usage(table, prefix))
     elif name in table:
-        importlib.import_module(table[name][0]).main(arguments[1:])
+        with output.ends_unread():
+            importlib.import_module(table[name][0]).main(arguments[1:])
     else:
         print(
             f"There is no command {name!r}: choose one of {', '.join(table)}, or {prefix} --help.",
@@ -74,6 +76,9 @@ def plain_errors(
             lifeline.finish()
         _end(str(error), error.exit_code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and output.unread():
+            lifeline.fail("Nobody reads its output any more.", ExitCode.UNREAD)
+            raise
         if not isinstance(error, UserError):
             lifeline.await_news()  # it may come of another host's end
         code, text = ending(error)
@@ -101,7 +106,8 @@ def ending(error: BaseException) -> tuple[ExitCode, str]:
 def _end(text: str, code: ExitCode, hangs: bool = False, said: bool = False) -> None:
     """Ends the process: says why, and tells the other hosts."""
     if not said:
-        print(f"\n{text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"\n{text}", file=sys.stderr, flush=True)
     lifeline.fail(text, code)
     if hangs:
         sys.stdout.flush()

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from typing import Any
 
 from etils import epath
 
@@ -44,14 +43,21 @@ def read(workdir: epath.PathLike) -> tuple[list[dict[str, float]], int]:
 def _parse_row(line: bytes) -> dict[str, float] | None:
     """Returns a row of metrics.jsonl; None where the line is not one."""
     try:
-        row = json.loads(line.decode())
+        row = _decoder.decode(line.decode())
     except (ValueError, RecursionError):  # cut short, not UTF-8, or nested too deep
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
         return None
-    return row if all(map(_is_number, row.values())) else None
+    return row if _NUMBERS.issuperset(map(type, row.values())) else None
 
 
-def _is_number(value: Any) -> bool:
+def _integer(text: str) -> int:
     # JSON has integers of any length; one that is no float would be an error wherever it is used.
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    value = int(text)
+    if abs(value) >= 2**63:
+        raise ValueError(f"{text} is too large")
+    return value
+
+
+_NUMBERS = {int, float}  # and not bool
+_decoder = json.JSONDecoder(parse_int=_integer)

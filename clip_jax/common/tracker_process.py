@@ -173,6 +173,8 @@ class _Sender:
         self._path = self._workdir / "trackers" / f"{self._name}.json"
         self._kept = self._read()
         self._sent: dict[str, int] = self._kept["sent"]
+        if about["went_back"]:
+            self._sent.update({n: min(s, about["start_step"]) for n, s in self._sent.items()})
         self._said: set[str] = set()
         self._backend: _Backend | None = None
         self._saved, self._changed = 0.0, False

@@ -55,6 +55,7 @@ class Trackers:
         workdir: epath.Path,
         project: str,
         start_step: int,
+        went_back: bool,
         config: Mapping[str, Any],
         hardware: str,
         say: Callable[[str], None],
@@ -67,6 +68,8 @@ class Trackers:
             tracker has not got are read from its metrics.jsonl.
           project: project, of MLflow the experiment.
           start_step: step that the run resumes from.
+          went_back: whether it has gone back there, to train later steps again on other data: their
+            rows are sent although the tracker has such.
           config: settings by dotted name.
           hardware: number and kind of the devices.
           say: shows a sentence to the user.
@@ -75,6 +78,7 @@ class Trackers:
             "workdir": os.fspath(workdir),
             "project": project,
             "start_step": start_step,
+            "went_back": went_back,
             "config": dict(config),
             "hardware": hardware,
         }

@@ -1,5 +1,6 @@
 """Moves batches onto the device ahead of their use, and measures the time waited for them."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -12,11 +13,14 @@ import numpy as np
 from clip_jax.data import loading
 from clip_jax.errors import DataStalled
 
+_SLICE = 0.5  # seconds between two looks at whether to go on waiting
+
 
 class Feed:
     """Moves batches onto the mesh ahead of their use, in a thread of its own.
 
-    Iterating yields trees of global jax.Arrays. What `batches` raises is raised here.
+    Iterating yields trees of global jax.Arrays. What `batches` raises is raised here. It ends early
+    where it waits for a batch and is `interrupted`.
 
     Attributes:
       waited: seconds for which the consumer has waited for batches so far.
@@ -31,6 +35,7 @@ class Feed:
         *,
         stall_timeout: float = float("inf"),
         describe: Callable[[], str] = lambda: "",
+        interrupted: Callable[[], bool] = lambda: False,
     ):
         """Starts at the first `next`.
 
@@ -40,10 +45,12 @@ class Feed:
           depth: number of batches held ready on the device.
           stall_timeout: seconds without a batch until DataStalled is raised.
           describe: returns the state of the pipeline, for that error.
+          interrupted: returns whether to wait no longer; asked about twice a second.
         """
         self.waited, self.waiting = 0.0, False
         self._batches, self._sharding = batches, sharding
         self._stall_timeout, self._describe = stall_timeout, describe
+        self._interrupted = interrupted
         self._ready: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
         self._generator = loading.closed_at_exit(self._generate())
@@ -75,19 +82,22 @@ class Feed:
 
     def _wait(self) -> tuple[Any, BaseException | None]:
         began, self.waiting = time.monotonic(), True
-        stall_timeout = None if self._stall_timeout == float("inf") else self._stall_timeout
+        deadline = began + self._stall_timeout
         try:
-            return self._ready.get(timeout=stall_timeout)
-        except queue.Empty:
-            raise DataStalled(
-                f"No batch of training data has come for {self._stall_timeout:,.0f} s "
-                f"(data.stall_timeout). The pipeline: {self._describe()}. If the storage is only "
-                "slow, raise --config.data.stall_timeout; else see to what is named, and run the "
-                "same command again to resume at the last checkpoint."
-            ) from None
+            while (left := deadline - time.monotonic()) > 0:
+                with contextlib.suppress(queue.Empty):
+                    return self._ready.get(timeout=min(left, _SLICE))
+                if self._interrupted():
+                    return None, StopIteration()
         finally:
             self.waited += time.monotonic() - began
             self.waiting = False
+        raise DataStalled(
+            f"No batch of training data has come for {self._stall_timeout:,.0f} s "
+            f"(data.stall_timeout). The pipeline: {self._describe()}. If the storage is only "
+            "slow, raise --config.data.stall_timeout; else see to what is named, and run the "
+            "same command again to resume at the last checkpoint."
+        )
 
     def _transfer(self) -> None:
         try:

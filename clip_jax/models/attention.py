@@ -1,14 +1,19 @@
 """Multi-head attention, in the forms that the towers need."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from clip_jax import sharding
+from clip_jax.models import attention_kernel
 from clip_jax.models.layers import Dtype
+from clip_jax.models.sizes import Size
 
 # Tokens [b, s, ...], or those of a sequence and, apart from them, one more token per example:
 # ([b, s, ...], [b, ...]).
@@ -21,7 +26,7 @@ class QueryKeyValue(nn.Module):
     """The projections to queries, keys and values: [..., w] -> three of [..., heads, w / heads].
 
     One parameter of shape [w, 3, heads, w / heads], but three products: the parts of one product
-    would have to be copied into the layout that attention takes.
+    would have to be copied into the layout that attention takes. The kernel takes them as one.
     """
 
     heads: int
@@ -33,12 +38,14 @@ class QueryKeyValue(nn.Module):
         self,
         x: Float[Array, "*keys width"],
         queries_from: Float[Array, "*queries width"] | None = None,
-    ) -> Heads:
+        for_kernel: bool = False,
+    ) -> Heads | Float[Array, "batch 3 heads d *length"]:
         """Projects tokens.
 
         Args:
           x: tokens to project to keys and values.
           queries_from: tokens to project to queries; None: `x`.
+          for_kernel: return one array, as `attention_kernel.Projected` has it.
         """
         width = x.shape[-1]
         outputs = (3, self.heads, width // self.heads)
@@ -52,6 +59,15 @@ class QueryKeyValue(nn.Module):
         x, queries_from, kernel, bias = nn.dtypes.promote_dtype(
             x, queries_from, kernel, bias, dtype=self.dtype
         )
+        if for_kernel:
+            if x.ndim == 2:
+                return jnp.einsum("bw,wphd->bphd", x, kernel) + bias
+            # In two steps, since the transpose sums in two: over the examples first. At once XLA
+            # would sum along the lanes of all, which takes ten times as long.
+            bias = jax.lax.optimization_barrier(
+                jnp.broadcast_to(bias[..., None], (*outputs, x.shape[1]))
+            )
+            return jnp.einsum("bsw,wphd->bphds", x, kernel) + bias
         query, key, value = (
             jnp.einsum("...w,whd->...hd", part, kernel[:, i]) + bias[i]
             for i, part in enumerate((queries_from, x, x))
@@ -59,8 +75,63 @@ class QueryKeyValue(nn.Module):
         return query, key, value
 
 
+def misfits(size: Size, context_length: int) -> dict[str, str]:
+    """Returns the towers of a model that the kernel for TPUs does not fit, and why.
+
+    Args:
+      size: shapes of the model.
+      context_length: tokens in a row of the text tower.
+    """
+    shapes = {}
+    if size.patch_size is not None:
+        tokens = (size.image_size // size.patch_size) ** 2
+        shapes["image"] = size.image_width // size.image_heads, tokens
+    if size.has_text_blocks:
+        shapes["text"] = size.text_width // size.text_heads, context_length
+    found = {tower: attention_kernel.misfit(*shape) for tower, shape in shapes.items()}
+    return {tower: why for tower, why in found.items() if why}
+
+
+def splits(batch: int) -> bool:
+    """Tells whether each device of the mesh, if one is set, gets as many examples."""
+    mesh = jax.sharding.get_abstract_mesh()
+    shards = math.prod(mesh.shape.get(axis, 1) for axis in sharding.BATCH[0])
+    return batch % shards == 0
+
+
+def attend_in_kernel(
+    projected: attention_kernel.Projected, mask: Bool[Array, "#batch 1 query key"] | None
+) -> Tokens:
+    """Computes the same attention as `attend` and `attend_with_token` by the kernel for TPUs.
+
+    Args:
+      projected: queries, keys and values, split over the mesh by examples and heads.
+      mask: see `attend`.
+
+    Returns:
+      [b, s, heads, d], or with a token a pair of this and [b, heads, d].
+    """
+    attend_ = attention_kernel.attend
+    if set(sharding.AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+        examples = sharding.BATCH[0]
+        spec = PartitionSpec(examples, None, "tensor")
+        of_mask = PartitionSpec(examples if mask is not None and mask.shape[0] > 1 else None)
+        attend_ = jax.shard_map(
+            attend_,
+            in_specs=(spec, of_mask),
+            out_specs=PartitionSpec(examples, "tensor"),
+            check_vma=False,  # a kernel does not tell over which axes its outputs vary
+        )
+    y = attend_(projected, mask)
+    sequence = y.sequence.transpose(0, 3, 1, 2)
+    return sequence if y.token is None else (sequence, y.token)
+
+
 def attend(
-    heads: Heads, mask: Bool[Array, "#batch 1 query key"] | None = None, causal: bool = False
+    heads: Heads,
+    mask: Bool[Array, "#batch 1 query key"] | None = None,
+    causal: bool = False,
+    form: str = "xla",
 ) -> Float[Array, "batch query heads d"]:
     """Computes softmax attention of a sequence to itself, with float32 logits and statistics.
 
@@ -68,11 +139,17 @@ def attend(
       heads: [b, s, heads, d] each; queries may be fewer, [b, n, heads, d], where all see all.
       mask: True for the keys that each query sees; None: see `causal`.
       causal: without a mask, whether a query sees no later key.
+      form: "cudnn" for NVIDIA's kernel; any other: what XLA makes of it.
 
     Returns:
       As many tokens as there are queries.
     """
-    return jax.nn.dot_product_attention(*heads, mask=mask, is_causal=causal and mask is None)
+    return jax.nn.dot_product_attention(
+        *heads,
+        mask=mask,
+        is_causal=causal and mask is None,
+        implementation="cudnn" if form == "cudnn" else "xla",
+    )
 
 
 def attend_with_token(

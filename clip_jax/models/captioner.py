@@ -33,7 +33,13 @@ class Captioner(ImageModel):
     def setup(self):
         super().setup()
         self.prefix = nn.DenseGeneral((PREFIX, self.size.text_width), dtype=self.dtype)
-        self.text = CaptionTransformer(self.size, self.dtype, self.scan_layers, self.remat)
+        self.text = CaptionTransformer(
+            self.size,
+            self.dtype,
+            self.scan_layers,
+            self.text_remat or self.remat,
+            self.attention,
+        )
 
     def __call__(
         self,
@@ -92,6 +98,7 @@ class CaptionTransformer(nn.Module):
     dtype: Dtype
     scan_layers: bool
     remat: str
+    attention: str
 
     def setup(self):
         size, normal = self.size, nn.initializers.normal
@@ -110,6 +117,7 @@ class CaptionTransformer(nn.Module):
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            attention=self.attention,
             causal=True,
             paper_init=True,
         )

@@ -26,7 +26,12 @@ class CLIP(ImageModel):
     def setup(self):
         super().setup()
         self.text = TextTransformer(
-            self.size, self.dtype, self.scan_layers, self.remat, packing=self.packing
+            self.size,
+            self.dtype,
+            self.scan_layers,
+            self.text_remat or self.remat,
+            self.attention,
+            packing=self.packing,
         )
         constant, biased = nn.initializers.constant, self.size.logit_bias
         scale = math.log(10 if biased else 1 / 0.07)

@@ -25,6 +25,8 @@ class ImageModel(nn.Module):
 
     Attributes:
       patch_dropout: fraction of the patches that a ViT leaves out in training.
+      text_remat: `remat` of the text tower; "": the same.
+      attention: the form of attention that both transformers compute; see `attention.FORMS`.
     """
 
     size: Size
@@ -32,13 +34,20 @@ class ImageModel(nn.Module):
     scan_layers: bool = True
     remat: str = "none"
     patch_dropout: float = 0.0
+    text_remat: str = ""
+    attention: str = "xla"
 
     def setup(self):
         if self.size.is_resnet:
             self.image = ModifiedResNet(self.size, self.dtype, self.remat)
         else:
             self.image = VisionTransformer(
-                self.size, self.dtype, self.scan_layers, self.remat, self.patch_dropout
+                self.size,
+                self.dtype,
+                self.scan_layers,
+                self.remat,
+                self.attention,
+                self.patch_dropout,
             )
 
     def image_features(

@@ -33,6 +33,8 @@ def create(
     scan_layers: bool = True,
     remat: str = "none",
     patch_dropout: float = 0.0,
+    text_remat: str = "",
+    attention: str = "xla",
     packing: Mapping[str, Any] | None = None,
     size: Mapping[str, Any] | None = None,
 ) -> ImageModel:
@@ -44,6 +46,8 @@ def create(
       scan_layers: run transformer layers in a `lax.scan`, or unroll them.
       remat: recomputation in the backward pass; see `layers.remat_layer`.
       patch_dropout: fraction of the patches that a ViT leaves out in training.
+      text_remat: `remat` of the text tower; "": the same.
+      attention: the form of attention in both transformers; see `attention.FORMS`.
       packing: {"length": tokens in a row, "rows": rows per caption} of `packing.Packing`; None or
         length 0: each caption has a row of its own. Only a `CLIP` packs.
       size: overrides of the named shapes; see `Size`.
@@ -57,10 +61,11 @@ def create(
             f"model.patch_dropout is {patch_dropout}: it takes a fraction of the patches, 0 or "
             "more and less than 1, of a ViT; a ResNet has none."
         )
+    settings = (shapes, dtype, scan_layers, remat, patch_dropout, text_remat, attention)
     if shapes.objective == "contrastive":
         made = _make_packing(packing, shapes)
-        return CLIP(shapes, dtype, scan_layers, remat, patch_dropout, packing=made)
-    return MODULES[shapes.objective](shapes, dtype, scan_layers, remat, patch_dropout)
+        return CLIP(*settings, packing=made)
+    return MODULES[shapes.objective](*settings)
 
 
 def of_size(size: Size) -> ImageModel:

@@ -33,6 +33,7 @@ class TextTransformer(nn.Module):
     dtype: Dtype
     scan_layers: bool
     remat: str
+    attention: str
     packing: Packing | None
 
     def setup(self):
@@ -52,6 +53,7 @@ class TextTransformer(nn.Module):
                 dtype=self.dtype,
                 scan_layers=self.scan_layers,
                 remat=self.remat,
+                attention=self.attention,
                 causal=size.text_causal,
                 paper_init=True,
             )

@@ -10,12 +10,21 @@ from flax import linen as nn
 from jaxtyping import Array, Bool
 
 from clip_jax import sharding
-from clip_jax.models.attention import QueryKeyValue, Tokens, attend, attend_with_token
+from clip_jax.models import attention_kernel
+from clip_jax.models.attention import (
+    QueryKeyValue,
+    Tokens,
+    attend,
+    attend_in_kernel,
+    attend_with_token,
+    splits,
+)
 from clip_jax.models.layers import (
     ACTIVATIONS,
     Dtype,
     Init,
     layer_norm,
+    named,
     remat_layer,
     torch_default_bias_init,
     torch_default_init,
@@ -37,6 +46,7 @@ class Block(nn.Module):
     activation: str
     norm_eps: float
     dtype: Dtype
+    attention: str
     causal: bool
     qkv_init: Init
     mlp_init: Init
@@ -51,10 +61,11 @@ class Block(nn.Module):
         y = self._attend(qkv, each(layer_norm(self.norm_eps, self.dtype, "ln_1"), x), mask, read)
         x = x if read is None else read(x)
         out = dense(width, axis=(-2, -1), kernel_init=self.out_init, name="attn_out")
-        x = each(jnp.add, x, each(out, y))
+        x = named(each(jnp.add, x, each(out, y)), "residual")
         y = each(layer_norm(self.norm_eps, self.dtype, "ln_2"), x)
         bias = torch_default_bias_init(width)
         y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
+        y = named(y, "mlp")
         y = each(ACTIVATIONS[self.activation], y)
         bias = torch_default_bias_init(self.mlp)
         y = each(dense(width, kernel_init=self.out_init, bias_init=bias, name="mlp_out"), y)
@@ -64,13 +75,28 @@ class Block(nn.Module):
         self, qkv: QueryKeyValue, x: Tokens, mask: Mask | None, read: Read | None
     ) -> Tokens:
         """Computes attention for the tokens that are read, [b, n, heads, d], or for all."""
-        if isinstance(x, tuple):
-            y = attend_with_token(*jax.tree.map(qkv, x))
-        elif read is not None and mask is None and not self.causal:
-            return attend(qkv(x, read(x)))  # each sees all, so that no other query is needed
+        few = read is not None and mask is None and not self.causal  # the others are not needed
+        if self.attention == "pallas" and not few and self._fits_kernel(x):
+            if mask is None and self.causal:
+                mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
+            parts = x if isinstance(x, tuple) else (x, None)
+            projected = [part if part is None else qkv(part, for_kernel=True) for part in parts]
+            projected = attention_kernel.Projected(*named(projected, "qkv"))
+            y = attend_in_kernel(projected, mask)  # which names what it keeps
+        elif isinstance(x, tuple):
+            projected = named(jax.tree.map(qkv, x), "qkv")
+            y = named(attend_with_token(*projected), "attention")
+        elif few:
+            return attend(qkv(x, read(x)))
         else:
-            y = attend(qkv(x), mask, self.causal)
+            projected = named(qkv(x), "qkv")
+            y = named(attend(projected, mask, self.causal, self.attention), "attention")
         return y if read is None else read(y)
+
+    def _fits_kernel(self, x: Tokens) -> bool:
+        batch, length, width = jax.tree.leaves(x)[0].shape
+        misfit = attention_kernel.misfit(width // self.heads, length)
+        return not misfit and splits(batch) and not self.is_initializing()
 
 
 class Transformer(nn.Module):
@@ -87,6 +113,7 @@ class Transformer(nn.Module):
       norm_eps: LayerNorm's addition to the variance.
       scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
       remat: recomputation in the backward pass; see `layers.remat_layer`.
+      attention: the form of attention that computes it; see `attention.FORMS`.
       causal: without a mask, each token sees only those up to itself.
       paper_init: the scaled normal initialisation of the published text tower; else PyTorch's
         default for attention and linear layers, as in the published ViT.
@@ -100,6 +127,7 @@ class Transformer(nn.Module):
     dtype: Dtype
     scan_layers: bool
     remat: str
+    attention: str
     causal: bool
     paper_init: bool
 
@@ -153,6 +181,7 @@ class Transformer(nn.Module):
             activation=self.activation,
             norm_eps=self.norm_eps,
             dtype=self.dtype,
+            attention=self.attention,
             causal=self.causal,
             qkv_init=qkv_init,
             mlp_init=mlp_init,

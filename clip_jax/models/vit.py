@@ -30,6 +30,7 @@ class VisionTransformer(nn.Module):
     dtype: Dtype
     scan_layers: bool
     remat: str
+    attention: str
     patch_dropout: float
 
     @nn.compact
@@ -73,6 +74,7 @@ class VisionTransformer(nn.Module):
             dtype=self.dtype,
             scan_layers=self.scan_layers,
             remat=self.remat,
+            attention=self.attention,
             causal=False,
             paper_init=False,
             name="transformer",

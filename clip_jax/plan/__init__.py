@@ -4,8 +4,10 @@ cli.py        the command            make.py       compiles a step and gathers t
 topology.py   v5e:16x16 as devices   search.py     compiles the promising settings
 chips.py      the table of chips     suggest.py    suggests settings that fit
 table.py      figures for people     estimate.py   rough needs before compiling
+step_cost.py  figures of a step      progress.py   lines while it compiles
 
 From the text of a compiled program: hlo.py reads it, loops.py finds trip counts, groups.py the
 devices of a collective, flops.py the operations and bytes of an instruction, network.py the time of
-a collective. cost.py adds all of it up, and parts.py attributes it to parts of the model.
+a collective. kernels.py times Pallas kernels, whose grids mosaic.py reads. cost.py adds all of it
+up, and parts.py attributes it to parts of the model.
 """

@@ -8,8 +8,8 @@ GIB = 2**30
 # Fraction of the nominal HBM bandwidth that plain copies reach in XLA's own cycle estimates (0.71
 # to 0.81 over the four generations); used for instructions that carry no estimate.
 HBM_EFFICIENCY = 0.77
-# Assumed fraction of the peak that a Pallas kernel reaches, for which XLA gives no estimate: heads
-# of 64 channels fill half of a matrix unit.
+# Assumed fraction of the peak that a Pallas kernel reaches whose time the compiler does not tell:
+# heads of 64 channels fill half of a matrix unit.
 KERNEL_EFFICIENCY = 0.5
 # Latency of a message per hop between neighbouring chips, and between slices.
 ICI_HOP_SECONDS = 1e-6

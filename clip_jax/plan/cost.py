@@ -1,6 +1,7 @@
 """Adds up the costs of one step of a compiled program, loops included.
 
-Computation takes the compiler's own estimate of cycles, one instruction after the other.
+Computation takes the compiler's own estimate of cycles, one instruction after the other. Pallas
+kernels, for which there is none, take the time of `kernels`.
 Collectives take the time of the interconnect model. An asynchronous one, which has separate start
 and done instructions, runs beside the instructions scheduled between them; each network runs one
 collective at a time, and the done instruction waits for the rest. A synchronous one delays the step
@@ -9,12 +10,13 @@ by all of its time.
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from clip_jax.plan import chips, flops, groups, loops
+from clip_jax.plan import chips, flops, groups, kernels, loops
 from clip_jax.plan.hlo import Computation, Instruction, Module
+from clip_jax.plan.kernels import Timing
 from clip_jax.plan.network import Network
 from clip_jax.training import step
 
@@ -59,6 +61,7 @@ class Op:
       bytes: traffic to HBM, over all executions.
       exchange: kind of the collective; None: computation.
       volume: bytes that a collective moves, over all executions.
+      kernel: Pallas kernel that it is or holds; None: there is none.
     """
 
     instruction: Instruction
@@ -69,6 +72,7 @@ class Op:
     bytes: float = 0.0
     exchange: Exchange | None = None
     volume: float = 0.0
+    kernel: Instruction | None = None
 
     @property
     def channel(self) -> str:
@@ -130,22 +134,27 @@ class Cost:
         return sum(op.seconds for op in self.ops if op.exchange)
 
 
-def program_cost(module: Module, network: Network) -> Cost:
-    """Computes the cost of one step of a program on the chips of a network."""
-    return _Walk(module, network).run(module.entry)
+def program_cost(
+    module: Module, network: Network, timings: Mapping[str, Timing] | None = None
+) -> Cost:
+    """Computes the cost of one step of a program on the chips of a network.
 
-
-def is_kernel(x: Instruction) -> bool:
-    """Tells whether an instruction is a Pallas kernel, whose inside XLA does not know."""
-    return x.opcode == "custom-call" and '"tpu_custom_call"' in x.attributes
+    Args:
+      module: compiled program.
+      network: network of the chips.
+      timings: timings of its Pallas kernels, by instruction; without one, a kernel counts as it
+        declares.
+    """
+    return _Walk(module, network, timings or {}).run(module.entry)
 
 
 class _Walk:
     """A walk over the computations of a program, each of which is costed once."""
 
-    def __init__(self, module: Module, network: Network):
+    def __init__(self, module: Module, network: Network, timings: Mapping[str, Timing]):
         self.module = module
         self.network = network
+        self.timings = timings
         self.done: dict[str, Cost] = {}
         self.inner: dict[str, list[tuple[Computation, Instruction]]] = {}
 
@@ -205,18 +214,24 @@ class _Walk:
         work += flops.matmul_flops(x, computation)
         traffic = flops.memory_traffic(x, computation, self.module)
         chip = self.network.topology.chip
-        if is_kernel(x):  # as the kernel declares, since XLA does not look inside
-            declared = flops.kernel_cost(x)
+        bandwidth, cycles = chip.hbm_bandwidth * chips.HBM_EFFICIENCY, x.cycles
+        # A kernel, alone or with slices of its operands and results in a fusion.
+        kernel = next((y for y in (x, *(y for _, y in inside)) if kernels.is_kernel(y)), None)
+        if kernel:
+            if (timing := self.timings.get(kernel.name)) and timing.cycles is not None:
+                traffic = timing.bytes or traffic
+                cycles = max(timing.cycles, traffic / bandwidth * chip.clock)
+            declared = kernels.declared_cost(kernel)  # XLA does not look inside
             work += declared[0]
             traffic = max(traffic, declared[1])
-        if x.cycles is not None:
-            seconds = x.cycles / chip.clock
+        if cycles is not None:
+            seconds = cycles / chip.clock
         else:
-            moving = traffic / (chip.hbm_bandwidth * chips.HBM_EFFICIENCY)
-            seconds = max(moving, work / (chip.flops * chips.KERNEL_EFFICIENCY))
+            seconds = max(traffic / bandwidth, work / (chip.flops * chips.KERNEL_EFFICIENCY))
         if not (seconds or work or traffic):
             return None
-        return Op(x, _title(x, products, inside), seconds=seconds, flops=work, bytes=traffic)
+        title = _title(x, products, inside)
+        return Op(x, title, seconds=seconds, flops=work, bytes=traffic, kernel=kernel)
 
     def _inside(self, x: Instruction) -> list[tuple[Computation, Instruction]]:
         """Lists the instructions of a fusion, those of nested fusions too."""

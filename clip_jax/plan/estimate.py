@@ -11,21 +11,36 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from clip_jax.models import flops as model_flops
+from clip_jax.models import layers
 from clip_jax.models.captioner import POSITIONS
 from clip_jax.models.sizes import Size
 from clip_jax.plan.topology import Topology
 
 # By model.remat: numbers kept per token, channel and layer, in the compute dtype; and the fraction
 # of the forward pass that is recomputed.
-REMAT: Mapping[str, tuple[float, float]] = {
+_REMAT: Mapping[str, tuple[float, float]] = {
     "none": (42.0, 0.0),
     "dots_saveable": (22.0, 0.1),
     "dots_with_no_batch_dims_saveable": (14.0, 0.15),
     "full": (1.0, 1.0),
 }
+_OTHER_REMAT = (8.0, 0.4)  # a policy that no figures are known of, until one is compiled
+# Policies that do as another one.
+_SAME_REMAT: Mapping[str, str] = {"everything_saveable": "none", "nothing_saveable": "full"}
 _LAYER = 60.0  # numbers per token and channel that the active layer holds
 _LOGITS = 3  # float32 copies of a device's logits that are alive at a time
 _USUAL_MFU = 0.35  # fraction of the peak that a step usually reaches, memory traffic included
+
+
+def remats() -> list[str]:
+    """Returns the values of model.remat that differ."""
+    return ["none", *(name for name in layers.POLICIES if name not in _SAME_REMAT)]
+
+
+def _remat(name: str) -> tuple[float, float]:
+    return _REMAT.get(
+        {"everything_saveable": "none", "nothing_saveable": "full"}.get(name, name), _OTHER_REMAT
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +55,19 @@ class Choice:
     accum_steps: int = 1
     remat: str = "none"
     method: str = "all_gather"
+    scan: bool = True
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Choice":
         """Reads the settings of a config."""
         mesh = config.mesh
         return cls(
-            mesh.fsdp, mesh.tensor, config.accum_steps, config.model.remat, config.loss.method
+            mesh.fsdp,
+            mesh.tensor,
+            config.accum_steps,
+            config.model.remat,
+            config.loss.method,
+            config.model.scan_layers,
         )
 
     def apply(self, config: ConfigDict) -> ConfigDict:
@@ -54,7 +75,7 @@ class Choice:
         config = copy.deepcopy(config).unlock()
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, self.fsdp, self.tensor
         config.accum_steps, config.model.remat = self.accum_steps, self.remat
-        config.loss.method = self.method
+        config.loss.method, config.model.scan_layers = self.method, self.scan
         return config
 
     @property
@@ -63,13 +84,13 @@ class Choice:
         return (
             f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
             f"--config.accum_steps={self.accum_steps} --config.model.remat={self.remat} "
-            f"--config.loss.method={self.method}"
+            f"--config.loss.method={self.method} --config.model.scan_layers={self.scan}"
         )
 
     def __str__(self) -> str:
         return (
             f"fsdp {self.fsdp}, tensor {self.tensor}, accum_steps {self.accum_steps}, "
-            f"remat {self.remat}, {self.method}"
+            f"remat {self.remat}, {self.method}, layers {'scanned' if self.scan else 'unrolled'}"
         )
 
 
@@ -83,6 +104,7 @@ class Task:
       parameters: number of parameters.
       state_bytes: bytes of parameter and optimiser state for each parameter.
       topology: topology to run on.
+      scan: whether the config runs the layers in a scan.
     """
 
     size: Size
@@ -90,6 +112,7 @@ class Task:
     parameters: float
     state_bytes: float
     topology: Topology
+    scan: bool = True
 
     @property
     def image_bytes(self) -> float:
@@ -117,12 +140,12 @@ def temporaries(choice: Choice, task: Task) -> float:
     """Estimates the bytes of one chip that live only inside the step."""
     chips, size = task.topology.size, task.size
     examples = task.batch_size * choice.tensor / chips / choice.accum_steps
-    kept = REMAT.get(choice.remat, REMAT["none"])[0]
-    layers = size.text_layers * size.has_text_blocks
-    layers += sum(size.image_layers) if not size.is_resnet else 0
+    kept = _remat(choice.remat)[0]
+    depth = size.text_layers * size.has_text_blocks
+    depth += sum(size.image_layers) if not size.is_resnet else 0
     # The tensor axis splits about three quarters of the kept numbers: those inside a block.
     split = 0.25 + 0.75 / choice.tensor if choice.remat != "full" else 1.0
-    held = activations(size) * (kept * split + _LAYER / max(layers / 2, 1)) * 2
+    held = activations(size) * (kept * split + _LAYER / max(depth / 2, 1)) * 2
     gradients = task.parameters * 4 / choice.fsdp / choice.tensor
     total = examples * held + gradients
     if choice.accum_steps > 1:  # the sum of the gradients, beside those of a micro-batch
@@ -153,7 +176,7 @@ def seconds(choice: Choice, task: Task) -> float:
     chip, size = task.topology.chip, task.size
     towers = 3 * task.batch_size * (model_flops.image_flops(size) + model_flops.text_flops(size))
     loss = model_flops.step_flops(size, task.batch_size) - towers
-    again = REMAT.get(choice.remat, REMAT["none"])[1] + (choice.accum_steps > 1)
+    again = _remat(choice.remat)[1] + (choice.accum_steps > 1)
     # Forward is a third of a step. A ring computes its logits once more in the backward pass.
     work = towers * (1 + again / 3) + loss * (4 / 3 if choice.method == "ring" else 1)
     computing = work / task.topology.size / chip.flops / _USUAL_MFU

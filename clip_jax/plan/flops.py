@@ -97,13 +97,6 @@ def _operand(instruction: Instruction, computation: Computation, i: int) -> Arra
     return computation.instructions[instruction.operands[i]].arrays[0]
 
 
-def kernel_cost(instruction: Instruction) -> tuple[float, float]:
-    """Reads the declared (operations, bytes) of a Pallas kernel; zeros: none declared."""
-    found = re.search(r'"cost_estimate":\{([^}]*)\}', instruction.attributes)
-    fields = dict(re.findall(r'"(\w+)":"?([\d.]+)', found.group(1))) if found else {}
-    return float(fields.get("flops", 0)), float(fields.get("bytes_accessed", 0))
-
-
 def memory_traffic(instruction: Instruction, computation: Computation, module: Module) -> float:
     """Counts the bytes that an executed instruction reads from and writes to HBM.
 

@@ -5,7 +5,6 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +12,9 @@ from ml_collections import ConfigDict
 
 from clip_jax.common import clock
 from clip_jax.errors import UserError
-from clip_jax.models import flops as model_flops
-from clip_jax.plan import chips, cost, hlo, parts
 from clip_jax.plan.chips import GIB
-from clip_jax.plan.network import Network
+from clip_jax.plan.progress import Report, stage
+from clip_jax.plan.step_cost import Step, step_cost
 from clip_jax.plan.topology import Topology
 from clip_jax.training import program
 
@@ -60,61 +58,6 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.peak is not None and self.peak <= self.available
-
-
-@dataclasses.dataclass
-class Collective:
-    """The collectives of one kind in a step, as one chip sees them.
-
-    Attributes:
-      kind: "all-gather", ...
-      axes: mesh axes that it crosses, joined by "+".
-      network: "ici" within a slice, "dcn" between slices.
-      overlapped: whether the compiler runs it beside computation.
-      count: number in a step.
-      bytes: size of the whole gathered, reduced or scattered array, or of a chip's message.
-      seconds: time by the interconnect model.
-    """
-
-    kind: str
-    axes: str
-    network: str
-    overlapped: bool
-    count: float
-    bytes: float
-    seconds: float
-
-
-@dataclasses.dataclass
-class Step:
-    """The cost of one step on one chip.
-
-    Attributes:
-      seconds: predicted time from the first instruction to the last.
-      compute_seconds: time of all computation, by XLA's estimate of cycles.
-      network_seconds: time of all collectives, by the interconnect model.
-      model_flops: a chip's part of the operations that the model needs (`models.flops`).
-      hardware_flops: executed operations, recomputation included.
-      bytes: traffic to HBM.
-      mfu, hfu: model and hardware operations as a fraction of the peak.
-      collectives: collectives, summed by kind and axes, the longest first.
-      parts: (name, seconds, operations) of computation, the longest first.
-      top: (instruction, origin, executions, seconds, operations, bytes) of single instructions.
-      notes: assumptions behind the figures.
-    """
-
-    seconds: float
-    compute_seconds: float
-    network_seconds: float
-    model_flops: float
-    hardware_flops: float
-    bytes: float
-    mfu: float
-    hfu: float
-    collectives: list[Collective]
-    parts: list[tuple[str, float, float]]
-    top: list[tuple[str, str, float, float, float, float]]
-    notes: list[str]
 
 
 @dataclasses.dataclass
@@ -180,9 +123,6 @@ class Plan:
                 dict(zip(("name", "origin", "times", "seconds", "flops", "bytes"), row))
                 for row in self.step.top
             ]
-            fields["step"]["parts"] = [
-                dict(zip(("name", "seconds", "flops"), row)) for row in self.step.parts
-            ]
         return fields
 
 
@@ -192,7 +132,7 @@ def make_plan(
     *,
     examples: float = 400e6,
     top: int = 10,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
     hlo_file: str | None = None,
 ) -> Plan:
     """Compiles the training step; takes from seconds to minutes.
@@ -202,7 +142,7 @@ def make_plan(
       topology: topology to compile for.
       examples: examples of an epoch.
       top: number of single instructions to list.
-      report: called with a line before the compilation.
+      report: called with lines of progress.
       hlo_file: file for the text of the compiled program; None: none.
 
     Raises:
@@ -211,11 +151,12 @@ def make_plan(
     began = time.monotonic()
     built, total = build(config, topology, examples)
     memory = _resident(built, topology)
-    if report:
-        report(f"Compiling for {topology}; this takes some minutes.")
     step, missing, failure = None, 0.0, ""
     try:
-        compiled = built.lower().compile()
+        with stage("Tracing the step", report):
+            lowered = built.lower()
+        with stage(f"Compiling for {topology}, which takes some minutes", report):
+            compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise UserError(
@@ -229,7 +170,7 @@ def make_plan(
         if hlo_file:
             pathlib.Path(hlo_file).write_text(text)
         _complete(memory, compiled)
-        step = _step(text, built, topology, top)
+        step = step_cost(text, built, topology, top, report)
         missing = max((memory.peak or 0.0) - memory.available, 0.0)
     return Plan(
         model=str(built.net.size),
@@ -329,71 +270,3 @@ def read_shortage(report: str, memory: Memory) -> float:
         used = needed + memory.resident
     exceeded = size(r"[Ee]xceeded \w+ capacity by SIZE")
     return exceeded or max((used or 0.0) - memory.available, 0.0)
-
-
-def _step(text: str, built: program.Program, topology: Topology, top: int) -> Step:
-    module = hlo.parse_module(text)
-    total = cost.program_cost(module, Network.of(built.mesh, topology, module.partitions))
-    needed = model_flops.step_flops(built.net.size, built.config.batch_size) / topology.size
-    peak = topology.chip.flops * total.elapsed
-    return Step(
-        seconds=total.elapsed,
-        compute_seconds=total.compute_seconds,
-        network_seconds=total.network_seconds,
-        model_flops=needed,
-        hardware_flops=total.flops,
-        bytes=total.bytes,
-        mfu=needed / peak,
-        hfu=total.flops / peak,
-        collectives=[
-            Collective(kind.kind, kind.axes, kind.network, kind.overlapped, *amounts)
-            for kind, *amounts in cost.by_exchange(total)
-        ],
-        parts=parts.by_part(total, module.frames),
-        top=_top(total, top),
-        notes=_notes(total, topology),
-    )
-
-
-def _top(total: cost.Cost, count: int) -> list[tuple[str, str, float, float, float, float]]:
-    ops = sorted(total.ops, key=lambda op: -op.seconds)
-    ops = [op for op in ops if op.channel != "hbm"][:count]
-    return [
-        (op.instruction.name, op.title.op_name, op.times, op.seconds, op.flops, op.bytes)
-        for op in ops
-    ]
-
-
-def _notes(total: cost.Cost, topology: Topology) -> list[str]:
-    chip = topology.chip
-    notes = [
-        f"Computation: XLA's estimated cycles at {chip.clock / 1e9:.2f} GHz, loop iterations "
-        "counted; a model of the chip, good for comparing programs, not a promise.",
-        f"Interconnect: {chip.ici_link / 1e9:.0f} GB/s per link and direction, every dimension of "
-        "the chips' box in use at once, 1 us a hop. Asynchronous collectives run beside the "
-        "computation scheduled between start and done, one at a time; all others are waited for.",
-    ]
-    if topology.slices > 1:
-        notes.append(
-            f"Between slices: {chip.dcn / 1e9:.2f} GB/s per chip, its part of the host's cards."
-        )
-    if total.branches:
-        extra = sum(high - low for low, high in total.branches)
-        notes.append(
-            f"{len(total.branches)} conditional(s) count as their cheapest branch, which is the "
-            f"common case; the most expensive branches would add {extra * 1e3:.2f} ms."
-        )
-    kernels = [op for op in total.ops if cost.is_kernel(op.instruction)]
-    if kernels:
-        silent = sum(not op.flops for op in kernels)
-        notes.append(
-            f"{len(kernels)} Pallas kernel(s) count at {chips.KERNEL_EFFICIENCY:.0%} of the peak, "
-            f"or at the bandwidth of HBM where that is slower, by the cost they declare; {silent} "
-            "of them declare no operations."
-        )
-    if total.open_loops:
-        notes.append(
-            f"{total.open_loops} loop(s) whose trip count depends on the data count as not run: "
-            "text packing needs no further iterations for most batches."
-        )
-    return notes

@@ -1,7 +1,9 @@
 """Attributes instructions to parts of the step: "image tower, attention", "loss", "optimiser"."""
 
+import dataclasses
 import re
 
+from clip_jax.plan.chips import Chip
 from clip_jax.plan.cost import Cost, Op
 from clip_jax.plan.hlo import Frames
 
@@ -71,21 +73,45 @@ def _first(rules: tuple[tuple[str, str], ...], text: str) -> str:
     return next((part for rule, part in rules if re.search(rule, text)), "")
 
 
-def by_part(total: Cost, frames: Frames) -> list[tuple[str, float, float]]:
-    """Sums the computation of a step by part, the longest first.
+def label(op: Op, frames: Frames) -> str:
+    """Names the part that an executed instruction belongs to, with the pass where it has two."""
+    owner, piece, direction = part_of(op, frames)
+    return ", ".join(filter(None, (owner, piece, direction if owner in _TWO_WAYS else "")))
 
-    Returns:
-      (part, seconds, operations) of each.
+
+@dataclasses.dataclass
+class Part:
+    """The computation of a part of the step.
+
+    Attributes:
+      name: part, and the pass where it has two.
+      seconds: time that it takes.
+      flops: operations of its matrix products and convolutions.
+      bytes: traffic to HBM.
+      matrix_seconds: time that the matrix units need for the operations, at their peak.
+      hbm_seconds: time that HBM needs for the traffic, at its nominal bandwidth. Time beyond both
+        goes to the vector units or to waiting.
     """
-    sums: dict[str, list[float]] = {}
+
+    name: str
+    seconds: float = 0.0
+    flops: float = 0.0
+    bytes: float = 0.0
+    matrix_seconds: float = 0.0
+    hbm_seconds: float = 0.0
+
+
+def by_part(total: Cost, frames: Frames, chip: Chip) -> list[Part]:
+    """Sums the computation of a step by part, the longest first."""
+    parts: dict[str, Part] = {}
     for op in total.ops:
         if not op.channel and op.seconds:
-            owner, piece, direction = part_of(op, frames)
-            label = ", ".join(filter(None, (owner, piece)))
-            if owner in _TWO_WAYS:
-                label += f", {direction}"
-            row = sums.setdefault(label, [0.0, 0.0])
-            row[0] += op.seconds
-            row[1] += op.flops
-    rows = [(label, seconds, flops) for label, (seconds, flops) in sums.items()]
-    return sorted(rows, key=lambda row: -row[1])
+            name = label(op, frames)
+            part = parts.setdefault(name, Part(name))
+            part.seconds += op.seconds
+            part.flops += op.flops
+            part.bytes += op.bytes
+    for part in parts.values():
+        part.matrix_seconds = part.flops / chip.flops
+        part.hbm_seconds = part.bytes / chip.hbm_bandwidth
+    return sorted(parts.values(), key=lambda part: -part.seconds)

@@ -12,7 +12,8 @@ from clip_jax.common.formatting import format_seconds
 from clip_jax.errors import UserError
 from clip_jax.plan import make
 from clip_jax.plan.chips import GIB
-from clip_jax.plan.estimate import REMAT, Choice, Correction, Task
+from clip_jax.plan.estimate import Choice, Correction, Task, remats
+from clip_jax.plan.progress import Report, stage
 from clip_jax.plan.topology import Topology
 from clip_jax.training.program import split_by_tensor
 
@@ -78,9 +79,11 @@ def search(
     examples: float = 400e6,
     top: int = 10,
     most: int = 24,
-    report: Callable[[str], None] = print,
+    report: Report = print,
 ) -> SearchResult:
     """Tries meshes, micro-batches, rematerialisation and loss methods, the promising ones first.
+
+    The fastest is then tried with its layers unrolled, or in a scan where the config unrolls them.
 
     Args:
       config: all other settings.
@@ -102,19 +105,32 @@ def search(
             f"{topology} in any way: take a multiple of {topology.size}."
         )
     correction, tried, longest = Correction(), [], 0.0
-    while open_ := _promising(choices, tried, task, correction):
-        spent = time.monotonic() - began
-        if len(tried) == most or (tried and spent + longest > minutes * 60):
-            break
-        choice = open_[0]
-        plan = make.make_plan(choice.apply(config), topology, examples=examples, top=top)
+
+    def attempt(choice: Choice, left: Callable[[], int]) -> None:
+        nonlocal longest
+        with stage(f"Compiling {choice}", report):
+            plan = make.make_plan(choice.apply(config), topology, examples=examples, top=top)
         longest = max(longest, plan.compile_seconds)
         step = plan.step.seconds if plan.step else None
         correction.learn(choice, task, plan.memory.temporaries, step)
         tried.append(Tried(choice, plan))
-        left = min(len(_promising(choices, tried, task, correction)), most - len(tried))
-        report(_progress(tried[-1], len(tried), left, time.monotonic() - began, minutes * 60))
+        report(_progress(tried[-1], len(tried), left(), time.monotonic() - began, minutes * 60))
+
+    def late() -> bool:
+        return bool(tried) and time.monotonic() - began + longest > minutes * 60
+
+    def left() -> int:
+        return min(len(_promising(choices, tried, task, correction)), most - len(tried))
+
+    while (open_ := _promising(choices, tried, task, correction)) and len(tried) < most:
+        if late():
+            break
+        attempt(open_[0], left)
     tried.sort(key=lambda t: (t.seconds, t.plan.missing))
+    if tried[0].plan.fits and len(tried) < most and not late():
+        best = tried[0].choice
+        attempt(dataclasses.replace(best, scan=not best.scan), lambda: 0)
+        tried.sort(key=lambda t: (t.seconds, t.plan.missing))
     return SearchResult(tried, len(choices), len(open_))
 
 
@@ -131,6 +147,7 @@ def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
         parameters=count,
         state_bytes=(parameters + make.shard_bytes(built.state.opt_state)) / count,
         topology=topology,
+        scan=config.model.scan_layers,
     )
 
 
@@ -152,9 +169,9 @@ def candidates(task: Task) -> Iterator[Choice]:
                 unit = math.lcm(chips, chips // tensor * steps)
                 if task.batch_size % unit:
                     continue
-                for remat in REMAT:
+                for remat in remats():
                     for method in ("all_gather", "ring"):
-                        yield Choice(fsdp, tensor, steps, remat, method)
+                        yield Choice(fsdp, tensor, steps, remat, method, task.scan)
 
 
 def _powers(limit: int) -> list[int]:

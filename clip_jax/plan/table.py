@@ -2,7 +2,8 @@
 
 from clip_jax.common.formatting import aligned, format_seconds
 from clip_jax.plan.chips import GIB
-from clip_jax.plan.make import Memory, Plan, Step
+from clip_jax.plan.make import Memory, Plan
+from clip_jax.plan.step_cost import Step
 
 
 def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
@@ -10,6 +11,8 @@ def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
     blocks = [_head(plan), _memory(plan)]
     if plan.step:
         blocks += [_speed(plan, plan.step), _collectives(plan.step), _parts(plan.step)]
+        if plan.step.kernels:
+            blocks.append(_kernels(plan.step))
         if plan.step.top:
             blocks.append(_top(plan.step))
         blocks.append("\n".join(f"* {note}" for note in plan.step.notes))
@@ -103,15 +106,34 @@ def _collectives(step: Step) -> str:
 
 
 def _parts(step: Step) -> str:
-    rows = [("Where the time goes", "ms", "fraction", "TFLOP", "of peak")]
-    peak = step.hardware_flops / step.hfu / step.seconds if step.hfu else 0.0
-    for name, seconds, flops in step.parts:
-        if seconds >= 0.003 * step.compute_seconds:
-            used = f"{flops / seconds / peak:.2f}" if flops and peak else ""
-            fraction = f"{seconds / step.compute_seconds:.1%}"
-            work = f"{flops / 1e12:.3f}" if flops else ""
-            rows.append((f"  {name}", f"{seconds * 1e3:.2f}", fraction, work, used))
-    return aligned(rows, "<>>>>")
+    """Formats the parts, with the time that their matrix products and their traffic need alone."""
+    head = "Where the time goes", "ms", "fraction", "TFLOP", "of peak", "GiB", "matrix ms", "HBM ms"
+    rows = [head]
+    for part in step.parts:
+        if part.seconds >= 0.003 * step.compute_seconds:
+            used = f"{part.matrix_seconds / part.seconds:.2f}" if part.flops else ""
+            work = f"{part.flops / 1e12:.3f}" if part.flops else ""
+            least = f"{part.matrix_seconds * 1e3:.2f}" if part.flops else ""
+            fraction = f"{part.seconds / step.compute_seconds:.1%}"
+            cells = f"{part.seconds * 1e3:.2f}", fraction, work, used, f"{part.bytes / GIB:.2f}"
+            rows.append((f"  {part.name}", *cells, least, f"{part.hbm_seconds * 1e3:.2f}"))
+    return aligned(rows, "<>>>>>>>")
+
+
+def _kernels(step: Step) -> str:
+    """Formats the kernels: cycles and bundles of a call, and the units that they fill most."""
+    rows = [("Pallas kernels", "runs", "ms", "cycles", "bundles", "TFLOP", "MiB", "slots", "part")]
+    for x in step.kernels:
+        cycles = bundles = slots = "?"
+        if x.timing and x.timing.cycles is not None:
+            cycles = f"{'' if x.timing.simulated else '~'}{x.timing.cycles:,.0f}"
+            bundles = f"{x.timing.bundles:,.0f}" if x.timing.bundles else "?"
+            fullest = sorted(x.timing.slots.items(), key=lambda item: -item[1])[:3]
+            slots = ", ".join(f"{name} {used:.2f}" for name, used in fullest)
+        work = f"{x.flops / 1e12:.4f}" if x.flops else ""
+        cells = f"{x.times:,.0f}", f"{x.seconds * 1e3:.2f}", cycles, bundles, work
+        rows.append((f"  {x.name}", *cells, f"{x.bytes / 2**20:,.1f}", slots, x.part))
+    return aligned(rows, "<>>>>>><<")
 
 
 def _top(step: Step) -> str:

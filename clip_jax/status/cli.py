@@ -49,12 +49,8 @@ def main(arguments: list[str]) -> None:
         help=f"look again and again until Ctrl-C; default: every {_EVERY:.0f}",
     )
     options = parser.parse_args(arguments)
-    try:
-        with commands.plain_errors(interrupted=""):
-            sys.exit(_run(options))
-    except BrokenPipeError:  # | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.DONE)
+    with commands.plain_errors(interrupted=""):
+        sys.exit(_run(options))
 
 
 def _interval(given: str) -> float:

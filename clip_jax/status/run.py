@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+import functools
+import itertools
 import json
 import math
 import os
@@ -101,12 +103,23 @@ class Run:
         """The last start."""
         return self.starts[-1] if self.starts else None
 
-    @property
+    @functools.cached_property
     def step(self) -> int | None:
         """The last step known; None: there is none."""
         found = [start.step for start in self.starts[::-1] if start.step is not None][:1]
         # The record is some seconds old. Rows that a later start repeats are dropped at its start.
         return max([*found, *(int(row["step"]) for row in self.rows)], default=None)
+
+    @functools.cached_property
+    def latest(self) -> dict[str, tuple[int, float]]:
+        """The last value of every metric with its step, in the order of their first rows."""
+        names: dict[str, float] = {}
+        for row in self.rows:
+            names |= row
+        found: dict[str, tuple[int, float]] = {}
+        for row in reversed(self.rows):
+            found |= {n: (int(row["step"]), float(row[n])) for n in row.keys() - found.keys()}
+        return {name: found[name] for name in names}
 
     @property
     def total(self) -> int | None:
@@ -136,8 +149,11 @@ class Run:
 
     def recent(self, name: str) -> float:
         """Returns the median of a metric over the last rows that have it; NaN: none has."""
-        found = [row[name] for row in self.rows if math.isfinite(row.get(name, math.nan))]
-        return statistics.median(found[-_RECENT:]) if found else math.nan
+        finite = (
+            row[name] for row in reversed(self.rows) if math.isfinite(row.get(name, math.nan))
+        )
+        found = list(itertools.islice(finite, _RECENT))
+        return statistics.median(found) if found else math.nan
 
     @property
     def left(self) -> float | None:
@@ -330,8 +346,9 @@ def _patience(run: Run, last: Start) -> float:
     busy = last.seconds.get("train", 0.0) + last.seconds.get("data", 0.0) - (run.since_step or 0.0)
     pace = max(0.0, busy) / max(1, last.trained)
     # A run records the steps that it logs.
-    logged = [int(row["step"]) for row in run.rows if "train/loss" in row][-2:]
-    interval = logged[1] - logged[0] if len(logged) == 2 else 0
+    steps = (int(row["step"]) for row in reversed(run.rows) if "train/loss" in row)
+    logged = list(itertools.islice(steps, 2))
+    interval = logged[0] - logged[1] if len(logged) == 2 else 0
     return max(_STUCK, pace * max(_STUCK_STEPS, _STUCK_INTERVALS * interval))
 
 

@@ -315,14 +315,12 @@ def _drawable(values: Mapping[int, float]) -> bool:
 
 def last(run: Run, name: str) -> float:
     """Returns the last value of a metric; NaN: there is none."""
-    return next((float(row[name]) for row in reversed(run.rows) if name in row), math.nan)
+    return run.latest[name][1] if name in run.latest else math.nan
 
 
 def latest(run: Run) -> dict[str, tuple[int, float]]:
     """Returns the last value of every metric with its step, without those that are always zero."""
-    found: dict[str, tuple[int, float]] = {}
-    for row in run.rows:
-        found |= {name: (int(row["step"]), float(v)) for name, v in row.items() if "/" in name}
+    found = {name: value for name, value in run.latest.items() if "/" in name}
     hidden = {name for name, (_, value) in found.items() if not value and not is_score(name)}
     hidden |= {name for name in found if name.startswith("time/") or name == "eval/images_seen"}
     return {name: found[name] for name in sorted(found.keys() - hidden, key=_order)}
@@ -345,7 +343,7 @@ def is_score(name: str) -> bool:
 
 def score_name(run: Run) -> str:
     """Returns the metric by which a run is judged: that of its best checkpoint, or the first."""
-    names = dict.fromkeys(name for row in run.rows for name in row)
+    names = run.latest
     best = run.config.get("checkpoint.best_metric")
     if isinstance(best, str) and best in names:
         return best

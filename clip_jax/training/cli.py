@@ -7,7 +7,7 @@ import signal
 
 from absl import flags, logging
 
-from clip_jax.common import commands, config_file, hosts
+from clip_jax.common import commands, config_file, hosts, output
 from clip_jax.configs import default
 from clip_jax.errors import UserError
 
@@ -32,15 +32,19 @@ def main(
       example: value of --config in the help.
     """
     if {"-h", "--help", "--helpfull"} & set(arguments):
-        print(config_file.help_text(_ABOUT.format(command=command, example=example), _define))
+        with output.ends_unread():
+            print(config_file.help_text(_ABOUT.format(command=command, example=example), _define))
         return
-    # As absl's own app.run does it.
+    # As absl's own app.run does it; its flags, which are not ours, count as read, or its first
+    # warning would say that they are not.
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # until the watchdog hears it, who knows more
     logging.use_absl_handler()
+    flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.logtostderr = True
     logging.set_verbosity(logging.WARNING)
     interrupted = "Interrupted. Run the same command again to resume at the last checkpoint."
-    with commands.plain_errors(interrupted, threads_may_hang=True):
+    with output.outlived(), commands.plain_errors(interrupted, threads_may_hang=True):
         _run(config_file.parse(arguments, command, _define), f"{command} {shlex.join(arguments)}")
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, sharding
 from clip_jax import state as train_state
-from clip_jax.common import clock, metrics, trackers
+from clip_jax.common import clock, metrics, output, trackers
 from clip_jax.data import pipeline
 from clip_jax.data.feed import Feed
 from clip_jax.data.order import Weighted
@@ -64,6 +64,7 @@ class Loop:
         self._directory, self._data, self._resume_state = directory, data, resume_state
         self._requests, self._record, self._lease = requests, record, held
         self._asked = Request(0)  # and not served yet
+        self._saved = 0  # the step of the last checkpoint that this loop has begun
         self._progress = metrics.Progress(
             resume_state.step, run.total_steps, config.batch_size, record.trained()
         )
@@ -94,6 +95,7 @@ class Loop:
             config.data.prefetch,
             stall_timeout=config.data.stall_timeout,
             describe=self._describe,
+            interrupted=self._stop_while_waiting,
         )
         self._watchdog = Watchdog(
             config.step.timeout,
@@ -111,11 +113,14 @@ class Loop:
         names = trackers.parse(self._config.log.trackers)
         if not names or jax.process_index() != 0:
             return []
+        step, rollbacks = self._resume_state.step, self._resume_state.rollbacks
         started = trackers.Trackers(
             names,
             workdir=epath.Path(directory),
             project=self._config.log.project,
-            start_step=self._resume_state.step,
+            start_step=step,
+            # The checkpoint gone back to does not know of it, so this is the loop right after.
+            went_back=bool(rollbacks) and rollbacks[-1]["to_step"] == step,
             config=workdir.flatten(workdir.to_plain(self._config)),
             hardware=hardware(self._run.mesh),
             say=self._progress.note,
@@ -167,6 +172,7 @@ class Loop:
         """
         run, first = self._run, self._resume_state.step
         evaluated: dict[str, float] | None = {}
+        step, values = first, None
         with (
             self._logging(),
             contextlib.closing(self._feed),
@@ -180,6 +186,7 @@ class Loop:
                 evaluated = self._evaluate(state, first)
                 if evaluated is None:
                     raise self._requests.stopped(first)
+                self._store.rank(first, evaluated)
             for step, batch in zip(range(first + 1, run.total_steps + 1), self._feed):
                 self._watchdog.beat(step)
                 with self._tracer.step(step):
@@ -197,6 +204,8 @@ class Loop:
                 if clock.is_due(step, run.eval_every, run.total_steps):
                     evaluated = self._evaluate(state, step)
                 self._serve(state, step, values, evaluated)
+            if step < run.total_steps:  # asked to stop while waiting for the next batch
+                self._serve(state, step, values, evaluated)
         if not evaluated:  # resumed at the end: only the report is missing, the rows are there
             evaluated = run.evaluator.run(state.variables)
         return evaluated
@@ -205,16 +214,24 @@ class Loop:
         self,
         state: train_state.TrainState,
         step: int,
-        values: train_step.Metrics,
+        values: train_step.Metrics | None,
         evaluated: Mapping[str, float] | None,
     ) -> None:
-        """Saves where that is due, and ends the run where it was asked to; arguments as `_save`."""
+        """Saves where that is due, and ends the run where it was asked to.
+
+        Args:
+          state: as in `_save`.
+          step: likewise.
+          values: likewise; None: no step was taken yet, and there is nothing to save.
+          evaluated: likewise.
+        """
         stop = Request.STOP in self._asked
         last = stop or step == self._run.total_steps
         due = clock.is_due(step, self._run.checkpoint_every, 0) or Request.SAVE in self._asked
-        if due or last or self._lost(step) or self._store.improves(evaluated or {}):
+        due = due or last or self._lost(step) or self._store.improves(evaluated or {})
+        if due and values is not None and step != self._saved:
             self._save(state, step, values, evaluated)
-        if last:
+        if last and values is not None:
             with self._record.during("checkpoint"):
                 while not self._store.finish(hurry=Request.STOP in self._asked):
                     self._asked |= self._requests.poll()
@@ -240,8 +257,15 @@ class Loop:
         self._writer.close()
 
     def _lost(self, step: int) -> bool:
-        """Returns whether the last checkpoint failed and is to be saved again now."""
-        return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+        """Returns whether the last checkpoint failed and is to be saved again now.
+
+        On several hosts it asks all of them for that, since they may not know it yet.
+        """
+        lost = clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+        if lost and jax.process_count() > 1:
+            self._requests.repeat(Request.SAVE)
+            return False
+        return lost
 
     def _flush(self) -> None:
         """Writes the pending metrics, once the device has computed them."""
@@ -255,6 +279,8 @@ class Loop:
         rate, waited = self._progress.measure(step, self._record.trained(), self._feed.waited)
         self._record.reached(step, self._feed.waited)
         self._lease.check(if_late=True)
+        if news := output.take_news():
+            self._record.add(step, news)
         row = {f"train/{name}": value for name, value in values.items() if name != "skipped"}
         if "skipped" in values:
             row["train/skipped_steps"] = self._skips.counts.total()
@@ -323,6 +349,15 @@ class Loop:
                 )
         return results
 
+    def _stop_while_waiting(self) -> bool:
+        """Returns whether the run is asked to stop; called while it waits for a batch.
+
+        Only of one host: others may have begun the next step, and wait for this one in it.
+        """
+        if jax.process_count() == 1:
+            self._asked |= self._requests.poll()
+        return jax.process_count() == 1 and Request.STOP in self._asked
+
     def _heed(self) -> None:
         """Ends the evaluation where the run is asked to stop."""
         self._watchdog.beat()
@@ -378,3 +413,4 @@ class Loop:
         }
         self._writer.flush()  # so that a resumed run finds the rows up to here
         self._store.save(state, step, meta, evaluated or {})
+        self._saved = step

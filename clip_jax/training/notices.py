@@ -7,6 +7,7 @@ from clip_jax.common import clock
 from clip_jax.data.order import Order, Weighted
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
+from clip_jax.models import attention
 
 # Objectives whose loss tells the pairs of a batch from each other.
 _CONTRASTIVE = ("contrastive", "near_duplicates")
@@ -69,6 +70,10 @@ def notices(
       total_steps: length of the run.
     """
     found = []
+    if net.attention == "pallas":
+        length = config.model.packing.length or net.size.context_length
+        for tower, why in attention.misfits(net.size, length).items():
+            found.append(f"Attention of the {tower} tower is XLA's, not the kernel's: {why}.")
     examples, batch = len(source), config.batch_size
     if batch > examples:
         found.append(f"A batch of {batch:,} holds some of the {examples:,} examples several times.")

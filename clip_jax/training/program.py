@@ -187,9 +187,10 @@ def _weight_decay(optim_config: ConfigDict) -> float:
 
 def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
     """Makes the model that a config describes, for the devices of a mesh."""
+    platform = mesh.devices.flat[0].platform
     dtype = config.model.dtype
     if dtype == "auto":
-        dtype = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
+        dtype = "float32" if platform == "cpu" else "bfloat16"
     contrastive = config.objective == "contrastive"
     trained = {
         "objective": config.objective,
@@ -201,9 +202,35 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         scan_layers=config.model.scan_layers,
         remat=config.model.remat,
         patch_dropout=config.model.patch_dropout,
+        text_remat=config.model.text_remat,
+        attention=choose_attention(config.model.attention, platform, dtype),
         packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
+
+
+def choose_attention(asked: str, platform: str, dtype: str) -> str:
+    """Returns the form of attention, one of `choices.ATTENTIONS`, that a run computes.
+
+    Args:
+      asked: config.model.attention.
+      platform: that of the devices.
+      dtype: compute dtype.
+
+    Raises:
+      UserError: the devices have no such kernel.
+    """
+    if asked == "auto":
+        return "pallas" if platform == "tpu" and dtype == "bfloat16" else "xla"
+    needed = {"pallas": "tpu", "cudnn": "gpu"}.get(asked, platform)
+    if needed != ("gpu" if platform in ("cuda", "rocm") else platform) or (
+        asked != "xla" and dtype != "bfloat16"
+    ):
+        raise UserError(
+            f"model.attention={asked} is a kernel for {needed.upper()}s in bfloat16, and this run "
+            f"computes in {dtype} on {platform}: leave --config.model.attention=auto."
+        )
+    return asked
 
 
 def split_by_tensor(size: models.Size) -> dict[str, int]:

@@ -124,10 +124,12 @@ class Requests:
         self._saved_at = time.monotonic()
 
     def stopped(self, step: int) -> Stopped:
-        """Returns what to raise once a checkpoint of `step` is written, on all hosts."""
+        """Returns what to raise once a checkpoint of `step` is written, on all hosts; 0: none."""
         name = self._signal.name if self._signal else "Another host was asked to stop"
         code = ExitCode.INTERRUPTED if self._signal == signal.SIGINT else ExitCode.RESUME
         text = f"{name}: saved at step {step:,}. The same command resumes there."
+        if not step:
+            text = f"{name}, before the first step. The same command begins again."
         return Stopped(text, code, everywhere=True)
 
     def _take(self, number: int, frame: FrameType | None) -> None:

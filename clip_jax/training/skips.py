@@ -22,6 +22,7 @@ NONFINITE = "non-finite step"
 SPIKE = "spike"
 
 _LISTED = 5  # skipped steps that a line names
+_LAG = 4  # steps that are under way when the outcome of one is asked for, so that no device idles
 
 
 class RollBack(Exception):
@@ -55,9 +56,9 @@ class SkippedStep:
 
 
 class Skips:
-    """The skipped steps of a run. The device is asked about them only when `read` is called.
+    """The skipped steps of a run. The device is asked about a step when some more are under way.
 
-    All hosts see the same scalars, and so decide the same.
+    All hosts see the same scalars, at the same steps, and so decide the same.
 
     Attributes:
       counts: skipped steps by reason, of the resumed runs too.
@@ -88,24 +89,33 @@ class Skips:
         self._max_in_a_row, self._saved_batches = max_in_a_row, saved_batches
         self._note, self._save = note, save
         self._unread: collections.deque[tuple[int, list[jax.Array]]] = collections.deque()
+        self._found: list[str] = []  # skipped steps that no line has named yet
 
     def record(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        """Keeps the outcome of a step on the device, for `read`; nothing where none is skipped."""
+        """Keeps the outcome of a step, and counts an earlier one; nothing where none is skipped.
+
+        Raises:
+          RollBack: there are too many in a row.
+        """
         if "skipped" not in values:
             return
         outcome = [values[name].addressable_data(0) for name in ("skipped", "loss", "grad_norm")]
         outcome[0].copy_to_host_async()
         self._unread.append((step, outcome))
+        self._count(step - _LAG)
 
     def read(self, last: int) -> None:
-        """Counts the skipped steps up to `last`, shows them and saves their batches.
+        """Counts the skipped steps up to `last`, and shows those that are not shown yet.
 
         Raises:
           RollBack: there are too many in a row.
         """
-        found: list[str] = []
-        too_many: RollBack | None = None
-        while self._unread and self._unread[0][0] <= last and too_many is None:
+        self._count(last)
+        self._show(last)
+
+    def _count(self, last: int) -> None:
+        """Counts the skipped steps up to `last`, and saves their batches."""
+        while self._unread and self._unread[0][0] <= last:
             step, outcome = self._unread.popleft()
             if not np.asarray(outcome[0]).item():
                 self.in_a_row = 0
@@ -114,14 +124,16 @@ class Skips:
             skipped = SkippedStep(step, *(np.asarray(value).item() for value in outcome[1:]))
             self.counts[skipped.reason] += 1
             saved = self.counts.total() <= self._saved_batches
-            found.append(f"{skipped}{self._save(step) if saved else ''}")
+            self._found.append(f"{skipped}{self._save(step) if saved else ''}")
             if self.in_a_row > self._max_in_a_row:
-                too_many = RollBack(step - self.in_a_row + 1, step)
+                self._show(step)
+                raise RollBack(step - self.in_a_row + 1, step)
+
+    def _show(self, last: int) -> None:
+        found, self._found = self._found, []
         if found:
             more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             self._note(last, f"Skipped: {', '.join(found[:_LISTED])}{more}.")
-        if too_many is not None:
-            raise too_many
 
 
 def choose_checkpoint(

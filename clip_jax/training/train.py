@@ -243,7 +243,7 @@ def _roll_back(
     done: ResumeState,
     record: Record,
 ) -> tuple[ResumeState, train_state.TrainState]:
-    """Restores the last good checkpoint, to be resumed past the examples read since.
+    """Restores the last good checkpoint that is whole, to be resumed past the examples read since.
 
     Nothing but the next checkpoint stores this: a run that is killed before it takes the same
     steps again, and goes back again.
@@ -255,7 +255,7 @@ def _roll_back(
     good = skips.choose_checkpoint(store.steps(), found.first, done.rollbacks)
     if good is None or len(done.rollbacks) >= config.step.max_rollbacks:
         raise skips.give_up(found, done.skipped_steps, done.rollbacks, config.step, directory)
-    state = store.restore(good, run.program.state)
+    good, _, state = store.restore_latest(run.program.state, last=good)
     store.discard_after(good)
     seen = done.examples_seen
     rollback = {"from_step": found.last, "to_step": good, "examples_seen": seen}
@@ -276,7 +276,8 @@ def _announce(run: Run, config: ConfigDict) -> None:
     count = train_state.count_params(run.program.state.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
     _say(
-        f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, on "
+        f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, "
+        f"attention {run.net.attention}, on "
         f"{hardware(run.mesh)} (mesh {axes})."
     )
     if problems := getattr(run.source, "problems", None):

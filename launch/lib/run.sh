@@ -102,7 +102,7 @@ obtain_tpu() {
   if dry_run; then STATE=NONE; fi
   while :; do
     case "$STATE" in
-      NONE) if ask_for_tpu; then asked=yes; elif [ "$WATCH" != yes ]; then exit 1; fi ;;
+      NONE) if ask_for_tpu; then asked=yes; elif [ "$WATCH" != yes ]; then exit 2; fi ;;
       FAILED | SUSPENDED | SUSPENDING)
         [ "$WATCH" = yes ] || look_for_workers
         if [ "$STATE" != SUSPENDING ] && give_back_tpu && ask_for_tpu; then asked=yes; fi

@@ -3,9 +3,10 @@
 
 say() { echo "$*" >&2; }
 
+# Ends with the exit code of a user error, as main.py does.
 die() {
   say "$*"
-  exit 1
+  exit 2
 }
 
 # Quotes words into one line, which a POSIX shell reads back as the same words.

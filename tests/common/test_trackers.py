@@ -20,7 +20,8 @@ from clip_jax.errors import UserError
 ROOT = pathlib.Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "support" / "fake_trackers"
 
-# One start of a run: tracker, workdir, step resumed, last step, "close" or "kill".
+# One start of a run: tracker, workdir, step resumed, last step, "close" or "kill";
+# "back": it has gone back to that step.
 START = """
 import json, os, pathlib, signal, sys, time
 from etils import epath
@@ -32,7 +33,8 @@ path = pathlib.Path(workdir, "metrics.jsonl")
 path.parent.mkdir(exist_ok=True)
 rows = path.read_text().splitlines()[: int(start)] if path.exists() else []
 sink = trackers.Trackers(
-    [name], workdir=epath.Path(workdir), project="test", start_step=int(start),
+    [name], workdir=epath.Path(workdir), project="test",
+    start_step=int(start), went_back=how == "back",
     config={"batch_size": 16, "data.views.scale": [0.5, 1.0]}, hardware="1 x cpu", say=print,
 )
 for step in range(int(start) + 1, int(last) + 1):
@@ -57,6 +59,7 @@ def open_writer(name: str, workdir: pathlib.Path | epath.Path, start_step: int, 
         workdir=epath.Path(workdir),
         project="test",
         start_step=start_step,
+        went_back=False,
         config={"batch_size": 16, "data.views.scale": [0.5, 1.0]},
         hardware="1 x cpu",
         say=say,
@@ -126,6 +129,17 @@ def test_a_killed_run_goes_on_in_the_same_run(name: str, log, tmp_path):
     assert log("row")[-1]["metrics"] == {"train/loss": 1 / 30, recall: 0.3}
 
 
+@pytest.mark.parametrize("name", choices.TRACKERS)
+def test_steps_after_a_roll_back_are_sent_again(name: str, log, tmp_path):
+    """From step 20 to 15; a later start sends nothing twice."""
+    start(name, tmp_path / "run", 0, 20, "close")
+    start(name, tmp_path / "run", 15, 22, "back")
+    start(name, tmp_path / "run", 18, 24, "close")
+    wanted = [*range(1, 21), *range(16, 23), 23, 24]
+    assert [one["step"] for one in log("row")] == wanted
+    assert len({one["id"] for one in log("row")}) == 1
+
+
 def test_a_tracker_added_later_gets_the_rows_of_before(log, tmp_path):
     writer = metrics.MetricWriter(tmp_path, tensorboard=False, start_step=0)
     for step in range(1, 11):
@@ -158,6 +172,7 @@ def test_another_run_in_the_same_place_is_another_run_there(log, tmp_path, monke
             workdir=epath.Path(tmp_path),
             project="test",
             start_step=0,
+            went_back=False,
             config={"batch_size": batch},
             hardware="1 x cpu",
             say=print,

@@ -225,7 +225,7 @@ def test_run_status_logs_stop(cluster):
     assert fake_kubernetes.complaints(cluster.manifest()) == []
     before = len(cluster.calls())
     again = cluster.launch(run)
-    assert again.returncode == 1
+    assert again.returncode == ExitCode.USER_ERROR
     assert "is there already" in fake_cloud.one_paragraph(again.stderr)
     assert len(cluster.calls()) == before + 1
     said = cluster.ready("status --name=clip").stdout
@@ -257,7 +257,7 @@ def test_run_status_logs_stop(cluster):
 def test_a_cluster_that_cannot(error, wanted, cluster):
     (cluster.folder / "error").write_text(error)
     answer = cluster.launch(f"run {HERE} --type=v6e-8 {MAIN}")
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     assert re.search(wanted, fake_cloud.one_paragraph(answer.stderr))
 
 
@@ -319,7 +319,7 @@ MISTAKES = {
 def test_a_mistake_gets_one_paragraph(name, cluster):
     arguments, wanted = MISTAKES[name]
     answer = cluster.launch(arguments)
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     said = fake_cloud.one_paragraph(answer.stderr)
     assert re.search(wanted, said), said
     assert cluster.calls() == []

@@ -16,6 +16,8 @@ import fake_cloud
 import pytest
 from fake_cloud import HERE, ROOT
 
+from clip_jax.errors import ExitCode
+
 SCRIPTS = sorted((ROOT / "launch").rglob("*.sh"))
 GOLDEN = sorted((ROOT / "tests" / "launch" / "golden").glob("*.txt"))
 
@@ -128,7 +130,7 @@ def test_a_mistake_gets_one_paragraph(name, repository, tmp_path):
     env = fake_cloud.environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
     arguments, wanted = MISTAKES[name]
     answer = fake_cloud.launch(repository, arguments, env)
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     said = fake_cloud.one_paragraph(answer.stderr)
     assert re.search(wanted, said), said
 
@@ -138,7 +140,7 @@ def test_without_gcloud(repository, tmp_path):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     env = fake_cloud.environment(PATH=str(tmp_path))
     answer = fake_cloud.launch(repository, f"create {HERE} --type=v6e-8", env)
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     assert re.search(r"cloud\.google\.com/sdk.*--dry-run", fake_cloud.one_paragraph(answer.stderr))
     assert (
         fake_cloud.launch(repository, f"create {HERE} --type=v6e-8 --dry-run", env).returncode == 0

@@ -12,6 +12,8 @@ import fake_cloud
 import pytest
 from fake_cloud import HERE, MAIN
 
+from clip_jax.errors import ExitCode
+
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> pathlib.Path:
@@ -39,7 +41,7 @@ def test_start_status_logs_stop(cloud):
     assert len(cloud.processes()) == 2
 
     again = cloud.launch(command)
-    assert again.returncode == 1
+    assert again.returncode == ExitCode.USER_ERROR
     assert "still running" in again.stderr
     assert "launch/tpu.sh stop" in again.stderr
     assert len(cloud.processes()) == 2
@@ -68,7 +70,7 @@ def test_start_refuses_unless_every_worker_is_ready(cloud):
     cloud.install()
     shutil.rmtree(cloud.workers[1] / "clip_jax" / "code")
     answer = cloud.launch(command)
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     assert "clip-1: not set up" in answer.stderr
     assert cloud.processes() == []
     local = cloud.launch(f"start {HERE} -- --config=configs/vit_b32.py --workdir=runs/x")
@@ -196,13 +198,13 @@ def test_watch_outlives_a_preemption(told_by, cloud):
 
 @needs_linux
 @pytest.mark.parametrize(
-    ("change", "wanted"),
+    ("change", "code", "wanted"),
     [
-        ({"fail": ""}, r"will fail.*failed with exit status 3.*run is over: failed"),
-        ({"state": "NONE"}, r"was deleted meanwhile"),
+        ({"fail": ""}, 1, r"will fail.*failed with exit status 3.*run is over: failed"),
+        ({"state": "NONE"}, 2, r"was deleted meanwhile"),
     ],
 )
-def test_watch_ends_without_a_preemption(change, wanted, cloud):
+def test_watch_ends_without_a_preemption(change, code, wanted, cloud):
     cloud.install()
     watch = subprocess.Popen(
         ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
@@ -216,7 +218,7 @@ def test_watch_ends_without_a_preemption(change, wanted, cloud):
         cloud.arguments()
         cloud.set(**change)
         said, _ = watch.communicate(timeout=90)
-    assert watch.returncode == 1
+    assert watch.returncode == code
     assert re.search(wanted, said, re.DOTALL), said
     assert "queued-resources create" not in cloud.calls()
 
@@ -320,7 +322,7 @@ def test_watch_does_not_start_again_what_was_stopped(cloud):
 def test_watch_gives_up_on_a_refused_request(cloud):
     cloud.set(state="NONE", granted="FAILED")
     answer = cloud.launch(f"run {HERE} --type=v5litepod-16 --spot --watch {MAIN}")
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     assert "became FAILED instead of ACTIVE" in answer.stderr
     assert 3 <= cloud.calls().count("queued-resources create") <= 5
 
@@ -339,16 +341,16 @@ def test_watch_does_not_ask_again_for_what_was_deleted(cloud):
         fake_cloud.wait_until(lambda: cloud.calls()[-1] == "queued-resources describe")
         cloud.set(state="NONE")
         _, said = watch.communicate(timeout=90)
-    assert watch.returncode == 1
+    assert watch.returncode == ExitCode.USER_ERROR
     assert "deleted while it was waited for" in said
     assert cloud.calls().count("queued-resources create") == 1
 
 
 def test_delete_asks(cloud):
     kept = cloud.launch(f"delete {HERE}", answer="n\n")
-    assert kept.returncode == 1
+    assert kept.returncode == ExitCode.USER_ERROR
     assert "queued-resources delete" not in cloud.calls()
-    assert cloud.launch(f"delete {HERE}").returncode == 1
+    assert cloud.launch(f"delete {HERE}").returncode == ExitCode.USER_ERROR
     cloud.ready(f"delete {HERE}", answer="y\n")
     cloud.ready(f"delete {HERE} --yes")
     assert cloud.calls().count("queued-resources delete") == 2

@@ -15,6 +15,8 @@ import fake_cloud
 import pytest
 from fake_cloud import ROOT
 
+from clip_jax.errors import ExitCode
+
 GOLDEN = sorted((ROOT / "tests/launch/golden/slurm").glob("*.txt"))
 MAIN = "-- --config=configs/vit_b32.py --workdir=/shared/runs/b32"
 SETTINGS = """SBATCH_NAME=b32
@@ -106,7 +108,7 @@ def test_a_mistake_gets_one_paragraph(name, repository, tmp_path):
     if arguments.startswith("run"):
         arguments = "run " + python + arguments.removeprefix("run")
     answer = launch(repository, arguments, PATH=str(tmp_path))
-    assert answer.returncode == 1
+    assert answer.returncode == ExitCode.USER_ERROR
     said = fake_cloud.one_paragraph(answer.stderr)
     assert re.search(wanted, said), said
 

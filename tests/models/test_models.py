@@ -284,7 +284,7 @@ def saved_floats(remat: str) -> int:
     """Number of floats that the forward pass of a scanned transformer keeps for the backward."""
     net = transformer.Transformer(
         layers=3, heads=2, mlp=64, activation="quick_gelu", norm_eps=1e-5, dtype=jnp.float32,
-        scan_layers=True, remat=remat, causal=False, paper_init=False,
+        scan_layers=True, remat=remat, attention="xla", causal=False, paper_init=False,
     )  # fmt: skip
     x = jnp.ones((2, 8, 16))
     params = jax.eval_shape(net.init, jax.random.key(0), x)

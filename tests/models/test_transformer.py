@@ -21,6 +21,7 @@ def make(causal: bool, scan_layers: bool, remat: str = "none") -> transformer.Tr
         dtype=jnp.float32,
         scan_layers=scan_layers,
         remat=remat,
+        attention="xla",
         causal=causal,
         paper_init=True,
     )

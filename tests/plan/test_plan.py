@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -13,7 +14,7 @@ from tiny_plan import TINY, V5E_8, check_paragraph, needs_compiler, tiny_config,
 from clip_jax import __main__ as commands
 from clip_jax.models import flops as model_flops
 from clip_jax.models.sizes import Size
-from clip_jax.plan import make, search, table, topology
+from clip_jax.plan import make, progress, search, step_cost, table, topology
 from clip_jax.training import program
 
 FLAGS = ["--config=configs/vit_b32.py:smoke"] + [
@@ -85,8 +86,8 @@ def test_time_of_the_step(plan):
     assert plan.total_steps == 20
     assert plan.run_seconds == pytest.approx(20 * step.seconds)
     assert plan.examples_per_second == pytest.approx(32 / step.seconds)
-    assert sum(row[1] for row in step.parts) == pytest.approx(step.compute_seconds)
-    owners = {row[0].split(",")[0] for row in step.parts}
+    assert sum(part.seconds for part in step.parts) == pytest.approx(step.compute_seconds)
+    owners = {part.name.split(",")[0] for part in step.parts}
     assert {"image tower", "text tower", "loss", "optimiser"} <= owners
     assert len(step.top) == 5
 
@@ -141,9 +142,23 @@ def test_accumulation_and_remat_cost_operations(plan):
     found = make.make_plan(config, V5E_8, examples=3200)
     # Embedded, embedded again, and recomputed layer by layer behind that.
     assert 1.5 < found.step.hardware_flops / found.step.model_flops < 5 / 3
-    names = [name for name, *_ in found.step.parts]
+    names = [part.name for part in found.step.parts]
     assert "micro-batches" in names
     assert any("recomputed" in name for name in names)
+
+
+def test_progress(monkeypatch):
+    """A stage says again how long it takes, for as long as it does."""
+    monkeypatch.setattr(progress, "INTERVAL", 0.05)
+    lines: list[str] = []
+    with progress.stage("Compiling", lines.append):
+        time.sleep(1)
+    count = len(lines)
+    assert lines[0] == "Compiling."
+    assert count > 3
+    assert all(re.fullmatch(r"Compiling: \d+s so far\.", line) for line in lines[1:])
+    time.sleep(0.2)
+    assert len(lines) == count
 
 
 # ---- The command line --------------------------------------------------------------------------
@@ -215,7 +230,9 @@ def test_the_command(tmp_path):
     )
     assert answer.returncode == 0, answer.stderr
     assert "FITS" in answer.stdout
-    assert answer.stderr.strip().splitlines() == ["Compiling for v5e:2x2; this takes some minutes."]
+    stages = ["Tracing the step", "Compiling for v5e:2x2, which takes some minutes"]
+    said = answer.stderr.strip().splitlines()
+    assert [line for line in said if "so far" not in line] == [f"{stage}." for stage in stages]
     assert json.loads(target.read_text())["chips"] == 4
 
 
@@ -226,7 +243,7 @@ def test_the_recommendation_of_a_search(capsys, monkeypatch):
         assert config.mesh.slices == 2
         choice = search.Choice(fsdp=2)
         memory = make.Memory(*[0.0] * 8, 1.0)
-        step = make.Step(1, 1, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [])
+        step = step_cost.Step(1, 1, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [], [])
         tail = memory, step, 0.0, "", 1, 1.0, "1 steps", 1.0
         plan = make.Plan("m", 8, 1, "none", "ring", "v5e:2x2", 2, 8, {"fsdp": 2}, *tail)
         return search.SearchResult([search.Tried(choice, plan)], 1, 0)

@@ -1,5 +1,6 @@
 """Programs that do not fit, suggestions that would, and the search for the fastest settings."""
 
+import dataclasses
 import functools
 import json
 
@@ -10,8 +11,9 @@ from tiny_plan import TINY, V5E_8, needs_compiler, tiny_config
 
 from clip_jax.configs import rn50, vit_b32
 from clip_jax.errors import UserError
+from clip_jax.models import layers
 from clip_jax.models.sizes import SIZES, Size
-from clip_jax.plan import estimate, make, search, suggest, table, topology
+from clip_jax.plan import estimate, make, search, step_cost, suggest, table, topology
 from clip_jax.training import program
 
 # ---- Programs that do not fit ------------------------------------------------------------------
@@ -89,8 +91,10 @@ def test_search_with_the_compiler():
     assert found.best
     assert found.best.seconds == min(t.plan.step.seconds for t in found.tried)
     assert len(lines) == len(found.tried) == 2
-    assert "[1, at most 1 to go" in lines[0]
-    assert "ETA 0s" in lines[1]
+    done = [line for line in lines if line.startswith("[")]
+    assert len(done) == len(found.tried) == 2
+    assert "[1, at most 1 to go" in done[0]
+    assert "ETA 0s" in done[1]
     text = search.format_search(found, "python main.py")
     assert found.best.choice.flags in text.splitlines()[-1]
     assert f"2 of {found.candidates:,} combinations compiled" in text
@@ -116,7 +120,7 @@ def pretended(monkeypatch) -> list[estimate.Choice]:
         )
         missing = max(memory.peak - memory.available, 0)
         time = estimate.seconds(choice, task) * speeds.get(choice.remat, 1.1)
-        step = make.Step(time, time, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [])
+        step = step_cost.Step(time, time, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [], [])
         where = slice_.name, slice_.slices, slice_.size, {"data": slice_.size}
         about = "m", config.batch_size, choice.accum_steps, choice.remat, choice.method
         tail = missing, "", 10, examples, "10 steps", 1.0
@@ -195,3 +199,19 @@ def test_resnets_are_planned():
     task = search.make_task(config, V5E_8, 3200)
     assert task.size.is_resnet
     assert {c.tensor for c in search.candidates(task)} >= {1, 2}
+
+
+def test_layers_are_unrolled_where_that_is_faster(pretended):
+    config, slice_ = vit_b32.get_config().unlock(), topology.parse_topology("v5e:4x4")
+    found = search.search(config, slice_, report=lambda line: None)
+    *others, last = pretended
+    assert {choice.scan for choice in others} == {True}
+    assert last == dataclasses.replace(found.best.choice, scan=False)
+    assert f"--config.model.scan_layers={found.best.choice.scan}" in found.best.choice.flags
+
+
+def test_remat_policies_are_those_of_the_models():
+    names = estimate.remats()
+    assert {"none", "full", "dots_saveable"} <= set(names)
+    assert set(names) <= {"none", *layers.POLICIES}
+    assert "nothing_saveable" not in names  # the same as full

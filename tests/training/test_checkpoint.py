@@ -115,6 +115,20 @@ def test_best_is_kept_too_and_outlives_a_resumption(tmp_path):
     assert kept(tmp_path) == [90, 100, 110]
 
 
+def test_an_evaluation_after_the_save_ranks_too(tmp_path):
+    settings = {"keep": 1, "best_metric": "zeroshot/top1"}
+    save(tmp_path, {10: {"zeroshot/top1": 0.2}, 20: {}}, **settings)
+    with checkpoint.Checkpoints(tmp_path, **settings) as store:
+        store.rank(20, {"zeroshot/top1": 0.9, "other": 1.0})
+        assert not store.improves({"zeroshot/top1": 0.8})
+        store.save(make_state(), 30, META, {"zeroshot/top1": 0.8})
+    assert kept(tmp_path) == [20, 30]
+    save(tmp_path, {40: {}}, **settings)  # a start later too
+    assert kept(tmp_path) == [20, 40]
+    with checkpoint.Checkpoints(tmp_path, **settings) as store:
+        assert_same(store.restore(20, abstract((1, 1))), make_state())
+
+
 def test_latest_step(tmp_path):
     with checkpoint.Checkpoints(tmp_path) as store:
         assert store.latest_step() is None

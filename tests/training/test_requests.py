@@ -1,6 +1,7 @@
 """Runs that are asked to stop, to save or to trace, by signals and by the clock."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -18,9 +19,10 @@ from several_hosts import endings, flags
 
 from clip_jax import sharding
 from clip_jax.common import commands, lifeline, metrics
+from clip_jax.data import feed, pipeline
 from clip_jax.errors import ExitCode, Stopped
 from clip_jax.evaluate.evaluator import Evaluator
-from clip_jax.training import record, train
+from clip_jax.training import loop, record, train
 from clip_jax.training.requests import Request, Requests
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -126,8 +128,13 @@ def test_a_signal_ends_an_evaluation_which_the_next_start_does(tmp_path, monkeyp
         rows = tiny_run.read_metrics(tmp_path)
         assert (6, "train/loss") in rows
         assert (6, "zeroshot/top1") not in rows
-    assert_goes_on_to_the_bit(tmp_path)
+    capsys.readouterr()
+    train.train(tiny_run.config(), tmp_path)
     assert capsys.readouterr().out.count("step 6 evaluation") == 1
+    assert_goes_on_to_the_bit(tmp_path)
+    # Its checkpoint, saved before, is ranked by it.
+    ranked = json.loads((tmp_path / "checkpoints/6/metrics/metrics").read_text())
+    assert ranked == {"zeroshot/top1": tiny_run.read_metrics(tmp_path)[6, "zeroshot/top1"]}
 
 
 @pytest.mark.slow
@@ -136,6 +143,38 @@ def test_a_signal_in_the_last_evaluation(tmp_path, send, monkeypatch):
     with pytest.raises(Stopped, match="saved at step 12"):
         train.train(tiny_run.config(), tmp_path)
     monkeypatch.undo()
+    assert_goes_on_to_the_bit(tmp_path)
+
+
+@pytest.mark.parametrize("steps", [5, 4, 0], ids=["unsaved", "saved", "none"])
+def test_a_signal_is_heard_while_no_batch_comes(tmp_path, monkeypatch, steps: int):
+    """The last finished step is saved, unless it is, without waiting for the next batch."""
+    opened, released = pipeline.TrainPipeline.__iter__, threading.Event()
+    asked_at: list[float] = []
+    feeds: list[feed.Feed] = []
+
+    def stuck(self):
+        batches = opened(self)
+        yield from itertools.islice(batches, steps)
+        while not (feeds[0].waiting and feeds[0]._ready.empty()):
+            time.sleep(0.1)
+        time.sleep(1.0)
+        asked_at.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+        released.wait(60)
+        batches.close()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.TrainPipeline, "__iter__", stuck)
+        patched.setattr(loop, "Feed", lambda *a, **b: feeds.append(feed.Feed(*a, **b)) or feeds[0])
+        said = rf"^SIGTERM: saved at step {steps}\." if steps else r"^SIGTERM, before the first"
+        with pytest.raises(Stopped, match=said) as stopped:
+            train.train(tiny_run.config(), tmp_path)
+    assert time.monotonic() - asked_at[0] < 10  # of which the save takes most
+    released.set()
+    assert stopped.value.exit_code == ExitCode.RESUME
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert (str(steps) in kept) == (steps > 0)
     assert_goes_on_to_the_bit(tmp_path)
 
 

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
 
 import html_page
 import jax
@@ -13,13 +15,14 @@ import numpy as np
 import pytest
 import tiny
 import tiny_run
+from several_hosts import endings, flags, launch
 
 from clip_jax import checkpoint
 from clip_jax.common import starts
 from clip_jax.configs import default
 from clip_jax.data import rows
-from clip_jax.errors import UserError
-from clip_jax.training import augment, skips, train
+from clip_jax.errors import ExitCode, Stopped, UserError
+from clip_jax.training import augment, loop, skips, train
 from clip_jax.training import run as runs
 
 BATCH = 16
@@ -263,6 +266,134 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     (start,), _ = starts.read(whole)
     assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
     assert starts.account([start]).lost == {1: 4}
+
+
+RARELY = {
+    "log.every": "1000 steps",
+    "checkpoint.every": "10 steps",
+    "duration": "24 steps",
+    "eval.every": "24 steps",
+    "step.max_skipped": 2,
+}
+
+
+def test_the_bound_holds_however_seldom_the_run_logs(tmp_path, bad_steps, monkeypatch):
+    """A few steps are under way when the one too many is found, not those of a whole interval."""
+    bad_steps({12, 13, 14})
+    taken: list[int] = []
+    record = skips.Skips.record
+    monkeypatch.setattr(
+        skips.Skips,
+        "record",
+        lambda self, step, *rest: taken.append(step) or record(self, step, *rest),
+    )
+    run(tmp_path, **RARELY)
+    back = next(place for place in range(1, len(taken)) if taken[place] < taken[place - 1])
+    assert (taken[back - 1], taken[back]) == (14 + skips._LAG, 11)
+    (rollback,) = meta(tmp_path, 24)["rollbacks"]
+    assert rollback == {"from_step": 14, "to_step": 10, "examples_seen": 14 * BATCH}
+    events = json.loads((tmp_path / "starts/0001.json").read_text())["events"]
+    assert [event["step"] for event in events] == [14, 14]  # the skipped ones, and the roll-back
+
+
+HOST = """
+import sys
+import pytest
+sys.path[:0] = ["tests/support", "tests/training"]
+import test_skips
+test_skips._make_bad(pytest.MonkeyPatch(), {4, 12, 13, 14})
+from clip_jax.training import cli
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_skip_and_go_back_together(tmp_path, bad_steps):
+    """One of them alone has the bad rows. Both take the steps that one host takes."""
+    given = {**tiny_run.SETTINGS, **SETTINGS, **RARELY}
+    command = ["-c", HOST, "--config=configs/vit_b32.py:smoke", f"--workdir={tmp_path}/two"]
+    command += [f"--config.{name}={value}" for name, value in given.items()]
+    ended = endings([launch([*command, *own], devices=1) for own in flags(2)])
+    assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    bad_steps({4, 12, 13, 14})
+    run(tmp_path / "one", **RARELY)
+    for field in ("examples_seen", "skipped_steps", "skipped_in_a_row", "rollbacks"):
+        assert meta(tmp_path / "two", 24)[field] == meta(tmp_path / "one", 24)[field]
+    assert len(meta(tmp_path / "two", 24)["rollbacks"]) == 1
+    losses = [tiny_run.read_metrics(tmp_path / name)[24, "train/loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    saved = sorted(path.name for path in (tmp_path / "two/skipped").iterdir())
+    assert saved == [
+        f"step_{step:07d}.part{part:04d}.npz" for step in (4, 12, 13) for part in (0, 1)
+    ]
+
+
+def test_a_damaged_checkpoint_is_passed_over_by_a_roll_back(
+    tmp_path, bad_steps, capsys, monkeypatch
+):
+    """As at a start: the one before is taken, and both are told."""
+    bad_steps({6, 7, 8})
+    choose = skips.choose_checkpoint
+
+    def damage(*args) -> int | None:
+        chosen = choose(*args)
+        shutil.rmtree(tmp_path / f"checkpoints/{chosen}/optimizer")
+        return chosen
+
+    monkeypatch.setattr(skips, "choose_checkpoint", damage)
+    run(tmp_path, **{"step.max_skipped": 2, "checkpoint.every": "2 steps", "checkpoint.keep": 9})
+    said = capsys.readouterr().out
+    assert "The checkpoint of step 4 cannot be read: " in said
+    assert "back to step 2, and on from there with the examples from 128 on" in said
+    assert (tmp_path / "damaged/4").is_dir()
+    for step in (4, 12):  # 4 is saved again
+        rollbacks = [{"from_step": 8, "to_step": 2, "examples_seen": 8 * BATCH}]
+        assert meta(tmp_path, step)["rollbacks"] == rollbacks
+    found = tiny_run.read_metrics(tmp_path)
+    assert [step for step, name in found if name == "train/loss"] == list(range(1, 13))
+    (start,), _ = starts.read(tmp_path)
+    assert start.rollbacks == [(8, 2)]
+
+
+@pytest.mark.slow
+def test_a_signal_during_a_roll_back(tmp_path, bad_steps, monkeypatch):
+    """It ends the start at once; the next one goes back again, and the run is as without it."""
+    bad_steps({6, 7, 8})
+    run(tmp_path / "whole", **{"step.max_skipped": 2})
+    restore = checkpoint.Checkpoints.restore_latest
+
+    def restore_and_ask(self, like, last=None):
+        found = restore(self, like, last)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "restore_latest", restore_and_ask)
+        with pytest.raises(Stopped, match=r"^SIGTERM, and no step is under way") as stopped:
+            run(tmp_path / "asked", **{"step.max_skipped": 2})
+    assert stopped.value.exit_code == ExitCode.RESUME
+    run(tmp_path / "asked", **{"step.max_skipped": 2})
+    assert_same_run(tmp_path / "whole", tmp_path / "asked", 12)
+
+
+def test_trackers_are_told_of_a_roll_back(tmp_path, bad_steps, monkeypatch):
+    bad_steps({6, 7, 8})
+    told: list[tuple[int, bool]] = []
+
+    class Fake:
+        def __init__(self, names, *, start_step, went_back, **_):
+            told.append((start_step, went_back))
+
+        def write(self, step, row): ...
+
+        def close(self): ...
+
+    monkeypatch.setattr(loop.trackers, "parse", lambda names: ["wandb"])
+    monkeypatch.setattr(loop.trackers, "Trackers", Fake)
+    run(tmp_path, **{"step.max_skipped": 2})
+    shutil.rmtree(tmp_path / "checkpoints/12")
+    run(tmp_path, **{"step.max_skipped": 2})
+    assert told == [(0, False), (4, True), (8, False)]
 
 
 @pytest.mark.slow
