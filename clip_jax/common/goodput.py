@@ -119,6 +119,7 @@ class _Stretch:
 def _stretches(starts: Sequence[Start]) -> list[list[_Stretch]]:
     """Returns the stretches of each start, with what later ones left of them."""
     found: list[list[_Stretch]] = []
+    place = {start.number: i for i, start in enumerate(starts)}
     following: Start | None = None  # the start that trained next
     limit = math.inf  # the first step of all later stretches
     for start in reversed(starts):
@@ -127,17 +128,15 @@ def _stretches(starts: Sequence[Start]) -> list[list[_Stretch]]:
             reached = last
             # The record of a killed start is some seconds old, and the steps since then may have
             # been saved. Where a start is missing between, it may as well have done them.
-            if not found[-1] and following and _complete(starts, start.number, following.number):
-                reached = max(reached, following.from_step or 0)
+            if not found[-1] and following:
+                apart = following.number - start.number
+                if place[following.number] - place[start.number] == apart:
+                    reached = max(reached, following.from_step or 0)
             kept = max(first, int(min(reached, limit)))
             found[-1].insert(0, _Stretch(first, last, reached, kept))
             limit = min(limit, first)
         following = start if start.stretches else following
     return found[::-1]
-
-
-def _complete(starts: Sequence[Start], first: int, last: int) -> bool:
-    return sum(first <= start.number <= last for start in starts) == last - first + 1
 
 
 def _add(

@@ -193,6 +193,8 @@ def look(name: str, now: datetime | None = None, before: Run | None = None) -> R
 
 
 def _look(name: str, now: datetime, before: Run | None) -> Run:
+    if not name:
+        raise UserError("A WORKDIR is empty. Is a variable of the shell not set?")
     workdir = locations.reachable(name)
     if not remote.is_remote(workdir) and not workdir.is_dir():
         there = "is a file" if workdir.exists() else "is no directory"

@@ -273,6 +273,15 @@ def test_what_is_no_workdir(tmp_path, capsys):
     ):
         error = run.look(str(tmp_path / name)).error
         assert told in str(error)
+    assert "A WORKDIR is empty" in str(run.look("").error)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gs://"])
+    assert ended.value.code == 2
+    assert "names no bucket" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(tmp_path / "runs/a"), f"--html={tmp_path}"])
+    assert ended.value.code == 2
+    assert f"--html={tmp_path} cannot be written" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         cli.main([str(tmp_path / "nothing"), "--json"])
     assert ended.value.code == 2

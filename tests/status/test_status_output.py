@@ -170,6 +170,7 @@ def test_a_terminal_is_filled_and_not_overfilled(tmp_path):
 def test_no_terminal_is_plain():
     assert of_stream(io.StringIO(), {}) == Look(100, colour=False, unicode=False)
     assert of_stream(io.StringIO(), {"COLUMNS": "30"}).width == 60
+    assert of_stream(io.StringIO(), {"COLUMNS": "9" * 5000}).width == 400
 
 
 # ---- Curves ------------------------------------------------------------------------------------
