@@ -33,43 +33,48 @@ class QueryKeyValue(nn.Module):
     dtype: Dtype
     kernel_init: nn.initializers.Initializer
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "*keys width"],
         queries_from: Float[Array, "*queries width"] | None = None,
-        for_kernel: bool = False,
-    ) -> Heads | tuple[Float[Array, "batch 3 heads d *length"], Float[Array, "3 heads d"] | None]:
+    ) -> Heads:
         """Projects tokens.
 
         Args:
           x: tokens to project to keys and values.
           queries_from: tokens to project to queries; None: `x`.
-          for_kernel: return one array, as `attention_kernel.Projected` has it, and the bias whose
-            gradient the kernel computes: that of a sequence, [b, s, w].
         """
-        width = x.shape[-1]
-        outputs = (3, self.heads, width // self.heads)
-
-        def kernel_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-            return self.kernel_init(key, (width, 3 * width)).reshape(shape)  # as one matrix
-
-        kernel = self.param("kernel", kernel_init, (width, *outputs))
-        bias = self.param("bias", nn.initializers.zeros, outputs)
         queries_from = x if queries_from is None else queries_from
+        kernel, bias = self._parameters(x.shape[-1])
         x, queries_from, kernel, bias = nn.dtypes.promote_dtype(
             x, queries_from, kernel, bias, dtype=self.dtype
         )
-        if for_kernel:
-            if x.ndim == 2:
-                return jnp.einsum("bw,wphd->bphd", x, kernel) + bias, None
-            constant = jax.lax.stop_gradient(bias)  # the kernel has its gradient
-            return jnp.einsum("bsw,wphd->bphds", x, kernel) + constant[..., None], bias
         query, key, value = (
             jnp.einsum("...w,whd->...hd", part, kernel[:, i]) + bias[i]
             for i, part in enumerate((queries_from, x, x))
         )
         return query, key, value
+
+    def for_kernel(self, x: Tokens) -> tuple[attention_kernel.Projected, Float[Array, "3 heads d"]]:
+        """Projects tokens for `attend_in_kernel`, which takes the bias for its gradient."""
+        sequence, token = x if isinstance(x, tuple) else (x, None)
+        kernel, bias = self._parameters(sequence.shape[-1])
+        sequence, kernel, bias = nn.dtypes.promote_dtype(sequence, kernel, bias, dtype=self.dtype)
+        constant = jax.lax.stop_gradient(bias)[..., None]
+        sequence = jnp.einsum("bsw,wphd->bphds", sequence, kernel) + constant
+        if token is not None:
+            token = jnp.einsum("bw,wphd->bphd", token.astype(sequence.dtype), kernel) + bias
+        return attention_kernel.Projected(sequence, token), bias
+
+    @nn.compact
+    def _parameters(self, width: int) -> tuple[jax.Array, jax.Array]:
+        shape = (3, self.heads, width // self.heads)
+
+        def kernel_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            return self.kernel_init(key, (width, 3 * width)).reshape(shape)  # as one matrix
+
+        kernel = self.param("kernel", kernel_init, (width, *shape))
+        return kernel, self.param("bias", nn.initializers.zeros, shape)
 
 
 def misfits(size: Size, context_length: int) -> dict[str, str]:

@@ -29,10 +29,8 @@ from jaxtyping import Array, Bool, Float
 
 _NEVER = -1e30  # logit of a key that a query does not see; its weight is exactly 0
 _VMEM = 100 * 2**20  # bytes
-_WIDEST, _LONGEST = (
-    128,
-    1152,
-)  # of a head, and of a sequence, that the compiler has been seen to fit
+# The widest head and the longest sequence that the compiler has been seen to fit.
+_WIDEST, _LONGEST = 128, 1152
 
 
 def misfit(d: int, length: int) -> str:
@@ -57,22 +55,22 @@ class Projected(NamedTuple):
       token: those of one more token per example, or None.
     """
 
-    sequence: Float[Array, "batch 3 heads d length"]
-    token: Float[Array, "batch 3 heads d"] | None
+    sequence: Any  # [b, 3, heads, d, s]
+    token: Any  # [b, 3, heads, d]
 
 
 class Attended(NamedTuple):
     """Outputs of attention, or their gradients, in the same layout."""
 
-    sequence: Float[Array, "batch heads d length"]
-    token: Float[Array, "batch heads d"] | None
+    sequence: Any  # [b, heads, d, s]
+    token: Any  # [b, heads, d], or None
 
 
 class _Statistics(NamedTuple):
     """The logarithms of the sums of exponentials, float32; the token's fill a row of lanes."""
 
-    sequence: Float[Array, "batch heads length"]
-    token: Float[Array, "batch heads 128"] | None
+    sequence: Any  # [b, heads, s]
+    token: Any  # [b, heads, 128], or None
 
 
 def attend(
@@ -218,6 +216,7 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
     f32 = jnp.float32
     ones = jnp.ones((1, sequence.shape[-1]), dtype)
     seen = None if mask is None else mask[0] != 0
+    own_parts: tuple = ()  # gradients of what the token sees of itself
     if token is not None:
         q_token, k_token, v_token = token[0].astype(f32)
         g_token = gradient.token[0].astype(f32)
@@ -226,6 +225,7 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
         mean = _sums(g_token * out.token[0].astype(f32))
         own = jnp.exp(_sums(q_token * k_token) * scale - statistic)
         own_gradient = own * (_sums(g_token * v_token) - mean) * scale
+        own_parts = own_gradient * k_token, own_gradient * q_token, own * g_token
 
     def products(i):
         q, k, v, g = *(sequence[0, part, i] for part in range(3)), gradient.sequence[0, i]
@@ -277,7 +277,6 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
     rows = _interleave(heads, products, weights, gradients)
     if token is None:
         return
-    own_parts = own_gradient * k_token, own_gradient * q_token, own * g_token
     for part, (of_heads, own_part) in enumerate(zip(zip(*rows), own_parts)):
         result.token[0, part] = (jnp.concatenate(of_heads) + own_part).astype(dtype)
 

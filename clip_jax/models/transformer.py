@@ -79,12 +79,8 @@ class Block(nn.Module):
         if self.attention == "pallas" and not few and self._fits_kernel(x):
             if mask is None and self.causal:
                 mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
-            sequence, token = x if isinstance(x, tuple) else (x, None)
-            sequence, bias = qkv(sequence, for_kernel=True)
-            if token is not None:
-                token, _ = qkv(token, for_kernel=True)
-            projected = attention_kernel.Projected(*named((sequence, token), "qkv"))
-            y = attend_in_kernel(projected, bias, mask)  # which names what it keeps
+            projected, bias = qkv.for_kernel(x)
+            y = attend_in_kernel(named(projected, "qkv"), bias, mask)  # it names what it keeps
         elif isinstance(x, tuple):
             projected = named(jax.tree.map(qkv, x), "qkv")
             y = named(attend_with_token(*projected), "attention")
