@@ -22,6 +22,8 @@ OPTIONAL = {
 
 # As TensorStore and others word it, whose errors have no number.
 _DISK_FULL = ("No space left on device", "Disk quota exceeded")
+# In errors of collectives and of their set-up, between hosts that run.
+_NETWORKS = ("Gloo", "NCCL", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 # Name: (module whose main(arguments) runs it, what it is for).
 Table = Mapping[str, tuple[str, str]]
@@ -125,7 +127,23 @@ def explained(error: Exception) -> str:
             f"This needs the package {OPTIONAL[package]}, which is not installed ({error}). "
             f"Run `pip install {OPTIONAL[package]}`."
         )
-    return faults.explained(error) or _exhausted(error)
+    return faults.explained(error) or _exhausted(error) or _cut_off(error)
+
+
+def _cut_off(error: Exception) -> str:
+    """Returns a paragraph on hosts that do not reach each other, "" on any other error.
+
+    A host that has ended is told of by the others; this is for what the network does.
+    """
+    text = str(error)
+    if type(error).__name__ != "JaxRuntimeError" or not any(name in text for name in _NETWORKS):
+        return ""
+    return (
+        "The hosts of this run have lost touch with each other, or were too slow "
+        f"({text.strip().splitlines()[0][:300]}). The same command, on all hosts, resumes at the "
+        "last checkpoint. If it happens again, look at the network between the hosts, and whether "
+        "one of them is overloaded."
+    )
 
 
 def _exhausted(error: Exception) -> str:

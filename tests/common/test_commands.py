@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -59,6 +60,17 @@ except OSError as error:
 """
     ran = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True)
     assert "ulimit -f" in ran.stdout, ran.stderr
+
+
+def test_hosts_that_lose_touch_may_resume():
+    """As one of two busy hosts ended that waited 30 s for the other to open a connection."""
+    error = jax.errors.JaxRuntimeError(
+        "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out"
+    )
+    code, text = commands.ending(error)
+    assert code == commands.ExitCode.RESUME
+    assert text.startswith("The hosts of this run have lost touch")
+    assert commands.explained(jax.errors.JaxRuntimeError("INTERNAL: a fault")) == ""
 
 
 def test_read_only_disk():
