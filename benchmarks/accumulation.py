@@ -36,16 +36,10 @@ def build(batch: int, accum_steps: int):
 
 def prepare(competitor: str) -> tuple[turns.Step, dict]:
     import jax
-    import numpy as np
 
     batch, accum_steps = COMPETITORS[competitor]
     built = build(batch, accum_steps)
-    rng = np.random.default_rng(0)
-    arrays = {
-        "image": rng.integers(0, 256, built.batch["image"].shape, np.uint8),
-        "tokens": rng.integers(1, 49_408, built.batch["tokens"].shape, np.int32),
-    }
-    data = {name: jax.device_put(x, built.batch[name].sharding) for name, x in arrays.items()}
+    data = turns.random_batch(built.batch)
     state, step = built.init(), built.lower().compile()
 
     def take_step() -> float:

@@ -32,21 +32,6 @@ from collections.abc import Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
-SETTINGS = {
-    "model.size.image_size": 16,
-    "model.size.image_layers": (1,),
-    "model.size.image_width": 32,
-    "model.size.image_heads": 2,
-    "model.size.text_layers": 1,
-    "model.size.text_width": 32,
-    "model.size.text_heads": 2,
-    "model.size.embed_dim": 16,
-    "batch_size": 16,
-    "log.every": "10 steps",
-    "eval.every": "100 steps",
-    "eval.batch_size": 128,
-    "eval.retrieval.max_examples": 100,
-}
 # Figures of a sample, their titles, and the growth that is allowed: per 1,000 steps, and per save.
 FIGURES = {
     "rss": ("RSS MiB", 0.3, 0.15),
@@ -128,16 +113,22 @@ def types() -> collections.Counter[str]:
 
 def worker(workdir: str, steps: int, processes: int, save_every: int, every: int) -> None:
     """Trains, and prints a sample as JSON every so many steps."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
+    import tiny_run
+
     from clip_jax.common import metrics
-    from clip_jax.configs import vit_b32
     from clip_jax.training import train
 
-    config = vit_b32.get_config("smoke")
-    settings = SETTINGS | {"duration": f"{steps} steps", "data.processes": processes}
-    settings["checkpoint.every"] = f"{save_every} steps"
-    settings["checkpoint.best_metric"] = ""  # which saves at steps of its own
-    config.update_from_flattened_dict(settings)
+    config = tiny_run.config(
+        {
+            "duration": f"{steps} steps",
+            "log.every": "10 steps",
+            "eval.every": "100 steps",
+            "data.processes": processes,
+            "checkpoint.every": f"{save_every} steps",
+            "checkpoint.best_metric": "",  # which saves at steps of its own
+        }
+    )
     first: list[collections.Counter[str]] = []
     write = metrics.MetricWriter.write
 

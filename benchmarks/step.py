@@ -82,10 +82,8 @@ def clip_jax_step(
     parameters = state.count_params(train_state.params)
     arrays = dict(zip(("image", "tokens"), batch))
     arrays = jax.device_put(arrays, sharding.batch_sharding(mesh))
-    program = step.lower_step(
-        train_state,
-        arrays,
-        mesh=mesh,
+    take = functools.partial(
+        step.train_step,
         net=net,
         tx=tx,
         schedule=schedule,
@@ -96,7 +94,8 @@ def clip_jax_step(
         augment=lambda images, key: images,
         max_logit_scale=100.0,
         skip_above=None,
-    ).compile()
+    )
+    program = step.lower_step(take, train_state, arrays, mesh).compile()
 
     def take_step() -> float:
         nonlocal train_state

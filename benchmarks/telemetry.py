@@ -23,17 +23,11 @@ Timed = Callable[[], tuple[float, float]]  # takes a step: seconds, and those of
 def make_step(config) -> tuple[Timed, object]:
     """Compiles the training step that main.py would run; returns a timed call of it."""
     import jax
-    import numpy as np
 
     from clip_jax.training import program
 
     built = program.build(config, warmup=0, total=1_000_000)
-    rng = np.random.default_rng(0)
-    arrays = {
-        "image": rng.integers(0, 256, built.batch["image"].shape, np.uint8),
-        "tokens": rng.integers(1, 49_408, built.batch["tokens"].shape, np.int32),
-    }
-    data = {name: jax.device_put(x, built.batch[name].sharding) for name, x in arrays.items()}
+    data = turns.random_batch(built.batch)
     state, step = built.init(), built.lower().compile()
 
     def seconds() -> tuple[float, float]:

@@ -28,6 +28,19 @@ PLATFORMS = {
 Step = Callable[[], float]  # does the timed work once, returns its loss
 
 
+def random_batch(shapes: dict) -> dict:
+    """Makes the batch that `Program.batch` describes, of noise, on its devices."""
+    import jax
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    arrays = {
+        "image": rng.integers(0, 256, shapes["image"].shape, np.uint8),
+        "tokens": rng.integers(1, 49_408, shapes["tokens"].shape, np.int32),
+    }
+    return {name: jax.device_put(x, shapes[name].sharding) for name, x in arrays.items()}
+
+
 def host_peak() -> float:
     """Returns the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

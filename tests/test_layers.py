@@ -180,18 +180,28 @@ def test_configs_are_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_the_trainer_imports_what_it_runs():
+def test_the_trainer_imports_what_it_runs(tmp_path: pathlib.Path):
     """Solvers, readers of others' weights, tools and plotting wait for those who need them."""
-    code = "import sys; from clip_jax.training import train; print(*sorted(sys.modules), sep='\\n')"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    code = (
+        "import pathlib, sys; from clip_jax.configs import vit_b32; from clip_jax.training import "
     )
-    loaded = set(run.stdout.split())
-    assert "clip_jax.evaluate.evaluator" in loaded
+    code += "run, train; run.prepare(vit_b32.get_config('smoke'), pathlib.Path(sys.argv[1]))"
+    code += "; print(*sorted(sys.modules), sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    assert {"clip_jax.evaluate.evaluator", "clip_jax.data.sources.digits"} <= loaded
     foreign = {"jinja2", "matplotlib", "pandas", "scipy.stats", "sklearn", "tensorflow"}
     assert not loaded & foreign
     tools = ("curation", "export", "plan", "search", "status", "weights", "evaluate.measures.lbfgs")
-    assert not {name for name in loaded if name.startswith(tuple(f"clip_jax.{t}" for t in tools))}
+    options = ("common.goodput", "common.pages", "data.processes", "data.published")
+    unused = tuple(f"clip_jax.{name}" for name in (*tools, *options))
+    assert not {name for name in loaded if name.startswith(unused)}
 
 
 def test_import_alone_is_light():

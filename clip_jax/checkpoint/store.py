@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_manager import METRIC_ITEM_NAME
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from clip_jax import checksums
-from clip_jax.checkpoint import reading
+from clip_jax.checkpoint import reading, together
+from clip_jax.checkpoint.manager import open_manager
 from clip_jax.checkpoint.writes import Writes, remove_unfinished
 from clip_jax.common import hosts
 from clip_jax.errors import StorageError, UserError
@@ -31,22 +31,6 @@ DIRECTORY = "checkpoints"  # inside the workdir
 # Inside the workdir too, and not in the former: there orbax takes what it does not know for
 # checkpoints that are half written.
 DAMAGED = "damaged"
-
-_LEAST_SLICE = 2**20  # bytes
-
-
-def _leave_small_arrays_whole() -> None:
-    """Registers a handler that saves small arrays without slicing them.
-
-    By default orbax slices every replicated array into a part for each device, with a program for
-    each slice: in a small model these programs take longer to compile than everything else.
-    """
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_SLICE)
-    with reading.without_warnings():  # it warns that there was another handler
-        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-
-
-_leave_small_arrays_whole()
 
 
 def split_path(path: epath.PathLike) -> tuple[epath.Path, int | None]:
@@ -71,37 +55,13 @@ class Restored(NamedTuple):
     state: TrainState
 
 
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which outlives damaged metrics and saves that fail."""
-
-    def save(self, step: int, *args: Any, **kwargs: Any) -> bool:
-        self._before = list(self._checkpoints)
-        return super().save(step, *args, **kwargs)
-
-    def undo(self) -> None:
-        """Restores the list of checkpoints to that before a save that failed.
-
-        At the beginning of a save the manager strikes off those that its success will replace.
-        """
-        self._checkpoints.set(self._before)
-
-    def _get_metrics(self, step: int) -> Any:
-        try:
-            metrics = super()._get_metrics(step)
-            if metrics is None or all(isinstance(n, int | float) for n in metrics.values()):
-                return metrics
-        except (ValueError, AttributeError) as error:
-            if faults.is_failure(error):
-                raise
-        logging.warning(
-            "The metrics of the checkpoint %s are damaged: it does not count as the best.",
-            self.directory / str(step),
-        )
-        return None
-
-
 def _log(step: int, text: str) -> None:
     logging.warning("Step %d: %s", step, text)
+
+
+def _score(metric: str, metrics: Mapping[str, float]) -> float:
+    """Returns the metric by which checkpoints are ranked; the lowest of all where it is missing."""
+    return metrics.get(metric, -math.inf)
 
 
 class Checkpoints:
@@ -132,46 +92,24 @@ class Checkpoints:
           create: whether to write: creates the directory, and removes what a killed run left.
         """
         for_orbax.prepare()
+        together.prepare()
         path = locations.parse(workdir)
         if not remote.is_remote(path):  # orbax refuses relative paths
             path = epath.Path(os.path.abspath(path))
         self.directory = path / DIRECTORY
-        policies: list[preservation_policy.PreservationPolicy] = [preservation_policy.LatestN(keep)]
-
-        def score(metrics: Mapping[str, float]) -> float:
-            return metrics.get(best_metric, -math.inf)
-
-        if best_metric:
-            best = preservation_policy.BestN(
-                get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
-            )
-            policies.append(best)
         self._best_metric = best_metric
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            # The policy decides; but without this the metrics are not written, and a resumed run
-            # would not know its best.
-            best_fn=score if best_metric else None,
-            enable_async_checkpointing=True,
-            # Else a save would wait for a bucket that cannot be reached. There is nothing to
-            # validate: steps that exist are refused, and half-written ones replaced.
-            file_options=ocp.options.FileOptions(skip_sync_file_validations=True),
-            # Threads of the save would wait minutes for a directory that cannot be made. This one
-            # does not, but for the answer of a bucket.
-            async_options=ocp.options.AsyncOptions(
-                create_directories_asynchronously=remote.is_remote(path)
-            ),
-            create=create,
-        )
+        self._score = functools.partial(_score, best_metric)
         self._report = report
         self._writes = Writes(self.directory, give_up_after, report)
         self._begun = False  # whether the last save was begun
+        self._error: Exception | None = None  # of the last save, on this host
         if create and jax.process_index() == 0:
             remove_unfinished(self.directory)
+        best = self._score if best_metric else None
         self._manager = faults.repeat(
-            lambda: _Manager(self.directory, options=options), self.directory
+            lambda: open_manager(self.directory, keep=keep, best=best, create=create),
+            self.directory,
         )
-        self._score = score
         self._best = self._best_kept()
 
     def __enter__(self) -> "Checkpoints":
@@ -209,6 +147,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave(reading.describe(step, meta, inspected.checksums)),
         )
         self._collect()
+        self._agree()
         self._begun = False
         if self._writes.lost:  # threads of that save may have gone on, and failed too
             with contextlib.suppress(Exception):
@@ -219,7 +158,7 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
         else:
-            self._begun = True
+            self._begun, self._error = True, None
             self._writes.begin(step, self._manager.is_saving_in_progress)
 
     def _rank(self, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -256,7 +195,7 @@ class Checkpoints:
 
     def improves(self, metrics: Mapping[str, float]) -> bool:
         """Returns whether the best metric is among these, and above that of all checkpoints."""
-        return metrics.get(self._best_metric, -math.inf) > self._best
+        return self._score(metrics) > self._best
 
     def finish(self, hurry: bool = False) -> bool:
         """Waits for the save in progress; False: it failed and has to be repeated.
@@ -270,11 +209,14 @@ class Checkpoints:
         if hurry:
             self._writes.hurry()
         self._collect()
+        self._agree()
         self._writes.pause()
         return not self._writes.lost
 
     def lost(self) -> bool:
         """Returns whether the last save failed and the state should be saved again.
+
+        Hosts need not call it together, and may find out one after the other.
 
         Raises:
           StorageError: saves have failed for too long.
@@ -296,15 +238,22 @@ class Checkpoints:
         else:
             self._writes.succeeded()
 
+    def _agree(self) -> None:
+        """Has the last save count as failed on all hosts, where it has failed on one."""
+        if jax.process_count() > 1:
+            error = together.agree("end", self._error)
+            if error is not None and self._error is None:
+                self._failed(error)
+
     def _failed(self, error: Exception) -> None:
-        self._begun = False
+        self._begun, self._error = False, error
         self._manager.undo()
         self._remove_unfinished()
         self._writes.failed(error)
 
     def _remove_unfinished(self) -> None:
         """Makes space on a disk; in a bucket, which has no end, the next start does it."""
-        if not remote.is_remote(self.directory):
+        if not remote.is_remote(self.directory) and jax.process_index() == 0:
             with contextlib.suppress(OSError):  # the save that failed tells more
                 remove_unfinished(self.directory)
 

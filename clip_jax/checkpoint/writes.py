@@ -4,14 +4,13 @@ import threading
 import time
 from collections.abc import Callable
 
-import jax
 from absl import logging
 from etils import epath
 from orbax.checkpoint.path import atomicity, atomicity_types
 
-from clip_jax.common import formatting, lifeline
-from clip_jax.errors import ExitCode, StorageError, StorageRefused
-from clip_jax.storage import faults, for_orbax, ranges, remote
+from clip_jax.common import formatting
+from clip_jax.errors import StorageError, StorageRefused
+from clip_jax.storage import faults, ranges, remote
 
 _LOG_EVERY = 60.0  # seconds
 _LONGEST_WAIT = 300.0  # seconds of training between two tries: each costs a copy of the state
@@ -52,9 +51,6 @@ class Writes:
         def watch() -> None:
             began = logged = time.monotonic()
             while not done.wait(1.0) and busy():
-                if jax.process_count() > 1 and for_orbax.failures:
-                    # The main thread and the other hosts wait for this part of the checkpoint.
-                    lifeline.end(self._sentence(for_orbax.failures[-1]), ExitCode.RESUME)
                 if (now := time.monotonic()) - logged < _LOG_EVERY:
                     continue
                 logged = now
@@ -81,7 +77,7 @@ class Writes:
         waited = isinstance(error, TimeoutError)  # for a thread of orbax, which retries
         if not (waited or faults.local_reason(error) or faults.is_failure(error)):
             raise error
-        reason = faults.local_reason(error) or faults.reason(error)
+        reason = faults.local_reason(error) or faults.reason(error) or "another host's failure"
         now = time.monotonic()
         first = self._failing_since is None
         self._failing_since = self._failing_since or now
@@ -89,9 +85,8 @@ class Writes:
         self._wait = min(max(2 * self._wait, 1.0), _LONGEST_WAIT)
         self._retry_at = now + self._wait
         faults.record(f"{reason} while saving", self._directory, faults.first_line(error))
-        if jax.process_count() > 1 or now - self._failing_since > self._give_up_after:
-            alone = jax.process_count() == 1  # a right that was lost for a moment may be back
-            kind = StorageRefused if alone and faults.denied(error) else StorageError
+        if now - self._failing_since > self._give_up_after:
+            kind = StorageRefused if faults.denied(error) else StorageError
             raise kind(self._sentence(error)) from error
         if first:
             self._report(

@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from clip_jax.common import lifeline
 from clip_jax.errors import ExitCode, NotJoined, UserError
@@ -238,6 +239,35 @@ def gather(text: str) -> list[str]:
     padded = np.frombuffer(own.ljust(int(sizes.max())), np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [row.tobytes()[:size].decode() for row, size in zip(rows, sizes)]
+
+
+def exchange(key: str, number: int, text: str, timeout: float) -> list[str]:
+    """Returns the texts of all hosts, as `gather`, from any thread and without the devices.
+
+    Args:
+      key: name of what is told.
+      number: number of the call under this key, from 0.
+      text: text of this host.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      TimeoutError: a host has not come in time.
+    """
+    import jax
+    from jax._src import distributed
+
+    state = distributed.global_state
+    client: Any = state.client
+    place = f"{key}/{number}"
+    client.key_value_set(f"{place}/{state.process_id:06}", text)
+    try:
+        client.wait_at_barrier(place, int(1000 * timeout))
+    except jax.errors.JaxRuntimeError as error:
+        raise TimeoutError(f"Some host has not come to {place} within {timeout:,.0f} s.") from error
+    told = [value for _, value in sorted(client.key_value_dir_get(f"{place}/"))]
+    if state.process_id == 0 and number:
+        client.key_value_delete(f"{key}/{number - 1}/")  # all have read it, or were not here
+    return told
 
 
 def barrier(key: str) -> None:

@@ -1,11 +1,10 @@
-"""The starts of a run, read back: how each went, how it ended, and where the time of all went.
+"""The starts of a run, read back: how each went and how it ended.
 
 `clip_jax.training.record` writes one file for each start. A start that was killed has no end, but a
 last sign of life. Loads neither JAX nor NumPy: the command `status` answers at once.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import re
@@ -16,28 +15,12 @@ from typing import Any, NoReturn
 
 from etils import epath
 
-from clip_jax.common.formatting import format_seconds
 from clip_jax.errors import ExitCode
 from clip_jax.storage import locations, ranges
 
 DIRECTORY = "starts"  # inside the workdir
 # Kinds of time in a record. "data", waiting for batches, is not part of "train".
 PHASES = ("start", "compile", "train", "data", "checkpoint", "evaluation")
-# And those that only the starts together show: training that was repeated, time between starts,
-# time within a start that its record does not explain, time between starts one of which is missing.
-LOST, DOWN, OTHER, UNKNOWN = "lost", "down", "other", "unknown"
-KINDS = {
-    "train": "training",
-    LOST: "training that was lost",
-    "data": "waiting for data",
-    "checkpoint": "checkpoints",
-    "evaluation": "evaluation",
-    "compile": "compilation",
-    "start": "starting",
-    OTHER: "not accounted for",
-    DOWN: "down, between starts",
-    UNKNOWN: "without a record",
-}
 
 _OUTCOMES: dict[int, str] = {
     ExitCode.DONE: "finished",
@@ -49,7 +32,6 @@ _OUTCOMES: dict[int, str] = {
 _READERS = 16  # files of a bucket that are read at a time
 _NAME = re.compile(r"(\d{4,})\.json")
 _LONGEST = 1e10  # seconds that a start can have taken
-_SLACK = 2.0  # seconds by which clocks and sums may differ unnoticed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,40 +116,6 @@ class Start:
             return "killed, or its host is gone"
         # The reason of a run that finished says that it did.
         return f"{word}: {self.reason}" if self.reason and self.code != ExitCode.DONE else word
-
-
-@dataclasses.dataclass(frozen=True)
-class Account:
-    """The time of all starts together.
-
-    Attributes:
-      seconds: time by kind, as in `KINDS`; the sum is the time from the first beginning to the last
-        sign of life.
-      lost: number of steps of each start, by its number, that were trained again.
-      remarks: a sentence about each thing that makes the figures uncertain.
-    """
-
-    seconds: Mapping[str, float]
-    lost: Mapping[int, int]
-    remarks: Sequence[str]
-
-    @property
-    def wall(self) -> float:
-        """Seconds of the whole run."""
-        return sum(self.seconds.values())
-
-    @property
-    def lost_steps(self) -> int:
-        """Steps that were trained again."""
-        return sum(self.lost.values())
-
-    @property
-    def goodput(self) -> float:
-        """The fraction of the time in which steps were trained that remain; NaN without time."""
-        return self.seconds["train"] / self.wall if self.wall else math.nan
-
-
-# ---- Reading -----------------------------------------------------------------------------------
 
 
 def read(workdir: epath.PathLike) -> tuple[list[Start], list[str]]:
@@ -309,112 +257,3 @@ def _events(found: Any) -> list[Event]:
         Event(_time(one, "time"), _count(one, "step") or 0, str(one.get("text", "")))
         for one in found
     ]
-
-
-# ---- Sums --------------------------------------------------------------------------------------
-
-
-def account(starts: Sequence[Start]) -> Account:
-    """Sums up the time of all starts, in order."""
-    seconds = dict.fromkeys(KINDS, 0.0)
-    remarks: list[str] = []
-    lost = {}
-    for start, stretches in zip(starts, _stretches(starts)):
-        if start.step is not None:
-            lost[start.number] = sum(one.reached - one.kept for one in stretches)
-        _add(start, stretches, seconds, remarks)
-    if starts and starts[0].number > 1:
-        remarks.append(
-            f"{_missing(1, starts[0].number - 1)} The time before start {starts[0].number} is not "
-            "counted."
-        )
-    for one, other in itertools.pairwise(starts):
-        gap = (other.began - max(one.seen, one.began)).total_seconds()
-        if gap < -_SLACK:
-            remarks.append(
-                f"Start {other.number} began {format_seconds(-gap)} before the last sign of life "
-                f"of start {one.number}: the clocks differ, or one jumped. No time between them is "
-                "counted."
-            )
-        if other.number > one.number + 1:
-            seconds[UNKNOWN] += max(0.0, gap)
-            remarks.append(
-                f"{_missing(one.number + 1, other.number - 1)} The time between starts "
-                f"{one.number} and {other.number} is not explained, and the goodput may be higher."
-            )
-        else:
-            seconds[DOWN] += max(0.0, gap)
-    return Account(seconds, lost, remarks)
-
-
-def _missing(first: int, last: int) -> str:
-    if first == last:
-        return f"Start {first} has no record that can be read."
-    return f"Starts {first} to {last} have no record that can be read."
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stretch:
-    """Steps that were trained one after the other.
-
-    Attributes:
-      first, last: first and last step, as recorded.
-      reached: last step that was trained.
-      kept: last step that was not trained again.
-    """
-
-    first: int
-    last: int
-    reached: int
-    kept: int
-
-
-def _stretches(starts: Sequence[Start]) -> list[list[_Stretch]]:
-    """Returns the stretches of each start, with what later ones left of them."""
-    found: list[list[_Stretch]] = []
-    following: Start | None = None  # the start that trained next
-    limit = math.inf  # the first step of all later stretches
-    for start in reversed(starts):
-        found.append([])
-        for first, last in reversed(start.stretches):
-            reached = last
-            # The record of a killed start is some seconds old, and the steps since then may have
-            # been saved. Where a start is missing between, it may as well have done them.
-            if not found[-1] and following and _complete(starts, start.number, following.number):
-                reached = max(reached, following.from_step or 0)
-            kept = max(first, int(min(reached, limit)))
-            found[-1].insert(0, _Stretch(first, last, reached, kept))
-            limit = min(limit, first)
-        following = start if start.stretches else following
-    return found[::-1]
-
-
-def _complete(starts: Sequence[Start], first: int, last: int) -> bool:
-    return sum(first <= start.number <= last for start in starts) == last - first + 1
-
-
-def _add(
-    start: Start, stretches: Sequence[_Stretch], seconds: dict[str, float], remarks: list[str]
-) -> None:
-    """Adds the time within one start."""
-    for name, value in start.seconds.items():
-        seconds[name if name in PHASES else OTHER] += value
-    if stretches:
-        # A step lost beyond the record took no recorded time; one that was not finished was lost.
-        steps = sum(one.last - one.first for one in stretches)
-        again = sum(max(0, one.last - one.kept) for one in stretches)
-        repeated = start.seconds.get("train", 0.0) * (again / steps if steps else 1.0)
-        seconds["train"] -= repeated
-        seconds[LOST] += repeated
-    rest = start.duration - sum(start.seconds.values())
-    if start.seen < start.began:
-        remarks.append(
-            f"Start {start.number} has its last sign of life before its beginning: its clock "
-            "jumped, and its duration is taken from its parts."
-        )
-    elif rest < -max(_SLACK, 0.01 * start.duration):
-        remarks.append(
-            f"The parts of start {start.number} are {format_seconds(-rest)} longer than the whole: "
-            "its clock jumped. The parts are counted."
-        )
-    seconds[OTHER] += max(0.0, rest)

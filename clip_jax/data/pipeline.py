@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_jax.data import images, loading, order, processes, rows
+from clip_jax.data import images, loading, order, rows
 from clip_jax.data.crops import CENTER, Crop
 from clip_jax.data.sources import base, reading
 from clip_jax.data.sources.base import Source
@@ -81,7 +81,7 @@ class TrainPipeline:
         self._rows = spec.bind(source, order_, tokenizer)
         local = _local_rows(spec.batch_size, part, spec.parts)
         self._positions = rows.Positions(start, spec.batch_size, local, order_.streams)
-        self._pool: processes.Pool | None = None
+        self._describe = self._rows.stages.describe
         self._limit = _Limit(spec.config.max_skipped, len(source))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -122,7 +122,7 @@ class TrainPipeline:
 
     def describe(self) -> str:
         """Returns the work of the threads that load, in whatever process they are."""
-        return self._rows.stages.describe() if self._pool is None else self._pool.describe()
+        return self._describe()
 
     def _batches(self) -> Generator[loading.Batch, None, None]:
         config, like, size = self._spec.config, self._rows.empty(), len(self._positions.rows)
@@ -137,15 +137,18 @@ class TrainPipeline:
                 prefetch=prefetch,
                 check=self._limit.check,
             )
-        self._pool = processes.Pool(
+        from clip_jax.data import processes  # most runs load in threads
+
+        pool = processes.Pool(
             self._spec,
             self._positions,
             like,
             processes=min(config.processes, size),
             threads=config.threads or os.cpu_count() or 1,
         )
+        self._describe = pool.describe
         return loading.collect(
-            self._pool,
+            pool,
             like,
             count=None,
             batch_size=size,

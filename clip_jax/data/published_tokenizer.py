@@ -12,10 +12,9 @@ import ftfy
 import numpy as np
 from jaxtyping import Int32
 
-from clip_jax.data.tokenizer_base import ITEMSIZE, Tokenizer, sentencepiece_model
+from clip_jax.data.tokenizer_base import ITEMSIZE, PUBLISHED, Tokenizer, sentencepiece_model
 from clip_jax.errors import UserError
 
-PUBLISHED = "huggingface:"  # before the folder
 RULES = "tokenizer_rules.json"
 JSON = "tokenizer.json"
 REMEDY = "Copy the folder again, or name another tokenizer with --tokenizer."

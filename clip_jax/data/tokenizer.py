@@ -14,9 +14,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int32
 
-from clip_jax.data import bpe, published
-from clip_jax.data.published_tokenizer import PUBLISHED
-from clip_jax.data.tokenizer_base import ITEMSIZE, Tokenizer, sentencepiece_model
+from clip_jax.data import bpe
+from clip_jax.data.tokenizer_base import ITEMSIZE, PUBLISHED, Tokenizer, sentencepiece_model
 from clip_jax.errors import UserError
 from clip_jax.storage import locations, ranges
 
@@ -175,6 +174,8 @@ def create(name: str, context_length: int) -> Tokenizer:
         path = locations.parse(name.removeprefix(SIGLIP))
         return SiglipTokenizer(path, context_length)
     if name.startswith(PUBLISHED):
+        from clip_jax.data import published  # the rules of others: few runs need them
+
         folder = locations.parse(name.removeprefix(PUBLISHED))
         return published.create(folder, context_length)
     if name.endswith(".model"):

@@ -11,6 +11,7 @@ from jaxtyping import Int32, Int64
 from clip_jax.errors import UserError
 
 ITEMSIZE = 4  # bytes of an int32
+PUBLISHED = "huggingface:"  # before the folder of a tokenizer that came with weights
 
 
 class Tokenizer(abc.ABC):

@@ -39,13 +39,14 @@ class QueryKeyValue(nn.Module):
         x: Float[Array, "*keys width"],
         queries_from: Float[Array, "*queries width"] | None = None,
         for_kernel: bool = False,
-    ) -> Heads | Float[Array, "batch 3 heads d *length"]:
+    ) -> Heads | tuple[Float[Array, "batch 3 heads d *length"], Float[Array, "3 heads d"] | None]:
         """Projects tokens.
 
         Args:
           x: tokens to project to keys and values.
           queries_from: tokens to project to queries; None: `x`.
-          for_kernel: return one array, as `attention_kernel.Projected` has it.
+          for_kernel: return one array, as `attention_kernel.Projected` has it, and the bias whose
+            gradient the kernel computes: that of a sequence, [b, s, w].
         """
         width = x.shape[-1]
         outputs = (3, self.heads, width // self.heads)
@@ -61,13 +62,9 @@ class QueryKeyValue(nn.Module):
         )
         if for_kernel:
             if x.ndim == 2:
-                return jnp.einsum("bw,wphd->bphd", x, kernel) + bias
-            # In two steps, since the transpose sums in two: over the examples first. At once XLA
-            # would sum along the lanes of all, which takes ten times as long.
-            bias = jax.lax.optimization_barrier(
-                jnp.broadcast_to(bias[..., None], (*outputs, x.shape[1]))
-            )
-            return jnp.einsum("bsw,wphd->bphds", x, kernel) + bias
+                return jnp.einsum("bw,wphd->bphd", x, kernel) + bias, None
+            constant = jax.lax.stop_gradient(bias)  # the kernel has its gradient
+            return jnp.einsum("bsw,wphd->bphds", x, kernel) + constant[..., None], bias
         query, key, value = (
             jnp.einsum("...w,whd->...hd", part, kernel[:, i]) + bias[i]
             for i, part in enumerate((queries_from, x, x))
@@ -100,12 +97,15 @@ def splits(batch: int) -> bool:
 
 
 def attend_in_kernel(
-    projected: attention_kernel.Projected, mask: Bool[Array, "#batch 1 query key"] | None
+    projected: attention_kernel.Projected,
+    bias: Float[Array, "3 heads d"],
+    mask: Bool[Array, "#batch 1 query key"] | None,
 ) -> Tokens:
     """Computes the same attention as `attend` and `attend_with_token` by the kernel for TPUs.
 
     Args:
       projected: queries, keys and values, split over the mesh by examples and heads.
+      bias: see `attention_kernel.attend`.
       mask: see `attend`.
 
     Returns:
@@ -118,11 +118,11 @@ def attend_in_kernel(
         of_mask = PartitionSpec(examples if mask is not None and mask.shape[0] > 1 else None)
         attend_ = jax.shard_map(
             attend_,
-            in_specs=(spec, of_mask),
+            in_specs=(spec, PartitionSpec(None, "tensor"), of_mask),
             out_specs=PartitionSpec(examples, "tensor"),
             check_vma=False,  # a kernel does not tell over which axes its outputs vary
         )
-    y = attend_(projected, mask)
+    y = attend_(projected, bias, mask)
     sequence = y.sequence.transpose(0, 3, 1, 2)
     return sequence if y.token is None else (sequence, y.token)
 

@@ -79,10 +79,12 @@ class Block(nn.Module):
         if self.attention == "pallas" and not few and self._fits_kernel(x):
             if mask is None and self.causal:
                 mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
-            parts = x if isinstance(x, tuple) else (x, None)
-            projected = [part if part is None else qkv(part, for_kernel=True) for part in parts]
-            projected = attention_kernel.Projected(*named(projected, "qkv"))
-            y = attend_in_kernel(projected, mask)  # which names what it keeps
+            sequence, token = x if isinstance(x, tuple) else (x, None)
+            sequence, bias = qkv(sequence, for_kernel=True)
+            if token is not None:
+                token, _ = qkv(token, for_kernel=True)
+            projected = attention_kernel.Projected(*named((sequence, token), "qkv"))
+            y = attend_in_kernel(projected, bias, mask)  # which names what it keeps
         elif isinstance(x, tuple):
             projected = named(jax.tree.map(qkv, x), "qkv")
             y = named(attend_with_token(*projected), "attention")

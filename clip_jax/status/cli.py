@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from clip_jax.common import commands
-from clip_jax.errors import ExitCode
+from clip_jax.errors import ExitCode, UserError
 from clip_jax.status import export, look, text
 from clip_jax.status import run as runs
 from clip_jax.status.run import Run, State
@@ -66,7 +66,10 @@ def _interval(given: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    names = list(dict.fromkeys(name.rstrip("/") or name for name in options.workdirs))
+    names = [
+        name if name.endswith("://") else name.rstrip("/") or name for name in options.workdirs
+    ]
+    names = list(dict.fromkeys(names))
     found = _look(names, [])
     if not options.watch and any(runs.state(run) is State.UNCLEAR for run in found):
         print(f"Watching for {runs.WATCH:.0f} s for a sign of life.", file=sys.stderr, flush=True)
@@ -89,7 +92,10 @@ def _show(found: Sequence[Run], options: argparse.Namespace) -> None:
     if options.html:
         from clip_jax.status import page  # with matplotlib
 
-        page.write(options.html, found)
+        try:
+            page.write(options.html, found)
+        except OSError as error:
+            raise UserError(f"--html={options.html} cannot be written: {error}.") from None
     if options.json:
         for run in found:
             print(json.dumps(export.to_plain(run), allow_nan=False), flush=True)

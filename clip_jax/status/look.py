@@ -9,7 +9,8 @@ import unicodedata
 from collections.abc import Mapping
 from typing import TextIO
 
-_LEAST, _PLAIN = 60, 100  # columns: the fewest that are used; and those where nobody tells
+_LEAST, _MOST = 60, 400  # columns that are used
+_PLAIN = 100  # columns where nobody tells
 _SERIES = ("34", "33", "32", "35", "36", "31")  # colours by position, as codes of ANSI terminals
 _NAMED = {"good": "32", "bad": "31;1", "warn": "33", "soft": "2", "strong": "1"}
 _ASCII = {0xA0: " ", 0x2013: "-", 0x2026: "...", 0xD7: "x"}
@@ -67,14 +68,15 @@ def of_stream(stream: TextIO, environment: Mapping[str, str] = os.environ) -> Lo
     """Returns the look that suits a stream: plain where it is no terminal, or NO_COLOR is set."""
     terminal = stream.isatty()
     width = shutil.get_terminal_size((_PLAIN, 24)).columns if terminal else _PLAIN
-    if (columns := environment.get("COLUMNS", "")).isdecimal() and int(columns):
-        width = int(columns)
+    if (columns := environment.get("COLUMNS", "")).isdecimal() and int(columns[:9]):
+        width = int(columns[:9])
+    width = min(max(_LEAST, width), _MOST)
     colour = terminal and not environment.get("NO_COLOR") and environment.get("TERM") != "dumb"
     try:
         "█⣿│–×".encode(stream.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
-        return Look(max(_LEAST, width), colour, unicode=False)
-    return Look(max(_LEAST, width), colour, unicode=True)
+        return Look(width, colour, unicode=False)
+    return Look(width, colour, unicode=True)
 
 
 def plain(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.common import starts
+from clip_jax.common import goodput
 from clip_jax.common.pages import curves, page
 from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.status import run as runs
@@ -32,7 +32,7 @@ def write(path: epath.PathLike, found: Sequence[Run]) -> None:
         runs=[_values(run, name, len(found) == 1) for run, name in zip(found, names)],
         columns=text.COLUMNS,
         compared=_compared(names, found) if len(found) > 1 else [],
-        kinds=starts.KINDS,
+        kinds=goodput.KINDS,
     )
 
 

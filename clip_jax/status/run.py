@@ -14,9 +14,10 @@ from typing import Any
 
 from etils import epath
 
-from clip_jax.common import metric_rows, starts
+from clip_jax.common import goodput, metric_rows, starts
 from clip_jax.common.formatting import format_seconds
-from clip_jax.common.starts import Account, Start
+from clip_jax.common.goodput import Account
+from clip_jax.common.starts import Start
 from clip_jax.errors import ExitCode, UserError
 from clip_jax.storage import faults, locations, ranges, remote
 from clip_jax.training import lease
@@ -88,7 +89,7 @@ class Run:
     now: datetime
     fresh: datetime
     starts: Sequence[Start] = ()
-    account: Account = dataclasses.field(default_factory=lambda: starts.account([]))
+    account: Account = dataclasses.field(default_factory=lambda: goodput.account([]))
     holder: lease.Holder | None = None
     alive: bool | None = False
     rows: Sequence[Mapping[str, float]] = ()
@@ -192,12 +193,14 @@ def look(name: str, now: datetime | None = None, before: Run | None = None) -> R
 
 
 def _look(name: str, now: datetime, before: Run | None) -> Run:
+    if not name:
+        raise UserError("A WORKDIR is empty. Is a variable of the shell not set?")
     workdir = locations.reachable(name)
     if not remote.is_remote(workdir) and not workdir.is_dir():
         there = "is a file" if workdir.exists() else "is no directory"
         raise UserError(f"{name} {there}. Give the --workdir of a run, or several.")
     found, remarks = starts.read(workdir)
-    account = starts.account(found)
+    account = goodput.account(found)
     rows, dropped = metric_rows.read(workdir)
     config, config_remarks = _config(workdir)
     metric = config.get("checkpoint.best_metric")

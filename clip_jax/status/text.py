@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from clip_jax.common.formatting import aligned, format_seconds, percent, short
-from clip_jax.common.starts import KINDS, Event
+from clip_jax.common.goodput import KINDS
+from clip_jax.common.starts import Event
 from clip_jax.status import chart
 from clip_jax.status import run as runs
 from clip_jax.status.look import Look, plain
@@ -146,7 +147,7 @@ def _progress(run: Run, look: Look) -> str:
     if not run.total:
         return f"step {run.step:,}"
     done = run.step / run.total
-    bar = look.paint(chart.level(done, _BAR, look), "soft")
+    bar = look.paint(chart.level(done, _bar(look), look), "soft")
     return f"step {run.step:,} of {run.total:,}, {percent(done)}  {bar}"
 
 
@@ -215,8 +216,9 @@ def _times(run: Run, look: Look) -> list[str]:
         for kind, value in seconds.items()
         if value >= 0.5 or kind == "train"
     ]
-    bar = min(_BAR, look.width // 4)
-    bars = [chart.level(value / wall, bar, look) for value in seconds.values() if value >= 0.5]
+    bars = [
+        chart.level(value / wall, _bar(look), look) for value in seconds.values() if value >= 0.5
+    ]
     bars = bars if seconds["train"] >= 0.5 else ["", *bars]
     table = aligned(rows, "<>>").splitlines()
     lost = run.account.lost_steps
@@ -362,6 +364,11 @@ def _number(value: float) -> str:
 
 def _share(value: float) -> str:
     return "" if math.isnan(value) else percent(value)
+
+
+def _bar(look: Look) -> int:
+    """Returns the columns of a full bar, behind some 50 of text."""
+    return min(_BAR, look.width - 50)
 
 
 def _end(name: str, look: Look) -> str:

@@ -45,11 +45,6 @@ def prepare() -> None:
     _log_failures_once()
 
 
-# The errors of saves on this host. The manager raises them only after all hosts have synchronised,
-# which never happens where one has failed.
-failures: list[BaseException] = []
-
-
 def _log_failures_once() -> None:
     """Suppresses the tracebacks that every thread of a failed save logs.
 
@@ -58,11 +53,7 @@ def _log_failures_once() -> None:
 
     def wanted(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        if error is None or not (faults.is_failure(error) or faults.local_reason(error)):
-            return True
-        if "background save thread" in record.getMessage():
-            failures.append(error)
-        return False
+        return error is None or not (faults.is_failure(error) or faults.local_reason(error))
 
     for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).addFilter(wanted)

@@ -211,19 +211,11 @@ def scanning(path: epath.Path) -> Iterator[IO[bytes]]:
     yield io.BufferedReader(_Scan(path, stat.size))  # else lines would be read byte by byte
 
 
-class _Scan(io.RawIOBase):
-    """A remote file that is read mostly forwards.
+class Seekable(io.RawIOBase):
+    """The base of files of a known size that are read from any place."""
 
-    Chunks grow while reads are close to sequential; then the next one is requested ahead. Large
-    jumps skip the bytes in between.
-    """
-
-    def __init__(self, path: epath.Path, size: int):
-        self._path, self._size = path, size
-        self._place = 0
-        self._first, self._data = 0, b""  # the current chunk
-        self._chunk = _MIN_CHUNK
-        self._next: tuple[int, int, _Read] | None = None
+    def __init__(self, size: int):
+        self._size, self._place = size, 0
 
     def readable(self) -> bool:
         return True
@@ -238,6 +230,21 @@ class _Scan(io.RawIOBase):
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
         self._place = max(0, base + offset)
         return self._place
+
+
+class _Scan(Seekable):
+    """A remote file that is read mostly forwards.
+
+    Chunks grow while reads are close to sequential; then the next one is requested ahead. Large
+    jumps skip the bytes in between.
+    """
+
+    def __init__(self, path: epath.Path, size: int):
+        super().__init__(size)
+        self._path = path
+        self._first, self._data = 0, b""  # the current chunk
+        self._chunk = _MIN_CHUNK
+        self._next: tuple[int, int, _Read] | None = None
 
     def readinto(self, buffer: Any) -> int:
         data = self.read(len(buffer))

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 
 import jax
-from etils import epath
-from ml_collections import ConfigDict
 
 from clip_jax import checkpoint, sharding
 from clip_jax import state as train_state
@@ -38,8 +36,6 @@ class Loop:
     def __init__(
         self,
         run: Run,
-        config: ConfigDict,
-        directory: epath.PathLike,
         store: checkpoint.Checkpoints,
         data: pipeline.TrainPipeline,
         resume_state: ResumeState,
@@ -47,12 +43,10 @@ class Loop:
         record: Record,
         held: lease.Lease,
     ):
-        """Opens the logs in `directory`.
+        """Opens the logs in the workdir.
 
         Args:
           run: the parts that do not change.
-          config: the whole config.
-          directory: the workdir.
           store: its checkpoints.
           data: training data, from where `resume_state` ended.
           resume_state: progress of the runs that this one resumes.
@@ -60,6 +54,7 @@ class Loop:
           record: the record of this start.
           held: the lease of the workdir.
         """
+        config, directory = run.config, run.directory
         self._run, self._config, self._store = run, config, store
         self._directory, self._data, self._resume_state = directory, data, resume_state
         self._requests, self._record, self._lease = requests, record, held
@@ -73,7 +68,7 @@ class Loop:
             tensorboard=config.log.tensorboard,
             start_step=resume_state.step,
             evaluation_due=resume_state.evaluation_due,
-            sinks=self._sinks(directory),
+            sinks=self._sinks(),
         )
         self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
         self._tracer = Tracer(
@@ -108,7 +103,7 @@ class Loop:
             directory,
         )
 
-    def _sinks(self, directory: epath.PathLike) -> list[metrics.Sink]:
+    def _sinks(self) -> list[metrics.Sink]:
         """Starts the trackers of the config."""
         names = trackers.parse(self._config.log.trackers)
         if not names or jax.process_index() != 0:
@@ -116,7 +111,7 @@ class Loop:
         step, rollbacks = self._resume_state.step, self._resume_state.rollbacks
         started = trackers.Trackers(
             names,
-            workdir=epath.Path(directory),
+            workdir=self._directory,
             project=self._config.log.project,
             start_step=step,
             # The checkpoint gone back to does not know of it, so this is the loop right after.
@@ -257,8 +252,15 @@ class Loop:
         self._writer.close()
 
     def _lost(self, step: int) -> bool:
-        """Returns whether the last checkpoint failed and is to be saved again now."""
-        return clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+        """Returns whether the last checkpoint failed and is to be saved again now.
+
+        On several hosts it asks all of them for that, since they may not know it yet.
+        """
+        lost = clock.is_due(step, self._run.log_every, 0) and self._store.lost()
+        if lost and jax.process_count() > 1:
+            self._requests.repeat(Request.SAVE)
+            return False
+        return lost
 
     def _flush(self) -> None:
         """Writes the pending metrics, once the device has computed them."""

@@ -108,10 +108,8 @@ class Program:
         """Lowers the training step, step(state, batch), to be compiled; the state is donated."""
         config = self.config
         loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
-        return train_step.lower_step(
-            self.state,
-            self.batch,
-            mesh=self.mesh,
+        step = functools.partial(
+            train_step.train_step,
             net=self.net,
             tx=self.tx,
             schedule=self.schedule,
@@ -123,6 +121,7 @@ class Program:
             max_logit_scale=config.optim.max_logit_scale,
             skip_above=_skip_above(config.step),
         )
+        return train_step.lower_step(step, self.state, self.batch, self.mesh)
 
 
 def _skip_above(step_config: ConfigDict) -> float | None:
@@ -214,7 +213,7 @@ def choose_attention(asked: str, platform: str, dtype: str) -> str:
 
     Args:
       asked: config.model.attention.
-      platform: that of the devices.
+      platform: platform of the devices, as JAX names it.
       dtype: compute dtype.
 
     Raises:

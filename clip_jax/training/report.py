@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from clip_jax.common import formatting, starts
+from clip_jax.common import formatting, goodput
 from clip_jax.common.pages import curves, page, svg
 from clip_jax.common.pages.svg import Line, Panel
 from clip_jax.common.starts import Start
@@ -91,8 +91,8 @@ def write_report(
         plots_left_out=len(small_plots[SMALL_PLOTS:]),
         sections=report.sections(results),
         past=past,
-        account=starts.account(past),
-        kinds=starts.KINDS,
+        account=goodput.account(past),
+        kinds=goodput.KINDS,
         stats=[
             {"label": _stat_title(name), "value": score.value, "chance": score.chance}
             for name, score in (headlines or {}).items()

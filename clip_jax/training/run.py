@@ -23,8 +23,21 @@ from clip_jax.training import agreement, notices, program
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The parts of a run that do not change."""
+    """The parts of a run that do not change.
 
+    Attributes:
+      directory: the workdir.
+      program: model, optimiser, mesh and training step, with the config.
+      tokenizer, source, order: the training data, not opened at a position yet.
+      data: description of the data, by which a resumed run can tell that they have changed.
+      evaluator: evaluations of the config.
+      total_steps: length of the run.
+      log_every, eval_every: steps between logs and evaluations.
+      checkpoint_every: steps between checkpoints; 0: by the clock, or only at the end.
+      trace_at: first step of a trace; 0: none.
+    """
+
+    directory: epath.Path
     program: program.Program
     tokenizer: tokenizer.Tokenizer
     source: Source
@@ -32,10 +45,15 @@ class Run:
     data: identity.Identity
     evaluator: Evaluator
     total_steps: int
-    log_every: int  # steps
-    eval_every: int  # steps
-    checkpoint_every: int  # steps; 0: by the clock, or only at the end
-    trace_at: int  # step; 0: none
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    trace_at: int
+
+    @property
+    def config(self) -> ConfigDict:
+        """The whole config."""
+        return self.program.config
 
     @property
     def mesh(self) -> Mesh:
@@ -99,6 +117,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
         raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
     to_steps = functools.partial(to_steps, total_steps=total)
     return Run(
+        directory=directory,
         program=program.build(config, warmup=to_steps(config.optim.warmup), total=total),
         tokenizer=tokens,
         source=source,
@@ -118,9 +137,9 @@ def _every(interval: str, to_steps: Callable[[str], int]) -> int:
     return to_steps(interval) if clock.to_seconds(interval) is None else 0
 
 
-def _fallback_dir(directory: epath.PathLike) -> epath.Path:
+def _fallback_dir(directory: epath.Path) -> epath.Path:
     """Returns the directory for indices of shards whose own directory cannot be written to."""
-    return epath.Path(directory) / "index"
+    return directory / "index"
 
 
 def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: models.Size) -> None:
@@ -147,12 +166,10 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
         )
 
 
-def open_data(
-    run: Run, config: ConfigDict, directory: epath.PathLike, examples_seen: int
-) -> pipeline.TrainPipeline:
+def open_data(run: Run, examples_seen: int) -> pipeline.TrainPipeline:
     """Opens the training data after the examples seen already, this host's part of them."""
     part, parts = sharding.process_part(run.mesh)
-    size = run.net.size
+    config, size = run.config, run.net.size
     spec = rows.Spec(
         config=config.data,
         tokenizer=config.tokenizer,
@@ -161,7 +178,7 @@ def open_data(
         seed=config.seed,
         batch_size=config.batch_size,
         parts=parts,
-        fallback_dir=_fallback_dir(directory),
+        fallback_dir=_fallback_dir(run.directory),
     )
     return pipeline.TrainPipeline(
         run.source, run.order, run.tokenizer, spec, start=examples_seen, part=part

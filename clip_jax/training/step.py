@@ -222,50 +222,23 @@ def _join(parts: Shaped[Array, "count part *features"]) -> Shaped[Array, " batch
 
 
 def lower_step(
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
     batch: Any,
-    *,
     mesh: Mesh,
-    net: nn.Module,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    loss_fn: Loss,
-    augment: Augment,
-    accum_steps: int,
-    zero1: bool,
-    seed: int,
-    max_logit_scale: float,
-    skip_above: float | None,
 ) -> jax.stages.Lowered:
-    """Lowers `train_step` for a mesh, to be compiled; the state passed to the result is donated.
+    """Lowers a step for a mesh, to be compiled; the state passed to the result is donated.
 
     Args:
+      step: `train_step`, its settings bound.
       state, batch: arrays or `ShapeDtypeStruct`s with shardings.
       mesh: devices of the run.
-      net, tx, schedule, loss_fn, augment, accum_steps, zero1, seed, max_logit_scale, skip_above:
-        see `train_step`.
 
     Returns:
       The lowered step. Compiled, it is called as step(state, batch), and reports the memory and
       FLOPs that it needs.
     """
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(
-        partial(
-            train_step,
-            net=net,
-            tx=tx,
-            schedule=schedule,
-            loss_fn=loss_fn,
-            augment=augment,
-            accum_steps=accum_steps,
-            zero1=zero1,
-            seed=seed,
-            max_logit_scale=max_logit_scale,
-            skip_above=skip_above,
-        ),
-        donate_argnums=0,
-        out_shardings=(state_shardings, sharding.replicated(mesh)),
-    )
+    out_shardings = state_shardings, sharding.replicated(mesh)
     with jax.set_mesh(mesh):
-        return step.lower(state, batch)
+        return jax.jit(step, donate_argnums=0, out_shardings=out_shardings).lower(state, batch)

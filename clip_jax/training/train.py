@@ -93,22 +93,22 @@ def _train(
         resumed = store.latest_step()
         if resumed is not None:
             workdir.check(directory, config)
-        stack.enter_context(record.kept(**_facts(run, config, command)))
-        _announce(run, config)
-        start = _initial_variables(run, config) if resumed is None else None
+        stack.enter_context(record.kept(**_facts(run, command)))
+        _announce(run)
+        start = _initial_variables(run) if resumed is None else None
         # Early: a step that does not fit into memory is said before anything is read.
-        step_fn = None if resumed == run.total_steps else _compile(run, config, record)
+        step_fn = None if resumed == run.total_steps else _compile(run, record)
         workdir.write(directory, config)
         if resumed is None:
             resume_state, state = ResumeState(), run.program.init(start)
         else:
-            resume_state, state = _restore(run, config, directory, store)
+            resume_state, state = _restore(run, store)
             if resume_state.step < run.total_steps and step_fn is None:  # it has fallen back
-                step_fn = _compile(run, config, record)
+                step_fn = _compile(run, record)
         record.begins(resume_state.step)
         while True:
-            data = open_data(run, config, directory, resume_state.examples_seen)
-            loop = Loop(run, config, directory, store, data, resume_state, requests, record, held)
+            data = open_data(run, resume_state.examples_seen)
+            loop = Loop(run, store, data, resume_state, requests, record, held)
             try:
                 final = loop.run(state, step_fn)
                 done = loop.progress(run.total_steps)
@@ -123,16 +123,16 @@ def _train(
                 seconds=resume_state.seconds,
                 seconds_by_phase=resume_state.seconds_by_phase,
             )
-            resume_state, state = _roll_back(run, config, directory, store, found, done, record)
-    _report(directory, config, run, done, command, record.began_at)
+            resume_state, state = _roll_back(run, store, found, done, record)
+    _report(run, done, command, record.began_at)
     return final
 
 
-def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
+def _facts(run: Run, command: str) -> dict[str, Any]:
     """Returns what a start's record says of its run."""
     return {
         "total_steps": run.total_steps,
-        "batch_size": config.batch_size,
+        "batch_size": run.config.batch_size,
         "command": command,
         "hardware": hardware(run.mesh),
         "hosts": jax.process_count(),
@@ -141,41 +141,39 @@ def _facts(run: Run, config: ConfigDict, command: str) -> dict[str, Any]:
     }
 
 
-def _initial_variables(run: Run, config: ConfigDict) -> Any:
+def _initial_variables(run: Run) -> Any:
     """Reads the model that the run starts from; None: it starts at random."""
-    if not config.init_from:
+    if not run.config.init_from:
         return None
     from clip_jax.training import warm_start  # with readers of all formats of weights
 
-    start = warm_start.initial_variables(config, run.net, run.mesh, run.tokenizer)
-    _say(f"Starting from the model in {config.init_from}.")
+    start = warm_start.initial_variables(run.config, run.net, run.mesh, run.tokenizer)
+    _say(f"Starting from the model in {run.config.init_from}.")
     return start
 
 
-def _restore(
-    run: Run, config: ConfigDict, directory: epath.PathLike, store: checkpoint.Checkpoints
-) -> tuple[ResumeState, train_state.TrainState]:
+def _restore(run: Run, store: checkpoint.Checkpoints) -> tuple[ResumeState, train_state.TrainState]:
     """Reads the newest checkpoint that is whole."""
     found = store.restore_latest(run.program.state)
     resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
-    _check_data(found.meta, run, config, directory)
+    _check_data(found.meta, run)
     if found.step == run.total_steps:
         _say(
-            f"The run in {directory} is finished, at step {found.step:,}: it is evaluated once "
+            f"The run in {run.directory} is finished, at step {found.step:,}: it is evaluated once "
             "more, for the report. To train on, start another --workdir with "
-            f"--config.init_from={directory}."
+            f"--config.init_from={run.directory}."
         )
     else:
-        _say(f"Resuming {directory} from step {found.step:,}.")
+        _say(f"Resuming {run.directory} from step {found.step:,}.")
     return resume_state, found.state
 
 
-def _compile(run: Run, config: ConfigDict, record: Record) -> jax.stages.Compiled:
+def _compile(run: Run, record: Record) -> jax.stages.Compiled:
     """Compiles the training step; UserError where it does not fit into memory."""
     began = time.monotonic()
     with record.during("compile"):
         compiled = run.program.lower().compile()
-    _check_memory(compiled.memory_analysis(), config.batch_size)
+    _check_memory(compiled.memory_analysis(), run.config.batch_size)
     _say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
     return compiled
 
@@ -214,9 +212,7 @@ def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, 
     return meta
 
 
-def _check_data(
-    meta: Mapping[str, Any], run: Run, config: ConfigDict, directory: epath.PathLike
-) -> None:
+def _check_data(meta: Mapping[str, Any], run: Run) -> None:
     """Raises UserError where the checkpoint was trained on other data, unless that is allowed."""
     if "data" not in meta:
         _say("The checkpoint is of an earlier version and does not tell the data: not compared.")
@@ -224,9 +220,9 @@ def _check_data(
     changed = "; ".join(identity.differences(meta["data"], run.data, ("before", "now")))
     if not changed:
         return
-    if not config.checkpoint.allow_data_change:
+    if not run.config.checkpoint.allow_data_change:
         raise UserError(
-            f"{directory} holds a run on other training data: {changed}. Order, epochs and the "
+            f"{run.directory} holds a run on other training data: {changed}. Order, epochs and the "
             "length of the schedule would change. Restore the data, choose another --workdir, "
             "perhaps with --config.init_from, or add --config.checkpoint.allow_data_change=True "
             "to resume on the new data."
@@ -236,8 +232,6 @@ def _check_data(
 
 def _roll_back(
     run: Run,
-    config: ConfigDict,
-    directory: epath.PathLike,
     store: checkpoint.Checkpoints,
     found: skips.RollBack,
     done: ResumeState,
@@ -251,6 +245,7 @@ def _roll_back(
     Raises:
       UserError: there is none, or the run has gone back too often.
     """
+    config, directory = run.config, run.directory
     store.finish()
     good = skips.choose_checkpoint(store.steps(), found.first, done.rollbacks)
     if good is None or len(done.rollbacks) >= config.step.max_rollbacks:
@@ -272,7 +267,8 @@ def _roll_back(
     return dataclasses.replace(done, step=good, skipped_in_a_row=0, rollbacks=rollbacks), state
 
 
-def _announce(run: Run, config: ConfigDict) -> None:
+def _announce(run: Run) -> None:
+    config = run.config
     count = train_state.count_params(run.program.state.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
     _say(
@@ -299,22 +295,16 @@ def _announce(run: Run, config: ConfigDict) -> None:
     )
 
 
-def _report(
-    directory: epath.PathLike,
-    config: ConfigDict,
-    run: Run,
-    done: ResumeState,
-    command: str,
-    started_at: datetime,
-) -> None:
+def _report(run: Run, done: ResumeState, command: str, started_at: datetime) -> None:
+    """Writes report.html, and says where it is."""
     if jax.process_index() != 0:
         return
     from clip_jax.training import report  # with matplotlib
 
-    history = metrics.read_history(directory)
+    history = metrics.read_history(run.directory)
     rates = [row["train/images_per_second"] for row in history if "train/images_per_second" in row]
     summary = report.RunSummary(
-        title=f"{run.net.size} on {_data_name(config.data)}",
+        title=f"{run.net.size} on {_data_name(run.config.data)}",
         command=command,
         started=started_at.astimezone(),
         finished=datetime.now().astimezone(),
@@ -326,14 +316,14 @@ def _report(
         images_per_second=statistics.median(rates) if rates else 0.0,
         skipped=done.skipped,
         truncated=done.truncated,
-        config_text=workdir.to_json(config),
+        config_text=workdir.to_json(run.config),
         notes=[*run.evaluator.notes, *skips.notes(done.skipped_steps, done.rollbacks)],
     )
     if failures := faults.counts():
         _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
-    path = epath.Path(directory) / "report.html"
+    path = run.directory / "report.html"
     evaluator = run.evaluator
-    past, _ = starts.read(directory)
+    past, _ = starts.read(run.directory)
     report.write_report(
         path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines(), past
     )

@@ -18,7 +18,8 @@ from jaxtyping import Float
 from clip_jax import checksums, models
 from clip_jax.data import published
 from clip_jax.data import tokenizer as tokenizers
-from clip_jax.data.published_tokenizer import PUBLISHED, Published
+from clip_jax.data.published_tokenizer import Published
+from clip_jax.data.tokenizer_base import PUBLISHED
 from clip_jax.errors import UserError
 from clip_jax.models.resize import resize_positions, resize_text_positions
 from clip_jax.sharding import path_name

@@ -8,12 +8,12 @@ from typing import Any
 import made_runs
 import pytest
 
-from clip_jax.common import starts
+from clip_jax.common import goodput, starts
 
 
-def read(workdir) -> tuple[starts.Account, list[str]]:
+def read(workdir) -> tuple[goodput.Account, list[str]]:
     found, damaged = starts.read(workdir)
-    return starts.account(found), damaged
+    return goodput.account(found), damaged
 
 
 def test_a_weekend_by_hand(tmp_path):
@@ -202,11 +202,11 @@ def test_fields_of_a_later_version_are_kept(tmp_path):
     (tmp_path / "starts" / "0001.json").write_text(json.dumps(fields | {"mood": "good"}))
     (start,), _ = starts.read(tmp_path)
     assert start.facts["mood"] == "good"
-    assert starts.account([start]).seconds["other"] == 10.0
+    assert goodput.account([start]).seconds["other"] == 10.0
 
 
 def test_no_starts(tmp_path):
     assert starts.read(tmp_path) == ([], [])
-    assert starts.account([]).wall == 0
+    assert goodput.account([]).wall == 0
     (tmp_path / "starts").write_text("a file")
     assert starts.read(tmp_path) == ([], [])

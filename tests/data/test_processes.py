@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -119,23 +120,24 @@ def test_closing_ends_the_processes(shards):
     run = start(shards, 2)
     batches = iter(run)
     next(batches)
-    assert alive(run) == 2
+    assert len(loaders()) == 2
     batches.close()
-    assert alive(run) == 0
+    assert not loaders()
 
 
-def alive(run: pipeline.TrainPipeline) -> int:
-    return sum(each._process.is_alive() for each in run._pool._workers)
+def loaders() -> list[int]:
+    """Returns the ids of the processes that load and are alive."""
+    return [process.pid for process in multiprocessing.active_children()]
 
 
 def test_a_process_that_is_killed_is_explained(shards):
     run = start(shards, 2)
     batches = iter(run)
     next(batches)
-    os.kill(run._pool._workers[1]._process.pid, signal.SIGKILL)
+    os.kill(loaders()[1], signal.SIGKILL)
     with pytest.raises(UserError, match=r"exit status -9.*memory.*data\.processes"):
         collections.deque(itertools.islice(batches, 20), maxlen=0)
-    assert alive(run) == 0
+    assert not loaders()
 
 
 # ---- Data that fail in other ways --------------------------------------------------------------
@@ -205,7 +207,7 @@ def run_until_killed(path: str) -> None:
     run = start(Path(path), 2)
     batches = iter(run)
     next(batches)
-    print(*(each._process.pid for each in run._pool._workers), flush=True)
+    print(*loaders(), flush=True)
     time.sleep(1000)
 
 

@@ -19,6 +19,12 @@ def some_pairs(rng: np.random.Generator, images: int, texts: int, count: int) ->
     return rng.permutation(np.unique(pairs, axis=0))
 
 
+def captioned(images: int, captions: int) -> np.ndarray:
+    """The pairs of images that have so many captions each, in order."""
+    texts = np.arange(images * captions)
+    return np.stack([texts // captions, texts], axis=1)
+
+
 def reference(images: np.ndarray, texts: np.ndarray, pairs: np.ndarray) -> list[list[int]]:
     """Ranks of the images, then of the texts; one query, then one candidate at a time."""
     scores = images.astype(np.float64) @ texts.astype(np.float64).T
@@ -59,8 +65,7 @@ def test_five_captions_each_as_half_numbers_in_a_file(mesh, tmp_path):
     for name, count in (("images", 260), ("texts", 1300)):
         np.save(tmp_path / f"{name}.npy", small_integers(rng, count, 3).astype(np.float16))
         mapped.append(np.load(tmp_path / f"{name}.npy", "r"))
-    pairs = ranks.group_pairs(np.arange(260), np.arange(1300) // 5)
-    assert np.bincount(pairs[:, 0]).tolist() == [5] * 260
+    pairs = captioned(260, 5)
     found = ranks.match_ranks(*mapped, pairs, mesh, tile=TILE)
     for actual, wanted in zip(found, reference(*mapped, pairs), strict=True):
         np.testing.assert_array_equal(actual, wanted)
@@ -86,7 +91,7 @@ def test_equal_embeddings_tie_wherever_they_stand(mesh):
 
 
 def test_a_collapsed_or_broken_model_is_the_worst(mesh):
-    pairs = ranks.group_pairs(np.arange(200), np.arange(400) // 2)
+    pairs = captioned(200, 2)
     for value in (0.1, np.nan):
         same = [np.full((count, 96), value, np.float32) for count in (200, 400)]
         to_text, to_image = ranks.match_ranks(*same, pairs, mesh, tile=TILE)
@@ -103,15 +108,6 @@ def test_one_embedding_that_is_not_a_number(mesh1):
     assert to_text.tolist() == [0, 0, 0, 7, 0, 0, 0, 0]
     # It comes before each right image, and text 3 has no other.
     assert to_image.tolist() == [1, 1, 1, 7, 1, 1, 1, 1]
-
-
-def test_group_pairs_equal_the_loop():
-    rng = np.random.default_rng(3)
-    for _ in range(20):
-        images, texts = (rng.integers(0, 9, rng.integers(1, 40)) for _ in range(2))
-        wanted = [(i, t) for i in range(len(images)) for t in range(len(texts))]
-        wanted = [(i, t) for i, t in wanted if images[i] == texts[t]]
-        assert ranks.group_pairs(images, texts).tolist() == [list(pair) for pair in wanted]
 
 
 def test_nothing_is_larger_than_a_tile(mesh, monkeypatch):
@@ -131,7 +127,7 @@ def test_nothing_is_larger_than_a_tile(mesh, monkeypatch):
     watched = [watch(name, program) for name, program in programs._asdict().items()]
     monkeypatch.setattr(ranks, "_programs", lambda _: ranks._Programs(*watched))
     arrays = small_integers(rng, 1000, 3), small_integers(rng, 3000, 3)
-    pairs = ranks.group_pairs(np.arange(1000), np.arange(3000) // 3)
+    pairs = captioned(1000, 3)
     ranks.match_ranks(*arrays, pairs, mesh, tile=tile)
     assert set(seen) == {"product", "pick", "count", "gather"}
     assert seen["product"][2] == [tile]

@@ -3,11 +3,12 @@
 import fuzzer
 import numpy as np
 import pytest
+import targets
 
 
 @pytest.mark.parametrize("seed", [0])
 def test_no_damage_is_a_surprise(seed):
-    findings = fuzzer.supervise(fuzzer.QUICK, seed, 0, 240)
+    findings = fuzzer.supervise(targets.QUICK, seed, 0, 240)
     assert not findings, "\n\n".join(findings)
 
 
@@ -16,8 +17,8 @@ def test_a_finding_is_found(tmp_path, monkeypatch):
         (folder.parent / "escaped").write_text("x")
         raise ZeroDivisionError("a defect")
 
-    target = fuzzer.Target(lambda folder: (folder / "a").write_bytes(b"abc" * 99), read)
-    monkeypatch.setitem(fuzzer.TARGETS, "defect", target)
+    target = targets.Target(lambda folder: (folder / "a").write_bytes(b"abc" * 99), read)
+    monkeypatch.setitem(targets.TARGETS, "defect", target)
     seeds, where = tmp_path / "seeds", tmp_path / "where"
     seeds.mkdir()
     where.mkdir()

@@ -164,30 +164,19 @@ def test_several_slices(tmp_path, repository):
 @pytest.mark.parametrize("told_by", ["request", "node"])
 def test_watch_outlives_a_preemption(told_by, cloud):
     cloud.set(state="NONE")
-    command = shlex.split(f"run {HERE} --type=v5litepod-16 --spot --watch --delete {MAIN}")
-    with subprocess.Popen(
-        ["launch/tpu.sh", *command],
-        cwd=cloud.repository,
-        env=cloud.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as watch:
-        try:
-            first = cloud.arguments()
-            if told_by == "request":
-                cloud.set(state="SUSPENDED")
-            else:  # as at first: the workers are gone, their request is still ACTIVE
-                cloud.set(node="PREEMPTED")
-            cloud.end()
-            for worker in cloud.workers:
-                (worker / "argv.json").unlink()
-            assert cloud.arguments() == first
-            assert len(cloud.processes()) == 2
-            cloud.set(finish="")
-            said, _ = watch.communicate(timeout=90)
-        finally:
-            watch.kill()
+    with cloud.watched("--type=v5litepod-16 --spot --watch --delete") as watch:
+        first = cloud.arguments()
+        if told_by == "request":
+            cloud.set(state="SUSPENDED")
+        else:  # as at first: the workers are gone, their request is still ACTIVE
+            cloud.set(node="PREEMPTED")
+        cloud.end()
+        for worker in cloud.workers:
+            (worker / "argv.json").unlink()
+        assert cloud.arguments() == first
+        assert len(cloud.processes()) == 2
+        cloud.set(finish="")
+        said, _ = watch.communicate(timeout=90)
     assert watch.returncode == 0, said
     assert "The TPU was preempted" in said
     assert "The run is over: finished." in said
@@ -206,15 +195,7 @@ def test_watch_outlives_a_preemption(told_by, cloud):
 )
 def test_watch_ends_without_a_preemption(change, code, wanted, cloud):
     cloud.install()
-    watch = subprocess.Popen(
-        ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
-        cwd=cloud.repository,
-        env=cloud.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with watch:
+    with cloud.watched("--type=v5litepod-16 --watch") as watch:
         cloud.arguments()
         cloud.set(**change)
         said, _ = watch.communicate(timeout=90)
@@ -227,15 +208,7 @@ def test_watch_ends_without_a_preemption(change, code, wanted, cloud):
 def test_watch_starts_again_what_missed_a_host(cloud):
     """Exit status 42; a user error, with 2, would only come back."""
     cloud.install()
-    watch = subprocess.Popen(
-        ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
-        cwd=cloud.repository,
-        env=cloud.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with watch:
+    with cloud.watched("--type=v5litepod-16 --watch") as watch:
         first = cloud.arguments()
         for worker in cloud.workers:
             (worker / "argv.json").unlink()
@@ -276,15 +249,7 @@ def test_watch_does_not_count_what_is_lost_later(cloud):
     """With a limit of 1, a run that went on for a while is started again a third time."""
     cloud.install()
     cloud.set(miss="")
-    watch = subprocess.Popen(
-        ["launch/tpu.sh", *shlex.split(f"run {HERE} --watch --max-restarts=1 --type=v6e-8 {MAIN}")],
-        cwd=cloud.repository,
-        env=cloud.env | {"TPU_STEADY": "-1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with watch:
+    with cloud.watched("--watch --max-restarts=1 --type=v6e-8", TPU_STEADY="-1") as watch:
         fake_cloud.wait_until(lambda: cloud.calls().count("tpu-vm scp") >= 3)
         (cloud.folder / "miss").unlink()
         cloud.set(finish="")
@@ -295,15 +260,7 @@ def test_watch_does_not_count_what_is_lost_later(cloud):
 @needs_linux
 def test_watch_does_not_start_again_what_was_stopped(cloud):
     cloud.install()
-    watch = subprocess.Popen(
-        ["launch/tpu.sh", *shlex.split(f"run {HERE} --type=v5litepod-16 --watch {MAIN}")],
-        cwd=cloud.repository,
-        env=cloud.env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with watch:
+    with cloud.watched("--type=v5litepod-16 --watch") as watch:
         cloud.arguments()
         # Asked on one host, all of a run save and end: this one before its own stop comes.
         worker = cloud.workers[1]

@@ -1,12 +1,13 @@
 """The attention kernel for TPUs, in interpret mode, against NumPy in float64 and XLA's form."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental import pallas as pl
 
 from clip_jax import models, sharding
 from clip_jax.errors import UserError
@@ -15,9 +16,9 @@ from clip_jax.training import program
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    with pltpu.force_tpu_interpret_mode():
-        yield
+def interpreted(monkeypatch):
+    interpreted = functools.partial(pl.pallas_call, interpret=True)
+    monkeypatch.setattr(attention_kernel.pl, "pallas_call", interpreted)
 
 
 def reference(q, k, v, g, mask):
@@ -37,16 +38,16 @@ def reference(q, k, v, g, mask):
     )
 
 
-def captions(batch: int, length: int) -> np.ndarray:
+def captions(batch: int, length: int) -> jax.Array:
     """Masks packed captions of various lengths."""
     rng = np.random.default_rng(1)
     numbers = np.sort(rng.integers(0, 4, (batch, length)), axis=1)
-    return np.asarray(packing.attention_mask(jnp.asarray(numbers)))
+    return packing.attention_mask(jnp.asarray(numbers))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "heads, d, length, token, masked",
+    ("heads", "d", "length", "token", "masked"),
     [
         (3, 64, 50, False, False),
         (2, 64, 197, False, False),
@@ -65,18 +66,21 @@ def test_kernel_equals_float64(heads, d, length, token, masked, dtype):
     gradient = jnp.asarray(rng.normal(size=(2, heads, d, tokens)), dtype)
     mask = captions(2, length) if masked else None
 
-    def attend(parts):
+    def attend(parts, bias):
         own = parts[..., length] if token else None
-        y = attention_kernel.attend(attention_kernel.Projected(parts[..., :length], own), mask)
+        projected = attention_kernel.Projected(parts[..., :length], own)
+        y = attention_kernel.attend(projected, bias, mask)
         return jnp.concatenate([y.sequence, y.token[..., None]], -1) if token else y.sequence
 
-    y, backward = jax.vjp(attend, parts)
-    (found,) = backward(gradient)
+    y, backward = jax.vjp(attend, parts, jnp.zeros((3, heads, d), dtype))
+    found, of_bias = backward(gradient)
     parts, gradient = np.asarray(parts, "f8"), np.asarray(gradient, "f8")
     expected = reference(*parts.swapaxes(0, 1), gradient, mask)
     # Of the largest value. In bfloat16 the weights and the results are rounded, to 8 bits.
     tolerance = {"float32": 2e-6, "bfloat16": 1.5e-2}[dtype]
-    for mine, other in zip((y, *np.asarray(found, "f8").swapaxes(0, 1)), expected):
+    sums = np.stack(expected[1:])[..., :length].sum(axis=(1, 4))
+    found = (y, *np.asarray(found, "f8").swapaxes(0, 1), of_bias)
+    for mine, other in zip(found, (*expected, sums)):
         error = np.abs(np.asarray(mine, "f8") - other).max()
         assert error <= tolerance * np.abs(other).max()
 
@@ -84,10 +88,10 @@ def test_kernel_equals_float64(heads, d, length, token, masked, dtype):
 def test_a_key_that_wins_by_far_stays_finite():
     parts = np.zeros((1, 3, 1, 8, 8), np.float32)
     parts[:, :2] = 100.0
-    token = np.full((1, 3, 1, 8), 300.0, np.float32)
+    token, bias = np.full((1, 3, 1, 8), 300.0, np.float32), jnp.zeros((3, 1, 8))
 
     def loss(sequence, token):
-        y = attention_kernel.attend(attention_kernel.Projected(sequence, token))
+        y = attention_kernel.attend(attention_kernel.Projected(sequence, token), bias)
         return jnp.sum(y.sequence) + jnp.sum(y.token)
 
     value, gradients = jax.value_and_grad(loss, (0, 1))(parts, token)
@@ -110,7 +114,7 @@ def make(form: str, remat: str = "none", scan_layers: bool = True, **size):
     )  # fmt: skip
 
 
-def batch(count: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(count: int) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(0)
     images = rng.normal(size=(count, 64, 64, 3)).astype(np.float32)
     tokens = np.zeros((count, 16), np.int32)
@@ -132,7 +136,7 @@ def gradients(net, params, images, tokens):
 
 
 @pytest.mark.parametrize("tokens_apart", [False, True])
-@pytest.mark.parametrize("scan_layers, remat", [(True, "attention"), (False, "full")])
+@pytest.mark.parametrize(("scan_layers", "remat"), [(True, "attention"), (False, "full")])
 def test_a_model_learns_the_same(monkeypatch, tokens_apart, scan_layers, remat):
     if tokens_apart:  # as with the 256 patches of ViT-L/14
         monkeypatch.setattr("clip_jax.models.vit.FULL_TILES", 64)

@@ -1,5 +1,6 @@
 """A feigned Google Cloud whose TPU workers are folders, and a repository to launch from."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).parents[2]
 HERE = "--name=clip --zone=us-east5-b "
@@ -160,6 +162,22 @@ class Cloud:
 
     def launch(self, arguments, answer=""):
         return launch(self.repository, arguments, self.env, answer)
+
+    @contextlib.contextmanager
+    def watched(self, options: str, **variables: str) -> Iterator[subprocess.Popen]:
+        """Begins `launch/tpu.sh run` on this cloud; what it says is one text."""
+        with subprocess.Popen(
+            ["launch/tpu.sh", "run", *shlex.split(f"{HERE} {options} {MAIN}")],
+            cwd=self.repository,
+            env=self.env | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def ready(self, arguments, answer=""):
         """Runs `launch`, which must succeed."""

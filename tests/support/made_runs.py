@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -85,6 +86,11 @@ def write_lease(workdir: pathlib.Path, **others: Any) -> None:
     holder = {"id": "1", "host": "tpu-host-0", "pid": 4242, "machine": "elsewhere", "started": "1"}
     holder |= {"since": "2026-11-27 18:00:00", "beat": 3, **others}
     (workdir / "lease.json").write_text(json.dumps(holder))
+
+
+def touch_lease(workdir: pathlib.Path, seconds: float) -> None:
+    """Gives the lease the age of a last beat, in seconds after `BEGAN`."""
+    os.utime(workdir / "lease.json", (at(seconds).timestamp(),) * 2)
 
 
 def weekend(workdir: pathlib.Path) -> None:

@@ -85,8 +85,8 @@ def compile_step(
         "skip_above": None,
         **overrides,
     }
-    lowered = train_step.lower_step(state, batch, mesh=mesh, net=net, schedule=schedule, **settings)
-    return lowered.compile()
+    step = functools.partial(train_step.train_step, net=net, schedule=schedule, **settings)
+    return train_step.lower_step(step, state, batch, mesh).compile()
 
 
 def init_state(

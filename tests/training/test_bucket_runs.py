@@ -174,16 +174,15 @@ def test_two_processes_with_one_workdir(bucket, place, shards, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_a_host_that_cannot_save_ends_the_run_with_a_sentence(bucket, place):
+def test_what_one_host_cannot_save_is_tried_again_by_all(bucket, place):
     """Else all would wait ten minutes for each other."""
     fault = {"match": "POST .*upload.*checkpoints/3/model", "kind": 403, "count": 1}
     bucket.faults([fault])
     shared = {"coordinator": f"127.0.0.1:{free_port()}", "processes": 2, **UNEVALUATED}
-    processes = [launch(command(place, process=i, **shared), devices=4) for i in range(2)]
-    printed = [process.communicate(timeout=200)[1] for process in processes]
-    assert {process.returncode for process in processes} == {ExitCode.RESUME}
-    said = "A checkpoint could not be written to .*lack the right.*resumes at the last complete"
-    assert any(re.search(said, text) for text in printed)
+    first, _ = outputs([launch(command(place, process=i, **shared), devices=4) for i in range(2)])
+    said = "A checkpoint could not be written to .*lack the right.*Training goes on"
+    assert re.search(said, first)
+    assert steps(bucket, place)[-1] == KEPT[-1]
 
 
 def assert_same_losses(bucket, place: str, wanted: dict) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import orbax.checkpoint as ocp
 import pytest
 import tiny_run
+from several_hosts import endings, flags, launch
 from test_checkpoint import META, abstract, assert_same, kept, make_state
 
 from clip_jax import checkpoint
@@ -194,5 +195,122 @@ def test_a_run_on_a_full_disk(disk, quick, capsys, caplog):
     assert kept(disk / "run")[-1] == 12
     (start,) = (disk / "run/starts").iterdir()
     texts = [event["text"] for event in json.loads(start.read_text())["events"]]
+    assert "Training goes on" in texts[0]
+    assert "again, after" in texts[-1]
+
+
+# ---- Two hosts ---------------------------------------------------------------------------------
+
+HOST = """
+import argparse
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+from clip_jax.common import hosts
+sys.path[:0] = ["tests/support", "tests/training"]
+parser = argparse.ArgumentParser()
+hosts.add_hosts(parser)
+parser.add_argument("--disk")
+parser.add_argument("--fault")
+options = parser.parse_args()
+hosts.join_hosts(options)
+import jax
+import numpy as np
+import test_failing_saves as test
+from several_hosts import endings, flags, launch
+from test_checkpoint import META, abstract, make_state
+from clip_jax import checkpoint
+disk, state = pathlib.Path(options.disk), make_state(axes=(1, 4))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+def fault(begins):
+    if options.fault == "limit" and options.process == 1:  # of this host alone
+        limit = 1000 if begins else resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if options.fault == "full" and options.process == 0:
+        test.fill(disk) if begins else (disk / "filler").unlink()
+    if options.fault == "read-only" and options.process == 0:
+        mode = "remount,ro" if begins else "remount,rw"
+        subprocess.run(["mount", "-o", mode, disk], check=True)
+    hosts.gather("done")
+
+with checkpoint.Checkpoints(disk / "run", report=lambda *said: print(*said)) as store:
+    store.save(state, 1, META, {})
+    assert store.finish()
+    fault(True)
+    for step in (2, 3):
+        store.save(state, step, META, {})
+        assert not store.finish()
+        assert store.steps() == [1]
+    fault(False)
+    store.save(state, 4, META, {})
+    assert store.finish()
+    assert store.steps() == [4]
+    found = jax.tree.leaves(store.restore(4, abstract((1, 4))))
+    for one, other in zip(found, jax.tree.leaves(state), strict=True):
+        for own, wanted in zip(one.addressable_shards, other.addressable_shards, strict=True):
+            assert np.asarray(own.data).tobytes() == np.asarray(wanted.data).tobytes()
+    print("written")
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("limit", "Host 1: File too large"),
+        ("full", "No space left on device"),
+        pytest.param("read-only", "Read-only file system", marks=pytest.mark.slow),
+    ],
+)
+def test_two_hosts_give_up_a_save_together(disk, fault: str, reason: str):
+    """Of one host or of both; none waits for the other, and the next save is written."""
+    command = ["-c", HOST, f"--disk={disk}", f"--fault={fault}"]
+    ended = endings([launch([*command, *own], devices=2) for own in flags(2)])
+    assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    first = [line for line in ended[0].stdout.splitlines() if not line.startswith("[Gloo]")]
+    assert " A checkpoint could not be written to" in first[0]
+    assert reason in first[0]
+    assert "again, after" in first[1]
+    assert [each.stdout.splitlines()[-1] for each in ended] == ["written"] * 2
+    assert "Traceback" not in ended[0].stderr + ended[1].stderr
+
+
+HOST_RUN = """
+import pathlib
+import sys
+sys.path[:0] = ["tests/support", "tests/training"]
+import test_failing_saves as test
+from clip_jax import checkpoint
+from clip_jax.training import cli, loop
+disk, before = pathlib.Path(sys.argv.pop(1)), loop.Loop._save
+checkpoint.writes._LONGEST_WAIT = 0.1
+
+def save(self, state, step, *rest):
+    if step == 4 and "--process=0" in sys.argv:
+        test.fill(disk)
+    if step >= 10 and "--process=0" in sys.argv:
+        (disk / "filler").unlink(missing_ok=True)
+    before(self, state, step, *rest)
+
+loop.Loop._save = save
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_two_hosts_train_on_a_full_disk(disk):
+    given = {**tiny_run.SETTINGS, "checkpoint.every": "2 steps", "duration": "16 steps"}
+    command = ["-c", HOST_RUN, str(disk), "--config=configs/vit_b32.py:smoke"]
+    command += [f"--workdir={disk}/run", *(f"--config.{n}={value}" for n, value in given.items())]
+    ended = endings([launch([*command, *own], devices=1) for own in flags(2)])
+    assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    found = tiny_run.read_metrics(disk / "run")
+    assert [step for step, name in found if name == "train/loss"] == list(range(1, 17))
+    assert kept(disk / "run")[-1] == 16
+    (start,) = (disk / "run/starts").iterdir()
+    texts = [event["text"] for event in json.loads(start.read_text())["events"]]
+    assert "No space left on device" in texts[0]
     assert "Training goes on" in texts[0]
     assert "again, after" in texts[-1]

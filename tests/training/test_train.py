@@ -264,12 +264,13 @@ def test_a_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_step_beyond_the_memory_is_refused_before_it_is_tried(tmp_path):
-    with pytest.raises(UserError, match=r"batch_size 33,554,432 needs [\d,.]+ GiB") as caught:
-        train.train(tiny_run.config({"batch_size": 2**25}), tmp_path)
+    changes = {"batch_size": 50_000, "model.size.image_size": 2048, "model.size.patch_size": 256}
+    with pytest.raises(UserError, match=r"batch_size 50,000 needs [\d,.]+ GiB") as caught:
+        train.train(tiny_run.config(changes), tmp_path)
     needed, has = (
         float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) GiB", str(caught.value))
     )
-    images = 2**25 * 16 * 16 * 3 / 2**30
+    images = 50_000 * 2048 * 2048 * 3 / 2**30
     assert needed > max(images, has)
     assert "smaller --config.batch_size" in str(caught.value)
     # Or the remedy would be refused as another run's config.

@@ -8,9 +8,10 @@ model learns those and leaves the shapes alone.
 
 import dataclasses
 import functools
+import importlib.util
 import math
+import pathlib
 import random
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -252,12 +253,20 @@ def _noun(rng: random.Random, glyph: Glyph) -> str:
 @functools.cache
 def _scans() -> tuple[list[Image.Image], np.ndarray]:
     """The scans as padded 8-bit pictures, and their digits, int [1797]."""
-    from sklearn.datasets import load_digits  # takes a second to load; no other source needs it
-
-    digits: Any = load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    # Read as `load_digits` reads it, which takes a second to import.
+    rows = np.loadtxt(_scans_file(), delimiter=",")
+    images, digits = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1].astype(int)
+    grey = np.round(images * (255 / 16)).astype(np.uint8)
     padded = np.pad(grey, ((0, 0), (_PADDING, _PADDING), (_PADDING, _PADDING)))
-    return [Image.fromarray(scan) for scan in padded], digits.target
+    return [Image.fromarray(scan) for scan in padded], digits
+
+
+def _scans_file() -> pathlib.Path:
+    """Returns the path of the scans: a row each, 64 grey levels and the digit."""
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None  # it is required
+    assert package.origin is not None
+    return pathlib.Path(package.origin).parent / "datasets/data/digits.csv.gz"
 
 
 @functools.cache

@@ -7,7 +7,6 @@ the row groups read last are held in memory.
 
 import bisect
 import functools
-import io
 import itertools
 import json
 import logging
@@ -283,26 +282,12 @@ def _span(group: Any, column: str) -> tuple[int, int]:
     return min(first), max(end) - min(first)
 
 
-class _Part(io.RawIOBase):
+class _Part(ranges.Seekable):
     """A file that holds only the bytes from `first` on."""
 
     def __init__(self, first: int, data: bytes):
+        super().__init__(first + len(data))
         self._first, self._data = first, data
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        end = self._first + len(self._data)
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: end}[whence]
-        return self._place
 
     def read(self, size: int = -1) -> bytes:
         start = self._place - self._first

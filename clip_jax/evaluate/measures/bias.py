@@ -17,7 +17,6 @@ from clip_jax.evaluate.measures import intervals
 from clip_jax.evaluate.measures.intervals import CONFIDENCE, Proportion
 
 EVERYONE = "all"  # the row of all images together
-LABEL_THRESHOLDS = (0.005, 0.04)  # an image gets the labels with a probability of at least this
 
 
 @dataclass(frozen=True)

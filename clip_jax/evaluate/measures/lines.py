@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # whose stats load at first use: reports without a line do not wait for them
 from jaxtyping import Float, Real
-from scipy import stats
 
 from clip_jax.errors import UserError
 
@@ -82,12 +82,12 @@ def fit(
             f"A line needs two points that lie apart, and there is only {distinct}: add "
             "models or checkpoints that differ in what the line is drawn over."
         )
-    line = stats.linregress(x, y)
+    line = scipy.stats.linregress(x, y)
     deviation, quantile = math.nan, math.nan
     if n > 2:
         residuals = y - line.intercept - line.slope * x
         deviation = math.sqrt(np.sum(residuals**2) / (n - 2))
-        quantile = float(stats.t.ppf((1 + confidence) / 2, n - 2))
+        quantile = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 2))
     return Line(
         slope=float(line.slope),
         intercept=float(line.intercept),

@@ -37,19 +37,6 @@ class Ranks(NamedTuple):
     text_to_image: Int32[np.ndarray, " texts"]
 
 
-def group_pairs(
-    image_groups: Integer[np.ndarray, " images"], text_groups: Integer[np.ndarray, " texts"]
-) -> Int64[np.ndarray, "pairs 2"]:
-    """Lists the pairs (image, text) whose groups agree, by image."""
-    order = np.argsort(text_groups, kind="stable")
-    ordered = np.asarray(text_groups)[order]
-    first, end = (np.searchsorted(ordered, image_groups, side) for side in ("left", "right"))
-    counts = end - first
-    images = np.repeat(np.arange(len(counts)), counts)
-    within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([images, order[np.repeat(first, counts) + within]], axis=1)
-
-
 def match_ranks(
     images: Float[np.ndarray, "images embed"],
     texts: Float[np.ndarray, "texts embed"],

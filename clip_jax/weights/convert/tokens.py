@@ -10,13 +10,13 @@ from etils import epath
 from clip_jax.data import bpe, published
 from clip_jax.data import tokenizer as tokenizers
 from clip_jax.data.published_tokenizer import (
-    PUBLISHED,
     RULES,
     Published,
     PublishedTokenizer,
     self_contained,
     token_names,
 )
+from clip_jax.data.tokenizer_base import PUBLISHED
 from clip_jax.errors import UserError
 from clip_jax.models import Size
 from clip_jax.storage import locations, ranges
