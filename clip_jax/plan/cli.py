@@ -28,6 +28,7 @@ from clip_jax.common import commands, config_file
 from clip_jax.configs import default
 from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
+from clip_jax.plan.chips import IMAGES_PER_CORE
 from clip_jax.storage import locations, writing
 
 PAPER_EXAMPLES = 400e6
@@ -47,6 +48,7 @@ class Request:
     topology: topologies.Topology
     examples: float
     top: int
+    images_per_core: float
     json: str | None
     hlo: str | None
     search: bool
@@ -82,6 +84,13 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "top", 10, "How many of the longest instructions to list.", flag_values=values
     )
+    flags.DEFINE_float(
+        "images_per_core",
+        IMAGES_PER_CORE,
+        "Images that a core of a host loads per second, to tell whether the input keeps up; "
+        "benchmarks/input.py measures it.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "json", None, "File for all figures, or - to print them instead.", flag_values=values
     )
@@ -115,6 +124,7 @@ def _request(given: config_file.CommandLine, arguments: list[str]) -> Request:
         topology=topologies.parse_topology(get["topology"], slices),
         examples=get["examples"],
         top=get["top"],
+        images_per_core=get["images_per_core"],
         json=get["json"],
         hlo=get["hlo"],
         search=get["search"],
@@ -140,6 +150,7 @@ def _plan(request: Request) -> bool:
         topology,
         examples=request.examples,
         top=request.top,
+        images_per_core=request.images_per_core,
         report=_report,
         hlo_file=request.hlo,
     )
@@ -158,6 +169,7 @@ def _search(request: Request) -> bool:
         minutes=request.budget,
         examples=request.examples,
         top=request.top,
+        images_per_core=request.images_per_core,
         report=_report,
     )
     if _write_json(request.json, found.to_json()):
@@ -175,6 +187,8 @@ def _check(get: dict[str, Any]) -> None:
             raise UserError(f"--{name}={get[name]} cannot be written: there is no {folder}.")
     if get["examples"] < 1 or get["budget"] < 0 or get["top"] < 0:
         raise UserError("--examples is 1 or more, and --budget and --top are not negative.")
+    if get["images_per_core"] <= 0:
+        raise UserError(f"--images_per_core={get['images_per_core']} is no rate: it is above 0.")
 
 
 def _report(line: str) -> None:

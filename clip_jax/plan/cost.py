@@ -218,12 +218,15 @@ class _Walk:
         # A kernel, alone or with slices of its operands and results in a fusion.
         kernel = next((y for y in (x, *(y for _, y in inside)) if kernels.is_kernel(y)), None)
         if kernel:
-            if (timing := self.timings.get(kernel.name)) and timing.cycles is not None:
+            declared, declared_bytes = kernels.declared_cost(kernel)  # XLA does not look inside
+            timing = self.timings.get(kernel.name)
+            if timing and timing.cycles is not None:
                 traffic = timing.bytes or traffic
                 cycles = max(timing.cycles, traffic / bandwidth * chip.clock)
-            declared = kernels.declared_cost(kernel)  # XLA does not look inside
-            work += declared[0]
-            traffic = max(traffic, declared[1])
+                work += declared or timing.flops or 0.0
+            else:
+                work += declared
+                traffic = max(traffic, declared_bytes)
         if cycles is not None:
             seconds = cycles / chip.clock
         else:

@@ -22,6 +22,10 @@ _REMAT: Mapping[str, tuple[float, float]] = {
     "none": (42.0, 0.0),
     "dots_saveable": (22.0, 0.1),
     "dots_with_no_batch_dims_saveable": (14.0, 0.15),
+    "mlp": (10.0, 0.1),
+    "residual": (6.0, 0.45),
+    "qkv": (5.0, 0.55),
+    "attention": (2.0, 0.8),
     "full": (1.0, 1.0),
 }
 _OTHER_REMAT = (8.0, 0.4)  # a policy that no figures are known of, until one is compiled
@@ -56,6 +60,7 @@ class Choice:
     remat: str = "none"
     method: str = "all_gather"
     scan: bool = True
+    text_remat: str = ""
 
     @classmethod
     def of(cls, config: ConfigDict) -> "Choice":
@@ -68,6 +73,7 @@ class Choice:
             config.model.remat,
             config.loss.method,
             config.model.scan_layers,
+            config.model.text_remat,
         )
 
     def apply(self, config: ConfigDict) -> ConfigDict:
@@ -76,6 +82,7 @@ class Choice:
         config.mesh.data, config.mesh.fsdp, config.mesh.tensor = -1, self.fsdp, self.tensor
         config.accum_steps, config.model.remat = self.accum_steps, self.remat
         config.loss.method, config.model.scan_layers = self.method, self.scan
+        config.model.text_remat = self.text_remat
         return config
 
     @property
@@ -84,13 +91,15 @@ class Choice:
         return (
             f"--config.mesh.fsdp={self.fsdp} --config.mesh.tensor={self.tensor} "
             f"--config.accum_steps={self.accum_steps} --config.model.remat={self.remat} "
-            f"--config.loss.method={self.method} --config.model.scan_layers={self.scan}"
+            f"--config.loss.method={self.method} --config.model.scan_layers={self.scan} "
+            f"--config.model.text_remat={self.text_remat}"
         )
 
     def __str__(self) -> str:
         return (
             f"fsdp {self.fsdp}, tensor {self.tensor}, accum_steps {self.accum_steps}, "
-            f"remat {self.remat}, {self.method}, layers {'scanned' if self.scan else 'unrolled'}"
+            f"remat {self.remat}{f' (text {self.text_remat})' if self.text_remat else ''}, "
+            f"{self.method}, layers {'scanned' if self.scan else 'unrolled'}"
         )
 
 

@@ -63,6 +63,7 @@ class Timing:
       bundles: scheduled bundles, each as often as it runs; None: not known.
       slots: fraction of the slots of each unit that the schedule fills, by name ("MATMUL").
       bytes: traffic to HBM, blocks as often as they are copied; None: not known.
+      flops: operations of its matrix products; None: not known.
       reason: why it is not simulated.
     """
 
@@ -71,6 +72,7 @@ class Timing:
     bundles: float | None
     slots: dict[str, float]
     bytes: float | None = None
+    flops: float | None = None
     reason: str = ""
 
 
@@ -181,7 +183,8 @@ def _time(kernel: _Kernel) -> Timing:
             found[0] = dataclasses.replace(found[0], reason=_reason(said))
         whole = math.prod(mosaic.grid(kernel.config))
         timing = extrapolate([(_turns(path), t) for path, t in zip(parts, found)], whole)
-        return dataclasses.replace(timing, bytes=_traffic(kernel))
+        work = mosaic.operations(kernel.config)
+        return dataclasses.replace(timing, bytes=_traffic(kernel), flops=work)
 
 
 def _traffic(kernel: _Kernel) -> float:

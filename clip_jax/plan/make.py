@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.common import clock
 from clip_jax.errors import UserError
-from clip_jax.plan.chips import GIB
+from clip_jax.plan.chips import GIB, IMAGES_PER_CORE
 from clip_jax.plan.progress import Report, stage
 from clip_jax.plan.step_cost import Step, step_cost
 from clip_jax.plan.topology import Topology
@@ -61,6 +61,36 @@ class Memory:
 
 
 @dataclasses.dataclass
+class Host:
+    """The input that a host has to load for its chips.
+
+    Attributes:
+      images: images per second that its chips take.
+      images_per_core: images per second that one core loads.
+      cores: cores that it has.
+    """
+
+    images: float
+    images_per_core: float
+    cores: int
+
+    @classmethod
+    def of(cls, topology: Topology, examples_per_second: float, images_per_core: float) -> "Host":
+        """Computes the input of one host of a topology."""
+        hosts = max(topology.size / topology.chip.devices / math.prod(topology.chip.host), 1.0)
+        return cls(examples_per_second / hosts, images_per_core, topology.chip.host_cores)
+
+    @property
+    def needed_cores(self) -> float:
+        return self.images / self.images_per_core
+
+    @property
+    def starves(self) -> bool:
+        """Tells whether the chips would wait for their input."""
+        return bool(self.needed_cores > self.cores)
+
+
+@dataclasses.dataclass
 class Plan:
     """The plan of a run.
 
@@ -68,7 +98,8 @@ class Plan:
       model, batch_size, accum_steps, remat, loss: settings of the config.
       topology: name of the topology.
       slices: number of slices, joined by the data-centre network.
-      chips: number of devices.
+      chips: number of chips.
+      devices: number of JAX devices; memory and step are those of one.
       mesh: size of each axis.
       memory: memory of one chip.
       step: cost of a step; None: the program does not fit.
@@ -78,6 +109,7 @@ class Plan:
       examples: examples of an epoch.
       duration: length of the schedule in the config's words.
       compile_seconds: time of compilation.
+      host: input that a host has to load.
     """
 
     model: str
@@ -88,6 +120,7 @@ class Plan:
     topology: str
     slices: int
     chips: int
+    devices: int
     mesh: dict[str, int]
     memory: Memory
     step: Step | None
@@ -97,6 +130,7 @@ class Plan:
     examples: float
     duration: str
     compile_seconds: float
+    host: Host
 
     @property
     def fits(self) -> bool:
@@ -117,6 +151,7 @@ class Plan:
         fields["fits"] = self.fits
         fields["examples_per_second"] = self.examples_per_second
         fields["days"] = self.run_seconds / 86_400 if self.run_seconds else None
+        fields["host"] |= {"needed_cores": self.host.needed_cores, "starves": self.host.starves}
         fields["memory"] |= {"peak": self.memory.peak, "resident": self.memory.resident}
         if self.step:
             fields["step"]["top"] = [
@@ -132,6 +167,7 @@ def make_plan(
     *,
     examples: float = 400e6,
     top: int = 10,
+    images_per_core: float = IMAGES_PER_CORE,
     report: Report | None = None,
     hlo_file: str | None = None,
 ) -> Plan:
@@ -142,6 +178,7 @@ def make_plan(
       topology: topology to compile for.
       examples: examples of an epoch.
       top: number of single instructions to list.
+      images_per_core: images that a core of a host loads per second.
       report: called with lines of progress.
       hlo_file: file for the text of the compiled program; None: none.
 
@@ -180,7 +217,8 @@ def make_plan(
         loss=_loss(config),
         topology=topology.name,
         slices=topology.slices,
-        chips=topology.size,
+        chips=topology.size // topology.chip.devices,
+        devices=topology.size,
         mesh=dict(built.mesh.shape),
         memory=memory,
         step=step,
@@ -190,6 +228,7 @@ def make_plan(
         examples=examples,
         duration=config.duration,
         compile_seconds=time.monotonic() - began,
+        host=Host.of(topology, config.batch_size / step.seconds if step else 0.0, images_per_core),
     )
 
 

@@ -79,6 +79,49 @@ def windows(config: str) -> list[tuple[list[int], int] | None]:
         return found
 
 
+def operations(config: str) -> float:
+    """Counts multiplications and additions of the matrix products in a run over the grid.
+
+    Branches count as taken, and loops whose trip count is not constant as one iteration.
+    """
+    with _module(config) as module:
+        entry = _entry(module)
+        if not entry:
+            return 0.0
+        turns = math.prod(entry.attributes["iteration_bounds"])
+        return turns * sum(_operations(block) for region in entry.regions for block in region)
+
+
+def _operations(block: Any) -> float:
+    from jaxlib.mlir import ir
+
+    total = 0.0
+    for operation in block.operations:
+        name = operation.operation.name.rpartition(".")[2]
+        if name == "matmul":
+            left, right = (ir.ShapedType(x.type).shape for x in list(operation.operands)[:2])
+            out = ir.ShapedType(operation.results[0].type).shape
+            batch = math.prod(out[:-2])
+            # Each of the three sizes of a product appears in two of the arrays.
+            total += 2 * batch * math.sqrt(math.prod((*left, *right, *out)) / batch**3)
+        inner = sum(_operations(x) for region in operation.regions for x in region)
+        total += inner * (_trip_count(operation) if name == "for" else 1)
+    return total
+
+
+def _trip_count(loop: Any) -> int:
+    """Returns the trip count of a loop between constants; 1: it is not constant."""
+    from jaxlib.mlir import ir
+
+    found = []
+    for bound in list(loop.operands)[:3]:
+        if isinstance(bound.owner, ir.Block) or "value" not in bound.owner.attributes:
+            return 1
+        found.append(ir.IntegerAttr(bound.owner.attributes["value"]).value)
+    first, last, step = found
+    return max(-(-(last - first) // step), 0)
+
+
 def _dims(value: Any, rank: int) -> set[int]:
     """Returns the dimensions of a grid on which an index depends."""
     from jaxlib.mlir import ir

@@ -32,7 +32,7 @@ class Network:
     Attributes:
       topology: the slices that the chips form.
       shape: sizes of the mesh by axis, over the devices of one program.
-      coordinates: position of each chip in its slice.
+      coordinates: position in its slice of each device's chip.
     """
 
     topology: Topology
@@ -93,10 +93,14 @@ class Network:
     @functools.cache  # noqa: B019 (one network lives as long as a plan)
     def _sides(self, members: tuple[int, ...]) -> tuple[list[float], list[int]]:
         """Returns bandwidth and hops of each dimension that a group spans."""
-        coordinates = self.coordinates[list(members)]
-        link, bandwidths, sides = self.topology.chip.ici_link, [], []
+        coordinates = np.unique(self.coordinates[list(members)], axis=0)
+        chip, bandwidths, sides = self.topology.chip, [], []
+        if len(coordinates) == 1 and chip.die_link:
+            return [chip.die_link], [1]
+        # The devices of a chip share its links, for one collective or for two.
+        link = chip.ici_link * len(members) / len(coordinates) / chip.devices
         distinct = [np.unique(coordinates[:, d]) for d in range(coordinates.shape[1])]
-        box = np.prod([len(d) for d in distinct]) == len(members)
+        box = np.prod([len(d) for d in distinct]) == len(coordinates)
         for dim, values in enumerate(distinct):
             if len(values) == 1:
                 continue

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from clip_jax.common.formatting import format_seconds
 from clip_jax.errors import UserError
 from clip_jax.plan import make
-from clip_jax.plan.chips import GIB
+from clip_jax.plan.chips import GIB, IMAGES_PER_CORE
 from clip_jax.plan.estimate import Choice, Correction, Task, remats
 from clip_jax.plan.progress import Report, stage
 from clip_jax.plan.topology import Topology
@@ -78,18 +78,20 @@ def search(
     minutes: float = 30.0,
     examples: float = 400e6,
     top: int = 10,
+    images_per_core: float = IMAGES_PER_CORE,
     most: int = 24,
     report: Report = print,
 ) -> SearchResult:
     """Tries meshes, micro-batches, rematerialisation and loss methods, the promising ones first.
 
-    The fastest is then tried with its layers unrolled, or in a scan where the config unrolls them.
+    The fastest is then tried with another rematerialisation of the text tower, and with its layers
+    unrolled, or in a scan where the config unrolls them.
 
     Args:
       config: all other settings.
       topology: topology to compile for.
       minutes: budget; no compilation starts that would likely end later.
-      examples, top: arguments of `make.make_plan`.
+      examples, top, images_per_core: arguments of `make.make_plan`.
       most: most compilations, whatever the budget.
       report: called with lines of progress.
 
@@ -101,7 +103,7 @@ def search(
     choices = list(candidates(task))
     if not choices:
         raise UserError(
-            f"A batch of {config.batch_size} cannot be split over the {topology.size} chips of "
+            f"A batch of {config.batch_size} cannot be split over the {topology.size} devices of "
             f"{topology} in any way: take a multiple of {topology.size}."
         )
     correction, tried, longest = Correction(), [], 0.0
@@ -109,7 +111,13 @@ def search(
     def attempt(choice: Choice, left: Callable[[], int]) -> None:
         nonlocal longest
         with stage(f"Compiling {choice}", report):
-            plan = make.make_plan(choice.apply(config), topology, examples=examples, top=top)
+            plan = make.make_plan(
+                choice.apply(config),
+                topology,
+                examples=examples,
+                top=top,
+                images_per_core=images_per_core,
+            )
         longest = max(longest, plan.compile_seconds)
         step = plan.step.seconds if plan.step else None
         correction.learn(choice, task, plan.memory.temporaries, step)
@@ -127,11 +135,21 @@ def search(
             break
         attempt(open_[0], left)
     tried.sort(key=lambda t: (t.seconds, t.plan.missing))
-    if tried[0].plan.fits and len(tried) < most and not late():
-        best = tried[0].choice
-        attempt(dataclasses.replace(best, scan=not best.scan), lambda: 0)
-        tried.sort(key=lambda t: (t.seconds, t.plan.missing))
+    for change in _variants(task):
+        if tried[0].plan.fits and not late():
+            varied = dataclasses.replace(tried[0].choice, **change)
+            if varied not in {t.choice for t in tried}:
+                attempt(varied, lambda: 0)
+                tried.sort(key=lambda t: (t.seconds, t.plan.missing))
     return SearchResult(tried, len(choices), len(open_))
+
+
+def _variants(task: Task) -> Iterator[dict[str, Any]]:
+    """Yields changes to try on the fastest choice, one after the other."""
+    if task.size.has_text_blocks:
+        yield {"text_remat": "none"}
+        yield {"text_remat": "full"}
+    yield {"scan": not task.scan}
 
 
 def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
@@ -225,7 +243,7 @@ def format_search(found: SearchResult, command: str) -> str:
         else:
             row = f"{'does not fit':>16}  +{plan.missing / GIB:.2f}"
         lines.append(f"{row}  {tried.choice}")
-    count = f"{len(found.tried)} of {found.candidates:,} combinations compiled"
+    count = f"{len(found.tried)} combinations compiled, of {found.candidates:,} and their variants"
     left = f"; {found.left:,} might still be faster: a larger --budget" if found.left else ""
     lines.append(f"{count}{left}.")
     if found.best:

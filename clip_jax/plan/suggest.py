@@ -1,6 +1,7 @@
 """Suggests settings with which a program fits that does not."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
@@ -78,7 +79,7 @@ def _chips(task: Task, current: Choice, correction: Correction, available: float
         shape[smallest] *= 2
         larger = dataclasses.replace(task.topology, shape=tuple(shape))
         grown = dataclasses.replace(task, topology=larger)
-        if larger.size // larger.slices > larger.chip.largest or task.batch_size % larger.size:
+        if math.prod(shape) > larger.chip.largest or task.batch_size % larger.size:
             break
         if correction.need(current, grown) <= available:
             need = correction.need(current, grown) / GIB

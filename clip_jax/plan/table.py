@@ -2,7 +2,7 @@
 
 from clip_jax.common.formatting import aligned, format_seconds
 from clip_jax.plan.chips import GIB
-from clip_jax.plan.make import Memory, Plan
+from clip_jax.plan.make import Host, Memory, Plan
 from clip_jax.plan.step_cost import Step
 
 
@@ -22,12 +22,13 @@ def format_plan(plan: Plan, suggestions: list[str] | None = None) -> str:
 
 
 def _head(plan: Plan) -> str:
-    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1 chip"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "1"
     where = f"{plan.slices} slices of {plan.topology}" if plan.slices > 1 else plan.topology
+    devices = f" ({plan.devices:,} devices)" if plan.devices > plan.chips else ""
     accumulated = f" in {plan.accum_steps} micro-batches" if plan.accum_steps > 1 else ""
     return (
         f"{plan.model}, {plan.batch_size:,} pairs a step{accumulated}, on {where}: "
-        f"{plan.chips:,} chips, mesh {mesh}\n"
+        f"{plan.chips:,} chips{devices}, mesh {mesh}\n"
         f"remat {plan.remat}; loss {plan.loss}; compiled in {format_seconds(plan.compile_seconds)}"
     )
 
@@ -44,9 +45,14 @@ def _memory(plan: Plan) -> str:
         ("results beside the state", memory.results),
         ("program", memory.code),
     ]
-    lines = ["Memory of a chip, GiB"]
+    lines = [f"Memory of a {unit(plan)}, GiB"]
     lines += [f"  {name:<28}{gib(size):>9}" for name, size in rows if size is None or size >= 2**20]
     return "\n".join([*lines, f"  {'in all':<28}{gib(memory.peak):>9}  {_verdict(plan, memory)}"])
+
+
+def unit(plan: Plan) -> str:
+    """Names what the figures of memory and step are of."""
+    return "chip" if plan.devices == plan.chips else "device"
 
 
 def _verdict(plan: Plan, memory: Memory) -> str:
@@ -76,17 +82,25 @@ def _speed(plan: Plan, step: Step) -> str:
             f"  computation             {_ms(step.compute_seconds):>10} ms",
             f"  collectives             {_ms(step.network_seconds):>10} ms, "
             f"{_ms(max(waited, 0))} waited for",
-            f"  model operations        {step.model_flops / 1e12:>10.3f} TFLOP a chip: "
+            f"  model operations        {step.model_flops / 1e12:>10.3f} TFLOP a {unit(plan)}: "
             f"MFU {step.mfu:.3f}",
-            f"  executed operations     {step.hardware_flops / 1e12:>10.3f} TFLOP a chip: "
+            f"  executed operations     {step.hardware_flops / 1e12:>10.3f} TFLOP a {unit(plan)}: "
             f"{step.hfu:.3f} of the peak",
-            f"  traffic to HBM          {step.bytes / GIB:>10.1f} GiB a chip",
+            f"  traffic to HBM          {step.bytes / GIB:>10.1f} GiB a {unit(plan)}",
             f"  {rate:,.0f} pairs/s, {rate / plan.chips:,.1f} per chip",
             f"  {plan.duration} of {plan.examples:,.0f} examples: {plan.total_steps:,} steps, "
             f"{format_seconds(plan.run_seconds)}, "
             f"{plan.run_seconds * plan.chips / 3600:,.0f} chip-hours",
+            _host(plan.host),
         ]
     )
+
+
+def _host(host: Host) -> str:
+    """Formats the input of a host, and whether it suffices."""
+    needed = f"{host.needed_cores:,.1f} of about {host.cores} cores at {host.images_per_core:,.0f}"
+    line = f"  input: {host.images:,.0f} images/s a host, {needed} images/s each"
+    return f"{line}: THE CHIPS WAIT FOR THEIR INPUT" if host.starves else line
 
 
 def _ms(seconds: float) -> str:

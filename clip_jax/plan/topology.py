@@ -46,8 +46,8 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """The number of chips, each one JAX device."""
-        return math.prod(self.shape) * self.slices
+        """The number of JAX devices."""
+        return math.prod(self.shape) * self.slices * self.chip.devices
 
     @property
     def name(self) -> str:

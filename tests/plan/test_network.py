@@ -13,7 +13,7 @@ from clip_jax.plan.network import Network
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("name", "slices", "chips"),
+    ("name", "slices", "devices"),
     [
         ("v5e:1x1", 1, 1),
         ("v5e:2x2", 3, 12),
@@ -21,14 +21,16 @@ from clip_jax.plan.network import Network
         ("v4:2x2x1", 1, 4),
         ("v4:4x4x4", 2, 128),
         ("v5p:8x16x16", 1, 2048),
+        ("tpu7x:2x2x1", 1, 8),
+        ("tpu7x:4x4x4", 2, 256),
     ],
 )
-def test_topologies(name, slices, chips):
+def test_topologies(name, slices, devices):
     found = topology.parse_topology(name, slices)
-    devices = found.devices()
-    assert len(devices) == found.size == chips
-    assert len({getattr(device, "slice_index", 0) for device in devices}) == slices
-    assert all(device.platform == "tpu" for device in devices)
+    made = found.devices()
+    assert len(made) == found.size == devices
+    assert len({getattr(device, "slice_index", 0) for device in made}) == slices
+    assert all(device.platform == "tpu" for device in made)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,20 @@ def test_neighbours_and_the_way_round():
         neighbours = net.seconds("collective-permute", size, np.array([[0, 1]]))
         around = net.seconds("collective-permute", size, np.array([[0, side - 1]]))
         assert around == pytest.approx(hops * neighbours)
+
+
+def test_two_devices_of_a_chip_share_its_links():
+    slice_ = topology.parse_topology("tpu7x:4x4x4")
+    places = np.repeat(np.argwhere(np.ones(slice_.shape)), 2, axis=0)  # both of a chip in turn
+    net = Network(slice_, {"data": 128}, places)
+    size, link = 2.0**30, slice_.chip.ici_link
+    everyone = net.seconds("all-gather", size, np.arange(128)[None])
+    assert everyone == pytest.approx(size / (6 * link), rel=0.05)
+    # Each of two groups of 64 chips' halves has half of every link.
+    halves = net.seconds("all-gather", size, np.arange(128).reshape(64, 2).T)
+    assert halves == pytest.approx(2 * everyone, rel=0.05)
+    one_chip = net.seconds("all-gather", size, np.array([[0, 1]]))
+    assert one_chip == pytest.approx(size / 2 / (6 * link), rel=0.01)
 
 
 def test_nothing_to_exchange():

@@ -90,14 +90,13 @@ def test_search_with_the_compiler():
     found = search.search(config, V5E_8, examples=3200, most=2, report=lines.append)
     assert found.best
     assert found.best.seconds == min(t.plan.step.seconds for t in found.tried)
-    assert len(lines) == len(found.tried) == 2
     done = [line for line in lines if line.startswith("[")]
-    assert len(done) == len(found.tried) == 2
+    assert 2 < len(done) == len(found.tried) <= 5
     assert "[1, at most 1 to go" in done[0]
     assert "ETA 0s" in done[1]
     text = search.format_search(found, "python main.py")
     assert found.best.choice.flags in text.splitlines()[-1]
-    assert f"2 of {found.candidates:,} combinations compiled" in text
+    assert f"{len(done)} combinations compiled, of {found.candidates:,} and their variants" in text
     json.dumps(found.to_json())
 
 
@@ -107,7 +106,7 @@ def pretended(monkeypatch) -> list[estimate.Choice]:
     asked: list[estimate.Choice] = []
     speeds = {"none": 1.3, "full": 0.9}
 
-    def make_plan(config, slice_, *, examples, top):
+    def make_plan(config, slice_, *, examples, top, images_per_core=1.0):
         choice = estimate.Choice.of(config)
         asked.append(choice)
         task = estimate.Task(SIZES["ViT-B/32"], config.batch_size, 151e6, 12, slice_)
@@ -121,9 +120,9 @@ def pretended(monkeypatch) -> list[estimate.Choice]:
         missing = max(memory.peak - memory.available, 0)
         time = estimate.seconds(choice, task) * speeds.get(choice.remat, 1.1)
         step = step_cost.Step(time, time, 0, 1, 1, 1, 0.1, 0.1, [], [], [], [], [])
-        where = slice_.name, slice_.slices, slice_.size, {"data": slice_.size}
+        where = slice_.name, slice_.slices, slice_.size, slice_.size, {"data": slice_.size}
         about = "m", config.batch_size, choice.accum_steps, choice.remat, choice.method
-        tail = missing, "", 10, examples, "10 steps", 1.0
+        tail = missing, "", 10, examples, "10 steps", 1.0, make.Host(1.0, 1.0, 1)
         return make.Plan(*about, *where, memory, step if memory.fits else None, *tail)
 
     monkeypatch.setattr(search.make, "make_plan", make_plan)
@@ -143,7 +142,7 @@ def test_search_finds_the_fastest_that_fits(pretended):
     ]
     fastest = min(plan.step.seconds for plan in everything if plan.fits)
     assert found.best.seconds <= 1.05 * fastest
-    assert compiled == len(found.tried) <= 24 < len(everything) == found.candidates
+    assert compiled == len(found.tried) <= 27 < len(everything) == found.candidates
     assert not all(tried.plan.fits for tried in found.tried)
     text = search.format_search(found, "x")
     assert "does not fit" in text
@@ -201,13 +200,16 @@ def test_resnets_are_planned():
     assert {c.tensor for c in search.candidates(task)} >= {1, 2}
 
 
-def test_layers_are_unrolled_where_that_is_faster(pretended):
+def test_the_fastest_is_tried_with_other_text_towers_and_unrolled_layers(pretended):
     config, slice_ = vit_b32.get_config().unlock(), topology.parse_topology("v5e:4x4")
     found = search.search(config, slice_, report=lambda line: None)
     *others, last = pretended
     assert {choice.scan for choice in others} == {True}
-    assert last == dataclasses.replace(found.best.choice, scan=False)
-    assert f"--config.model.scan_layers={found.best.choice.scan}" in found.best.choice.flags
+    assert dataclasses.replace(last, scan=True) in others
+    best = found.best.choice
+    varied = [c for c in pretended if dataclasses.replace(c, text_remat="", scan=True) == best]
+    assert {"", "none", "full"} == {choice.text_remat for choice in varied}
+    assert f"--config.model.scan_layers={best.scan}" in best.flags
 
 
 def test_remat_policies_are_those_of_the_models():
