@@ -273,8 +273,7 @@ def _announce(run: Run) -> None:
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
     _say(
         f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, "
-        f"attention {run.net.attention}, on "
-        f"{hardware(run.mesh)} (mesh {axes})."
+        f"attention by {run.net.attention}, on {hardware(run.mesh)} (mesh {axes})."
     )
     if problems := getattr(run.source, "problems", None):
         _say(f"Found in the training data: {list_counts(problems)}.")

@@ -17,7 +17,8 @@ FILE = "config.json"  # inside the workdir
 # Fields that may differ between a run and its resumption: they change where and how it computes,
 # or what it reports, not the results.
 FREE = ("mesh", "step", "eval", "checkpoint", "log", "compilation_cache", "model.scan_layers")
-FREE += ("model.remat", "model.packing", "accum_steps", "loss.method", "loss.tile")
+FREE += ("model.remat", "model.text_remat", "model.attention", "model.packing")
+FREE += ("accum_steps", "loss.method", "loss.tile")
 FREE += (
     "data.threads",
     "data.processes",
