@@ -3,8 +3,10 @@
     python benchmarks/step.py
     python benchmarks/step.py --model=small --big_vision=DIR
     python benchmarks/step.py --device=gpu --batch=1024
+    python benchmarks/step.py --device=gpu --model=ViT-L/14 --batch=256
 
-Needs open_clip_torch; DIR is a checkout of google-research/big_vision, left out without it. See
+On a GPU captions are also packed, and attention also taken from cuDNN, beside XLA's own. Needs
+open_clip_torch; DIR is a checkout of google-research/big_vision, left out without it. See
 benchmarks/README.md for what is compared.
 
 Prints medians, and the speed relative to open_clip.
@@ -19,13 +21,16 @@ import numpy as np
 import turns
 from turns import Step
 
-COMPETITORS = (
-    "open_clip",
-    "open_clip compiled",
-    "big_vision",
-    "clip_jax scanned",
-    "clip_jax unrolled",
-)
+# Forms of our step: (scanned layers, packed captions, attention).
+FORMS = {
+    "clip_jax scanned": (True, False, "xla"),
+    "clip_jax unrolled": (False, False, "xla"),
+    "clip_jax packed": (False, True, "xla"),
+    "clip_jax cudnn": (False, False, "cudnn"),
+    "clip_jax packed cudnn": (False, True, "cudnn"),
+}
+COMPETITORS = ("open_clip", "open_clip compiled", "big_vision", *FORMS)
+ON_GPU = ("open_clip compiled", *list(FORMS)[2:])  # elsewhere only where asked for
 SMALL = {
     "embed_dim": 192,
     "image_size": 32,
@@ -37,7 +42,12 @@ SMALL = {
     "text_width": 192,
     "text_heads": 3,
 }
-MODELS = {"ViT-B/32": ({}, 32), "small": (SMALL, 256)}  # name: (shapes, batch)
+# Name: (model, shapes, batch).
+MODELS = {
+    "ViT-B/32": ("ViT-B/32", {}, 32),
+    "ViT-L/14": ("ViT-L/14", {}, 32),
+    "small": ("ViT-B/32", SMALL, 256),
+}
 # AdamW of the paper, at a constant rate that needs no warm-up.
 ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 
@@ -60,7 +70,7 @@ def make_batch(size, count: int) -> Batch:
 
 
 def clip_jax_step(
-    size, batch: Batch, scan_layers: bool, packing=None, device: str = "cpu"
+    size, batch: Batch, scan_layers: bool, packing=None, device: str = "cpu", attention: str = "xla"
 ) -> tuple[Step, int]:
     """Makes the step of the training loop, with uint8 pixels and norms measured."""
     import jax
@@ -71,7 +81,9 @@ def clip_jax_step(
     from clip_jax.training import step
 
     dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
-    net = models.CLIP(size, scan_layers=scan_layers, packing=packing, dtype=dtype)
+    net = models.CLIP(
+        size, scan_layers=scan_layers, packing=packing, dtype=dtype, attention=attention
+    )
     mesh = sharding.make_mesh()
     settings = dict(ADAMW)
     schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
@@ -235,9 +247,10 @@ def normalised(images: np.ndarray) -> np.ndarray:
 
 def prepare(competitor: str, args: argparse.Namespace) -> tuple[Step, dict]:
     from clip_jax import models
+    from clip_jax.models.packing import Packing
 
-    shapes, batch = MODELS[args.model]
-    size = models.get_size("ViT-B/32", shapes)
+    name, shapes, batch = MODELS[args.model]
+    size = models.get_size(name, shapes)
     batch = make_batch(size, args.batch or batch)
     if competitor.startswith("open_clip"):
         compiled = competitor == "open_clip compiled"
@@ -245,8 +258,11 @@ def prepare(competitor: str, args: argparse.Namespace) -> tuple[Step, dict]:
     elif competitor == "big_vision":
         take_step, parameters = big_vision_step(size, batch, args.big_vision)
     else:
-        scan_layers = competitor == "clip_jax scanned"
-        take_step, parameters = clip_jax_step(size, batch, scan_layers, device=args.device)
+        scan_layers, packed, attention = FORMS[competitor]
+        packing = Packing(length=80, rows=0.3) if packed else None
+        take_step, parameters = clip_jax_step(
+            size, batch, scan_layers, packing, args.device, attention
+        )
     return take_step, {"parameters": parameters}
 
 
@@ -299,10 +315,10 @@ def main():
         parser.error(f"no {', '.join(unknown)}; choose of: {', '.join(COMPETITORS)}")
     if not args.big_vision:
         chosen = [name for name in chosen if name != "big_vision"]
-    if args.device == "cpu" and not args.only:  # would take minutes to compile there
-        chosen.remove("open_clip compiled")
+    if args.device == "cpu" and not args.only:  # open_clip would take minutes to compile there
+        chosen = [name for name in chosen if name not in ON_GPU]
     workers = turns.take_turns(__file__, chosen, args.steps, args.device)
-    batch = args.batch or MODELS[args.model][1]
+    batch = args.batch or MODELS[args.model][2]
     packages = turns.versions("jax", "flax", "optax", "torch", "open_clip_torch")
     dtype = "bfloat16" if args.device == "gpu" else "float32"
     print(f"{args.model}, batch {batch}, {dtype}; medians of {args.steps} steps\n{packages}\n")
