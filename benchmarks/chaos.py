@@ -208,7 +208,14 @@ class Chaos:
             logs.append(self._folder / f"{name}-{number:03}-{host}.txt")
             with logs[-1].open("w") as log:
                 processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+                    subprocess.Popen(
+                        command,
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=log,
+                        stderr=log,
+                        preexec_fn=hear_hangup,
+                    )
                 )
         return processes, logs
 
@@ -401,6 +408,11 @@ def load(path: Path) -> dict:
         for where, leaf in jax.tree.leaves_with_path(tree):
             found[f"{item}{jax.tree_util.keystr(where)}"] = np.asarray(leaf)
     return found
+
+
+def hear_hangup() -> None:
+    """Undoes what nohup does, by which a run would rightly ignore SIGHUP."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def stepping(log: Path) -> bool:
