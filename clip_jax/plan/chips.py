@@ -72,8 +72,8 @@ class Chip:
 # estimates for copies then give the same fraction of the HBM bandwidth in every generation.
 # tpu7x: docs.cloud.google.com/tpu/docs/tpu7x, half a chip's each; links like v5p's, six times as
 # fast between the halves; its clock follows from the peak like v6e's, with four units to a half.
-# vCPUs of a host: docs.cloud.google.com/compute/docs/accelerator-optimized-machines and the pages
-# of the generations.
+# Not looked up there, but known: tpu7x's HBM bandwidth and the link between its halves, and the
+# vCPUs of a host of every generation but v5p (208).
 CHIPS = {
     chip.name: chip
     for chip in (
