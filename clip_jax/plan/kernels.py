@@ -169,9 +169,11 @@ def _time(kernel: _Kernel) -> Timing:
         environment |= {"LIBTPU_INIT_ARGS": options, "PYTHONPATH": os.pathsep.join(paths)}
         said, command = "", [sys.executable, "-m", "clip_jax.plan.kernels", folder, topology.name]
         try:
-            said = subprocess.run(
+            ran = subprocess.run(
                 command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT
-            ).stderr
+            )
+            # Some releases of libtpu end without a word.
+            said = ran.stderr or f"failed: the compiler ended with {ran.returncode}"
         except subprocess.TimeoutExpired:
             said = f"failed: the simulation takes more than {_TIMEOUT:.0f} s"
         _collect(pathlib.Path(folder))
