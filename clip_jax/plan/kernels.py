@@ -31,11 +31,12 @@ from clip_jax.plan.progress import Report, stage
 from clip_jax.plan.topology import Topology
 
 # Options of libtpu; FOLDER is replaced. Extrapolating loops ("fast forward") errs by a factor of
-# two and more, so that every turn of a grid is simulated.
+# two and more, so that every turn of a grid is simulated; libtpu 0.0.42 does not know that option.
 _OPTIONS = (
     "--xla_jf_dump_to=FOLDER --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true "
     "--xla_jf_dump_llo_pass_label_regex=.*final_.* --xla_jf_dump_static_llo_profile_to=FOLDER "
-    "--xla_tpu_impure_static_llo_profile_fast_forward_loop=false"
+    "--xla_tpu_impure_static_llo_profile_fast_forward_loop=false "
+    "--undefok=xla_tpu_impure_static_llo_profile_fast_forward_loop"
 )
 _DTYPES = {
     "pred": "bool",

@@ -81,7 +81,7 @@ def test_a_product_takes_as_long_as_xlas():
     assert timing.flops == 2 * 2048 * 1024 * 2048
     # The left matrix is read once, the right one once for each of four rows of blocks.
     assert timing.bytes == 2 * (2048 * 1024 + 4 * 1024 * 2048 + 2048 * 2048)
-    assert max(timing.slots, key=timing.slots.get) == "MATMUL"
+    assert max(timing.slots, key=timing.slots.get) in ("MATMUL", "MXU")
 
 
 @needs_compiler
