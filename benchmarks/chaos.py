@@ -214,7 +214,7 @@ class Chaos:
                         env=environment,
                         stdout=log,
                         stderr=log,
-                        preexec_fn=hear_hangup,
+                        preexec_fn=hear_signals,
                     )
                 )
         return processes, logs
@@ -410,9 +410,10 @@ def load(path: Path) -> dict:
     return found
 
 
-def hear_hangup() -> None:
-    """Undoes what nohup does, by which a run would rightly ignore SIGHUP."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals() -> None:
+    """Undoes what nohup and a shell's background do, by which a run would rightly ignore them."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def stepping(log: Path) -> bool:
