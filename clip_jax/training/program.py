@@ -186,10 +186,10 @@ def _weight_decay(optim_config: ConfigDict) -> float:
 
 def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
     """Makes the model that a config describes, for the devices of a mesh."""
-    platform = mesh.devices.flat[0].platform
+    device = mesh.devices.flat[0]
     dtype = config.model.dtype
     if dtype == "auto":
-        dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = "float32" if device.platform == "cpu" else "bfloat16"
     contrastive = config.objective == "contrastive"
     trained = {
         "objective": config.objective,
@@ -202,29 +202,31 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         remat=config.model.remat,
         patch_dropout=config.model.patch_dropout,
         text_remat=config.model.text_remat,
-        attention=choose_attention(config.model.attention, platform, dtype),
+        attention=choose_attention(
+            config.model.attention, device.platform, device.device_kind, dtype
+        ),
         packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
 
 
-def choose_attention(asked: str, platform: str, dtype: str) -> str:
+def choose_attention(asked: str, platform: str, kind: str, dtype: str) -> str:
     """Returns the form of attention, one of `choices.ATTENTIONS`, that a run computes.
 
     Args:
       asked: config.model.attention.
       platform: platform of the devices, as JAX names it.
+      kind: kind of the devices, as JAX names it.
       dtype: compute dtype.
 
     Raises:
       UserError: the devices have no such kernel.
     """
+    small = kind in ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of VMEM, in which not all fits
     if asked == "auto":
-        return "pallas" if platform == "tpu" and dtype == "bfloat16" else "xla"
-    needed = {"pallas": "tpu", "cudnn": "gpu"}.get(asked, platform)
-    if needed != ("gpu" if platform in ("cuda", "rocm") else platform) or (
-        asked != "xla" and dtype != "bfloat16"
-    ):
+        return "pallas" if platform == "tpu" and dtype == "bfloat16" and not small else "xla"
+    needed = {"pallas": "tpu", "cudnn": "gpu"}.get(asked)
+    if needed and (platform != needed or dtype != "bfloat16"):
         raise UserError(
             f"model.attention={asked} is a kernel for {needed.upper()}s in bfloat16, and this run "
             f"computes in {dtype} on {platform}: leave --config.model.attention=auto."

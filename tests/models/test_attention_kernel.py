@@ -190,10 +190,12 @@ def test_shapes_that_do_not_fit_are_named_and_take_the_plain_form(monkeypatch):
 
 
 def test_auto_takes_the_kernel_on_a_tpu():
-    assert program.choose_attention("auto", "tpu", "bfloat16") == "pallas"
-    assert program.choose_attention("auto", "tpu", "float32") == "xla"
-    assert program.choose_attention("auto", "cpu", "float32") == "xla"
-    assert program.choose_attention("cudnn", "gpu", "bfloat16") == "cudnn"
+    choose = program.choose_attention
+    assert choose("auto", "tpu", "TPU v5 lite", "bfloat16") == "pallas"
+    assert choose("auto", "tpu", "TPU v4", "bfloat16") == "xla"
+    assert choose("auto", "tpu", "TPU v5 lite", "float32") == "xla"
+    assert choose("auto", "cpu", "cpu", "float32") == "xla"
+    assert choose("cudnn", "gpu", "NVIDIA H200", "bfloat16") == "cudnn"
     for asked, platform, dtype in (("pallas", "cpu", "bfloat16"), ("cudnn", "gpu", "float32")):
         with pytest.raises(UserError, match=f"attention={asked} .*{platform}"):
-            program.choose_attention(asked, platform, dtype)
+            choose(asked, platform, "any", dtype)
