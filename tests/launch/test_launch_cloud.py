@@ -7,6 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import time
 
 import fake_cloud
 import pytest
@@ -136,6 +137,9 @@ def test_stop_insists(cloud):
     for worker in cloud.workers:
         command = ["bash", "clip_jax_worker.sh", "stop", "1"]
         subprocess.run(command, cwd=worker, env=cloud.env | {"HOME": str(worker)}, check=True)
+    deadline = time.monotonic() + 20  # a killed process takes a moment on a busy machine
+    while cloud.processes() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert cloud.processes() == []
     listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True).stdout
     groups = [int(group) for group, state in map(str.split, listed.splitlines()) if state[0] != "Z"]
