@@ -236,6 +236,8 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
         else:
+            if self._writes.failing:  # threads of the failed save may have gone on after its end
+                self._remove_unfinished()
             self._writes.succeeded()
 
     def _agree(self) -> None:

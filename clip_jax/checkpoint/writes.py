@@ -120,6 +120,11 @@ class Writes:
         """The last save failed and was not begun again."""
         return self._retry_at is not None
 
+    @property
+    def failing(self) -> bool:
+        """A save has failed, and none has succeeded since."""
+        return self._failing_since is not None
+
     def retry_due(self) -> bool:
         """Returns whether a save failed, long enough ago to try again."""
         return self._retry_at is not None and time.monotonic() >= self._retry_at

@@ -63,7 +63,7 @@ except OSError as error:
 
 
 def test_hosts_that_lose_touch_may_resume():
-    """As one of two busy hosts ended that waited 30 s for the other to open a connection."""
+    """Two busy hosts waited 30 s for each other's connection."""
     error = jax.errors.JaxRuntimeError(
         "UNKNOWN: Gloo context initialization failed: DEADLINE_EXCEEDED: GetKeyValue() timed out"
     )

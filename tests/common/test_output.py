@@ -45,7 +45,7 @@ def assert_nothing_is_missing(workdir: pathlib.Path) -> None:
 
 
 def test_a_run_goes_on_without_the_reader_of_its_log(tmp_path):
-    """As in main.py | head -1: it is told once, on standard error and in the record."""
+    """The case of main.py | head -1: it is told once, on standard error and in the record."""
     run = train(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout.readline()
     run.stdout.close()
@@ -72,7 +72,7 @@ def test_a_log_on_a_full_disk(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_after_the_reader_of_both_outputs_is_gone(tmp_path):
-    """As in main.py 2>&1 | tee log, whose tee is killed: SIGTERM still saves and ends with 42."""
+    """SIGTERM still saves and ends with 42: main.py 2>&1 | tee log, whose tee is killed."""
     run = train(
         tmp_path, {"duration": "400 steps"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -121,7 +121,7 @@ def test_a_broken_pipe_that_is_not_the_output_is_an_error():
 
 
 def test_closed_from_the_start():
-    """As in main.py >&-."""
+    """The case of main.py >&-."""
     code = "import sys; from clip_jax.common import output\nwith output.outlived():\n"
     code += " print(1, flush=True); sys.exit(3 + sys.stdout.isatty())"
     for closed in (">&-", "2>&-", ">&- 2>&-"):

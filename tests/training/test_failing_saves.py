@@ -65,9 +65,7 @@ def test_a_full_disk(disk, quick):
         assert store.finish()
         assert not store.lost()
         assert store.steps() == [4]
-    # What a failed save still wrote may be left under its temporary name, until the next start.
-    names = [path.name for path in (disk / "run" / checkpoint.DIRECTORY).iterdir()]
-    assert [name for name in names if name.isdecimal()] == ["4"]
+    assert kept(disk / "run") == [4]  # and no folder that is half written
     (failing, first), (_, second) = said
     assert failing == 2
     assert first.startswith(
@@ -267,7 +265,7 @@ with checkpoint.Checkpoints(disk / "run", report=lambda *said: print(*said)) as 
     ],
 )
 def test_two_hosts_give_up_a_save_together(disk, fault: str, reason: str):
-    """Of one host or of both; none waits for the other, and the next save is written."""
+    """A fault of one host or of both: none waits for the other, and the next save is written."""
     command = ["-c", HOST, f"--disk={disk}", f"--fault={fault}"]
     ended = endings([launch([*command, *own], devices=2) for own in flags(2)])
     assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr

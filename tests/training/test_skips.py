@@ -331,7 +331,7 @@ def test_two_hosts_skip_and_go_back_together(tmp_path, bad_steps):
 def test_a_damaged_checkpoint_is_passed_over_by_a_roll_back(
     tmp_path, bad_steps, capsys, monkeypatch
 ):
-    """As at a start: the one before is taken, and both are told."""
+    """The one before is taken, as at a start, and both are told."""
     bad_steps({6, 7, 8})
     choose = skips.choose_checkpoint
 

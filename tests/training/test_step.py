@@ -271,7 +271,7 @@ def test_accumulation_saves_activations():
     # The sum of the gradients is there at every number of micro-batches above one.
     temporary = {steps: size - gradients * (steps > 1) for steps, size in found}
     assert temporary[4] < 0.4 * temporary[1]
-    assert temporary[16] < 0.2 * temporary[1]  # 1/16, and what does not shrink: all embeddings
+    assert temporary[16] < 0.15 * temporary[1]
 
 
 def print_temporaries() -> None:
