@@ -5,9 +5,12 @@ import contextlib
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from clip_jax.common import lifeline, output
 from clip_jax.errors import DataStalled, ExitCode, NotJoined, Stopped, StorageError, UserError
@@ -66,7 +69,8 @@ def plain_errors(
         stall of the data.
     """
     try:
-        yield
+        with _none_lost():
+            yield
         lifeline.finish()
     except KeyboardInterrupt:
         _end(interrupted, ExitCode.INTERRUPTED)
@@ -91,6 +95,39 @@ def plain_errors(
             raise
         traceback.print_exc()
         _end(text, code, said=True)
+
+
+@contextlib.contextmanager
+def _none_lost() -> Iterator[None]:
+    """Has an end that a signal's handler raised in vain raised once more, a moment later.
+
+    A handler runs wherever the main thread is. Within a finalizer, or within a callback of the
+    garbage collector, of which JAX has one, Python prints what is raised there, and goes on.
+    """
+    hook = sys.unraisablehook
+
+    def again(lost: Any) -> None:
+        error = lost.exc_value
+        if not isinstance(error, KeyboardInterrupt | Stopped):
+            hook(lost)
+            return
+        handler = signal.getsignal(signal.SIGINT)
+
+        def end(*_: object) -> None:
+            signal.signal(signal.SIGINT, handler)
+            raise error
+
+        signal.signal(signal.SIGINT, end)
+        main = threading.main_thread().ident
+        timer = threading.Timer(0.1, signal.pthread_kill, (main, signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def ending(error: BaseException) -> tuple[ExitCode, str]:

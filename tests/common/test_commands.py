@@ -1,15 +1,19 @@
 """Errors of a machine without memory or space, as sentences; the errors are real ones."""
 
 import errno
+import gc
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from clip_jax.common import commands
+from clip_jax.errors import ExitCode, Stopped
 
 
 def caught(action) -> Exception:
@@ -81,3 +85,34 @@ def test_read_only_disk():
 @pytest.mark.parametrize("error", [ValueError("a fault"), OSError(errno.EIO, "input"), KeyError()])
 def test_faults_of_the_program_keep_their_traceback(error):
     assert commands.explained(error) == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_within_a_callback_of_the_garbage_collector(number, capsys):
+    def stop(*_):
+        raise Stopped("Asked to stop.", ExitCode.RESUME)
+
+    def callback(phase, _):
+        if phase == "start":
+            gc.callbacks.remove(callback)
+            os.kill(os.getpid(), number)
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    hook = sys.unraisablehook
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(SystemExit) as ended, commands.plain_errors():
+            gc.callbacks.append(callback)
+            gc.collect()
+            time.sleep(20)
+            pytest.fail("It was lost.")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    code, text = {
+        signal.SIGINT: (ExitCode.INTERRUPTED, "Interrupted."),
+        signal.SIGTERM: (ExitCode.RESUME, "Asked to stop."),
+    }[number]
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"\n{text}\n"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    assert sys.unraisablehook is hook
