@@ -97,15 +97,19 @@ def test_a_signal_within_a_callback_of_the_garbage_collector(number, capsys):
             gc.callbacks.remove(callback)
             os.kill(os.getpid(), number)
 
+    def run():
+        with commands.plain_errors():
+            gc.callbacks.append(callback)
+            gc.collect()
+            time.sleep(20)
+        pytest.fail("It was lost.")
+
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     hook = sys.unraisablehook
     previous = signal.signal(signal.SIGTERM, stop)
     try:
-        with pytest.raises(SystemExit) as ended, commands.plain_errors():
-            gc.callbacks.append(callback)
-            gc.collect()
-            time.sleep(20)
-            pytest.fail("It was lost.")
+        with pytest.raises(SystemExit) as ended:
+            run()
     finally:
         signal.signal(signal.SIGTERM, previous)
     code, text = {
