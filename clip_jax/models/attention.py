@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -60,10 +61,14 @@ class QueryKeyValue(nn.Module):
         sequence, token = x if isinstance(x, tuple) else (x, None)
         kernel, bias = self._parameters(sequence.shape[-1])
         sequence, kernel, bias = nn.dtypes.promote_dtype(sequence, kernel, bias, dtype=self.dtype)
-        constant = jax.lax.stop_gradient(bias)[..., None]
-        sequence = jnp.einsum("bsw,wphd->bphds", sequence, kernel) + constant
+        # With heads and their features as one dimension: else XLA pads the gradient's features.
+        kernel = kernel.reshape(*kernel.shape[:2], -1)
+        sequence = jnp.einsum("bsw,wpn->bpns", sequence, kernel)
+        sequence = sequence.reshape(-1, *bias.shape, sequence.shape[-1])
+        sequence += jax.lax.stop_gradient(bias)[..., None]
         if token is not None:
-            token = jnp.einsum("bw,wphd->bphd", token.astype(sequence.dtype), kernel) + bias
+            token = jnp.einsum("bw,wpn->bpn", token.astype(sequence.dtype), kernel)
+            token = token.reshape(-1, *bias.shape) + bias
         return attention_kernel.Projected(sequence, token), bias
 
     @nn.compact
@@ -105,18 +110,19 @@ def attend_in_kernel(
     projected: attention_kernel.Projected,
     bias: Float[Array, "3 heads d"],
     mask: Bool[Array, "#batch 1 query key"] | None,
+    length: int | None,
 ) -> Tokens:
     """Computes the same attention as `attend` and `attend_with_token` by the kernel for TPUs.
 
     Args:
       projected: queries, keys and values, split over the mesh by examples and heads.
-      bias: see `attention_kernel.attend`.
+      bias, length: see `attention_kernel.attend`.
       mask: see `attend`.
 
     Returns:
       [b, s, heads, d], or with a token a pair of this and [b, heads, d].
     """
-    attend_ = attention_kernel.attend
+    attend_ = partial(attention_kernel.attend, length=length)
     if set(sharding.AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
         examples = sharding.BATCH[0]
         spec = PartitionSpec(examples, None, "tensor")

@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 _NEVER = -1e30  # logit of a key that a query does not see; its weight is exactly 0
-_VMEM = 100 * 2**20  # bytes
+_VMEM = 64 * 2**20  # bytes
 # The widest head and the longest sequence that the compiler has been seen to fit.
 _WIDEST, _LONGEST = 128, 1152
 # Below this a sequence fills less than half of the 128 lanes. By the planner the 50 tokens of
@@ -82,6 +82,7 @@ def attend(
     projected: Projected,
     bias: Float[Array, "3 heads d"],
     mask: Bool[Array, "#batch 1 query key"] | None = None,
+    length: int | None = None,
 ) -> Attended:
     """Computes softmax attention of each example's tokens to each other.
 
@@ -90,18 +91,22 @@ def attend(
       bias: what has been added to those of the sequence, as a constant: its gradient is computed
         here, since XLA takes ten times as long to sum along the lanes.
       mask: True for the keys that each query sees, at least one; None: all. Not with a token.
+      length: tokens of a sequence before its padding, whose results and gradients are 0; None: all.
+        Not with a mask.
     """
     if mask is not None:
         mask = mask[:, 0].swapaxes(1, 2).astype(jnp.int8)
-    return _attend(projected, bias, mask)
+    return _attend(projected, bias, mask, length or projected.sequence.shape[-1])
 
 
-@jax.custom_vjp
-def _attend(projected: Projected, bias: jax.Array, mask: jax.Array | None) -> Attended:
-    return _forward(projected, bias, mask)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(projected: Projected, bias: jax.Array, mask: jax.Array | None, length: int) -> Attended:
+    return _forward(projected, bias, mask, length)[0]
 
 
-def _forward(projected: Projected, bias: jax.Array, mask: jax.Array | None) -> tuple[Attended, Any]:
+def _forward(
+    projected: Projected, bias: jax.Array, mask: jax.Array | None, length: int
+) -> tuple[Attended, Any]:
     del bias
     b, _, h, d, s = projected.sequence.shape
     token, dtype = projected.token is not None, projected.sequence.dtype
@@ -110,19 +115,21 @@ def _forward(projected: Projected, bias: jax.Array, mask: jax.Array | None) -> t
         Attended(shape((b, h, d, s), dtype), shape((b, h, d), dtype) if token else None),
         _Statistics(shape((b, h, s), f32), shape((b, h, 128), f32) if token else None),
     )
-    found = _call(_forward_kernel, "attention_forward", mask, (projected,), outputs)
+    found = _call(_forward_kernel, "attention_forward", length, mask, (projected,), outputs)
     # Where rematerialisation keeps these, the backward pass does not run this kernel again.
     out, statistics = jax.tree.map(lambda x: checkpoint_name(x, "attention"), found)
     return out, (projected, mask, out, statistics)
 
 
-def _backward(residuals: Any, gradient: Attended) -> tuple[Projected, jax.Array, None]:
+def _backward(length: int, residuals: Any, gradient: Attended) -> tuple[Projected, jax.Array, None]:
     projected, mask, *others = residuals
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), projected)
     # The gradient of the bias, for each example.
     sums = Projected(jax.ShapeDtypeStruct(projected.sequence.shape[:-1], jnp.float32), None)
     inputs = (projected, *others, gradient)
-    found, sums = _call(_backward_kernel, "attention_backward", mask, inputs, (shapes, sums))
+    found, sums = _call(
+        _backward_kernel, "attention_backward", length, mask, inputs, (shapes, sums)
+    )
     return found, sums.sequence.sum(axis=0).astype(projected.sequence.dtype), None
 
 
@@ -130,7 +137,12 @@ _attend.defvjp(_forward, _backward)
 
 
 def _call(
-    kernel: Callable, name: str, mask: jax.Array | None, inputs: tuple, outputs: tuple
+    kernel: Callable,
+    name: str,
+    length: int,
+    mask: jax.Array | None,
+    inputs: tuple,
+    outputs: tuple,
 ) -> tuple:
     """Calls a kernel with trees of arrays, a group of heads of one example at a time."""
     b, _, heads, d, _ = inputs[0].sequence.shape
@@ -152,7 +164,7 @@ def _call(
         own = int(mask.shape[0] > 1)
         mask_block = pl.BlockSpec((1, *mask.shape[1:]), lambda i, j: (i * own, 0, 0))
     return pl.pallas_call(
-        partial(kernel, d**-0.5),
+        partial(kernel, d**-0.5, length),
         name=name,
         grid=(b, heads // group),
         in_specs=[mask_block, *map(blocks, inputs)],
@@ -164,14 +176,14 @@ def _call(
     )(mask, *inputs)
 
 
-def _forward_kernel(scale, mask, projected, out, statistics) -> None:
+def _forward_kernel(scale, length, mask, projected, out, statistics) -> None:
     """Writes outputs and statistics of a group of heads; arguments are references to blocks."""
     sequence, token = projected
     heads, dtype = sequence.shape[2], sequence.dtype
     seen = None if mask is None else mask[0] != 0
 
     def logits(i):
-        q, k = sequence[0, 0, i], sequence[0, 1, i]
+        q, k = (sequence[0, part, i, :, :length] for part in range(2))
         x = _visible(_dot(k.T, q, 1, 0) * scale, seen)  # [keys, queries]
         if token is None:
             return (x,)
@@ -186,14 +198,14 @@ def _forward_kernel(scale, mask, projected, out, statistics) -> None:
         return highest, jnp.exp(x - highest), of_key, of_query
 
     def weigh(i, highest, p, of_key, of_query):
-        v = sequence[0, 2, i]
+        v = sequence[0, 2, i, :, :length]
         total = p.sum(axis=0, keepdims=True)
         y = _dot(v, p.astype(dtype), 1, 0)  # [d, queries]
         if of_key is not None:
             total += of_key
             y += values[:, i : i + 1] * of_key
-        out.sequence[0, i] = (y / total).astype(dtype)
-        statistics.sequence[0, i : i + 1] = highest + jnp.log(total)
+        _write(out.sequence, (0, i), (y / total).astype(dtype))
+        statistics.sequence[0, i : i + 1, :length] = highest + jnp.log(total)
         return (of_query,)
 
     if token is not None:
@@ -214,12 +226,14 @@ def _forward_kernel(scale, mask, projected, out, statistics) -> None:
     statistics.token[0] = jnp.broadcast_to(highest + jnp.log(total), lanes)
 
 
-def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, sums) -> None:
+def _backward_kernel(
+    scale, length, mask, projected, out, statistics, gradient, result, sums
+) -> None:
     """Writes the gradients of a group of heads; arguments are references to blocks."""
     sequence, token = projected
     heads, dtype = sequence.shape[2], sequence.dtype
     f32 = jnp.float32
-    ones = jnp.ones((1, sequence.shape[-1]), dtype)
+    ones = jnp.ones((1, length), dtype)
     seen = None if mask is None else mask[0] != 0
     own_parts: tuple = ()  # gradients of what the token sees of itself
     if token is not None:
@@ -233,8 +247,9 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
         own_parts = own_gradient * k_token, own_gradient * q_token, own * g_token
 
     def products(i):
-        q, k, v, g = *(sequence[0, part, i] for part in range(3)), gradient.sequence[0, i]
-        own_mean = (g.astype(f32) * out.sequence[0, i].astype(f32)).sum(axis=0, keepdims=True)
+        q, k, v = (sequence[0, part, i, :, :length] for part in range(3))
+        g, y = (part.sequence[0, i, :, :length] for part in (gradient, out))
+        own_mean = (g.astype(f32) * y.astype(f32)).sum(axis=0, keepdims=True)
         whole = _visible(_dot(k.T, q, 1, 0) * scale, seen), _dot(v.T, g, 1, 0), own_mean
         if token is None:
             return *whole, ()
@@ -243,7 +258,7 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
         return *whole, (*of_token, _dot(gradient.token[0, i : i + 1], v, 1, 0))
 
     def weights(i, x, dp, own_mean, of_token):
-        statistic_ = statistics.sequence[0, i : i + 1]
+        statistic_ = statistics.sequence[0, i : i + 1, :length]
         p = jnp.exp(x - statistic_)
         dx = (p * (dp - own_mean) * scale).astype(dtype)
         if of_token:
@@ -259,7 +274,8 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
         return p.astype(dtype), dx, of_token
 
     def gradients(i, p, dx, of_token):
-        q, k, g = sequence[0, 0, i], sequence[0, 1, i], gradient.sequence[0, i]
+        q, k = (sequence[0, part, i, :, :length] for part in range(2))
+        g = gradient.sequence[0, i, :, :length]
         found = _dot(k, dx, 1, 0), _dot(q, dx, 1, 1), _dot(g, p, 1, 1)
         rows = ()
         if of_token:
@@ -275,7 +291,7 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
             )
         for part, value in enumerate(found):
             value = value.astype(dtype)
-            result.sequence[0, part, i] = value
+            _write(result.sequence, (0, part, i), value)
             sums.sequence[0, part, i : i + 1] = _dot(ones, value, 1, 1)  # by the matrix unit
         return rows
 
@@ -284,6 +300,14 @@ def _backward_kernel(scale, mask, projected, out, statistics, gradient, result, 
         return
     for part, (of_heads, own_part) in enumerate(zip(zip(*rows), own_parts)):
         result.token[0, part] = (jnp.concatenate(of_heads) + own_part).astype(dtype)
+
+
+def _write(to: Any, index: tuple[int, ...], value: jax.Array) -> None:
+    """Writes what was found for a sequence, [d, length], and zeros for its padding."""
+    length = value.shape[-1]
+    to[*index, :, :length] = value
+    if padding := to.shape[-1] - length:
+        to[*index, :, length:] = jnp.zeros((len(value), padding), value.dtype)
 
 
 def _interleave(heads: int, *stages: Callable) -> list[tuple]:

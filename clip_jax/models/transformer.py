@@ -19,17 +19,19 @@ from clip_jax.models.attention import (
     attend_with_token,
     splits,
 )
+from clip_jax.models.layer_norm import LayerNorm
 from clip_jax.models.layers import (
     ACTIVATIONS,
     Dtype,
     Init,
-    layer_norm,
     named,
     remat_layer,
     torch_default_bias_init,
     torch_default_init,
 )
 
+# Tokens that a tile of the accelerator's memory holds.
+_TILE = 8
 Mask = Bool[Array, "#batch 1 query key"]
 # Picks the tokens that are read, [b, s, ...] -> [b, n, ...].
 Read = Callable[[Tokens], jax.Array]
@@ -51,56 +53,93 @@ class Block(nn.Module):
     qkv_init: Init
     mlp_init: Init
     out_init: Init  # init of both projections that end in the residual stream
+    length: int | None  # tokens of a sequence before its padding; None: it has none
 
     @nn.compact
     def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:
         each = jax.tree.map  # over the sequence and, if it stands apart, the class token
         width = jax.tree.leaves(x)[0].shape[-1]
+        # The kernels for TPUs find the gradients of most biases, which they take as constants.
+        kernels = self.attention == "pallas" and not self.is_initializing()
+        promote = _constant_bias if kernels else nn.dtypes.promote_dtype
+        norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
+        out = partial(dense, width, kernel_init=self.out_init, promote_dtype=promote)
+        attn_out = out(axis=(-2, -1), dot_general=_dot_joined, name="attn_out")
+        mlp_out = out(bias_init=torch_default_bias_init(self.mlp), name="mlp_out")
+        constants = None
+        if kernels:
+            constants = tuple(part.variables["params"]["bias"] for part in (attn_out, mlp_out))
+
         qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")
-        y = self._attend(qkv, each(layer_norm(self.norm_eps, self.dtype, "ln_1"), x), mask, read)
+        y, x = norm(name="ln_1")(x)
+        y = self._attend(qkv, y, mask, read)
         x = x if read is None else read(x)
-        out = dense(width, axis=(-2, -1), kernel_init=self.out_init, name="attn_out")
-        x = named(each(jnp.add, x, each(out, y)), "residual")
-        y = each(layer_norm(self.norm_eps, self.dtype, "ln_2"), x)
+        x = named(each(jnp.add, x, each(attn_out, y)), "residual")
+        y, x = norm(name="ln_2")(x, constants)
+        like = x
+        if kernels:
+            x, y = each(_as_rows, (x, y))
         bias = torch_default_bias_init(width)
         y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
         y = named(y, "mlp")
         y = each(ACTIVATIONS[self.activation], y)
-        bias = torch_default_bias_init(self.mlp)
-        y = each(dense(width, kernel_init=self.out_init, bias_init=bias, name="mlp_out"), y)
-        return each(jnp.add, x, y)
+        x = each(jnp.add, x, each(mlp_out, y))
+        return each(lambda part, like: part.reshape(like.shape), x, like)
 
     def _attend(
         self, qkv: QueryKeyValue, x: Tokens, mask: Mask | None, read: Read | None
     ) -> Tokens:
         """Computes attention for the tokens that are read, [b, n, heads, d], or for all."""
         few = read is not None and mask is None and not self.causal  # the others are not needed
-        if self.attention == "pallas" and not few and self._fits_kernel(x):
+        in_kernel = self.attention == "pallas" and not few and not self.is_initializing()
+        if in_kernel and _fits_kernel(x, self.heads):
             if mask is None and self.causal:
                 mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
             projected, bias = qkv.for_kernel(x)
-            y = attend_in_kernel(named(projected, "qkv"), bias, mask)  # it names what it keeps
+            projected = named(projected, "qkv")
+            y = attend_in_kernel(projected, bias, mask, self.length)  # it names what it keeps
         elif isinstance(x, tuple):
             projected = named(jax.tree.map(qkv, x), "qkv")
             y = named(attend_with_token(*projected), "attention")
         elif few:
-            return attend(qkv(x, read(x)))
+            return attend(qkv(x[:, : self.length], read(x)))
         else:
             projected = named(qkv(x), "qkv")
             y = named(attend(projected, mask, self.causal, self.attention), "attention")
         return y if read is None else read(y)
 
-    def _fits_kernel(self, x: Tokens) -> bool:
-        batch, length, width = jax.tree.leaves(x)[0].shape
-        misfit = attention_kernel.misfit(width // self.heads, length)
-        return not misfit and splits(batch) and not self.is_initializing()
+
+def _fits_kernel(x: Tokens, heads: int) -> bool:
+    batch, length, width = jax.tree.leaves(x)[0].shape
+    return not attention_kernel.misfit(width // heads, length) and splits(batch)
+
+
+def _constant_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array, **options: Any) -> list:
+    x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, **options)
+    return [x, kernel, jax.lax.stop_gradient(bias)]
+
+
+def _dot_joined(x: jax.Array, kernel: jax.Array, *_: Any, **options: Any) -> jax.Array:
+    """Contracts heads and features, [..., heads, d] by [heads, d, w], as one dimension.
+
+    As two, XLA pads the features of the gradient to 128 lanes.
+    """
+    x, kernel = x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1])
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+
+
+def _as_rows(x: jax.Array) -> jax.Array:
+    """Joins examples and tokens where this moves nothing: XLA's products are faster then."""
+    return x.reshape(-1, x.shape[-1]) if x.ndim == 3 and x.shape[1] % _TILE == 0 else x
 
 
 class Transformer(nn.Module):
     """A stack of blocks: tokens [b, s, w], or with a token apart ([b, s, w], [b, w]), to the same.
 
-    Where only some tokens are read in the end, the last block computes no others.
+    Where only some tokens are read in the end, the last block computes no others. Where kernels for
+    TPUs compute it, a sequence that does not fill its last tile is padded: it takes the memory
+    anyhow.
 
     Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
     unrolled, so that one checkpoint and one sharding rule serve both.
@@ -139,7 +178,13 @@ class Transformer(nn.Module):
             those up to itself.
           read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
         """
-        block = self._block(jax.tree.leaves(x)[0].shape[-1])
+        length, padding = None, 0
+        sees_all = mask is None and not self.causal
+        if self.attention == "pallas" and sees_all and not isinstance(x, tuple):
+            length = x.shape[1]
+            padding = -length % _TILE if _fits_kernel(x, self.heads) else 0
+            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+        block = self._block(jax.tree.leaves(x)[0].shape[-1], length if padding else None)
         sample = jax.tree.map(lambda part: jnp.zeros((1, *part.shape[1:]), self.dtype), x)
 
         def init_stack(key: jax.Array):
@@ -161,9 +206,9 @@ class Transformer(nn.Module):
         for layer_params, picked in zip(others, reads):
             one = partial(layer, read=picked)
             x, _ = remat_layer(one, self.remat, scanned=False)(x, layer_params)
-        return x
+        return x[:, :length] if padding and read is None else x
 
-    def _block(self, width: int) -> Block:
+    def _block(self, width: int, length: int | None) -> Block:
         if self.paper_init:
             normal = nn.initializers.normal
             qkv_init = normal(width**-0.5)
@@ -184,6 +229,7 @@ class Transformer(nn.Module):
             qkv_init=qkv_init,
             mlp_init=mlp_init,
             out_init=out_init,
+            length=length,
             parent=None,
         )
 

@@ -241,4 +241,21 @@ def lower_step(
     state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     out_shardings = state_shardings, sharding.replicated(mesh)
     with jax.set_mesh(mesh):
-        return jax.jit(step, donate_argnums=0, out_shardings=out_shardings).lower(state, batch)
+        jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=out_shardings,
+            compiler_options=_compiler_options(mesh.devices.flat[0]),
+        )
+        return jitted.lower(state, batch)
+
+
+# KiB of a core's memory (VMEM) that one operation may take, by the kind of device, as JAX names it;
+# the compiler's default is 16 MiB. Of the larger part a matrix product makes larger tiles, so that
+# it reads its operands less often; the smaller part is left for arrays to stay in between.
+_VMEM = {"TPU v5 lite": 48 * 2**10, "TPU v6 lite": 48 * 2**10}
+
+
+def _compiler_options(device: jax.Device) -> dict[str, str]:
+    limit = _VMEM.get(device.device_kind)
+    return {"xla_tpu_scoped_vmem_limit_kib": str(limit)} if limit else {}

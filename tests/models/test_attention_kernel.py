@@ -73,7 +73,13 @@ def test_kernel_equals_float64(heads, d, length, token, masked, dtype):
         y = attention_kernel.attend(projected, bias, mask)
         return jnp.concatenate([y.sequence, y.token[..., None]], -1) if token else y.sequence
 
-    y, backward = jax.vjp(attend, parts, jnp.zeros((3, heads, d), dtype))
+    assert_equals_float64(attend, parts, gradient, mask, length)
+
+
+def assert_equals_float64(attend, parts, gradient, mask, length):
+    """Compares attend(parts, bias), whose bias is of the first tokens, and its gradients."""
+    dtype = str(parts.dtype)
+    y, backward = jax.vjp(attend, parts, jnp.zeros((3, *parts.shape[2:4]), dtype))
     found, of_bias = backward(gradient)
     parts, gradient = np.asarray(parts, "f8"), np.asarray(gradient, "f8")
     expected = reference(*parts.swapaxes(0, 1), gradient, mask)
@@ -84,6 +90,20 @@ def test_kernel_equals_float64(heads, d, length, token, masked, dtype):
     for mine, other in zip(found, (*expected, sums)):
         error = np.abs(np.asarray(mine, "f8") - other).max()
         assert error <= tolerance * np.abs(other).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_padding_is_not_seen(dtype):
+    rng = np.random.default_rng(0)
+    parts = jnp.asarray(rng.normal(size=(2, 3, 2, 64, 197)), dtype)
+    gradient = jnp.asarray(rng.normal(size=(2, 2, 64, 197)), dtype)
+
+    def attend(parts, bias):
+        padded = jnp.pad(parts, (*[(0, 0)] * 4, (0, 3)), constant_values=1e4)
+        y = attention_kernel.attend(attention_kernel.Projected(padded, None), bias, length=197)
+        return y.sequence[..., :197] + y.sequence[..., 197:].sum()  # which are zeros
+
+    assert_equals_float64(attend, parts, gradient, None, 197)
 
 
 def test_a_key_that_wins_by_far_stays_finite():
@@ -101,8 +121,8 @@ def test_a_key_that_wins_by_far_stays_finite():
 
 
 SIZE = {
-    "image_size": 64, "patch_size": 8, "image_layers": (2,), "image_width": 64, "image_heads": 2,
-    "text_width": 32, "text_heads": 2, "text_layers": 2, "embed_dim": 16, "context_length": 16,
+    "image_size": 64, "patch_size": 8, "image_layers": (2,), "image_width": 128, "image_heads": 2,
+    "text_width": 128, "text_heads": 2, "text_layers": 2, "embed_dim": 16, "context_length": 16,
     "vocab_size": 64,
 }  # fmt: skip
 
@@ -137,16 +157,21 @@ def gradients(net, params, images, tokens):
 
 
 @pytest.mark.parametrize(
-    ("tokens_apart", "scan_layers", "remat"), [(True, True, "attention"), (False, False, "full")]
+    ("tile", "scan_layers", "remat", "size"),
+    [
+        (64, True, "attention", {}),  # the class token apart, as with the 256 patches of ViT-L/14
+        (128, False, "full", {}),  # 65 tokens, padded to 72
+        (128, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
+    ],
 )
-def test_a_model_learns_the_same(monkeypatch, tokens_apart, scan_layers, remat):
-    if tokens_apart:  # as with the 256 patches of ViT-L/14
-        monkeypatch.setattr("clip_jax.models.vit.FULL_TILES", 64)
+def test_a_model_learns_the_same(monkeypatch, tile, scan_layers, remat, size):
+    monkeypatch.setattr("clip_jax.models.vit.FULL_TILES", tile)
     images, tokens = batch(4)
-    plain = make("xla")
+    images = images[:, : size.get("image_size", 64), : size.get("image_size", 64)]
+    plain = make("xla", **size)
     params = plain.init(jax.random.key(0), images, tokens)["params"]
     value, expected = gradients(plain, params, images, tokens)
-    kernel = make("pallas", remat, scan_layers)
+    kernel = make("pallas", remat, scan_layers, **size)
     assert "attention_backward" in str(
         jax.make_jaxpr(lambda p: gradients(kernel, p, images, tokens))(params)
     )
@@ -181,7 +206,7 @@ def test_shapes_that_do_not_fit_are_named_and_take_the_plain_form(monkeypatch):
     assert attention.misfits(models.get_size("ViT-B/32"), 80) == {
         "image": "49 tokens would fill half of the chip's lanes, or less"
     }
-    net = make("pallas", image_heads=16, text_heads=8)  # heads 4 wide
+    net = make("pallas", image_width=64, image_heads=16, text_width=32, text_heads=8)
     images, tokens = batch(2)
     params = net.init(jax.random.key(0), images, tokens)["params"]
     plain = dataclasses.replace(net, attention="xla")
