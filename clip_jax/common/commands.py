@@ -65,22 +65,22 @@ def plain_errors(
 
     Args:
       interrupted: paragraph after Ctrl-C.
-      threads_may_hang: whether to end without waiting for threads after a failure of storage or a
-        stall of the data.
+      threads_may_hang: whether to end without Python's own clean-up after a signal, a failure of
+        storage or a stall of the data: threads that are then at work may never end, or crash in it.
     """
     try:
         with _none_lost():
             yield
         lifeline.finish()
     except KeyboardInterrupt:
-        _end(interrupted, ExitCode.INTERRUPTED)
+        _end(interrupted, ExitCode.INTERRUPTED, threads_may_hang)
     except SystemExit as error:
         lifeline.fail(f"it ended with exit status {error.code}.", error.code)
         raise
     except Stopped as error:
         if error.everywhere:
             lifeline.finish()
-        _end(str(error), error.exit_code)
+        _end(str(error), error.exit_code, threads_may_hang and not error.everywhere)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and output.unread():
             lifeline.fail("Nobody reads its output any more.", ExitCode.UNREAD)

@@ -61,14 +61,9 @@ class QueryKeyValue(nn.Module):
         sequence, token = x if isinstance(x, tuple) else (x, None)
         kernel, bias = self._parameters(sequence.shape[-1])
         sequence, kernel, bias = nn.dtypes.promote_dtype(sequence, kernel, bias, dtype=self.dtype)
-        # With heads and their features as one dimension: else XLA pads the gradient's features.
-        kernel = kernel.reshape(*kernel.shape[:2], -1)
-        sequence = jnp.einsum("bsw,wpn->bpns", sequence, kernel)
-        sequence = sequence.reshape(-1, *bias.shape, sequence.shape[-1])
-        sequence += jax.lax.stop_gradient(bias)[..., None]
+        sequence = _to_heads(sequence, kernel) + jax.lax.stop_gradient(bias)[..., None]
         if token is not None:
-            token = jnp.einsum("bw,wpn->bpn", token.astype(sequence.dtype), kernel)
-            token = token.reshape(-1, *bias.shape) + bias
+            token = jnp.einsum("bw,wphd->bphd", token.astype(self.dtype), kernel) + bias
         return attention_kernel.Projected(sequence, token), bias
 
     @nn.compact
@@ -80,6 +75,53 @@ class QueryKeyValue(nn.Module):
 
         kernel = self.param("kernel", kernel_init, (width, *shape))
         return kernel, self.param("bias", nn.initializers.zeros, shape)
+
+
+# ---- The projections beside the kernel. XLA does well with heads and features as dimensions of
+# their own, but in the gradients of the weights, where it pads the features to 128 lanes. So these
+# are products of matrices, and a barrier keeps it from splitting them again.
+
+
+@jax.custom_vjp
+def _to_heads(
+    x: Float[Array, "b s w"], kernel: Float[Array, "w 3 heads d"]
+) -> Float[Array, "b 3 heads d s"]:
+    return jnp.einsum("bsw,wphd->bphds", x, kernel)
+
+
+def _to_heads_gradients(
+    residuals: tuple[jax.Array, jax.Array], g: Float[Array, "b 3 heads d s"]
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    of_x = jnp.einsum("bphds,wphd->bsw", g, kernel)
+    if jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1:
+        g = g.reshape(len(g), -1, g.shape[-1])  # heads that are split over devices do not join
+    of_kernel = jax.lax.optimization_barrier(jnp.einsum("bsw,b...s->w...", x, g))
+    return of_x, of_kernel.reshape(kernel.shape)
+
+
+_to_heads.defvjp(lambda x, kernel: (_to_heads(x, kernel), (x, kernel)), _to_heads_gradients)
+
+
+@jax.custom_vjp
+def from_heads(
+    y: Float[Array, "b s heads d"], kernel: Float[Array, "heads d w"]
+) -> Float[Array, "b s w"]:
+    """Projects what `attend_in_kernel` finds for a sequence."""
+    return jnp.einsum("bshd,hdw->bsw", y, kernel)
+
+
+def _from_heads_gradients(
+    residuals: tuple[jax.Array, jax.Array], g: Float[Array, "b s w"]
+) -> tuple[jax.Array, jax.Array]:
+    y, kernel = residuals
+    of_y = jnp.einsum("bsw,hdw->bshd", g, kernel)
+    y = y.transpose(0, 2, 3, 1).reshape(len(y), -1, y.shape[1])  # as the kernel wrote it
+    of_kernel = jax.lax.optimization_barrier(jnp.einsum("bns,bsw->nw", y, g))
+    return of_y, of_kernel.reshape(kernel.shape)
+
+
+from_heads.defvjp(lambda y, kernel: (from_heads(y, kernel), (y, kernel)), _from_heads_gradients)
 
 
 def misfits(size: Size, context_length: int) -> dict[str, str]:

@@ -17,6 +17,7 @@ from clip_jax.models.attention import (
     attend,
     attend_in_kernel,
     attend_with_token,
+    from_heads,
     splits,
 )
 from clip_jax.models.layer_norm import LayerNorm
@@ -65,7 +66,7 @@ class Block(nn.Module):
         norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
         out = partial(dense, width, kernel_init=self.out_init, promote_dtype=promote)
-        attn_out = out(axis=(-2, -1), dot_general=_dot_joined, name="attn_out")
+        attn_out = out(axis=(-2, -1), dot_general=_from_heads if kernels else None, name="attn_out")
         mlp_out = out(bias_init=torch_default_bias_init(self.mlp), name="mlp_out")
         constants = None
         if kernels:
@@ -120,13 +121,10 @@ def _constant_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array, **options: 
     return [x, kernel, jax.lax.stop_gradient(bias)]
 
 
-def _dot_joined(x: jax.Array, kernel: jax.Array, *_: Any, **options: Any) -> jax.Array:
-    """Contracts heads and features, [..., heads, d] by [heads, d, w], as one dimension.
-
-    As two, XLA pads the features of the gradient to 128 lanes.
-    """
-    x, kernel = x.reshape(*x.shape[:-2], -1), kernel.reshape(-1, kernel.shape[-1])
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+def _from_heads(x: jax.Array, kernel: jax.Array, *others: Any, **options: Any) -> jax.Array:
+    if x.ndim == 4:
+        return from_heads(x, kernel)
+    return jax.lax.dot_general(x, kernel, *others, **options)
 
 
 def _as_rows(x: jax.Array) -> jax.Array:
