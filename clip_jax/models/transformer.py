@@ -60,21 +60,23 @@ class Block(nn.Module):
     def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:
         each = jax.tree.map  # over the sequence and, if it stands apart, the class token
         width = jax.tree.leaves(x)[0].shape[-1]
-        # The kernels for TPUs find the gradients of most biases, which they take as constants.
         kernels = self.attention == "pallas" and not self.is_initializing()
-        promote = _constant_bias if kernels else nn.dtypes.promote_dtype
+        in_kernel = kernels and _fits_kernel(x, self.heads)
         norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
-        out = partial(dense, width, kernel_init=self.out_init, promote_dtype=promote)
-        attn_out = out(axis=(-2, -1), dot_general=_from_heads if kernels else None, name="attn_out")
+        out = partial(dense, width, kernel_init=self.out_init)
+        if kernels:
+            out = partial(out, promote_dtype=_constant_bias)
+        product = _from_heads if in_kernel else None
+        attn_out = out(axis=(-2, -1), dot_general=product, name="attn_out")
         mlp_out = out(bias_init=torch_default_bias_init(self.mlp), name="mlp_out")
         constants = None
-        if kernels:
+        if kernels:  # the second LayerNorm's has the gradients of these biases at hand
             constants = tuple(part.variables["params"]["bias"] for part in (attn_out, mlp_out))
 
         qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")
         y, x = norm(name="ln_1")(x)
-        y = self._attend(qkv, y, mask, read)
+        y = self._attend(qkv, y, mask, read, in_kernel)
         x = x if read is None else read(x)
         x = named(each(jnp.add, x, each(attn_out, y)), "residual")
         y, x = norm(name="ln_2")(x, constants)
@@ -89,12 +91,16 @@ class Block(nn.Module):
         return each(lambda part, like: part.reshape(like.shape), x, like)
 
     def _attend(
-        self, qkv: QueryKeyValue, x: Tokens, mask: Mask | None, read: Read | None
+        self,
+        qkv: QueryKeyValue,
+        x: Tokens,
+        mask: Mask | None,
+        read: Read | None,
+        in_kernel: bool,
     ) -> Tokens:
         """Computes attention for the tokens that are read, [b, n, heads, d], or for all."""
         few = read is not None and mask is None and not self.causal  # the others are not needed
-        in_kernel = self.attention == "pallas" and not few and not self.is_initializing()
-        if in_kernel and _fits_kernel(x, self.heads):
+        if in_kernel and not few:
             if mask is None and self.causal:
                 mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
             projected, bias = qkv.for_kernel(x)
