@@ -80,7 +80,14 @@ def plan(row: Row) -> dict:
         found = json.loads(file.read_text())
     if not found["fits"]:
         sys.exit(f"{row}: does not fit.")
-    kept = {
+    kept = keep(found)
+    print(f"  {kept['ms']:.1f} ms, MFU {kept['mfu']:.3f}, {kept['gib']:.1f} GiB a chip", flush=True)
+    return kept
+
+
+def keep(found: dict) -> dict:
+    """Returns what is kept of the figures of a plan."""
+    return {
         "gib": found["memory"]["peak"] / 2**30,
         "ms": found["step"]["seconds"] * 1e3,
         "mfu": found["step"]["mfu"],
@@ -91,8 +98,6 @@ def plan(row: Row) -> dict:
         "libtpu": metadata.version("libtpu"),
         "date": datetime.date.today().isoformat(),
     }
-    print(f"  {kept['ms']:.1f} ms, MFU {kept['mfu']:.3f}, {kept['gib']:.1f} GiB a chip", flush=True)
-    return kept
 
 
 def table(stored: dict[str, dict]) -> str:

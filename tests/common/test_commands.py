@@ -120,3 +120,27 @@ def test_a_signal_within_a_callback_of_the_garbage_collector(number, capsys):
     assert capsys.readouterr().err == f"\n{text}\n"
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     assert sys.unraisablehook is hook
+
+
+@pytest.mark.parametrize(
+    ("error", "cleans_up"),
+    [
+        ("KeyboardInterrupt", False),
+        ("Stopped('Asked to stop.', ExitCode.RESUME)", False),
+        ("Stopped('Saved.', ExitCode.RESUME, everywhere=True)", True),
+    ],
+)
+def test_python_does_not_clean_up_beneath_threads(error, cleans_up):
+    program = f"""
+import atexit
+from clip_jax.common import commands
+from clip_jax.errors import ExitCode, Stopped
+atexit.register(print, "Cleaned up.")
+print("Begun.")
+with commands.plain_errors(threads_may_hang=True):
+    raise {error}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    interrupted = error == "KeyboardInterrupt"
+    assert done.returncode == (ExitCode.INTERRUPTED if interrupted else ExitCode.RESUME)
+    assert done.stdout == "Begun.\n" + "Cleaned up.\n" * cleans_up
