@@ -237,7 +237,7 @@ def _model() -> ConfigDict:
     # "dots_with_no_batch_dims_saveable" | "everything_saveable".
     model.remat = "none"
     model.text_remat = ""  # the same for the text tower; "": as model.remat
-    # Attention of the transformers: "xla" | "pallas" (kernels for TPUs, also of LayerNorm) | "cudnn"
+    # Attention of the transformers: "xla" | "pallas" (kernels for TPUs, of LayerNorm too) | "cudnn"
     # (NVIDIA's, in bfloat16) | "auto" (the kernels on TPUs where they fit, else XLA's).
     model.attention = "auto"
     model.patch_dropout = 0.0  # fraction of the patches that a ViT leaves out in training
