@@ -36,7 +36,7 @@ class LayerNorm(nn.Module):
 
     Attributes:
       eps: addition to the variance.
-      dtype: of the results.
+      dtype: dtype of the results.
       kernel: whether sequences that fit it go through the kernel. A token apart does not.
     """
 

@@ -71,7 +71,7 @@ class Block(nn.Module):
         attn_out = out(axis=(-2, -1), dot_general=product, name="attn_out")
         mlp_out = out(bias_init=torch_default_bias_init(self.mlp), name="mlp_out")
         constants = None
-        if kernels:  # the second LayerNorm's has the gradients of these biases at hand
+        if kernels:  # the second LayerNorm finds the gradients of these biases
             constants = tuple(part.variables["params"]["bias"] for part in (attn_out, mlp_out))
 
         qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")

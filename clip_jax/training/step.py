@@ -251,8 +251,8 @@ def lower_step(
 
 
 # KiB of a core's memory (VMEM) that one operation may take, by the kind of device, as JAX names it;
-# the compiler's default is 16 MiB. Of the larger part a matrix product makes larger tiles, so that
-# it reads its operands less often; the smaller part is left for arrays to stay in between.
+# the compiler's default is 16 MiB. With more, a matrix product is cut into larger tiles and reads
+# its operands less often; what is left holds arrays between operations.
 _VMEM = {"TPU v5 lite": 48 * 2**10, "TPU v6 lite": 48 * 2**10}
 
 

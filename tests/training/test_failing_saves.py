@@ -269,7 +269,8 @@ def test_two_hosts_give_up_a_save_together(disk, fault: str, reason: str):
     command = ["-c", HOST, f"--disk={disk}", f"--fault={fault}"]
     ended = endings([launch([*command, *own], devices=2) for own in flags(2)])
     assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
-    first = [line for line in ended[0].stdout.splitlines() if not line.startswith("[Gloo]")]
+    # Gloo's threads print how many peer ranks they are connected to, in lines torn at times.
+    first = [line for line in ended[0].stdout.splitlines() if "peer ranks" not in line]
     assert " A checkpoint could not be written to" in first[0]
     assert reason in first[0]
     assert "again, after" in first[1]
