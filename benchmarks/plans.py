@@ -28,7 +28,7 @@ SOURCE = ("data.source.type=digits", "data.source.split=train")  # a plan does n
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is planned: a config, the topology and settings on top of the config."""
+    """A config, the topology that it is planned for, and settings on top of the config."""
 
     config: str
     topology: str
