@@ -114,7 +114,7 @@ def table(stored: dict[str, dict]) -> str:
         flags = ", ".join(f"`{setting}`" for setting in row.settings)
         days = f"{kept['days']:.1f}"
         if kept["duration"] != "32 epochs":
-            days += f" ({kept['duration']})"
+            days += f" ({kept['duration'].replace('1 epochs', '1 epoch')})"
         pairs = float(f"{kept['pairs_per_second']:.3g}")
         cells = [
             row.config, row.topology, flags, f"{kept['gib']:.1f}", f"{kept['ms']:,.0f}",
