@@ -23,7 +23,10 @@ from clip_jax.models.layers import Dtype
 _ROWS = 16  # tokens at a time: the sublanes of a tile of bfloat16
 _UNROLLED = 4  # so often, or the compiler waits for the sums of each
 _BLOCK = 2**18  # numbers of an array, about; two blocks of each of up to four arrays are in VMEM
-_VMEM = 12 * 2**20  # bytes
+# Bytes of VMEM: at least, and of each number of a block: two blocks of four bfloat16 arrays, and
+# some more.
+_VMEM, _VMEM_EACH = 12 * 2**20, 20
+_LARGEST = 2**21  # numbers of an example; a larger one would not leave much of 64 MiB
 
 Row = Float[Array, " w"]
 # Biases that are added as constants, since the kernel has their gradients at hand: one within the
@@ -75,7 +78,10 @@ class LayerNorm(nn.Module):
 
 
 def _fits(x: jax.Array) -> bool:
-    return x.ndim == 3 and x.shape[1] >= _ROWS and x.shape[2] % 128 == 0 and splits(x.shape[0])
+    if x.ndim != 3:
+        return False
+    b, s, w = x.shape
+    return s >= _ROWS and w % 128 == 0 and s * w <= _LARGEST and splits(b)
 
 
 def _centre(x: Float[Array, "*n w"], eps: float) -> tuple[Float[Array, "*n w"], jax.Array]:
@@ -153,7 +159,8 @@ def _call(
                 *[shape((parts, 8, w), jnp.float32)] * sums,
             ),
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM
+                dimension_semantics=("parallel",),
+                vmem_limit_bytes=max(_VMEM, _VMEM_EACH * examples * s * w),
             ),
         )(*arrays, *(row.reshape(1, w).astype(jnp.float32) for row in rows))
 
