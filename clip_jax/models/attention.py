@@ -19,6 +19,8 @@ from clip_jax.models.sizes import Size
 # Tokens [b, s, ...], or those of a sequence and, apart from them, one more token per example:
 # ([b, s, ...], [b, ...]).
 Tokens = Any
+# Short sequences that are attended to as one, at most: the work on logits grows with them.
+_MOST = 8
 # Queries, keys and values.
 Heads = tuple[Float[Array, "... heads d"], Float[Array, "... heads d"], Float[Array, "... heads d"]]
 
@@ -124,21 +126,35 @@ def _from_heads_gradients(
 from_heads.defvjp(lambda y, kernel: (from_heads(y, kernel), (y, kernel)), _from_heads_gradients)
 
 
-def misfits(size: Size, context_length: int) -> dict[str, str]:
+def misfits(size: Size, context_length: int, batch: int) -> dict[str, str]:
     """Returns the towers of a model that the kernel for TPUs does not fit, and why.
 
     Args:
       size: shapes of the model.
       context_length: tokens in a row of the text tower.
+      batch: examples that a tower embeds at a time.
     """
     shapes = {}
     if size.patch_size is not None:
-        tokens = (size.image_size // size.patch_size) ** 2
-        shapes["image"] = size.image_width // size.image_heads, tokens
+        tokens = (size.image_size // size.patch_size) ** 2 + (size.image_pool == "class")
+        shapes["image"] = size.image_width // size.image_heads, tokens * joined(batch, tokens)
     if size.has_text_blocks:
-        shapes["text"] = size.text_width // size.text_heads, context_length
+        together = 1 if size.text_causal else joined(batch, context_length)
+        shapes["text"] = size.text_width // size.text_heads, context_length * together
     found = {tower: attention_kernel.misfit(*shape) for tower, shape in shapes.items()}
     return {tower: why for tower, why in found.items() if why}
+
+
+def joined(batch: int, length: int) -> int:
+    """Returns how many sequences the kernel for TPUs takes as one: several where they are short.
+
+    As few as fill it, of a batch that they divide on each device, and whole tiles of tokens.
+    """
+    if length >= attention_kernel.SHORTEST:
+        return 1
+    counts = (n for n in range(2, _MOST + 1) if batch % n == 0 and splits(batch // n))
+    whole = (n for n in counts if n * length >= attention_kernel.SHORTEST and n * length % 8 == 0)
+    return next(whole, 1)
 
 
 def splits(batch: int) -> bool:

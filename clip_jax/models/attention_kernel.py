@@ -33,7 +33,7 @@ _VMEM = 64 * 2**20  # bytes
 _WIDEST, _LONGEST = 128, 1152
 # Below this a sequence fills less than half of the 128 lanes. By the planner the 50 tokens of
 # ViT-B/32 then take 1.3 times as long as in XLA's form, projections included.
-_SHORTEST = 65
+SHORTEST = 65
 
 
 def misfit(d: int, length: int) -> str:
@@ -47,7 +47,7 @@ def misfit(d: int, length: int) -> str:
         return f"heads {d} wide are not a multiple of 8 up to {_WIDEST}"
     if length > _LONGEST:
         return f"{length:,} tokens are more than {_LONGEST:,}"
-    if length < _SHORTEST:
+    if length < SHORTEST:
         return f"{length} tokens would fill half of the chip's lanes, or less"
     return ""
 

@@ -18,6 +18,7 @@ from clip_jax.models.attention import (
     attend_in_kernel,
     attend_with_token,
     from_heads,
+    joined,
     splits,
 )
 from clip_jax.models.layer_norm import LayerNorm
@@ -122,6 +123,25 @@ def _fits_kernel(x: Tokens, heads: int) -> bool:
     return not attention_kernel.misfit(width // heads, length) and splits(batch)
 
 
+def _fill_tiles(x: Array, heads: int) -> tuple[Array, Mask | None, int | None]:
+    """Joins short sequences, or pads others.
+
+    Returns:
+      The tokens, a mask that keeps joined sequences apart, and the length of padded ones.
+    """
+    b, length, width = x.shape
+    together = joined(b, length)
+    rows = x.reshape(b // together, -1, width)
+    if not _fits_kernel(rows, heads):
+        return x, None, None
+    if together > 1:
+        owner = jnp.arange(rows.shape[1]) // length
+        return rows, (owner[:, None] == owner)[None, None], None
+    padding = -length % _TILE
+    x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
+    return x, None, length if padding else None
+
+
 def _constant_bias(x: jax.Array, kernel: jax.Array, bias: jax.Array, **options: Any) -> list:
     x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, **options)
     return [x, kernel, jax.lax.stop_gradient(bias)]
@@ -142,8 +162,8 @@ class Transformer(nn.Module):
     """A stack of blocks: tokens [b, s, w], or with a token apart ([b, s, w], [b, w]), to the same.
 
     Where only some tokens are read in the end, the last block computes no others. Where kernels for
-    TPUs compute it, a sequence that does not fill its last tile is padded: it takes the memory
-    anyhow.
+    TPUs compute it, short sequences are joined, with a mask that keeps them apart, and one that
+    does not fill its last tile is padded: it takes the memory anyhow.
 
     Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
     unrolled, so that one checkpoint and one sharding rule serve both.
@@ -182,13 +202,15 @@ class Transformer(nn.Module):
             those up to itself.
           read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
         """
-        length, padding = None, 0
-        sees_all = mask is None and not self.causal
-        if self.attention == "pallas" and sees_all and not isinstance(x, tuple):
-            length = x.shape[1]
-            padding = -length % _TILE if _fits_kernel(x, self.heads) else 0
-            x = jnp.pad(x, ((0, 0), (0, padding), (0, 0)))
-        block = self._block(jax.tree.leaves(x)[0].shape[-1], length if padding else None)
+        shape, length = None, None
+        if (
+            self.attention == "pallas"
+            and not (isinstance(x, tuple) or self.causal)
+            and mask is None
+        ):
+            shape = x.shape
+            x, mask, length = _fill_tiles(x, self.heads)
+        block = self._block(jax.tree.leaves(x)[0].shape[-1], length)
         sample = jax.tree.map(lambda part: jnp.zeros((1, *part.shape[1:]), self.dtype), x)
 
         def init_stack(key: jax.Array):
@@ -197,7 +219,7 @@ class Transformer(nn.Module):
 
         params = self.param("blocks", init_stack)
 
-        def layer(x, layer_params, read=None):
+        def layer(x, layer_params, mask=mask, read=None):
             # Without the constraint the partitioner may replicate activations under FSDP.
             x = jax.tree.map(sharding.constrain_batch, x)
             return block.apply({"params": layer_params}, x, mask, read), None
@@ -209,8 +231,12 @@ class Transformer(nn.Module):
         reads = [None] * (len(others) - 1) + [read]
         for layer_params, picked in zip(others, reads):
             one = partial(layer, read=picked)
+            if picked and shape and length is None:
+                x, one = x.reshape(shape), partial(one, mask=None)
             x, _ = remat_layer(one, self.remat, scanned=False)(x, layer_params)
-        return x[:, :length] if padding and read is None else x
+        if read is None and shape:
+            x = x.reshape(shape) if length is None else x[:, :length]
+        return x
 
     def _block(self, width: int, length: int | None) -> Block:
         if self.paper_init:

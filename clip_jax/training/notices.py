@@ -72,7 +72,8 @@ def notices(
     found = []
     if net.attention == "pallas":
         length = config.model.packing.length or net.size.context_length
-        for tower, why in attention.misfits(net.size, length).items():
+        at_a_time = config.batch_size // config.accum_steps
+        for tower, why in attention.misfits(net.size, length, at_a_time).items():
             found.append(f"Attention of the {tower} tower is XLA's, not the kernel's: {why}.")
     examples, batch = len(source), config.batch_size
     if batch > examples:

@@ -279,7 +279,9 @@ def _announce(run: Run) -> None:
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
         _say(note)
-    for notice in notices.notices(config, run.net, run.source, run.order, run.total_steps):
+    with jax.set_mesh(run.mesh):
+        found = notices.notices(config, run.net, run.source, run.order, run.total_steps)
+    for notice in found:
         _say(notice)
     best = config.checkpoint.best_metric
     if best and not run.evaluator.measures(best):

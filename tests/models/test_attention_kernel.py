@@ -19,7 +19,7 @@ from clip_jax.training import program
 def interpreted(monkeypatch):
     interpreted = functools.partial(pl.pallas_call, interpret=True)
     monkeypatch.setattr(attention_kernel.pl, "pallas_call", interpreted)
-    monkeypatch.setattr(attention_kernel, "_SHORTEST", 1)
+    monkeypatch.setattr(attention_kernel, "SHORTEST", 1)
 
 
 def reference(q, k, v, g, mask):
@@ -157,15 +157,18 @@ def gradients(net, params, images, tokens):
 
 
 @pytest.mark.parametrize(
-    ("tile", "scan_layers", "remat", "size"),
+    ("shortest", "scan_layers", "remat", "size"),
     [
-        (64, True, "attention", {}),  # the class token apart, as with the 256 patches of ViT-L/14
-        (128, False, "full", {}),  # 65 tokens, padded to 72
-        (128, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
+        (1, True, "attention", {}),  # the class token apart, as with the 256 patches of ViT-L/14
+        (1, False, "full", {"image_size": 56}),  # 50 tokens, padded to 56
+        (1, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
+        (65, False, "residual", {"image_size": 56}),  # four times 50 tokens as one sequence
+        (65, True, "none", {"image_pool": "map", "image_size": 48}),  # twice 36 patches
     ],
 )
-def test_a_model_learns_the_same(monkeypatch, tile, scan_layers, remat, size):
-    monkeypatch.setattr("clip_jax.models.vit.FULL_TILES", tile)
+def test_a_model_learns_the_same(monkeypatch, shortest, scan_layers, remat, size):
+    monkeypatch.setattr("clip_jax.models.vit.FULL_TILES", 64)
+    monkeypatch.setattr(attention_kernel, "SHORTEST", shortest)
     images, tokens = batch(4)
     images = images[:, : size.get("image_size", 64), : size.get("image_size", 64)]
     plain = make("xla", **size)
@@ -197,14 +200,16 @@ def test_a_mesh_changes_nothing():
 
 def test_shapes_that_do_not_fit_are_named_and_take_the_plain_form(monkeypatch):
     size = models.get_size("ViT-B/32", {"image_heads": 64, "text_width": 600, "text_heads": 3})
-    assert attention.misfits(size, 77) == {
+    assert attention.misfits(size, 77, 128) == {
         "image": "heads 12 wide are not a multiple of 8 up to 128",
         "text": "heads 200 wide are not a multiple of 8 up to 128",
     }
-    assert not attention.misfits(models.get_size("ViT-L/14@336px"), 80)
+    assert not attention.misfits(models.get_size("ViT-L/14@336px"), 80, 128)
     monkeypatch.undo()
-    assert attention.misfits(models.get_size("ViT-B/32"), 80) == {
-        "image": "49 tokens would fill half of the chip's lanes, or less"
+    assert not attention.misfits(models.get_size("ViT-B/32"), 80, 128)
+    assert attention.misfits(models.get_size("ViT-B/32"), 64, 126) == {
+        "image": "50 tokens would fill half of the chip's lanes, or less",
+        "text": "64 tokens would fill half of the chip's lanes, or less",
     }
     net = make("pallas", image_width=64, image_heads=16, text_width=32, text_heads=8)
     images, tokens = batch(2)
