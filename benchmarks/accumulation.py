@@ -31,7 +31,7 @@ def build(batch: int, accum_steps: int):
             "model.packing.length": 0,  # captions here are noise, all of full length
         }
     )
-    return program.build(config, warmup=0, total=1_000_000)
+    return program.build(config, examples=1_000_000)
 
 
 def prepare(competitor: str) -> tuple[turns.Step, dict]:

@@ -30,7 +30,7 @@ def make_state(name: str):
 
     config = default.get_config()
     config.model.name = name
-    return program.build(config, warmup=1, total=10).init(None)
+    return program.build(config, examples=1_000_000).init(None)
 
 
 def main() -> None:

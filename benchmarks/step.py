@@ -85,10 +85,10 @@ def clip_jax_step(
         size, scan_layers=scan_layers, packing=packing, dtype=dtype, attention=attention
     )
     mesh = sharding.make_mesh()
-    settings = dict(ADAMW)
-    schedule = optim.make_schedule(settings.pop("learning_rate"), 0, 1_000_000)
-    settings |= {"decay_params": default.get_config().optim.decay_params, "grad_clip_norm": 0.0}
-    tx = optim.make_optimizer(schedule, moment_dtype="float32", seed=0, **settings)
+    settings = default.get_config().optim
+    settings.update(ADAMW, schedule="constant", warmup="0 steps")
+    schedule = optim.make_schedule(settings, lambda duration: int(duration.split()[0]), 1_000_000)
+    tx = optim.make_optimizer(schedule, settings, seed=0)
     like = state.abstract_state(net, tx, mesh)
     train_state = state.init_state(like, net, tx, seed=0)
     parameters = state.count_params(train_state.params)
@@ -99,6 +99,7 @@ def clip_jax_step(
         net=net,
         tx=tx,
         schedule=schedule,
+        factors=optim.ALL,
         loss_fn=functools.partial(losses.softmax_loss, mesh=mesh),
         accum_steps=1,
         zero1=False,

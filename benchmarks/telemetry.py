@@ -26,7 +26,7 @@ def make_step(config) -> tuple[Timed, object]:
 
     from clip_jax.training import program
 
-    built = program.build(config, warmup=0, total=1_000_000)
+    built = program.build(config, examples=1_000_000)
     data = turns.random_batch(built.batch)
     state, step = built.init(), built.lower().compile()
 

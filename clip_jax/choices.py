@@ -13,6 +13,11 @@ COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 ATTENTIONS = ("auto", "xla", "pallas", "cudnn")  # config.model.attention
 MOMENT_DTYPES = ("float32", "bfloat16")
 
+# config.optim.name, config.optim.schedule and config.optim.cooldown_shape; see `clip_jax.optim`.
+OPTIMIZERS = ("adamw", "lion", "adafactor", "lamb", "muon")
+SCHEDULES = ("cosine", "constant", "rsqrt")
+COOLDOWN_SHAPES = ("linear", "sqrt")
+
 # config.step.nonfinite.
 NONFINITE = ("stop", "skip")
 

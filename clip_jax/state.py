@@ -42,12 +42,14 @@ def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
     return {"batch_stats": {}, **net.init(jax.random.key(seed), images, tokens)}
 
 
-def _start(variables: Any, tx: optax.GradientTransformation, bf16_params: str) -> TrainState:
+def _start(
+    variables: Any, tx: optax.GradientTransformation, factors: optim.Factors, bf16_params: str
+) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=optim.to_bf16(variables["params"], bf16_params),
         batch_stats=variables["batch_stats"],
-        opt_state=tx.init(variables["params"]),
+        opt_state=tx.init(factors.select(variables["params"])),
     )
 
 
@@ -55,6 +57,7 @@ def abstract_state(
     net: nn.Module,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    factors: optim.Factors = optim.ALL,
     *,
     zero1: bool = False,
     bf16_params: str = "",
@@ -65,10 +68,11 @@ def abstract_state(
       net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       mesh: devices that will hold the state.
+      factors: which parameters learn; the optimiser has a state of these only.
       zero1: split the optimiser's state over the data axis too.
       bf16_params: see `optim.to_bf16`.
     """
-    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, bf16_params))
+    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, factors, bf16_params))
     return _placed(shapes, mesh, zero1)
 
 
@@ -90,6 +94,7 @@ def init_state(
     net: nn.Module,
     tx: optax.GradientTransformation,
     seed: int,
+    factors: optim.Factors = optim.ALL,
     *,
     bf16_params: str = "",
     variables: Any = None,
@@ -101,13 +106,14 @@ def init_state(
       net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       seed: PRNG seed of the random initialisation.
+      factors: as for `abstract_state`.
       bf16_params: see `optim.to_bf16`.
       variables: a model's, to start from; None: random.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def start(variables):
-        return _start(variables or init_variables(net, seed), tx, bf16_params)
+        return _start(variables or init_variables(net, seed), tx, factors, bf16_params)
 
     return jax.jit(start, out_shardings=shardings)(variables)
 

@@ -128,6 +128,9 @@ def validate(config: ConfigDict) -> None:
         ("data.order", config.data.order, choices.ORDERS),
         ("loss.name", config.loss.name, choices.LOSS_NAMES),
         ("loss.method", config.loss.method, choices.LOSS_METHODS),
+        ("optim.name", config.optim.name, choices.OPTIMIZERS),
+        ("optim.schedule", config.optim.schedule, choices.SCHEDULES),
+        ("optim.cooldown_shape", config.optim.cooldown_shape, choices.COOLDOWN_SHAPES),
         ("optim.moment_dtype", config.optim.moment_dtype, choices.MOMENT_DTYPES),
         ("step.nonfinite", config.step.nonfinite, choices.NONFINITE),
     ):
@@ -141,6 +144,7 @@ def validate(config: ConfigDict) -> None:
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
+        ("optim.final_fraction", config.optim.final_fraction, 0),
         ("step.timeout", config.step.timeout, 0),
         ("step.max_grad_norm", config.step.max_grad_norm, 0),
         ("step.max_skipped", config.step.max_skipped, 0),
@@ -151,7 +155,7 @@ def validate(config: ConfigDict) -> None:
         ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
         ("log.trace_steps", config.log.trace_steps, 1),
         ("data.prefetch", config.data.prefetch, 1),
-        ("data.processes", config.data.processes, 0),
+        ("data.processes", config.data.processes, -1),
         ("data.threads", config.data.threads, 0),
         ("data.shuffle_window", config.data.shuffle_window, 1),
         ("data.chunk", config.data.chunk, 1),
@@ -287,11 +291,26 @@ def _loss() -> ConfigDict:
 
 def _optim() -> ConfigDict:
     optim = ConfigDict()
+    # "adamw" (paper) | "lion" | "adafactor" (as in big_vision) | "lamb" | "muon" (the matrices of
+    # transformer blocks; adamw for the others). b1, b2 and eps are theirs where they have them.
+    optim.name = "adamw"
     optim.learning_rate = 5e-4  # peak learning rate
-    optim.warmup = "2000 steps"  # duration of the linear warm-up; then a cosine to zero
-    optim.b1 = 0.9  # decay rate of Adam's first moment
-    optim.b2 = 0.98  # decay rate of its second moment; paper: 0.98 for ViT, 0.999 for ResNet
+    optim.warmup = "2000 steps"  # duration of the linear warm-up
+    # Curve after the warm-up: "cosine", down to final_fraction | "constant" | "rsqrt", an inverse
+    # square root. With the last two a run may be made longer, or cooled down, when it is resumed.
+    optim.schedule = "cosine"
+    optim.timescale = "10000 steps"  # rsqrt: duration after the warm-up in which it falls to 0.71
+    optim.cooldown = "0 steps"  # constant, rsqrt: last part of the run, down to final_fraction
+    optim.cooldown_shape = "linear"  # "linear" | "sqrt" (1 - sqrt, fast at first)
+    optim.final_fraction = 0.0  # learning rate at the end, as a fraction of the one before it falls
+    # Factors on the learning rate, "PATTERN=FACTOR" separated by spaces: regular expressions on the
+    # paths of parameters, whose layers have numbers ("image/transformer/blocks/3/mlp_in/kernel").
+    # 0 freezes: "^image/=0" is LiT. Each must find something; no two may differ on a parameter.
+    optim.factors = ""
+    optim.b1 = 0.9  # decay rate of the first moment
+    optim.b2 = 0.98  # decay rate of the second moment; paper: 0.98 for ViT, 0.999 for ResNet
     optim.eps = 1e-6  # Adam's epsilon; paper: 1e-6 for ViT, 1e-8 for ResNet
+    optim.muon_momentum = 0.95  # muon: decay rate of its first moment
     # Decoupled. Each step takes weight_decay times the learning rate of every parameter that
     # decays, as in PyTorch's AdamW; if independent, as in big_vision, weight_decay times the
     # learning rate's fraction of its peak. Independent 1e-4 at a peak of 1e-3 is 0.1 otherwise.
@@ -302,7 +321,7 @@ def _optim() -> ConfigDict:
     optim.decay_params = "(kernel|embedding|positions|class_token|probe)$"
     optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: none
     optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
-    # Storage of both Adam moments: "float32" | "bfloat16" (with stochastic rounding).
+    # Storage of the moments: "float32" | "bfloat16" (with stochastic rounding).
     optim.moment_dtype = "float32"
     # Regular expression on the paths of the parameters to store in bfloat16, with stochastic
     # rounding; "": none. Paper: "^text/".
@@ -371,8 +390,8 @@ def _data() -> ConfigDict:
     data.max_skipped = 0.1  # fraction of unusable examples above which the run stops
     data.threads = 0  # threads that read and decode on each host; 0: one per CPU core
     # Processes on each host that run these threads, where the GIL limits a single one; 0: only
-    # the trainer's own.
-    data.processes = 0
+    # the trainer's own; -1: from 16 CPU cores on, one for every four; else 0.
+    data.processes = -1
     data.prefetch = 2  # batches held ready on the host, and the same number on the device
     # Seconds without a batch after which the run stops, naming the cause.
     data.stall_timeout = 600.0

@@ -24,6 +24,7 @@ Batch = dict[str, Any]
 # The fraction of skipped examples is not judged before so many examples (or one epoch) could have
 # been seen.
 _JUDGED_AFTER = 1000
+_MANY_CORES = 16  # threads of one process make no more of them than of three
 
 
 class TrainPipeline:
@@ -127,7 +128,8 @@ class TrainPipeline:
     def _batches(self) -> Generator[loading.Batch, None, None]:
         config, like, size = self._spec.config, self._rows.empty(), len(self._positions.rows)
         prefetch = config.prefetch
-        if not config.processes:
+        processes_wanted = count_processes(config.processes)
+        if not processes_wanted:
             return loading.batches(
                 self._start,
                 like,
@@ -143,7 +145,7 @@ class TrainPipeline:
             self._spec,
             self._positions,
             like,
-            processes=min(config.processes, size),
+            processes=min(processes_wanted, size),
             threads=config.threads or os.cpu_count() or 1,
         )
         self._describe = pool.describe
@@ -158,6 +160,14 @@ class TrainPipeline:
 
     def _start(self, numbers: Sequence[int]) -> Sequence[loading.Load]:
         return self._rows.start([self._positions[number] for number in numbers])
+
+
+def count_processes(asked: int) -> int:
+    """Returns the loader processes of `config.data.processes`, on this machine."""
+    cores = os.cpu_count() or 1
+    if asked >= 0:
+        return asked
+    return cores // 4 if cores >= _MANY_CORES else 0
 
 
 class _Limit:

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from clip_jax.common import clock
 from clip_jax.errors import UserError
 from clip_jax.plan.chips import GIB, IMAGES_PER_CORE
 from clip_jax.plan.progress import Report, stage
@@ -186,7 +185,7 @@ def make_plan(
       UserError: config, mesh and topology do not go together, or libtpu is missing.
     """
     began = time.monotonic()
-    built, total = build(config, topology, examples)
+    built = build(config, topology, examples)
     memory = _resident(built, topology)
     step, missing, failure = None, 0.0, ""
     try:
@@ -224,7 +223,7 @@ def make_plan(
         step=step,
         missing=missing,
         report=failure,
-        total_steps=total,
+        total_steps=built.total_steps,
         examples=examples,
         duration=config.duration,
         compile_seconds=time.monotonic() - began,
@@ -240,18 +239,14 @@ def _loss(config: ConfigDict) -> str:
     return config.objective + pairs
 
 
-def build(config: ConfigDict, topology: Topology, examples: float) -> tuple[program.Program, int]:
-    """Builds the program of a config for a topology, and counts the steps of its schedule."""
+def build(config: ConfigDict, topology: Topology, examples: float) -> program.Program:
+    """Builds the program of a config for a topology."""
     if config.mesh.slices != topology.slices:
         raise UserError(
             f"The config's mesh has {config.mesh.slices} slice(s), the topology {topology.slices}: "
             f"give --slices={config.mesh.slices}, or --config.mesh.slices={topology.slices}."
         )
-    lengths = {"batch_size": config.batch_size, "examples_per_epoch": int(examples)}
-    total = clock.to_steps(config.duration, **lengths)
-    warmup = clock.to_steps(config.optim.warmup, total_steps=total, **lengths)
-    devices = topology.devices()
-    return program.build(config, warmup=warmup, total=total, devices=devices), total
+    return program.build(config, int(examples), devices=topology.devices())
 
 
 def _resident(built: program.Program, topology: Topology) -> Memory:

@@ -156,7 +156,7 @@ def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
     """Builds the common properties of all choices."""
     plain = Choice().apply(config)
     plain.batch_size = topology.size  # any that divides: the parameters do not depend on it
-    built, _ = make.build(plain, topology, examples)
+    built = make.build(plain, topology, examples)
     parameters = make.shard_bytes(built.state.params)
     count = float(sum(math.prod(leaf.shape) for leaf in _leaves(built.state.params)))
     return Task(

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
+from clip_jax.common import clock
 from clip_jax.errors import UserError
 from clip_jax.models import views
 from clip_jax.training import augment
@@ -61,13 +62,25 @@ OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], Parts]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The training step of a config on a mesh, before any array exists."""
+    """The training step of a config on a mesh, before any array exists.
+
+    Attributes:
+      config: the whole config.
+      mesh: devices.
+      net: the model.
+      tx: the optimiser, of the parameters that learn.
+      schedule: its learning rate by step.
+      factors: which parameters learn, and how fast.
+      total_steps: length of the run.
+    """
 
     config: ConfigDict
     mesh: Mesh
     net: models.ImageModel
     tx: optax.GradientTransformation
     schedule: optax.Schedule
+    factors: optim.Factors
+    total_steps: int
 
     @functools.cached_property
     def state(self) -> train_state.TrainState:
@@ -76,6 +89,7 @@ class Program:
             self.net,
             self.tx,
             self.mesh,
+            self.factors,
             zero1=self.config.mesh.zero1,
             bf16_params=self.config.optim.bf16_params,
         )
@@ -100,6 +114,7 @@ class Program:
             self.net,
             self.tx,
             config.seed,
+            self.factors,
             bf16_params=config.optim.bf16_params,
             variables=variables,
         )
@@ -113,6 +128,7 @@ class Program:
             net=self.net,
             tx=self.tx,
             schedule=self.schedule,
+            factors=self.factors,
             loss_fn=loss_fn,
             augment=augment_fn,
             accum_steps=config.accum_steps,
@@ -143,45 +159,42 @@ def make_mesh_and_net(
     return mesh, net
 
 
-def build(
-    config: ConfigDict,
-    *,
-    warmup: int,
-    total: int,
-    devices: list[jax.Device] | None = None,
-) -> Program:
+def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None = None) -> Program:
     """Builds the program of a config.
 
     Args:
       config: fields as in configs/default.py.
-      warmup: steps of warm-up.
-      total: steps of the run.
+      examples: size of the training set, by which durations in epochs are counted.
       devices: devices to compile for, which need not be attached; None: all attached.
 
     Raises:
-      UserError: model, batch and mesh do not fit together.
+      UserError: model, batch and mesh do not fit together, or parts of the optimiser do not.
     """
     mesh, net = make_mesh_and_net(config, devices)
-    schedule = optim.make_schedule(config.optim.learning_rate, warmup, total)
-    tx = optim.make_optimizer(
-        schedule,
-        b1=config.optim.b1,
-        b2=config.optim.b2,
-        eps=config.optim.eps,
-        weight_decay=_weight_decay(config.optim),
-        decay_params=config.optim.decay_params,
-        grad_clip_norm=config.optim.grad_clip_norm,
-        moment_dtype=config.optim.moment_dtype,
-        seed=config.seed,
+    total, to_steps = count_steps(config, examples)
+    schedule = optim.make_schedule(config.optim, to_steps, total)
+    tx = optim.make_optimizer(schedule, config.optim, config.seed)
+    factors = optim.Factors.parse(config.optim.factors)
+    return Program(config, mesh, net, tx, schedule, factors, total)
+
+
+def count_steps(config: ConfigDict, examples: int) -> tuple[int, Callable[[str], int]]:
+    """Returns the steps of a run, and the conversion of other durations to steps.
+
+    Args:
+      config: the whole config.
+      examples: size of the training set.
+
+    Raises:
+      UserError: the run has none.
+    """
+    to_steps = functools.partial(
+        clock.to_steps, batch_size=config.batch_size, examples_per_epoch=examples
     )
-    return Program(config, mesh, net, tx, schedule)
-
-
-def _weight_decay(optim_config: ConfigDict) -> float:
-    """Returns the decay as the optimiser takes it, by which it multiplies the learning rate."""
-    if not (optim_config.independent_decay and optim_config.learning_rate):
-        return optim_config.weight_decay
-    return optim_config.weight_decay / optim_config.learning_rate
+    total = to_steps(config.duration)
+    if not total:
+        raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
+    return total, functools.partial(to_steps, total_steps=total)
 
 
 def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:

@@ -1,7 +1,6 @@
 """A run: the parts that do not change, made from its config, and its progress."""
 
 import dataclasses
-import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +30,6 @@ class Run:
       tokenizer, source, order: the training data, not opened at a position yet.
       data: description of the data, by which a resumed run can tell that they have changed.
       evaluator: evaluations of the config.
-      total_steps: length of the run.
       log_every, eval_every: steps between logs and evaluations.
       checkpoint_every: steps between checkpoints; 0: by the clock, or only at the end.
       trace_at: first step of a trace; 0: none.
@@ -44,7 +42,6 @@ class Run:
     order: Order
     data: identity.Identity
     evaluator: Evaluator
-    total_steps: int
     log_every: int
     eval_every: int
     checkpoint_every: int
@@ -59,6 +56,11 @@ class Run:
     def mesh(self) -> Mesh:
         """The devices."""
         return self.program.mesh
+
+    @property
+    def total_steps(self) -> int:
+        """The length of the run."""
+        return self.program.total_steps
 
     @property
     def net(self) -> models.ImageModel:
@@ -109,22 +111,16 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
     notices.check_batch(config, len(source))
     described = identity.describe(config.data, source)
     agreement.check_data(described)
-    to_steps = functools.partial(
-        clock.to_steps, batch_size=config.batch_size, examples_per_epoch=len(source)
-    )
-    total = to_steps(config.duration)
-    if not total:
-        raise UserError(f"duration is {config.duration!r}: there is nothing to train.")
-    to_steps = functools.partial(to_steps, total_steps=total)
+    made = program.build(config, len(source))
+    _, to_steps = program.count_steps(config, len(source))
     return Run(
         directory=directory,
-        program=program.build(config, warmup=to_steps(config.optim.warmup), total=total),
+        program=made,
         tokenizer=tokens,
         source=source,
         order=order,
         data=described,
         evaluator=evaluator,
-        total_steps=total,
         log_every=to_steps(config.log.every),
         eval_every=to_steps(config.eval.every),
         checkpoint_every=_every(config.checkpoint.every, to_steps),

@@ -36,6 +36,7 @@ def train_step(
     net: nn.Module,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    factors: optim.Factors,
     loss_fn: Loss,
     augment: Augment,
     accum_steps: int,
@@ -55,6 +56,7 @@ def train_step(
       net: one of `clip_jax.models.MODULES`.
       tx: the optimiser.
       schedule: its learning rate, for the log.
+      factors: which parameters learn, and how fast. No gradient of the others is computed.
       loss_fn: loss, called with the outputs of the model; see `program.OBJECTIVES`.
       augment: augmentation, called with the images and a key of this step; see `augment.augment`
         and `views.two_views`.
@@ -75,9 +77,9 @@ def train_step(
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     dropout_key, rounding_key, augment_key = jax.random.split(key, 3)
 
-    def embed(params, part):
+    def embed(learnt, part):
         outputs, updated = net.apply(
-            {"params": params, "batch_stats": state.batch_stats},
+            {"params": optim.merge(learnt, state.params), "batch_stats": state.batch_stats},
             part["image"],
             part["tokens"],
             train=True,
@@ -90,18 +92,20 @@ def train_step(
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
-    loss, (batch_stats, measured), grads = gradients(embed, loss_fn, state.params, batch)
+    learnt = factors.select(state.params)
+    loss, (batch_stats, measured), grads = gradients(embed, loss_fn, learnt, batch)
     # From here on each device works on its own shards, which under ZeRO are smaller than those it
     # holds of the parameters.
     constrain = partial(sharding.constrain_update, zero1=zero1)
     grads = constrain(to_float32(grads))
     metrics = {"loss": loss, **measured, **_norms("grad_norm", grads)}
-    old: Any = constrain(state.params)
+    old: Any = constrain(learnt)
 
     def update() -> tuple[Any, Any, Any]:
-        updates, opt_state = tx.update(grads, state.opt_state, constrain(to_float32(state.params)))
+        updates, opt_state = tx.update(grads, state.opt_state, constrain(to_float32(learnt)))
+        updates = factors.scale(updates, state.params)
         params: Any = constrain(optim.apply_updates(old, updates, rounding_key))
-        if "logit_scale" in params:
+        if params.get("logit_scale") is not None:
             logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
             params = {**params, "logit_scale": logit_scale}
         return params, batch_stats, opt_state
@@ -117,6 +121,7 @@ def train_step(
                 applied, update, lambda: (old, state.batch_stats, state.opt_state)
             )
         metrics["skipped"] = 1.0 - applied
+    params = optim.merge(params, state.params)
     if "logit_scale" in params:
         metrics["logit_scale"] = jnp.exp(params["logit_scale"])
     metrics |= _norms("param_norm", to_float32(params))

@@ -275,6 +275,8 @@ def _announce(run: Run) -> None:
         f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, "
         f"attention by {run.net.attention}, on {hardware(run.mesh)} (mesh {axes})."
     )
+    if summary := run.program.factors.summary(run.program.state.params):
+        _say(summary)
     if problems := getattr(run.source, "problems", None):
         _say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:

@@ -74,6 +74,14 @@ def test_batches_are_those_of_threads(shards, order_name, processes):
     assert 8 <= run.truncated <= 12 + run.skipped.total()  # a replacement may be cut too
 
 
+@pytest.mark.parametrize(("cores", "expected"), [(2, 0), (12, 0), (16, 4), (224, 56)])
+def test_many_cores_have_processes_unless_asked_otherwise(cores, expected, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert pipeline.count_processes(default.get_config().data.processes) == expected
+    assert pipeline.count_processes(0) == 0
+    assert pipeline.count_processes(3) == 3
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_process_reads_a_chunk_once_an_epoch(shards, processes, monkeypatch):
     """The order is windowed, and processes may share a stream; here they run in sequence."""

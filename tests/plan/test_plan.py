@@ -35,9 +35,7 @@ def plan() -> make.Plan:
 @needs_compiler
 def test_memory(plan):
     memory = plan.memory
-    state = program.build(
-        tiny_config(**{"mesh.fsdp": 4}), warmup=1, total=2, devices=V5E_8.devices()
-    ).state
+    state = program.build(tiny_config(**{"mesh.fsdp": 4}), 3200, devices=V5E_8.devices()).state
     sharded = replicated = 0
     for leaf in jax.tree.leaves(state.params):
         whole = leaf.sharding.is_fully_replicated

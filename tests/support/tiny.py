@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
+from clip_jax.common import clock
 from clip_jax.configs import default
 from clip_jax.training import step as train_step
 
@@ -48,10 +49,24 @@ def make_mesh(*axes: int) -> Mesh:
 
 def make_optimizer(**overrides):
     """A schedule without warm-up, and the paper's optimiser."""
-    schedule = optim.make_schedule(LEARNING_RATE, 0, STEPS)
-    settings = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
-    settings |= {"decay_params": DECAY_PARAMS, "moment_dtype": "float32", "seed": 0, **overrides}
-    return schedule, optim.make_optimizer(schedule, **settings)
+    settings = optim_settings(learning_rate=LEARNING_RATE, **overrides)
+    schedule = make_schedule(settings, STEPS)
+    return schedule, optim.make_optimizer(schedule, settings, seed=0)
+
+
+def optim_settings(**overrides):
+    """The default settings of the optimiser, without a warm-up, with changes."""
+    settings = default.get_config().optim
+    settings.update(warmup="0 steps", **overrides)
+    return settings
+
+
+def make_schedule(settings, total: int):
+    """The schedule of a run whose durations are in steps."""
+    to_steps = functools.partial(
+        clock.to_steps, batch_size=1, examples_per_epoch=1, total_steps=total
+    )
+    return optim.make_schedule(settings, to_steps, total)
 
 
 def make_batch(net: models.ImageModel, seed: int = 0) -> dict[str, np.ndarray]:
@@ -76,6 +91,7 @@ def compile_step(
     schedule, tx = make_optimizer(moment_dtype=moment_dtype)
     settings = {
         "tx": tx,
+        "factors": optim.ALL,
         "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
         "augment": lambda images, key: images,
         "accum_steps": 1,
@@ -90,12 +106,18 @@ def compile_step(
 
 
 def init_state(
-    net: models.ImageModel, mesh: Mesh, *, zero1=False, bf16_params="", moment_dtype="float32"
+    net: models.ImageModel,
+    mesh: Mesh,
+    *,
+    zero1=False,
+    bf16_params="",
+    moment_dtype="float32",
+    factors=optim.ALL,
 ) -> train_state.TrainState:
     """Initialises a state, equal on every mesh."""
     _, tx = make_optimizer(moment_dtype=moment_dtype)
-    like = train_state.abstract_state(net, tx, mesh, zero1=zero1, bf16_params=bf16_params)
-    return train_state.init_state(like, net, tx, 0, bf16_params=bf16_params)
+    like = train_state.abstract_state(net, tx, mesh, factors, zero1=zero1, bf16_params=bf16_params)
+    return train_state.init_state(like, net, tx, 0, factors, bf16_params=bf16_params)
 
 
 def copy(state: train_state.TrainState) -> train_state.TrainState:

@@ -1,5 +1,6 @@
 """The optimiser against NumPy float64, and what it leaves undecayed."""
 
+import itertools
 import math
 
 import jax
@@ -15,7 +16,6 @@ from clip_jax.errors import UserError
 from clip_jax.training import program
 
 SETTINGS = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "grad_clip_norm": 0.0}
-STORAGE = {"moment_dtype": "float32", "seed": 0, "decay_params": tiny.DECAY_PARAMS}
 SHAPES = {
     "text": {"mlp_in": {"kernel": (3, 4), "bias": (4,)}, "ln_final": {"scale": (4,), "bias": (4,)}},
     "logit_scale": (),
@@ -67,8 +67,9 @@ def adamw(params, gradients, learning_rates, *, b1, b2, eps, weight_decay, grad_
 )
 def test_updates(overrides: dict):
     settings = SETTINGS | overrides
-    schedule = optim.make_schedule(0.05, 3, 10)
-    tx = optim.make_optimizer(schedule, **settings, **STORAGE)
+    given = tiny.optim_settings(**settings, learning_rate=0.05)
+    given.warmup = "3 steps"
+    tx = optim.make_optimizer(tiny.make_schedule(given, 10), given, seed=0)
     params = random_tree(0)
     gradients = [random_tree(seed, size=0.3 * seed) for seed in range(1, 9)]
     norms = [
@@ -92,7 +93,7 @@ def test_updates(overrides: dict):
 
 def test_decay_is_decoupled():
     """Without gradients a kernel shrinks by learning rate x decay, whatever Adam's moments."""
-    tx = optim.make_optimizer(lambda step: 0.1, **SETTINGS, **STORAGE)
+    tx = optim.make_optimizer(lambda step: 0.1, tiny.optim_settings(**SETTINGS), seed=0)
     params = random_tree(0)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
@@ -110,7 +111,8 @@ def test_independent_decay_is_that_of_big_vision(peak: float):
     """
     config = siglip_b16.get_config("smoke")
     config.optim.learning_rate = peak
-    tx = program.build(config, warmup=2, total=10).tx
+    config.optim.warmup, config.duration = "2 steps", "10 steps"
+    tx = program.build(config, examples=100).tx
 
     def is_kernel(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -153,9 +155,15 @@ def _schedule(step: int, warmup: int, total: int) -> float:
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
+def make_schedule(peak: float, warmup: int, total: int, **settings):
+    given = tiny.optim_settings(learning_rate=peak, **settings)
+    given.warmup = f"{warmup} steps"
+    return tiny.make_schedule(given, total)
+
+
 @pytest.mark.parametrize(("warmup", "total"), [(2000, 390_625), (5, 20), (0, 10), (1, 2), (9, 10)])
 def test_schedule(warmup: int, total: int):
-    schedule = optim.make_schedule(5e-4, warmup, total)
+    schedule = make_schedule(5e-4, warmup, total)
     steps = {0, 1, warmup // 2, warmup, (warmup + total) // 2, total - 1, total}
     for step in steps:
         rate = float(schedule(jnp.int32(step)))
@@ -165,10 +173,148 @@ def test_schedule(warmup: int, total: int):
 @pytest.mark.parametrize(("warmup", "total"), [(2000, 20), (1, 1), (0, 1)])
 def test_warmup_longer_than_the_run(warmup: int, total: int):
     """The peak is reached at the last step, rather than never."""
-    schedule = optim.make_schedule(1.0, warmup, total)
+    schedule = make_schedule(1.0, warmup, total)
     rates = [float(schedule(step)) for step in range(total)]
     assert max(rates) == rates[-1] == 1.0
     assert all(math.isfinite(rate) for rate in rates)
+
+
+def test_a_rate_that_cools_down():
+    """Against the definitions, in float64: big_vision's rsqrt, and the cooldowns of open_clip."""
+    for schedule, shape, final in itertools.product(
+        ("constant", "rsqrt"), ("linear", "sqrt"), (0.0, 0.1)
+    ):
+        rates = make_schedule(
+            2.0, 10, 100, schedule=schedule, timescale="30 steps", cooldown="20 steps",
+            cooldown_shape=shape, final_fraction=final,
+        )  # fmt: skip
+        for step in range(100):
+            want = 2.0 * min((step + 1) / 10, 1)
+            if schedule == "rsqrt":
+                want /= math.sqrt(1 + max(step - 10, 0) / 30)
+            passed = max(step - 80, 0) / 20
+            left = 1 - (passed if shape == "linear" else math.sqrt(passed))
+            want *= final + (1 - final) * left
+            assert float(rates(jnp.int32(step))) == pytest.approx(want, rel=1e-5), step
+
+
+def test_a_cosine_with_a_floor():
+    rates = make_schedule(1.0, 0, 100, final_fraction=0.2)
+    assert float(rates(0)) == 1.0
+    assert float(rates(50)) == pytest.approx(0.6)
+    assert float(rates(100)) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cooldown": "20 steps"}, "a cosine falls by itself"),
+        ({"schedule": "constant", "cooldown": "95 steps"}, "105 steps, and the run has 100"),
+    ],
+)
+def test_cooldowns_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=message):
+        make_schedule(1.0, 10, 100, **settings)
+
+
+# ---- Other rules -------------------------------------------------------------------------------
+
+BLOCK = {"image": {"blocks": {"qkv": {"kernel": (2, 4, 3, 2, 2)}, "mlp_in": {"kernel": (2, 4, 6)}}}}
+
+
+def shapes_of(name: str) -> dict:
+    return SHAPES | BLOCK if name in ("lamb", "muon") else SHAPES
+
+
+def one_rule(name, param, grads, *, b1, b2, eps, rate, decay, matrix):
+    """The parameter after these gradients, float64, from the papers' formulas."""
+    param = param.astype(np.float64)
+    m, v = np.zeros_like(param), np.zeros_like(param)
+    for t, grad in enumerate(grads, start=1):
+        grad = grad.astype(np.float64)
+        if name == "lion":
+            update = np.sign(b1 * m + (1 - b1) * grad)
+            m = b2 * m + (1 - b2) * grad
+        elif name == "adafactor":  # too small to factor
+            decay_rate = min(b2, 1 - t**-0.8)
+            v = decay_rate * v + (1 - decay_rate) * (grad**2 + 1e-30)
+            m = b1 * m + (1 - b1) * grad / np.sqrt(v)
+            update = m
+        elif name == "muon" and matrix:
+            m = 0.95 * m + 0.05 * grad
+            ahead = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * grad / (1 - 0.95**t)
+            x = ahead / np.linalg.norm(ahead)
+            x = x.T if x.shape[0] > x.shape[1] else x
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            x = x if x.shape == grad.shape else x.T
+            update = x * 0.2 * math.sqrt(max(x.shape))
+        else:
+            m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+            update = m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + eps)
+        update = update + decay * param
+        if name == "lamb":
+            norms = np.linalg.norm(param), np.linalg.norm(update)
+            update = update * (norms[0] / norms[1] if all(norms) else 1)
+        param = param - rate * update
+    return param
+
+
+@pytest.mark.parametrize("name", ["lion", "adafactor", "lamb", "muon"])
+def test_other_rules(name):
+    """Each layer of a stack, and each of queries, keys and values, is a matrix of its own."""
+    settings = tiny.optim_settings(
+        name=name, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1, learning_rate=0.05
+    )
+    tx = optim.make_optimizer(lambda _: 0.05, settings, seed=0)
+
+    def draw(seed):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(
+            lambda shape: rng.normal(size=shape).astype(np.float32), shapes_of(name), **IS_SHAPE
+        )
+
+    params, grads = draw(0), [draw(seed) for seed in range(1, 6)]
+    state, moved = tx.init(params), params
+    for grad in grads:
+        updates, state = jax.jit(tx.update)(grad, state, moved)
+        moved = jax.tree.map(jnp.add, moved, updates)
+    start, got = named_leaves(params), named_leaves(moved)
+    each = [named_leaves(grad) for grad in grads]
+    for key, value in start.items():
+        common = {"b1": 0.9, "b2": 0.98, "eps": 1e-6, "rate": 0.05, "name": name}
+        common |= {"decay": 0.1 * key.endswith("kernel"), "matrix": "blocks" in key}
+        parts: list = [(...,)]
+        if "blocks" in key:
+            parts = [(layer,) for layer in range(2)]
+            if "qkv" in key and name == "muon":
+                parts = [(layer, slice(None), part) for layer in range(2) for part in range(3)]
+        for part in parts:
+            rows = (value[part], [grad[key][part] for grad in each])
+            if name == "muon" and "blocks" in key:
+                shape = (rows[0].shape[0], -1)
+                rows = rows[0].reshape(shape), [row.reshape(shape) for row in rows[1]]
+            want = one_rule(param=rows[0], grads=rows[1], **common)
+            found = got[key][part].reshape(want.shape)
+            assert np.abs(want - rows[0]).max() > 0.01, key
+            np.testing.assert_allclose(found, want, rtol=0, atol=1e-5, err_msg=f"{key} {part}")
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "lamb", "muon"])
+def test_moments_in_16_bits_of_every_rule(name):
+    settings = tiny.optim_settings(name=name, moment_dtype="bfloat16")
+    tx = optim.make_optimizer(lambda _: 0.05, settings, seed=0)
+    params = jax.tree.map(lambda shape: jnp.ones(shape), shapes_of(name), **IS_SHAPE)
+    state = tx.init(params)
+    _, after = jax.jit(tx.update)(params, state, params)
+    for leaf, new in zip(jax.tree.leaves(state), jax.tree.leaves(after)):
+        assert leaf.dtype == new.dtype
+    moments = [x for x in jax.tree.leaves(after) if x.dtype == jnp.bfloat16]
+    held = sum(x.size for x in moments)
+    assert held >= sum(x.size for x in jax.tree.leaves(params))
+    constants = [x for x in jax.tree.leaves(after) if x.dtype == jnp.float32]
+    assert sum(x.size for x in constants) == (3 if name == "muon" else 0)
 
 
 # ---- What decays -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from clip_jax import optim
 from clip_jax.errors import UserError
@@ -58,9 +59,10 @@ def test_leaves_get_noise_of_their_own():
 
 
 def adam(moment_dtype: str):
-    settings = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "grad_clip_norm": 0.0}
-    settings |= {"decay_params": "", "moment_dtype": moment_dtype, "seed": 0}
-    return optim.make_optimizer(lambda _: 0.01, **settings)
+    settings = tiny.optim_settings(
+        b2=0.999, eps=1e-8, weight_decay=0.0, decay_params="", moment_dtype=moment_dtype
+    )
+    return optim.make_optimizer(lambda _: 0.01, settings, seed=0)
 
 
 def test_moments_in_16_bits_follow_those_in_32():

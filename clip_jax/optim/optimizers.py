@@ -1,0 +1,152 @@
+"""The rules by which parameters learn; the paper's is AdamW with decoupled decay."""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int32
+from optax import contrib
+
+from clip_jax import sharding
+from clip_jax.optim import paths
+from clip_jax.optim.rounding import bf16_state
+
+
+def make_optimizer(
+    schedule: optax.Schedule, settings: Any, seed: int
+) -> optax.GradientTransformation:
+    """Makes an optimiser, which takes float32 gradients.
+
+    Args:
+      schedule: learning rate by step.
+      settings: fields of config.optim.
+      seed: PRNG seed of stochastic rounding, for settings.moment_dtype "bfloat16".
+
+    Returns:
+      The optimiser, for the parameters that learn: others are None in what it takes and returns.
+    """
+    clip = settings.grad_clip_norm
+    rule = RULES[settings.name](settings)
+    if settings.moment_dtype == "bfloat16":
+        rule = bf16_state(rule, seed)
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        rule,
+        optax.add_decayed_weights(
+            _decay(settings), mask=partial(decay_mask, pattern=settings.decay_params)
+        ),
+        _trust_ratio() if settings.name == "lamb" else optax.identity(),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _decay(settings: Any) -> float:
+    """Returns the decay by which the optimiser multiplies the learning rate."""
+    if not (settings.independent_decay and settings.learning_rate):
+        return settings.weight_decay
+    return settings.weight_decay / settings.learning_rate
+
+
+def updates_applied(opt_state: Any) -> Int32[Array, ""]:
+    """Returns the number of updates in a state of `make_optimizer`, which its schedule counts."""
+    return opt_state[-1].count
+
+
+def decay_mask(params: Any, pattern: str) -> Any:
+    """Returns True for the parameters whose path the regular expression finds.
+
+    Raises:
+      UserError: the pattern is no regular expression, or finds nothing.
+    """
+    return paths.find(params, pattern, "optim.decay_params")
+
+
+def _adam(settings: Any) -> optax.GradientTransformation:
+    return optax.scale_by_adam(b1=settings.b1, b2=settings.b2, eps=settings.eps)
+
+
+def _lion(settings: Any) -> optax.GradientTransformation:
+    return optax.scale_by_lion(b1=settings.b1, b2=settings.b2)
+
+
+def _adafactor(settings: Any) -> optax.GradientTransformation:
+    """Makes Adafactor in the form of Zhai et al. 2022 (arXiv:2106.04560, section 3.4).
+
+    A second moment of rows and columns, whose decay rate grows to b2, and a first moment.
+    """
+
+    def decay_rate(step, exponent):
+        return jnp.minimum(settings.b2, 1 - (jnp.float32(step) + 1) ** -exponent)
+
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32, decay_rate_fn=decay_rate),
+        optax.ema(settings.b1, debias=False),
+    )
+
+
+def _muon(settings: Any) -> optax.GradientTransformation:
+    """Makes Muon for the matrices of transformer blocks, and Adam for what else there is.
+
+    Both have updates of the root mean square that Adam's usually have, 0.2, so that one learning
+    rate and one decay fit (Liu et al. 2025, arXiv:2502.16982).
+    """
+
+    def label(path: tuple, _: Any) -> str:
+        name = sharding.path_name(path)
+        return "muon" if "/blocks/" in name and name.endswith("kernel") else "adam"
+
+    def to_rms(path: tuple, x: jax.Array) -> jax.Array:
+        sides = (math.prod(x.shape[axis] for axis in axes) for axes in _sides(path))
+        return x * (0.2 * math.sqrt(max(sides)))
+
+    each = jax.tree_util.tree_map_with_path
+    muon = contrib.scale_by_muon(
+        beta=settings.muon_momentum, weight_dimension_numbers=partial(each, _matrix)
+    )
+    scale = optax.stateless(lambda updates, params: each(to_rms, updates))
+    return optax.partition(
+        {"muon": optax.chain(muon, scale), "adam": optax.chain(_adam(settings))},
+        partial(each, label),
+    )
+
+
+def _matrix(path: tuple, x: jax.Array) -> contrib.MuonDimensionNumbers:
+    del x
+    return contrib.MuonDimensionNumbers(*_sides(path))
+
+
+def _sides(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the dimensions of a block's weights that are the rows and columns of a matrix.
+
+    Others, of the layers and of queries, keys and values, count matrices.
+    """
+    sides = {"qkv": ((-4,), (-2, -1)), "attn_out": ((-3, -2), (-1,))}
+    return sides.get(path[-2].key, ((-2,), (-1,)))
+
+
+def _trust_ratio() -> optax.GradientTransformation:
+    """Scales the update of each layer to the norm of its parameters."""
+    ratio = optax.scale_by_trust_ratio()
+
+    def scale(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
+        def one(update, param):
+            return ratio.update(update, optax.ScaleByTrustRatioState(), param)[0]
+
+        stacked = "/blocks/" in sharding.path_name(path)
+        return (jax.vmap(one) if stacked else one)(update, param)
+
+    return optax.stateless(partial(jax.tree_util.tree_map_with_path, scale))
+
+
+# By config.optim.name.
+RULES: Mapping[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adamw": _adam,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "lamb": _adam,
+    "muon": _muon,
+}
