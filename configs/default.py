@@ -53,6 +53,10 @@ def get_config(arg: str = "") -> ConfigDict:
     # Model that a new run starts from: a workdir, a checkpoint, or anything else that clip_jax.load
     # takes, published weights too; "": random initialisation.
     config.init_from = ""
+    # Run that a new one goes on from, with its optimiser and its place in the data: a workdir, or a
+    # checkpoint in it, WORKDIR/checkpoints/STEP; "": none. Only what may change at a resumption may
+    # differ: with optim.schedule constant or rsqrt, the cooldown and the duration.
+    config.branch_from = ""
     # Directory that keeps compiled programs; "auto": compiled/ in the workdir; "": none.
     config.compilation_cache = "auto"
     config.model = _model()
@@ -184,6 +188,8 @@ def validate(config: ConfigDict) -> None:
             f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
             "step.nonfinite=skip"
         )
+    if config.init_from and config.branch_from:
+        problems.append("init_from and branch_from are both set, and a run has one beginning")
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:

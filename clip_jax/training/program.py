@@ -171,11 +171,16 @@ def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None
       UserError: model, batch and mesh do not fit together, or parts of the optimiser do not.
     """
     mesh, net = make_mesh_and_net(config, devices)
-    total, to_steps = count_steps(config, examples)
-    schedule = optim.make_schedule(config.optim, to_steps, total)
+    total, schedule = make_schedule(config, examples)
     tx = optim.make_optimizer(schedule, config.optim, config.seed)
     factors = optim.Factors.parse(config.optim.factors)
     return Program(config, mesh, net, tx, schedule, factors, total)
+
+
+def make_schedule(config: ConfigDict, examples: int) -> tuple[int, optax.Schedule]:
+    """Returns the steps of a run and its learning rate by step; arguments as for `count_steps`."""
+    total, to_steps = count_steps(config, examples)
+    return total, optim.make_schedule(config.optim, to_steps, total)
 
 
 def count_steps(config: ConfigDict, examples: int) -> tuple[int, Callable[[str], int]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import statistics
 import time
@@ -10,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -20,7 +22,7 @@ from clip_jax.common import clock, formatting, metrics, starts
 from clip_jax.data import identity, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, lease, notices, skips, workdir
+from clip_jax.training import agreement, lease, notices, program, skips, workdir
 from clip_jax.training.loop import Loop
 from clip_jax.training.record import Record, surroundings
 from clip_jax.training.requests import Requests
@@ -91,8 +93,12 @@ def _train(
             )
         )
         resumed = store.latest_step()
+        source = store
+        if resumed is None and config.branch_from:
+            source, resumed = _open_branch(config.branch_from, stack)
         if resumed is not None:
-            workdir.check(directory, config)
+            same_rates = functools.partial(_same_rates, run, resumed)
+            workdir.check(source.directory.parent, config, same_rates)
         stack.enter_context(record.kept(**_facts(run, command)))
         _announce(run)
         start = _initial_variables(run) if resumed is None else None
@@ -102,7 +108,7 @@ def _train(
         if resumed is None:
             resume_state, state = ResumeState(), run.program.init(start)
         else:
-            resume_state, state = _restore(run, store)
+            resume_state, state = _restore(run, source, None if source is store else resumed)
             if resume_state.step < run.total_steps and step_fn is None:  # it has fallen back
                 step_fn = _compile(run, record)
         record.begins(resume_state.step)
@@ -152,19 +158,50 @@ def _initial_variables(run: Run) -> Any:
     return start
 
 
-def _restore(run: Run, store: checkpoint.Checkpoints) -> tuple[ResumeState, train_state.TrainState]:
-    """Reads the newest checkpoint that is whole."""
-    found = store.restore_latest(run.program.state)
+def _open_branch(place: str, stack: contextlib.ExitStack) -> tuple[checkpoint.Checkpoints, int]:
+    """Opens the run that a new one goes on from, and returns its last step, or the one named."""
+    directory, step = checkpoint.split_path(place)
+    directory = locations.reachable(directory)
+    steps = []
+    if (directory / checkpoint.DIRECTORY).is_dir():
+        source = stack.enter_context(checkpoint.Checkpoints(directory, create=False))
+        steps = source.steps()
+        if steps and step in (None, *steps):
+            return source, steps[-1] if step is None else step
+    found = f"it has those of the steps {', '.join(map(str, steps))}" if steps else "it has none"
+    raise UserError(
+        f"branch_from {place} is no run with a checkpoint{f' of step {step}' if step else ''}: "
+        f"{found}. Give a workdir, or WORKDIR/{checkpoint.DIRECTORY}/STEP."
+    )
+
+
+def _same_rates(run: Run, steps: int, config: ConfigDict) -> bool:
+    """Tells whether another config has the same learning rates in the first steps of the run."""
+    _, other = program.make_schedule(config, len(run.source))
+    first = np.arange(steps)
+    return np.array_equal(other(first), run.program.schedule(first))
+
+
+def _restore(
+    run: Run, store: checkpoint.Checkpoints, step: int | None
+) -> tuple[ResumeState, train_state.TrainState]:
+    """Reads the checkpoint of a step; None: the newest that is whole."""
+    directory, like = store.directory.parent, run.program.state
+    if step is None:
+        found = store.restore_latest(like)
+    else:
+        found = checkpoint.Restored(step, store.read_meta(step), store.restore(step, like))
     resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
     _check_data(found.meta, run)
     if found.step == run.total_steps:
         _say(
-            f"The run in {run.directory} is finished, at step {found.step:,}: it is evaluated once "
+            f"The run in {directory} is finished, at step {found.step:,}: it is evaluated once "
             "more, for the report. To train on, start another --workdir with "
-            f"--config.init_from={run.directory}."
+            f"--config.init_from={directory}; or, with optim.schedule constant or rsqrt, give it a "
+            "longer --config.duration."
         )
     else:
-        _say(f"Resuming {run.directory} from step {found.step:,}.")
+        _say(f"Resuming {directory} from step {found.step:,}.")
     return resume_state, found.state
 
 

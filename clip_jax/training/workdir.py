@@ -1,7 +1,9 @@
 """The workdir of a run: made writable, its config written, compared at every resume."""
 
+import copy
 import fnmatch
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +28,10 @@ FREE += (
     "data.max_skipped",
     "data.stall_timeout",
 )
-FREE += ("data.source.path", "data.mixture.*.path")
+FREE += ("data.source.path", "data.mixture.*.path", "branch_from")
+# Those of the learning rate, which may differ where they give the same rates up to the resumption.
+RATES = ("duration", "optim.schedule", "optim.warmup", "optim.timescale", "optim.final_fraction")
+RATES += ("optim.cooldown", "optim.cooldown_shape")
 
 
 def make(workdir: epath.Path) -> None:
@@ -62,8 +67,16 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(to_plain(config), indent=2) + "\n"
 
 
-def check(workdir: epath.PathLike, config: ConfigDict) -> None:
+def check(
+    workdir: epath.PathLike, config: ConfigDict, same_rates: Callable[[ConfigDict], bool]
+) -> None:
     """Compares the config with the one that the checkpoints in the workdir were trained with.
+
+    Args:
+      workdir: the workdir.
+      config: config of the run that resumes.
+      same_rates: tells whether a config that differs in `RATES` alone gives the same learning rates
+        up to now.
 
     Raises:
       UserError: settings that change what is learned differ.
@@ -81,21 +94,27 @@ def check(workdir: epath.PathLike, config: ConfigDict) -> None:
             raise ValueError("not an object")
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
-    if changed := differences(stored, to_plain(config)):
-        listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
-        raise UserError(
-            f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
-            "delete this one to start afresh, or add "
-            "--config.checkpoint.allow_config_change=True to resume with the new settings."
-        )
+    changed = differences(stored, to_plain(config))
+    before = copy.deepcopy(config)
+    before.update_from_flattened_dict({name: old for name, old, _ in changed if name in RATES})
+    if all(name in RATES for name, *_ in changed) and same_rates(before):
+        return
+    listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
+    raise UserError(
+        f"{workdir} holds a run with other settings: {listed}. Choose another --workdir, "
+        "delete this one to start afresh, or add "
+        "--config.checkpoint.allow_config_change=True to resume with the new settings."
+    )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Returns the fields (dotted) whose values differ and are not `FREE`, with both values.
 
-    Fields of an old run are compared under their new names.
+    Fields of an old run are compared under their new names. Those that came later had the value
+    then that is the default now.
     """
-    old = {default.RENAMED.get(name, name): value for name, value in flatten(old).items()}
+    then = flatten(to_plain(default.get_config()))
+    old = then | {default.RENAMED.get(name, name): value for name, value in flatten(old).items()}
     new = flatten(new)
     return [
         (name, old.get(name), new.get(name))
