@@ -88,18 +88,16 @@ def clip_jax_step(
     settings = default.get_config().optim
     settings.update(ADAMW, schedule="constant", warmup="0 steps")
     schedule = optim.make_schedule(settings, lambda duration: int(duration.split()[0]), 1_000_000)
-    tx = optim.make_optimizer(schedule, settings, seed=0)
-    like = state.abstract_state(net, tx, mesh)
-    train_state = state.init_state(like, net, tx, seed=0)
+    optimizer = optim.make_optimizer(schedule, settings, seed=0)
+    like = state.abstract_state(net, optimizer, mesh)
+    train_state = state.init_state(like, net, optimizer, seed=0)
     parameters = state.count_params(train_state.params)
     arrays = dict(zip(("image", "tokens"), batch))
     arrays = jax.device_put(arrays, sharding.batch_sharding(mesh))
     take = functools.partial(
         step.train_step,
         net=net,
-        tx=tx,
-        schedule=schedule,
-        factors=optim.ALL,
+        optimizer=optimizer,
         loss_fn=functools.partial(losses.softmax_loss, mesh=mesh),
         accum_steps=1,
         zero1=False,

@@ -209,12 +209,13 @@ def tree_shardings(tree: Any, mesh: Mesh, zero1: bool = False) -> Any:
     Args:
       tree: a `TrainState`, or part of one.
       mesh: devices of the run.
-      zero1: split what stands under opt_state over the data axis too (ZeRO, stage 1).
+      zero1: split what stands under opt_state and ema over the data axis too (ZeRO, stage 1).
     """
 
     def leaf_sharding(path, leaf):
         name = path_name(path)
-        axes = ("data", "fsdp") if zero1 and name.startswith("opt_state/") else ("fsdp",)
+        beside = name.startswith(("opt_state/", "ema/"))
+        axes = ("data", "fsdp") if zero1 and beside else ("fsdp",)
         return NamedSharding(mesh, _spec(name, np.shape(leaf), mesh, axes))
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)

@@ -21,17 +21,25 @@ class TrainState(struct.PyTreeNode):
       params: float32 pytree; bfloat16 where optim.bf16_params says so.
       batch_stats: running statistics of BatchNorm; empty for a ViT.
       opt_state: state of the optimiser, float32; moments as optim.moment_dtype says.
+      ema: {"params": float32 moving average of the parameters}; None where the run keeps none.
     """
 
     step: Int[Array, ""]
     params: Any
     batch_stats: Any
     opt_state: optax.OptState
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
         """The variables that `net.apply` takes."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def averaged_variables(self) -> dict[str, Any]:
+        """The same with the moving average of the parameters, placed as they are."""
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.params)
+        return {**self.variables, "params": jax.device_put(self.ema["params"], places)}
 
 
 def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
@@ -42,37 +50,34 @@ def init_variables(net: nn.Module, seed: int) -> dict[str, Any]:
     return {"batch_stats": {}, **net.init(jax.random.key(seed), images, tokens)}
 
 
-def _start(
-    variables: Any, tx: optax.GradientTransformation, factors: optim.Factors, bf16_params: str
-) -> TrainState:
+def _start(variables: Any, optimizer: optim.Optimizer) -> TrainState:
+    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=optim.to_bf16(variables["params"], bf16_params),
+        params=optim.to_bf16(params, optimizer.bf16_params),
         batch_stats=variables["batch_stats"],
-        opt_state=tx.init(factors.select(variables["params"])),
+        opt_state=optimizer.rule.init(optimizer.factors.select(params)),
+        # A copy: the step donates both.
+        ema={"params": jax.tree.map(jnp.copy, params)} if optimizer.ema_decay else None,
     )
 
 
 def abstract_state(
     net: nn.Module,
-    tx: optax.GradientTransformation,
+    optimizer: optim.Optimizer,
     mesh: Mesh,
-    factors: optim.Factors = optim.ALL,
     *,
     zero1: bool = False,
-    bf16_params: str = "",
 ) -> TrainState:
     """Returns shapes, dtypes and shardings of the state, nothing allocated.
 
     Args:
       net: one of `clip_jax.models.MODULES`.
-      tx: the optimiser.
+      optimizer: the optimiser.
       mesh: devices that will hold the state.
-      factors: which parameters learn; the optimiser has a state of these only.
       zero1: split the optimiser's state over the data axis too.
-      bf16_params: see `optim.to_bf16`.
     """
-    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), tx, factors, bf16_params))
+    shapes = jax.eval_shape(lambda: _start(init_variables(net, 0), optimizer))
     return _placed(shapes, mesh, zero1)
 
 
@@ -92,11 +97,9 @@ def _placed(shapes: Any, mesh: Mesh, zero1: bool = False) -> Any:
 def init_state(
     like: TrainState,
     net: nn.Module,
-    tx: optax.GradientTransformation,
+    optimizer: optim.Optimizer,
     seed: int,
-    factors: optim.Factors = optim.ALL,
     *,
-    bf16_params: str = "",
     variables: Any = None,
 ) -> TrainState:
     """Computes the initial state, on each device only its shards; equal on every mesh.
@@ -104,16 +107,14 @@ def init_state(
     Args:
       like: shapes and shardings, from `abstract_state`.
       net: one of `clip_jax.models.MODULES`.
-      tx: the optimiser.
+      optimizer: the optimiser.
       seed: PRNG seed of the random initialisation.
-      factors: as for `abstract_state`.
-      bf16_params: see `optim.to_bf16`.
       variables: a model's, to start from; None: random.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def start(variables):
-        return _start(variables or init_variables(net, seed), tx, factors, bf16_params)
+        return _start(variables or init_variables(net, seed), optimizer)
 
     return jax.jit(start, out_shardings=shardings)(variables)
 

@@ -190,6 +190,8 @@ def validate(config: ConfigDict) -> None:
         )
     if config.init_from and config.branch_from:
         problems.append("init_from and branch_from are both set, and a run has one beginning")
+    if not 0 <= config.optim.ema_decay < 1:
+        problems.append(f"optim.ema_decay is {config.optim.ema_decay}, and must be from 0 to 1")
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
@@ -327,6 +329,9 @@ def _optim() -> ConfigDict:
     optim.decay_params = "(kernel|embedding|positions|class_token|probe)$"
     optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: none
     optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
+    # Decay rate a step of a moving average of the parameters, which is evaluated beside them (as
+    # ema/...) and saved: WORKDIR/ema is a model; 0: none. In the first steps it is less.
+    optim.ema_decay = 0.0
     # Storage of the moments: "float32" | "bfloat16" (with stochastic rounding).
     optim.moment_dtype = "float32"
     # Regular expression on the paths of the parameters to store in bfloat16, with stochastic

@@ -30,9 +30,18 @@ class OtherPrecision(UserError):
     """A checkpoint with arrays of another dtype than the config asks for."""
 
 
-def progress(state: TrainState) -> dict[str, Any]:
-    """Returns the part of the state that only training needs."""
-    return {"step": state.step, "opt_state": state.opt_state}
+def items(state: TrainState) -> dict[str, Any]:
+    """Returns the arrays of a state by the items of a checkpoint that hold them."""
+    parts = {
+        "model": state.variables,
+        "optimizer": {"step": state.step, "opt_state": state.opt_state},
+    }
+    return parts if state.ema is None else {**parts, "ema": state.ema}
+
+
+def to_state(parts: Mapping[str, Any]) -> TrainState:
+    """Inverts `items`."""
+    return TrainState(**parts["model"], **parts["optimizer"], ema=parts.get("ema"))
 
 
 def describe(step: int, meta: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def check_precision(folder: epath.Path, stored: Any, like: TrainState) -> None:
         saved = {**_dtypes(stored["model"]), **_dtypes(stored["optimizer"])}
     except Exception:  # damaged: reading it will tell
         return
-    wanted = {**_dtypes(like.variables), **_dtypes(progress(like))}
+    wanted = {**_dtypes(items(like)["model"]), **_dtypes(items(like)["optimizer"])}
     other = [name for name, dtype in wanted.items() if saved.get(name, dtype) != dtype]
     if other:
         name = other[0]

@@ -136,7 +136,7 @@ class Checkpoints:
         Raises:
           UserError: an array holds NaN or infinity; nothing is written then.
         """
-        items = {"model": state.variables, "optimizer": reading.progress(state)}
+        items = reading.items(state)
         inspected = checksums.inspect(items)
         if inspected.not_finite:
             raise UserError(self._poisoned(step, inspected.not_finite))
@@ -337,16 +337,15 @@ class Checkpoints:
 
         def read() -> dict[str, Any]:
             reading.check_precision(folder, self._item_metadata(step), like)
+            wanted = reading.items(like).items()
             return reading.read(
-                folder,
-                model=ocp.args.StandardRestore(like.variables),
-                optimizer=ocp.args.StandardRestore(reading.progress(like)),
+                folder, **{name: ocp.args.StandardRestore(part) for name, part in wanted}
             )
 
         items = reading.agreed(read)
         reading.agreed(lambda: reading.verify(items))
         meta = items.pop("meta")
-        return Restored(step, meta, TrainState(**items["model"], **items["optimizer"]))
+        return Restored(step, meta, reading.to_state(items))
 
     def _item_metadata(self, step: int) -> Any:
         try:
@@ -372,9 +371,21 @@ class Checkpoints:
         self._manager.reload()
         self._best = self._best_kept()
 
-    def restore_variables(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Reads the variables alone, for inference; `like` as `TrainState.variables`."""
-        return self._read(step, model=ocp.args.StandardRestore(like))["model"]
+    def restore_variables(
+        self, step: int, like: Mapping[str, Any], ema: bool = False
+    ) -> dict[str, Any]:
+        """Reads the variables alone, for inference.
+
+        Args:
+          step: step of the checkpoint.
+          like: as `TrainState.variables`.
+          ema: whether to read the moving average of the parameters in their place.
+        """
+        found = self._read(step, model=ocp.args.StandardRestore(like))["model"]
+        if ema:
+            average = ocp.args.StandardRestore({"params": like["params"]})
+            found |= self._read(step, ema=average)["ema"]
+        return found
 
     def close(self) -> None:
         """Waits for pending writes."""

@@ -1,6 +1,6 @@
 """The optimiser: which parameters learn, by what rule, and at what rate."""
 
-from clip_jax.optim.optimizers import decay_mask, make_optimizer, updates_applied
+from clip_jax.optim.optimizers import Optimizer, decay_mask, make_optimizer, updates_applied
 from clip_jax.optim.paths import ALL, Factors, merge
 from clip_jax.optim.rounding import (
     apply_updates,
@@ -14,6 +14,7 @@ from clip_jax.optim.schedules import make_schedule
 __all__ = [
     "ALL",
     "Factors",
+    "Optimizer",
     "apply_updates",
     "decay_mask",
     "make_optimizer",

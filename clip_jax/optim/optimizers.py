@@ -1,5 +1,6 @@
 """The rules by which parameters learn; the paper's is AdamW with decoupled decay."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,24 +17,42 @@ from clip_jax.optim import paths
 from clip_jax.optim.rounding import bf16_state
 
 
-def make_optimizer(
-    schedule: optax.Schedule, settings: Any, seed: int
-) -> optax.GradientTransformation:
-    """Makes an optimiser, which takes float32 gradients.
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimiser: what becomes of gradients.
+
+    Attributes:
+      rule: the updates of the parameters that learn, from their float32 gradients; the others are
+        None in what it takes and returns.
+      schedule: its learning rate by step.
+      factors: which parameters learn, and how fast.
+      bf16_params: regular expression on the paths of parameters stored in bfloat16; "": none.
+      ema_decay: decay rate of a moving average of the parameters; 0: none is kept.
+    """
+
+    rule: optax.GradientTransformation
+    schedule: optax.Schedule
+    factors: paths.Factors = paths.ALL
+    bf16_params: str = ""
+    ema_decay: float = 0.0
+
+
+def make_optimizer(schedule: optax.Schedule, settings: Any, seed: int) -> Optimizer:
+    """Makes the optimiser of a config.
 
     Args:
       schedule: learning rate by step.
       settings: fields of config.optim.
       seed: PRNG seed of stochastic rounding, for settings.moment_dtype "bfloat16".
 
-    Returns:
-      The optimiser, for the parameters that learn: others are None in what it takes and returns.
+    Raises:
+      UserError: settings.factors is no table of factors.
     """
     clip = settings.grad_clip_norm
     rule = RULES[settings.name](settings)
     if settings.moment_dtype == "bfloat16":
         rule = bf16_state(rule, seed)
-    return optax.chain(
+    rule = optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         rule,
         optax.add_decayed_weights(
@@ -42,6 +61,8 @@ def make_optimizer(
         _trust_ratio() if settings.name == "lamb" else optax.identity(),
         optax.scale_by_learning_rate(schedule),
     )
+    factors = paths.Factors.parse(settings.factors)
+    return Optimizer(rule, schedule, factors, settings.bf16_params, settings.ema_decay)
 
 
 def _decay(settings: Any) -> float:
@@ -52,7 +73,7 @@ def _decay(settings: Any) -> float:
 
 
 def updates_applied(opt_state: Any) -> Int32[Array, ""]:
-    """Returns the number of updates in a state of `make_optimizer`, which its schedule counts."""
+    """Returns the number of updates in a state of `Optimizer.rule`, which its schedule counts."""
     return opt_state[-1].count
 
 

@@ -252,7 +252,7 @@ def build(config: ConfigDict, topology: Topology, examples: float) -> program.Pr
 def _resident(built: program.Program, topology: Topology) -> Memory:
     """Computes the memory that is known before compiling."""
     state = built.state
-    parameters, optimizer = shard_bytes(state.params), shard_bytes(state.opt_state)
+    parameters, optimizer = shard_bytes(state.params), shard_bytes((state.opt_state, state.ema))
     return Memory(
         parameters=parameters,
         optimizer=optimizer,

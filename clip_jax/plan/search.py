@@ -157,13 +157,13 @@ def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
     plain = Choice().apply(config)
     plain.batch_size = topology.size  # any that divides: the parameters do not depend on it
     built = make.build(plain, topology, examples)
-    parameters = make.shard_bytes(built.state.params)
-    count = float(sum(math.prod(leaf.shape) for leaf in _leaves(built.state.params)))
+    state = built.state
+    count = float(sum(math.prod(leaf.shape) for leaf in _leaves(state.params)))
     return Task(
         size=built.net.size,
         batch_size=config.batch_size,
         parameters=count,
-        state_bytes=(parameters + make.shard_bytes(built.state.opt_state)) / count,
+        state_bytes=make.shard_bytes((state.params, state.opt_state, state.ema)) / count,
         topology=topology,
         scan=config.model.scan_layers,
     )

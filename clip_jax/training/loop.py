@@ -20,7 +20,7 @@ from clip_jax.training import lease, skips, workdir
 from clip_jax.training import step as train_step
 from clip_jax.training.record import Record
 from clip_jax.training.requests import Request, Requests
-from clip_jax.training.run import ResumeState, Run, hardware, list_counts
+from clip_jax.training.run import EMA, ResumeState, Run, hardware, list_counts
 from clip_jax.training.telemetry import Telemetry
 from clip_jax.training.tracer import Tracer
 from clip_jax.training.watchdog import Watchdog
@@ -326,7 +326,7 @@ class Loop:
         try:
             with self._record.during("evaluation"):
                 self._heed()
-                results = run.evaluator.run(state.variables, self._heed)
+                results = self._measure(state)
         except _Interrupted:
             return None
         if results:
@@ -334,15 +334,24 @@ class Loop:
             seen = {metrics.EVALUATED: self._examples_seen(step)}
             self._writer.write(step, {**results, **seen})
             brief = [*run.evaluator.headlines(), *run.evaluator.means]
+            brief += [EMA + name for name in brief if EMA + name in results]
             shown = [f"{name} {results[name]:.1%}" for name in brief]
             self._progress.note(f"step {step:,} evaluation  " + "  ".join(shown))
             best = self._config.checkpoint.best_metric
-            if best and best not in results and run.evaluator.measures(best):  # else said at start
+            if best and best not in results and run.measures(best):  # else said at start
                 self._progress.note(
                     f"checkpoint.best_metric {best} is none of the metrics measured: "
                     f"{', '.join(sorted(results))}."
                 )
         return results
+
+    def _measure(self, state: train_state.TrainState) -> dict[str, float]:
+        """Evaluates the parameters, and their moving average where there is one."""
+        averaged = {}
+        if state.ema is not None:
+            averaged = self._run.evaluator.run(state.averaged_variables, self._heed)
+        results = self._run.evaluator.run(state.variables, self._heed)  # the last one is reported
+        return results | {EMA + name: value for name, value in averaged.items()}
 
     def _stop_while_waiting(self) -> bool:
         """Returns whether the run is asked to stop; called while it waits for a batch.

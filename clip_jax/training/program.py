@@ -68,18 +68,14 @@ class Program:
       config: the whole config.
       mesh: devices.
       net: the model.
-      tx: the optimiser, of the parameters that learn.
-      schedule: its learning rate by step.
-      factors: which parameters learn, and how fast.
+      optimizer: the optimiser.
       total_steps: length of the run.
     """
 
     config: ConfigDict
     mesh: Mesh
     net: models.ImageModel
-    tx: optax.GradientTransformation
-    schedule: optax.Schedule
-    factors: optim.Factors
+    optimizer: optim.Optimizer
     total_steps: int
 
     @functools.cached_property
@@ -87,11 +83,9 @@ class Program:
         """Shapes, dtypes and shardings of the training state."""
         return train_state.abstract_state(
             self.net,
-            self.tx,
+            self.optimizer,
             self.mesh,
-            self.factors,
             zero1=self.config.mesh.zero1,
-            bf16_params=self.config.optim.bf16_params,
         )
 
     @functools.cached_property
@@ -108,15 +102,8 @@ class Program:
 
     def init(self, variables: Any = None) -> train_state.TrainState:
         """Initialises the state of a run, from a model's variables or, without, at random."""
-        config = self.config
         return train_state.init_state(
-            self.state,
-            self.net,
-            self.tx,
-            config.seed,
-            self.factors,
-            bf16_params=config.optim.bf16_params,
-            variables=variables,
+            self.state, self.net, self.optimizer, self.config.seed, variables=variables
         )
 
     def lower(self) -> jax.stages.Lowered:
@@ -126,9 +113,7 @@ class Program:
         step = functools.partial(
             train_step.train_step,
             net=self.net,
-            tx=self.tx,
-            schedule=self.schedule,
-            factors=self.factors,
+            optimizer=self.optimizer,
             loss_fn=loss_fn,
             augment=augment_fn,
             accum_steps=config.accum_steps,
@@ -172,9 +157,8 @@ def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None
     """
     mesh, net = make_mesh_and_net(config, devices)
     total, schedule = make_schedule(config, examples)
-    tx = optim.make_optimizer(schedule, config.optim, config.seed)
-    factors = optim.Factors.parse(config.optim.factors)
-    return Program(config, mesh, net, tx, schedule, factors, total)
+    optimizer = optim.make_optimizer(schedule, config.optim, config.seed)
+    return Program(config, mesh, net, optimizer, total)
 
 
 def make_schedule(config: ConfigDict, examples: int) -> tuple[int, optax.Schedule]:

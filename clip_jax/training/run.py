@@ -19,6 +19,9 @@ from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.training import agreement, notices, program
 
+# Before the metrics of the moving average of the parameters.
+EMA = "ema/"
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -61,6 +64,11 @@ class Run:
     def total_steps(self) -> int:
         """The length of the run."""
         return self.program.total_steps
+
+    def measures(self, metric: str) -> bool:
+        """Tells whether evaluations measure a metric, before any is made."""
+        averaged = metric.startswith(EMA) and not self.config.optim.ema_decay
+        return not averaged and self.evaluator.measures(metric.removeprefix(EMA))
 
     @property
     def net(self) -> models.ImageModel:

@@ -34,9 +34,7 @@ def train_step(
     batch: Batch,
     *,
     net: nn.Module,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    factors: optim.Factors,
+    optimizer: optim.Optimizer,
     loss_fn: Loss,
     augment: Augment,
     accum_steps: int,
@@ -54,9 +52,7 @@ def train_step(
       state: training state.
       batch: "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s], split over the mesh.
       net: one of `clip_jax.models.MODULES`.
-      tx: the optimiser.
-      schedule: its learning rate, for the log.
-      factors: which parameters learn, and how fast. No gradient of the others is computed.
+      optimizer: the optimiser. No gradient is computed of parameters that do not learn.
       loss_fn: loss, called with the outputs of the model; see `program.OBJECTIVES`.
       augment: augmentation, called with the images and a key of this step; see `augment.augment`
         and `views.two_views`.
@@ -92,7 +88,7 @@ def train_step(
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
-    learnt = factors.select(state.params)
+    learnt = optimizer.factors.select(state.params)
     loss, (batch_stats, measured), grads = gradients(embed, loss_fn, learnt, batch)
     # From here on each device works on its own shards, which under ZeRO are smaller than those it
     # holds of the parameters.
@@ -101,34 +97,56 @@ def train_step(
     metrics = {"loss": loss, **measured, **_norms("grad_norm", grads)}
     old: Any = constrain(learnt)
 
-    def update() -> tuple[Any, Any, Any]:
-        updates, opt_state = tx.update(grads, state.opt_state, constrain(to_float32(learnt)))
-        updates = factors.scale(updates, state.params)
+    def update() -> tuple[Any, Any, Any, Any]:
+        updates, opt_state = optimizer.rule.update(
+            grads, state.opt_state, constrain(to_float32(learnt))
+        )
+        updates = optimizer.factors.scale(updates, state.params)
         params: Any = constrain(optim.apply_updates(old, updates, rounding_key))
         if params.get("logit_scale") is not None:
             logit_scale = jnp.minimum(params["logit_scale"], math.log(max_logit_scale))
             params = {**params, "logit_scale": logit_scale}
-        return params, batch_stats, opt_state
+        return params, batch_stats, opt_state, _averaged(optimizer.ema_decay, state, params)
 
     if skip_above is None:
-        params, batch_stats, opt_state = update()
+        params, batch_stats, opt_state, ema = update()
     else:
         applied = _is_finite_up_to(skip_above, metrics)
         with jax.named_scope(SKIPPABLE):
             # Cheaper than a selection by jnp.where, which keeps a copy of the old state and takes
             # another pass over both.
-            params, batch_stats, opt_state = jax.lax.cond(
-                applied, update, lambda: (old, state.batch_stats, state.opt_state)
+            params, batch_stats, opt_state, ema = jax.lax.cond(
+                applied, update, lambda: (old, state.batch_stats, state.opt_state, state.ema)
             )
         metrics["skipped"] = 1.0 - applied
     params = optim.merge(params, state.params)
     if "logit_scale" in params:
         metrics["logit_scale"] = jnp.exp(params["logit_scale"])
     metrics |= _norms("param_norm", to_float32(params))
-    learning_rate = schedule(optim.updates_applied(state.opt_state))
+    learning_rate = optimizer.schedule(optim.updates_applied(state.opt_state))
     metrics["learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
-    state = TrainState(state.step + 1, params, batch_stats, opt_state)
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
     return state, metrics
+
+
+def _averaged(decay: float, state: TrainState, learnt: Any) -> Any:
+    """Moves the average of the parameters, float32, towards what those that learn have become.
+
+    In the first steps it decays faster, by (1 + n) / (10 + n) after n updates, since it begins at
+    the random initialisation.
+    """
+    if state.ema is None:
+        return None
+    updates = optim.updates_applied(state.opt_state)
+    rate = 1 - jnp.minimum(decay, (1 + updates) / (10 + updates))
+    learnt = to_float32(learnt)
+    averaged = jax.tree.map(
+        lambda new, old: old if new is None else old + rate * (new - old),
+        learnt,
+        state.ema["params"],
+        is_leaf=lambda x: x is None,
+    )
+    return {"params": averaged}
 
 
 def _is_finite_up_to(greatest_norm: float, metrics: Metrics) -> Bool[Array, ""]:

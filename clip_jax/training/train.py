@@ -179,7 +179,7 @@ def _same_rates(run: Run, steps: int, config: ConfigDict) -> bool:
     """Tells whether another config has the same learning rates in the first steps of the run."""
     _, other = program.make_schedule(config, len(run.source))
     first = np.arange(steps)
-    return np.array_equal(other(first), run.program.schedule(first))
+    return np.array_equal(other(first), run.program.optimizer.schedule(first))
 
 
 def _restore(
@@ -312,7 +312,7 @@ def _announce(run: Run) -> None:
         f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, "
         f"attention by {run.net.attention}, on {hardware(run.mesh)} (mesh {axes})."
     )
-    if summary := run.program.factors.summary(run.program.state.params):
+    if summary := run.program.optimizer.factors.summary(run.program.state.params):
         _say(summary)
     if problems := getattr(run.source, "problems", None):
         _say(f"Found in the training data: {list_counts(problems)}.")
@@ -323,7 +323,7 @@ def _announce(run: Run) -> None:
     for notice in found:
         _say(notice)
     best = config.checkpoint.best_metric
-    if best and not run.evaluator.measures(best):
+    if best and not run.measures(best):
         _say(
             f"No evaluation of this run measures {best}, so only the most recent checkpoints are "
             "kept: set --config.checkpoint.best_metric to a metric of this run."

@@ -72,8 +72,16 @@ def open_model(
 # ---- Workdirs ----------------------------------------------------------------------------------
 
 
+# Behind the path of a workdir or checkpoint: the moving average of the parameters.
+EMA = "ema"
+
+
+def _split_ema(path: epath.Path) -> tuple[epath.Path, bool]:
+    return (path.parent, True) if path.name == EMA else (path, False)
+
+
 def _is_workdir(path: epath.Path) -> bool:
-    workdir, step = checkpoint.split_path(path)
+    workdir, step = checkpoint.split_path(_split_ema(path)[0])
     return step is not None or faults.repeat((workdir / checkpoint.DIRECTORY).is_dir, path)
 
 
@@ -83,6 +91,7 @@ def _open_workdir(path: epath.Path, step: int | None) -> Weights:
     Raises:
       UserError: there is no such checkpoint, or it is damaged.
     """
+    path, ema = _split_ema(path)
     workdir, named = checkpoint.split_path(path)
     step = step if named is None else named
     with checkpoint.Checkpoints(workdir, create=False) as store:
@@ -94,20 +103,29 @@ def _open_workdir(path: epath.Path, step: int | None) -> Weights:
             )
         step = steps[-1] if step is None else step
         meta = store.read_meta(step)
+    if ema and not meta["config"]["optim"].get("ema_decay"):
+        raise UserError(
+            f"The run in {workdir} keeps no moving average of its parameters: give {path}, or "
+            "train with --config.optim.ema_decay=0.9999."
+        )
     return Weights(
         size=models.Size.from_json(meta["size"]),
-        tensors=_checkpoint_tensors(workdir, step, models.Size.from_json(meta["size"])),
+        tensors=_checkpoint_tensors(workdir, step, models.Size.from_json(meta["size"]), ema),
         tokenizer=TokenizerFile.from_setting(meta["config"]["tokenizer"], meta["tokenizer"]),
-        origin={"source": str(path), "format": "clip_jax", "step": meta["step"]},
+        origin={
+            "source": str(path / EMA if ema else path),
+            "format": "clip_jax",
+            "step": meta["step"],
+        },
     )
 
 
-def _checkpoint_tensors(workdir: epath.Path, step: int, size: models.Size) -> Tensors:
+def _checkpoint_tensors(workdir: epath.Path, step: int, size: models.Size, ema: bool) -> Tensors:
     """Returns the tensors of a checkpoint; the first one that is read brings all into memory."""
 
     def restore(like: Variables) -> Variables:
         with checkpoint.Checkpoints(workdir, create=False) as store:
-            return store.restore_variables(step, like)
+            return store.restore_variables(step, like, ema)
 
     @functools.cache
     def arrays() -> dict[str, jax.Array]:
@@ -129,7 +147,7 @@ def _locate(source: epath.PathLike) -> epath.Path:
       UserError: there is none.
     """
     path = locations.parse(source)
-    if files.exists(path):
+    if files.exists(path) or (path.name == EMA and _is_workdir(path)):
         return path
     if str(source) in models.available_models():
         raise UserError(_how_to_get(str(source)))

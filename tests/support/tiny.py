@@ -48,10 +48,9 @@ def make_mesh(*axes: int) -> Mesh:
 
 
 def make_optimizer(**overrides):
-    """A schedule without warm-up, and the paper's optimiser."""
+    """The paper's optimiser, without a warm-up."""
     settings = optim_settings(learning_rate=LEARNING_RATE, **overrides)
-    schedule = make_schedule(settings, STEPS)
-    return schedule, optim.make_optimizer(schedule, settings, seed=0)
+    return optim.make_optimizer(make_schedule(settings, STEPS), settings, seed=0)
 
 
 def optim_settings(**overrides):
@@ -84,14 +83,10 @@ def make_batch(net: models.ImageModel, seed: int = 0) -> dict[str, np.ndarray]:
     return {"image": coarse.repeat(repeat, axis=1).repeat(repeat, axis=2), "tokens": tokens}
 
 
-def compile_step(
-    net, mesh: Mesh, state, batch, *, moment_dtype="float32", method="all_gather", **overrides
-):
+def compile_step(net, mesh: Mesh, state, batch, *, method="all_gather", optim=None, **overrides):
     """The training step for these arrays, with the optimiser of `make_optimizer`."""
-    schedule, tx = make_optimizer(moment_dtype=moment_dtype)
     settings = {
-        "tx": tx,
-        "factors": optim.ALL,
+        "optimizer": make_optimizer(**(optim or {})),
         "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
         "augment": lambda images, key: images,
         "accum_steps": 1,
@@ -101,23 +96,17 @@ def compile_step(
         "skip_above": None,
         **overrides,
     }
-    step = functools.partial(train_step.train_step, net=net, schedule=schedule, **settings)
+    step = functools.partial(train_step.train_step, net=net, **settings)
     return train_step.lower_step(step, state, batch, mesh).compile()
 
 
 def init_state(
-    net: models.ImageModel,
-    mesh: Mesh,
-    *,
-    zero1=False,
-    bf16_params="",
-    moment_dtype="float32",
-    factors=optim.ALL,
+    net: models.ImageModel, mesh: Mesh, *, zero1=False, **optim
 ) -> train_state.TrainState:
     """Initialises a state, equal on every mesh."""
-    _, tx = make_optimizer(moment_dtype=moment_dtype)
-    like = train_state.abstract_state(net, tx, mesh, factors, zero1=zero1, bf16_params=bf16_params)
-    return train_state.init_state(like, net, tx, 0, factors, bf16_params=bf16_params)
+    optimizer = make_optimizer(**optim)
+    like = train_state.abstract_state(net, optimizer, mesh, zero1=zero1)
+    return train_state.init_state(like, net, optimizer, 0)
 
 
 def copy(state: train_state.TrainState) -> train_state.TrainState:

@@ -34,7 +34,7 @@ def cooled(tmp_path_factory):
 def test_a_run_made_longer_is_the_long_run(constant, cooled, capsys):
     """The very steps that an uninterrupted run takes, cooldown included."""
     capsys.readouterr()
-    with pytest.raises(UserError, match="optim.cooldown was '0 steps', now '6 steps'"):
+    with pytest.raises(UserError, match=r"optim.cooldown was '0 steps', now '6 steps'"):
         run(constant, **CONSTANT | {"optim.cooldown": "6 steps"})  # it would have begun at step 6
     found = run(constant, **COOLED)
     assert f"Resuming {constant} from step 8" in capsys.readouterr().out
@@ -58,9 +58,9 @@ def test_a_branch_cools_down_from_a_checkpoint(constant, cooled, tmp_path, capsy
 
 def test_branches_that_cannot_be(constant, tmp_path):
     for place in (tmp_path / "nothing", constant / "checkpoints" / "7"):
-        with pytest.raises(UserError, match="branch_from .* is no run with a checkpoint"):
+        with pytest.raises(UserError, match=r"branch_from .* is no run with a checkpoint"):
             run(tmp_path / "new", branch_from=str(place), **CONSTANT)
-    with pytest.raises(UserError, match="optim.learning_rate was"):
+    with pytest.raises(UserError, match=r"optim.learning_rate was"):
         run(
             tmp_path / "new",
             **CONSTANT | {"optim.learning_rate": 0.5, "branch_from": str(constant)},

@@ -21,8 +21,8 @@ SAVED_ON = (2, 4)  # mesh.data, mesh.fsdp
 
 
 def abstract(axes: tuple[int, int], name: str = "vit") -> train_state.TrainState:
-    net, (_, tx) = tiny.make_net(name), tiny.make_optimizer()
-    return train_state.abstract_state(net, tx, tiny.make_mesh(*axes))
+    net, optimizer = tiny.make_net(name), tiny.make_optimizer()
+    return train_state.abstract_state(net, optimizer, tiny.make_mesh(*axes))
 
 
 @functools.cache

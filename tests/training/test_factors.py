@@ -17,11 +17,11 @@ BY_LAYER = "^text/transformer/blocks/0/=0.25 ^text/transformer/blocks/1/=0.5 ^im
 def take_step(factors: str, *, axes=(1, 1), name="vit", size=None, **settings):
     """Takes a step; returns the parameters before and after, the new state and the program."""
     net, mesh = tiny.make_net(name, size), tiny.make_mesh(*axes)
-    parsed = optim.Factors.parse(factors)
-    state = tiny.init_state(net, mesh, zero1=axes != (1, 1), factors=parsed)
+    zero1 = axes != (1, 1)
+    state = tiny.init_state(net, mesh, zero1=zero1, factors=factors)
     before = tiny.named_leaves(state.params)
     step = tiny.compile_step(
-        net, mesh, state, tiny.put_batch(net, mesh), factors=parsed, zero1=axes != (1, 1),
+        net, mesh, state, tiny.put_batch(net, mesh), optim={"factors": factors}, zero1=zero1,
         **settings,
     )  # fmt: skip
     state, metrics = step(state, tiny.put_batch(net, mesh))

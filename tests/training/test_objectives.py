@@ -235,11 +235,11 @@ def test_prompts_share_their_prefixes():
 def test_the_transformer_that_writes_has_63_million_parameters():
     """The paper's number; and nothing large of any of these models is whole on a device."""
     counts = {}
-    _, tx = tiny.make_optimizer()
+    optimizer = tiny.make_optimizer()
     for line, overrides in figure2.LINES.items():
         config = figure2.get_config(line)
         net = program.make_net(config, sharding.make_mesh(1, 8))
-        state = train_state.abstract_state(net, tx, sharding.make_mesh(1, 8))
+        state = train_state.abstract_state(net, optimizer, sharding.make_mesh(1, 8))
         counts[line] = {
             name: train_state.count_params(part) / 1e6 for name, part in state.params.items()
         }
@@ -254,9 +254,9 @@ def test_the_transformer_that_writes_has_63_million_parameters():
 
 
 def test_the_transformer_that_writes_is_split_by_the_tensor_axis():
-    _, tx = tiny.make_optimizer()
+    optimizer = tiny.make_optimizer()
     net = tiny.make_net("vit", {"objective": "captioning"})
-    state = train_state.abstract_state(net, tx, tiny.make_mesh(1, 2, 4))
+    state = train_state.abstract_state(net, optimizer, tiny.make_mesh(1, 2, 4))
     blocks = state.params["text"]["transformer"]["blocks"]
     for part, axis in (("mlp_in", 2), ("mlp_out", 1), ("attn_out", 1)):
         assert blocks[part]["kernel"].sharding.spec[axis] == "tensor", part

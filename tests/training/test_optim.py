@@ -69,7 +69,7 @@ def test_updates(overrides: dict):
     settings = SETTINGS | overrides
     given = tiny.optim_settings(**settings, learning_rate=0.05)
     given.warmup = "3 steps"
-    tx = optim.make_optimizer(tiny.make_schedule(given, 10), given, seed=0)
+    tx = optim.make_optimizer(tiny.make_schedule(given, 10), given, seed=0).rule
     params = random_tree(0)
     gradients = [random_tree(seed, size=0.3 * seed) for seed in range(1, 9)]
     norms = [
@@ -93,7 +93,7 @@ def test_updates(overrides: dict):
 
 def test_decay_is_decoupled():
     """Without gradients a kernel shrinks by learning rate x decay, whatever Adam's moments."""
-    tx = optim.make_optimizer(lambda step: 0.1, tiny.optim_settings(**SETTINGS), seed=0)
+    tx = optim.make_optimizer(lambda step: 0.1, tiny.optim_settings(**SETTINGS), seed=0).rule
     params = random_tree(0)
     zeros = jax.tree.map(np.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
@@ -112,7 +112,7 @@ def test_independent_decay_is_that_of_big_vision(peak: float):
     config = siglip_b16.get_config("smoke")
     config.optim.learning_rate = peak
     config.optim.warmup, config.duration = "2 steps", "10 steps"
-    tx = program.build(config, examples=100).tx
+    tx = program.build(config, examples=100).optimizer.rule
 
     def is_kernel(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
@@ -267,7 +267,7 @@ def test_other_rules(name):
     settings = tiny.optim_settings(
         name=name, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1, learning_rate=0.05
     )
-    tx = optim.make_optimizer(lambda _: 0.05, settings, seed=0)
+    tx = optim.make_optimizer(lambda _: 0.05, settings, seed=0).rule
 
     def draw(seed):
         rng = np.random.default_rng(seed)
@@ -304,7 +304,7 @@ def test_other_rules(name):
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "lamb", "muon"])
 def test_moments_in_16_bits_of_every_rule(name):
     settings = tiny.optim_settings(name=name, moment_dtype="bfloat16")
-    tx = optim.make_optimizer(lambda _: 0.05, settings, seed=0)
+    tx = optim.make_optimizer(lambda _: 0.05, settings, seed=0).rule
     params = jax.tree.map(lambda shape: jnp.ones(shape), shapes_of(name), **IS_SHAPE)
     state = tx.init(params)
     _, after = jax.jit(tx.update)(params, state, params)

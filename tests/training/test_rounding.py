@@ -62,7 +62,7 @@ def adam(moment_dtype: str):
     settings = tiny.optim_settings(
         b2=0.999, eps=1e-8, weight_decay=0.0, decay_params="", moment_dtype=moment_dtype
     )
-    return optim.make_optimizer(lambda _: 0.01, settings, seed=0)
+    return optim.make_optimizer(lambda _: 0.01, settings, seed=0).rule
 
 
 def test_moments_in_16_bits_follow_those_in_32():

@@ -19,8 +19,10 @@ P = PartitionSpec
 @functools.cache
 def specs(name: str, data: int, fsdp: int) -> dict[str, tuple[tuple[int, ...], PartitionSpec]]:
     """Shape and placement of each array of the training state, by its path."""
-    _, tx = tiny.make_optimizer()
-    state = train_state.abstract_state(models.create(name), tx, sharding.make_mesh(data, fsdp))
+    optimizer = tiny.make_optimizer()
+    state = train_state.abstract_state(
+        models.create(name), optimizer, sharding.make_mesh(data, fsdp)
+    )
     return {
         sharding.path_name(path): (leaf.shape, leaf.sharding.spec)
         for path, leaf in jax.tree.leaves_with_path(state)

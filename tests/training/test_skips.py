@@ -41,7 +41,7 @@ def poison(images: jax.Array, key: jax.Array, config=None) -> jax.Array:
 PLAIN = ((1, 1), {})
 SHARDED = (
     (2, 4),
-    {"zero1": True, "bf16_params": "^text/", "moment_dtype": "bfloat16"},
+    {"zero1": True, "bf16_params": "^text/", "moment_dtype": "bfloat16", "ema_decay": 0.9},
 )
 
 
@@ -56,10 +56,12 @@ def batch_of(net, seed: int, bad: bool = False) -> dict[str, np.ndarray]:
 def compiled(name: str, axes: tuple[int, int], skip_above: float | None, settings: tuple):
     net, mesh, kwargs = tiny.make_net(name), tiny.make_mesh(*axes), dict(settings)
     accum_steps = kwargs.pop("accum_steps", 1)
-    state = tiny.init_state(net, mesh, **kwargs)
-    kwargs.pop("bf16_params", None)
-    kwargs |= {"accum_steps": accum_steps, "augment": poison, "skip_above": skip_above}
-    step = tiny.compile_step(net, mesh, state, tiny.put_batch(net, mesh), **kwargs)
+    zero1 = kwargs.pop("zero1", False)
+    state = tiny.init_state(net, mesh, zero1=zero1, **kwargs)
+    step = tiny.compile_step(
+        net, mesh, state, tiny.put_batch(net, mesh), optim=kwargs, zero1=zero1,
+        accum_steps=accum_steps, augment=poison, skip_above=skip_above,
+    )  # fmt: skip
     return net, step, state
 
 

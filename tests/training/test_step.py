@@ -218,9 +218,10 @@ def test_logit_scale_below_its_bound_is_left_alone():
 def test_16_bit_moments_and_weights():
     """They are what is stored, and a step with them is nearly the step without."""
     want = trained("vit", ONE)[1][0]
-    mesh, half = tiny.make_mesh(*FSDP), {"moment_dtype": "bfloat16"}
+    mesh = tiny.make_mesh(*FSDP)
+    half = {"moment_dtype": "bfloat16", "bf16_params": "^text/"}
     net = tiny.make_net("vit")
-    state = tiny.init_state(net, mesh, bf16_params="^text/", **half)
+    state = tiny.init_state(net, mesh, **half)
     dtypes = {sharding.path_name(path): x.dtype for path, x in jax.tree.leaves_with_path(state)}
     for name, dtype in dtypes.items():
         in_bf16 = "/mu/" in name or "/nu/" in name or name.startswith("params/text/")
@@ -228,7 +229,7 @@ def test_16_bit_moments_and_weights():
             jnp.bfloat16 if in_bf16 else jnp.int32 if dtype == jnp.int32 else jnp.float32
         )
     batch = tiny.put_batch(net, mesh)
-    step = tiny.compile_step(net, mesh, state, batch, **half)
+    step = tiny.compile_step(net, mesh, state, batch, optim=half)
     state, metrics = step(state, batch)
     after = {sharding.path_name(path): x.dtype for path, x in jax.tree.leaves_with_path(state)}
     assert after == dtypes

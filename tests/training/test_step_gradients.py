@@ -10,7 +10,7 @@ import optax
 import pytest
 import tiny
 
-from clip_jax import losses, sharding
+from clip_jax import losses, optim, sharding
 
 ONE, FSDP = (1, 1), (2, 4)  # mesh.data, mesh.fsdp
 
@@ -36,7 +36,13 @@ def gradients(
     )
     tx = optax.chain(keep, optax.scale_by_schedule(lambda count: 1.0))  # the step reads the count
     state = state.replace(opt_state=({"mu": state.opt_state[1].mu}, state.opt_state[-1]))
-    settings = {"tx": tx, "accum_steps": accum_steps, "method": method, "zero1": zero1}
+    optimizer = optim.Optimizer(tx, schedule=lambda count: 1.0)
+    settings = {
+        "optimizer": optimizer,
+        "accum_steps": accum_steps,
+        "method": method,
+        "zero1": zero1,
+    }
     if objective == "near_duplicates":
         scale = jnp.float32(math.log(1 / 0.07))
         settings["loss_fn"] = functools.partial(
