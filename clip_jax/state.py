@@ -109,12 +109,13 @@ def init_state(
       net: one of `clip_jax.models.MODULES`.
       optimizer: the optimiser.
       seed: PRNG seed of the random initialisation.
-      variables: a model's, to start from; None: random.
+      variables: a model's, to start from; None: random, as are those that are None in it.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     def start(variables):
-        return _start(variables or init_variables(net, seed), optimizer)
+        random = init_variables(net, seed)
+        return _start(optim.merge(variables, random) if variables else random, optimizer)
 
     return jax.jit(start, out_shardings=shardings)(variables)
 

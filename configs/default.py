@@ -53,6 +53,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # Model that a new run starts from: a workdir, a checkpoint, or anything else that clip_jax.load
     # takes, published weights too; "": random initialisation.
     config.init_from = ""
+    # Regular expression on the paths of the parameters that are taken from there, others stay
+    # random: "^image/" takes the image tower, and then the text tower may be another; "": all.
+    config.init_params = ""
     # Run that a new one goes on from, with its optimiser and its place in the data: a workdir, or a
     # checkpoint in it, WORKDIR/checkpoints/STEP; "": none. Only what may change at a resumption may
     # differ: with optim.schedule constant or rsqrt, the cooldown and the duration.

@@ -3,8 +3,8 @@
 b2 is that of published replications of SigLIP; learning rate and gradient clipping are those of the
 sigmoid example in its authors' code. Duration and warm-up are CLIP's.
 
-By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 2.4 GiB of 15.75 on
-each, 225 ms per step, 145,000 pairs/s.
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 8.2 GiB of 15.75 on
+each, 168 ms per step, 195,000 pairs/s.
 
     python main.py --config=configs/siglip_b16.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/siglip_b16
@@ -29,7 +29,8 @@ from clip_jax.configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "SigLIP-B/16"
-    config.model.remat = "full"
+    config.model.scan_layers = False  # a tenth faster on a TPU, and compiles as fast
+    config.model.remat = "mlp"
     set_recipe(config)
     return default.finish(config, arg)
 

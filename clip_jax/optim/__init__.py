@@ -1,7 +1,7 @@
 """The optimiser: which parameters learn, by what rule, and at what rate."""
 
 from clip_jax.optim.optimizers import Optimizer, decay_mask, make_optimizer, updates_applied
-from clip_jax.optim.paths import ALL, Factors, merge
+from clip_jax.optim.paths import ALL, Factors, find, merge
 from clip_jax.optim.rounding import (
     apply_updates,
     round_tree,
@@ -17,6 +17,7 @@ __all__ = [
     "Optimizer",
     "apply_updates",
     "decay_mask",
+    "find",
     "make_optimizer",
     "make_schedule",
     "merge",

@@ -101,7 +101,7 @@ class Program:
         }
 
     def init(self, variables: Any = None) -> train_state.TrainState:
-        """Initialises the state of a run, from a model's variables or, without, at random."""
+        """Initialises the state of a run from a model's variables; where None, at random."""
         return train_state.init_state(
             self.state, self.net, self.optimizer, self.config.seed, variables=variables
         )

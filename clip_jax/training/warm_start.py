@@ -1,23 +1,33 @@
 """Starting a run from an existing model: another run's, or published weights."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from clip_jax import models, weights
+from clip_jax import models, optim, weights
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
 from clip_jax.models.resize import image_positions, resize_positions
 from clip_jax.state import abstract_variables
 from clip_jax.weights.model import Weights, size_differences
 
+# Beginnings of the names of a tower's fields in `models.Size`.
+_FIELDS = {
+    "image": ("image_", "patch_", "pre_norm", "resnet_"),
+    "text": ("text_", "context_length", "vocab_size", "end_token"),
+}
+
 
 def initial_variables(
     config: ConfigDict, net: models.ImageModel, mesh: Mesh, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Returns the variables of the model `config.init_from`, at the resolution of `net`.
+
+    Those that `config.init_params` leaves random are None.
 
     Args:
       config: config of the run; its `init_from` is whatever `weights.open` takes.
@@ -29,26 +39,50 @@ def initial_variables(
       UserError: it holds another model than the config describes, or one of another tokenizer.
     """
     opened = weights.open(config.init_from)
-    _check(config, opened, net.size, tokenizer)
+    wanted = optim.find(abstract_variables(net, mesh)["params"], config.init_params, "init_params")
+    taken = {tower for tower, part in wanted.items() if any(jax.tree.leaves(part))}
+    _check(config, opened, net.size, tokenizer, taken)
     variables = opened.variables(mesh)
-    if opened.size != net.size:
+    if "image" in taken and opened.size.image_size != net.size.image_size:
         length = image_positions(abstract_variables(net, mesh)["params"]).shape[0]
         variables = {**variables, "params": resize_positions(variables["params"], length)}
-    return variables
+    if not config.init_params:
+        return variables
+    params = {tower: variables["params"].get(tower) for tower in wanted}
+    batch_stats = variables["batch_stats"] if "image" in taken else None
+    return {"params": _pick(wanted, params), "batch_stats": batch_stats}
+
+
+def _pick(wanted: Any, params: Any) -> Any:
+    """Returns the parameters that are wanted; the others, which may have any shape, are None."""
+    if isinstance(wanted, dict):
+        params = params or {}
+        return {name: _pick(part, params.get(name)) for name, part in wanted.items()}
+    return params if wanted else None
 
 
 def _check(
-    config: ConfigDict, opened: Weights, expected: models.Size, tokenizer: Tokenizer
+    config: ConfigDict,
+    opened: Weights,
+    expected: models.Size,
+    tokenizer: Tokenizer,
+    taken: Collection[str],
 ) -> None:
-    """Raises UserError, naming the settings that would do, unless only the resolution differs."""
+    """Raises UserError, naming the settings that would do, unless only the resolution differs.
+
+    A tower of which nothing is taken may be another.
+    """
     size, file = opened.size, opened.tokenizer
     wrong = size_differences(dataclasses.replace(size, image_size=expected.image_size), expected)
+    for tower in {*_FIELDS} - {*taken}:
+        wrong = {name: why for name, why in wrong.items() if not name.startswith(_FIELDS[tower])}
     settings = {
         name: f"model.size.{name}={str(getattr(size, name)).replace(' ', '')}"
         for name in wrong
         if name in config.model.size
     }
-    if file.identity not in ("", tokenizer.identity):  # "": it came without one
+    other = file.identity not in ("", tokenizer.identity)  # "": it came without one
+    if other and "text" in taken:
         wrong["tokenizer"] = f"the tokenizer {file.identity}, not {tokenizer.identity}"
         settings["tokenizer"] = f"tokenizer={file.setting}"
     if wrong:

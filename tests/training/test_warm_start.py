@@ -53,6 +53,22 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, image_size):
     jax.tree.map(np.testing.assert_array_equal, ours, source)
 
 
+def test_one_tower_of_another_model(tmp_path):
+    """As for LiT: the text tower is another, random, and the image tower is taken and frozen."""
+    changes = {"init_params": "^image/", "model.size.text_width": 16, "optim.factors": "^image/=0"}
+    start_from_finished(tmp_path / "run", changes | {"optim.learning_rate": 0.1})
+    source = clip_jax.load(tiny_run.finished()).variables["params"]
+    ours = clip_jax.load(tmp_path / "run").variables["params"]
+    jax.tree.map(np.testing.assert_array_equal, ours["image"], source["image"])
+    assert ours["text"]["positions"].shape == (24, 16)
+    for changes, message in (
+        ({"init_params": "^text/", "model.size.text_width": 16}, "it has text_width 32, not 16"),
+        ({"init_params": "^img/"}, r"init_params '\^img/' finds no parameter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start_from_finished(tmp_path / "other", changes)
+
+
 def test_a_model_of_another_shape_is_refused(tmp_path):
     with pytest.raises(UserError, match="only image_size may differ: it has embed_dim 16, not 8"):
         start_from_finished(tmp_path / "run", {"model.size.embed_dim": 8})
