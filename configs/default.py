@@ -4,6 +4,10 @@ Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", 
 (percent of the run, so not for `duration` itself). `checkpoint.every` may be a time: "10 minutes".
 """
 
+import copy
+from collections.abc import Mapping
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -62,6 +66,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.branch_from = ""
     # Directory that keeps compiled programs; "auto": compiled/ in the workdir; "": none.
     config.compilation_cache = "auto"
+    # Stages trained one after the other, each from the model of the one before: settings of its own
+    # on top of the others, as `stages` makes them; none: one run.
+    config.stages = ConfigDict()
     config.model = _model()
     config.mesh = _mesh()
     config.loss = _loss()
@@ -108,7 +115,48 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.eval.batch_size = 256
     use_digits(config)
     config.eval.retrieval.max_examples = 256
+    last = list(config.stages)[-1:]
+    for name, stage in config.stages.items():
+        shrunk: dict[str, Any] = {"duration": "10 steps", "optim.warmup": "2 steps"}
+        if "image_size" in stage.get("model", {}).get("size", {}):
+            shrunk["model.size.image_size"] = 32 if name in last else 16
+        config.stages[name] = stages(shrunk).stage1
     return config
+
+
+def stages(*settings: Mapping[str, Any]) -> ConfigDict:
+    """Returns stages "stage1", "stage2", ..., for `config.stages`.
+
+    Args:
+      *settings: of each stage, by dotted names, on top of those of the config.
+    """
+    made = ConfigDict()
+    for number, own in enumerate(settings, start=1):
+        stage = made[f"stage{number}"] = ConfigDict()
+        for name, value in own.items():
+            *parents, last = name.split(".")
+            place = stage
+            for parent in parents:
+                if parent not in place:
+                    place[parent] = ConfigDict()
+                place = place[parent]
+            place[last] = value
+    return made
+
+
+def of_stage(config: ConfigDict, name: str) -> ConfigDict:
+    """Returns the config of one stage.
+
+    Raises:
+      UserError: it sets what no config has.
+    """
+    own = copy.deepcopy(config)
+    own.stages = ConfigDict()
+    try:
+        own.update(config.stages[name])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"config.stages.{name} cannot be applied: {error}.") from None
+    return own
 
 
 def use_digits(config: ConfigDict) -> ConfigDict:
@@ -126,6 +174,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: names the field, its value and the values that it takes.
     """
+    for name in config.stages:
+        validate(of_stage(config, name))
     problems = []
     for name, value, allowed in (
         ("objective", config.objective, choices.OBJECTIVES),

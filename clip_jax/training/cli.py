@@ -85,9 +85,9 @@ def _run(given: config_file.CommandLine, command: str) -> None:
         )
     if coordinator:
         hosts.join(coordinator, processes, process)
-    from clip_jax.training import train  # late: --help and a mistyped flag answer at once
+    from clip_jax.training import stages  # late: --help and a mistyped flag answer at once
 
-    train.train(given.config, given.flags["workdir"] or default_workdir(given.name), command)
+    stages.train_all(given.config, given.flags["workdir"] or default_workdir(given.name), command)
 
 
 def default_workdir(config: str) -> str:

@@ -28,7 +28,9 @@ from clip_jax.training.record import Record, surroundings
 from clip_jax.training.requests import Requests
 from clip_jax.training.run import ResumeState, Run, hardware, list_counts, open_data, prepare
 
-PROGRAMS = "compiled"  # inside the workdir
+# Inside the workdir.
+PROGRAMS = "compiled"
+REPORT = "report.html"  # written at the end of the run
 
 
 def train(config: ConfigDict, directory: epath.PathLike, command: str = "") -> dict[str, float]:
@@ -80,7 +82,7 @@ def _train(
         record = Record(directory, began)
 
         def report(step: int, text: str) -> None:
-            _say(text)
+            say(text)
             record.add(step, text)
 
         store = stack.enter_context(
@@ -154,7 +156,7 @@ def _initial_variables(run: Run) -> Any:
     from clip_jax.training import warm_start  # with readers of all formats of weights
 
     start = warm_start.initial_variables(run.config, run.net, run.mesh, run.tokenizer)
-    _say(f"Starting from the model in {run.config.init_from}.")
+    say(f"Starting from the model in {run.config.init_from}.")
     return start
 
 
@@ -194,14 +196,14 @@ def _restore(
     resume_state = ResumeState.from_meta(_check_meta(found.meta, run.tokenizer))
     _check_data(found.meta, run)
     if found.step == run.total_steps:
-        _say(
+        say(
             f"The run in {directory} is finished, at step {found.step:,}: it is evaluated once "
             "more, for the report. To train on, start another --workdir with "
             f"--config.init_from={directory}; or, with optim.schedule constant or rsqrt, give it a "
             "longer --config.duration."
         )
     else:
-        _say(f"Resuming {directory} from step {found.step:,}.")
+        say(f"Resuming {directory} from step {found.step:,}.")
     return resume_state, found.state
 
 
@@ -211,7 +213,7 @@ def _compile(run: Run, record: Record) -> jax.stages.Compiled:
     with record.during("compile"):
         compiled = run.program.lower().compile()
     _check_memory(compiled.memory_analysis(), run.config.batch_size)
-    _say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
+    say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
     return compiled
 
 
@@ -252,7 +254,7 @@ def _check_meta(meta: dict[str, Any], tokens: tokenizer.Tokenizer) -> dict[str, 
 def _check_data(meta: Mapping[str, Any], run: Run) -> None:
     """Raises UserError where the checkpoint was trained on other data, unless that is allowed."""
     if "data" not in meta:
-        _say("The checkpoint is of an earlier version and does not tell the data: not compared.")
+        say("The checkpoint is of an earlier version and does not tell the data: not compared.")
         return
     changed = "; ".join(identity.differences(meta["data"], run.data, ("before", "now")))
     if not changed:
@@ -264,7 +266,7 @@ def _check_data(meta: Mapping[str, Any], run: Run) -> None:
             "perhaps with --config.init_from, or add --config.checkpoint.allow_data_change=True "
             "to resume on the new data."
         )
-    _say(f"Resuming on other training data: {changed}.")
+    say(f"Resuming on other training data: {changed}.")
 
 
 def _roll_back(
@@ -298,7 +300,7 @@ def _roll_back(
         f"and on from there with the examples from {seen:,} on (roll-back {len(rollbacks)} of at "
         f"most {config.step.max_rollbacks})."
     )
-    _say(text)
+    say(text)
     record.add(found.last, text)
     record.went_back(found.last, good)
     return dataclasses.replace(done, step=good, skipped_in_a_row=0, rollbacks=rollbacks), state
@@ -308,28 +310,28 @@ def _announce(run: Run) -> None:
     config = run.config
     count = train_state.count_params(run.program.state.params)
     axes = " x ".join(f"{name} {n}" for name, n in run.mesh.shape.items() if n > 1) or "1"
-    _say(
+    say(
         f"{run.net.size}: {count / 1e6:,.1f} M parameters, {run.net.dtype.name} compute, "
         f"attention by {run.net.attention}, on {hardware(run.mesh)} (mesh {axes})."
     )
     if summary := run.program.optimizer.factors.summary(run.program.state.params):
-        _say(summary)
+        say(summary)
     if problems := getattr(run.source, "problems", None):
-        _say(f"Found in the training data: {list_counts(problems)}.")
+        say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
-        _say(note)
+        say(note)
     with jax.set_mesh(run.mesh):
         found = notices.notices(config, run.net, run.source, run.order, run.total_steps)
     for notice in found:
-        _say(notice)
+        say(notice)
     best = config.checkpoint.best_metric
     if best and not run.measures(best):
-        _say(
+        say(
             f"No evaluation of this run measures {best}, so only the most recent checkpoints are "
             "kept: set --config.checkpoint.best_metric to a metric of this run."
         )
     epochs = run.total_steps * config.batch_size / len(run.source)
-    _say(
+    say(
         f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "
         f"{config.batch_size:,} pairs, {epochs:,.1f} epochs."
     )
@@ -360,14 +362,14 @@ def _report(run: Run, done: ResumeState, command: str, started_at: datetime) -> 
         notes=[*run.evaluator.notes, *skips.notes(done.skipped_steps, done.rollbacks)],
     )
     if failures := faults.counts():
-        _say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
-    path = run.directory / "report.html"
+        say(f"Storage failed now and then, and was asked again: {list_counts(failures)}.")
+    path = run.directory / REPORT
     evaluator = run.evaluator
     past, _ = starts.read(run.directory)
     report.write_report(
         path, summary, history, evaluator.results, evaluator.scores, evaluator.headlines(), past
     )
-    _say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
+    say(f"Done in {formatting.format_seconds(done.seconds)}. Report: {path}")
 
 
 def _data_name(data: ConfigDict) -> str:
@@ -375,6 +377,7 @@ def _data_name(data: ConfigDict) -> str:
     return " + ".join(data.mixture) or data.source.name or data.source.type
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line, on the first host."""
     if jax.process_index() == 0:
         print(text, flush=True)

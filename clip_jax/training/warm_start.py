@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from clip_jax import models, optim, weights
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.models.resize import image_positions, resize_positions
+from clip_jax.models.resize import image_positions, resize_positions, resize_text_positions
 from clip_jax.state import abstract_variables
 from clip_jax.weights.model import Weights, size_differences
 
@@ -25,7 +25,7 @@ _FIELDS = {
 def initial_variables(
     config: ConfigDict, net: models.ImageModel, mesh: Mesh, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Returns the variables of the model `config.init_from`, at the resolution of `net`.
+    """Returns the variables of the model `config.init_from`, its positions resized for `net`.
 
     Those that `config.init_params` leaves random are None.
 
@@ -43,12 +43,19 @@ def initial_variables(
     taken = {tower for tower, part in wanted.items() if any(jax.tree.leaves(part))}
     _check(config, opened, net.size, tokenizer, taken)
     variables = opened.variables(mesh)
+    params = variables["params"]
     if "image" in taken and opened.size.image_size != net.size.image_size:
         length = image_positions(abstract_variables(net, mesh)["params"]).shape[0]
-        variables = {**variables, "params": resize_positions(variables["params"], length)}
+        params = resize_positions(params, length)
+    length = net.size.context_length
+    if "text" in taken and "positions" in params["text"]:
+        text = params["text"]
+        if len(text["positions"]) != length:
+            text = {**text, "positions": resize_text_positions(text["positions"], length)}
+        params = {**params, "text": text}
     if not config.init_params:
-        return variables
-    params = {tower: variables["params"].get(tower) for tower in wanted}
+        return {**variables, "params": params}
+    params = {tower: params.get(tower) for tower in wanted}
     batch_stats = variables["batch_stats"] if "image" in taken else None
     return {"params": _pick(wanted, params), "batch_stats": batch_stats}
 
@@ -68,12 +75,13 @@ def _check(
     tokenizer: Tokenizer,
     taken: Collection[str],
 ) -> None:
-    """Raises UserError, naming the settings that would do, unless only the resolution differs.
+    """Raises UserError, naming the settings that would do, unless only positions are resized.
 
     A tower of which nothing is taken may be another.
     """
     size, file = opened.size, opened.tokenizer
-    wrong = size_differences(dataclasses.replace(size, image_size=expected.image_size), expected)
+    free = {"image_size": expected.image_size, "context_length": expected.context_length}
+    wrong = size_differences(dataclasses.replace(size, **free), expected)
     for tower in {*_FIELDS} - {*taken}:
         wrong = {name: why for name, why in wrong.items() if not name.startswith(_FIELDS[tower])}
     settings = {
@@ -89,18 +97,6 @@ def _check(
         flags = " ".join(f"--config.{setting}" for setting in settings.values())
         raise UserError(
             f"init_from {config.init_from} holds another model than the config names; only "
-            f"image_size may differ: it has {'; '.join(wrong.values())}. "
-            + (f"Add {flags}" if len(settings) == len(wrong) else "Take the config of that model")
-            + _conversion(config, wrong, expected)
+            f"image_size and context_length may differ: it has {'; '.join(wrong.values())}. "
+            + (f"Add {flags}." if len(settings) == len(wrong) else "Take the config of that model.")
         )
-
-
-def _conversion(config: ConfigDict, wrong: dict[str, str], expected: models.Size) -> str:
-    """Returns the end of the message: the command that changes the length of captions."""
-    if set(wrong) != {"context_length"}:
-        return "."
-    target = f"{str(config.init_from).rstrip('/')}-{expected.context_length}"
-    return (
-        f"; or change the model: python -m clip_jax convert {config.init_from} {target} "
-        f"--context_length={expected.context_length}, and then --config.init_from={target}."
-    )

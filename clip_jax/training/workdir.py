@@ -95,6 +95,8 @@ def check(
     except (ValueError, RecursionError):
         raise UserError(f"{path} is damaged: delete it, or choose another --workdir.") from None
     changed = differences(stored, to_plain(config))
+    if not changed:
+        return
     before = copy.deepcopy(config)
     before.update_from_flattened_dict({name: old for name, old, _ in changed if name in RATES})
     if all(name in RATES for name, *_ in changed) and same_rates(before):

@@ -1,0 +1,85 @@
+"""Stages: one command trains them all, each from the one before, and goes on where it ended."""
+
+import pytest
+import tiny_run
+
+from clip_jax.configs import default, vit_b32
+from clip_jax.errors import UserError
+from clip_jax.training import stages, train
+
+QUICK = {"eval.zeroshot.source.type": "", "eval.retrieval.source.type": ""}
+QUICK |= {"checkpoint.best_metric": "", "log.tensorboard": False}
+FIRST = {"duration": "4 steps", "batch_size": 32, "model.size.context_length": 12}
+SECOND = {"duration": "6 steps", "model.size.image_size": 32, "optim.learning_rate": 2e-4}
+
+
+def staged(*settings):
+    config = tiny_run.config(QUICK)
+    config.unlock()
+    config.stages = default.stages(*settings)
+    config.lock()
+    default.validate(config)
+    return config
+
+
+def run(config, workdir):
+    with tiny_run.compile_once():
+        stages.train_all(config, workdir, "python main.py")
+
+
+def test_stages_are_runs_one_after_the_other(tmp_path, capsys):
+    run(staged(FIRST, SECOND), tmp_path / "staged")
+    with tiny_run.compile_once():  # the same by hand
+        alone = tiny_run.config(QUICK | FIRST)
+        train.train(alone, tmp_path / "first")
+        alone = tiny_run.config(QUICK | SECOND | {"init_from": str(tmp_path / "first")})
+        train.train(alone, tmp_path / "second")
+    for stage, by_hand in (("stage1", "first"), ("stage2", "second")):
+        found = tiny_run.learned(tmp_path / "staged" / stage)
+        assert found == tiny_run.learned(tmp_path / by_hand)
+        assert len(found) > 20
+    # Again: the first stage is left alone, the last one only gets its report.
+    capsys.readouterr()
+    run(staged(FIRST, SECOND), tmp_path / "staged")
+    said = capsys.readouterr().out
+    assert "Stage 1 of 2 is finished" in said
+    assert said.count("is evaluated once more") == 1
+    # A stage that was broken off goes on.
+    (tmp_path / "staged" / "stage1" / "report.html").unlink()
+    run(staged(FIRST, SECOND), tmp_path / "staged")
+    assert "stage1 is finished, at step 4" in capsys.readouterr().out
+    # Other settings of a finished stage are not passed over.
+    with pytest.raises(UserError, match=r"stage1 holds .* duration was '4 steps', now '5 steps'"):
+        run(staged(FIRST | {"duration": "5 steps"}, SECOND), tmp_path / "staged")
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({"duration": "0 steps"}, r"stages.stage2.duration is '0 steps'"),
+        ({"model.size.image_width": 64}, r"stage2 has another model .* by image_width"),
+        ({"model.size.text_layers": 2}, r"stage2 has another model .* by text_layers"),
+        ({"optim.rate": 1.0}, r"stages.stage2 cannot be applied.*rate"),
+        ({"batch_size": "many"}, r"stages.stage2 cannot be applied"),
+        ({"optim.name": "sgd"}, r"optim.name is 'sgd'"),
+        ({"duration": "soon"}, r"'soon' is not a duration"),
+    ],
+)
+def test_stages_that_cannot_be(second, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(staged({"duration": "4 steps"}, second), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_smoke_shrinks_the_stages():
+    config = vit_b32.get_config()
+    with config.unlocked():
+        config.stages = default.stages(
+            {"model.size.image_size": 84, "batch_size": 65_536, "duration": "12.8e9 examples"},
+            {"model.size.image_size": 224, "duration": "512e6 examples"},
+        )
+    config = default.finish(config, "smoke")
+    sizes = [default.of_stage(config, name).model.size.image_size for name in config.stages]
+    assert sizes == [16, 32]
+    assert {default.of_stage(config, name).duration for name in config.stages} == {"10 steps"}
+    assert {default.of_stage(config, name).batch_size for name in config.stages} == {32}
