@@ -105,6 +105,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     )
     if config.model.packing.length:
         config.model.packing.length = 48
+    config.init_params = ""
     config.batch_size = 32
     config.duration = "20 steps"
     config.optim.learning_rate = 1e-3
@@ -240,6 +241,10 @@ def validate(config: ConfigDict) -> None:
         problems.append(
             f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
             "step.nonfinite=skip"
+        )
+    if config.init_params and not config.init_from:
+        problems.append(
+            f"init_params is {config.init_params!r}, and init_from names no model to take them from"
         )
     if config.init_from and config.branch_from:
         problems.append("init_from and branch_from are both set, and a run has one beginning")

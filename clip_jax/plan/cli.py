@@ -75,6 +75,9 @@ def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "slices", None, "TPU slices; otherwise the config's mesh.slices.", flag_values=values
     )
+    flags.DEFINE_string(
+        "stage", None, "Stage to plan, of a config that has several.", flag_values=values
+    )
     flags.DEFINE_float(
         "examples",
         PAPER_EXAMPLES,
@@ -112,7 +115,7 @@ def _request(given: config_file.CommandLine, arguments: list[str]) -> Request:
         raise UserError(
             f"--topology is missing, as in {_COMMAND} --config=vit_b32 --topology=v5e:16x16."
         )
-    config = copy.deepcopy(given.config).unlock()
+    config = _stage(copy.deepcopy(given.config), get["stage"]).unlock()
     slices = config.mesh.slices if get["slices"] is None else get["slices"]
     if config.mesh.slices == 1:
         config.mesh.slices = slices
@@ -130,6 +133,19 @@ def _request(given: config_file.CommandLine, arguments: list[str]) -> Request:
         search=get["search"],
         budget=get["budget"],
     )
+
+
+def _stage(config: ConfigDict, name: str | None) -> ConfigDict:
+    """Returns the config of the stage that is asked for; without stages, the config."""
+    stages = list(config.stages)
+    if name in (None, "") and not stages:
+        return config
+    if name not in stages:
+        has = (
+            f"the stages {', '.join(stages)}: give --stage={stages[-1]}" if stages else "no stages"
+        )
+        raise UserError(f"--stage is {name or 'missing'}, and the config has {has}.")
+    return default.of_stage(config, name)
 
 
 def _settings(arguments: list[str], config: ConfigDict) -> list[str]:
