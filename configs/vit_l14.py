@@ -3,8 +3,8 @@
 In the paper: 75.3 % zero-shot top-1 on ImageNet.
 The paper trained it in 12 days on 256 V100.
 
-By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 6.1 GiB of 15.75 on
-each, 556 ms per step, 58,900 pairs/s.
+By `python -m clip_jax plan --topology=v5e:16x16`, 256 chips: 14.7 GiB of 15.75 on
+each, 503 ms per step, 65,200 pairs/s.
 
     python main.py --config=configs/vit_l14.py --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/vit_l14

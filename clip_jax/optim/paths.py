@@ -144,11 +144,12 @@ class Factors:
         ):
             for each in np.ravel(factor):
                 counts[float(each)] = counts.get(float(each), 0) + leaf.size / np.size(factor)
+        names = {0.0: "are frozen", 1.0: "learn"}
         parts = [
-            f"{count / 1e6:,.3g} M " + ("are frozen" if not factor else f"learn at {factor:g}")
+            f"{count / 1e6:,.3g} M {names.get(factor) or f'learn at {factor:g} of the rate'}"
             for factor, count in sorted(counts.items())
         ]
-        return f"Of the parameters {', '.join(parts)} of the learning rate."
+        return f"Of the parameters {', '.join(parts)}."
 
     def _factor(self, name: str, used: set[str]) -> float:
         found = [(p.pattern, factor) for p, factor in self.lines if p.search(name)]

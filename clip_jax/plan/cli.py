@@ -141,9 +141,7 @@ def _stage(config: ConfigDict, name: str | None) -> ConfigDict:
     if name in (None, "") and not stages:
         return config
     if name not in stages:
-        has = (
-            f"the stages {', '.join(stages)}: give --stage={stages[-1]}" if stages else "no stages"
-        )
+        has = f"the stages {', '.join(stages)}" if stages else "no stages"
         raise UserError(f"--stage is {name or 'missing'}, and the config has {has}.")
     return default.of_stage(config, name)
 

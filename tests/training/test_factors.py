@@ -98,8 +98,8 @@ def test_the_summary_counts_what_learns():
     tenth = counts["text/token_embed/embedding"]
     rest = sum(counts.values()) - frozen - tenth
     assert optim.Factors.parse(f"{LIT} token_embed=0.1").summary(params) == (
-        f"Of the parameters {frozen / 1e6:.3g} M are frozen, {tenth / 1e6:.3g} M learn at 0.1, "
-        f"{rest / 1e6:.3g} M learn at 1 of the learning rate."
+        f"Of the parameters {frozen / 1e6:.3g} M are frozen, {tenth / 1e6:.3g} M learn at 0.1 "
+        f"of the rate, {rest / 1e6:.3g} M learn."
     )
     assert optim.ALL.summary(params) == ""
 
