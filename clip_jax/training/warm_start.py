@@ -31,9 +31,10 @@ def initial_variables(
     opened = weights.open(config.init_from)
     _check(config, opened, net.size, tokenizer)
     variables = opened.variables(mesh)
-    if opened.size != net.size:
-        length = image_positions(abstract_variables(net, mesh)["params"]).shape[0]
-        variables = {**variables, "params": resize_positions(variables["params"], length)}
+    learned = image_positions(abstract_variables(net, mesh)["params"])
+    if opened.size != net.size and learned is not None:
+        params = resize_positions(variables["params"], learned.shape[0])
+        variables = {**variables, "params": params}
     return variables
 
 
