@@ -30,8 +30,9 @@ TRACKERS = ("wandb", "mlflow", "trackio")
 
 # Forms of the towers, fields of `models.Size`.
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
-IMAGE_POOLS = ("class", "map")
-TEXT_POOLS = ("end", "last", "bag")
+IMAGE_POOLS = ("class", "avg", "map")
+IMAGE_POSITIONS = ("learned", "sincos")
+TEXT_POOLS = ("end", "first", "last", "avg", "bag")
 IMAGE_CROPS = ("center", "none")
 IMAGE_FILTERS = ("bilinear", "bicubic", "lanczos")
 RESNET_ACTIVATIONS = ("relu", "gelu")

@@ -130,6 +130,7 @@ def _settings(folder: epath.Path) -> dict[str, Any]:
     if text.get("hf_tokenizer_name"):
         extra = dict(text.get("tokenizer_kwargs") or {})
         clean = f"open_clip:{extra.pop('clean', 'whitespace')}"
+        strip = bool(extra.pop("strip_sep_token", False))
         extra = {k: v for k, v in extra.items() if v} | (
             {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
         )
@@ -138,7 +139,8 @@ def _settings(folder: epath.Path) -> dict[str, Any]:
                 f"The tokenizer in {folder}, {text['hf_tokenizer_name']}, is used with "
                 f"{json.dumps(extra or clean)} by open_clip, which is not known here. {REMEDY}"
             )
-    return settings | {"class": name, "clean": clean}
+        return settings | {"class": name, "clean": clean, "strip_sep": strip}
+    return settings | {"class": name, "clean": clean, "strip_sep": False}
 
 
 def _vocabulary_path(folder: epath.Path, settings: Mapping[str, Any]) -> epath.Path | None:
@@ -198,6 +200,9 @@ def _of_json(
         return i
 
     start, end = _ends(model)
+    if settings["strip_sep"]:  # open_clip then writes the id 0 in its place, as CLIPA does
+        separator = id_of(_token(settings, "sep_token") or "[SEP]", "sep_token")
+        end = tuple(0 if i == separator else i for i in end)
     if settings["class"] == "SiglipTokenizer" and not (start or end):
         end = (id_of(_token(settings, "eos_token") or "</s>", "eos_token"),)
     if "add_bos_token" in settings or "add_eos_token" in settings:

@@ -136,7 +136,7 @@ def misfits(size: Size, context_length: int, batch: int) -> dict[str, str]:
     """
     shapes = {}
     if size.patch_size is not None:
-        tokens = (size.image_size // size.patch_size) ** 2 + (size.image_pool == "class")
+        tokens = size.image_tokens
         shapes["image"] = size.image_width // size.image_heads, tokens * joined(batch, tokens)
     if size.has_text_blocks:
         together = 1 if size.text_causal else joined(batch, context_length)

@@ -112,7 +112,7 @@ class CaptionTransformer(nn.Module):
             layers=size.text_layers,
             heads=size.text_heads,
             mlp=size.text_mlp,
-            activation=size.activation,
+            activation=size.text_activation or size.activation,
             norm_eps=size.norm_eps,
             dtype=self.dtype,
             scan_layers=self.scan_layers,

@@ -27,10 +27,8 @@ def image_flops(size: Size) -> float:
     if size.is_resnet:
         return _resnet_flops(size)
     assert size.patch_size is not None
-    patches = (size.image_size // size.patch_size) ** 2
-    width = size.image_width
-    tokens = patches + (size.image_pool == "class")
-    total = 2.0 * patches * size.patch_size**2 * 3 * width
+    tokens, width = size.image_tokens, size.image_width
+    total = 2.0 * size.patches_per_side**2 * size.patch_size**2 * 3 * width
     total += size.image_layers[0] * _block_flops(tokens, width, size.image_mlp)
     if size.image_pool == "map":  # one query over all tokens, and an MLP on the result
         total += 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + 2 * size.image_mlp)
@@ -49,7 +47,8 @@ def text_flops(size: Size) -> float:
         ends = PREFIX * size.embed_dim + written * size.vocab_size
         return size.text_layers * block + 2.0 * size.text_width * ends
     block = _block_flops(size.context_length, size.text_width, size.text_mlp)
-    return size.text_layers * block + 2.0 * size.text_width * size.embed_dim
+    projection = 2.0 * size.text_width * size.embed_dim * size.text_projection
+    return size.text_layers * block + projection
 
 
 def _block_flops(tokens: int, width: int, mlp: int) -> float:

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -53,6 +54,11 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
 def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
     """Returns a LayerNorm with float32 statistics, whatever the compute dtype."""
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def mean(x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
+    """Averages tokens, in float32 whatever their dtype."""
+    return jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
 # ---- Rematerialisation: what the backward pass computes again, by config.model.remat -----------

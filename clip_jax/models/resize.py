@@ -17,15 +17,16 @@ def resize_positions(params: Any, length: int) -> Any:
 
     Args:
       params: parameters of a ViT or ResNet model.
-      length: number of positions at the new resolution: a square grid, and one for the class or
-        mean token where there is one.
+      length: number of positions at the new resolution: a square grid, and those of the class or
+        mean token and of registers where there are any.
 
     Returns:
       A tree whose image positions are [length, width].
     """
     flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(params)
     path = next(path for path in _IMAGE_POSITIONS if path in flat)
-    tokens = len(flat[path]) - math.isqrt(len(flat[path])) ** 2  # a square plus one is no square
+    # A square plus up to twice its side is no square; `Size` allows no more tokens before patches.
+    tokens = len(flat[path]) - math.isqrt(len(flat[path])) ** 2
     token, grid = flat[path][:tokens], flat[path][tokens:]
     old, new = math.isqrt(len(grid)), math.isqrt(length - tokens)
     width = grid.shape[-1]
@@ -34,10 +35,10 @@ def resize_positions(params: Any, length: int) -> Any:
     return traverse_util.unflatten_dict(flat)
 
 
-def image_positions(params: Any) -> Any:
-    """Returns the learned positions of the image tower, array or shape."""
+def image_positions(params: Any) -> Any | None:
+    """Returns the learned positions of the image tower, array or shape; None: they are fixed."""
     flat = traverse_util.flatten_dict(params)
-    return next(flat[path] for path in _IMAGE_POSITIONS if path in flat)
+    return next((flat[path] for path in _IMAGE_POSITIONS if path in flat), None)
 
 
 def resize_text_positions(

@@ -4,20 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from clip_jax import choices
 from clip_jax.errors import UserError
-
-# Values of the fields that name one of several forms.
-CHOICES: Mapping[str, tuple[str, ...]] = {
-    "objective": choices.OBJECTIVES,
-    "activation": choices.ACTIVATIONS,
-    "image_pool": choices.IMAGE_POOLS,
-    "text_pool": choices.TEXT_POOLS,
-    "image_crop": choices.IMAGE_CROPS,
-    "image_filter": choices.IMAGE_FILTERS,
-    "resnet_activation": choices.RESNET_ACTIVATIONS,
-    "resnet_norm": choices.RESNET_NORMS,
-}
+from clip_jax.models import size_checks
 
 # Fields that config.model.size can override, for models that have no name: shapes, and the forms
 # that a run may choose. `Size` describes them.
@@ -28,9 +16,16 @@ CONFIGURABLE = (
     "image_width",
     "image_heads",
     "image_mlp",
+    "image_pool",
+    "image_positions",
+    "image_registers",
+    "norm_after_pool",
+    "pre_norm",
     "patch_size",
     "text_layers",
+    "text_causal",
     "text_pool",
+    "text_projection",
     "text_width",
     "text_heads",
     "text_mlp",
@@ -40,6 +35,7 @@ CONFIGURABLE = (
     "resnet_activation",
     "resnet_norm",
     "activation",
+    "text_activation",
 )
 
 # Mean and deviation of each RGB channel, pixels in [0, 1], of the models of OpenAI and open_clip.
@@ -70,17 +66,26 @@ class Size:
       text_mlp: hidden units of a text block; 0 becomes four times the width.
       activation: activation of those units: "quick_gelu" (OpenAI), "gelu" (exact; open_clip) or
         "gelu_tanh" (its approximation; SigLIP).
-      image_pool: pooling of a ViT: "class", a token of its own, projected; or "map", an attention
-        head with a learned probe, projected only where embed_dim is not image_width.
+      text_activation: activation of the text tower; None: the same.
+      image_pool: pooling of a ViT: "class", a token of its own, projected; "avg", the mean of the
+        patches, projected; or "map", an attention head with a learned probe over all tokens,
+        projected only where embed_dim is not image_width.
+      norm_after_pool: whether a ViT with image_pool "avg" normalises the mean (CLIPA), not each
+        patch before it.
+      image_positions: positions of a ViT: "learned"; or "sincos", fixed, the sine and cosine of
+        column and row (MoCo v3), 0 for tokens that are no patches.
+      image_registers: learned tokens before the patches of a ViT that its blocks see and only the
+        pooling "map" reads, such as the class token of CLIPA and PE; they have positions.
       pre_norm: whether a ViT normalises the embedded patches before the first block.
       patch_bias: whether a ViT adds a bias to the embedded patches.
       text_causal: whether a token sees only those before it.
-      text_pool: token that stands for the caption: "end", the end token (paper); or "last", the
-        token in the last place, so that captions must be padded to the context length. "bag": the
-        mean of the caption's embedded words instead, without positions or layers.
+      text_pool: token that stands for the caption: "end", the end token (paper); "first" or "last",
+        that of the place. "avg": the mean of all places, padding included. "bag": the mean of the
+        caption's embedded words instead, without positions or layers.
       end_token: id of the end token that text_pool "end" reads, the first in a row; None: the
         largest id of the row, as in the paper's code.
-      text_projection_bias: whether the projection of the text tower has a bias.
+      text_projection: whether the text tower ends in a projection; without, its width is embed_dim.
+      text_projection_bias: whether that projection has a bias.
       norm_eps: LayerNorm's addition to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
       image_mean: subtracted from pixels in [0, 1], per RGB channel.
@@ -126,6 +131,11 @@ class Size:
     resnet_norm: str = "batch"
     objective: str = "contrastive"
     end_token: int | None = None
+    norm_after_pool: bool = False
+    image_positions: str = "learned"
+    image_registers: int = 0
+    text_projection: bool = True
+    text_activation: str | None = None
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -147,14 +157,35 @@ class Size:
 
     @property
     def image_projection(self) -> bool:
-        """True where a ViT projects its pooled token."""
-        return self.image_pool == "class" or self.embed_dim != self.image_width
+        """True where a ViT projects its pooled features."""
+        return self.image_pool != "map" or self.embed_dim != self.image_width
+
+    @property
+    def has_class_token(self) -> bool:
+        """True where a ViT has a token of its own for its pooling."""
+        return not self.is_resnet and self.image_pool == "class"
+
+    @property
+    def patches_per_side(self) -> int:
+        """The patches along a side of a ViT's input; an edge that fills none is left out."""
+        return self.image_size // (self.patch_size or self.image_size)
+
+    @property
+    def image_tokens(self) -> int:
+        """The tokens of a ViT: its patches, and those before them."""
+        return self.patches_per_side**2 + self.has_class_token + self.image_registers
 
     @property
     def is_known_elsewhere(self) -> bool:
         """True where other projects have models of this form: CLIP and SigLIP."""
         forms = (self.objective, self.resnet_activation, self.resnet_norm)
         return forms == ("contrastive", "relu", "batch") and self.text_pool != "bag"
+
+    @property
+    def activations(self) -> str:
+        """The activation of both towers, or both, in words."""
+        text = f" (images), {self.text_activation} (captions)" if self.text_activation else ""
+        return f"{self.activation}{text}"
 
     @property
     def has_text_blocks(self) -> bool:
@@ -196,80 +227,17 @@ class Size:
     def __post_init__(self):
         """Fills in derived fields; raises UserError for shapes that no model can have."""
         for field in dataclasses.fields(self):
-            _check_field(field, getattr(self, field.name))
+            size_checks.check_field(field, getattr(self, field.name))
         if not self.is_resnet:
             self._default("image_mlp", 4 * self.image_width)
         self._default("text_mlp", 4 * self.text_width)
-        self._check_shapes()
+        if self.text_activation == self.activation:
+            object.__setattr__(self, "text_activation", None)  # one form of every size
+        size_checks.check_shapes(self)
 
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) == 0:
             object.__setattr__(self, name, value)  # frozen for everyone else
-
-    def _check_shapes(self) -> None:
-        stages = 4 if self.is_resnet else 1
-        if len(self.image_layers) != stages:
-            raise UserError(
-                f"Size image_layers is {self.image_layers}: it takes {stages} number(s), the "
-                "blocks of each of the 4 stages of a ResNet, or the layers of a ViT, as in (12,)."
-            )
-        width = self.image_width * (32 if self.is_resnet else 1)
-        if (self.patch_size or 0) > self.image_size:
-            raise UserError(
-                f"The image_size ({self.image_size}) must be at least the patch_size "
-                f"({self.patch_size})."
-            )
-        # A ResNet halves its input five times; a ViT leaves out the edge that fills no patch.
-        stride = 32 if self.is_resnet else 1
-        for name, value, unit, divisor in (
-            ("image_size", self.image_size, "the stride", stride),
-            ("width of the image tower", width, "image_heads", self.image_heads),
-            ("text_width", self.text_width, "text_heads", self.text_heads),
-        ):
-            if value % divisor:
-                raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
-        end = self.end_token
-        if end is not None and (self.text_pool != "end" or end >= self.vocab_size):
-            raise UserError(
-                f"Size end_token is {self.end_token}: it takes an id below vocab_size "
-                f"({self.vocab_size}), and text_pool='end' (here {self.text_pool!r})."
-            )
-        bag = self.text_pool == "bag"
-        if (self.text_layers == 0) != bag or (bag and self.objective == "captioning"):
-            raise UserError(
-                f"Size text_layers is {self.text_layers} and text_pool {self.text_pool!r}, for the "
-                f"objective {self.objective}: a bag of words has no layers, anything else has "
-                "some, and only they write captions. Take text_pool='bag' with text_layers=0, or "
-                "neither."
-            )
-
-
-# Start and end token; 0: the default, or a bag of words.
-_LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0, "text_layers": 0}
-
-
-def _check_field(field: dataclasses.Field, value: Any) -> None:
-    """Raises UserError unless the value is of the field's kind."""
-    if field.name in CHOICES:
-        valid, takes = value in CHOICES[field.name], f"one of {', '.join(CHOICES[field.name])}"
-    elif field.type is bool:
-        valid, takes = isinstance(value, bool), "True or False"
-    elif field.name in ("image_mean", "image_std"):
-        valid, takes = _is_colour(value), "three numbers, those of image_std above 0"
-        valid = valid and (field.name == "image_mean" or min(value) > 0)
-    elif field.type is float:
-        valid, takes = isinstance(value, float) and value > 0, "a positive number, as in 1e-5"
-    else:
-        least = _LEAST.get(field.name, 1)
-        numbers = value if isinstance(value, tuple) else (value,)
-        valid = all(n is None or (isinstance(n, int) and n >= least) for n in numbers)
-        takes = f"whole numbers, {least} or more"
-    if not valid:
-        raise UserError(f"Size {field.name} is {value!r}: it takes {takes}.")
-
-
-def _is_colour(value: Any) -> bool:
-    return len(value) == 3 and all(isinstance(part, (int, float)) for part in value)
 
 
 def _resnet(embed_dim, image_size, layers, width, text_width) -> Size:
@@ -365,7 +333,8 @@ SIZES: Mapping[str, Size] = {
 
 def configurable() -> dict[str, type]:
     """Returns the fields of `CONFIGURABLE` with their types, for config.model.size."""
-    plain: dict[Any, type] = {str: str, int: int, int | None: int, tuple[int, ...]: tuple}
+    plain: dict[Any, type] = {kind: kind for kind in (str, bool, int)}
+    plain |= {int | None: int, str | None: str, tuple[int, ...]: tuple}
     types = {field.name: field.type for field in dataclasses.fields(Size)}
     return {name: plain[types[name]] for name in CONFIGURABLE}
 

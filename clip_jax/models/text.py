@@ -1,4 +1,4 @@
-"""The text transformer: the paper's causal one (section 2.4), and SigLIP's form of it."""
+"""The text transformer: the paper's causal one (section 2.4), and later forms of it."""
 
 from typing import Any, cast
 
@@ -10,10 +10,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
 from clip_jax.models.image_model import TokenIds, end_places
-from clip_jax.models.layers import Dtype, layer_norm
+from clip_jax.models.layers import Dtype, layer_norm, mean
 from clip_jax.models.packing import Packing, Tower, end_features, pick
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Mask, Read, Transformer
+
+# By `Size.text_pool`, the place that is read in every row.
+_PLACES = {"first": lambda x: x[:, :1], "last": lambda x: x[:, -1:]}
 
 
 class TextTransformer(nn.Module):
@@ -21,8 +24,8 @@ class TextTransformer(nn.Module):
 
     The paper's tower reads the feature at the end token, the largest id of the vocabulary unless
     the size names another. Its attention is causal, so padding after that changes nothing, and
-    captions may have any length up to the context length. Where the last token is read instead,
-    they must have the context length.
+    captions may have any length up to the context length. Where another token or their mean is read
+    instead, they must have the context length.
     A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
@@ -48,7 +51,7 @@ class TextTransformer(nn.Module):
                 layers=size.text_layers,
                 heads=size.text_heads,
                 mlp=size.text_mlp,
-                activation=size.activation,
+                activation=size.text_activation or size.activation,
                 norm_eps=size.norm_eps,
                 dtype=self.dtype,
                 scan_layers=self.scan_layers,
@@ -58,12 +61,13 @@ class TextTransformer(nn.Module):
                 paper_init=True,
             )
         self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
-        self.projection = nn.Dense(
-            size.embed_dim,
-            use_bias=size.text_projection_bias,
-            dtype=self.dtype,
-            kernel_init=normal(width**-0.5),
-        )
+        if size.text_projection:
+            self.projection = nn.Dense(
+                size.embed_dim,
+                use_bias=size.text_projection_bias,
+                dtype=self.dtype,
+                kernel_init=normal(width**-0.5),
+            )
 
     def __call__(self, tokens: TokenIds, train: bool = False) -> Float[Array, "batch embed"]:
         if train and self.packing is not None and not self.is_initializing():
@@ -72,7 +76,10 @@ class TextTransformer(nn.Module):
             features = self._read(tokens)
         features = sharding.constrain_batch(features)
         # Both work per token, so they are computed for the tokens read only.
-        return self.projection(self.ln_final(features))
+        features = self.ln_final(features)
+        if self.size.text_pool == "avg":
+            features = mean(features)
+        return self.projection(features) if self.size.text_projection else features
 
     def states(
         self,
@@ -97,14 +104,16 @@ class TextTransformer(nn.Module):
             learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
         return self.transformer(self.token_embed(tokens) + learned, mask, read)
 
-    def _read(self, tokens: TokenIds) -> Float[Array, "batch width"]:
-        """Computes the features of the tokens that stand for the captions."""
+    def _read(self, tokens: TokenIds) -> Float[Array, "batch *tokens width"]:
+        """Computes the features of the tokens that stand for the captions, one or all of each."""
         if self.size.text_pool == "bag":
             own = own_tokens(tokens)[:, :, None]
             words = jnp.sum(jnp.where(own, self.token_embed(tokens), 0), axis=1, dtype=jnp.float32)
             return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
-        if self.size.text_pool == "last":
-            return self.states(tokens, read=lambda x: x[:, -1:])[:, 0]
+        if self.size.text_pool == "avg":
+            return self.states(tokens)
+        if self.size.text_pool in _PLACES:
+            return self.states(tokens, read=_PLACES[self.size.text_pool])[:, 0]
         end = jnp.asarray(end_places(tokens, self.size.end_token))
         return self.states(tokens, read=lambda x: pick(x, end[:, None]))[:, 0]
 

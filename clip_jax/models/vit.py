@@ -1,5 +1,6 @@
-"""The Vision Transformer image tower: the paper's (section 2.4), and SigLIP's form of it."""
+"""The Vision Transformer image tower: the paper's (section 2.4), and later forms of it."""
 
+import math
 from functools import partial
 
 import jax
@@ -9,8 +10,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key, Shaped
 
 from clip_jax import sharding
+from clip_jax.models import positions
 from clip_jax.models.attention import Tokens
-from clip_jax.models.layers import ACTIVATIONS, Dtype, layer_norm, torch_default_init
+from clip_jax.models.layers import ACTIVATIONS, Dtype, layer_norm, mean, torch_default_init
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Transformer
 
@@ -50,20 +52,21 @@ class VisionTransformer(nn.Module):
         size, width = self.size, self.size.image_width
         normal = nn.initializers.normal(width**-0.5)
         x = self._embed_patches(images)
-        if size.image_pool == "class":
-            token = self.param("class_token", normal, (width,)).astype(x.dtype)
-            x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, width)), x], axis=1)
-        x = x + self.param("positions", normal, x.shape[1:]).astype(x.dtype)
+        leading = self._leading_tokens()
+        tokens = len(leading)  # those that are no patches
+        if tokens:
+            leading = jnp.broadcast_to(leading.astype(x.dtype), (x.shape[0], tokens, width))
+            x = jnp.concatenate([leading, x], axis=1)
+        x = x + self._positions(tokens, x.shape[1] - tokens).astype(x.dtype)
         if train and self.patch_dropout > 0:
             if rows is None:
                 raise ValueError("patch dropout needs `rows`, the number of each example")
-            tokens = int(size.image_pool == "class")
             x = keep_patches(x, tokens, self.patch_dropout, self.make_rng("dropout"), rows)
 
         norm = partial(layer_norm, size.norm_eps, self.dtype)
         if size.pre_norm:
             x = norm("ln_pre")(x)
-        if size.image_pool == "class" and (x.shape[1] - 1) % FULL_TILES == 0:
+        if tokens == 1 and (x.shape[1] - 1) % FULL_TILES == 0:
             x = x[:, 1:], x[:, 0]
         x = Transformer(
             layers=size.image_layers[0],
@@ -79,17 +82,43 @@ class VisionTransformer(nn.Module):
             paper_init=False,
             name="transformer",
         )(x, read=class_token if size.image_pool == "class" else None)
+        ln_post = norm("ln_post")
         if size.image_pool == "class":
             # LayerNorm works per token, so it is computed for the class token only.
-            x = norm("ln_post")(sharding.constrain_batch(x[:, 0]))
+            x = ln_post(sharding.constrain_batch(x[:, 0]))
+        elif size.image_pool == "avg":
+            x = x[0] if isinstance(x, tuple) else x[:, tokens:]
+            x = ln_post(mean(x)) if size.norm_after_pool else mean(ln_post(x))
         else:
-            x = MapHead(size, self.dtype, name="map_head")(norm("ln_post")(x))
+            if isinstance(x, tuple):  # the order does not matter to the head
+                x = jnp.concatenate([x[1][:, None], x[0]], axis=1)
+            x = MapHead(size, self.dtype, name="map_head")(ln_post(x))
         self.sow("intermediates", "features", x)  # pre-projection features, for linear probes
         if not size.image_projection:
             return x
         return nn.Dense(
             size.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal, name="projection"
         )(x)
+
+    def _leading_tokens(self) -> Float[Array, "tokens width"]:
+        """Returns the learned tokens before the patches: class token, then registers."""
+        size, width = self.size, self.size.image_width
+        normal = nn.initializers.normal(width**-0.5)
+        parts = []
+        if size.has_class_token:
+            parts.append(self.param("class_token", normal, (width,))[None])
+        if size.image_registers:
+            parts.append(self.param("registers", normal, (size.image_registers, width)))
+        return jnp.concatenate(parts) if parts else jnp.zeros((0, width))
+
+    def _positions(self, tokens: int, patches: int) -> Float[Array | np.ndarray, "length width"]:
+        """Returns what is added to the tokens that are no patches, and to the patches."""
+        width = self.size.image_width
+        if self.size.image_positions == "sincos":
+            fixed = positions.sincos(math.isqrt(patches), width)
+            return np.concatenate([np.zeros((tokens, width), np.float32), fixed])
+        normal = nn.initializers.normal(width**-0.5)
+        return self.param("positions", normal, (tokens + patches, width))
 
     def _embed_patches(
         self, images: Float[Array, "batch height width 3"]

@@ -155,7 +155,7 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
             "train a SigLIP model."
         )
     largest = tokens.vocab_size - 1 if size.end_token is None else size.end_token
-    if size.text_pool != "last" and tokens.end != largest:
+    if size.text_pool in ("end", "bag") and tokens.end != largest:
         raise UserError(
             f"{size} finds the end of a caption by the id {largest}, but the tokenizer "
             f"{config.tokenizer!r} ends it with {tokens.end}: add "

@@ -45,8 +45,8 @@ def initial_variables(
     variables = opened.variables(mesh)
     params = variables["params"]
     if "image" in taken and opened.size.image_size != net.size.image_size:
-        length = image_positions(abstract_variables(net, mesh)["params"]).shape[0]
-        params = resize_positions(params, length)
+        learned = image_positions(abstract_variables(net, mesh)["params"])
+        params = params if learned is None else resize_positions(params, learned.shape[0])
     length = net.size.context_length
     if "text" in taken and "positions" in params["text"]:
         text = params["text"]

@@ -222,7 +222,7 @@ class Weights:
         step = f", step {origin['step']:,}" if origin.get("step") else ""
         tokens = self.tokenizer.identity[:24] or "unknown tokenizer"
         return (
-            f"{size}, {self.parameters / 1e6:,.1f} M parameters, {size.activation}, "
+            f"{size}, {self.parameters / 1e6:,.1f} M parameters, {size.activations}, "
             f"from {origin['source']} ({origin['format']}{step})\n"
             f"  pictures: {size.preprocessing}\n"
             f"  captions: {tokens}, {size.context_length} tokens"

@@ -59,7 +59,7 @@ def open_model(
                 f"should be ({type(error).__name__}: {error})."
             ) from error
     if activation:
-        size = dataclasses.replace(weights.size, activation=activation)
+        size = dataclasses.replace(weights.size, activation=activation, text_activation=None)
         weights = dataclasses.replace(weights, size=size)
     if model and (wrong := size_differences(weights.size, models.get_size(model))):
         raise UserError(

@@ -23,7 +23,7 @@ from test_models import (
 
 from clip_jax import models, sharding
 from clip_jax.errors import UserError
-from clip_jax.models import layers, sizes, vit
+from clip_jax.models import layers, size_checks, sizes, vit
 
 # As wide as its embeddings, so without a projection; other hidden units than four times the width.
 TINY_SIGLIP = TINY_VIT | {"image_width": 12, "image_heads": 2, "image_mlp": 20, "text_mlp": 28}
@@ -49,6 +49,48 @@ def test_siglip_equals_numpy(image_width: int):
     assert logit_bias == variables["params"]["logit_bias"]
 
 
+CLIPA = {"activation": "gelu", "pre_norm": False, "image_pool": "avg", "image_registers": 1}
+CLIPA |= {"text_pool": "last", "text_causal": False, "norm_after_pool": True}
+POOLS = [
+    {},
+    {"norm_after_pool": False, "image_positions": "sincos", "text_pool": "first"},
+    {"image_registers": 0, "text_pool": "avg", "pre_norm": True},
+    {"image_registers": 3, "image_positions": "sincos"},
+    {"image_pool": "map", "norm_after_pool": False},
+    {"image_pool": "class", "norm_after_pool": False, "image_registers": 2},
+    {"text_width": 16, "text_heads": 2, "embed_dim": 16, "text_projection": False},
+]
+
+
+@pytest.mark.parametrize("forms", POOLS)
+def test_pools_and_positions_equal_numpy(forms: dict):
+    net = models.create("ViT-B/32", size=TINY_VIT | CLIPA | forms)
+    variables, (images, tokens) = make_variables(net), make_batch(net.size)
+    image, text, _ = apply(net, variables, images, tokens)
+    p = float64(variables["params"])
+    assert ("positions" in p["image"]) == (net.size.image_positions == "learned")
+    assert ("ln_pre" in p["image"]) == net.size.pre_norm
+    assert ("projection" in p["text"]) == net.size.text_projection
+    np.testing.assert_allclose(
+        image, numpy_models.pooled_vit(images, p["image"], net.size), **EXACT
+    )
+    wanted = numpy_models.pooled_text(tokens, p["text"], net.size.text_pool)
+    np.testing.assert_allclose(text, wanted, **EXACT)
+
+
+@pytest.mark.parametrize("image_positions", ["learned", "sincos"])
+def test_a_token_apart_that_is_not_read(image_positions: str):
+    """256 patches and a class token: the token stands apart, and the mean is of the patches."""
+    forms = {"image_size": 64, "patch_size": 4, "image_positions": image_positions}
+    net = models.create("ViT-B/32", size=TINY_VIT | CLIPA | forms)
+    variables, (images, tokens) = make_variables(net), make_batch(net.size)
+    image, *_ = apply(net, variables, images, tokens)
+    p = float64(variables["params"])
+    np.testing.assert_allclose(
+        image, numpy_models.pooled_vit(images, p["image"], net.size), **EXACT
+    )
+
+
 def test_exact_gelu_equals_numpy():
     net = models.create("ViT-g/14", size=TINY_VIT | {"image_mlp": 20, "text_layers": 2})
     variables, (images, tokens) = make_variables(net), make_batch(net.size)
@@ -61,7 +103,7 @@ def test_exact_gelu_equals_numpy():
 
 
 def test_every_activation_is_there():
-    assert set(layers.ACTIVATIONS) == set(sizes.CHOICES["activation"])
+    assert set(layers.ACTIVATIONS) == set(size_checks.CHOICES["activation"])
     for name, function in layers.ACTIVATIONS.items():
         x = np.linspace(-6, 6, 101)
         wanted = numpy_models.ACTIVATIONS[name](x)
@@ -119,8 +161,17 @@ def test_a_model_with_another_loss_keeps_its_name():
     ("size", "message"),
     [
         ({"activation": "relu"}, r"activation is 'relu'.*quick_gelu, gelu, gelu_tanh"),
-        ({"image_pool": "mean"}, r"image_pool is 'mean'.*class, map"),
-        ({"text_pool": "first"}, r"text_pool is 'first'.*end, last"),
+        ({"image_pool": "mean"}, r"image_pool is 'mean'.*class, avg, map"),
+        ({"norm_after_pool": True}, r"norm_after_pool is True.*image_pool='avg'"),
+        ({"image_positions": "rope"}, r"image_positions is 'rope'.*learned, sincos"),
+        (
+            {"image_positions": "sincos", "image_width": 770, "image_heads": 1},
+            r"770.*multiple of 4",
+        ),
+        ({"image_registers": 14}, r"image_registers is 14.*14 at most"),
+        ({"text_pool": "mean"}, r"text_pool is 'mean'.*end, first, last, avg"),
+        ({"text_pool": "first"}, r"text_pool is 'first'.*text_causal=False"),
+        ({"text_projection": False, "embed_dim": 64}, r"text_projection is False.*512.*64"),
         ({"text_causal": 1}, r"text_causal is 1: it takes True or False"),
         ({"norm_eps": 0.0}, r"norm_eps is 0.0.*positive"),
         ({"image_mlp": -1}, r"image_mlp is -1.*0 or more"),

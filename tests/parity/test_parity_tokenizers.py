@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
+from etils import epath
 from parity import torch  # or skips
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 import clip_jax
 from clip_jax import weights
+from clip_jax.data import published
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,7 +102,7 @@ def clip_with_added_tokens(folder: Folder):
 
 
 def xlm_roberta(folder: Folder):
-    """Its own start, end and padding, in a tower of CLIP's form."""
+    """Its own start, end and padding, in the towers of MetaCLIP 2."""
     special = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [
         (f"▁{word}", -2.0 - i / 10)
@@ -113,7 +115,7 @@ def xlm_roberta(folder: Folder):
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return fast(made, **tokens), "clip"
+    return fast(made, **tokens), "metaclip_2"
 
 
 def bert(folder: Folder):
@@ -147,8 +149,9 @@ def save_model(folder: Folder, tokenizer, kind: str) -> None:
         pictures = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     else:
         towers = {"text_config": {**tower, **text}, "vision_config": vision}
-        config = transformers.CLIPConfig(**towers, projection_dim=32)
-        transformers.CLIPModel(config).save_pretrained(folder)
+        names = {"clip": "CLIP", "metaclip_2": "MetaClip2"}[kind]
+        config = getattr(transformers, f"{names}Config")(**towers, projection_dim=32)
+        getattr(transformers, f"{names}Model")(config).save_pretrained(folder)
         size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
         pictures = transformers.CLIPImageProcessor(**size)
     pictures.save_pretrained(folder)
@@ -186,3 +189,17 @@ def test_rows_and_embeddings_are_those_of_transformers(make: Callable, tmp_path:
         text=CAPTIONS, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="np"
     )
     assert np.array_equal(back.input_ids, rows)
+
+
+def test_a_separator_that_open_clip_strips(tmp_path: Folder):
+    """CLIPA's rows: BERT's, with 0 where the separator was, cut ones too."""
+    open_clip = pytest.importorskip("open_clip")
+    tokenizer, _ = bert(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text = {"hf_tokenizer_name": "bert-base-uncased", "tokenizer_kwargs": {"strip_sep_token": True}}
+    settings = json.dumps({"model_cfg": {"text_cfg": text}})
+    (tmp_path / "open_clip_config.json").write_text(settings)
+    theirs = open_clip.tokenizer.HFTokenizer(str(tmp_path), LENGTH, strip_sep_token=True)
+    ours = published.create(epath.Path(tmp_path), LENGTH)
+    assert np.array_equal(ours(CAPTIONS, truncate=True), theirs(CAPTIONS).numpy())
+    assert 3 not in theirs(CAPTIONS)

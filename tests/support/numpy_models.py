@@ -75,15 +75,18 @@ SIGLIP = {"activation": "gelu_tanh", "eps": 1e-6}
 def siglip_vit(images, p, patch: int):
     x = patches(images, p["patch_embed"], patch) + p["positions"]
     x = transformer(x, p["transformer"]["blocks"], causal=False, **SIGLIP)
-    x, head = layer_norm(x, p["ln_post"], 1e-6), p["map_head"]
+    x = map_head(layer_norm(x, p["ln_post"], 1e-6), p["map_head"], **SIGLIP)
+    return unit(x @ p["projection"]["kernel"] if "projection" in p else x)
+
+
+def map_head(x, head, activation: str, eps: float = 1e-5):
     query, key, value = (head[name] for name in ("query", "key", "value"))
     q = np.einsum("w,whd->hd", head["probe"], query["kernel"]) + query["bias"]
     k, v = (np.einsum("bsw,whd->bshd", x, part["kernel"]) + part["bias"] for part in (key, value))
     weights = softmax(np.einsum("hd,bshd->bhs", q, k) / np.sqrt(q.shape[-1]))
     y = np.einsum("bhs,bshd->bhd", weights, v)
     x = np.einsum("bhd,hdw->bw", y, head["attn_out"]["kernel"]) + head["attn_out"]["bias"]
-    x = x + mlp(layer_norm(x, head["ln"], 1e-6), head, "gelu_tanh")
-    return unit(x @ p["projection"]["kernel"] if "projection" in p else x)
+    return x + mlp(layer_norm(x, head["ln"], eps), head, activation)
 
 
 def siglip_text(tokens, p):
@@ -91,6 +94,52 @@ def siglip_text(tokens, p):
     x = transformer(x, p["transformer"]["blocks"], causal=False, **SIGLIP)
     x = layer_norm(x[:, -1], p["ln_final"], 1e-6)
     return unit(x @ p["projection"]["kernel"] + p["projection"]["bias"])
+
+
+def sincos(side: int, width: int):
+    """The positions of MoCo v3 a number at a time."""
+    table = np.zeros((side * side, width))
+    quarter = width // 4
+    for patch in range(side * side):
+        for i in range(quarter):
+            for start, at in ((0, patch % side), (2 * quarter, patch // side)):
+                angle = at / 10_000 ** (i / quarter)
+                table[patch, start + i] = math.sin(angle)
+                table[patch, start + quarter + i] = math.cos(angle)
+    return table
+
+
+def pooled_vit(images, p, size):
+    """A ViT with the exact GELU and any pooling, from its size."""
+    x = patches(images, p["patch_embed"], size.patch_size)
+    count = x.shape[1]
+    for name in ("registers", "class_token"):
+        if name in p:
+            tokens = np.atleast_2d(p[name])
+            x = np.concatenate([np.broadcast_to(tokens, (len(x), *tokens.shape)), x], axis=1)
+    fixed = sincos(math.isqrt(count), x.shape[2])
+    fixed = np.pad(fixed, ((x.shape[1] - count, 0), (0, 0)))
+    x = x + p.get("positions", fixed)
+    x = layer_norm(x, p["ln_pre"]) if "ln_pre" in p else x
+    x = transformer(x, p["transformer"]["blocks"], causal=False, activation="gelu")
+    if size.image_pool == "class":
+        x = layer_norm(x, p["ln_post"])[:, 0]
+    elif size.image_pool == "map":
+        x = map_head(layer_norm(x, p["ln_post"]), p["map_head"], "gelu")
+    elif size.norm_after_pool:
+        x = layer_norm(x[:, -count:].mean(1), p["ln_post"])
+    else:
+        x = layer_norm(x, p["ln_post"])[:, -count:].mean(1)
+    return unit(x @ p["projection"]["kernel"])
+
+
+def pooled_text(tokens, p, pool: str):
+    """A text tower that is not causal, with the exact GELU."""
+    x = p["token_embed"]["embedding"][tokens] + p["positions"]
+    x = transformer(x, p["transformer"]["blocks"], causal=False, activation="gelu")
+    x = layer_norm(x, p["ln_final"])
+    x = {"first": x[:, 0], "last": x[:, -1], "avg": x.mean(1)}[pool]
+    return unit(x @ p["projection"]["kernel"] if "projection" in p else x)
 
 
 def text(tokens, p, **form):

@@ -53,7 +53,8 @@ def make_batch(size: models.Size) -> tuple[np.ndarray, np.ndarray]:
     if size.text_pool == "end":
         for row, length in zip(tokens, (4, 9, size.context_length)):
             row[length - 1 :] = 0
-            row[0], row[length - 1] = size.vocab_size - 2, size.vocab_size - 1
+            end = size.vocab_size - 1 if size.end_token is None else size.end_token
+            row[0], row[length - 1] = size.vocab_size - 2, end
     return images, tokens
 
 

@@ -54,8 +54,8 @@ def unread_flops(size: Size) -> float:
     queries where attention is not causal.
     """
     total = 0.0
-    if not size.is_resnet and size.image_pool == "class":
-        others, width = (size.image_size // size.patch_size) ** 2, size.image_width
+    if size.has_class_token:
+        others, width = size.image_tokens - 1, size.image_width
         unread = 2.0 * others * width * (2 * width + 2 * size.image_mlp)
         unread += 4.0 * others * (others + 1) * width
         total += unread * (2 if size.objective == "near_duplicates" else 1)

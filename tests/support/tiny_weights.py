@@ -8,9 +8,15 @@ from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
 _TEXT = {"embed_dim": 32, "text_width": 64, "text_heads": 1, "text_layers": 2, "context_length": 10}
 _VIT = {"image_size": 32, "image_layers": (2,), "image_width": 64, "image_heads": 1}
+_CLIPA = {"activation": "gelu", "pre_norm": False, "image_pool": "avg", "norm_after_pool": True}
+_CLIPA |= {"image_registers": 1, "text_pool": "last", "text_causal": False}
 SIZES = {
     "vit": models.get_size("ViT-B/32", _TEXT | _VIT | {"patch_size": 8}),
     "gelu": models.get_size("ViT-H/14", _TEXT | _VIT | {"patch_size": 8, "image_mlp": 100}),
+    "clipa": models.get_size(
+        "ViT-B/32",
+        _TEXT | _VIT | _CLIPA | {"patch_size": 8, "text_activation": "gelu_tanh"},
+    ),
     "resnet": models.get_size(
         "RN50",
         {**_TEXT, "image_size": 64, "image_layers": (1, 2, 1, 1), "image_width": 8}

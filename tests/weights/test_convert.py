@@ -21,6 +21,7 @@ from clip_jax.weights.convert import (
     huggingface,
     mapping,
     open_clip,
+    open_clip_settings,
     openai,
     preprocessing,
     torch_files,
@@ -29,6 +30,7 @@ from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
 FORMS = [
     *(("vit", name) for name in ("clip_jax", "huggingface", "open_clip", "openai")),
+    *(("clipa", name) for name in ("clip_jax", "open_clip")),
     *(("gelu", name) for name in ("clip_jax", "huggingface", "open_clip")),
     *(("resnet", name) for name in ("clip_jax", "open_clip", "openai")),
     *(("siglip", name) for name in ("clip_jax", "huggingface", "big_vision")),
@@ -63,7 +65,7 @@ def test_every_model_has_its_place_in_the_formats(name: str):
     siglip = size.image_pool == "map"
     check(open_clip.table(size, custom_text=siglip))
     if not siglip:
-        assert open_clip.size_of(open_clip.config_of(size), name) == size
+        assert open_clip_settings.size_of(open_clip_settings.config_of(size), name) == size
     if not size.is_resnet:
         check(huggingface.table(size))
         config = huggingface.config_of(size), preprocessing.to_transformers(size)

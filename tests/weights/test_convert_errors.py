@@ -156,11 +156,7 @@ def edit_json(path: pathlib.Path, **changes):
             {"image_processor_type": "ViTImageProcessor"},
             "transformers' ViTImageProcessor",
         ),
-        (
-            "config.json",
-            {"text_config__hidden_act": "gelu"},
-            "hidden_act 'gelu' in its text",
-        ),
+        ("config.json", {"text_config__hidden_act": "relu"}, "hidden_act='relu'.*quick_gelu"),
         ("config.json", {"text_config__layer_norm_eps": 1e-3}, "layer_norm_eps 0.001"),
         ("vocab.json", {"dog</w>": 7}, r"damaged: its 49,408 entries do not have the ids"),
         ("config.json", {"vision_config__num_hidden_layers": 3}, r"lacks 16 tensor.*layers\.2"),
@@ -195,10 +191,10 @@ def test_a_folder_that_contradicts_itself(file, changes, match, tmp_path: pathli
             },
             "with quick_gelu",
         ),
-        (
-            {"model_cfg__text_cfg__act_kwargs": {"approximate": "tanh"}},
-            "gelu_tanh in its text tower",
-        ),
+        ({"model_cfg__vision_cfg__pool_type": "none"}, "pool_type = 'none'.*tok, avg"),
+        ({"model_cfg__vision_cfg__pos_embed_type": "rope"}, "pos_embed_type = 'rope'"),
+        ({"model_cfg__text_cfg__pool_type": "map"}, "pool_type = 'map'.*argmax, eos, first, last"),
+        ({"model_cfg__text_cfg__proj_type": "mlp"}, "proj_type = 'mlp'.*linear, none"),
     ],
 )
 def test_unknown_settings_of_open_clip(changes, match, tmp_path: pathlib.Path):

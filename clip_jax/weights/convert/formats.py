@@ -8,7 +8,7 @@ from etils import epath
 
 from clip_jax import models
 from clip_jax.errors import UserError
-from clip_jax.models.sizes import CHOICES
+from clip_jax.models.size_checks import CHOICES
 from clip_jax.storage import faults, locations, writing
 from clip_jax.weights import folder
 from clip_jax.weights.convert import (

@@ -1,4 +1,4 @@
-"""Folders of transformers' CLIPModel and SiglipModel, as on the Hugging Face hub."""
+"""Folders of CLIP, MetaCLIP 2 and SigLIP of transformers, as on the Hugging Face hub."""
 
 import dataclasses
 import json
@@ -81,14 +81,19 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         },
     },
 }
+_DEFAULTS["metaclip_2"] = _DEFAULTS["clip"]
 # A model of each kind, whose forms are those that no config.json can change.
-_MODELS = {"clip": SIZES["ViT-B/32"], "siglip": SIZES["SigLIP-B/16"]}
-_LEGACY_END = 2  # eos_token_id of early files: the end token is the largest id of a row
+_MODELS = dict.fromkeys(("clip", "metaclip_2"), SIZES["ViT-B/32"])
+_MODELS |= {"siglip": SIZES["SigLIP-B/16"]}
+_ARCHITECTURES = {"clip": "CLIPModel", "metaclip_2": "MetaClip2Model", "siglip": "SiglipModel"}
+# eos_token_id of early files of CLIP: the end token is the largest id of a row. In MetaCLIP 2 it is
+# the id of XLM-V's end token.
+_LEGACY_END = 2
 _NO_WEIGHTS = r"\.position_ids$"
 
 
 def is_folder(folder: epath.Path) -> bool:
-    """Returns whether a folder holds a CLIP or SigLIP of transformers."""
+    """Returns whether a folder holds a model of transformers of a kind in `_MODELS`."""
     if not all(files.find(folder, names) for names in ((CONFIG,), files.HUGGINGFACE)):
         return False
     config = ranges.read(folder / CONFIG)
@@ -106,7 +111,7 @@ def check_kind(folder: epath.Path) -> None:
         raise UserError(
             f"{folder} holds a model of the kind {kind!r} of transformers (model_type in "
             f"{CONFIG}), whose towers clip_jax does not have: it has those of "
-            f"{' and '.join(_MODELS)}."
+            f"{', '.join(_MODELS)}."
         )
 
 
@@ -191,17 +196,18 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
     """
     kind = config["model_type"]
     text, vision = (_tower(config, part) for part in ("text", "vision"))
-    for name in ("hidden_act", "layer_norm_eps"):
-        if text[name] != vision[name]:
-            raise UserError(
-                f"{source} has {name} {text[name]!r} in its text tower and {vision[name]!r} in its "
-                "image tower; our models have one for both."
-            )
-    if text["hidden_act"] not in _ACTIVATIONS:
+    name = "layer_norm_eps"
+    if text[name] != vision[name]:
         raise UserError(
-            f"{source} has the activation hidden_act={text['hidden_act']!r}; our models have "
-            f"{', '.join(_ACTIVATIONS)}."
+            f"{source} has {name} {text[name]!r} in its text tower and {vision[name]!r} in its "
+            "image tower; our models have one for both."
         )
+    for tower in (text, vision):
+        if tower["hidden_act"] not in _ACTIVATIONS:
+            raise UserError(
+                f"{source} has the activation hidden_act={tower['hidden_act']!r}; our models have "
+                f"{', '.join(_ACTIVATIONS)}."
+            )
     if kind == "siglip":
         embed_dim = text.get("projection_size") or text["hidden_size"]
     else:
@@ -221,17 +227,20 @@ def size_of(config: Mapping[str, Any], processor: Mapping[str, Any], source: obj
         text_mlp=text["intermediate_size"],
         context_length=text["max_position_embeddings"],
         vocab_size=text["vocab_size"],
-        end_token=_end_token(text, source) if kind == "clip" else None,
-        activation=_ACTIVATIONS[text["hidden_act"]],
+        end_token=None if kind == "siglip" else _end_token(text, kind, source),
+        activation=_ACTIVATIONS[vision["hidden_act"]],
+        text_activation=_ACTIVATIONS[text["hidden_act"]],
         norm_eps=float(text["layer_norm_eps"]),
-        **preprocessing.from_transformers(processor, kind, vision["image_size"], source),
+        **preprocessing.from_transformers(
+            processor, "siglip" if kind == "siglip" else "clip", vision["image_size"], source
+        ),
     )
 
 
-def _end_token(text: Mapping[str, Any], source: object) -> int | None:
+def _end_token(text: Mapping[str, Any], kind: str, source: object) -> int | None:
     """Returns the id at which captions are read; None: the largest of a row."""
     end, count = text["eos_token_id"], text["vocab_size"]
-    if end in (_LEGACY_END, count - 1):
+    if end == count - 1 or (end == _LEGACY_END and kind == "clip"):
         return None
     if not isinstance(end, int) or not 0 <= end < count:
         raise UserError(
@@ -259,13 +268,15 @@ def _processor(folder: epath.Path) -> Mapping[str, Any]:
 
 def config_of(size: models.Size) -> dict[str, Any]:
     """Returns the nearest config.json; `size_of` tells whether it is exact."""
-    kind = "siglip" if size.image_pool == "map" else "clip"
-    activation = next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == size.activation)
-    shared = {"hidden_act": activation, "layer_norm_eps": size.norm_eps}
-    if kind == "clip":
+    kind = "metaclip_2" if size.end_token == _LEGACY_END else "clip"
+    kind = "siglip" if size.image_pool == "map" else kind
+    names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+    shared: dict[str, Any] = {"layer_norm_eps": size.norm_eps}
+    if kind != "siglip":
         shared["projection_dim"] = size.embed_dim
     text = {
         "model_type": f"{kind}_text_model",
+        "hidden_act": names[size.text_activation or size.activation],
         "hidden_size": size.text_width,
         "intermediate_size": size.text_mlp,
         "num_hidden_layers": size.text_layers,
@@ -277,6 +288,7 @@ def config_of(size: models.Size) -> dict[str, Any]:
     }
     vision = {
         "model_type": f"{kind}_vision_model",
+        "hidden_act": names[size.activation],
         "hidden_size": size.image_width,
         "intermediate_size": size.image_mlp,
         "num_hidden_layers": size.image_layers[0],
@@ -286,7 +298,7 @@ def config_of(size: models.Size) -> dict[str, Any]:
         **shared,
     }
     config = {
-        "architectures": ["SiglipModel" if kind == "siglip" else "CLIPModel"],
+        "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "dtype": "float32",
         "text_config": text,
@@ -305,6 +317,8 @@ def _special_tokens(kind: str, size: models.Size) -> dict[str, int]:
     """
     if kind == "siglip":
         return {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    if kind == "metaclip_2":
+        return {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
     end = size.vocab_size - 1 if size.end_token is None else size.end_token
     return {"bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end}
 

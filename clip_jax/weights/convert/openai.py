@@ -54,15 +54,19 @@ def text(size: models.Size, prefix: str) -> Iterator[Entry]:
     yield from norm(f"{prefix}ln_final", f"{ours}/ln_final")
     if size.text_projection_bias:
         yield from linear(f"{prefix}text_projection", f"{ours}/projection")
-    else:
+    elif size.text_projection:
         yield entry(f"{prefix}text_projection", f"{ours}/projection/kernel")
 
 
 def _vit(size: models.Size) -> Iterator[Entry]:
     theirs, ours = "visual", "params/image"
     yield entry(f"{theirs}.conv1.weight", f"{ours}/patch_embed/kernel", CONV)
-    yield entry(f"{theirs}.class_embedding", f"{ours}/class_token")
-    yield entry(f"{theirs}.positional_embedding", f"{ours}/positions")
+    if size.has_class_token:
+        yield entry(f"{theirs}.class_embedding", f"{ours}/class_token")
+    elif size.image_registers:  # a class token that is not read
+        yield entry(f"{theirs}.class_embedding", f"{ours}/registers", at=(0,))
+    if size.image_positions == "learned":
+        yield entry(f"{theirs}.positional_embedding", f"{ours}/positions")
     if size.pre_norm:
         yield from norm(f"{theirs}.ln_pre", f"{ours}/ln_pre")
     yield from blocks(f"{theirs}.transformer.resblocks", ours, size.image_layers[0], _BLOCK)

@@ -35,7 +35,7 @@ def from_transformers(
 
     Args:
       processor: content of the file; {}: there is none, and the processor has its defaults.
-      kind: model_type, "clip" or "siglip".
+      kind: processor that a file without its name is of, "clip" or "siglip".
       image_size: pixels along a side that the model takes.
       source: file, for messages.
 

@@ -64,10 +64,11 @@ def find(folder: epath.Path, size: Size) -> TokenizerFile:
     Raises:
       UserError: a file is damaged, or the model cannot read its ids.
     """
-    openai_size = size.vocab_size == bpe.VOCABULARY_SIZE and size.text_pool == "end"
+    openai_count = size.vocab_size == bpe.VOCABULARY_SIZE
+    openai_size = openai_count and size.text_pool == "end"
     text = _open_clip_text(folder)
     ours = files.find(folder, (RULES,)) is not None
-    if openai_size and text is not None and not (text.get("hf_tokenizer_name") or ours):
+    if openai_count and text is not None and not (text.get("hf_tokenizer_name") or ours):
         _check_simple(text, folder)
         return OPENAI  # open_clip takes its own, whatever else lies there
     found = published.find(folder)
