@@ -150,6 +150,7 @@ def validate(config: ConfigDict) -> None:
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
         ("log.trace_steps", config.log.trace_steps, 1),
+        ("data.captions", config.data.captions, 1),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.processes", config.data.processes, 0),
         ("data.threads", config.data.threads, 0),
@@ -180,6 +181,13 @@ def validate(config: ConfigDict) -> None:
             f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
             "step.nonfinite=skip"
         )
+    if config.objective != "contrastive":
+        for name, value, neutral in (("data.captions", config.data.captions, 1),):
+            if value != neutral:
+                problems.append(
+                    f"{name} is {value}, but objective={config.objective} takes {neutral}: only "
+                    "the contrastive one has it"
+                )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
@@ -338,6 +346,9 @@ def _data() -> ConfigDict:
     # Several sources by name, in proportion to their weights; none: `source` alone. In a config
     # file: config.data.mixture = default.mixture(mine=source(...), theirs=source(...)).
     data.mixture = mixture()
+    # Captions of each image in a step, drawn by weight from its own; where it has fewer, all of
+    # them before any comes twice. Together they are the positives of the image: docs/scale.md.
+    data.captions = 1
     # "random" square (paper) | "resized" (RandomResizedCrop) | "center" square | "none" (squash).
     data.crop = "random"
     data.crop_scale = (0.9, 1.0)  # resized: least and greatest fraction of the area

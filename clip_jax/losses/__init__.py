@@ -1,7 +1,8 @@
 """Losses over the global batch, on any mesh.
 
 The contrastive ones take global arrays of L2-normalised embeddings, split over the batch on the
-mesh; row i of the images belongs to row i of the texts. Statistics and sums are float32.
+mesh; row i of the images belongs to row i of the texts. An image may have several captions.
+Statistics and sums are float32.
 """
 
 import math
@@ -19,7 +20,7 @@ from clip_jax.losses import gathered, ring
 
 def softmax_loss(
     image_embed: Float[Array, "batch embed"],
-    text_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch *captions embed"],
     logit_scale: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
@@ -29,9 +30,14 @@ def softmax_loss(
 ) -> Float[Array, ""]:
     """Computes the symmetric cross-entropy over all B x B similarities (paper, figure 3).
 
+    With c captions an image, each image is matched with all B x c captions, and its target spreads
+    evenly over its own (UniCL, Yang et al. 2022, arXiv:2204.03610; a form that SupCon and StableRep
+    have for images, arXiv:2004.11362 and 2306.00984). So its captions compete with each other, and
+    the loss is at least (log c) / 2. Each caption is matched with the B images.
+
     Args:
       image_embed: float32 or bfloat16, L2-normalised.
-      text_embed: like image_embed.
+      text_embed: like image_embed; with several captions an image [B, c, embed].
       logit_scale: float32, natural logarithm of the multiplier of the similarities.
       mesh: devices that the batch is split over, with any axis names; None: one device. On a mesh
         with explicit axis types, take gradients under `jax.jit` or within `jax.set_mesh(mesh)`.
@@ -51,7 +57,7 @@ def softmax_loss(
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    pairs = _place(mesh, axes, image_embed, text_embed, logit_scale)
+    pairs = _place(mesh, axes, image_embed, _rows(text_embed), logit_scale)
     if method == "ring":
         return ring.softmax(mesh, axes, tile, *pairs)
     if mesh is None:
@@ -61,7 +67,7 @@ def softmax_loss(
 
 def sigmoid_loss(
     image_embed: Float[Array, "batch embed"],
-    text_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch *captions embed"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
     *,
@@ -81,14 +87,15 @@ def sigmoid_loss(
       logit_bias: float32, added to the scaled similarities.
 
     Returns:
-      The sum over all pairs divided by B, float32, in nats.
+      The sum over all pairs of an image and a caption, divided by the number of captions; float32,
+      in nats.
 
     Raises:
       UserError: see `softmax_loss`.
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    pairs = _place(mesh, axes, image_embed, text_embed, logit_scale, logit_bias)
+    pairs = _place(mesh, axes, image_embed, _rows(text_embed), logit_scale, logit_bias)
     if method == "ring":
         return ring.sigmoid(mesh, axes, tile, *pairs)
     if mesh is None:
@@ -136,12 +143,12 @@ def _batch_mesh(
 
 def _check(
     images: Float[Array, "batch embed"],
-    texts: Float[Array, "batch embed"],
+    texts: Float[Array, "batch *captions embed"],
     mesh: Mesh | None,
     axes: tuple[str, ...],
     method: str,
 ) -> None:
-    if images.shape != texts.shape:
+    if images.shape != (texts.shape[0], texts.shape[-1]):
         raise ValueError(f"Pairs differ in shape: {images.shape} and {texts.shape}.")
     if method not in LOSS_METHODS:
         raise UserError(f"Unknown loss.method {method!r}: choose one of {', '.join(LOSS_METHODS)}.")
@@ -151,6 +158,11 @@ def _check(
             f"A batch of {images.shape[0]} cannot be split evenly over {devices} devices: "
             "make batch_size a multiple of the devices."
         )
+
+
+def _rows(texts: Float[Array, "batch *captions embed"]) -> Float[Array, "texts embed"]:
+    """Returns one caption a row."""
+    return texts.reshape(-1, texts.shape[-1])
 
 
 def _place(

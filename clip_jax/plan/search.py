@@ -162,6 +162,7 @@ def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
     return Task(
         size=built.net.size,
         batch_size=config.batch_size,
+        captions=config.data.captions,
         parameters=count,
         state_bytes=(parameters + make.shard_bytes(built.state.opt_state)) / count,
         topology=topology,

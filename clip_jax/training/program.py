@@ -86,7 +86,8 @@ class Program:
         size, rows = self.net.size, self.config.batch_size
         place = sharding.batch_sharding(self.mesh)
         image_shape = (rows, size.image_size, size.image_size, 3)
-        token_shape = (rows, size.context_length)
+        captions = self.config.data.captions
+        token_shape = (rows, *[captions] * (captions > 1), size.context_length)
         return {
             "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
             "tokens": jax.ShapeDtypeStruct(token_shape, jnp.int32, sharding=place),

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 from typing import Any
 
 import jax
@@ -27,6 +28,9 @@ FREE += (
     "data.stall_timeout",
 )
 FREE += ("data.source.path", "data.mixture.*.path")
+_SOURCE = re.compile(
+    r"^data\.mixture\.[^.]+"
+)  # a source of a mixture has the fields of data.source
 
 
 def make(workdir: epath.Path) -> None:
@@ -95,8 +99,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
 
     Fields of an old run are compared under their new names.
     """
-    old = {default.RENAMED.get(name, name): value for name, value in flatten(old).items()}
-    new = flatten(new)
+    defaults, new = flatten(to_plain(default.get_config())), flatten(new)
+    # A setting that is newer than the run had its default.
+    old = {name: defaults.get(_SOURCE.sub("data.source", name)) for name in new} | {
+        default.RENAMED.get(name, name): value for name, value in flatten(old).items()
+    }
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())
