@@ -181,8 +181,22 @@ def validate(config: ConfigDict) -> None:
             f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
             "step.nonfinite=skip"
         )
+    if not 0 <= config.loss.label_smoothing < 1:
+        problems.append(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
+            "below 1"
+        )
+    elif config.loss.label_smoothing and config.loss.name == "sigmoid":
+        problems.append(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, but loss.name=sigmoid judges "
+            "every pair by itself, and has no distribution over the batch to smooth: leave it 0, or "
+            "take loss.name=softmax"
+        )
     if config.objective != "contrastive":
-        for name, value, neutral in (("data.captions", config.data.captions, 1),):
+        for name, value, neutral in (
+            ("data.captions", config.data.captions, 1),
+            ("loss.label_smoothing", config.loss.label_smoothing, 0),
+        ):
             if value != neutral:
                 problems.append(
                     f"{name} is {value}, but objective={config.objective} takes {neutral}: only "
@@ -289,6 +303,8 @@ def _loss() -> ConfigDict:
     # "all_gather" (fewer operations) | "ring" (memory of one tile of logits).
     loss.method = "all_gather"
     loss.tile = 1024  # ring: rows and columns of a tile of logits
+    # softmax: fraction of each target that is spread over all texts, or all images, of the batch.
+    loss.label_smoothing = 0.0
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

@@ -27,6 +27,7 @@ def softmax_loss(
     batch_axes: str | Sequence[str] | None = None,
     method: str = "all_gather",
     tile: int = 1024,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Computes the symmetric cross-entropy over all B x B similarities (paper, figure 3).
 
@@ -48,6 +49,8 @@ def softmax_loss(
         device. "ring": the texts travel from device to device, and no more than a tile of logits
         exists at a time, for 4/3 of the operations.
       tile: rows and columns of a tile of the ring, at most.
+      label_smoothing: fraction of each target that is spread over all texts, or all images (Szegedy
+        et al. 2015, arXiv:1512.00567).
 
     Returns:
       The mean of the two directions, float32, in nats.
@@ -57,12 +60,17 @@ def softmax_loss(
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    pairs = _place(mesh, axes, image_embed, _rows(text_embed), logit_scale)
+    images, texts, logit_scale = _place(mesh, axes, image_embed, text_embed, logit_scale)
+    pairs = images, _rows(texts), logit_scale
     if method == "ring":
-        return ring.softmax(mesh, axes, tile, *pairs)
-    if mesh is None:
-        return gathered.plain_softmax(*pairs)
-    return gathered.softmax(mesh, axes, *pairs)
+        loss = ring.softmax(mesh, axes, tile, *pairs)
+    elif mesh is None:
+        loss = gathered.plain_softmax(*pairs)
+    else:
+        loss = gathered.softmax(mesh, axes, *pairs)
+    if label_smoothing:
+        loss += label_smoothing * _margin(images, texts, logit_scale)
+    return loss
 
 
 def sigmoid_loss(
@@ -158,6 +166,22 @@ def _check(
             f"A batch of {images.shape[0]} cannot be split evenly over {devices} devices: "
             "make batch_size a multiple of the devices."
         )
+
+
+def _margin(
+    images: Float[Array, "batch embed"],
+    texts: Float[Array, "batch *captions embed"],
+    logit_scale: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Computes the mean logit of the positives less that of all pairs.
+
+    A cross-entropy is linear in its target. So smoothing adds this to it, times the fraction that is
+    spread; and of the mean of all logits only the mean embeddings are needed.
+    """
+    images, texts = images.astype(jnp.float32), texts.astype(jnp.float32)
+    texts = jnp.mean(texts, axis=tuple(range(1, texts.ndim - 1)))  # of each image's captions
+    positives = jnp.mean(jnp.sum(images * texts, axis=1))
+    return jnp.exp(logit_scale) * (positives - jnp.sum(images.mean(axis=0) * texts.mean(axis=0)))
 
 
 def _rows(texts: Float[Array, "batch *captions embed"]) -> Float[Array, "texts embed"]:

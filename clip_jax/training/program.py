@@ -29,6 +29,8 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
         method=config.loss.method,
         tile=config.loss.tile,
     )
+    if config.loss.label_smoothing:
+        loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     return loss, functools.partial(augment.augment, config=config.data.augment)
 
 

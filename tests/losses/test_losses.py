@@ -34,12 +34,12 @@ def make_mesh(name: str) -> jax.sharding.Mesh | None:
     return axes and sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
 
 
-def value_and_grads(mesh, method, images, texts, *scalars):
+def value_and_grads(mesh, method, images, texts, *scalars, **options):
     """Loss and the gradients in all arguments, on embeddings that lie on the mesh."""
     if mesh is not None:
         images, texts = jax.device_put((images, texts), sharding.batch_sharding(mesh))
     loss_fn = losses.softmax_loss if len(scalars) == 1 else losses.sigmoid_loss
-    loss = functools.partial(loss_fn, mesh=mesh, method=method, tile=TILE)
+    loss = functools.partial(loss_fn, mesh=mesh, method=method, tile=TILE, **options)
     grad = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(2 + len(scalars)))))
     value, grads = grad(images, texts, *map(jnp.float32, scalars))
     return value, *grads
@@ -84,7 +84,8 @@ def test_reference_by_finite_differences(name: str, captions: int):
     """The gradients that everything is compared with are those of the reference's own loss."""
     pairs = [x.astype(np.float64) for x in reference.pairs(6, 5, captions=captions)]
     arguments = [*pairs, np.array(2.0), np.array(-3.0)][: 3 if name == "softmax" else 4]
-    loss, step = REFERENCES[name], 1e-5
+    options = {"smoothing": 0.2} if name == "softmax" else {}
+    loss, step = functools.partial(REFERENCES[name], **options), 1e-5
     _, *grads = loss(*arguments)
     for argument, grad in enumerate(grads):
         for index in np.ndindex(np.shape(grad)):
@@ -186,9 +187,10 @@ def test_several_captions_on_any_mesh(name: str, method: str, kind: str):
     kinds = (jax.sharding.AxisType[kind],) * 3
     other = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=kinds)
     images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH, captions=2))
-    want = REFERENCES[name](images, texts, *SCALARS[name])
+    options = {"label_smoothing": 0.1} if name == "softmax" else {}
+    want = REFERENCES[name](images, texts, *SCALARS[name], *options.values())
     loss = functools.partial(
-        losses.LOSSES[name], mesh=other, batch_axes=("z", "x"), method=method, tile=TILE
+        losses.LOSSES[name], mesh=other, batch_axes=("z", "x"), method=method, tile=TILE, **options
     )
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     place = jax.sharding.NamedSharding(other, jax.sharding.PartitionSpec(("z", "x")))
@@ -196,6 +198,21 @@ def test_several_captions_on_any_mesh(name: str, method: str, kind: str):
         value, grads = grad(*embeds, *map(jnp.float32, SCALARS[name]))
         for a, b in zip((value, *grads), want):
             assert reference.relative_error(a, b) < 1e-5
+
+
+# ---- Smoothed labels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_smoothed_labels(mesh: str, method: str, captions: int):
+    images, texts = reference.pairs(BATCH, WIDTH, captions=captions)
+    want = reference.softmax_loss(images, texts, 3.0, smoothing=0.2)
+    assert want[0] > 1.5 * reference.softmax_loss(images, texts, 3.0)[0]
+    got = value_and_grads(make_mesh(mesh), method, images, texts, 3.0, label_smoothing=0.2)
+    for part, a, b in zip(("loss", "d_images", "d_texts", "d_scale"), got, want):
+        assert reference.relative_error(a, b) < 1e-5, part
 
 
 # ---- Other meshes ------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def softmax_loss(images, texts, logit_scale) -> tuple[float, np.ndarray, np.ndarray, float]:
+def softmax_loss(
+    images, texts, logit_scale, smoothing: float = 0.0
+) -> tuple[float, np.ndarray, np.ndarray, float]:
     """Loss and its gradients in images [B, e], texts [B, (c,) e] and logit_scale, all float64.
 
     Two cross-entropies: of the distributions over texts by image, and over images by text.
@@ -14,11 +16,12 @@ def softmax_loss(images, texts, logit_scale) -> tuple[float, np.ndarray, np.ndar
     logits = scale * images @ texts.T
     by_row, row_lse = _softmax(logits, axis=1)
     by_column, column_lse = _softmax(logits, axis=0)
-    row_target = own / own.sum(axis=1, keepdims=True)
+    row_target = (1 - smoothing) * own / own.sum(axis=1, keepdims=True) + smoothing / captions
+    column_target = (1 - smoothing) * own + smoothing / batch
     row_losses = (row_target * (row_lse[:, None] - logits)).sum(axis=1)
-    column_losses = (own * (column_lse - logits)).sum(axis=0)
+    column_losses = (column_target * (column_lse - logits)).sum(axis=0)
     loss = (np.mean(row_losses) + np.mean(column_losses)) / 2
-    d_logits = ((by_row - row_target) / batch + (by_column - own) / captions) / 2
+    d_logits = ((by_row - row_target) / batch + (by_column - column_target) / captions) / 2
     d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
     return float(loss), d_images, d_texts.reshape(shape), float(np.sum(d_logits * logits))
 
