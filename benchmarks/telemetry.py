@@ -59,7 +59,10 @@ def row_seconds(built, rows: int = 200) -> float:
     from clip_jax.common import metrics
     from clip_jax.training import telemetry
 
-    measured = telemetry.Telemetry(built.net.size, built.config.batch_size, built.mesh)
+    config = built.config
+    measured = telemetry.Telemetry(
+        built.net.size, config.batch_size, config.data.captions, built.mesh
+    )
     others = {f"train/metric_{i}": 1.0 for i in range(30)}
     times = []
     with tempfile.TemporaryDirectory() as folder:

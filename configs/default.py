@@ -212,6 +212,7 @@ def validate(config: ConfigDict) -> None:
         ("checkpoint.keep", config.checkpoint.keep, 1),
         ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
         ("log.trace_steps", config.log.trace_steps, 1),
+        ("data.captions", config.data.captions, 1),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.processes", config.data.processes, -1),
         ("data.threads", config.data.threads, 0),
@@ -250,6 +251,27 @@ def validate(config: ConfigDict) -> None:
         problems.append("init_from and branch_from are both set, and a run has one beginning")
     if not 0 <= config.optim.ema_decay < 1:
         problems.append(f"optim.ema_decay is {config.optim.ema_decay}, and must be from 0 to 1")
+    if not 0 <= config.loss.label_smoothing < 1:
+        problems.append(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
+            "below 1"
+        )
+    elif config.loss.label_smoothing and config.loss.name == "sigmoid":
+        problems.append(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, but loss.name=sigmoid judges "
+            "every pair by itself, and has no distribution over the batch to smooth: leave it 0, "
+            "or take loss.name=softmax"
+        )
+    if config.objective != "contrastive":
+        for name, value, neutral in (
+            ("data.captions", config.data.captions, 1),
+            ("loss.label_smoothing", config.loss.label_smoothing, 0),
+        ):
+            if value != neutral:
+                problems.append(
+                    f"{name} is {value}, but objective={config.objective} takes {neutral}: only "
+                    "the contrastive one has it"
+                )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
@@ -351,6 +373,8 @@ def _loss() -> ConfigDict:
     # "all_gather" (fewer operations) | "ring" (memory of one tile of logits).
     loss.method = "all_gather"
     loss.tile = 1024  # ring: rows and columns of a tile of logits
+    # softmax: fraction of each target that is spread over all texts, or all images, of the batch.
+    loss.label_smoothing = 0.0
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 
@@ -426,6 +450,9 @@ def _data() -> ConfigDict:
     # Several sources by name, in proportion to their weights; none: `source` alone. In a config
     # file: config.data.mixture = default.mixture(mine=source(...), theirs=source(...)).
     data.mixture = mixture()
+    # Captions of each image in a step, drawn by weight from its own; where it has fewer, all of
+    # them before any comes twice. Together they are the positives of the image: docs/scale.md.
+    data.captions = 1
     # "random" square (paper) | "resized" (RandomResizedCrop) | "center" square | "none" (squash).
     data.crop = "random"
     data.crop_scale = (0.9, 1.0)  # resized: least and greatest fraction of the area

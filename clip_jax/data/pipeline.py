@@ -86,7 +86,10 @@ class TrainPipeline:
         self._limit = _Limit(spec.config.max_skipped, len(source))
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host."""
+        """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host.
+
+        With c captions an image, tokens are [b, c, l].
+        """
         with contextlib.closing(self._batches()) as batches:
             for batch in batches:
                 for _, skipped, truncated in batch.stats:

@@ -28,12 +28,12 @@ class RowStats(NamedTuple):
     Attributes:
       usable: whether there is a row; False: neither its example nor any replacement can be used.
       skipped: the unusable example whose place another one has taken; None: there was none.
-      truncated: whether the caption was cut to the context length.
+      truncated: number of its captions that were cut to the context length.
     """
 
     usable: bool
     skipped: BadExample | None
-    truncated: bool
+    truncated: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +99,15 @@ class Rows:
         self._tokenizer = tokenizer_
         self._crop = Crop(config.crop, config.crop_scale, config.crop_ratio)
         self._image_size = image_size
+        self._captions = config.captions
         self._seed = seed
 
     def empty(self) -> Row:
         """A row of zeros, for its shapes and dtypes."""
+        captions = [np.zeros(self._tokenizer.context_length, np.int32)] * self._captions
         return {
             "image": np.zeros((self._image_size, self._image_size, 3), np.uint8),
-            "tokens": np.zeros(self._tokenizer.context_length, np.int32),
+            "tokens": _stacked(captions),
         }
 
     def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, RowStats]]]:
@@ -113,8 +115,8 @@ class Rows:
 
         Returns:
           For each, a function that waits for the example and makes its row: image uint8 [h, w, 3]
-          and tokens int32 [l]. Where the example cannot be used, it is the row of another one;
-          None: no other one can be used either.
+          and tokens int32 [l], or of several captions [c, l]. Where the example cannot be used, it
+          is the row of another one; None: no other one can be used either.
         """
         indices = [self._order[position] for position in positions]
         reads = reading.start(self._source, indices)
@@ -142,7 +144,7 @@ class Rows:
         finally:
             self.stages.leave()
 
-    def _replacement(self, position: int) -> tuple[Row | None, bool]:
+    def _replacement(self, position: int) -> tuple[Row | None, int]:
         rng = np.random.default_rng([self._seed, order.REPLACEMENT, position])
         for _ in range(_REPLACEMENT_TRIES):
             try:
@@ -150,21 +152,26 @@ class Rows:
                 return self._prepare(index, functools.partial(self._source.__getitem__, index), rng)
             except BadExample:  # is counted at its own position
                 continue
-        return None, False
+        return None, 0
 
     def _prepare(
         self, index: int, read: Callable[[], Example], rng: np.random.Generator
-    ) -> tuple[Row, bool]:
-        """Returns the row of an example, and whether its caption was cut."""
+    ) -> tuple[Row, int]:
+        """Returns the row of an example, and the number of its captions that were cut."""
         self.stages.enter("reading", f"example {index}")
         example = read()
         self.stages.enter("decoding", example.key)
-        text = captions.choose(example.captions, rng)
-        tokens, truncated = self._tokenizer.encode(text)
-        if self._tokenizer.is_empty(tokens):  # as after "&nbsp;"
+        texts = captions.draw(example.captions, self._captions, rng)
+        tokens, truncated = zip(*map(self._tokenizer.encode, texts))
+        if any(map(self._tokenizer.is_empty, tokens)):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
         image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
-        return {"image": image, "tokens": tokens}, truncated
+        return {"image": image, "tokens": _stacked(tokens)}, sum(truncated)
+
+
+def _stacked(captions: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns the ids of a single caption as they are, those of several as [c, l]."""
+    return captions[0] if len(captions) == 1 else np.stack(captions)
 
 
 def _read_key(read: Callable[[], Example]) -> str:

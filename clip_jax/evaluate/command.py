@@ -181,13 +181,14 @@ def _embeddings(
 def _model_info(found: Weights) -> About:
     trained = record.read_training(found.origin)
     seen = trained.images_seen if trained else 0
+    captions = trained.config["data"].get("captions", 1) if trained else 1
     return About(
         name=str(found.size),
         source=str(found.origin["source"]),
         parameters=found.parameters,
         image_flops=model_flops.image_flops(found.size),
         images_seen=seen,
-        train_flops=model_flops.step_flops(found.size, 1) * seen,
+        train_flops=model_flops.step_flops(found.size, 1, captions) * seen,
     )
 
 

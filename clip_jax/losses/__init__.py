@@ -1,7 +1,8 @@
 """Losses over the global batch, on any mesh.
 
 The contrastive ones take global arrays of L2-normalised embeddings, split over the batch on the
-mesh; row i of the images belongs to row i of the texts. Statistics and sums are float32.
+mesh; row i of the images belongs to row i of the texts. An image may have several captions.
+Statistics and sums are float32.
 """
 
 import math
@@ -19,19 +20,25 @@ from clip_jax.losses import gathered, ring
 
 def softmax_loss(
     image_embed: Float[Array, "batch embed"],
-    text_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch *captions embed"],
     logit_scale: Float[Array, ""],
     *,
     mesh: Mesh | None = None,
     batch_axes: str | Sequence[str] | None = None,
     method: str = "all_gather",
     tile: int = 1024,
+    label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Computes the symmetric cross-entropy over all B x B similarities (paper, figure 3).
 
+    With c captions an image, each image is matched with all B x c captions, and its target spreads
+    evenly over its own (UniCL, Yang et al. 2022, arXiv:2204.03610; a form that SupCon and StableRep
+    have for images, arXiv:2004.11362 and 2306.00984). So its captions compete with each other, and
+    the loss is at least (log c) / 2. Each caption is matched with the B images.
+
     Args:
       image_embed: float32 or bfloat16, L2-normalised.
-      text_embed: like image_embed.
+      text_embed: like image_embed; with several captions an image [B, c, embed].
       logit_scale: float32, natural logarithm of the multiplier of the similarities.
       mesh: devices that the batch is split over, with any axis names; None: one device. On a mesh
         with explicit axis types, take gradients under `jax.jit` or within `jax.set_mesh(mesh)`.
@@ -42,6 +49,8 @@ def softmax_loss(
         device. "ring": the texts travel from device to device, and no more than a tile of logits
         exists at a time, for 4/3 of the operations.
       tile: rows and columns of a tile of the ring, at most.
+      label_smoothing: fraction of each target that is spread over all texts, or all images (Szegedy
+        et al. 2015, arXiv:1512.00567).
 
     Returns:
       The mean of the two directions, float32, in nats.
@@ -51,17 +60,22 @@ def softmax_loss(
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    pairs = _place(mesh, axes, image_embed, text_embed, logit_scale)
+    images, texts, logit_scale = _place(mesh, axes, image_embed, text_embed, logit_scale)
+    pairs = images, _rows(texts), logit_scale
     if method == "ring":
-        return ring.softmax(mesh, axes, tile, *pairs)
-    if mesh is None:
-        return gathered.plain_softmax(*pairs)
-    return gathered.softmax(mesh, axes, *pairs)
+        loss = ring.softmax(mesh, axes, tile, *pairs)
+    elif mesh is None:
+        loss = gathered.plain_softmax(*pairs)
+    else:
+        loss = gathered.softmax(mesh, axes, *pairs)
+    if label_smoothing:
+        loss += label_smoothing * _margin(images, texts, logit_scale)
+    return loss
 
 
 def sigmoid_loss(
     image_embed: Float[Array, "batch embed"],
-    text_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch *captions embed"],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
     *,
@@ -81,14 +95,15 @@ def sigmoid_loss(
       logit_bias: float32, added to the scaled similarities.
 
     Returns:
-      The sum over all pairs divided by B, float32, in nats.
+      The sum over all pairs of an image and a caption, divided by the number of captions; float32,
+      in nats.
 
     Raises:
       UserError: see `softmax_loss`.
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    pairs = _place(mesh, axes, image_embed, text_embed, logit_scale, logit_bias)
+    pairs = _place(mesh, axes, image_embed, _rows(text_embed), logit_scale, logit_bias)
     if method == "ring":
         return ring.sigmoid(mesh, axes, tile, *pairs)
     if mesh is None:
@@ -136,12 +151,12 @@ def _batch_mesh(
 
 def _check(
     images: Float[Array, "batch embed"],
-    texts: Float[Array, "batch embed"],
+    texts: Float[Array, "batch *captions embed"],
     mesh: Mesh | None,
     axes: tuple[str, ...],
     method: str,
 ) -> None:
-    if images.shape != texts.shape:
+    if images.shape != (texts.shape[0], texts.shape[-1]):
         raise ValueError(f"Pairs differ in shape: {images.shape} and {texts.shape}.")
     if method not in LOSS_METHODS:
         raise UserError(f"Unknown loss.method {method!r}: choose one of {', '.join(LOSS_METHODS)}.")
@@ -151,6 +166,27 @@ def _check(
             f"A batch of {images.shape[0]} cannot be split evenly over {devices} devices: "
             "make batch_size a multiple of the devices."
         )
+
+
+def _margin(
+    images: Float[Array, "batch embed"],
+    texts: Float[Array, "batch *captions embed"],
+    logit_scale: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Computes the mean logit of the positives less that of all pairs.
+
+    A cross-entropy is linear in its target. So smoothing adds this to it, times the fraction that
+    is spread; and of the mean of all logits only the mean embeddings are needed.
+    """
+    images, texts = images.astype(jnp.float32), texts.astype(jnp.float32)
+    texts = jnp.mean(texts, axis=tuple(range(1, texts.ndim - 1)))  # of each image's captions
+    positives = jnp.mean(jnp.sum(images * texts, axis=1))
+    return jnp.exp(logit_scale) * (positives - jnp.sum(images.mean(axis=0) * texts.mean(axis=0)))
+
+
+def _rows(texts: Float[Array, "batch *captions embed"]) -> Float[Array, "texts embed"]:
+    """Returns one caption a row."""
+    return texts.reshape(-1, texts.shape[-1])
 
 
 def _place(

@@ -12,39 +12,42 @@ from jaxtyping import Array, Bool, Float
 from clip_jax.losses.terms import (
     WHOLE,
     Axes,
-    Embeds,
+    Images,
     Scalar,
+    Texts,
     dot,
     scale_gradients,
     sigmoid_terms,
 )
 
 
-def plain_softmax(images: Embeds, texts: Embeds, logit_scale: Scalar) -> Scalar:
+def plain_softmax(images: Images, texts: Texts, logit_scale: Scalar) -> Scalar:
     """Computes the reference, on one device."""
     logits = jnp.exp(logit_scale) * dot("ie,te->it", images, texts)
     rows, columns = jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
-    return jnp.mean((rows + columns) / 2 - jnp.diagonal(logits))
+    # The captions of an image are one dimension: [batch, batch, c] -> [c, batch].
+    positives = jnp.diagonal(logits.reshape(len(images), len(images), -1))
+    return jnp.mean((rows + columns.reshape(len(images), -1).T) / 2 - positives)
 
 
-def plain_sigmoid(images: Embeds, texts: Embeds, logit_scale: Scalar, logit_bias: Scalar) -> Scalar:
+def plain_sigmoid(images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar) -> Scalar:
     """Computes the reference, on one device."""
     logits = jnp.exp(logit_scale) * dot("ie,te->it", images, texts) + logit_bias
-    signs = 2 * jnp.eye(len(images)) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / len(images)
+    signs = jnp.repeat(2 * jnp.eye(len(images)) - 1, len(texts) // len(images), axis=1)
+    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / len(texts)
 
 
-# --- softmax: below, n = B / devices rows are local, and "all" marks what spans the batch. ---
+# --- softmax: below, n = B / devices rows are local, and "all" marks the texts of the batch. ---
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def softmax(mesh: Mesh, axes: Axes, images: Embeds, texts: Embeds, logit_scale: Scalar) -> Scalar:
+def softmax(mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar) -> Scalar:
     """Computes `losses.softmax_loss` over a mesh."""
     return _softmax_forward(mesh, axes, images, texts, logit_scale)[0]
 
 
 def _softmax_forward(
-    mesh: Mesh, axes: Axes, images: Embeds, texts: Embeds, logit_scale: Scalar
+    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar
 ) -> tuple[Scalar, tuple]:
     def local(images, texts, logit_scale):
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
@@ -57,12 +60,13 @@ def _softmax_forward(
         column_max = jax.lax.pmax(logits.max(axis=0), axes)
         column_sum = jax.lax.psum(jnp.exp(logits - column_max[None]).sum(axis=0), axes)
         # Positives out of the logits themselves: rounded alike, they cancel exactly.
-        positives = jnp.sum(jnp.where(_is_positive(logits, axes), logits, 0), axis=1)
+        captions = _captions(logits, axes)
+        positives = jnp.sum(jnp.where(_is_positive(logits, axes), logits, 0), axis=1) / captions
         by_row = (row_max - positives) + jnp.log(row_sum)
-        by_column = (_own(column_max, logits, axes) - positives) + jnp.log(
-            _own(column_sum, logits, axes)
-        )
-        loss = jax.lax.psum(jnp.sum(by_row + by_column), axes) / (2 * logits.shape[1])
+        own_max, own_sum = (_own(x, logits, axes) for x in (column_max, column_sum))
+        by_column = jnp.mean((own_max - positives[:, None]) + jnp.log(own_sum), axis=1)
+        batch = logits.shape[1] // captions
+        loss = jax.lax.psum(jnp.sum(by_row + by_column), axes) / (2 * batch)
         return loss, logits, (row_max, row_sum), (column_max, column_sum)
 
     split = PartitionSpec(axes)
@@ -78,16 +82,17 @@ def _softmax_forward(
 
 def _softmax_backward(
     mesh: Mesh, axes: Axes, residuals: tuple, gradient: Scalar
-) -> tuple[Embeds, Embeds, Scalar]:
+) -> tuple[Images, Texts, Scalar]:
     images, texts, logit_scale, logits, rows, columns = residuals
 
     def local(images, texts, logit_scale, logits, rows, columns, gradient):
         (row_max, row_sum), (column_max, column_sum) = rows, columns
+        captions = _captions(logits, axes)
         by_row = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
-        by_column = jnp.exp(logits - column_max[None]) * (1 / column_sum)[None]
-        target = _is_positive(logits, axes).astype(jnp.float32)
+        by_column = jnp.exp(logits - column_max[None]) * (1 / (captions * column_sum))[None]
+        target = jnp.where(_is_positive(logits, axes), 1 / captions, 0)
         d_logits = (by_row - target) + (by_column - target)
-        d_logits *= gradient / (2 * logits.shape[1])
+        d_logits *= gradient / (2 * (logits.shape[1] // captions))
 
         weights = (jnp.exp(logit_scale) * d_logits).astype(images.dtype)
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
@@ -111,15 +116,21 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 def _is_positive(logits: Float[Array, "n all"], axes: Axes) -> Bool[Array, "n all"]:
     """Masks the pairs that belong together, in this device's rows."""
     own = jax.lax.axis_index(axes) * logits.shape[0] + jnp.arange(logits.shape[0])
-    return own[:, None] == jnp.arange(logits.shape[1])[None]
+    return own[:, None] == (jnp.arange(logits.shape[1]) // _captions(logits, axes))[None]
 
 
 def _own(
     all_values: Float[Array, " all"], logits: Float[Array, "n all"], axes: Axes
-) -> Float[Array, " n"]:
-    """Cuts out the values that belong to this device's rows."""
-    n = logits.shape[0]
-    return jax.lax.dynamic_slice_in_dim(all_values, jax.lax.axis_index(axes) * n, n)
+) -> Float[Array, "n captions"]:
+    """Cuts out the values of the captions of this device's rows."""
+    n, captions = logits.shape[0], _captions(logits, axes)
+    own = jax.lax.axis_index(axes) * n * captions
+    return jax.lax.dynamic_slice_in_dim(all_values, own, n * captions).reshape(n, captions)
+
+
+def _captions(logits: Float[Array, "n all"], axes: Axes) -> int:
+    """Counts the captions of each image."""
+    return logits.shape[1] // (logits.shape[0] * jax.lax.axis_size(axes))
 
 
 # --- sigmoid ---
@@ -127,7 +138,7 @@ def _own(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sigmoid(
-    mesh: Mesh, axes: Axes, images: Embeds, texts: Embeds, logit_scale: Scalar, logit_bias: Scalar
+    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar
 ) -> Scalar:
     """Computes `losses.sigmoid_loss` over a mesh."""
 
@@ -142,19 +153,19 @@ def sigmoid(
 
 
 def _sigmoid_forward(
-    mesh: Mesh, axes: Axes, images: Embeds, texts: Embeds, logit_scale: Scalar, logit_bias: Scalar
-) -> tuple[Scalar, tuple[Embeds, Embeds, Scalar, Scalar]]:
+    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar
+) -> tuple[Scalar, tuple[Images, Texts, Scalar, Scalar]]:
     def local(images, texts, logit_scale, logit_bias):
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
         products = dot("ne,be->nb", images, all_texts)
         positive = _is_positive(products, axes)
         terms, d_logits, d_scale = sigmoid_terms(products, positive, logit_scale, logit_bias)
-        batch = products.shape[1]
-        weights = (jnp.exp(logit_scale) / batch * d_logits).astype(images.dtype)
+        count = products.shape[1]
+        weights = (jnp.exp(logit_scale) / count * d_logits).astype(images.dtype)
         d_images = dot("nb,be->ne", weights, all_texts)
         d_texts = jax.lax.psum_scatter(dot("nb,ne->be", weights, images), axes, tiled=True)
         loss, d_scale, d_bias = (
-            jax.lax.psum(jnp.sum(x), axes) / batch for x in (terms, d_scale, d_logits)
+            jax.lax.psum(jnp.sum(x), axes) / count for x in (terms, d_scale, d_logits)
         )
         return loss, (d_images.astype(images.dtype), d_texts.astype(texts.dtype), d_scale, d_bias)
 

@@ -17,15 +17,16 @@ from clip_jax.errors import UserError
 from clip_jax.losses.terms import (
     WHOLE,
     Axes,
-    Embeds,
+    Images,
     Scalar,
+    Texts,
     dot,
     scale_gradients,
     sigmoid_terms,
 )
 
-Values = Float[Array, " n"]  # one for each of a device's examples
-Tree = Any  # arrays whose first dimension is a device's examples
+OfImages, OfTexts = Float[Array, " n"], Float[Array, " m"]  # one for each of a device's
+Tree = Any  # arrays whose first dimension is a device's images, or its texts
 # (fixed, fixed_sums, moving, moving_sums) of one pair of tiles -> (fixed_sums, moving_sums).
 Visit = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
 
@@ -43,7 +44,7 @@ def _sweep(
 
     Args:
       axes: mesh axes, outermost first; (): this device alone.
-      tile: rows of a tile.
+      tile: rows of a tile; divides the rows of `fixed` and of `moving`.
       visit: called with each pair of tiles.
       fixed: arrays that stay here and are only read.
       fixed_sums: arrays that stay here and are summed up.
@@ -84,15 +85,14 @@ def _visit_tiles(
     tile: int, visit: Visit, fixed: Tree, fixed_sums: Tree, moving: Tree, moving_sums: Tree
 ) -> tuple[Tree, Tree]:
     """Visits all pairs of tiles that lie on this device; returns (fixed_sums, moving_sums)."""
-    rows = jax.tree.leaves(fixed)[0].shape[0]
-    if rows <= tile:
+    if max(x.shape[0] for x in jax.tree.leaves((fixed, moving))) <= tile:
         return visit(fixed, fixed_sums, moving, moving_sums)
 
     def split(tree):
-        return jax.tree.map(lambda x: x.reshape(rows // tile, tile, *x.shape[1:]), tree)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0] // tile, tile, *x.shape[1:]), tree)
 
     def join(tree):
-        return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), tree)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
     def column(fixed_sums, moving_tile):
         def row(moving_sums, fixed_tile):
@@ -155,19 +155,25 @@ def _devices(axes: Axes) -> int:
     return jax.lax.axis_size(axes) if axes else 1
 
 
-def _positions(axes: Axes, rows: int) -> Int[Array, " n"]:
-    """Returns the places of this device's examples in the batch."""
-    return _device(axes) * rows + jnp.arange(rows)
+def _positions(
+    axes: Axes, images: Images, texts: Texts
+) -> tuple[Int[Array, " n"], Int[Array, " m"]]:
+    """Returns the places in the batch of this device's images, and of each text's image."""
+    captions = len(texts) // len(images)
+
+    def places(rows):
+        return _device(axes) * rows + jnp.arange(rows)
+
+    return places(len(images)), places(len(texts)) // captions
 
 
 # --- softmax ---
 
 
 def _softmax_statistics(
-    axes: Axes, tile: int, images: Embeds, texts: Embeds, logit_scale: Scalar
-) -> tuple[tuple[Values, Values], tuple[Values, Values], Values]:
-    """Computes maximum and sum of each own row and each own column, and the positives."""
-    rows = images.shape[0]
+    axes: Axes, tile: int, images: Images, texts: Texts, logit_scale: Scalar
+) -> tuple[tuple[OfImages, OfImages], tuple[OfTexts, OfTexts], OfImages]:
+    """Computes maximum and sum of each own row and each own column, and the rows' positives."""
 
     def update_statistics(statistics, logits, axis):
         """Adds logits to maxima and sums, which are scaled down where the maximum rises."""
@@ -186,33 +192,45 @@ def _softmax_statistics(
             moving_sums, logits, 0
         )
 
-    empty_statistics = jnp.full(rows, -jnp.inf), jnp.zeros(rows)
-    at = _positions(axes, rows)
-    fixed_sums = empty_statistics, jnp.zeros(rows)
+    def empty_statistics(rows):
+        return jnp.full(rows, -jnp.inf), jnp.zeros(rows)
+
+    image_rows, text_rows = _positions(axes, images, texts)
     (by_row, positives), by_column = _sweep(
-        axes, tile, visit, (images, at), fixed_sums, (texts, at), empty_statistics
+        axes,
+        tile,
+        visit,
+        (images, image_rows),
+        (empty_statistics(len(images)), jnp.zeros(len(images))),
+        (texts, text_rows),
+        empty_statistics(len(texts)),
     )
     return by_row, by_column, positives
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def softmax(
-    mesh: Mesh | None, axes: Axes, tile: int, images: Embeds, texts: Embeds, logit_scale: Scalar
+    mesh: Mesh | None, axes: Axes, tile: int, images: Images, texts: Texts, logit_scale: Scalar
 ) -> Scalar:
     """Computes `losses.softmax_loss` in tiles."""
     return _softmax_forward(mesh, axes, tile, images, texts, logit_scale)[0]
 
 
 def _softmax_forward(
-    mesh: Mesh | None, axes: Axes, tile: int, images: Embeds, texts: Embeds, logit_scale: Scalar
+    mesh: Mesh | None, axes: Axes, tile: int, images: Images, texts: Texts, logit_scale: Scalar
 ) -> tuple[Scalar, tuple]:
     def local(axes, images, texts, logit_scale):
-        rows = images.shape[0]
+        rows, captions = len(images), len(texts) // len(images)
         by_row, by_column, positives = _softmax_statistics(
             axes, _tile_rows(rows, tile), images, texts, logit_scale
         )
-        loss = sum((maximum - positives) + jnp.log(total) for maximum, total in (by_row, by_column))
-        loss = _total(jnp.sum(loss), axes) / (2 * rows * _devices(axes))
+        positives = (positives / captions)[:, None]
+        # [rows, 1] and [rows, captions]
+        terms = [
+            jnp.mean((maximum - positives) + jnp.log(total), axis=1)
+            for maximum, total in (jax.tree.map(lambda x: x.reshape(rows, -1), (by_row, by_column)))
+        ]
+        loss = _total(jnp.sum(sum(terms)), axes) / (2 * rows * _devices(axes))
         return loss, by_row, by_column
 
     split = PartitionSpec(axes)
@@ -223,21 +241,21 @@ def _softmax_forward(
 
 def _softmax_backward(
     mesh: Mesh | None, axes: Axes, tile: int, residuals: tuple, gradient: Scalar
-) -> tuple[Embeds, Embeds, Scalar]:
+) -> tuple[Images, Texts, Scalar]:
     images, texts, logit_scale, by_row, by_column = residuals
 
     def local(axes, images, texts, logit_scale, gradient, by_row, by_column):
-        rows = images.shape[0]
-        at = _positions(axes, rows)
+        rows, captions = len(images), len(texts) // len(images)
+        image_rows, text_rows = _positions(axes, images, texts)
 
         def visit(fixed, fixed_sums, moving, moving_sums):
             images, image_rows, (row_max, row_sum) = fixed
             texts, text_rows, (column_max, column_sum) = moving
             d_images, d_scale = fixed_sums
             logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
-            target = (image_rows[:, None] == text_rows[None]).astype(jnp.float32)
+            target = jnp.where(image_rows[:, None] == text_rows[None], 1 / captions, 0)
             rows = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
-            columns = jnp.exp(logits - column_max[None]) * (1 / column_sum)[None]
+            columns = jnp.exp(logits - column_max[None]) * (1 / (captions * column_sum))[None]
             d_logits = (rows - target) + (columns - target)
             weights = d_logits.astype(images.dtype)
             d_images += dot("nm,me->ne", weights, texts)
@@ -249,9 +267,9 @@ def _softmax_backward(
             axes,
             _tile_rows(rows, tile),
             visit,
-            (images, at, by_row),
+            (images, image_rows, by_row),
             fixed_sums,
-            (texts, at, by_column),
+            (texts, text_rows, by_column),
             jnp.zeros(texts.shape),
         )
         per_logit = gradient / (2 * rows * _devices(axes))
@@ -278,16 +296,16 @@ def sigmoid(
     mesh: Mesh | None,
     axes: Axes,
     tile: int,
-    images: Embeds,
-    texts: Embeds,
+    images: Images,
+    texts: Texts,
     logit_scale: Scalar,
     logit_bias: Scalar,
 ) -> Scalar:
     """Computes `losses.sigmoid_loss` in tiles."""
 
     def local(axes, images, texts, logit_scale, logit_bias):
-        rows = images.shape[0]
-        at = _positions(axes, rows)
+        rows = len(images)
+        image_rows, text_rows = _positions(axes, images, texts)
 
         def visit(fixed, fixed_sums, moving, moving_sums):
             (images, image_rows), (texts, text_rows) = fixed, moving
@@ -297,9 +315,15 @@ def sigmoid(
             return fixed_sums + jnp.sum(terms, axis=1), moving_sums
 
         fixed_sums, _ = _sweep(
-            axes, _tile_rows(rows, tile), visit, (images, at), jnp.zeros(rows), (texts, at), ()
+            axes,
+            _tile_rows(rows, tile),
+            visit,
+            (images, image_rows),
+            jnp.zeros(rows),
+            (texts, text_rows),
+            (),
         )
-        return _total(jnp.sum(fixed_sums), axes) / (rows * _devices(axes))
+        return _total(jnp.sum(fixed_sums), axes) / (len(texts) * _devices(axes))
 
     return _on(mesh, axes, local, "ssww", WHOLE)(images, texts, logit_scale, logit_bias)
 
@@ -308,14 +332,14 @@ def _sigmoid_forward(
     mesh: Mesh | None,
     axes: Axes,
     tile: int,
-    images: Embeds,
-    texts: Embeds,
+    images: Images,
+    texts: Texts,
     logit_scale: Scalar,
     logit_bias: Scalar,
-) -> tuple[Scalar, tuple[Embeds, Embeds, Scalar, Scalar]]:
+) -> tuple[Scalar, tuple[Images, Texts, Scalar, Scalar]]:
     def local(axes, images, texts, logit_scale, logit_bias):
-        rows = images.shape[0]
-        at = _positions(axes, rows)
+        rows = len(images)
+        image_rows, text_rows = _positions(axes, images, texts)
 
         def visit(fixed, fixed_sums, moving, moving_sums):
             (images, image_rows), (texts, text_rows) = fixed, moving
@@ -333,14 +357,14 @@ def _sigmoid_forward(
             axes,
             _tile_rows(rows, tile),
             visit,
-            (images, at),
+            (images, image_rows),
             (jnp.zeros(images.shape), zeros, zeros, zeros),
-            (texts, at),
+            (texts, text_rows),
             jnp.zeros(texts.shape),
         )
-        batch = rows * _devices(axes)
-        loss, d_bias, d_scale = (_total(jnp.sum(x), axes) / batch for x in sums)
-        factor = jnp.exp(logit_scale) / batch
+        count = len(texts) * _devices(axes)
+        loss, d_bias, d_scale = (_total(jnp.sum(x), axes) / count for x in sums)
+        factor = jnp.exp(logit_scale) / count
         d_embeds = (factor * d_images).astype(images.dtype), (factor * d_texts).astype(texts.dtype)
         return loss, (*d_embeds, d_scale, d_bias)
 

@@ -6,7 +6,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 Axes = tuple[str, ...]  # mesh axes that split the batch, outermost first
-Embeds = Float[Array, "n embed"]
+Images = Float[Array, "n embed"]
+Texts = Float[Array, "m embed"]  # m = c * n: rows c * i to c * (i + 1) are the captions of image i
 Scalar = Float[Array, ""]
 
 WHOLE = PartitionSpec()  # the same on every device

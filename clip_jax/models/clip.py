@@ -3,8 +3,9 @@
 import math
 
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
 from clip_jax import sharding
 from clip_jax.models.image_model import Embeds, ImageModel, Images, RowIds, TokenIds, l2_normalize
@@ -42,7 +43,7 @@ class CLIP(ImageModel):
     def __call__(
         self,
         images: Images,
-        tokens: TokenIds,
+        tokens: Int[Array | np.ndarray, "batch *captions length"],
         train: bool = False,
         rows: RowIds | None = None,
     ) -> tuple[Float32[Array, "..."], ...]:
@@ -50,16 +51,19 @@ class CLIP(ImageModel):
 
         Args:
           images, train, rows: see `image_features`.
-          tokens: captions, no longer than the context length.
+          tokens: captions, no longer than the context length; one of each image, or several as
+            [b, c, length].
 
         Returns:
-          Image and text embeddings [b, embed_dim], L2-normalised; logit_scale [], the natural
+          Image and text embeddings [b, embed_dim], with several captions [b, c, embed_dim],
+          L2-normalised; logit_scale [], the natural
           logarithm of the multiplier of the similarities; and, where the size has one, logit_bias
           [], which is added to them after that.
         """
-        embeds = self.encode_image(images, train, rows), self.encode_text(tokens, train)
+        texts = self.encode_text(tokens.reshape(-1, tokens.shape[-1]), train)
+        texts = texts.reshape(*tokens.shape[:-1], -1)
         bias = (self.logit_bias,) if self.size.logit_bias else ()
-        return *embeds, self.logit_scale, *bias
+        return self.encode_image(images, train, rows), texts, self.logit_scale, *bias
 
     def encode_text(self, tokens: TokenIds, train: bool = False) -> Embeds:
         """Embeds captions, L2-normalised."""

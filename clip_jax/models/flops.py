@@ -4,7 +4,7 @@ from clip_jax.models.captioner import PREFIX
 from clip_jax.models.sizes import Size
 
 
-def step_flops(size: Size, batch_size: int) -> float:
+def step_flops(size: Size, batch_size: int, captions: int) -> float:
     """Counts the multiplications and additions of one training step.
 
     Matrix products and convolutions only; forward, and twice as many backward. Nothing is
@@ -14,12 +14,13 @@ def step_flops(size: Size, batch_size: int) -> float:
 
     Args:
       size: the model's.
-      batch_size: pairs per step.
+      batch_size: images per step.
+      captions: captions of each image.
     """
-    pairs = 0.0
+    text = text_flops(size)
     if size.objective in ("contrastive", "near_duplicates"):
-        pairs = 2.0 * batch_size * size.embed_dim  # the logits of one example with all others
-    return 3.0 * batch_size * (image_flops(size) + text_flops(size) + pairs)
+        text += 2.0 * batch_size * size.embed_dim  # the logits of one text with all images
+    return 3.0 * batch_size * (image_flops(size) + captions * text)
 
 
 def image_flops(size: Size) -> float:

@@ -109,7 +109,8 @@ class Task:
 
     Attributes:
       size: size of the model.
-      batch_size: pairs of a step.
+      batch_size: images of a step.
+      captions: captions of each image.
       parameters: number of parameters.
       state_bytes: bytes of parameter and optimiser state for each parameter.
       topology: topology to run on.
@@ -118,6 +119,7 @@ class Task:
 
     size: Size
     batch_size: int
+    captions: int
     parameters: float
     state_bytes: float
     topology: Topology
@@ -129,10 +131,11 @@ class Task:
         return 3.0 * self.size.image_size**2
 
 
-def activations(size: Size) -> float:
-    """Computes tokens times channels times layers of both towers, for one pair."""
+def activations(size: Size, captions: int) -> float:
+    """Computes tokens times channels times layers of both towers, for one image."""
     views = 2 if size.objective == "near_duplicates" else 1
     text = size.context_length * size.text_width * size.text_layers * size.has_text_blocks
+    text *= captions
     if size.patch_size is not None:
         tokens = (size.image_size // size.patch_size) ** 2 + 1
         return float(views * tokens * size.image_width * size.image_layers[0] + text)
@@ -154,7 +157,7 @@ def temporaries(choice: Choice, task: Task) -> float:
     depth += sum(size.image_layers) if not size.is_resnet else 0
     # The tensor axis splits about three quarters of the kept numbers: those inside a block.
     split = 0.25 + 0.75 / choice.tensor if choice.remat != "full" else 1.0
-    held = activations(size) * (kept * split + _LAYER / max(depth / 2, 1)) * 2
+    held = activations(size, task.captions) * (kept * split + _LAYER / max(depth / 2, 1)) * 2
     gradients = task.parameters * 4 / choice.fsdp / choice.tensor
     total = examples * held + gradients
     if choice.accum_steps > 1:  # the sum of the gradients, beside those of a micro-batch
@@ -170,21 +173,24 @@ def _loss(choice: Choice, task: Task) -> float:
         return _LOGITS * 4 * examples / choice.accum_steps * words
     if choice.method == "ring":  # it holds one tile of logits at a time
         return 0.0
-    return _LOGITS * 4 * examples * task.batch_size + 6.0 * task.batch_size * size.embed_dim
+    texts = task.batch_size * task.captions
+    return _LOGITS * 4 * examples * texts + 6.0 * texts * size.embed_dim
 
 
 def resident(choice: Choice, task: Task) -> float:
     """Computes the bytes of one chip that stay: training state and batch."""
     state = task.parameters * task.state_bytes / choice.fsdp / choice.tensor
     shards = task.topology.size / choice.tensor
-    return state + task.batch_size / shards * (task.image_bytes + 4 * task.size.context_length)
+    tokens = task.captions * task.size.context_length
+    return state + task.batch_size / shards * (task.image_bytes + 4 * tokens)
 
 
 def seconds(choice: Choice, task: Task) -> float:
     """Estimates the seconds of one step; the ratios between choices are better than the value."""
     chip, size = task.topology.chip, task.size
-    towers = 3 * task.batch_size * (model_flops.image_flops(size) + model_flops.text_flops(size))
-    loss = model_flops.step_flops(size, task.batch_size) - towers
+    pair = model_flops.image_flops(size) + task.captions * model_flops.text_flops(size)
+    towers = 3 * task.batch_size * pair
+    loss = model_flops.step_flops(size, task.batch_size, task.captions) - towers
     again = _remat(choice.remat)[1] + (choice.accum_steps > 1)
     # Forward is a third of a step. A ring computes its logits once more in the backward pass.
     work = towers * (1 + again / 3) + loss * (4 / 3 if choice.method == "ring" else 1)
@@ -196,7 +202,7 @@ def seconds(choice: Choice, task: Task) -> float:
     moving = weights * (2 + (passes if choice.fsdp > 1 else 0)) / link
     if choice.tensor > 1:  # four all-reduces of the activations per layer, forward and backward
         examples = task.batch_size * choice.tensor / task.topology.size
-        moving += 8 * 2 * examples * activations(size) / link
+        moving += 8 * 2 * examples * activations(size, task.captions) / link
     return computing + moving + 1e-3 * choice.accum_steps
 
 

@@ -162,6 +162,7 @@ def make_task(config: ConfigDict, topology: Topology, examples: float) -> Task:
     return Task(
         size=built.net.size,
         batch_size=config.batch_size,
+        captions=config.data.captions,
         parameters=count,
         state_bytes=make.shard_bytes((state.params, state.opt_state, state.ema)) / count,
         topology=topology,

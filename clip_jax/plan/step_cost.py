@@ -110,7 +110,8 @@ def step_cost(
     timings = kernels.time_kernels(module, topology, report)
     network = Network.of(built.mesh, topology, module.partitions)
     total = cost.program_cost(module, network, timings)
-    needed = model_flops.step_flops(built.net.size, built.config.batch_size) / topology.size
+    batch_size, captions = built.config.batch_size, built.config.data.captions
+    needed = model_flops.step_flops(built.net.size, batch_size, captions) / topology.size
     peak = topology.chip.flops * total.elapsed
     return Step(
         seconds=total.elapsed,

@@ -70,7 +70,7 @@ class Loop:
             evaluation_due=resume_state.evaluation_due,
             sinks=self._sinks(),
         )
-        self._telemetry = Telemetry(run.net.size, config.batch_size, run.mesh)
+        self._telemetry = Telemetry(run.net.size, config.batch_size, config.data.captions, run.mesh)
         self._tracer = Tracer(
             directory, due=run.trace_at, steps=config.log.trace_steps, say=self._progress.note
         )

@@ -1,16 +1,19 @@
 """The meaning of a config for the data that were found, said before the first step."""
 
+import contextlib
+
 from ml_collections import ConfigDict
 
 from clip_jax import models
 from clip_jax.common import clock
 from clip_jax.data.order import Order, Weighted
 from clip_jax.data.sources.base import Source
-from clip_jax.errors import UserError
+from clip_jax.errors import BadExample, UserError
 from clip_jax.models import attention
 
 # Objectives whose loss tells the pairs of a batch from each other.
 _CONTRASTIVE = ("contrastive", "near_duplicates")
+_LOOKED_AT = 16  # examples whose captions are counted
 
 
 def _durations(config: ConfigDict) -> dict[str, str]:
@@ -78,6 +81,8 @@ def notices(
     examples, batch = len(source), config.batch_size
     if batch > examples:
         found.append(f"A batch of {batch:,} holds some of the {examples:,} examples several times.")
+    if config.data.captions > 1:
+        found += _few_captions(config.data.captions, source)
     for name, duration in _durations(config).items():
         if name == "checkpoint.every" and clock.to_seconds(duration) is not None:
             continue
@@ -118,3 +123,18 @@ def notices(
                     "batch holds some of them twice."
                 )
     return found
+
+
+def _few_captions(wanted: int, source: Source) -> list[str]:
+    """Says so if most of the first examples have fewer captions than a step draws."""
+    counts = []
+    for index in range(min(len(source), _LOOKED_AT)):
+        with contextlib.suppress(BadExample):
+            counts.append(len(source[index].captions.texts))
+    fewer = sum(count < wanted for count in counts)
+    if fewer <= len(counts) / 2:
+        return []
+    return [
+        f"data.captions = {wanted}, but {fewer} of the first {len(counts)} examples have fewer "
+        "captions, and repeat some: does source.text_key name all fields with captions?"
+    ]

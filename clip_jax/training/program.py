@@ -30,6 +30,8 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
         method=config.loss.method,
         tile=config.loss.tile,
     )
+    if config.loss.label_smoothing:
+        loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     return loss, functools.partial(augment.augment, config=config.data.augment)
 
 
@@ -94,7 +96,8 @@ class Program:
         size, rows = self.net.size, self.config.batch_size
         place = sharding.batch_sharding(self.mesh)
         image_shape = (rows, size.image_size, size.image_size, 3)
-        token_shape = (rows, size.context_length)
+        captions = self.config.data.captions
+        token_shape = (rows, *[captions] * (captions > 1), size.context_length)
         return {
             "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
             "tokens": jax.ShapeDtypeStruct(token_shape, jnp.int32, sharding=place),

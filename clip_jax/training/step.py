@@ -17,7 +17,7 @@ from clip_jax.losses import geometry
 from clip_jax.optim import to_float32
 from clip_jax.state import TrainState
 
-# "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s].
+# "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s], with c captions an image [B, c, s].
 Batch = dict[str, Shaped[Array, "batch ..."]]
 TOWERS = ("image", "text")  # names in the parameters
 Metrics = dict[str, Float32[Array, ""]]
@@ -50,7 +50,7 @@ def train_step(
 
     Args:
       state: training state.
-      batch: "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s], split over the mesh.
+      batch: as in `Batch`, split over the mesh.
       net: one of `clip_jax.models.MODULES`.
       optimizer: the optimiser. No gradient is computed of parameters that do not learn.
       loss_fn: loss, called with the outputs of the model; see `program.OBJECTIVES`.
@@ -170,11 +170,12 @@ def _norms(name: str, tree: Any) -> Metrics:
 def _geometry(outputs: tuple[jax.Array, ...], params: Any) -> Metrics:
     """Measures alignment and uniformity, where the first two outputs are embeddings of pairs.
 
-    Two views of an image count as one tower: the first is measured.
+    Two views of an image count as one tower: the first is measured. So is the first caption.
     """
     images, texts, *_ = jax.lax.stop_gradient(outputs)
     if images.ndim == 1 or len(images) < 2:
         return {}
+    texts = texts if texts.ndim == 2 else texts[:, 0]
     towers = {"image": images, "text": texts}
     uniformity = {
         f"uniformity/{tower}": geometry.uniformity(embeds)

@@ -11,16 +11,17 @@ from clip_jax.models.sizes import Size
 class Telemetry:
     """Measures how well the devices are used, and what this host holds."""
 
-    def __init__(self, size: Size, batch_size: int, mesh: Mesh):
+    def __init__(self, size: Size, batch_size: int, captions: int, mesh: Mesh):
         """Counts the FLOPs of a step.
 
         Args:
           size: the model's.
-          batch_size: pairs per step.
+          batch_size: images per step.
+          captions: captions of each image.
           mesh: devices of the run.
         """
         self._chips = mesh.size
-        self._flops = flops.step_flops(size, batch_size) / batch_size
+        self._flops = flops.step_flops(size, batch_size, captions) / batch_size
         self._peak = hardware.peak_flops(mesh.devices.flat[0].device_kind)
 
     def measure(self, images_per_second: float) -> dict[str, float]:

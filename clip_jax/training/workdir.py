@@ -3,6 +3,7 @@
 import copy
 import fnmatch
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ FREE += ("data.source.path", "data.mixture.*.path", "branch_from")
 # Those of the learning rate, which may differ where they give the same rates up to the resumption.
 RATES = ("duration", "optim.schedule", "optim.warmup", "optim.timescale", "optim.final_fraction")
 RATES += ("optim.cooldown", "optim.cooldown_shape")
+# A source of a mixture has the fields of data.source.
+_SOURCE = re.compile(r"^data\.mixture\.[^.]+")
 
 
 def make(workdir: epath.Path) -> None:
@@ -115,9 +118,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     Fields of an old run are compared under their new names. Those that came later had the value
     then that is the default now.
     """
-    then = flatten(to_plain(default.get_config()))
-    old = then | {default.RENAMED.get(name, name): value for name, value in flatten(old).items()}
-    new = flatten(new)
+    defaults, new = flatten(to_plain(default.get_config())), flatten(new)
+    # A setting that is newer than the run had its default.
+    old = {name: defaults.get(_SOURCE.sub("data.source", name)) for name in new} | {
+        default.RENAMED.get(name, name): value for name, value in flatten(old).items()
+    }
     return [
         (name, old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())

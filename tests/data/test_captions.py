@@ -33,16 +33,33 @@ def test_weights_are_shared_within_a_field_and_by_what_is_there():
     found = captions.collect(values, "k")
     assert found == Captions(("one", "two", "three"), (3.0, 0.5, 0.5))
     rng = np.random.default_rng(0)
-    drawn = collections.Counter(captions.choose(found, rng) for _ in range(8000))
+    drawn = collections.Counter(captions.draw(found, 1, rng)[0] for _ in range(8000))
     for text, weight in zip(*found):
         np.testing.assert_allclose(drawn[text] / 8000, weight / 4, atol=0.02)
 
 
 def test_no_choice_draws_nothing():
     rng, untouched = np.random.default_rng(0), np.random.default_rng(0)
-    assert captions.choose(Captions(("one",), (1.0,)), rng) == "one"
-    assert captions.choose(Captions((), ()), rng) == ""
+    assert captions.draw(Captions(("one",), (1.0,)), 3, rng) == ["one"] * 3
+    assert captions.draw(Captions((), ()), 2, rng) == ["", ""]
     assert rng.random() == untouched.random()
+
+
+def test_several_are_drawn_without_replacement():
+    """Sequential draws by weight: b first and c second with probability 1/4 x 1/3."""
+    found, rng = Captions(("a", "b", "c"), (2.0, 1.0, 1.0)), np.random.default_rng(0)
+    drawn = collections.Counter(tuple(captions.draw(found, 2, rng)) for _ in range(8000))
+    assert all(one != other for one, other in drawn)
+    for pair, chance in {("a", "b"): 1 / 4, ("b", "a"): 1 / 6, ("b", "c"): 1 / 12}.items():
+        np.testing.assert_allclose(drawn[pair] / 8000, chance, atol=0.02)
+
+
+def test_all_are_drawn_before_any_comes_twice():
+    found, rng = Captions(("a", "b", "c"), (9.0, 1.0, 1.0)), np.random.default_rng(0)
+    for _ in range(50):
+        drawn = captions.draw(found, 8, rng)
+        assert sorted(drawn[:3]) == sorted(drawn[3:6]) == ["a", "b", "c"]
+        assert drawn[6] != drawn[7]
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,19 @@ def shards(tmp_path_factory):
     return path
 
 
-def settings(path, order: str) -> ConfigDict:
+def settings(path, order: str, captions: int = 1) -> ConfigDict:
     config = default.get_config().data
     config.source = default.source(type="tar", path=str(path))
-    config.update(order=order, chunk=4, shuffle_window=24, threads=2)
+    config.update(order=order, captions=captions, chunk=4, shuffle_window=24, threads=2)
+    if captions > 1:
+        config.source.text_key = "txt,alt"
     return config
 
 
-def open_pipeline(path, order: str, part: int, parts: int, start: int) -> pipeline.TrainPipeline:
-    config = settings(path, order)
+def open_pipeline(
+    path, order: str, part: int, parts: int, start: int, captions: int = 1
+) -> pipeline.TrainPipeline:
+    config = settings(path, order, captions)
     source, order_ = mixture.create(config, 8, 0, batch_size=BATCH, parts=parts)
     spec = rows.Spec(config, "openai", 8, image_size=8, seed=0, batch_size=BATCH, parts=parts)
     tokens = tokenizer.create("openai", 8)
@@ -59,12 +63,14 @@ def test_on_any_number_of_hosts(shards, order, hosts):
     assert collections.Counter(drawn) == dict.fromkeys(range(TOTAL), BATCH)
 
 
+@pytest.mark.parametrize("captions", [1, 2])
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_batches_are_the_same_on_any_number_of_hosts(shards, order):
-    whole = iter(open_pipeline(shards, order, 0, 1, 36))
-    parts = [iter(open_pipeline(shards, order, part, 4, 36)) for part in range(4)]
+def test_the_batches_are_the_same_on_any_number_of_hosts(shards, order, captions):
+    whole = iter(open_pipeline(shards, order, 0, 1, 36, captions))
+    parts = [iter(open_pipeline(shards, order, part, 4, 36, captions)) for part in range(4)]
     for _ in range(8):
         batch, pieces = next(whole), [next(part) for part in parts]
+        assert batch["tokens"].shape == (BATCH, *[2] * (captions > 1), 8)
         for name in batch:
             joined = np.concatenate([piece[name] for piece in pieces])
             np.testing.assert_array_equal(batch[name], joined)

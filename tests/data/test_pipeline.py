@@ -1,6 +1,7 @@
 """Training and evaluation batches, and unusable examples, against values computed by hand."""
 
 import collections
+import dataclasses
 import io
 import time
 
@@ -113,6 +114,24 @@ class TestTrainPipeline:
         expected = TOKENIZER([f"number {index}" for index in read(batch["image"])])
         np.testing.assert_array_equal(batch["tokens"], expected)
 
+    def test_several_captions_go_with_their_images(self):
+        class Several(Numbers):
+            def __getitem__(self, index: int) -> Example:
+                texts = (f"number {index}", f"no {index}", f"{index} of them")
+                return dataclasses.replace(
+                    super().__getitem__(index), captions=Captions(texts, (3.0, 1.0, 1.0))
+                )
+
+        batch = take(make(Several(300), config=settings(captions=2)), 10)
+        assert batch["tokens"].shape == (40, 2, 16)
+        drawn = [[TOKENIZER.decode(row) for row in rows] for rows in batch["tokens"]]
+        for index, texts in zip(read(batch["image"]), drawn):
+            assert len(set(texts)) == 2
+            assert all(str(index) in text.replace(" ", "") for text in texts)
+        # The first is the one that a run with one caption an image draws.
+        alone = take(make(Several(300)), 10)
+        np.testing.assert_array_equal(batch["tokens"][:, 0], alone["tokens"])
+
     def test_stored_order(self):
         batch = take(make(Numbers(10), config=settings(order="stored")), 5)
         assert read(batch["image"]).tolist() == [*range(10), *range(10)]
@@ -220,6 +239,9 @@ class TestTrainPipeline:
         run = make(Numbers(10, {2: text}), config=settings())
         batch = take(run, 5)
         assert run.truncated == 2
+        several = make(Numbers(10, {2: text}), config=settings(captions=3))
+        take(several, 5)
+        assert several.truncated == 6
         rows = batch["tokens"][read(batch["image"]) == 2]
         assert (rows[:, -1] == TOKENIZER.vocab_size - 1).all()
         np.testing.assert_array_equal(rows[0], TOKENIZER([text], truncate=True)[0])

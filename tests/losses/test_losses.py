@@ -23,6 +23,7 @@ MESHES = {
     "1x2x2x2": (1, 2, 2, 2),
 }
 METHODS = choices.LOSS_METHODS
+REFERENCES = {"softmax": reference.softmax_loss, "sigmoid": reference.sigmoid_loss}
 TILE = 3  # of 6 examples per device and more: several tiles everywhere
 TEMPERATURES = {"initial": math.log(1 / 0.07), "final": math.log(100)}
 BATCH, WIDTH = 48, 40
@@ -33,12 +34,12 @@ def make_mesh(name: str) -> jax.sharding.Mesh | None:
     return axes and sharding.make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
 
 
-def value_and_grads(mesh, method, images, texts, *scalars):
+def value_and_grads(mesh, method, images, texts, *scalars, **options):
     """Loss and the gradients in all arguments, on embeddings that lie on the mesh."""
     if mesh is not None:
         images, texts = jax.device_put((images, texts), sharding.batch_sharding(mesh))
     loss_fn = losses.softmax_loss if len(scalars) == 1 else losses.sigmoid_loss
-    loss = functools.partial(loss_fn, mesh=mesh, method=method, tile=TILE)
+    loss = functools.partial(loss_fn, mesh=mesh, method=method, tile=TILE, **options)
     grad = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(2 + len(scalars)))))
     value, grads = grad(images, texts, *map(jnp.float32, scalars))
     return value, *grads
@@ -77,18 +78,22 @@ def test_value_and_gradients_in_bfloat16(mesh: str, method: str):
         assert reference.relative_error(a, b) < 2**-7
 
 
-def test_reference_by_finite_differences():
+@pytest.mark.parametrize("captions", [1, 3])
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+def test_reference_by_finite_differences(name: str, captions: int):
     """The gradients that everything is compared with are those of the reference's own loss."""
-    images, texts = (x.astype(np.float64) for x in reference.pairs(6, 5))
-    scale, step = np.array(2.0), 1e-5
-    _, *grads = reference.softmax_loss(images, texts, scale)
+    pairs = [x.astype(np.float64) for x in reference.pairs(6, 5, captions=captions)]
+    arguments = [*pairs, np.array(2.0), np.array(-3.0)][: 3 if name == "softmax" else 4]
+    options = {"smoothing": 0.2} if name == "softmax" else {}
+    loss, step = functools.partial(REFERENCES[name], **options), 1e-5
+    _, *grads = loss(*arguments)
     for argument, grad in enumerate(grads):
         for index in np.ndindex(np.shape(grad)):
             ends = []
             for sign in (1, -1):
-                moved = [images.copy(), texts.copy(), scale.copy()]
+                moved = [x.copy() for x in arguments]
                 moved[argument][index] += sign * step
-                ends.append(reference.softmax_loss(*moved)[0])
+                ends.append(loss(*moved)[0])
             slope = (ends[0] - ends[1]) / (2 * step)
             assert slope == pytest.approx(np.asarray(grad)[index], abs=1e-8)
 
@@ -143,6 +148,73 @@ def test_sigmoid_of_a_larger_loss():
     assert reference.relative_error(jax.jit(jax.grad(loss))(images), want) < 1e-5
 
 
+# ---- Several captions of an image --------------------------------------------------------------
+
+SCALARS = {"softmax": (2.0,), "sigmoid": (2.0, -3.0)}
+
+
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_several_captions_of_an_image(mesh: str, method: str, name: str):
+    images, texts = reference.pairs(BATCH, WIDTH, captions=3)
+    want = REFERENCES[name](images, texts, *SCALARS[name])
+    got = value_and_grads(make_mesh(mesh), method, images, texts, *SCALARS[name])
+    for part, a, b in zip(("loss", "d_images", "d_texts", "d_scale", "d_bias"), got, want):
+        assert a.shape == np.shape(b)
+        assert reference.relative_error(a, b) < 1e-5, part
+
+
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_caption_several_times(method: str, name: str):
+    """Nothing is learned of the copies; softmax spreads the target over them, for log 3 nats."""
+    images, texts = reference.pairs(BATCH, WIDTH)
+    mesh = make_mesh("2x4")
+    one = value_and_grads(mesh, method, images, texts, *SCALARS[name])
+    copies = np.repeat(texts[:, None], 3, axis=1)
+    more = value_and_grads(mesh, method, images, copies, *SCALARS[name])
+    spread = math.log(3) / 2 if name == "softmax" else 0
+    assert float(more[0]) == pytest.approx(float(one[0]) + spread, rel=1e-5)
+    assert reference.relative_error(more[1], one[1]) < 1e-5
+    assert reference.relative_error(more[2].sum(axis=1), one[2]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+def test_several_captions_on_any_mesh(name: str, method: str, kind: str):
+    kinds = (jax.sharding.AxisType[kind],) * 3
+    other = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=kinds)
+    images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH, captions=2))
+    options = {"label_smoothing": 0.1} if name == "softmax" else {}
+    want = REFERENCES[name](images, texts, *SCALARS[name], *options.values())
+    loss = functools.partial(
+        losses.LOSSES[name], mesh=other, batch_axes=("z", "x"), method=method, tile=TILE, **options
+    )
+    grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    place = jax.sharding.NamedSharding(other, jax.sharding.PartitionSpec(("z", "x")))
+    for embeds in ((images, texts), jax.device_put((images, texts), place)):
+        value, grads = grad(*embeds, *map(jnp.float32, SCALARS[name]))
+        for a, b in zip((value, *grads), want):
+            assert reference.relative_error(a, b) < 1e-5
+
+
+# ---- Smoothed labels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_smoothed_labels(mesh: str, method: str, captions: int):
+    images, texts = reference.pairs(BATCH, WIDTH, captions=captions)
+    want = reference.softmax_loss(images, texts, 3.0, smoothing=0.2)
+    assert want[0] > 1.5 * reference.softmax_loss(images, texts, 3.0)[0]
+    got = value_and_grads(make_mesh(mesh), method, images, texts, 3.0, label_smoothing=0.2)
+    for part, a, b in zip(("loss", "d_images", "d_texts", "d_scale"), got, want):
+        assert reference.relative_error(a, b) < 1e-5, part
+
+
 # ---- Other meshes ------------------------------------------------------------------------------
 
 # Shape and names of a mesh, and the axes that split the batch; None: all.
@@ -170,8 +242,7 @@ def test_any_mesh(mesh: str, name: str, method: str, kind: str):
     other = jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=kinds)
     images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH))
     scalars = [jnp.float32(2), jnp.float32(-10)][: 1 if name == "softmax" else 2]
-    reference_loss = reference.softmax_loss if name == "softmax" else reference.sigmoid_loss
-    want = reference_loss(images, texts, *scalars)
+    want = REFERENCES[name](images, texts, *scalars)
     loss = functools.partial(
         losses.LOSSES[name], mesh=other, batch_axes=axes, method=method, tile=TILE
     )

@@ -81,3 +81,10 @@ def test_model_flops_of_known_models(name, image, text, tolerance):
     size = SIZES[name]
     assert model_flops.image_flops(size) / 1e9 == pytest.approx(image, rel=tolerance)
     assert model_flops.text_flops(size) / 1e9 == pytest.approx(text, rel=0.001)
+
+
+def test_every_further_caption_costs_its_text_and_its_logits():
+    size = SIZES["ViT-B/32"]
+    one, two = (model_flops.step_flops(size, 64, captions) for captions in (1, 2))
+    text = model_flops.text_flops(size) + 2 * 64 * size.embed_dim
+    assert two - one == pytest.approx(3 * 64 * text)

@@ -57,12 +57,24 @@ def test_operations_of_the_step(plan):
     size = Size(**{**TINY, "image_mlp": 0, "text_mlp": 0})
     pixels = 2 * 4 * 8 * 8 * 3 * 32 * 32
     logits = 2 * 32 * 32 * 16
-    wanted = model_flops.step_flops(size, 32) - pixels + logits - 3 * 32 * unread_flops(size)
-    assert plan.step.model_flops * 8 == model_flops.step_flops(size, 32)
+    wanted = model_flops.step_flops(size, 32, 1) - pixels + logits - 3 * 32 * unread_flops(size)
+    assert plan.step.model_flops * 8 == model_flops.step_flops(size, 32, 1)
     assert plan.step.hardware_flops * 8 == pytest.approx(wanted, rel=0.02)
     assert plan.step.mfu / plan.step.hfu == pytest.approx(
         plan.step.model_flops / plan.step.hardware_flops
     )
+
+
+@needs_compiler
+def test_two_captions_an_image():
+    plan = make.make_plan(tiny_config(**{"data.captions": 2}), V5E_8, examples=3200, top=5)
+    assert plan.memory.batch == 4 * (16 * 16 * 3 + 2 * 4 * 8)
+    size = Size(**{**TINY, "image_mlp": 0, "text_mlp": 0})
+    assert plan.step.model_flops * 8 == model_flops.step_flops(size, 32, 2)
+    another = 3 * 32 * (model_flops.text_flops(size) + 2 * 32 * size.embed_dim)
+    one = make.make_plan(tiny_config(), V5E_8, examples=3200, top=5)
+    executed = 8 * (plan.step.hardware_flops - one.step.hardware_flops)
+    assert 0.6 * another < executed < another  # not those of tokens that are not read
 
 
 @needs_compiler

@@ -109,7 +109,7 @@ def pretended(monkeypatch) -> list[estimate.Choice]:
     def make_plan(config, slice_, *, examples, top, images_per_core=1.0):
         choice = estimate.Choice.of(config)
         asked.append(choice)
-        task = estimate.Task(SIZES["ViT-B/32"], config.batch_size, 151e6, 12, slice_)
+        task = estimate.Task(SIZES["ViT-B/32"], config.batch_size, 1, 151e6, 12, slice_)
         factor = 1.7 if choice.method == "ring" else 2.5
         memory = make.Memory(
             estimate.resident(choice, task),
@@ -126,7 +126,7 @@ def pretended(monkeypatch) -> list[estimate.Choice]:
         return make.Plan(*about, *where, memory, step if memory.fits else None, *tail)
 
     monkeypatch.setattr(search.make, "make_plan", make_plan)
-    task = estimate.Task(SIZES["ViT-B/32"], 32768, 151e6, 12, topology.parse_topology("v5e:4x4"))
+    task = estimate.Task(SIZES["ViT-B/32"], 32768, 1, 151e6, 12, topology.parse_topology("v5e:4x4"))
     monkeypatch.setattr(search, "make_task", lambda *_: task)
     return asked
 
@@ -158,17 +158,17 @@ def test_search_keeps_to_its_budget(pretended):
 
 def test_candidates_divide():
     size = Size(**{**TINY, "text_heads": 4})
-    task = estimate.Task(size, 96, 1e6, 12, V5E_8)
+    task = estimate.Task(size, 96, 1, 1e6, 12, V5E_8)
     found = list(search.candidates(task))
     assert {c.tensor for c in found} == {1, 2}
     assert {c.accum_steps for c in found if c.tensor == 1} == {1, 2, 4}
     assert {c.fsdp for c in found if c.tensor == 2} == {1, 2, 4}
     assert len(set(found)) == len(found)
-    assert not list(search.candidates(estimate.Task(size, 97, 1e6, 12, V5E_8)))
+    assert not list(search.candidates(estimate.Task(size, 97, 1, 1e6, 12, V5E_8)))
 
 
 def test_estimates_move_the_right_way():
-    task = estimate.Task(SIZES["ViT-B/32"], 32768, 151e6, 12, topology.parse_topology("v5e:4x4"))
+    task = estimate.Task(SIZES["ViT-B/32"], 32768, 1, 151e6, 12, topology.parse_topology("v5e:4x4"))
     plain = estimate.Choice()
     need = functools.partial(estimate.Correction().need, task=task)
     assert need(estimate.Choice(accum_steps=4)) < need(plain)
@@ -181,7 +181,7 @@ def test_estimates_move_the_right_way():
 
 
 def test_a_correction_learns():
-    task = estimate.Task(SIZES["ViT-B/32"], 32768, 151e6, 12, topology.parse_topology("v5e:4x4"))
+    task = estimate.Task(SIZES["ViT-B/32"], 32768, 1, 151e6, 12, topology.parse_topology("v5e:4x4"))
     plain, correction = estimate.Choice(), estimate.Correction()
     estimated = estimate.temporaries(plain, task)
     correction.learn(plain, task, 2 * estimated, 1.0)
@@ -193,7 +193,7 @@ def test_a_correction_learns():
 
 @needs_compiler
 def test_resnets_are_planned():
-    assert estimate.activations(SIZES["RN50"]) > estimate.activations(SIZES["ViT-B/32"])
+    assert estimate.activations(SIZES["RN50"], 1) > estimate.activations(SIZES["ViT-B/32"], 1)
     config = rn50.get_config("smoke").unlock()
     task = search.make_task(config, V5E_8, 3200)
     assert task.size.is_resnet

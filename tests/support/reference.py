@@ -3,30 +3,48 @@
 import numpy as np
 
 
-def softmax_loss(images, texts, logit_scale) -> tuple[float, np.ndarray, np.ndarray, float]:
-    """Loss and its gradients in images [B, e], texts [B, e] and logit_scale, all float64."""
+def softmax_loss(
+    images, texts, logit_scale, smoothing: float = 0.0
+) -> tuple[float, np.ndarray, np.ndarray, float]:
+    """Loss and its gradients in images [B, e], texts [B, (c,) e] and logit_scale, all float64.
+
+    Two cross-entropies: of the distributions over texts by image, and over images by text.
+    """
     images, texts, log_scale = (np.asarray(x, np.float64) for x in (images, texts, logit_scale))
-    scale, batch = np.exp(log_scale), len(images)
+    shape, texts, own = texts.shape, texts.reshape(-1, texts.shape[-1]), _own(images, texts)
+    scale, batch, captions = np.exp(log_scale), *own.shape
     logits = scale * images @ texts.T
     by_row, row_lse = _softmax(logits, axis=1)
     by_column, column_lse = _softmax(logits, axis=0)
-    loss = np.mean((row_lse + column_lse) / 2 - np.diagonal(logits))
-    d_logits = (by_row + by_column - 2 * np.eye(batch)) / (2 * batch)
+    row_target = (1 - smoothing) * own / own.sum(axis=1, keepdims=True) + smoothing / captions
+    column_target = (1 - smoothing) * own + smoothing / batch
+    row_losses = (row_target * (row_lse[:, None] - logits)).sum(axis=1)
+    column_losses = (column_target * (column_lse - logits)).sum(axis=0)
+    loss = (np.mean(row_losses) + np.mean(column_losses)) / 2
+    d_logits = ((by_row - row_target) / batch + (by_column - column_target) / captions) / 2
     d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
-    return float(loss), d_images, d_texts, float(np.sum(d_logits * logits))
+    return float(loss), d_images, d_texts.reshape(shape), float(np.sum(d_logits * logits))
 
 
 def sigmoid_loss(images, texts, logit_scale, logit_bias):
     """Loss and its gradients in all four arguments, all float64."""
     images, texts = np.asarray(images, np.float64), np.asarray(texts, np.float64)
-    products, batch = images @ texts.T, len(images)
+    shape, texts, own = texts.shape, texts.reshape(-1, texts.shape[-1]), _own(images, texts)
+    products, captions = images @ texts.T, len(texts)
     scale = np.exp(np.float64(logit_scale))
-    signs = 2 * np.eye(batch) - 1
+    signs = 2 * own - 1
     wrong = -signs * (scale * products + np.float64(logit_bias))
-    d_logits = -signs / (1 + np.exp(-wrong)) / batch
-    loss = np.logaddexp(0, wrong).sum() / batch
+    d_logits = -signs / (1 + np.exp(-wrong)) / captions
+    loss = np.logaddexp(0, wrong).sum() / captions
     d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
+    d_texts = d_texts.reshape(shape)
     return loss, d_images, d_texts, np.sum(d_logits * scale * products), d_logits.sum()
+
+
+def _own(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """1 for an image and a caption of its own, [B, B x c]."""
+    captions = texts.size // images.size
+    return np.kron(np.eye(len(images)), np.ones((1, captions)))
 
 
 def _softmax(logits: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,21 +54,25 @@ def _softmax(logits: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     return odds / total, (top + np.log(total)).squeeze(axis)
 
 
-def pairs(batch: int, width: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pairs(
+    batch: int, width: int, seed: int = 0, captions: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors float32 [batch, width], each text somewhere near its image.
+
+    With several captions an image, the texts are [batch, captions, width].
 
     Some pairs are close and some are far, so that at any temperature some examples are solved and
     others not, and neither loss nor gradients vanish.
     """
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(batch, width))
-    closeness = rng.uniform(0, 1.5, (batch, 1))
-    texts = closeness * images + rng.normal(size=(batch, width))
-    return _unit(images), _unit(texts)
+    closeness = rng.uniform(0, 1.5, (batch, captions, 1))
+    texts = closeness * images[:, None] + rng.normal(size=(batch, captions, width))
+    return _unit(images), _unit(texts if captions > 1 else texts[:, 0])
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 def relative_error(got, want) -> float:

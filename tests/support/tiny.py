@@ -68,14 +68,15 @@ def make_schedule(settings, total: int):
     return optim.make_schedule(settings, to_steps, total)
 
 
-def make_batch(net: models.ImageModel, seed: int = 0) -> dict[str, np.ndarray]:
+def make_batch(net: models.ImageModel, seed: int = 0, captions: int = 1) -> dict[str, np.ndarray]:
     """Noise as images, and captions of different lengths."""
     size, rng = net.size, np.random.default_rng(seed)
-    tokens = rng.integers(1, size.vocab_size - 2, (BATCH, size.context_length)).astype(np.int32)
-    lengths = rng.integers(3, size.context_length + 1, (BATCH, 1))
-    places = np.arange(size.context_length)[None]
+    shape = (BATCH, *[captions] * (captions > 1))
+    tokens = rng.integers(1, size.vocab_size - 2, (*shape, size.context_length)).astype(np.int32)
+    lengths = rng.integers(3, size.context_length + 1, (*shape, 1))
+    places = np.arange(size.context_length)
     tokens = np.where(places < lengths, tokens, 0)
-    tokens[:, 0] = size.vocab_size - 2
+    tokens[..., 0] = size.vocab_size - 2
     tokens = np.where(places == lengths - 1, size.vocab_size - 1, tokens).astype(np.int32)
     # Low frequencies, or a convolution would average all images to the same grey.
     coarse = rng.integers(0, 256, (BATCH, 4, 4, 3), np.uint8)
@@ -118,5 +119,5 @@ def named_leaves(tree) -> dict[str, np.ndarray]:
     return {sharding.path_name(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
 
 
-def put_batch(net: models.ImageModel, mesh: Mesh) -> dict[str, jax.Array]:
-    return jax.device_put(make_batch(net), sharding.batch_sharding(mesh))
+def put_batch(net: models.ImageModel, mesh: Mesh, captions: int = 1) -> dict[str, jax.Array]:
+    return jax.device_put(make_batch(net, captions=captions), sharding.batch_sharding(mesh))

@@ -8,7 +8,9 @@ import tiny_run
 from clip_jax import models
 from clip_jax.configs import default
 from clip_jax.data import mixture, order
-from clip_jax.errors import UserError
+from clip_jax.data.sources.base import Example
+from clip_jax.data.sources.captions import Captions
+from clip_jax.errors import BadExample, UserError
 from clip_jax.training import notices, train
 
 
@@ -60,6 +62,29 @@ def test_durations_below_a_step():
 def test_micro_batches_of_batch_norm():
     assert "micro-batch of 4 pairs, not over the batch of 16" in said(net="RN50", accum_steps=4)
     assert said(accum_steps=4) == ""
+
+
+def test_images_with_fewer_captions_than_a_step_draws():
+    assert "16 of the first 16 examples have fewer captions" in said(data__captions=2)
+
+    class Half:
+        """Every second example has two captions, every third one none."""
+
+        def __len__(self) -> int:
+            return 9
+
+        def __getitem__(self, index: int) -> Example:
+            if index % 3 == 2:
+                raise BadExample("no caption", str(index))
+            texts = ("a", "b")[: 1 + index % 2]
+            return Example(b"", Captions(texts, (1.0,) * len(texts)), (), str(index))
+
+    config = tiny_run.config({"data.captions": 2, "batch_size": 8})
+    stored = order.Stored(9)
+    assert notices.notices(config, models.create("ViT-B/32"), Half(), stored, 100) == []
+    config.data.captions = 3
+    (found,) = notices.notices(config, models.create("ViT-B/32"), Half(), stored, 100)
+    assert "6 of the first 6 examples" in found
 
 
 def test_mixtures_count_their_epochs():

@@ -296,6 +296,33 @@ def test_every_table_names_the_same_objectives():
     assert set(program.OBJECTIVES) == set(models.MODULES) == set(choices.OBJECTIVES)
 
 
+@pytest.mark.parametrize("setting", [{"data.captions": 2}, {"loss.label_smoothing": 0.1}])
+@pytest.mark.parametrize("objective", ["captioning", "bag_of_words", "near_duplicates"])
+def test_forms_of_the_contrastive_loss_are_refused_elsewhere(objective: str, setting: dict):
+    config = default.smoke(default.get_config().unlock())
+    config.update_from_flattened_dict(setting)
+    default.validate(config)
+    config.objective = objective
+    (name,) = setting
+    with pytest.raises(UserError, match=rf"{name} is .*objective={objective}"):
+        default.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"loss.label_smoothing": 1.0}, r"label_smoothing is 1\.0.*below 1"),
+        ({"loss.label_smoothing": -0.1}, r"label_smoothing is -0\.1"),
+        ({"loss.label_smoothing": 0.1, "loss.name": "sigmoid"}, r"sigmoid judges every pair"),
+    ],
+)
+def test_losses_that_there_are_not(setting: dict, message: str):
+    config = default.smoke(default.get_config().unlock())
+    config.update_from_flattened_dict(setting)
+    with pytest.raises(UserError, match=message):
+        default.validate(config)
+
+
 def test_unknown_objective():
     config = figure2.get_config("smoke")
     config.objective = "captions"

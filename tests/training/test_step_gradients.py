@@ -24,11 +24,15 @@ def gradients(
     method="all_gather",
     zero1=False,
     objective="contrastive",
+    captions=1,
+    packed=False,
 ):
     """Loss and gradients at the initial state, no optimiser to blur them."""
-    net = tiny.make_net("vit", {"objective": objective}, patch_dropout=patch_dropout)
+    packing = {"length": 12, "rows": 0.5} if packed else None
+    size = {"objective": objective}
+    net = tiny.make_net("vit", size, patch_dropout=patch_dropout, packing=packing)
     mesh = tiny.make_mesh(*axes)
-    state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh)
+    state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh, captions)
     # The gradient is all it keeps: where Adam keeps its first moment.
     keep = optax.GradientTransformation(
         lambda params: {"mu": params},
@@ -82,6 +86,30 @@ def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: flo
     want = gradients(ONE, patch_dropout=patch_dropout)
     got = gradients(axes, accum_steps=accum_steps, patch_dropout=patch_dropout)
     assert_gradients(got, want)
+
+
+@pytest.mark.parametrize(
+    ("axes", "accum_steps", "method"),
+    [((2, 2, 2), 2, "ring"), pytest.param(FSDP, 1, "all_gather", marks=pytest.mark.slow)],
+)
+def test_several_captions_are_exact_too(axes: tuple, accum_steps: int, method: str):
+    """Packed, split over devices and in pieces; against rows of their own on one device."""
+    want = gradients(ONE, captions=2)
+    assert want[0] > math.log(2 * tiny.BATCH) - 1  # a guess among the captions
+    got = gradients(axes, accum_steps=accum_steps, method=method, captions=2, packed=True)
+    assert_gradients(got, want)
+
+
+def test_several_captions_are_embedded_as_each_alone():
+    net = tiny.make_net("vit")
+    batch = tiny.make_batch(net, captions=3)
+    variables = tiny.init_state(net, tiny.make_mesh(*ONE)).variables
+    apply = jax.jit(net.apply)
+    image, texts, _ = apply(variables, batch["image"], batch["tokens"])
+    for place in range(3):
+        alone = apply(variables, batch["image"], batch["tokens"][:, place])
+        np.testing.assert_allclose(texts[:, place], alone[1], atol=1e-6)
+        np.testing.assert_allclose(image, alone[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -72,16 +72,17 @@ def test_peaks_are_those_that_the_planner_takes():
 def test_mfu():
     """ViT-L/14 needs 3 x 175.3 GFLOPs a pair (open_clip's table: 81 + 6.7 GMACs)."""
     size = models.get_size("ViT-L/14")
-    row = telemetry.Telemetry(size, 4096, fake_mesh("TPU v5 lite", 16)).measure(2500.0)
+    row = telemetry.Telemetry(size, 4096, 1, fake_mesh("TPU v5 lite", 16)).measure(2500.0)
     assert row["train/images_per_second_per_chip"] == 156.25
-    per_pair = flops.step_flops(size, 4096) / 4096
+    per_pair = flops.step_flops(size, 4096, 1) / 4096
     assert per_pair == pytest.approx(3 * 175.3e9, rel=0.02)
     assert row["train/mfu"] == pytest.approx(156.25 * per_pair / 197e12)
     assert 0.4 < row["train/mfu"] < 0.43
 
 
 def test_no_mfu_without_a_known_peak():
-    row = telemetry.Telemetry(tiny.make_net("vit").size, 16, tiny.make_mesh(2, 4)).measure(80.0)
+    size = tiny.make_net("vit").size
+    row = telemetry.Telemetry(size, 16, 1, tiny.make_mesh(2, 4)).measure(80.0)
     assert row["train/images_per_second_per_chip"] == 10
     assert "train/mfu" not in row
     assert not any(name.startswith("device/") for name in row)  # a CPU does not tell

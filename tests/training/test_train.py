@@ -182,6 +182,7 @@ def test_a_run_from_before_settings_were_renamed_resumes(copy, capsys):
         inner = functools.reduce(lambda tree, key: tree.setdefault(key, {}), old_groups, stored)
         inner[old_name] = value
     del stored["model"]["packing"]  # empty by now
+    del stored["data"]["captions"]  # as before there was such a setting
     file.write_text(json.dumps(stored))
     assert {"half_weights"} == stored["optim"].keys() - tiny_run.config().optim.keys()
     with pytest.raises(UserError, match=r"optim\.bf16_params was '', now '\^text/'"):

@@ -1,4 +1,4 @@
-"""The captions of an example: the fields that hold them, and the draw of one of them."""
+"""The captions of an example: the fields that hold them, and the draw among them."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,14 +12,14 @@ MAX_CHARACTERS = 2**16  # longer texts are web pages or logs, not captions
 
 
 class Field(NamedTuple):
-    """A field that holds captions, and its weight in the draw of one caption."""
+    """A field that holds captions, and its weight in the draw."""
 
     name: str
     weight: float
 
 
 class Captions(NamedTuple):
-    """All captions of an example; training draws one of them by weight."""
+    """All captions of an example; training draws among them by weight."""
 
     texts: tuple[str, ...]
     weights: tuple[float, ...]
@@ -72,14 +72,22 @@ def collect(values: Iterable[tuple[Any, float]], key: str, required: bool = True
     return Captions(tuple(texts), tuple(weights))
 
 
-def choose(captions: Captions, rng: np.random.Generator) -> str:
-    """Draws a caption by weight; uses no randomness if there is only one."""
-    texts, weights = captions
-    if len(texts) < 2:
-        return texts[0] if texts else ""
-    bounds = np.cumsum(weights)
-    place = np.searchsorted(bounds, rng.random() * bounds[-1], side="right")
-    return texts[min(int(place), len(texts) - 1)]
+def draw(captions: Captions, count: int, rng: np.random.Generator) -> list[str]:
+    """Draws captions by weight, without replacement; uses no randomness if there is only one.
+
+    Where there are fewer than `count`, all of them are drawn before any is drawn once more.
+    """
+    drawn: list[str] = []
+    left: list[tuple[str, float]] = []
+    while len(drawn) < count:
+        left = left or list(zip(*captions)) or [("", 1.0)]
+        place = 0
+        if len(left) > 1:
+            bounds = np.cumsum([weight for _, weight in left])
+            place = int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right"))
+        text, _ = left.pop(min(place, len(left) - 1))
+        drawn.append(text)
+    return drawn
 
 
 def read_files(
