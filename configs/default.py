@@ -184,6 +184,7 @@ def validate(config: ConfigDict) -> None:
         ("model.attention", config.model.attention, choices.ATTENTIONS),
         ("data.crop", config.data.crop, choices.CROPS),
         ("data.order", config.data.order, choices.ORDERS),
+        ("data.text_mask", config.data.text_mask, choices.TEXT_MASKS),
         ("loss.name", config.loss.name, choices.LOSS_NAMES),
         ("loss.method", config.loss.method, choices.LOSS_METHODS),
         ("optim.name", config.optim.name, choices.OPTIMIZERS),
@@ -250,6 +251,11 @@ def validate(config: ConfigDict) -> None:
         problems.append("init_from and branch_from are both set, and a run has one beginning")
     if not 0 <= config.optim.ema_decay < 1:
         problems.append(f"optim.ema_decay is {config.optim.ema_decay}, and must be from 0 to 1")
+    if config.objective == "captioning" and data.text_mask != "none":
+        problems.append(
+            f"data.text_mask is {data.text_mask!r}, and must be none with objective=captioning, "
+            "which would learn to write captions with gaps"
+        )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
@@ -430,6 +436,11 @@ def _data() -> ConfigDict:
     data.crop = "random"
     data.crop_scale = (0.9, 1.0)  # resized: least and greatest fraction of the area
     data.crop_ratio = (3 / 4, 4 / 3)  # resized: least and greatest width / height
+    # Tokens that training keeps of captions longer than model.size.context_length (CLIPA): "none"
+    # (the first ones) | "random" (drawn, in their order) | "shuffle" (drawn, in any order) |
+    # "block" (neighbours, from a place drawn at random) | "syntax" (nouns, then adjectives, then
+    # verbs; for English, and needs NLTK). Evaluation keeps the first ones.
+    data.text_mask = "none"
     # Augmentation on the device: probability of each change, and the greatest change by jitter as a
     # fraction (0.4: a factor of 0.6 to 1.4). The paper has none of it.
     data.augment = ConfigDict()
