@@ -5,7 +5,7 @@ Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -79,6 +79,30 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint = _checkpoint()
     config.log = _log()
     return config.lock()
+
+
+def choose(arg: str, lines: Collection[str]) -> tuple[str, str]:
+    """Splits the argument of a config with several lines, as in --config=FILE:LINE,smoke.
+
+    Args:
+      arg: argument after the colon; one without a line means the first.
+      lines: names of the lines.
+
+    Returns:
+      The line, and the argument for `finish`.
+
+    Raises:
+      UserError: there is no such line.
+    """
+    line, _, rest = arg.partition(",")
+    if arg in ("", "smoke"):
+        line, rest = next(iter(lines)), arg
+    if line not in lines:
+        raise UserError(
+            f"Unknown config argument {arg!r}: it is one of {', '.join(lines)}, and ,smoke behind "
+            "any of them for a tiny version."
+        )
+    return line, rest
 
 
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
