@@ -161,7 +161,7 @@ class Rows:
         example = read()
         self.stages.enter("decoding", example.key)
         text = captions.choose(example.captions, rng)
-        shorten = self._text_mask and functools.partial(self._text_mask, rng=rng)
+        shorten = functools.partial(self._text_mask, rng) if self._text_mask else None
         tokens, truncated = self._tokenizer.encode(text, shorten)
         if self._tokenizer.is_empty(tokens):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)

@@ -14,7 +14,7 @@ from clip_jax.data.tokenizer_base import Ids, Tokenizer
 from clip_jax.errors import UserError
 
 # Chooses as many ids as there is room for from a caption with more.
-Mask = Callable[[Ids, int, np.random.Generator], Ids]
+Mask = Callable[[np.random.Generator, Ids, int], Ids]
 
 # Kept first by "syntax": nouns, adjectives, verbs, by the beginning of the Penn Treebank's tag.
 _CLASSES = ("NN", "JJ", "VB")
@@ -35,20 +35,20 @@ def create(name: str, tokenizer: Tokenizer) -> Mask | None:
     if name == "syntax":
         return _Syntax(tokenizer)
     # A generator of its own: whatever a caption draws, its image is cropped as without a mask.
-    return lambda ids, room, rng: _DRAWN[name](ids, room, rng.spawn(1)[0])
+    return lambda rng, ids, room: _DRAWN[name](rng.spawn(1)[0], ids, room)
 
 
-def _random(ids: Ids, room: int, rng: np.random.Generator) -> Ids:
+def _random(rng: np.random.Generator, ids: Ids, room: int) -> Ids:
     """Draws ids without replacement and keeps their order."""
     return ids[np.sort(rng.permutation(len(ids))[:room])]
 
 
-def _shuffle(ids: Ids, room: int, rng: np.random.Generator) -> Ids:
+def _shuffle(rng: np.random.Generator, ids: Ids, room: int) -> Ids:
     """Draws ids without replacement, in the order of the draw."""
     return ids[rng.permutation(len(ids))[:room]]
 
 
-def _block(ids: Ids, room: int, rng: np.random.Generator) -> Ids:
+def _block(rng: np.random.Generator, ids: Ids, room: int) -> Ids:
     """Draws neighbouring ids; every place is as likely, the first and the last too."""
     start = int(rng.integers(len(ids) - room + 1))
     return ids[start : start + room]
@@ -69,7 +69,7 @@ class _Syntax:
         self._tagger, self._words = _nltk()
         self._ranks: dict[int, int] = {}
 
-    def __call__(self, ids: Ids, room: int, rng: np.random.Generator) -> Ids:
+    def __call__(self, rng: np.random.Generator, ids: Ids, room: int) -> Ids:
         del rng
         ranks = [self._rank(int(token)) for token in ids]
         return ids[np.sort(np.argsort(ranks, kind="stable")[:room])]

@@ -46,7 +46,7 @@ def tokens(request, tmp_path: pathlib.Path) -> Tokenizer:
 def encode(tokens: Tokenizer, name: str, text: str, seed: int) -> tuple[list[int], bool]:
     mask = text_mask.create(name, tokens)
     rng = np.random.default_rng(seed)
-    row, shortened = tokens.encode(text, mask and (lambda ids, room: mask(ids, room, rng)))
+    row, shortened = tokens.encode(text, mask and (lambda ids, room: mask(rng, ids, room)))
     return row.tolist(), shortened
 
 
@@ -98,7 +98,7 @@ def draws(name: str, count: int, length: int, room: int) -> np.ndarray:
     assert mask is not None
     ids = np.arange(length, dtype=np.int32)
     rngs = map(np.random.default_rng, range(count))
-    return np.stack([mask(ids, room, rng) for rng in rngs])
+    return np.stack([mask(rng, ids, room) for rng in rngs])
 
 
 def assert_even(counts: np.ndarray) -> None:
@@ -231,7 +231,7 @@ def test_syntax_keeps_nouns_then_adjectives_then_verbs(monkeypatch):
     mask = text_mask.create("syntax", made)
     assert mask is not None
     for _ in range(2):
-        made.encode("a red cat runs " * 5, lambda ids, room: mask(ids, room, rng))
+        made.encode("a red cat runs " * 5, lambda ids, room: mask(rng, ids, room))
     assert tagger.asked == 4  # once for each id
 
 

@@ -35,7 +35,7 @@ def test_masks(ours: str, theirs: str, length: int, monkeypatch):
         return np.random.default_rng([*text.encode()]).spawn(1)[0]
 
     def shorten(ids: np.ndarray, room: int) -> np.ndarray:
-        return mask(ids, room, np.random.default_rng([*text.encode()]))
+        return mask(np.random.default_rng([*text.encode()]), ids, room)
 
     shortened = 0
     for text in texts(200):
