@@ -19,11 +19,9 @@ are from the command in its README, on 8 GPUs. Of RN50x4 it reported 22.2 %:
     python main.py --config=configs/conceptual.py:cc12m,smoke   # a tiny one, seconds on a laptop
 """
 
-from clip_jax.configs import default
+from clip_jax.configs import default, rn50, vit_b16
 
-SLIP = {
-    "model.name": "ViT-B/16",
-    "model.remat": "full",
+_SLIP = {
     "batch_size": 4096,
     "data.crop": "resized",
     "data.crop_scale": (0.5, 1.0),
@@ -33,27 +31,25 @@ SLIP = {
     "optim.eps": 1e-8,
     "optim.weight_decay": 0.5,
 }
+_OPEN_CLIP = {
+    "batch_size": 1024,
+    "data.crop": "resized",
+    "optim.learning_rate": 1e-3,
+    "optim.warmup": "10000 steps",
+    "optim.weight_decay": 0.1,
+}
 
-# Settings by line, by dotted name.
+# The config of the model by line, and settings on top of it by dotted name.
 LINES = {
-    "cc3m": {**SLIP, "duration": "40 epochs"},
-    "cc12m": {**SLIP, "duration": "35 epochs"},
-    "cc3m_rn50": {
-        "model.name": "RN50",
-        "duration": "30 epochs",
-        "batch_size": 1024,
-        "data.crop": "resized",
-        "optim.learning_rate": 1e-3,
-        "optim.warmup": "10000 steps",
-        "optim.b2": 0.999,
-        "optim.eps": 1e-8,
-        "optim.weight_decay": 0.1,
-    },
+    "cc3m": (vit_b16, {**_SLIP, "duration": "40 epochs"}),
+    "cc12m": (vit_b16, {**_SLIP, "duration": "35 epochs"}),
+    "cc3m_rn50": (rn50, {**_OPEN_CLIP, "duration": "30 epochs"}),
 }
 
 
 def get_config(arg: str = ""):
     line, rest = default.choose(arg, LINES)
-    config = default.get_config()
-    config.update_from_flattened_dict(LINES[line])
+    model, settings = LINES[line]
+    config = model.get_config()
+    config.update_from_flattened_dict(settings)
     return default.finish(config, rest)

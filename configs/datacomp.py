@@ -19,52 +19,34 @@ computed in bfloat16 in place of float16. Not run here beyond :smoke.
     python main.py --config=configs/datacomp.py:medium,smoke   # a tiny version, seconds on a laptop
 """
 
-from clip_jax.configs import default
+from clip_jax.configs import default, vit_b16, vit_b32, vit_l14
 
-# Settings by scale, by dotted name.
+# The config of the model by scale, and settings on top of it by dotted name.
 SCALES = {
-    "small": {
-        "model.name": "ViT-B/32",
-        "model.scan_layers": False,
-        "duration": "12.8e6 examples",
-        "batch_size": 4096,
-        "optim.learning_rate": 5e-4,
-        "optim.warmup": "500 steps",
-    },
-    "medium": {
-        "model.name": "ViT-B/32",
-        "model.scan_layers": False,
-        "duration": "128e6 examples",
-        "batch_size": 4096,
-        "optim.learning_rate": 5e-4,
-        "optim.warmup": "500 steps",
-    },
-    "large": {
-        "model.name": "ViT-B/16",
-        "model.remat": "full",
-        "duration": "1.28e9 examples",
-        "batch_size": 8192,
-        "optim.learning_rate": 5e-4,
-        "optim.warmup": "500 steps",
-    },
-    "xlarge": {
-        "model.name": "ViT-L/14",
-        "model.remat": "full",
-        "duration": "12.8e9 examples",
-        "batch_size": 90_112,
-        "optim.learning_rate": 1e-3,
-        "optim.warmup": "10000 steps",
-        "optim.b2": 0.95,
-    },
+    "small": (vit_b32, {"duration": "12.8e6 examples", "batch_size": 4096}),
+    "medium": (vit_b32, {"duration": "128e6 examples", "batch_size": 4096}),
+    "large": (vit_b16, {"duration": "1.28e9 examples", "batch_size": 8192}),
+    "xlarge": (
+        vit_l14,
+        {
+            "duration": "12.8e9 examples",
+            "batch_size": 90_112,
+            "optim.learning_rate": 1e-3,
+            "optim.warmup": "10000 steps",
+            "optim.b2": 0.95,
+        },
+    ),
 }
 
 
 def get_config(arg: str = ""):
     scale, rest = default.choose(arg, SCALES)
-    config = default.get_config()
+    model, settings = SCALES[scale]
+    config = model.get_config()
     use_open_clip(config)
     config.model.size.activation = "gelu"
-    config.update_from_flattened_dict(SCALES[scale])
+    config.optim.warmup = "500 steps"
+    config.update_from_flattened_dict(settings)
     return default.finish(config, rest)
 
 

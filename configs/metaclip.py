@@ -19,26 +19,18 @@ bfloat16. Not run here beyond :smoke.
     python main.py --config=configs/metaclip.py:b16,smoke   # a tiny version, seconds on a laptop
 """
 
-from clip_jax.configs import datacomp, default
+from clip_jax.configs import datacomp, default, vit_b16, vit_b32, vit_h14, vit_l14
 
-# Settings by model, by dotted name.
-MODELS = {
-    "b32": {"model.name": "ViT-B/32", "model.scan_layers": False, "optim.learning_rate": 5e-4},
-    "b16": {"model.name": "ViT-B/16", "model.remat": "full", "optim.learning_rate": 5e-4},
-    "l14": {"model.name": "ViT-L/14", "model.remat": "full", "optim.learning_rate": 4e-4},
-    "h14": {
-        "model.name": "ViT-H/14",
-        "model.remat": "full",
-        "model.size.activation": "quick_gelu",
-        "optim.learning_rate": 4e-4,
-    },
-}
+# The config of each model, whose learning rate is the paper's of CLIP.
+MODELS = {"b32": vit_b32, "b16": vit_b16, "l14": vit_l14, "h14": vit_h14}
 
 
 def get_config(arg: str = ""):
     model, rest = default.choose(arg, MODELS)
-    config = default.get_config()
+    config = MODELS[model].get_config()
     datacomp.use_open_clip(config)
     config.duration = "12.8e9 examples"
-    config.update_from_flattened_dict(MODELS[model])
+    if model == "h14":
+        config.model.size.activation = "quick_gelu"
+        config.optim.learning_rate = 4e-4
     return default.finish(config, rest)
