@@ -24,6 +24,7 @@ NONFINITE = ("stop", "skip")
 # config.data.crop and config.data.order; see `data.crops` and `data.order`.
 CROPS = ("random", "resized", "center", "none")
 ORDERS = ("shuffled", "windowed", "stored")
+TEXT_MASKS = ("none", "random", "shuffle", "block", "syntax")  # config.data.text_mask
 
 # config.log.trackers; see `common.trackers`.
 TRACKERS = ("wandb", "mlflow", "trackio")

@@ -5,7 +5,7 @@ Durations are strings with a unit: "500 steps", "12.8e9 examples", "32 epochs", 
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -79,6 +79,30 @@ def get_config(arg: str = "") -> ConfigDict:
     config.checkpoint = _checkpoint()
     config.log = _log()
     return config.lock()
+
+
+def choose(arg: str, lines: Collection[str]) -> tuple[str, str]:
+    """Splits the argument of a config with several lines, as in --config=FILE:LINE,smoke.
+
+    Args:
+      arg: argument after the colon; one without a line means the first.
+      lines: names of the lines.
+
+    Returns:
+      The line, and the argument for `finish`.
+
+    Raises:
+      UserError: there is no such line.
+    """
+    line, _, rest = arg.partition(",")
+    if arg in ("", "smoke"):
+        line, rest = next(iter(lines)), arg
+    if line not in lines:
+        raise UserError(
+            f"Unknown config argument {arg!r}: it is one of {', '.join(lines)}, and ,smoke behind "
+            "any of them for a tiny version."
+        )
+    return line, rest
 
 
 def finish(config: ConfigDict, arg: str) -> ConfigDict:
@@ -184,6 +208,7 @@ def validate(config: ConfigDict) -> None:
         ("model.attention", config.model.attention, choices.ATTENTIONS),
         ("data.crop", config.data.crop, choices.CROPS),
         ("data.order", config.data.order, choices.ORDERS),
+        ("data.text_mask", config.data.text_mask, choices.TEXT_MASKS),
         ("loss.name", config.loss.name, choices.LOSS_NAMES),
         ("loss.method", config.loss.method, choices.LOSS_METHODS),
         ("optim.name", config.optim.name, choices.OPTIMIZERS),
@@ -272,6 +297,11 @@ def validate(config: ConfigDict) -> None:
                     f"{name} is {value}, but objective={config.objective} takes {neutral}: only "
                     "the contrastive one has it"
                 )
+    if config.objective == "captioning" and data.text_mask != "none":
+        problems.append(
+            f"data.text_mask is {data.text_mask!r}, and must be none with objective=captioning, "
+            "which would learn to write captions with gaps"
+        )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
     if not config.data.source.type and not config.data.mixture:
@@ -457,6 +487,11 @@ def _data() -> ConfigDict:
     data.crop = "random"
     data.crop_scale = (0.9, 1.0)  # resized: least and greatest fraction of the area
     data.crop_ratio = (3 / 4, 4 / 3)  # resized: least and greatest width / height
+    # Tokens that training keeps of captions longer than model.size.context_length (CLIPA): "none"
+    # (the first ones) | "random" (drawn, in their order) | "shuffle" (drawn, in any order) |
+    # "block" (neighbours, from a place drawn at random) | "syntax" (nouns, then adjectives, then
+    # verbs; for English, and needs NLTK). Evaluation keeps the first ones.
+    data.text_mask = "none"
     # Augmentation on the device: probability of each change, and the greatest change by jitter as a
     # fraction (0.4: a factor of 0.6 to 1.4). The paper has none of it.
     data.augment = ConfigDict()

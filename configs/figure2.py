@@ -20,7 +20,6 @@ embedded digits, runs of configs/quickstart.py compare them, in minutes on 2 CPU
 """
 
 from clip_jax.configs import default
-from clip_jax.errors import UserError
 
 # Settings by line, by dotted name.
 LINES = {
@@ -36,14 +35,7 @@ LINES = {
 
 
 def get_config(arg: str = ""):
-    line, _, rest = arg.partition(",")
-    if arg in ("", "smoke"):
-        line, rest = "contrastive", arg
-    if line not in LINES:
-        raise UserError(
-            f"Unknown config argument {arg!r}: it is one of {', '.join(LINES)}, and ,smoke behind "
-            "any of them for a tiny version."
-        )
+    line, rest = default.choose(arg, LINES)
     config = default.get_config()
     config.update_from_flattened_dict(LINES[line])
     config.duration = "400e6 examples"

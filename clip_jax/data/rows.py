@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from clip_jax.data import images, mixture, order, tokenizer
+from clip_jax.data import images, mixture, order, text_mask, tokenizer
 from clip_jax.data.crops import Crop
 from clip_jax.data.loading import Row, Stages
 from clip_jax.data.sources import captions, reading
@@ -28,7 +28,7 @@ class RowStats(NamedTuple):
     Attributes:
       usable: whether there is a row; False: neither its example nor any replacement can be used.
       skipped: the unusable example whose place another one has taken; None: there was none.
-      truncated: number of its captions that were cut to the context length.
+      truncated: number of its captions that were shortened to the context length.
     """
 
     usable: bool
@@ -91,12 +91,13 @@ class Rows:
           tokenizer_: encodes the captions.
           config: the fields of `data` in configs/default.py.
           image_size: pixels along a side.
-          seed: PRNG seed of crops, captions and replacements, non-negative.
+          seed: PRNG seed of crops, captions, their masks and replacements, non-negative.
         """
         self.stages = Stages()
         self._source = source
         self._order = order_
         self._tokenizer = tokenizer_
+        self._text_mask = text_mask.create(config.text_mask, tokenizer_)
         self._crop = Crop(config.crop, config.crop_scale, config.crop_ratio)
         self._image_size = image_size
         self._captions = config.captions
@@ -157,12 +158,13 @@ class Rows:
     def _prepare(
         self, index: int, read: Callable[[], Example], rng: np.random.Generator
     ) -> tuple[Row, int]:
-        """Returns the row of an example, and the number of its captions that were cut."""
+        """Returns the row of an example, and the number of its captions that were shortened."""
         self.stages.enter("reading", f"example {index}")
         example = read()
         self.stages.enter("decoding", example.key)
         texts = captions.draw(example.captions, self._captions, rng)
-        tokens, truncated = zip(*map(self._tokenizer.encode, texts))
+        shorten = functools.partial(self._text_mask, rng) if self._text_mask else None
+        tokens, truncated = zip(*(self._tokenizer.encode(text, shorten) for text in texts))
         if any(map(self._tokenizer.is_empty, tokens)):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
         image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)

@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from clip_jax.errors import UserError
 
 ITEMSIZE = 4  # bytes of an int32
 PUBLISHED = "huggingface:"  # before the folder of a tokenizer that came with weights
+
+Ids = Int32[np.ndarray, " n"]  # of a text, without start and end token
+Shorten = Callable[[Ids, int], Ids]  # chooses as many ids as asked for from a text with more
 
 
 class Tokenizer(abc.ABC):
@@ -41,11 +44,21 @@ class Tokenizer(abc.ABC):
     def _unpack(self, ids: list[int]) -> str:
         """Returns the text of ids, which include neither start nor end token."""
 
-    def encode(self, text: str) -> tuple[Int32[np.ndarray, " l"], bool]:
-        """Encodes a text; also returns whether it was cut to fit."""
+    def encode(
+        self, text: str, shorten: Shorten | None = None
+    ) -> tuple[Int32[np.ndarray, " l"], bool]:
+        """Encodes a text; also returns whether it was shortened to fit.
+
+        Args:
+          text: any text.
+          shorten: makes a text that is too long fit; None: its end is cut off.
+        """
         (ids,) = self._pack([text])
-        row = np.frombuffer(bytearray(self._row(ids)), np.int32)
-        return row, self._length(ids) > self.context_length
+        too_long = self._length(ids) > self.context_length
+        if too_long and shorten is not None:
+            room = self.context_length - self._length(b"")
+            ids = shorten(np.frombuffer(ids, np.int32), room).tobytes()
+        return np.frombuffer(bytearray(self._row(ids)), np.int32), too_long
 
     def encode_batch(
         self, texts: Sequence[str]
@@ -88,6 +101,10 @@ class Tokenizer(abc.ABC):
                 "the end token"
             )
         return tokens
+
+    def piece(self, token: int) -> str:
+        """Returns the text of a single id, without the blanks around it."""
+        return self._unpack([token]).strip()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Decodes one row of ids: cleaned, lower-case, up to the first end token."""

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import models, sharding
 from clip_jax.common import clock, hosts, trackers
-from clip_jax.data import identity, mixture, pipeline, rows, tokenizer
+from clip_jax.data import identity, mixture, pipeline, rows, text_mask, tokenizer
 from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
@@ -105,6 +105,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
     trackers.parse(config.log.trackers)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
+    text_mask.create(config.data.text_mask, tokens)  # raises where NLTK is missing
     fallback_dir = _fallback_dir(directory)
     with hosts.first_host_first("indices of the data"):
         source, order = mixture.create(

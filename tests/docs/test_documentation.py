@@ -25,7 +25,7 @@ FOREIGN = {"git", "source", "img2dataset", "tfds", "cat", "gcloud", "kubectl", "
 FOREIGN |= {"kill", "xprof"}
 TOOLS = {"ruff", "pyrefly"}  # requirements-dev.txt
 LAUNCHERS = {"launch/tpu.sh", "launch/gke.sh", "launch/slurm.sh"}
-MODULES = {"pytest", "venv", "sphinx"}
+MODULES = {"pytest", "venv", "sphinx", "nltk.downloader"}
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=markdown_pages.name)
 
