@@ -264,6 +264,10 @@ def test_full_config(name: str):
     with pytest.raises(UserError, match=r"names no training data: set --config.*:smoke"):
         default.validate(config)
     config.data.source.type = "tar"
+    if config.init_params:  # as LiT, which begins with a tower of some model
+        with pytest.raises(UserError, match="init_from names no model"):
+            default.validate(config)
+        config.init_from = "a model"
     default.validate(config)
 
 
