@@ -438,7 +438,7 @@ def _optim() -> ConfigDict:
     optim.independent_decay = False
     # Regular expression on the paths of the parameters that decay. Paper: all but gains, biases and
     # logit_scale. By name, not by rank: the gains of stacked layers are matrices.
-    optim.decay_params = "(kernel|embedding|positions|class_token|registers|probe)$"
+    optim.decay_params = "(kernel|embedding|positions|class_token|probe)$"
     optim.grad_clip_norm = 0.0  # bound on the global gradient norm; 0: none
     optim.max_logit_scale = 100.0  # bound on the multiplier exp(logit_scale)
     # Decay rate a step of a moving average of the parameters, which is evaluated beside them (as

@@ -60,6 +60,8 @@ def test_available_models_are_those_of_the_paper_and_larger_ones():
         *("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64"),
         *("ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"),
         *("ViT-H/14", "ViT-g/14", "SigLIP-B/16", "SigLIP-So400m/14"),
+        *("SigLIP2-B/16", "MetaCLIP2-H/14", "CLIPA-L/14", "CLIPA-H/14"),
+        *("PE-Core-B/16", "PE-Core-L/14@336px"),
     ]
 
 

@@ -142,6 +142,8 @@ def misfits(size: Size, context_length: int, batch: int) -> dict[str, str]:
         together = 1 if size.text_causal else joined(batch, context_length)
         shapes["text"] = size.text_width // size.text_heads, context_length * together
     found = {tower: attention_kernel.misfit(*shape) for tower, shape in shapes.items()}
+    if size.image_rope:
+        found["image"] = "its queries and keys are rotated (image_rope)"
     return {tower: why for tower, why in found.items() if why}
 
 

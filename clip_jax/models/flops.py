@@ -31,8 +31,9 @@ def image_flops(size: Size) -> float:
     tokens, width = size.image_tokens, size.image_width
     total = 2.0 * size.patches_per_side**2 * size.patch_size**2 * 3 * width
     total += size.image_layers[0] * _block_flops(tokens, width, size.image_mlp)
+    mlp = size.map_mlp or size.image_mlp
     if size.image_pool == "map":  # one query over all tokens, and an MLP on the result
-        total += 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + 2 * size.image_mlp)
+        total += 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + 2 * mlp)
     return total + 2.0 * width * size.embed_dim * size.image_projection
 
 

@@ -25,6 +25,11 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 # Start and end token; 0: the default, none, or a bag of words.
 _LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0, "text_layers": 0}
 _LEAST |= {"image_registers": 0}
+# Forms that only a ViT has, with their defaults.
+_OF_VITS = {"image_pool": "class", "image_positions": "learned", "image_registers": 0}
+_OF_VITS |= dict.fromkeys(
+    ("norm_after_pool", "image_rope", "map_projection", "image_projection_bias"), False
+)
 
 
 def check_field(field: dataclasses.Field, value: Any) -> None:
@@ -81,19 +86,37 @@ def check_shapes(size: Size) -> None:
 
 def _check_image_forms(size: Size) -> None:
     if size.is_resnet:
-        forms = (size.image_pool, size.image_positions, size.image_registers)
-        if forms != ("class", "learned", 0) or size.norm_after_pool:
+        forms = {name: getattr(size, name) for name in _OF_VITS}
+        if changed := [name for name, form in forms.items() if form != _OF_VITS[name]]:
             raise UserError(
-                f"Size image_pool is {size.image_pool!r}, image_positions "
-                f"{size.image_positions!r}, image_registers {size.image_registers} and "
-                f"norm_after_pool {size.norm_after_pool}: they are fields of a ViT, and a ResNet "
-                "(patch_size None) keeps their defaults."
+                f"Size {changed[0]} is {forms[changed[0]]!r}: it is a field of a ViT, and a ResNet "
+                f"(patch_size None) keeps {_OF_VITS[changed[0]]!r}."
             )
         return
     if size.norm_after_pool and size.image_pool != "avg":
         raise UserError(
             f"Size norm_after_pool is True: it goes with image_pool='avg', not "
             f"{size.image_pool!r}, which has one place for its LayerNorm."
+        )
+    if size.image_pool != "map" and (size.map_heads or size.map_mlp or size.map_projection):
+        raise UserError(
+            f"Size map_heads is {size.map_heads}, map_mlp {size.map_mlp} and map_projection "
+            f"{size.map_projection}: they go with image_pool='map', not {size.image_pool!r}."
+        )
+    if size.image_width % (size.map_heads or 1):
+        raise UserError(
+            f"The image_width ({size.image_width}) must be a multiple of map_heads "
+            f"({size.map_heads})."
+        )
+    if size.image_projection_bias and not size.image_projection:
+        raise UserError(
+            "Size image_projection_bias is True, and image_pool='map' has no projection where "
+            f"embed_dim is image_width ({size.image_width}): set map_projection=True as well."
+        )
+    if size.image_rope and (size.image_width // size.image_heads) % 4:
+        raise UserError(
+            f"Size image_heads is {size.image_heads}, of {size.image_width // size.image_heads} "
+            "channels each: image_rope=True takes a multiple of 4, two pairs for column and row."
         )
     if size.image_positions == "sincos" and size.image_width % 4:
         raise UserError(

@@ -7,37 +7,6 @@ from typing import Any
 from clip_jax.errors import UserError
 from clip_jax.models import size_checks
 
-# Fields that config.model.size can override, for models that have no name: shapes, and the forms
-# that a run may choose. `Size` describes them.
-CONFIGURABLE = (
-    "embed_dim",
-    "image_size",
-    "image_layers",
-    "image_width",
-    "image_heads",
-    "image_mlp",
-    "image_pool",
-    "image_positions",
-    "image_registers",
-    "norm_after_pool",
-    "pre_norm",
-    "patch_size",
-    "text_layers",
-    "text_causal",
-    "text_pool",
-    "text_projection",
-    "text_width",
-    "text_heads",
-    "text_mlp",
-    "context_length",
-    "vocab_size",
-    "end_token",
-    "resnet_activation",
-    "resnet_norm",
-    "activation",
-    "text_activation",
-)
-
 # Mean and deviation of each RGB channel, pixels in [0, 1], of the models of OpenAI and open_clip.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,6 +43,12 @@ class Size:
         patch before it.
       image_positions: positions of a ViT: "learned"; or "sincos", fixed, the sine and cosine of
         column and row (MoCo v3), 0 for tokens that are no patches.
+      image_rope: whether the blocks of a ViT rotate queries and keys by the column and row of their
+        patch (axial RoPE), besides adding its position.
+      map_heads: attention heads of the pooling "map"; None: image_heads.
+      map_mlp: hidden units of that pooling; None: image_mlp.
+      map_projection: whether that pooling is projected to embed_dim of the same width too.
+      image_projection_bias: whether the projection of a ViT has a bias.
       image_registers: learned tokens before the patches of a ViT that its blocks see and only the
         pooling "map" reads, such as the class token of CLIPA and PE; they have positions.
       pre_norm: whether a ViT normalises the embedded patches before the first block.
@@ -136,6 +111,11 @@ class Size:
     image_registers: int = 0
     text_projection: bool = True
     text_activation: str | None = None
+    image_rope: bool = False
+    map_heads: int | None = None
+    map_mlp: int | None = None
+    map_projection: bool = False
+    image_projection_bias: bool = False
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -158,7 +138,8 @@ class Size:
     @property
     def image_projection(self) -> bool:
         """True where a ViT projects its pooled features."""
-        return self.image_pool != "map" or self.embed_dim != self.image_width
+        widths_differ = self.embed_dim != self.image_width
+        return self.image_pool != "map" or self.map_projection or widths_differ
 
     @property
     def has_class_token(self) -> bool:
@@ -231,13 +212,27 @@ class Size:
         if not self.is_resnet:
             self._default("image_mlp", 4 * self.image_width)
         self._default("text_mlp", 4 * self.text_width)
-        if self.text_activation == self.activation:
-            object.__setattr__(self, "text_activation", None)  # one form of every size
+        for name, same in (
+            ("text_activation", self.activation),
+            ("map_heads", self.image_heads),
+            ("map_mlp", self.image_mlp),
+        ):  # equal models have equal sizes
+            if getattr(self, name) == same:
+                object.__setattr__(self, name, None)
         size_checks.check_shapes(self)
 
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) == 0:
             object.__setattr__(self, name, value)  # frozen for everyone else
+
+
+# Fields that config.model.size cannot override: they go with the weights that have them.
+_OF_WEIGHTS = ("patch_bias", "text_projection_bias", "norm_eps", "logit_bias", "image_mean")
+_OF_WEIGHTS += ("image_std", "image_crop", "image_filter", "objective")
+# Those that it can, for models that have no name: shapes, and the forms that a run may choose.
+CONFIGURABLE = tuple(
+    field.name for field in dataclasses.fields(Size) if field.name not in _OF_WEIGHTS
+)
 
 
 def _resnet(embed_dim, image_size, layers, width, text_width) -> Size:
@@ -314,6 +309,45 @@ def _siglip(layers, width, mlp, heads, patch_size, context_length) -> Size:
     )
 
 
+# The changes of CLIPA (Li et al. 2023) to the paper's models, as open_clip has them; in BERT's
+# vocabulary.
+_CLIPA: Mapping[str, Any] = {
+    "activation": "gelu",
+    "pre_norm": False,
+    "image_pool": "avg",
+    "norm_after_pool": True,
+    "image_registers": 1,
+    "text_causal": False,
+    "text_pool": "last",
+    "context_length": 32,
+    "vocab_size": 32_000,
+    "image_mean": (0.485, 0.456, 0.406),
+    "image_std": (0.229, 0.224, 0.225),
+    "image_crop": "none",
+    "image_filter": "bilinear",
+}
+
+
+def _pe(layers, width, image_size, patch_size) -> Size:
+    """Returns the size of a PE-Core, the Perception Encoder (Bolya et al. 2025)."""
+    return dataclasses.replace(
+        _large_vit(layers, width, 4 * width),
+        image_size=image_size,
+        image_heads=width // 64,
+        patch_size=patch_size,
+        image_rope=True,
+        image_registers=1,
+        image_pool="map",
+        map_heads=8,
+        map_projection=True,
+        context_length=32,
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        image_crop="none",
+        image_filter="bilinear",
+    )
+
+
 SIZES: Mapping[str, Size] = {
     "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
     "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
@@ -328,6 +362,16 @@ SIZES: Mapping[str, Size] = {
     "ViT-g/14": _large_vit(40, 1408, 6144),
     "SigLIP-B/16": _siglip(12, 768, 3072, 12, 16, 64),
     "SigLIP-So400m/14": _siglip(27, 1152, 4304, 16, 14, 16),
+    # In Gemma's vocabulary.
+    "SigLIP2-B/16": dataclasses.replace(_siglip(12, 768, 3072, 12, 16, 64), vocab_size=256_000),
+    # In XLM-V's vocabulary, whose end token is the id 2.
+    "MetaCLIP2-H/14": dataclasses.replace(
+        _large_vit(32, 1280, 5120), activation="quick_gelu", vocab_size=901_629, end_token=2
+    ),
+    "CLIPA-L/14": dataclasses.replace(_vit(768, 224, 24, 1024, 14, 768), **_CLIPA),
+    "CLIPA-H/14": dataclasses.replace(_large_vit(32, 1280, 5120), **_CLIPA),
+    "PE-Core-B/16": _pe(12, 768, 224, 16),
+    "PE-Core-L/14@336px": _pe(24, 1024, 336, 14),
 }
 
 

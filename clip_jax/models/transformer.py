@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool
 from clip_jax import sharding
 from clip_jax.models import attention_kernel
 from clip_jax.models.attention import (
+    Heads,
     QueryKeyValue,
     Tokens,
     attend,
@@ -31,6 +32,7 @@ from clip_jax.models.layers import (
     torch_default_bias_init,
     torch_default_init,
 )
+from clip_jax.models.positions import Rotations, rotate
 
 # Tokens that a tile of the accelerator's memory holds.
 _TILE = 8
@@ -58,11 +60,17 @@ class Block(nn.Module):
     length: int | None  # tokens of a sequence before its padding; None: it has none
 
     @nn.compact
-    def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:
+    def __call__(
+        self,
+        x: Tokens,
+        mask: Mask | None = None,
+        read: Read | None = None,
+        rope: Rotations | None = None,
+    ) -> Tokens:
         each = jax.tree.map  # over the sequence and, if it stands apart, the class token
         width = jax.tree.leaves(x)[0].shape[-1]
         kernels = self.attention == "pallas" and not self.is_initializing()
-        in_kernel = kernels and _fits_kernel(x, self.heads)
+        in_kernel = kernels and rope is None and _fits_kernel(x, self.heads)
         norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
         out = partial(dense, width, kernel_init=self.out_init)
@@ -77,7 +85,7 @@ class Block(nn.Module):
 
         qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")
         y, x = norm(name="ln_1")(x)
-        y = self._attend(qkv, y, mask, read, in_kernel)
+        y = self._attend(qkv, y, mask, read, in_kernel, rope)
         x = x if read is None else read(x)
         x = named(each(jnp.add, x, each(attn_out, y)), "residual")
         y, x = norm(name="ln_2")(x, constants)
@@ -98,9 +106,17 @@ class Block(nn.Module):
         mask: Mask | None,
         read: Read | None,
         in_kernel: bool,
+        rope: Rotations | None,
     ) -> Tokens:
         """Computes attention for the tokens that are read, [b, n, heads, d], or for all."""
         few = read is not None and mask is None and not self.causal  # the others are not needed
+
+        def turned(heads: Heads, queries: Read = lambda of: of) -> Heads:
+            if rope is None:
+                return heads
+            query, key, value = heads
+            return rotate(query, queries(rope)), rotate(key, rope), value
+
         if in_kernel and not few:
             if mask is None and self.causal:
                 mask = jnp.tri(x.shape[1], dtype=bool)[None, None]
@@ -108,12 +124,13 @@ class Block(nn.Module):
             projected = named(projected, "qkv")
             y = attend_in_kernel(projected, bias, mask, self.length)  # it names what it keeps
         elif isinstance(x, tuple):
-            projected = named(jax.tree.map(qkv, x), "qkv")
+            sequence, token = x  # which is not turned
+            projected = named((turned(qkv(sequence)), qkv(token)), "qkv")
             y = named(attend_with_token(*projected), "attention")
         elif few:
-            return attend(qkv(x[:, : self.length], read(x)))
+            return attend(turned(qkv(x[:, : self.length], read(x)), read))
         else:
-            projected = named(qkv(x), "qkv")
+            projected = named(turned(qkv(x)), "qkv")
             y = named(attend(projected, mask, self.causal, self.attention), "attention")
         return y if read is None else read(y)
 
@@ -193,7 +210,13 @@ class Transformer(nn.Module):
     paper_init: bool
 
     @nn.compact
-    def __call__(self, x: Tokens, mask: Mask | None = None, read: Read | None = None) -> Tokens:
+    def __call__(
+        self,
+        x: Tokens,
+        mask: Mask | None = None,
+        read: Read | None = None,
+        rope: Rotations | None = None,
+    ) -> Tokens:
         """Runs all blocks.
 
         Args:
@@ -201,12 +224,15 @@ class Transformer(nn.Module):
           mask: True for the keys (last) that each query sees; None: all, or in a causal transformer
             those up to itself.
           read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
+          rope: rotations of queries and keys, for the tokens but one apart; None: there are none.
+            With them, attention does not go through the kernel for TPUs.
         """
         shape, length = None, None
         if (
             self.attention == "pallas"
             and not (isinstance(x, tuple) or self.causal)
             and mask is None
+            and rope is None
         ):
             shape = x.shape
             x, mask, length = _fill_tiles(x, self.heads)
@@ -222,7 +248,7 @@ class Transformer(nn.Module):
         def layer(x, layer_params, mask=mask, read=None):
             # Without the constraint the partitioner may replicate activations under FSDP.
             x = jax.tree.map(sharding.constrain_batch, x)
-            return block.apply({"params": layer_params}, x, mask, read), None
+            return block.apply({"params": layer_params}, x, mask, read, rope), None
 
         in_scan = self.layers - (read is not None) if self.scan_layers else 0
         scanned, others = _split(params, in_scan, self.layers)

@@ -57,17 +57,26 @@ class VisionTransformer(nn.Module):
         if tokens:
             leading = jnp.broadcast_to(leading.astype(x.dtype), (x.shape[0], tokens, width))
             x = jnp.concatenate([leading, x], axis=1)
-        x = x + self._positions(tokens, x.shape[1] - tokens).astype(x.dtype)
+        side = math.isqrt(x.shape[1] - tokens)
+        x = x + self._positions(tokens, side).astype(x.dtype)
+        rope = None
+        if size.image_rope:
+            rope = jnp.asarray(positions.rotations(side, width // size.image_heads, tokens))
         if train and self.patch_dropout > 0:
             if rows is None:
                 raise ValueError("patch dropout needs `rows`, the number of each example")
-            x = keep_patches(x, tokens, self.patch_dropout, self.make_rng("dropout"), rows)
+            key = self.make_rng("dropout")
+            x = keep_patches(x, tokens, self.patch_dropout, key, rows)
+            if rope is not None:  # of the same patches
+                rope = jnp.broadcast_to(rope, (x.shape[0], *rope.shape[1:]))
+                rope = keep_patches(rope, tokens, self.patch_dropout, key, rows)
 
         norm = partial(layer_norm, size.norm_eps, self.dtype)
         if size.pre_norm:
             x = norm("ln_pre")(x)
         if tokens == 1 and (x.shape[1] - 1) % FULL_TILES == 0:
             x = x[:, 1:], x[:, 0]
+            rope = None if rope is None else rope[:, 1:]
         x = Transformer(
             layers=size.image_layers[0],
             heads=size.image_heads,
@@ -81,7 +90,7 @@ class VisionTransformer(nn.Module):
             causal=False,
             paper_init=False,
             name="transformer",
-        )(x, read=class_token if size.image_pool == "class" else None)
+        )(x, read=class_token if size.image_pool == "class" else None, rope=rope)
         ln_post = norm("ln_post")
         if size.image_pool == "class":
             # LayerNorm works per token, so it is computed for the class token only.
@@ -97,7 +106,11 @@ class VisionTransformer(nn.Module):
         if not size.image_projection:
             return x
         return nn.Dense(
-            size.embed_dim, use_bias=False, dtype=self.dtype, kernel_init=normal, name="projection"
+            size.embed_dim,
+            use_bias=size.image_projection_bias,
+            dtype=self.dtype,
+            kernel_init=normal,
+            name="projection",
         )(x)
 
     def _leading_tokens(self) -> Float[Array, "tokens width"]:
@@ -108,17 +121,17 @@ class VisionTransformer(nn.Module):
         if size.has_class_token:
             parts.append(self.param("class_token", normal, (width,))[None])
         if size.image_registers:
-            parts.append(self.param("registers", normal, (size.image_registers, width)))
+            parts.append(self.param("register_embedding", normal, (size.image_registers, width)))
         return jnp.concatenate(parts) if parts else jnp.zeros((0, width))
 
-    def _positions(self, tokens: int, patches: int) -> Float[Array | np.ndarray, "length width"]:
+    def _positions(self, tokens: int, side: int) -> Float[Array | np.ndarray, "length width"]:
         """Returns what is added to the tokens that are no patches, and to the patches."""
         width = self.size.image_width
         if self.size.image_positions == "sincos":
-            fixed = positions.sincos(math.isqrt(patches), width)
+            fixed = positions.sincos(side, width)
             return np.concatenate([np.zeros((tokens, width), np.float32), fixed])
         normal = nn.initializers.normal(width**-0.5)
-        return self.param("positions", normal, (tokens + patches, width))
+        return self.param("positions", normal, (tokens + side**2, width))
 
     def _embed_patches(
         self, images: Float[Array, "batch height width 3"]
@@ -156,7 +169,8 @@ class MapHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch patches width"]) -> Float[Array, "batch width"]:
-        heads, width = self.size.image_heads, x.shape[-1]
+        heads, width = self.size.map_heads or self.size.image_heads, x.shape[-1]
+        mlp = self.size.map_mlp or self.size.image_mlp
         uniform = nn.initializers.xavier_uniform()
         probe = self.param("probe", nn.initializers.normal(width**-0.5), (width,)).astype(x.dtype)
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
@@ -167,21 +181,21 @@ class MapHead(nn.Module):
         )
         x = dense(width, axis=(-2, -1), name="attn_out")(y)[:, 0]
         y = layer_norm(self.size.norm_eps, self.dtype, "ln")(x)
-        y = ACTIVATIONS[self.size.activation](dense(self.size.image_mlp, name="mlp_in")(y))
+        y = ACTIVATIONS[self.size.activation](dense(mlp, name="mlp_in")(y))
         return x + dense(width, name="mlp_out")(y)
 
 
 def keep_patches(
-    x: Float[Array, "batch tokens width"],
+    x: Float[Array, "batch tokens *width"],
     tokens: int,
     dropout: float,
     key: Key[Array, ""],
     rows: Int[Array | np.ndarray, " batch"],
-) -> Float[Array, "batch kept width"]:
+) -> Float[Array, "batch kept *width"]:
     """Picks a random subset of the patches of each example (FLIP, Li et al. 2022).
 
     Args:
-      x: tokens and patches, positions already added.
+      x: tokens and patches, positions already added; or something else of each of them.
       tokens: number of leading tokens that are no patches, and always kept.
       dropout: fraction of the patches to leave out; at least one is kept.
       key: PRNG key of this step.
@@ -198,4 +212,5 @@ def keep_patches(
         order = jax.random.permutation(jax.random.fold_in(key, row), patches)
         return jnp.concatenate([jnp.arange(tokens), tokens + jnp.sort(order[:count])])
 
-    return jnp.take_along_axis(x, jax.vmap(choose)(rows)[:, :, None], axis=1)
+    kept = jax.vmap(choose)(rows)
+    return jnp.take_along_axis(x, jnp.expand_dims(kept, tuple(range(2, x.ndim))), axis=1)

@@ -37,6 +37,12 @@ _PUBLISHED = {
     "ViT-g/14": "laion/CLIP-ViT-g-14-laion2B-s12B-b42K",
     "SigLIP-B/16": "google/siglip-base-patch16-224",
     "SigLIP-So400m/14": "google/siglip-so400m-patch14-224",
+    "SigLIP2-B/16": "google/siglip2-base-patch16-224",
+    "MetaCLIP2-H/14": "facebook/metaclip-2-worldwide-huge-quickgelu",
+    "CLIPA-L/14": "UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B",
+    "CLIPA-H/14": "UCSC-VLAA/ViT-H-14-CLIPA-datacomp1B",
+    "PE-Core-B/16": "timm/PE-Core-B-16",
+    "PE-Core-L/14@336px": "timm/PE-Core-L-14-336",
 }
 
 
@@ -179,7 +185,7 @@ def _how_to_get(name: str) -> str:
     ways = []
     if name in _PUBLISHED:
         ways.append(f"{_PUBLISHED[name]}, a name on the Hugging Face hub")
-    if size.activation == "quick_gelu":
+    if size.activation == "quick_gelu" and size.end_token is None:
         file = name.replace("/", "-").replace("@", "-")
         ways.append(
             f"OpenAI's archive {file}.pt, whose address is in clip/clip.py of "

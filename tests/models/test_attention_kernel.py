@@ -162,6 +162,8 @@ def gradients(net, params, images, tokens):
         (1, True, "attention", {}),  # the class token apart, as with the 256 patches of ViT-L/14
         (1, False, "full", {"image_size": 56}),  # 50 tokens, padded to 56
         (1, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
+        (1, True, "attention", {"image_pool": "avg", "image_registers": 1}),  # apart, not read
+        (1, True, "none", {"image_pool": "map", "image_registers": 1, "image_rope": True}),
         (65, False, "residual", {"image_size": 56}),  # four times 50 tokens as one sequence
         (65, True, "none", {"image_pool": "map", "image_size": 48}),  # twice 36 patches
     ],
@@ -205,6 +207,9 @@ def test_shapes_that_do_not_fit_are_named_and_take_the_plain_form(monkeypatch):
         "text": "heads 200 wide are not a multiple of 8 up to 128",
     }
     assert not attention.misfits(models.get_size("ViT-L/14@336px"), 80, 128)
+    assert attention.misfits(models.get_size("PE-Core-B/16"), 80, 128) == {
+        "image": "its queries and keys are rotated (image_rope)"
+    }
     monkeypatch.undo()
     assert not attention.misfits(models.get_size("ViT-B/32"), 80, 128)
     assert attention.misfits(models.get_size("ViT-B/32"), 64, 126) == {

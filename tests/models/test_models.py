@@ -29,6 +29,12 @@ PARAMETERS = {
     "ViT-g/14": 1_366_678_273,
     "SigLIP-B/16": 203_155_970,
     "SigLIP-So400m/14": 877_360_306,
+    "SigLIP2-B/16": 375_187_970,
+    "MetaCLIP2-H/14": 1_858_783_745,
+    "CLIPA-L/14": 414_210_561,
+    "CLIPA-H/14": 968_235_009,
+    "PE-Core-B/16": 447_660_545 - 1024,  # without the bias of timm's projection
+    "PE-Core-L/14@336px": 671_138_817 - 1024,
 }
 TINY_TEXT = {
     "text_width": 16,

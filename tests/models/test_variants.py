@@ -51,6 +51,8 @@ def test_siglip_equals_numpy(image_width: int):
 
 CLIPA = {"activation": "gelu", "pre_norm": False, "image_pool": "avg", "image_registers": 1}
 CLIPA |= {"text_pool": "last", "text_causal": False, "norm_after_pool": True}
+PE = {"image_pool": "map", "norm_after_pool": False, "image_rope": True, "map_heads": 2}
+PE |= {"map_mlp": 40, "image_projection_bias": True, "pre_norm": True}
 POOLS = [
     {},
     {"norm_after_pool": False, "image_positions": "sincos", "text_pool": "first"},
@@ -59,6 +61,9 @@ POOLS = [
     {"image_pool": "map", "norm_after_pool": False},
     {"image_pool": "class", "norm_after_pool": False, "image_registers": 2},
     {"text_width": 16, "text_heads": 2, "embed_dim": 16, "text_projection": False},
+    PE,
+    PE | {"image_registers": 0, "map_heads": 3, "embed_dim": 24, "map_projection": True},
+    PE | {"image_registers": 2, "image_pool": "class", "map_heads": None, "map_mlp": None},
 ]
 
 
@@ -78,10 +83,10 @@ def test_pools_and_positions_equal_numpy(forms: dict):
     np.testing.assert_allclose(text, wanted, **EXACT)
 
 
-@pytest.mark.parametrize("image_positions", ["learned", "sincos"])
-def test_a_token_apart_that_is_not_read(image_positions: str):
+@pytest.mark.parametrize("forms", [{}, {"image_positions": "sincos"}, PE])
+def test_a_token_apart_that_is_not_read(forms: dict):
     """256 patches and a class token: the token stands apart, and the mean is of the patches."""
-    forms = {"image_size": 64, "patch_size": 4, "image_positions": image_positions}
+    forms = {"image_size": 64, "patch_size": 4, **forms}
     net = models.create("ViT-B/32", size=TINY_VIT | CLIPA | forms)
     variables, (images, tokens) = make_variables(net), make_batch(net.size)
     image, *_ = apply(net, variables, images, tokens)
@@ -168,6 +173,13 @@ def test_a_model_with_another_loss_keeps_its_name():
             {"image_positions": "sincos", "image_width": 770, "image_heads": 1},
             r"770.*multiple of 4",
         ),
+        ({"image_rope": True, "image_heads": 128}, r"image_heads is 128, of 6 .*multiple of 4"),
+        ({"map_heads": 8}, r"map_heads is 8.*image_pool='map'"),
+        ({"image_pool": "map", "map_heads": 7}, r"768.*multiple of map_heads \(7\)"),
+        (
+            {"image_pool": "map", "embed_dim": 768, "image_projection_bias": True},
+            r"768.*map_projection=True",
+        ),
         ({"image_registers": 14}, r"image_registers is 14.*14 at most"),
         ({"text_pool": "mean"}, r"text_pool is 'mean'.*end, first, last, avg"),
         ({"text_pool": "first"}, r"text_pool is 'first'.*text_causal=False"),
@@ -227,6 +239,27 @@ def test_patches_depend_on_key_and_row_alone(name: str):
         apply(net, variables, images, tokens)[0],
     ):
         assert np.all(np.linalg.norm(other - whole, axis=1) > 1e-3)
+
+
+@pytest.mark.parametrize("forms", [PE, PE | {"image_registers": 0}])
+def test_kept_patches_keep_their_rotation(forms: dict):
+    """Those that matter to the result are found, and computed alone in NumPy."""
+    size = TINY_VIT | CLIPA | forms
+    net, whole = (models.create("ViT-B/32", patch_dropout=d, size=size) for d in (0.5, 0.0))
+    variables, (images, tokens) = make_variables(net), make_batch(net.size, 2)
+    rows = np.arange(2, dtype=np.int32)
+    found = dropped(net, variables, images, tokens, rows)
+    kept = []
+    for patch in range(9):
+        y, x = divmod(patch, 3)
+        changed = images.copy()
+        changed[0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4] ^= 255
+        if np.abs(dropped(net, variables, changed, tokens, rows)[0] - found[0]).max() > 1e-6:
+            kept.append(patch)
+    assert len(kept) == 4
+    p = float64(variables["params"]["image"])
+    wanted = numpy_models.pooled_vit(images[:1], p, whole.size, kept)
+    np.testing.assert_allclose(found[:1], wanted, **EXACT)
 
 
 def test_evaluation_sees_all_patches():

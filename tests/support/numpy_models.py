@@ -31,16 +31,30 @@ def mlp(x, p, activation: str):
     return x @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
 
 
-def block(x, p, causal: bool, activation: str = "quick_gelu", eps: float = 1e-5):
+def block(x, p, causal: bool, activation: str = "quick_gelu", eps: float = 1e-5, rope=None):
     y = layer_norm(x, p["ln_1"], eps)
     qkv = np.einsum("bsw,wthd->tbhsd", y, p["qkv"]["kernel"])
     q, k, v = qkv + p["qkv"]["bias"][:, None, :, None]
+    q, k = (part if rope is None else rotated(part, *rope) for part in (q, k))
     logits = np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
     if causal:
         logits = np.where(np.tri(x.shape[1], dtype=bool), logits, -np.inf)
     y = np.einsum("bhst,bhtd->bshd", softmax(logits), v)
     x = x + np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
     return x + mlp(layer_norm(x, p["ln_2"], eps), p, activation)
+
+
+def rotated(x, tokens: int, side: int, places):
+    """Axial RoPE by complex numbers, a pair of channels each; [b, heads, places, channels]."""
+    count = x.shape[-1] // 4
+    turns = np.ones((tokens + side * side, 2 * count), complex)
+    for patch in range(side * side):
+        for i in range(count):
+            for start, at in ((0, patch % side), (count, patch // side)):
+                angle = (at + bool(tokens)) / 10_000 ** (i / count)
+                turns[tokens + patch, start + i] = complex(math.cos(angle), math.sin(angle))
+    y = (x[..., ::2] + 1j * x[..., 1::2]) * turns[places]
+    return np.stack([y.real, y.imag], axis=-1).reshape(x.shape)
 
 
 def transformer(x, blocks, causal: bool, **form):
@@ -109,19 +123,25 @@ def sincos(side: int, width: int):
     return table
 
 
-def pooled_vit(images, p, size):
-    """A ViT with the exact GELU and any pooling, from its size."""
+def pooled_vit(images, p, size, kept=None):
+    """A ViT with the exact GELU and any pooling, from its size; `kept`: only these patches."""
     x = patches(images, p["patch_embed"], size.patch_size)
     count = x.shape[1]
-    for name in ("registers", "class_token"):
+    for name in ("register_embedding", "class_token"):
         if name in p:
             tokens = np.atleast_2d(p[name])
             x = np.concatenate([np.broadcast_to(tokens, (len(x), *tokens.shape)), x], axis=1)
     fixed = sincos(math.isqrt(count), x.shape[2])
     fixed = np.pad(fixed, ((x.shape[1] - count, 0), (0, 0)))
     x = x + p.get("positions", fixed)
+    tokens = x.shape[1] - count
+    rope = (tokens, math.isqrt(count), slice(None)) if size.image_rope else None
+    if kept is not None:
+        places = [*range(tokens), *(tokens + patch for patch in kept)]
+        x, count = x[:, places], len(kept)
+        rope = (*rope[:2], places) if rope else None
     x = layer_norm(x, p["ln_pre"]) if "ln_pre" in p else x
-    x = transformer(x, p["transformer"]["blocks"], causal=False, activation="gelu")
+    x = transformer(x, p["transformer"]["blocks"], causal=False, activation="gelu", rope=rope)
     if size.image_pool == "class":
         x = layer_norm(x, p["ln_post"])[:, 0]
     elif size.image_pool == "map":
@@ -130,7 +150,7 @@ def pooled_vit(images, p, size):
         x = layer_norm(x[:, -count:].mean(1), p["ln_post"])
     else:
         x = layer_norm(x, p["ln_post"])[:, -count:].mean(1)
-    return unit(x @ p["projection"]["kernel"])
+    return unit(x @ p["projection"]["kernel"] + p["projection"].get("bias", 0))
 
 
 def pooled_text(tokens, p, pool: str):

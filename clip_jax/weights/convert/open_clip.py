@@ -1,5 +1,6 @@
 """Folders of open_clip, with its own towers or one of timm's for images."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -53,6 +54,8 @@ def write(weights: Weights, folder: pathlib.Path) -> None:
     Raises:
       UserError: open_clip has no such model.
     """
+    if weights.size.image_rope and weights.size.map_projection:
+        weights = _with_bias(weights)
     config = config_of(weights.size)
     files.check_expressible("open_clip", size_of(config, folder), weights.size)
     folder.mkdir(parents=True)
@@ -113,3 +116,17 @@ def _with_positions(theirs: Tensors, size: models.Size) -> Tensors:
     fixed = _fixed_positions(size)
     shapes = {**theirs.shapes, _POSITIONS: fixed.shape}
     return Tensors(shapes, lambda name: fixed if name == _POSITIONS else theirs.read(name))
+
+
+def _with_bias(weights: Weights) -> Weights:
+    """Returns the model with a bias of zeros in its projection, as timm's PE has one."""
+    name, size = "params/image/projection/bias", weights.size
+    if size.image_projection_bias:
+        return weights
+    zeros = np.zeros(size.embed_dim, np.float32)
+    tensors = Tensors(
+        {**weights.tensors.shapes, name: zeros.shape},
+        lambda asked: zeros if asked == name else weights.tensors.read(asked),
+    )
+    size = dataclasses.replace(size, image_projection_bias=True)
+    return dataclasses.replace(weights, size=size, tensors=tensors)

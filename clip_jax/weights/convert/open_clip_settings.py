@@ -97,7 +97,7 @@ def _check_settings(
             )
 
 
-def _activations(settings: Mapping[str, Any], source: object) -> dict[str, str]:
+def _activations(settings: Mapping[str, Any], source: object) -> dict[str, Any]:
     """Returns the activations of the towers; timm's have their own, whatever is set."""
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     quick = settings.get("quick_gelu", False)
@@ -110,7 +110,7 @@ def _form(tower: Mapping[str, Any], quick: bool, source: object) -> str:
     """Returns the activation of a tower; UserError where its settings name another."""
     settings = tower.get("act_kwargs") or {}
     if name := tower.get("timm_model_name"):
-        return timm_towers.activation(name)
+        return timm_towers.activation(name, source)
     if settings == {"approximate": "tanh"} and not quick:
         return "gelu_tanh"
     if settings not in ({}, {"approximate": "none"}) or (quick and settings):
@@ -136,7 +136,9 @@ def _norm_eps(settings: Mapping[str, Any], source: object) -> float:
                 f"{source} has norm_kwargs {kwargs!r}; our models know eps alone, and timm's "
                 "towers have their own."
             )
-        found.append(timm_towers.NORM_EPS if timm else float(kwargs.get("eps", 1e-5)))
+        name = tower.get("timm_model_name")
+        own = float(kwargs.get("eps", 1e-5))
+        found.append(timm_towers.norm_eps(name, source) if name else own)
     if len(set(found)) > 1:
         raise UserError(
             f"{source} has the LayerNorm eps {found[0]} in its text tower and {found[1]} in its "

@@ -8,7 +8,17 @@ from clip_jax import models
 from clip_jax.errors import UserError
 from clip_jax.models.sizes import SIZES
 from clip_jax.weights.convert import files, torch_files
-from clip_jax.weights.convert.mapping import CONV, BlockNames, Entry, blocks, entry, linear, norm
+from clip_jax.weights.convert.mapping import (
+    CONV,
+    BlockNames,
+    Entry,
+    Form,
+    blocks,
+    entry,
+    joined,
+    linear,
+    norm,
+)
 from clip_jax.weights.model import Shape, Weights
 
 # In files, but no weights: masks, counters, and numbers that the shapes tell as well.
@@ -64,7 +74,7 @@ def _vit(size: models.Size) -> Iterator[Entry]:
     if size.has_class_token:
         yield entry(f"{theirs}.class_embedding", f"{ours}/class_token")
     elif size.image_registers:  # a class token that is not read
-        yield entry(f"{theirs}.class_embedding", f"{ours}/registers", at=(0,))
+        yield entry(f"{theirs}.class_embedding", f"{ours}/register_embedding", at=(0,))
     if size.image_positions == "learned":
         yield entry(f"{theirs}.positional_embedding", f"{ours}/positions")
     if size.pre_norm:
@@ -72,6 +82,19 @@ def _vit(size: models.Size) -> Iterator[Entry]:
     yield from blocks(f"{theirs}.transformer.resblocks", ours, size.image_layers[0], _BLOCK)
     yield from norm(f"{theirs}.ln_post", f"{ours}/ln_post")
     yield entry(f"{theirs}.proj", f"{ours}/projection/kernel")
+    if size.image_pool == "map":
+        yield from _map_head(f"{theirs}.attn_pool", f"{ours}/map_head")
+
+
+def _map_head(theirs: str, ours: str) -> Iterator[Entry]:
+    """The head of the Perception Encoder, whose files have these names otherwise."""
+    yield entry(f"{theirs}.probe", f"{ours}/probe", Form("same", 2))
+    parts = [f"{ours}/{part}" for part in ("query", "key", "value")]
+    yield from joined(f"{theirs}.attn.in_proj_weight", f"{theirs}.attn.in_proj_bias", parts)
+    yield from linear(f"{theirs}.attn.out_proj", f"{ours}/attn_out", inputs=2)
+    yield from norm(f"{theirs}.layernorm", f"{ours}/ln")
+    yield from linear(f"{theirs}.mlp.c_fc", f"{ours}/mlp_in")
+    yield from linear(f"{theirs}.mlp.c_proj", f"{ours}/mlp_out")
 
 
 def _resnet(size: models.Size) -> Iterator[Entry]:
