@@ -181,6 +181,13 @@ def validate(config: ConfigDict) -> None:
             f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
             "step.nonfinite=skip"
         )
+    for each in sources(data):
+        if each.weight_key and each.type in ("digits", "synthetic"):
+            problems.append(
+                f"source.weight_key is {each.weight_key!r}, but {each.type} data have no such field"
+            )
+        if "," in each.weight_key:
+            problems.append(f"source.weight_key is {each.weight_key!r}, and must be a single name")
     if not 0 <= config.loss.label_smoothing < 1:
         problems.append(
             f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
@@ -189,18 +196,19 @@ def validate(config: ConfigDict) -> None:
     elif config.loss.label_smoothing and config.loss.name == "sigmoid":
         problems.append(
             f"loss.label_smoothing is {config.loss.label_smoothing}, but loss.name=sigmoid judges "
-            "every pair by itself, and has no distribution over the batch to smooth: leave it 0, or "
-            "take loss.name=softmax"
+            "every pair by itself, and has no distribution over the batch to smooth: leave it at "
+            "0, or take loss.name=softmax"
         )
     if config.objective != "contrastive":
         for name, value, neutral in (
             ("data.captions", config.data.captions, 1),
             ("loss.label_smoothing", config.loss.label_smoothing, 0),
+            ("source.weight_key", "".join(each.weight_key for each in sources(data)), ""),
         ):
             if value != neutral:
                 problems.append(
-                    f"{name} is {value}, but objective={config.objective} takes {neutral}: only "
-                    "the contrastive one has it"
+                    f"{name} is {value!r}, but objective={config.objective} takes {neutral!r}: "
+                    "only the contrastive one has it"
                 )
     if not 0 < config.eval.confidence < 1:
         problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
@@ -234,11 +242,24 @@ def source(**overrides) -> ConfigDict:
     spec.text_key = ""
     # Name of the class label, as for text_key; tar: also "cls" or "npy", files; "": no classes.
     spec.label_key = ""
+    # Name of the weight of a pair in the loss, a number from 0 on, as for label_key: a score of its
+    # curation, or a teacher's agreement. "": all pairs count the same.
+    spec.weight_key = ""
     spec.group_keys = ""  # names of group labels ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
     spec.weight = 0.0  # weight in a mixture; 0: the number of examples
     spec.update(overrides)
     return spec
+
+
+def sources(data: ConfigDict) -> list[ConfigDict]:
+    """Returns the sources of the training data, of the fields of `data`."""
+    return list(data.mixture.values()) or [data.source]
+
+
+def has_pair_weights(data: ConfigDict) -> bool:
+    """Tells whether pairs of the training data have weights, of the fields of `data`."""
+    return any(source.weight_key for source in sources(data))
 
 
 def mixture(**sources: ConfigDict) -> ConfigDict:

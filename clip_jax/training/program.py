@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
+from clip_jax.configs import default
 from clip_jax.errors import UserError
 from clip_jax.models import views
 from clip_jax.training import augment
@@ -90,10 +91,10 @@ class Program:
         image_shape = (rows, size.image_size, size.image_size, 3)
         captions = self.config.data.captions
         token_shape = (rows, *[captions] * (captions > 1), size.context_length)
-        return {
-            "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
-            "tokens": jax.ShapeDtypeStruct(token_shape, jnp.int32, sharding=place),
-        }
+        arrays = {"image": (image_shape, jnp.uint8), "tokens": (token_shape, jnp.int32)}
+        if default.has_pair_weights(self.config.data):
+            arrays["weight"] = (rows,), jnp.float32
+        return {name: jax.ShapeDtypeStruct(*like, sharding=place) for name, like in arrays.items()}
 
     def init(self, variables: Any = None) -> train_state.TrainState:
         """Initialises the state of a run, from a model's variables or, without, at random."""

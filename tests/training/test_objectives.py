@@ -296,14 +296,18 @@ def test_every_table_names_the_same_objectives():
     assert set(program.OBJECTIVES) == set(models.MODULES) == set(choices.OBJECTIVES)
 
 
-@pytest.mark.parametrize("setting", [{"data.captions": 2}, {"loss.label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"data.captions": 2}, {"loss.label_smoothing": 0.1}, {"data.source.weight_key": "score"}],
+)
 @pytest.mark.parametrize("objective", ["captioning", "bag_of_words", "near_duplicates"])
 def test_forms_of_the_contrastive_loss_are_refused_elsewhere(objective: str, setting: dict):
     config = default.smoke(default.get_config().unlock())
+    config.data.source = default.source(type="tar", path="somewhere")
     config.update_from_flattened_dict(setting)
     default.validate(config)
     config.objective = objective
-    (name,) = setting
+    name = next(iter(setting)).rpartition(".")[2]
     with pytest.raises(UserError, match=rf"{name} is .*objective={objective}"):
         default.validate(config)
 
