@@ -181,6 +181,8 @@ def validate(config: ConfigDict) -> None:
             f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
             "step.nonfinite=skip"
         )
+    if len(set(config.loss.widths)) < len(config.loss.widths):
+        problems.append(f"loss.widths is {tuple(config.loss.widths)}, and names a width twice")
     for each in sources(data):
         if each.weight_key and each.type in ("digits", "synthetic"):
             problems.append(
@@ -203,6 +205,7 @@ def validate(config: ConfigDict) -> None:
         for name, value, neutral in (
             ("data.captions", config.data.captions, 1),
             ("loss.label_smoothing", config.loss.label_smoothing, 0),
+            ("loss.widths", tuple(config.loss.widths), ()),
             ("source.weight_key", "".join(each.weight_key for each in sources(data)), ""),
         ):
             if value != neutral:
@@ -326,6 +329,8 @@ def _loss() -> ConfigDict:
     loss.tile = 1024  # ring: rows and columns of a tile of logits
     # softmax: fraction of each target that is spread over all texts, or all images, of the batch.
     loss.label_smoothing = 0.0
+    # Matryoshka: numbers of first features, as (64, 128), whose losses are added to that of all.
+    loss.widths = ()
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 
