@@ -276,6 +276,15 @@ def validate(config: ConfigDict) -> None:
         problems.append("init_from and branch_from are both set, and a run has one beginning")
     if not 0 <= config.optim.ema_decay < 1:
         problems.append(f"optim.ema_decay is {config.optim.ema_decay}, and must be from 0 to 1")
+    if len(set(config.loss.widths)) < len(config.loss.widths):
+        problems.append(f"loss.widths is {tuple(config.loss.widths)}, and names a width twice")
+    for each in sources(data):
+        if each.weight_key and each.type in ("digits", "synthetic"):
+            problems.append(
+                f"source.weight_key is {each.weight_key!r}, but {each.type} data have no such field"
+            )
+        if "," in each.weight_key:
+            problems.append(f"source.weight_key is {each.weight_key!r}, and must be a single name")
     if not 0 <= config.loss.label_smoothing < 1:
         problems.append(
             f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
@@ -291,11 +300,13 @@ def validate(config: ConfigDict) -> None:
         for name, value, neutral in (
             ("data.captions", config.data.captions, 1),
             ("loss.label_smoothing", config.loss.label_smoothing, 0),
+            ("loss.widths", tuple(config.loss.widths), ()),
+            ("source.weight_key", "".join(each.weight_key for each in sources(data)), ""),
         ):
             if value != neutral:
                 problems.append(
-                    f"{name} is {value}, but objective={config.objective} takes {neutral}: only "
-                    "the contrastive one has it"
+                    f"{name} is {value!r}, but objective={config.objective} takes {neutral!r}: "
+                    "only the contrastive one has it"
                 )
     if config.objective == "captioning" and data.text_mask != "none":
         problems.append(
@@ -334,11 +345,24 @@ def source(**overrides) -> ConfigDict:
     spec.text_key = ""
     # Name of the class label, as for text_key; tar: also "cls" or "npy", files; "": no classes.
     spec.label_key = ""
+    # Name of the weight of a pair in the loss, a number from 0 on, as for label_key: a score of its
+    # curation, or a teacher's agreement. "": all pairs count the same.
+    spec.weight_key = ""
     spec.group_keys = ""  # names of group labels ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
     spec.weight = 0.0  # weight in a mixture; 0: the number of examples
     spec.update(overrides)
     return spec
+
+
+def sources(data: ConfigDict) -> list[ConfigDict]:
+    """Returns the sources of the training data, of the fields of `data`."""
+    return list(data.mixture.values()) or [data.source]
+
+
+def has_pair_weights(data: ConfigDict) -> bool:
+    """Tells whether pairs of the training data have weights, of the fields of `data`."""
+    return any(source.weight_key for source in sources(data))
 
 
 def mixture(**sources: ConfigDict) -> ConfigDict:
@@ -405,6 +429,8 @@ def _loss() -> ConfigDict:
     loss.tile = 1024  # ring: rows and columns of a tile of logits
     # softmax: fraction of each target that is spread over all texts, or all images, of the batch.
     loss.label_smoothing = 0.0
+    # Matryoshka: numbers of first features, as (64, 128), whose losses are added to that of all.
+    loss.widths = ()
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
+from clip_jax.configs import default
 from clip_jax.data import order
 from clip_jax.data.sources import opening, reading
 from clip_jax.data.sources.base import Example, Source
@@ -81,7 +82,9 @@ def create(
     Raises:
       UserError: the data are not there or not in the expected form.
     """
-    specs = list(config.mixture.values()) or [config.source]
+    specs = [spec.copy_and_resolve_references() for spec in default.sources(config)]
+    for spec in specs:  # no groups are needed here, and the weight of a pair is read as one
+        spec.group_keys = spec.weight_key
     streams, chunk, cached_chunks = 1, 1, 0
     window = config.shuffle_window
     if config.order == "windowed":

@@ -88,7 +88,8 @@ class TrainPipeline:
     def __iter__(self) -> Iterator[Batch]:
         """Yields dict(image uint8 [b, h, w, 3], tokens int32 [b, l]), b the rows of this host.
 
-        With c captions an image, tokens are [b, c, l].
+        With c captions an image, tokens are [b, c, l]. Where pairs have weights, there is also
+        weight float32 [b].
         """
         with contextlib.closing(self._batches()) as batches:
             for batch in batches:

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from clip_jax.configs import default
 from clip_jax.data import images, mixture, order, text_mask, tokenizer
 from clip_jax.data.crops import Crop
 from clip_jax.data.loading import Row, Stages
@@ -101,6 +102,7 @@ class Rows:
         self._crop = Crop(config.crop, config.crop_scale, config.crop_ratio)
         self._image_size = image_size
         self._captions = config.captions
+        self._weighted = default.has_pair_weights(config)
         self._seed = seed
 
     def empty(self) -> Row:
@@ -109,6 +111,7 @@ class Rows:
         return {
             "image": np.zeros((self._image_size, self._image_size, 3), np.uint8),
             "tokens": _stacked(captions),
+            **({"weight": np.float32(1)} if self._weighted else {}),
         }
 
     def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, RowStats]]]:
@@ -116,8 +119,9 @@ class Rows:
 
         Returns:
           For each, a function that waits for the example and makes its row: image uint8 [h, w, 3]
-          and tokens int32 [l], or of several captions [c, l]. Where the example cannot be used, it
-          is the row of another one; None: no other one can be used either.
+          and tokens int32 [l], or of several captions [c, l]; and weight float32 [], where pairs
+          have weights. Where the example cannot be used, it is the row of another one; None: no
+          other one can be used either.
         """
         indices = [self._order[position] for position in positions]
         reads = reading.start(self._source, indices)
@@ -167,8 +171,27 @@ class Rows:
         tokens, truncated = zip(*(self._tokenizer.encode(text, shorten) for text in texts))
         if any(map(self._tokenizer.is_empty, tokens)):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
-        image = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
-        return {"image": image, "tokens": _stacked(tokens)}, sum(truncated)
+        row: Row = {"tokens": _stacked(tokens)}
+        if self._weighted:
+            row["weight"] = _weight(example)
+        row["image"] = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
+        return row, sum(truncated)
+
+
+def _weight(example: Example) -> np.float32:
+    """Returns the weight of a pair; 1 where its source has none."""
+    if not example.groups:
+        return np.float32(1)
+    (value,) = example.groups
+    try:
+        weight = np.float32(value)
+    except ValueError:
+        raise BadExample(
+            "unreadable weight" if value else "no weight", example.key, value
+        ) from None
+    if not 0 <= weight < np.inf:
+        raise BadExample("weight out of range", example.key, value)
+    return weight
 
 
 def _stacked(captions: Sequence[np.ndarray]) -> np.ndarray:

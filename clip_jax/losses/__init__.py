@@ -7,6 +7,7 @@ Statistics and sums are float32.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def softmax_loss(
     batch_axes: str | Sequence[str] | None = None,
     method: str = "all_gather",
     tile: int = 1024,
+    weights: Float[Array, " batch"] | None = None,
     label_smoothing: float = 0.0,
 ) -> Float[Array, ""]:
     """Computes the symmetric cross-entropy over all B x B similarities (paper, figure 3).
@@ -49,6 +51,9 @@ def softmax_loss(
         device. "ring": the texts travel from device to device, and no more than a tile of logits
         exists at a time, for 4/3 of the operations.
       tile: rows and columns of a tile of the ring, at most.
+      weights: weight of each image and its captions, not negative; None: equal ones. The terms of
+        each direction are averaged by them, and they are divided by their sum. An example without
+        weight is still a negative of the others. If all weights are zero, so are loss and gradient.
       label_smoothing: fraction of each target that is spread over all texts, or all images (Szegedy
         et al. 2015, arXiv:1512.00567).
 
@@ -60,8 +65,11 @@ def softmax_loss(
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    images, texts, logit_scale = _place(mesh, axes, image_embed, text_embed, logit_scale)
-    pairs = images, _rows(texts), logit_scale
+    weights = _normalised(weights)
+    images, texts, logit_scale, weights = _place(
+        mesh, axes, image_embed, text_embed, logit_scale, weights
+    )
+    pairs = images, _rows(texts), logit_scale, weights
     if method == "ring":
         loss = ring.softmax(mesh, axes, tile, *pairs)
     elif mesh is None:
@@ -69,7 +77,7 @@ def softmax_loss(
     else:
         loss = gathered.softmax(mesh, axes, *pairs)
     if label_smoothing:
-        loss += label_smoothing * _margin(images, texts, logit_scale)
+        loss += label_smoothing * _margin(images, texts, logit_scale, weights)
     return loss
 
 
@@ -83,6 +91,7 @@ def sigmoid_loss(
     batch_axes: str | Sequence[str] | None = None,
     method: str = "all_gather",
     tile: int = 1024,
+    weights: Float[Array, " batch"] | None = None,
 ) -> Float[Array, ""]:
     """Computes SigLIP's loss, a binary classification of every pair (Zhai et al. 2023).
 
@@ -93,6 +102,7 @@ def sigmoid_loss(
       image_embed, text_embed, logit_scale, mesh, batch_axes, method, tile: see `softmax_loss`. Both
         methods take the same number of operations.
       logit_bias: float32, added to the scaled similarities.
+      weights: as in `softmax_loss`; that of a pair is the mean of its image's and its text's.
 
     Returns:
       The sum over all pairs of an image and a caption, divided by the number of captions; float32,
@@ -103,7 +113,9 @@ def sigmoid_loss(
     """
     mesh, axes = _batch_mesh(mesh, batch_axes)
     _check(image_embed, text_embed, mesh, axes, method)
-    pairs = _place(mesh, axes, image_embed, _rows(text_embed), logit_scale, logit_bias)
+    pairs = _place(
+        mesh, axes, image_embed, _rows(text_embed), logit_scale, logit_bias, _normalised(weights)
+    )
     if method == "ring":
         return ring.sigmoid(mesh, axes, tile, *pairs)
     if mesh is None:
@@ -172,6 +184,7 @@ def _margin(
     images: Float[Array, "batch embed"],
     texts: Float[Array, "batch *captions embed"],
     logit_scale: Float[Array, ""],
+    weights: Float[Array, " batch"] | None,
 ) -> Float[Array, ""]:
     """Computes the mean logit of the positives less that of all pairs.
 
@@ -180,8 +193,21 @@ def _margin(
     """
     images, texts = images.astype(jnp.float32), texts.astype(jnp.float32)
     texts = jnp.mean(texts, axis=tuple(range(1, texts.ndim - 1)))  # of each image's captions
-    positives = jnp.mean(jnp.sum(images * texts, axis=1))
-    return jnp.exp(logit_scale) * (positives - jnp.sum(images.mean(axis=0) * texts.mean(axis=0)))
+
+    def mean(x):  # over the batch
+        return jnp.mean(x if weights is None else weights[:, None] * x, axis=0)
+
+    pairs = jnp.sum(mean(images) * texts.mean(axis=0) + images.mean(axis=0) * mean(texts)) / 2
+    return jnp.exp(logit_scale) * (jnp.sum(mean(images * texts)) - pairs)
+
+
+def _normalised(weights: Float[Array, " batch"] | None) -> Float[Array, " batch"] | None:
+    """Scales weights to a mean of 1; all zero they remain."""
+    if weights is None:
+        return None
+    weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
+    total = jnp.sum(weights)
+    return weights / jnp.where(total > 0, total, 1) * len(weights)
 
 
 def _rows(texts: Float[Array, "batch *captions embed"]) -> Float[Array, "texts embed"]:
@@ -190,8 +216,8 @@ def _rows(texts: Float[Array, "batch *captions embed"]) -> Float[Array, "texts e
 
 
 def _place(
-    mesh: Mesh | None, axes: tuple[str, ...], *arrays: Float[Array, "..."]
-) -> tuple[jax.Array, ...]:
+    mesh: Mesh | None, axes: tuple[str, ...], *arrays: Float[Array, "..."] | None
+) -> tuple[Any, ...]:
     """Splits embeddings over the batch, where the mesh wants that said.
 
     With automatic axis types the compiler moves data as needed. With explicit ones, the default of
@@ -201,5 +227,8 @@ def _place(
         return arrays
     explicit = {n for n, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit}
     split = PartitionSpec(tuple(axis for axis in axes if axis in explicit))
-    places = (NamedSharding(mesh, split if x.ndim else PartitionSpec()) for x in arrays)
-    return tuple(jax.sharding.reshard(x, place) for x, place in zip(arrays, places))
+
+    def place(x):
+        return jax.sharding.reshard(x, NamedSharding(mesh, split if x.ndim else PartitionSpec()))
+
+    return jax.tree.map(place, arrays)  # None remains

@@ -15,41 +15,54 @@ from clip_jax.losses.terms import (
     Images,
     Scalar,
     Texts,
+    Weights,
+    by_caption,
     dot,
+    pair_weights,
     scale_gradients,
     sigmoid_terms,
 )
 
 
-def plain_softmax(images: Images, texts: Texts, logit_scale: Scalar) -> Scalar:
+def plain_softmax(images: Images, texts: Texts, logit_scale: Scalar, weights: Weights) -> Scalar:
     """Computes the reference, on one device."""
     logits = jnp.exp(logit_scale) * dot("ie,te->it", images, texts)
     rows, columns = jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
     # The captions of an image are one dimension: [batch, batch, c] -> [c, batch].
     positives = jnp.diagonal(logits.reshape(len(images), len(images), -1))
-    return jnp.mean((rows + columns.reshape(len(images), -1).T) / 2 - positives)
+    terms = (rows + columns.reshape(len(images), -1).T) / 2 - positives
+    return jnp.mean(terms if weights is None else weights * terms)
 
 
-def plain_sigmoid(images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar) -> Scalar:
+def plain_sigmoid(
+    images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar, weights: Weights
+) -> Scalar:
     """Computes the reference, on one device."""
     logits = jnp.exp(logit_scale) * dot("ie,te->it", images, texts) + logit_bias
-    signs = jnp.repeat(2 * jnp.eye(len(images)) - 1, len(texts) // len(images), axis=1)
-    return -jnp.sum(jax.nn.log_sigmoid(signs * logits)) / len(texts)
+    captions = len(texts) // len(images)
+    signs = jnp.repeat(2 * jnp.eye(len(images)) - 1, captions, axis=1)
+    terms, of_pairs = (
+        jax.nn.log_sigmoid(signs * logits),
+        pair_weights(weights, by_caption(weights, captions)),
+    )
+    return -jnp.sum(terms if of_pairs is None else of_pairs * terms) / len(texts)
 
 
 # --- softmax: below, n = B / devices rows are local, and "all" marks the texts of the batch. ---
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def softmax(mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar) -> Scalar:
+def softmax(
+    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, weights: Weights
+) -> Scalar:
     """Computes `losses.softmax_loss` over a mesh."""
-    return _softmax_forward(mesh, axes, images, texts, logit_scale)[0]
+    return _softmax_forward(mesh, axes, images, texts, logit_scale, weights)[0]
 
 
 def _softmax_forward(
-    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar
+    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, weights: Weights
 ) -> tuple[Scalar, tuple]:
-    def local(images, texts, logit_scale):
+    def local(images, texts, logit_scale, weights):
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
         logits = jnp.exp(logit_scale) * dot("ne,be->nb", images, all_texts)
         # A softmax is kept as maximum and sum: as one log-sum-exp near 100, what distinguishes a
@@ -65,49 +78,54 @@ def _softmax_forward(
         by_row = (row_max - positives) + jnp.log(row_sum)
         own_max, own_sum = (_own(x, logits, axes) for x in (column_max, column_sum))
         by_column = jnp.mean((own_max - positives[:, None]) + jnp.log(own_sum), axis=1)
-        batch = logits.shape[1] // captions
-        loss = jax.lax.psum(jnp.sum(by_row + by_column), axes) / (2 * batch)
+        terms = by_row + by_column
+        terms = terms if weights is None else weights * terms
+        loss = jax.lax.psum(jnp.sum(terms), axes) / (2 * (logits.shape[1] // captions))
         return loss, logits, (row_max, row_sum), (column_max, column_sum)
 
     split = PartitionSpec(axes)
     shard = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, split, WHOLE),
+        in_specs=(split, split, WHOLE, split),
         out_specs=(WHOLE, split, split, WHOLE),
     )
-    loss, *statistics = shard(images, texts, logit_scale)
-    return loss, (images, texts, logit_scale, *statistics)
+    loss, *statistics = shard(images, texts, logit_scale, weights)
+    return loss, (images, texts, logit_scale, weights, *statistics)
 
 
 def _softmax_backward(
     mesh: Mesh, axes: Axes, residuals: tuple, gradient: Scalar
-) -> tuple[Images, Texts, Scalar]:
-    images, texts, logit_scale, logits, rows, columns = residuals
-
-    def local(images, texts, logit_scale, logits, rows, columns, gradient):
+) -> tuple[Images, Texts, Scalar, None]:
+    def local(images, texts, logit_scale, weights, logits, rows, columns, gradient):
         (row_max, row_sum), (column_max, column_sum) = rows, columns
         captions = _captions(logits, axes)
-        by_row = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
-        by_column = jnp.exp(logits - column_max[None]) * (1 / (captions * column_sum))[None]
-        target = jnp.where(_is_positive(logits, axes), 1 / captions, 0)
+        of_row, of_column, of_positive = 1 / row_sum, 1 / (captions * column_sum), 1 / captions
+        if weights is not None:
+            all_weights = jax.lax.all_gather(weights, axes, tiled=True)
+            of_row, of_positive = weights * of_row, (weights * of_positive)[:, None]
+            of_column *= by_caption(all_weights, captions)
+        by_row = jnp.exp(logits - row_max[:, None]) * of_row[:, None]
+        by_column = jnp.exp(logits - column_max[None]) * of_column[None]
+        target = jnp.where(_is_positive(logits, axes), of_positive, 0)
         d_logits = (by_row - target) + (by_column - target)
         d_logits *= gradient / (2 * (logits.shape[1] // captions))
 
-        weights = (jnp.exp(logit_scale) * d_logits).astype(images.dtype)
+        scaled = (jnp.exp(logit_scale) * d_logits).astype(images.dtype)
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
-        d_images = dot("nb,be->ne", weights, all_texts)
-        d_texts = jax.lax.psum_scatter(dot("nb,ne->be", weights, images), axes, tiled=True)
+        d_images = dot("nb,be->ne", scaled, all_texts)
+        d_texts = jax.lax.psum_scatter(dot("nb,ne->be", scaled, images), axes, tiled=True)
         d_scale = jax.lax.psum(jnp.sum(d_logits * logits), axes)
         return d_images.astype(images.dtype), d_texts.astype(texts.dtype), d_scale
 
     split = PartitionSpec(axes)
-    return jax.shard_map(
+    gradients = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(split, split, WHOLE, split, split, WHOLE, WHOLE),
+        in_specs=(split, split, WHOLE, split, split, split, WHOLE, WHOLE),
         out_specs=(split, split, WHOLE),
-    )(images, texts, logit_scale, logits, rows, columns, gradient)
+    )(*residuals, gradient)
+    return *gradients, None
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -138,32 +156,48 @@ def _captions(logits: Float[Array, "n all"], axes: Axes) -> int:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sigmoid(
-    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar
+    mesh: Mesh,
+    axes: Axes,
+    images: Images,
+    texts: Texts,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+    weights: Weights,
 ) -> Scalar:
     """Computes `losses.sigmoid_loss` over a mesh."""
 
-    def local(images, texts, logit_scale, logit_bias):
+    def local(images, texts, logit_scale, logit_bias, weights):
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
         products = dot("ne,be->nb", images, all_texts)
         positive = _is_positive(products, axes)
-        terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias)
+        of_pairs = _pair_weights(weights, products, axes)
+        terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias, of_pairs)
         return jax.lax.psum(jnp.sum(terms), axes) / products.shape[1]
 
-    return _shard_sigmoid(local, mesh, axes, WHOLE)(images, texts, logit_scale, logit_bias)
+    shard = _shard_sigmoid(local, mesh, axes, WHOLE)
+    return shard(images, texts, logit_scale, logit_bias, weights)
 
 
 def _sigmoid_forward(
-    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, logit_bias: Scalar
+    mesh: Mesh,
+    axes: Axes,
+    images: Images,
+    texts: Texts,
+    logit_scale: Scalar,
+    logit_bias: Scalar,
+    weights: Weights,
 ) -> tuple[Scalar, tuple[Images, Texts, Scalar, Scalar]]:
-    def local(images, texts, logit_scale, logit_bias):
+    def local(images, texts, logit_scale, logit_bias, weights):
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
         products = dot("ne,be->nb", images, all_texts)
         positive = _is_positive(products, axes)
-        terms, d_logits, d_scale = sigmoid_terms(products, positive, logit_scale, logit_bias)
-        count = products.shape[1]
-        weights = (jnp.exp(logit_scale) / count * d_logits).astype(images.dtype)
-        d_images = dot("nb,be->ne", weights, all_texts)
-        d_texts = jax.lax.psum_scatter(dot("nb,ne->be", weights, images), axes, tiled=True)
+        of_pairs, count = _pair_weights(weights, products, axes), products.shape[1]
+        terms, d_logits, d_scale = sigmoid_terms(
+            products, positive, logit_scale, logit_bias, of_pairs
+        )
+        scaled = (jnp.exp(logit_scale) / count * d_logits).astype(images.dtype)
+        d_images = dot("nb,be->ne", scaled, all_texts)
+        d_texts = jax.lax.psum_scatter(dot("nb,ne->be", scaled, images), axes, tiled=True)
         loss, d_scale, d_bias = (
             jax.lax.psum(jnp.sum(x), axes) / count for x in (terms, d_scale, d_logits)
         )
@@ -171,19 +205,31 @@ def _sigmoid_forward(
 
     split = PartitionSpec(axes)
     out_specs = (WHOLE, (split, split, WHOLE, WHOLE))
-    return _shard_sigmoid(local, mesh, axes, out_specs)(images, texts, logit_scale, logit_bias)
+    shard = _shard_sigmoid(local, mesh, axes, out_specs)
+    return shard(images, texts, logit_scale, logit_bias, weights)
+
+
+def _pair_weights(
+    weights: Weights, products: Float[Array, "n all"], axes: Axes
+) -> Float[Array, "n all"] | None:
+    """Returns the weights of the pairs in this device's rows."""
+    if weights is None:
+        return None
+    all_weights = jax.lax.all_gather(weights, axes, tiled=True)
+    return pair_weights(weights, by_caption(all_weights, _captions(products, axes)))
 
 
 def _shard_sigmoid(local: Callable, mesh: Mesh, axes: Axes, out_specs: Any) -> Callable:
-    in_specs = (PartitionSpec(axes), PartitionSpec(axes), WHOLE, WHOLE)
+    split = PartitionSpec(axes)
+    in_specs = (split, split, WHOLE, WHOLE, split)
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
 
 
 def _sigmoid_backward(
     mesh: Mesh, axes: Axes, residuals: tuple[Float[Array, "..."], ...], gradient: Scalar
-) -> tuple[Float[Array, "..."], ...]:
+) -> tuple[Float[Array, "..."] | None, ...]:
     del mesh, axes
-    return scale_gradients(residuals, gradient)
+    return *scale_gradients(residuals, gradient), None
 
 
 sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

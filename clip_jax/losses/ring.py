@@ -20,7 +20,10 @@ from clip_jax.losses.terms import (
     Images,
     Scalar,
     Texts,
+    Weights,
+    by_caption,
     dot,
+    pair_weights,
     scale_gradients,
     sigmoid_terms,
 )
@@ -210,16 +213,28 @@ def _softmax_statistics(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def softmax(
-    mesh: Mesh | None, axes: Axes, tile: int, images: Images, texts: Texts, logit_scale: Scalar
+    mesh: Mesh | None,
+    axes: Axes,
+    tile: int,
+    images: Images,
+    texts: Texts,
+    logit_scale: Scalar,
+    weights: Weights,
 ) -> Scalar:
     """Computes `losses.softmax_loss` in tiles."""
-    return _softmax_forward(mesh, axes, tile, images, texts, logit_scale)[0]
+    return _softmax_forward(mesh, axes, tile, images, texts, logit_scale, weights)[0]
 
 
 def _softmax_forward(
-    mesh: Mesh | None, axes: Axes, tile: int, images: Images, texts: Texts, logit_scale: Scalar
+    mesh: Mesh | None,
+    axes: Axes,
+    tile: int,
+    images: Images,
+    texts: Texts,
+    logit_scale: Scalar,
+    weights: Weights,
 ) -> tuple[Scalar, tuple]:
-    def local(axes, images, texts, logit_scale):
+    def local(axes, images, texts, logit_scale, weights):
         rows, captions = len(images), len(texts) // len(images)
         by_row, by_column, positives = _softmax_statistics(
             axes, _tile_rows(rows, tile), images, texts, logit_scale
@@ -230,36 +245,40 @@ def _softmax_forward(
             jnp.mean((maximum - positives) + jnp.log(total), axis=1)
             for maximum, total in (jax.tree.map(lambda x: x.reshape(rows, -1), (by_row, by_column)))
         ]
-        loss = _total(jnp.sum(sum(terms)), axes) / (2 * rows * _devices(axes))
+        terms = sum(terms) if weights is None else weights * sum(terms)
+        loss = _total(jnp.sum(terms), axes) / (2 * rows * _devices(axes))
+        if weights is not None:  # the backward pass divides by the sums
+            by_row = by_row[0], by_row[1] / weights
+            by_column = by_column[0], by_column[1] / by_caption(weights, captions)
         return loss, by_row, by_column
 
     split = PartitionSpec(axes)
     out_specs = (WHOLE, split, split)
-    loss, *statistics = _on(mesh, axes, local, "ssw", out_specs)(images, texts, logit_scale)
-    return loss, (images, texts, logit_scale, *statistics)
+    arguments = images, texts, logit_scale, weights
+    loss, *statistics = _on(mesh, axes, local, "ssws", out_specs)(*arguments)
+    return loss, (*arguments, *statistics)
 
 
 def _softmax_backward(
     mesh: Mesh | None, axes: Axes, tile: int, residuals: tuple, gradient: Scalar
-) -> tuple[Images, Texts, Scalar]:
-    images, texts, logit_scale, by_row, by_column = residuals
-
-    def local(axes, images, texts, logit_scale, gradient, by_row, by_column):
+) -> tuple[Images, Texts, Scalar, None]:
+    def local(axes, images, texts, logit_scale, weights, by_row, by_column, gradient):
         rows, captions = len(images), len(texts) // len(images)
         image_rows, text_rows = _positions(axes, images, texts)
 
         def visit(fixed, fixed_sums, moving, moving_sums):
-            images, image_rows, (row_max, row_sum) = fixed
+            images, image_rows, weights, (row_max, row_sum) = fixed
             texts, text_rows, (column_max, column_sum) = moving
             d_images, d_scale = fixed_sums
             logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
-            target = jnp.where(image_rows[:, None] == text_rows[None], 1 / captions, 0)
+            of_positive = 1 / captions if weights is None else weights[:, None] / captions
+            target = jnp.where(image_rows[:, None] == text_rows[None], of_positive, 0)
             rows = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]
             columns = jnp.exp(logits - column_max[None]) * (1 / (captions * column_sum))[None]
             d_logits = (rows - target) + (columns - target)
-            weights = d_logits.astype(images.dtype)
-            d_images += dot("nm,me->ne", weights, texts)
-            d_texts = moving_sums + dot("nm,ne->me", weights, images)
+            rounded = d_logits.astype(images.dtype)
+            d_images += dot("nm,me->ne", rounded, texts)
+            d_texts = moving_sums + dot("nm,ne->me", rounded, images)
             return (d_images, d_scale + jnp.sum(d_logits * logits, axis=1)), d_texts
 
         fixed_sums = jnp.zeros(images.shape), jnp.zeros(rows)
@@ -267,7 +286,7 @@ def _softmax_backward(
             axes,
             _tile_rows(rows, tile),
             visit,
-            (images, image_rows, by_row),
+            (images, image_rows, weights, by_row),
             fixed_sums,
             (texts, text_rows, by_column),
             jnp.zeros(texts.shape),
@@ -280,9 +299,9 @@ def _softmax_backward(
             per_logit * _total(jnp.sum(d_scale), axes),
         )
 
-    operands = images, texts, logit_scale, gradient, by_row, by_column
     split = PartitionSpec(axes)
-    return _on(mesh, axes, local, "sswwss", (split, split, WHOLE))(*operands)
+    gradients = _on(mesh, axes, local, "sswsssw", (split, split, WHOLE))(*residuals, gradient)
+    return *gradients, None
 
 
 softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -300,32 +319,35 @@ def sigmoid(
     texts: Texts,
     logit_scale: Scalar,
     logit_bias: Scalar,
+    weights: Weights,
 ) -> Scalar:
     """Computes `losses.sigmoid_loss` in tiles."""
 
-    def local(axes, images, texts, logit_scale, logit_bias):
+    def local(axes, images, texts, logit_scale, logit_bias, weights):
         rows = len(images)
         image_rows, text_rows = _positions(axes, images, texts)
 
         def visit(fixed, fixed_sums, moving, moving_sums):
-            (images, image_rows), (texts, text_rows) = fixed, moving
+            (images, image_rows, weights), (texts, text_rows, of_texts) = fixed, moving
             positive = image_rows[:, None] == text_rows[None]
             products = dot("ne,me->nm", images, texts)
-            terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias)
+            of_pairs = pair_weights(weights, of_texts)
+            terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias, of_pairs)
             return fixed_sums + jnp.sum(terms, axis=1), moving_sums
 
         fixed_sums, _ = _sweep(
             axes,
             _tile_rows(rows, tile),
             visit,
-            (images, image_rows),
+            (images, image_rows, weights),
             jnp.zeros(rows),
-            (texts, text_rows),
+            (texts, text_rows, by_caption(weights, len(texts) // rows)),
             (),
         )
         return _total(jnp.sum(fixed_sums), axes) / (len(texts) * _devices(axes))
 
-    return _on(mesh, axes, local, "ssww", WHOLE)(images, texts, logit_scale, logit_bias)
+    arguments = images, texts, logit_scale, logit_bias, weights
+    return _on(mesh, axes, local, "sswws", WHOLE)(*arguments)
 
 
 def _sigmoid_forward(
@@ -336,30 +358,32 @@ def _sigmoid_forward(
     texts: Texts,
     logit_scale: Scalar,
     logit_bias: Scalar,
+    weights: Weights,
 ) -> tuple[Scalar, tuple[Images, Texts, Scalar, Scalar]]:
-    def local(axes, images, texts, logit_scale, logit_bias):
+    def local(axes, images, texts, logit_scale, logit_bias, weights):
         rows = len(images)
         image_rows, text_rows = _positions(axes, images, texts)
 
         def visit(fixed, fixed_sums, moving, moving_sums):
-            (images, image_rows), (texts, text_rows) = fixed, moving
+            (images, image_rows, weights), (texts, text_rows, of_texts) = fixed, moving
             positive = image_rows[:, None] == text_rows[None]
             products = dot("ne,me->nm", images, texts)
-            found = sigmoid_terms(products, positive, logit_scale, logit_bias)
+            of_pairs = pair_weights(weights, of_texts)
+            found = sigmoid_terms(products, positive, logit_scale, logit_bias, of_pairs)
             d_images, *sums = fixed_sums
-            weights = found[1].astype(images.dtype)
-            d_images += dot("nm,me->ne", weights, texts)
+            rounded = found[1].astype(images.dtype)
+            d_images += dot("nm,me->ne", rounded, texts)
             sums = [total + jnp.sum(x, axis=1) for total, x in zip(sums, found)]
-            return (d_images, *sums), moving_sums + dot("nm,ne->me", weights, images)
+            return (d_images, *sums), moving_sums + dot("nm,ne->me", rounded, images)
 
         zeros = jnp.zeros(rows)
         (d_images, *sums), d_texts = _sweep(
             axes,
             _tile_rows(rows, tile),
             visit,
-            (images, image_rows),
+            (images, image_rows, weights),
             (jnp.zeros(images.shape), zeros, zeros, zeros),
-            (texts, text_rows),
+            (texts, text_rows, by_caption(weights, len(texts) // rows)),
             jnp.zeros(texts.shape),
         )
         count = len(texts) * _devices(axes)
@@ -370,7 +394,8 @@ def _sigmoid_forward(
 
     split = PartitionSpec(axes)
     out_specs = (WHOLE, (split, split, WHOLE, WHOLE))
-    return _on(mesh, axes, local, "ssww", out_specs)(images, texts, logit_scale, logit_bias)
+    arguments = images, texts, logit_scale, logit_bias, weights
+    return _on(mesh, axes, local, "sswws", out_specs)(*arguments)
 
 
 def _sigmoid_backward(
@@ -379,9 +404,9 @@ def _sigmoid_backward(
     tile: int,
     residuals: tuple[Float[Array, "..."], ...],
     gradient: Scalar,
-) -> tuple[Float[Array, "..."], ...]:
+) -> tuple[Float[Array, "..."] | None, ...]:
     del mesh, axes, tile
-    return scale_gradients(residuals, gradient)
+    return *scale_gradients(residuals, gradient), None
 
 
 sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

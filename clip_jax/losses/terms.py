@@ -9,6 +9,7 @@ Axes = tuple[str, ...]  # mesh axes that split the batch, outermost first
 Images = Float[Array, "n embed"]
 Texts = Float[Array, "m embed"]  # m = c * n: rows c * i to c * (i + 1) are the captions of image i
 Scalar = Float[Array, ""]
+Weights = Float[Array, " n"] | None  # of the images, 1 on average; None: all count the same
 
 WHOLE = PartitionSpec()  # the same on every device
 
@@ -34,13 +35,33 @@ def sigmoid_terms(
     positive: Bool[Array, "n m"],
     logit_scale: Scalar,
     logit_bias: Scalar,
+    weights: Float[Array, "n m"] | None,
 ) -> tuple[Float[Array, "n m"], Float[Array, "n m"], Float[Array, "n m"]]:
-    """Computes each pair's loss, and the derivatives of that by its logit and by logit_scale."""
+    """Computes each pair's loss, and the derivatives of that by its logit and by logit_scale.
+
+    Args:
+      products: similarities.
+      positive: whether image and text belong together.
+      logit_scale, logit_bias: see `losses.sigmoid_loss`.
+      weights: weight of each pair; None: 1.
+    """
     scaled = jnp.exp(logit_scale) * products
     wrong = jnp.where(positive, -1.0, 1.0)  # the sign that makes a high logit a mistake
     logits = wrong * (scaled + logit_bias)
-    d_logits = wrong * jax.nn.sigmoid(logits)
-    return jax.nn.softplus(logits), d_logits, d_logits * scaled
+    terms, d_logits = jax.nn.softplus(logits), wrong * jax.nn.sigmoid(logits)
+    if weights is not None:
+        terms, d_logits = weights * terms, weights * d_logits
+    return terms, d_logits, d_logits * scaled
+
+
+def pair_weights(images: Weights, texts: Float[Array, " m"] | None) -> Float[Array, "n m"] | None:
+    """Returns the mean of the weights of image and text, for all pairs of them."""
+    return None if images is None or texts is None else (images[:, None] + texts[None]) / 2
+
+
+def by_caption(weights: Weights, captions: int) -> Float[Array, " m"] | None:
+    """Repeats the weight of each image for its captions."""
+    return None if weights is None else jnp.repeat(weights, captions)
 
 
 def scale_gradients(

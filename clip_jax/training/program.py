@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock
+from clip_jax.configs import default
 from clip_jax.errors import UserError
-from clip_jax.models import views
+from clip_jax.models import image_model, views
 from clip_jax.training import augment
 from clip_jax.training import step as train_step
 
@@ -32,7 +33,33 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
     )
     if config.loss.label_smoothing:
         loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
+    if config.loss.widths:
+        loss = functools.partial(_nested, loss, tuple(config.loss.widths))
     return loss, functools.partial(augment.augment, config=config.data.augment)
+
+
+def _nested(
+    loss: train_step.Loss,
+    widths: tuple[int, ...],
+    images: jax.Array,
+    texts: jax.Array,
+    *scalars: jax.Array,
+    **settings: Any,
+) -> jax.Array:
+    """Adds the losses of the first features alone, L2-normalised again, to that of all of them.
+
+    Matryoshka representations (Kusupati et al. 2022, arXiv:2205.13147).
+
+    Args:
+      loss: contrastive loss, with the keyword arguments `settings`.
+      widths: numbers of features.
+      images, texts, scalars: outputs of the model.
+    """
+    total = loss(images, texts, *scalars, **settings)
+    for width in widths:
+        cut = (image_model.l2_normalize(embeds[..., :width]) for embeds in (images, texts))
+        total += loss(*cut, *scalars, **settings)
+    return total
 
 
 def _predictive(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -98,10 +125,10 @@ class Program:
         image_shape = (rows, size.image_size, size.image_size, 3)
         captions = self.config.data.captions
         token_shape = (rows, *[captions] * (captions > 1), size.context_length)
-        return {
-            "image": jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
-            "tokens": jax.ShapeDtypeStruct(token_shape, jnp.int32, sharding=place),
-        }
+        arrays = {"image": (image_shape, jnp.uint8), "tokens": (token_shape, jnp.int32)}
+        if default.has_pair_weights(self.config.data):
+            arrays["weight"] = (rows,), jnp.float32
+        return {name: jax.ShapeDtypeStruct(*like, sharding=place) for name, like in arrays.items()}
 
     def init(self, variables: Any = None) -> train_state.TrainState:
         """Initialises the state of a run from a model's variables; where None, at random."""
@@ -144,6 +171,12 @@ def make_mesh_and_net(
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
     net = make_net(config, mesh)
     check_tensor(net.size, axes.tensor)
+    if wrong := [width for width in config.loss.widths if not 0 < width < net.size.embed_dim]:
+        raise UserError(
+            f"loss.widths names {', '.join(map(str, wrong))}, but the embeddings have "
+            f"{net.size.embed_dim} features: a width is at least 1 and below that. All of them "
+            "together count anyway."
+        )
     return mesh, net
 
 

@@ -17,7 +17,8 @@ from clip_jax.losses import geometry
 from clip_jax.optim import to_float32
 from clip_jax.state import TrainState
 
-# "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s], with c captions an image [B, c, s].
+# "image" uint8 [B, h, w, 3] and "tokens" int32 [B, s], with c captions an image [B, c, s]; where
+# pairs have weights, "weight" float32 [B].
 Batch = dict[str, Shaped[Array, "batch ..."]]
 TOWERS = ("image", "text")  # names in the parameters
 Metrics = dict[str, Float32[Array, ""]]
@@ -85,6 +86,8 @@ def train_step(
         )
         return outputs, updated.get("batch_stats", {})
 
+    if "weight" in batch:
+        loss_fn = partial(loss_fn, weights=batch["weight"])
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)

@@ -25,6 +25,7 @@ MESHES = {
 METHODS = choices.LOSS_METHODS
 REFERENCES = {"softmax": reference.softmax_loss, "sigmoid": reference.sigmoid_loss}
 TILE = 3  # of 6 examples per device and more: several tiles everywhere
+WEIGHTS = np.float32([3, 0, 1, 0.2, 0, 0.7] * 8)  # for 48 pairs
 TEMPERATURES = {"initial": math.log(1 / 0.07), "final": math.log(100)}
 BATCH, WIDTH = 48, 40
 
@@ -85,6 +86,7 @@ def test_reference_by_finite_differences(name: str, captions: int):
     pairs = [x.astype(np.float64) for x in reference.pairs(6, 5, captions=captions)]
     arguments = [*pairs, np.array(2.0), np.array(-3.0)][: 3 if name == "softmax" else 4]
     options = {"smoothing": 0.2} if name == "softmax" else {}
+    options["weights"] = WEIGHTS[:6]
     loss, step = functools.partial(REFERENCES[name], **options), 1e-5
     _, *grads = loss(*arguments)
     for argument, grad in enumerate(grads):
@@ -188,10 +190,9 @@ def test_several_captions_on_any_mesh(name: str, method: str, kind: str):
     other = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=kinds)
     images, texts = map(jnp.asarray, reference.pairs(BATCH, WIDTH, captions=2))
     options = {"label_smoothing": 0.1} if name == "softmax" else {}
-    want = REFERENCES[name](images, texts, *SCALARS[name], *options.values())
-    loss = functools.partial(
-        losses.LOSSES[name], mesh=other, batch_axes=("z", "x"), method=method, tile=TILE, **options
-    )
+    want = REFERENCES[name](images, texts, *SCALARS[name], *options.values(), weights=WEIGHTS)
+    options |= {"weights": jnp.asarray(WEIGHTS), "mesh": other, "batch_axes": ("z", "x")}
+    loss = functools.partial(losses.LOSSES[name], method=method, tile=TILE, **options)
     grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     place = jax.sharding.NamedSharding(other, jax.sharding.PartitionSpec(("z", "x")))
     for embeds in ((images, texts), jax.device_put((images, texts), place)):
@@ -213,6 +214,39 @@ def test_smoothed_labels(mesh: str, method: str, captions: int):
     got = value_and_grads(make_mesh(mesh), method, images, texts, 3.0, label_smoothing=0.2)
     for part, a, b in zip(("loss", "d_images", "d_texts", "d_scale"), got, want):
         assert reference.relative_error(a, b) < 1e-5, part
+
+
+# ---- Weights of the pairs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captions", [1, 2])
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_weights_of_pairs(mesh: str, method: str, name: str, captions: int):
+    """Some weigh nothing, and are negatives of others all the same."""
+    images, texts = reference.pairs(BATCH, WIDTH, captions=captions)
+    options = {"label_smoothing": 0.1} if name == "softmax" else {}
+    want = REFERENCES[name](
+        images, texts, *SCALARS[name], *options.values(), weights=WEIGHTS * 0.37
+    )
+    assert np.abs(want[1][1]).max() > 1e-3
+    weights = jnp.asarray(WEIGHTS)
+    got = value_and_grads(
+        make_mesh(mesh), method, images, texts, *SCALARS[name], weights=weights, **options
+    )
+    for part, a, b in zip(("loss", "d_images", "d_texts", "d_scale", "d_bias"), got, want):
+        assert reference.relative_error(a, b) < 1e-5, part
+
+
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", ["none", "2x4"])
+def test_nothing_is_learned_where_all_weights_are_zero(mesh: str, method: str, name: str):
+    images, texts = reference.pairs(BATCH, WIDTH, captions=2)
+    scalars, weights = SCALARS[name], jnp.zeros(BATCH)
+    for part in value_and_grads(make_mesh(mesh), method, images, texts, *scalars, weights=weights):
+        assert not np.any(part)
 
 
 # ---- Other meshes ------------------------------------------------------------------------------

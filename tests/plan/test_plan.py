@@ -66,9 +66,10 @@ def test_operations_of_the_step(plan):
 
 
 @needs_compiler
-def test_two_captions_an_image():
-    plan = make.make_plan(tiny_config(**{"data.captions": 2}), V5E_8, examples=3200, top=5)
-    assert plan.memory.batch == 4 * (16 * 16 * 3 + 2 * 4 * 8)
+def test_two_captions_an_image_and_weights():
+    settings = {"data.captions": 2, "data.source.weight_key": "score"}
+    plan = make.make_plan(tiny_config(**settings), V5E_8, examples=3200, top=5)
+    assert plan.memory.batch == 4 * (16 * 16 * 3 + 2 * 4 * 8 + 4)
     size = Size(**{**TINY, "image_mlp": 0, "text_mlp": 0})
     assert plan.step.model_flops * 8 == model_flops.step_flops(size, 32, 2)
     another = 3 * 32 * (model_flops.text_flops(size) + 2 * 32 * size.embed_dim)

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def softmax_loss(
-    images, texts, logit_scale, smoothing: float = 0.0
+    images, texts, logit_scale, smoothing: float = 0.0, weights=None
 ) -> tuple[float, np.ndarray, np.ndarray, float]:
     """Loss and its gradients in images [B, e], texts [B, (c,) e] and logit_scale, all float64.
 
@@ -20,25 +20,36 @@ def softmax_loss(
     column_target = (1 - smoothing) * own + smoothing / batch
     row_losses = (row_target * (row_lse[:, None] - logits)).sum(axis=1)
     column_losses = (column_target * (column_lse - logits)).sum(axis=0)
-    loss = (np.mean(row_losses) + np.mean(column_losses)) / 2
-    d_logits = ((by_row - row_target) / batch + (by_column - column_target) / captions) / 2
+    of_rows, of_columns = _shares(weights, batch, captions)
+    loss = (of_rows @ row_losses + of_columns @ column_losses) / 2
+    d_logits = of_rows[:, None] * (by_row - row_target) + of_columns * (by_column - column_target)
+    d_logits /= 2
     d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
     return float(loss), d_images, d_texts.reshape(shape), float(np.sum(d_logits * logits))
 
 
-def sigmoid_loss(images, texts, logit_scale, logit_bias):
+def sigmoid_loss(images, texts, logit_scale, logit_bias, weights=None):
     """Loss and its gradients in all four arguments, all float64."""
     images, texts = np.asarray(images, np.float64), np.asarray(texts, np.float64)
     shape, texts, own = texts.shape, texts.reshape(-1, texts.shape[-1]), _own(images, texts)
-    products, captions = images @ texts.T, len(texts)
+    products = images @ texts.T
+    of_rows, of_columns = _shares(weights, *own.shape)
+    of_pairs = (len(images) * of_rows[:, None] + len(texts) * of_columns) / 2 / len(texts)
     scale = np.exp(np.float64(logit_scale))
     signs = 2 * own - 1
     wrong = -signs * (scale * products + np.float64(logit_bias))
-    d_logits = -signs / (1 + np.exp(-wrong)) / captions
-    loss = np.logaddexp(0, wrong).sum() / captions
+    d_logits = -signs / (1 + np.exp(-wrong)) * of_pairs
+    loss = np.sum(np.logaddexp(0, wrong) * of_pairs)
     d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
     d_texts = d_texts.reshape(shape)
     return loss, d_images, d_texts, np.sum(d_logits * scale * products), d_logits.sum()
+
+
+def _shares(weights, batch: int, captions: int) -> tuple[np.ndarray, np.ndarray]:
+    """The share of each image, and of each caption; both sum to 1."""
+    rows = np.asarray(np.ones(batch) if weights is None else weights, np.float64)
+    columns = np.repeat(rows, captions // batch)
+    return rows / rows.sum(), columns / columns.sum()
 
 
 def _own(images: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy_models
 import pytest
+import reference
 import tiny
 
 from clip_jax import choices, losses, models, sharding
@@ -296,14 +297,23 @@ def test_every_table_names_the_same_objectives():
     assert set(program.OBJECTIVES) == set(models.MODULES) == set(choices.OBJECTIVES)
 
 
-@pytest.mark.parametrize("setting", [{"data.captions": 2}, {"loss.label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"data.captions": 2},
+        {"loss.label_smoothing": 0.1},
+        {"data.source.weight_key": "score"},
+        {"loss.widths": (8,)},
+    ],
+)
 @pytest.mark.parametrize("objective", ["captioning", "bag_of_words", "near_duplicates"])
 def test_forms_of_the_contrastive_loss_are_refused_elsewhere(objective: str, setting: dict):
     config = default.smoke(default.get_config().unlock())
+    config.data.source = default.source(type="tar", path="somewhere")
     config.update_from_flattened_dict(setting)
     default.validate(config)
     config.objective = objective
-    (name,) = setting
+    name = next(iter(setting)).rpartition(".")[2]
     with pytest.raises(UserError, match=rf"{name} is .*objective={objective}"):
         default.validate(config)
 
@@ -313,6 +323,7 @@ def test_forms_of_the_contrastive_loss_are_refused_elsewhere(objective: str, set
     [
         ({"loss.label_smoothing": 1.0}, r"label_smoothing is 1\.0.*below 1"),
         ({"loss.label_smoothing": -0.1}, r"label_smoothing is -0\.1"),
+        ({"loss.widths": (4, 8, 4)}, r"widths is \(4, 8, 4\), and names a width twice"),
         ({"loss.label_smoothing": 0.1, "loss.name": "sigmoid"}, r"sigmoid judges every pair"),
     ],
 )
@@ -321,6 +332,48 @@ def test_losses_that_there_are_not(setting: dict, message: str):
     config.update_from_flattened_dict(setting)
     with pytest.raises(UserError, match=message):
         default.validate(config)
+
+
+@pytest.mark.parametrize("width", [0, 32, 100])
+def test_widths_that_the_model_does_not_have(width: int):
+    config = default.smoke(default.get_config().unlock())
+    config.loss.widths = (8, width)
+    with pytest.raises(UserError, match=rf"loss\.widths names {width}, .* have 32 features"):
+        program.make_mesh_and_net(config)
+
+
+@pytest.mark.parametrize("method", choices.LOSS_METHODS)
+@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+def test_nested_widths_add_up(name: str, method: str):
+    """Value and gradients are the sums over widths, through the length of the cut vectors."""
+    config = default.smoke(default.get_config().unlock())
+    config.loss.update(name=name, method=method, tile=2, widths=(5, 12))
+    mesh = sharding.make_mesh(2, 4)
+    images, texts = reference.pairs(16, 32, captions=2)
+    scalars, weights = ((2.0,), (2.0, -3.0))[name == "sigmoid"], np.arange(16, dtype=np.float32)
+    wanted_loss = reference.softmax_loss if name == "softmax" else reference.sigmoid_loss
+    wants = [0.0, np.zeros(images.shape), np.zeros(texts.shape), *np.zeros(len(scalars))]
+    for width in (5, 12, 32):
+        cut = [x[..., :width].astype(np.float64) for x in (images, texts)]
+        lengths = [np.linalg.norm(x, axis=-1, keepdims=True) for x in cut]
+        units = [x / length for x, length in zip(cut, lengths)]
+        value, *grads = wanted_loss(*units, *scalars, weights=weights)
+        for i, (unit, length) in enumerate(zip(units, lengths)):
+            inward = np.sum(grads[i] * unit, axis=-1, keepdims=True) * unit
+            if width < 32:  # the whole embeddings are not normalised again
+                grads[i] = (grads[i] - inward) / length
+            wants[1 + i][..., :width] += grads[i]
+        wants[0] += value
+        for i in range(len(scalars)):
+            wants[3 + i] += grads[2 + i]
+    loss, _ = program.OBJECTIVES["contrastive"](config, mesh)
+    loss = functools.partial(loss, weights=jnp.asarray(weights))
+    arguments = [jnp.asarray(images), jnp.asarray(texts), *map(jnp.float32, scalars)]
+    with jax.set_mesh(mesh):
+        grad = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))))
+        value, grads = grad(*arguments)
+    for got, want in zip((value, *grads), wants):
+        assert reference.relative_error(got, want) < 1e-5
 
 
 def test_unknown_objective():

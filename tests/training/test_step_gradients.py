@@ -26,6 +26,7 @@ def gradients(
     objective="contrastive",
     captions=1,
     packed=False,
+    weighted=False,
 ):
     """Loss and gradients at the initial state, no optimiser to blur them."""
     packing = {"length": 12, "rows": 0.5} if packed else None
@@ -33,6 +34,9 @@ def gradients(
     net = tiny.make_net("vit", size, patch_dropout=patch_dropout, packing=packing)
     mesh = tiny.make_mesh(*axes)
     state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh, captions)
+    if weighted:
+        weights = np.random.default_rng(0).uniform(0, 3, tiny.BATCH).astype(np.float32)
+        batch["weight"] = jax.device_put(weights, sharding.batch_sharding(mesh))
     # The gradient is all it keeps: where Adam keeps its first moment.
     keep = optax.GradientTransformation(
         lambda params: {"mu": params},
@@ -92,12 +96,14 @@ def test_accumulation_is_exact(axes: tuple, accum_steps: int, patch_dropout: flo
     ("axes", "accum_steps", "method"),
     [((2, 2, 2), 2, "ring"), pytest.param(FSDP, 1, "all_gather", marks=pytest.mark.slow)],
 )
-def test_several_captions_are_exact_too(axes: tuple, accum_steps: int, method: str):
+def test_several_captions_and_weights_are_exact_too(axes: tuple, accum_steps: int, method: str):
     """Packed, split over devices and in pieces; against rows of their own on one device."""
-    want = gradients(ONE, captions=2)
+    want = gradients(ONE, captions=2, weighted=True)
     assert want[0] > math.log(2 * tiny.BATCH) - 1  # a guess among the captions
-    got = gradients(axes, accum_steps=accum_steps, method=method, captions=2, packed=True)
-    assert_gradients(got, want)
+    settings = {"accum_steps": accum_steps, "method": method, "captions": 2, "packed": True}
+    assert_gradients(gradients(axes, weighted=True, **settings), want)
+    if axes == FSDP:
+        assert gradients(axes, **settings)[0] != pytest.approx(want[0], rel=1e-4)
 
 
 def test_several_captions_are_embedded_as_each_alone():

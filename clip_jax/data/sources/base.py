@@ -25,7 +25,8 @@ class Example:
       captions: all captions and their weights in training; empty where the set has none.
       labels: class indices, each once; empty where it has no class, or none of those that count.
       key: unique name of the example, as `as_key` makes it, so that lists have a key a line.
-      groups: values of the source's `group_keys`, "" where there is none; for bias probes.
+      groups: values of the source's `group_keys`, "" where there is none, for bias probes; in
+        training the value of its `weight_key`.
     """
 
     image: bytes | np.ndarray

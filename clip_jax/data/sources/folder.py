@@ -12,7 +12,14 @@ from etils import epath
 from clip_jax.data.sources import captions, parquet_images, tables
 from clip_jax.data.sources.base import IMAGE_SUFFIXES, Example, Request, as_key
 from clip_jax.data.sources.captions import Captions
-from clip_jax.data.sources.labels import Labels, group, number_labels, number_names, parse_groups
+from clip_jax.data.sources.labels import (
+    GROUP_SETTINGS,
+    Labels,
+    group,
+    number_labels,
+    number_names,
+    parse_groups,
+)
 from clip_jax.data.sources.parquet_images import StoredImage, StoredImages
 from clip_jax.data.sources.tables import IMAGE_COLUMNS, TEXT_COLUMNS
 from clip_jax.errors import BadExample, UserError
@@ -192,7 +199,7 @@ class ImageFolder:
             if label_key:
                 tables.pick(names, [label_key], path, "classes (source.label_key)")
             for key in self._group_keys:
-                tables.pick(names, [key], path, "groups (source.group_keys)")
+                tables.pick(names, [key], path, f"groups (source.{GROUP_SETTINGS})")
             others = [field.name for field in fields] + [label_key, *self._group_keys]
             images = [] if self._stored else [image_column]
             return [name for name in images + others if name]

@@ -87,6 +87,10 @@ def class_ids(value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(number for number in found.values() if number >= 0))
 
 
+# Settings that name groups, for messages: the weight of a pair is read as one.
+GROUP_SETTINGS = "group_keys or source.weight_key"
+
+
 def parse_groups(group_keys: str) -> tuple[str, ...]:
     """Splits a list of keys such as "gender,race"."""
     return tuple(filter(None, (key.strip() for key in group_keys.split(","))))

@@ -15,7 +15,7 @@ from tensorflow_datasets.core import decode
 import clip_jax.common.tensorflow_cpu  # noqa: F401  before TFDS brings TensorFlow, with its GPUs
 from clip_jax.data.sources import captions, reading, tfrecord
 from clip_jax.data.sources.base import Example, Request
-from clip_jax.data.sources.labels import class_ids, group, parse_groups
+from clip_jax.data.sources.labels import GROUP_SETTINGS, class_ids, group, parse_groups
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import remote
 
@@ -71,7 +71,7 @@ class TfdsSource:
                 "which TFDS does not number: name a feature of type ClassLabel, or of integers."
             )
         groups = parse_groups(spec.group_keys)
-        self._groups = {_choose(leaves, key, (), "group_keys"): leaves[key] for key in groups}
+        self._groups = {_choose(leaves, key, (), GROUP_SETTINGS): leaves[key] for key in groups}
         texts = (name for name, _ in self._fields)
         self._features, self._decoders = _partial(
             features, self._image_key, self._label_key, *texts, *self._groups

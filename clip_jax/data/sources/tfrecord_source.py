@@ -11,7 +11,13 @@ from ml_collections import ConfigDict
 from clip_jax.common.tensorflow_cpu import tf
 from clip_jax.data.sources import captions, reading, tfrecord
 from clip_jax.data.sources.base import Example, Request
-from clip_jax.data.sources.labels import Labels, group, number_labels, parse_groups
+from clip_jax.data.sources.labels import (
+    GROUP_SETTINGS,
+    Labels,
+    group,
+    number_labels,
+    parse_groups,
+)
 from clip_jax.errors import BadExample, UserError
 from clip_jax.storage import locations
 
@@ -65,7 +71,7 @@ class TfRecordSource:
             self._fields = (captions.Field(_choose(features, "", TEXT_KEYS, "text_key"), 1.0),)
         self._group_keys = parse_groups(spec.group_keys)
         for key in self._group_keys:
-            _choose(features, key, (), "group_keys")
+            _choose(features, key, (), GROUP_SETTINGS)
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         if spec.label_key:
