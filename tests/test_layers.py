@@ -224,8 +224,9 @@ def get_config(name: str, argument: str) -> ConfigDict:
 
 
 def fields(config: ConfigDict, prefix: str = "") -> set[str]:
+    """Names of all settings; those of stages, which are some of them, aside."""
     found = set()
-    for name in config:
+    for name in set(config) - {"stages"}:
         value = config.get(name)
         inner = fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else set()
         found |= inner or {prefix + name}

@@ -109,7 +109,7 @@ def test_every_file_of_the_package_is_in_the_wheel(installed):
 def test_the_console_script(installed, nowhere):
     shown = run(installed, nowhere, str(installed / "bin/clip-jax"), "train", "--help")
     assert shown.returncode == 0, shown.stderr
-    assert "Configs: conceptual," in shown.stdout.replace("\n", " ")
+    assert "Configs: clipa," in shown.stdout.replace("\n", " ")
     assert str(installed / "clip_jax/configs/default.py") in shown.stdout
 
 

@@ -3,18 +3,21 @@
 import importlib
 
 import pytest
+from ml_collections import ConfigDict
 
+from clip_jax import models
 from clip_jax.common import clock
-from clip_jax.configs import conceptual, datacomp, default, metaclip
+from clip_jax.configs import clipa, conceptual, datacomp, default, metaclip
 from clip_jax.errors import UserError
 from clip_jax.training import program
 
 LINES = [("datacomp", line) for line in datacomp.SCALES]
 LINES += [("metaclip", line) for line in metaclip.MODELS]
 LINES += [("conceptual", line) for line in conceptual.LINES]
+LINES += [("clipa", line) for line in clipa.MODELS]
 
 
-def get_config(name: str, argument: str):
+def get_config(name: str, argument: str) -> ConfigDict:
     return importlib.import_module(f"clip_jax.configs.{name}").get_config(argument)
 
 
@@ -37,8 +40,8 @@ def test_every_line(name: str, line: str):
         get_config(name, f"{line}x")
 
 
-def steps(name: str, line: str, examples: int) -> tuple[int, int]:
-    config = get_config(name, line)
+def steps(config: ConfigDict, examples: int = 0) -> tuple[int, int]:
+    """The length of a run and of its warm-up, on a set of so many examples."""
     total = clock.to_steps(
         config.duration, batch_size=config.batch_size, examples_per_epoch=examples
     )
@@ -67,4 +70,21 @@ def steps(name: str, line: str, examples: int) -> tuple[int, int]:
     ],
 )
 def test_steps(name: str, line: str, examples: int, expected: tuple[int, int]):
-    assert steps(name, line, examples) == pytest.approx(expected, abs=1)
+    assert steps(get_config(name, line), examples) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(("line", "warmup"), [("l14", 52_428_800 // 65_536), ("h14", 3200)])
+def test_stages_of_clipa(line: str, warmup: int):
+    """By its files: as many pairs as 10,000 epochs of ImageNet, then 4 and 1 times 131,072,000."""
+    config = get_config("clipa", line)
+    stages = [default.of_stage(config, name) for name in config.stages]
+    expected = [(10_000 * 1_281_167 // 65_536, warmup), (16_000, 800), (8000, 1600)]
+    for stage, each in zip(stages, expected, strict=True):
+        assert steps(stage) == pytest.approx(each, abs=1)
+        rate = stage.optim.learning_rate / (stage.batch_size / 256)
+        assert rate == pytest.approx({84: 8e-6, 224: 4e-7, 336: 1e-7}[side(stage)])
+    assert [side(stage) for stage in stages] == [84, 224, 336]
+
+
+def side(config: ConfigDict) -> int:
+    return models.get_size(config.model.name, config.model.size.to_dict()).image_size
