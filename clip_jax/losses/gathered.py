@@ -97,6 +97,8 @@ def _softmax_forward(
 def _softmax_backward(
     mesh: Mesh, axes: Axes, residuals: tuple, gradient: Scalar
 ) -> tuple[Images, Texts, Scalar, None]:
+    images, texts, logit_scale, weights, logits, rows, columns = residuals
+
     def local(images, texts, logit_scale, weights, logits, rows, columns, gradient):
         (row_max, row_sum), (column_max, column_sum) = rows, columns
         captions = _captions(logits, axes)
@@ -124,7 +126,7 @@ def _softmax_backward(
         mesh=mesh,
         in_specs=(split, split, WHOLE, split, split, split, WHOLE, WHOLE),
         out_specs=(split, split, WHOLE),
-    )(*residuals, gradient)
+    )(images, texts, logit_scale, weights, logits, rows, columns, gradient)
     return *gradients, None
 
 

@@ -249,7 +249,7 @@ def _softmax_forward(
         loss = _total(jnp.sum(terms), axes) / (2 * rows * _devices(axes))
         if weights is not None:  # the backward pass divides by the sums
             by_row = by_row[0], by_row[1] / weights
-            by_column = by_column[0], by_column[1] / by_caption(weights, captions)
+            by_column = by_column[0], by_column[1] / jnp.repeat(weights, captions)
         return loss, by_row, by_column
 
     split = PartitionSpec(axes)

@@ -111,10 +111,7 @@ class Program:
     def state(self) -> train_state.TrainState:
         """Shapes, dtypes and shardings of the training state."""
         return train_state.abstract_state(
-            self.net,
-            self.optimizer,
-            self.mesh,
-            zero1=self.config.mesh.zero1,
+            self.net, self.optimizer, self.mesh, zero1=self.config.mesh.zero1
         )
 
     @functools.cached_property
@@ -125,10 +122,11 @@ class Program:
         image_shape = (rows, size.image_size, size.image_size, 3)
         captions = self.config.data.captions
         token_shape = (rows, *[captions] * (captions > 1), size.context_length)
-        arrays = {"image": (image_shape, jnp.uint8), "tokens": (token_shape, jnp.int32)}
+        like = functools.partial(jax.ShapeDtypeStruct, sharding=place)
+        batch = {"image": like(image_shape, jnp.uint8), "tokens": like(token_shape, jnp.int32)}
         if default.has_pair_weights(self.config.data):
-            arrays["weight"] = (rows,), jnp.float32
-        return {name: jax.ShapeDtypeStruct(*like, sharding=place) for name, like in arrays.items()}
+            batch["weight"] = like((rows,), jnp.float32)
+        return batch
 
     def init(self, variables: Any = None) -> train_state.TrainState:
         """Initialises the state of a run from a model's variables; where None, at random."""
