@@ -37,7 +37,7 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def averaged_variables(self) -> dict[str, Any]:
-        """The same with the moving average of the parameters, placed as they are."""
+        """The variables with the moving average of the parameters, placed as those are."""
         places = jax.tree.map(lambda leaf: leaf.sharding, self.params)
         return {**self.variables, "params": jax.device_put(self.ema["params"], places)}
 

@@ -34,6 +34,8 @@ SCALES = {
             "optim.learning_rate": 1e-3,
             "optim.warmup": "10000 steps",
             "optim.b2": 0.95,
+            "model.remat": "full",  # 352 pairs on each of 256 chips
+            "model.scan_layers": True,
         },
     ),
 }

@@ -153,7 +153,7 @@ def stages(*settings: Mapping[str, Any]) -> ConfigDict:
     """Returns stages "stage1", "stage2", ..., for `config.stages`.
 
     Args:
-      *settings: of each stage, by dotted names, on top of those of the config.
+      *settings: settings of each stage, by dotted names, on top of those of the config.
     """
     made = ConfigDict()
     for number, own in enumerate(settings, start=1):

@@ -25,7 +25,7 @@ class Optimizer:
       rule: the updates of the parameters that learn, from their float32 gradients; the others are
         None in what it takes and returns.
       schedule: its learning rate by step.
-      factors: which parameters learn, and how fast.
+      factors: factors on the learning rate, by parameter; 0 where one does not learn.
       bf16_params: regular expression on the paths of parameters stored in bfloat16; "": none.
       ema_decay: decay rate of a moving average of the parameters; 0: none is kept.
     """
