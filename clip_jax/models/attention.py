@@ -144,6 +144,9 @@ def misfits(size: Size, context_length: int, batch: int) -> dict[str, str]:
     found = {tower: attention_kernel.misfit(*shape) for tower, shape in shapes.items()}
     if size.image_rope:
         found["image"] = "its queries and keys are rotated (image_rope)"
+    for tower, normalised in (("image", size.image_qk_norm), ("text", size.text_qk_norm)):
+        if normalised:
+            found[tower] = f"its queries and keys are normalised ({tower}_qk_norm)"
     return {tower: why for tower, why in found.items() if why}
 
 

@@ -26,10 +26,16 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 _LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0, "text_layers": 0}
 _LEAST |= {"image_registers": 0}
 # Forms that only a ViT has, with their defaults.
-_OF_VITS = {"image_pool": "class", "image_positions": "learned", "image_registers": 0}
+_OF_VITS: dict[str, Any] = {
+    "image_pool": "class",
+    "image_positions": "learned",
+    "image_registers": 0,
+}
 _OF_VITS |= dict.fromkeys(
-    ("norm_after_pool", "image_rope", "map_projection", "image_projection_bias"), False
+    ("norm_after_pool", "image_rope", "map_projection", "image_projection_bias", "image_qk_norm"),
+    False,
 )
+_OF_VITS["image_layer_scale"] = None
 
 
 def check_field(field: dataclasses.Field, value: Any) -> None:
@@ -42,8 +48,10 @@ def check_field(field: dataclasses.Field, value: Any) -> None:
     elif field.name in ("image_mean", "image_std"):
         valid, takes = _is_colour(value), "three numbers, those of image_std above 0"
         valid = valid and (field.name == "image_mean" or min(value) > 0)
-    elif field.type is float:
-        valid, takes = isinstance(value, float) and value > 0, "a positive number, as in 1e-5"
+    elif field.type in (float, float | None):
+        valid = isinstance(value, float) and value > 0
+        valid = valid or (value is None and field.default is None)
+        takes = "a positive number, as in 1e-5"
     else:
         least = _LEAST.get(field.name, 1)
         numbers = value if isinstance(value, tuple) else (value,)

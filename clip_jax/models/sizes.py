@@ -45,6 +45,10 @@ class Size:
         column and row (MoCo v3), 0 for tokens that are no patches.
       image_rope: whether the blocks of a ViT rotate queries and keys by the column and row of their
         patch (axial RoPE), besides adding its position.
+      image_layer_scale: initial multiplier of each branch of an image block, learned by channel
+        (layer scale); None: there is none.
+      image_qk_norm: whether the blocks of a ViT normalise queries and keys in each head.
+      text_qk_norm: whether those of the text tower do.
       map_heads: attention heads of the pooling "map"; None: image_heads.
       map_mlp: hidden units of that pooling; None: image_mlp.
       map_projection: whether that pooling is projected to embed_dim of the same width too.
@@ -116,6 +120,9 @@ class Size:
     map_mlp: int | None = None
     map_projection: bool = False
     image_projection_bias: bool = False
+    image_layer_scale: float | None = None
+    image_qk_norm: bool = False
+    text_qk_norm: bool = False
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -378,7 +385,8 @@ SIZES: Mapping[str, Size] = {
 def configurable() -> dict[str, type]:
     """Returns the fields of `CONFIGURABLE` with their types, for config.model.size."""
     plain: dict[Any, type] = {kind: kind for kind in (str, bool, int)}
-    plain |= {int | None: int, str | None: str, tuple[int, ...]: tuple}
+    plain |= {kind | None: kind for kind in (str, int, float)}
+    plain[tuple[int, ...]] = tuple
     types = {field.name: field.type for field in dataclasses.fields(Size)}
     return {name: plain[types[name]] for name in CONFIGURABLE}
 

@@ -59,6 +59,7 @@ class TextTransformer(nn.Module):
                 attention=self.attention,
                 causal=size.text_causal,
                 paper_init=True,
+                qk_norm=size.text_qk_norm,
             )
         self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
         if size.text_projection:

@@ -27,6 +27,7 @@ from clip_jax.models.layers import (
     ACTIVATIONS,
     Dtype,
     Init,
+    layer_norm,
     named,
     remat_layer,
     torch_default_bias_init,
@@ -58,6 +59,8 @@ class Block(nn.Module):
     mlp_init: Init
     out_init: Init  # init of both projections that end in the residual stream
     length: int | None  # tokens of a sequence before its padding; None: it has none
+    layer_scale: float | None
+    qk_norm: bool
 
     @nn.compact
     def __call__(
@@ -70,24 +73,26 @@ class Block(nn.Module):
         each = jax.tree.map  # over the sequence and, if it stands apart, the class token
         width = jax.tree.leaves(x)[0].shape[-1]
         kernels = self.attention == "pallas" and not self.is_initializing()
-        in_kernel = kernels and rope is None and _fits_kernel(x, self.heads)
+        in_kernel = kernels and rope is None and not self.qk_norm and _fits_kernel(x, self.heads)
+        unscaled = self.layer_scale is None
         norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
         out = partial(dense, width, kernel_init=self.out_init)
-        if kernels:
+        if kernels and unscaled:
             out = partial(out, promote_dtype=_constant_bias)
         product = _from_heads if in_kernel else None
         attn_out = out(axis=(-2, -1), dot_general=product, name="attn_out")
         mlp_out = out(bias_init=torch_default_bias_init(self.mlp), name="mlp_out")
         constants = None
-        if kernels:  # the second LayerNorm finds the gradients of these biases
+        if kernels and unscaled:  # the second LayerNorm finds the gradients of these biases
             constants = tuple(part.variables["params"]["bias"] for part in (attn_out, mlp_out))
 
         qkv = QueryKeyValue(self.heads, self.dtype, self.qkv_init, name="qkv")
         y, x = norm(name="ln_1")(x)
         y = self._attend(qkv, y, mask, read, in_kernel, rope)
         x = x if read is None else read(x)
-        x = named(each(jnp.add, x, each(attn_out, y)), "residual")
+        y = self._scale("attn_scale", each(attn_out, y))
+        x = named(each(jnp.add, x, y), "residual")
         y, x = norm(name="ln_2")(x, constants)
         like = x
         if kernels:
@@ -96,8 +101,16 @@ class Block(nn.Module):
         y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
         y = named(y, "mlp")
         y = each(ACTIVATIONS[self.activation], y)
-        x = each(jnp.add, x, each(mlp_out, y))
+        x = each(jnp.add, x, self._scale("mlp_scale", each(mlp_out, y)))
         return each(lambda part, like: part.reshape(like.shape), x, like)
+
+    def _scale(self, name: str, x: Tokens) -> Tokens:
+        """Multiplies each channel by a learned number, if there is layer scale."""
+        if self.layer_scale is None:
+            return x
+        width = jax.tree.leaves(x)[0].shape[-1]
+        scale = self.param(name, nn.initializers.constant(self.layer_scale), (width,))
+        return jax.tree.map(lambda part: part * scale.astype(part.dtype), x)
 
     def _attend(
         self,
@@ -111,10 +124,19 @@ class Block(nn.Module):
         """Computes attention for the tokens that are read, [b, n, heads, d], or for all."""
         few = read is not None and mask is None and not self.causal  # the others are not needed
 
+        norms = [
+            layer_norm(self.norm_eps, self.dtype, name) if self.qk_norm else lambda part: part
+            for name in ("ln_q", "ln_k")
+        ]
+
+        def normed(heads: Heads) -> Heads:
+            query, key = (norm(part) for norm, part in zip(norms, heads))
+            return query, key, heads[2]
+
         def turned(heads: Heads, queries: Read = lambda of: of) -> Heads:
+            query, key, value = normed(heads)
             if rope is None:
-                return heads
-            query, key, value = heads
+                return query, key, value
             return rotate(query, queries(rope)), rotate(key, rope), value
 
         if in_kernel and not few:
@@ -125,7 +147,7 @@ class Block(nn.Module):
             y = attend_in_kernel(projected, bias, mask, self.length)  # it names what it keeps
         elif isinstance(x, tuple):
             sequence, token = x  # which is not turned
-            projected = named((turned(qkv(sequence)), qkv(token)), "qkv")
+            projected = named((turned(qkv(sequence)), normed(qkv(token))), "qkv")
             y = named(attend_with_token(*projected), "attention")
         elif few:
             return attend(turned(qkv(x[:, : self.length], read(x)), read))
@@ -195,6 +217,10 @@ class Transformer(nn.Module):
       causal: without a mask, each token sees only those up to itself.
       paper_init: the scaled normal initialisation of the published text tower; else PyTorch's
         default for attention and linear layers, as in the published ViT.
+      layer_scale: initial multiplier of the channels of each branch, learned (Touvron et al. 2021);
+        None: there is none.
+      qk_norm: whether queries and keys are normalised in each head (Dehghani et al. 2023). With it,
+        attention does not go through the kernel for TPUs.
     """
 
     layers: int
@@ -208,6 +234,8 @@ class Transformer(nn.Module):
     attention: str
     causal: bool
     paper_init: bool
+    layer_scale: float | None = None
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -233,6 +261,7 @@ class Transformer(nn.Module):
             and not (isinstance(x, tuple) or self.causal)
             and mask is None
             and rope is None
+            and not self.qk_norm
         ):
             shape = x.shape
             x, mask, length = _fill_tiles(x, self.heads)
@@ -286,6 +315,8 @@ class Transformer(nn.Module):
             mlp_init=mlp_init,
             out_init=out_init,
             length=length,
+            layer_scale=self.layer_scale,
+            qk_norm=self.qk_norm,
             parent=None,
         )
 

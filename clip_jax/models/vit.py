@@ -89,6 +89,8 @@ class VisionTransformer(nn.Module):
             attention=self.attention,
             causal=False,
             paper_init=False,
+            layer_scale=size.image_layer_scale,
+            qk_norm=size.image_qk_norm,
             name="transformer",
         )(x, read=class_token if size.image_pool == "class" else None, rope=rope)
         ln_post = norm("ln_post")

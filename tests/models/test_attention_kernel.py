@@ -164,6 +164,8 @@ def gradients(net, params, images, tokens):
         (1, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
         (1, True, "attention", {"image_pool": "avg", "image_registers": 1}),  # apart, not read
         (1, True, "none", {"image_pool": "map", "image_registers": 1, "image_rope": True}),
+        (1, False, "attention", {"image_layer_scale": 0.5, "image_size": 56}),
+        (1, True, "none", {"image_qk_norm": True}),
         (65, False, "residual", {"image_size": 56}),  # four times 50 tokens as one sequence
         (65, True, "none", {"image_pool": "map", "image_size": 48}),  # twice 36 patches
     ],

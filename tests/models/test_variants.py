@@ -61,7 +61,8 @@ POOLS = [
     {"image_pool": "map", "norm_after_pool": False},
     {"image_pool": "class", "norm_after_pool": False, "image_registers": 2},
     {"text_width": 16, "text_heads": 2, "embed_dim": 16, "text_projection": False},
-    PE,
+    {"image_layer_scale": 0.1, "image_qk_norm": True, "text_qk_norm": True},
+    PE | {"image_qk_norm": True},
     PE | {"image_registers": 0, "map_heads": 3, "embed_dim": 24, "map_projection": True},
     PE | {"image_registers": 2, "image_pool": "class", "map_heads": None, "map_mlp": None},
 ]
@@ -83,7 +84,7 @@ def test_pools_and_positions_equal_numpy(forms: dict):
     np.testing.assert_allclose(text, wanted, **EXACT)
 
 
-@pytest.mark.parametrize("forms", [{}, {"image_positions": "sincos"}, PE])
+@pytest.mark.parametrize("forms", [{"image_positions": "sincos"}, PE, {"image_qk_norm": True}])
 def test_a_token_apart_that_is_not_read(forms: dict):
     """256 patches and a class token: the token stands apart, and the mean is of the patches."""
     forms = {"image_size": 64, "patch_size": 4, **forms}

@@ -71,6 +71,7 @@ FORMS = [
     {"image_positions": "sincos", "image_size": 84},
     {"norm_after_pool": False, "pre_norm": True, "text_pool": "first"},
     {"text_projection": False},
+    {"image_layer_scale": 1e-4, "image_qk_norm": True, "text_qk_norm": True},
     {"text_pool": "end", "end_token": 900},
 ]
 

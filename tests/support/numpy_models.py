@@ -35,13 +35,16 @@ def block(x, p, causal: bool, activation: str = "quick_gelu", eps: float = 1e-5,
     y = layer_norm(x, p["ln_1"], eps)
     qkv = np.einsum("bsw,wthd->tbhsd", y, p["qkv"]["kernel"])
     q, k, v = qkv + p["qkv"]["bias"][:, None, :, None]
+    if "ln_q" in p:
+        q, k = layer_norm(q, p["ln_q"], eps), layer_norm(k, p["ln_k"], eps)
     q, k = (part if rope is None else rotated(part, *rope) for part in (q, k))
     logits = np.einsum("bhsd,bhtd->bhst", q, k) / np.sqrt(q.shape[-1])
     if causal:
         logits = np.where(np.tri(x.shape[1], dtype=bool), logits, -np.inf)
     y = np.einsum("bhst,bhtd->bshd", softmax(logits), v)
-    x = x + np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
-    return x + mlp(layer_norm(x, p["ln_2"], eps), p, activation)
+    y = np.einsum("bshd,hdw->bsw", y, p["attn_out"]["kernel"]) + p["attn_out"]["bias"]
+    x = x + y * p.get("attn_scale", 1)
+    return x + mlp(layer_norm(x, p["ln_2"], eps), p, activation) * p.get("mlp_scale", 1)
 
 
 def rotated(x, tokens: int, side: int, places):

@@ -108,6 +108,8 @@ class BlockNames:
 
     Attributes:
       ln_1, attn_out, ln_2, mlp_in, mlp_out: their names, by ours.
+      ln_q, ln_k: those of the normalisation of queries and keys; "": there is none.
+      attn_scale, mlp_scale: those of layer scale; "": there is none.
       qkv: names of one fused projection, or of three; each is a weight and a bias.
     """
 
@@ -117,6 +119,10 @@ class BlockNames:
     mlp_in: str
     mlp_out: str
     qkv: tuple[tuple[str, str], ...]
+    ln_q: str = ""
+    ln_k: str = ""
+    attn_scale: str = ""
+    mlp_scale: str = ""
 
 
 def blocks(theirs: str, ours: str, layers: int, names: BlockNames) -> Iterator[Entry]:
@@ -136,6 +142,12 @@ def blocks(theirs: str, ours: str, layers: int, names: BlockNames) -> Iterator[E
         yield from norm(f"{stem}.{names.ln_2}", f"{root}/ln_2", at)
         yield from linear(f"{stem}.{names.mlp_in}", f"{root}/mlp_in", 1, at)
         yield from linear(f"{stem}.{names.mlp_out}", f"{root}/mlp_out", 1, at)
+        for part in ("ln_q", "ln_k"):
+            if name := getattr(names, part):
+                yield from norm(f"{stem}.{name}", f"{root}/{part}", at)
+        for part in ("attn_scale", "mlp_scale"):
+            if name := getattr(names, part):
+                yield entry(f"{stem}.{name}", f"{root}/{part}", at=at)
 
 
 # ---- Reading the tables ------------------------------------------------------------------------

@@ -13,10 +13,10 @@ _BASE = SIZES["ViT-B/32"]
 # Settings that our models take over, and others at the only value that they can have.
 _TOWER = {"width", "layers", "mlp_ratio", "norm_kwargs", "act_kwargs"}
 _VISION = _TOWER | {"image_size", "patch_size", "head_width", "no_ln_pre", "timm_model_name"}
-_VISION |= {"pool_type", "final_ln_after_pool", "pos_embed_type"}
+_VISION |= {"pool_type", "final_ln_after_pool", "pos_embed_type", "ls_init_value", "qk_norm"}
 _TEXT = _TOWER | {"context_length", "vocab_size", "heads", "no_causal_mask", "proj_bias"}
 _TEXT |= {"pool_type", "eos_id", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode"}
-_TEXT |= {"proj_type", "pad_id"}  # its towers ignore pad_id without embed_cls
+_TEXT |= {"proj_type", "qk_norm", "pad_id"}  # its towers ignore pad_id without embed_cls
 _IMAGE_POOLS = {"tok": "class", "avg": "avg"}
 _IMAGE_POSITIONS = {"learnable": "learned", "sin_cos_2d": "sincos"}
 _TEXT_POOLS = {"argmax": "end", "eos": "end", "first": "first", "last": "last"}
@@ -52,6 +52,7 @@ def size_of(config: Mapping[str, Any], source: object) -> models.Size:
         context_length=text.get("context_length", 77),
         vocab_size=text.get("vocab_size", 49_408),
         **_activations(settings, source),
+        text_qk_norm=text.get("qk_norm", False),
         text_causal=not text.get("no_causal_mask", False),
         text_pool=_one_of(_TEXT_POOLS, text, "text_cfg.pool_type", "argmax", source),
         end_token=_end_token(text),
@@ -175,6 +176,8 @@ def _image_forms(vision: Mapping[str, Any], source: object) -> dict[str, Any]:
         "image_positions": place,
         "image_registers": int(pool == "avg"),
         "norm_after_pool": pool == "avg" and vision.get("final_ln_after_pool", False),
+        "image_layer_scale": vision.get("ls_init_value"),
+        "image_qk_norm": vision.get("qk_norm", False),
     }
 
 
@@ -193,6 +196,7 @@ def config_of(size: models.Size) -> dict[str, Any]:
         "pool_type": _theirs(_TEXT_POOLS, size.text_pool),
         "proj_type": _theirs(_PROJECTIONS, size.text_projection),
         "norm_kwargs": {"eps": size.norm_eps},
+        "qk_norm": size.text_qk_norm,
     }
     if size.end_token is not None:
         text |= {"pool_type": "eos", "eos_id": size.end_token}
@@ -244,5 +248,7 @@ def _vision_config(size: models.Size) -> dict[str, Any]:
         "pool_type": _theirs(_IMAGE_POOLS, size.image_pool),
         "pos_embed_type": _theirs(_IMAGE_POSITIONS, size.image_positions),
         "final_ln_after_pool": size.norm_after_pool,
+        "ls_init_value": size.image_layer_scale,
+        "qk_norm": size.image_qk_norm,
         "norm_kwargs": {"eps": size.norm_eps},
     }
