@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.configs import default
 from clip_jax.errors import UserError
+from clip_jax.training import validation
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted(path for folder in ("clip_jax", "configs") for path in (ROOT / folder).rglob("*.py"))
@@ -248,7 +249,7 @@ def test_smoke_config(name: str):
     from clip_jax.training import program
 
     config = get_config(name, "smoke")
-    default.validate(config)
+    validation.validate(config)
     assert fields(config) == fields(default.get_config())
     assert config.data.source.type == "digits"
     _, net = program.make_mesh_and_net(config)
@@ -264,16 +265,16 @@ def test_full_config(name: str):
     assert fields(config) == fields(default.get_config())
     program.make_mesh_and_net(config)
     if config.data.source.type:
-        default.validate(config)
+        validation.validate(config)
         return
     with pytest.raises(UserError, match=r"names no training data: set --config.*:smoke"):
-        default.validate(config)
+        validation.validate(config)
     config.data.source.type = "tar"
     if config.init_params:  # as LiT, which begins with a tower of some model
         with pytest.raises(UserError, match="init_from names no model"):
-            default.validate(config)
+            validation.validate(config)
         config.init_from = "a model"
-    default.validate(config)
+    validation.validate(config)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

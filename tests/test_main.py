@@ -12,7 +12,7 @@ import pytest
 from clip_jax.common import config_file
 from clip_jax.configs import default, vit_b32
 from clip_jax.errors import UserError
-from clip_jax.training import cli
+from clip_jax.training import cli, validation
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = "--config=configs/vit_b32.py:smoke"
@@ -205,18 +205,18 @@ def test_every_config_can_be_read():
     for name in names:
         module = importlib.import_module(f"clip_jax.configs.{name}")
         assert set(module.get_config().keys()) == set(default.get_config().keys())
-        default.validate(module.get_config("smoke"))
+        validation.validate(module.get_config("smoke"))
         with pytest.raises(UserError, match="smoke"):
             module.get_config("smok")
 
 
 def test_validate_names_every_problem_at_once():
     config = vit_b32.get_config("smoke")
-    default.validate(config)
+    validation.validate(config)
     config.seed = -1
     config.model.dtype = "float64"
     with pytest.raises(UserError) as caught:
-        default.validate(config)
+        validation.validate(config)
     assert re.search(r"seed is -1.*at least 0", str(caught.value))
     assert re.search(r"model\.dtype is 'float64'.*bfloat16", str(caught.value), re.IGNORECASE)
 

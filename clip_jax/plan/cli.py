@@ -30,6 +30,7 @@ from clip_jax.errors import UserError
 from clip_jax.plan import topology as topologies
 from clip_jax.plan.chips import IMAGES_PER_CORE
 from clip_jax.storage import locations, writing
+from clip_jax.training import validation
 
 PAPER_EXAMPLES = 400e6
 _COMMAND = "python -m clip_jax plan"
@@ -213,7 +214,7 @@ def _validate(config: ConfigDict) -> None:
     """Checks a config as for a run, except that a plan needs no data."""
     checked = copy.deepcopy(config)
     checked.data.source.type = checked.data.source.type or "synthetic"
-    default.validate(checked)
+    validation.validate(checked)
 
 
 def _write_json(target: str | None, fields: dict[str, Any]) -> bool:

@@ -8,8 +8,8 @@ import signal
 from absl import flags, logging
 
 from clip_jax.common import commands, config_file, hosts, output
-from clip_jax.configs import default
 from clip_jax.errors import UserError
+from clip_jax.training import validation
 
 _ABOUT = """Trains CLIP: {command} --config={example} --workdir=runs/my_run
 
@@ -74,7 +74,7 @@ def _define(values: flags.FlagValues) -> None:
 
 
 def _run(given: config_file.CommandLine, command: str) -> None:
-    default.validate(given.config)
+    validation.validate(given.config)
     coordinator, processes, process = (
         given.flags[name] for name in ("coordinator", "processes", "process")
     )

@@ -14,8 +14,9 @@ from etils import epath
 
 from clip_jax import choices
 from clip_jax.common import metrics, trackers
-from clip_jax.configs import default, vit_b32
+from clip_jax.configs import vit_b32
 from clip_jax.errors import UserError
+from clip_jax.training import validation
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAKES = ROOT / "tests" / "support" / "fake_trackers"
@@ -263,7 +264,7 @@ def test_an_unknown_tracker_is_named():
     config = vit_b32.get_config("smoke")
     config.log.trackers = "wandb, tensorboard"
     with pytest.raises(UserError, match=r"log\.trackers names tensorboard, and may name wandb"):
-        default.validate(config)
+        validation.validate(config)
 
 
 # ---- The real ones, where they are installed ----------------------------------------------------

@@ -17,6 +17,7 @@ from clip_jax.data import published, text_mask, tokenizer
 from clip_jax.data.sources.base import Example
 from clip_jax.data.tokenizer_base import Tokenizer
 from clip_jax.errors import UserError
+from clip_jax.training import validation
 
 DRAWN = ("random", "shuffle", "block")
 LENGTH = 5
@@ -187,7 +188,7 @@ def test_wrong_settings(change: dict, match: str):
     config = default.smoke(default.get_config())
     config.update_from_flattened_dict(change)
     with pytest.raises(UserError, match=match):
-        default.validate(config)
+        validation.validate(config)
 
 
 # ---- By parts of speech ------------------------------------------------------------------------

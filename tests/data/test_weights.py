@@ -11,6 +11,7 @@ from shards import picture, write_tar
 from clip_jax.configs import default
 from clip_jax.data import mixture, pipeline, rows, tokenizer
 from clip_jax.errors import UserError
+from clip_jax.training import validation
 
 CONTEXT = 8
 WEIGHTS = (0.25, 0, 3, "1e-3", 0.1)
@@ -113,4 +114,4 @@ def test_sources_that_have_no_weights(source, message):
     config = default.get_config()
     config.data.source = default.source(**{"weight_key": "score", **source})
     with pytest.raises(UserError, match=message):
-        default.validate(config)
+        validation.validate(config)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from clip_jax.__main__ import COMMANDS
 from clip_jax.configs import default
+from clip_jax.training import validation
 
 LANGUAGES = {"bash", "python", "json", "text", "diff", "{settings}", "{eval-rst}", "{toctree}"}
 # Programs of others: that they are called so is all that is known here.
@@ -338,6 +339,6 @@ def test_the_mixture():
     names: dict = {}
     exec(compile(block.text, str(block), "exec"), names)
     config = names["get_config"]()
-    default.validate(config)
+    validation.validate(config)
     assert set(config.data.mixture) == {"cc12m", "mine"}
     assert names["get_config"]("smoke").duration == "20 steps"

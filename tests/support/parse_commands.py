@@ -17,10 +17,10 @@ import sys
 
 from clip_jax import __main__
 from clip_jax.common import config_file
-from clip_jax.configs import default
 from clip_jax.curation import cli as data
 from clip_jax.plan import cli as plan
 from clip_jax.training import cli as training
+from clip_jax.training import validation
 
 OPEN = "..."  # stands for arguments that a page leaves out
 
@@ -51,7 +51,7 @@ def parse(words: list[str]) -> None:
 def _parse_training(words: list[str], complete: bool) -> None:
     config = config_file.parse(words, "python main.py", training._define).config
     if complete:
-        default.validate(config)
+        validation.validate(config)
 
 
 def _parse_command(words: list[str]) -> None:

@@ -18,7 +18,7 @@ from clip_jax.data.sources.captions import Captions
 from clip_jax.embed.encoder import Encoder
 from clip_jax.errors import BadExample, UserError
 from clip_jax.models import views
-from clip_jax.training import program
+from clip_jax.training import program, validation
 from clip_jax.weights.convert import tokens
 from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
@@ -127,7 +127,7 @@ def test_config_of_the_detector():
     assert config.loss.temperature == 0.07
     config.loss.temperature = 0.0
     with pytest.raises(UserError, match=r"loss\.temperature is 0\.0"):
-        default.validate(config)
+        validation.validate(config)
 
 
 def test_no_other_format_has_weight_normalisation(tmp_path):

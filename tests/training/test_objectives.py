@@ -18,7 +18,7 @@ from clip_jax.configs import default, figure2
 from clip_jax.errors import UserError
 from clip_jax.models import captioner
 from clip_jax.models import prompts as prompts_module
-from clip_jax.training import program
+from clip_jax.training import program, validation
 
 BAG = {"text_pool": "bag", "text_layers": 0}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -285,7 +285,7 @@ def test_bags_of_words_cannot_be_packed():
 @pytest.mark.parametrize("line", figure2.LINES)
 def test_configs_of_figure_2(line: str):
     config = figure2.get_config(f"{line},smoke")
-    default.validate(config)
+    validation.validate(config)
     _, net = program.make_mesh_and_net(config)
     assert net.size.is_resnet
     assert net.size.image_size == 32
@@ -311,11 +311,11 @@ def test_forms_of_the_contrastive_loss_are_refused_elsewhere(objective: str, set
     config = default.smoke(default.get_config().unlock())
     config.data.source = default.source(type="tar", path="somewhere")
     config.update_from_flattened_dict(setting)
-    default.validate(config)
+    validation.validate(config)
     config.objective = objective
     name = next(iter(setting)).rpartition(".")[2]
     with pytest.raises(UserError, match=rf"{name} is .*objective={objective}"):
-        default.validate(config)
+        validation.validate(config)
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_losses_that_there_are_not(setting: dict, message: str):
     config = default.smoke(default.get_config().unlock())
     config.update_from_flattened_dict(setting)
     with pytest.raises(UserError, match=message):
-        default.validate(config)
+        validation.validate(config)
 
 
 @pytest.mark.parametrize("width", [0, 32, 100])
@@ -380,7 +380,7 @@ def test_unknown_objective():
     config = figure2.get_config("smoke")
     config.objective = "captions"
     with pytest.raises(UserError, match=r"objective is 'captions'.*captioning, bag_of_words"):
-        default.validate(config)
+        validation.validate(config)
 
 
 def test_the_tensor_axis_needs_no_heads_of_a_text_tower_that_is_not_there():

@@ -9,7 +9,7 @@ from clip_jax import models
 from clip_jax.common import clock
 from clip_jax.configs import clipa, conceptual, datacomp, default, metaclip
 from clip_jax.errors import UserError
-from clip_jax.training import program
+from clip_jax.training import program, validation
 
 LINES = [("datacomp", line) for line in datacomp.SCALES]
 LINES += [("metaclip", line) for line in metaclip.MODELS]
@@ -27,11 +27,11 @@ def test_every_line(name: str, line: str):
     config = get_config(name, line)
     program.make_mesh_and_net(config)
     with pytest.raises(UserError, match="names no training data"):
-        default.validate(config)
+        validation.validate(config)
     config.data.source.type = "tar"
-    default.validate(config)
+    validation.validate(config)
     small = get_config(name, f"{line},smoke")
-    default.validate(small)
+    validation.validate(small)
     assert small.data.source.type == "digits"
     assert small.duration == "20 steps"
     text = importlib.import_module(f"clip_jax.configs.{name}").__doc__

@@ -19,10 +19,9 @@ from several_hosts import endings, flags, launch
 
 from clip_jax import checkpoint
 from clip_jax.common import goodput, starts
-from clip_jax.configs import default
 from clip_jax.data import rows
 from clip_jax.errors import ExitCode, Stopped, UserError
-from clip_jax.training import augment, loop, skips, train
+from clip_jax.training import augment, loop, skips, train, validation
 from clip_jax.training import run as runs
 
 BATCH = 16
@@ -535,4 +534,4 @@ def test_rows_are_counted_however_seldom_they_are_read(together: int):
 def test_wrong_settings(changes, message):
     config = tiny_run.config(changes)
     with pytest.raises(UserError, match=message):
-        default.validate(config)
+        validation.validate(config)

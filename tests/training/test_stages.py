@@ -5,7 +5,7 @@ import tiny_run
 
 from clip_jax.configs import default, vit_b32
 from clip_jax.errors import UserError
-from clip_jax.training import stages, train
+from clip_jax.training import stages, train, validation
 
 QUICK = {"eval.zeroshot.source.type": "", "eval.retrieval.source.type": ""}
 QUICK |= {"checkpoint.best_metric": "", "log.tensorboard": False}
@@ -18,7 +18,7 @@ def staged(*settings):
     config.unlock()
     config.stages = default.stages(*settings)
     config.lock()
-    default.validate(config)
+    validation.validate(config)
     return config
 
 

@@ -1,0 +1,139 @@
+"""Checks of a config that need neither data nor devices."""
+
+from ml_collections import ConfigDict
+
+from clip_jax import choices
+from clip_jax.configs import default
+from clip_jax.errors import UserError
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks the settings that need neither data nor devices.
+
+    Raises:
+      UserError: names the field, its value and the values that it takes.
+    """
+    for name in config.stages:
+        validate(default.of_stage(config, name))
+    problems = []
+    for name, value, allowed in (
+        ("objective", config.objective, choices.OBJECTIVES),
+        ("model.dtype", config.model.dtype, choices.COMPUTE_DTYPES),
+        ("model.attention", config.model.attention, choices.ATTENTIONS),
+        ("data.crop", config.data.crop, choices.CROPS),
+        ("data.order", config.data.order, choices.ORDERS),
+        ("data.text_mask", config.data.text_mask, choices.TEXT_MASKS),
+        ("loss.name", config.loss.name, choices.LOSS_NAMES),
+        ("loss.method", config.loss.method, choices.LOSS_METHODS),
+        ("optim.name", config.optim.name, choices.OPTIMIZERS),
+        ("optim.schedule", config.optim.schedule, choices.SCHEDULES),
+        ("optim.cooldown_shape", config.optim.cooldown_shape, choices.COOLDOWN_SHAPES),
+        ("optim.moment_dtype", config.optim.moment_dtype, choices.MOMENT_DTYPES),
+        ("step.nonfinite", config.step.nonfinite, choices.NONFINITE),
+    ):
+        if value not in allowed:
+            problems.append(f"{name} is {value!r}, and must be one of {', '.join(allowed)}")
+    for name, value, least in (
+        ("batch_size", config.batch_size, 1),
+        ("accum_steps", config.accum_steps, 1),
+        ("loss.tile", config.loss.tile, 1),
+        ("loss.temperature", config.loss.temperature, 1e-4),
+        ("seed", config.seed, 0),
+        ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
+        ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
+        ("optim.final_fraction", config.optim.final_fraction, 0),
+        ("step.timeout", config.step.timeout, 0),
+        ("step.max_grad_norm", config.step.max_grad_norm, 0),
+        ("step.max_skipped", config.step.max_skipped, 0),
+        ("step.max_rollbacks", config.step.max_rollbacks, 0),
+        ("step.saved_batches", config.step.saved_batches, 0),
+        ("eval.batch_size", config.eval.batch_size, 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1),
+        ("checkpoint.give_up_after", config.checkpoint.give_up_after, 0),
+        ("log.trace_steps", config.log.trace_steps, 1),
+        ("data.captions", config.data.captions, 1),
+        ("data.prefetch", config.data.prefetch, 1),
+        ("data.processes", config.data.processes, -1),
+        ("data.threads", config.data.threads, 0),
+        ("data.shuffle_window", config.data.shuffle_window, 1),
+        ("data.chunk", config.data.chunk, 1),
+    ):
+        if not value >= least:  # NaN too
+            problems.append(f"{name} is {value}, and must be at least {least}")
+    names = [name.strip() for name in config.log.trackers.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in choices.TRACKERS]:
+        problems.append(
+            f"log.trackers names {', '.join(unknown)}, and may name {', '.join(choices.TRACKERS)}"
+        )
+    data, views = config.data, config.data.views
+    for name, pair in (
+        ("data.crop_scale", data.crop_scale),
+        ("data.crop_ratio", data.crop_ratio),
+        ("data.views.scale", views.scale),
+        ("data.views.ratio", views.ratio),
+        ("data.views.quality", views.quality),
+    ):
+        if len(pair) != 2:
+            problems.append(
+                f"{name} is {pair}, and must be two numbers, the least and the greatest"
+            )
+    if config.step.max_grad_norm and config.step.nonfinite != "skip":
+        problems.append(
+            f"step.max_grad_norm is {config.step.max_grad_norm}, and skips steps only with "
+            "step.nonfinite=skip"
+        )
+    if config.init_params and not config.init_from:
+        problems.append(
+            f"init_params is {config.init_params!r}, and init_from names no model to take them from"
+        )
+    if config.init_from and config.branch_from:
+        problems.append("init_from and branch_from are both set, and a run has one beginning")
+    if not 0 <= config.optim.ema_decay < 1:
+        problems.append(f"optim.ema_decay is {config.optim.ema_decay}, and must be from 0 to 1")
+    if len(set(config.loss.widths)) < len(config.loss.widths):
+        problems.append(f"loss.widths is {tuple(config.loss.widths)}, and names a width twice")
+    for each in default.sources(data):
+        if each.weight_key and each.type in ("digits", "synthetic"):
+            problems.append(
+                f"source.weight_key is {each.weight_key!r}, but {each.type} data have no such field"
+            )
+        if "," in each.weight_key:
+            problems.append(f"source.weight_key is {each.weight_key!r}, and must be a single name")
+    if not 0 <= config.loss.label_smoothing < 1:
+        problems.append(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
+            "below 1"
+        )
+    elif config.loss.label_smoothing and config.loss.name == "sigmoid":
+        problems.append(
+            f"loss.label_smoothing is {config.loss.label_smoothing}, but loss.name=sigmoid judges "
+            "every pair by itself, and has no distribution over the batch to smooth: leave it 0, "
+            "or take loss.name=softmax"
+        )
+    if config.objective != "contrastive":
+        for name, value, neutral in (
+            ("data.captions", config.data.captions, 1),
+            ("loss.label_smoothing", config.loss.label_smoothing, 0),
+            ("loss.widths", tuple(config.loss.widths), ()),
+            ("source.weight_key", "".join(each.weight_key for each in default.sources(data)), ""),
+        ):
+            if value != neutral:
+                problems.append(
+                    f"{name} is {value!r}, but objective={config.objective} takes {neutral!r}: "
+                    "only the contrastive one has it"
+                )
+    if config.objective == "captioning" and data.text_mask != "none":
+        problems.append(
+            f"data.text_mask is {data.text_mask!r}, and must be none with objective=captioning, "
+            "which would learn to write captions with gaps"
+        )
+    if not 0 < config.eval.confidence < 1:
+        problems.append(f"eval.confidence is {config.eval.confidence}, and must be between 0 and 1")
+    if not config.data.source.type and not config.data.mixture:
+        problems.append(
+            "it names no training data: set --config.data.source.type (tar, folder, tfds) "
+            "and --config.data.source.path or .name to yours, or put :smoke behind the config's "
+            "name, as in --config=configs/vit_b32.py:smoke, for a small run on embedded data"
+        )
+    if problems:
+        raise UserError(f"This config cannot be run: {'; '.join(problems)}.")
