@@ -36,7 +36,7 @@ _BLOCK = BlockNames(
     qkv=(("attn.in_proj_weight", "attn.in_proj_bias"),),
 )
 # open_clip has them besides.
-_QK_NORM: dict[str, Any] = {"ln_q": "attn.ln_q", "ln_k": "attn.ln_k"}
+_QK_NORM = {"ln_q": "attn.ln_q", "ln_k": "attn.ln_k"}
 _LAYER_SCALE = {"attn_scale": "ls_1.gamma", "mlp_scale": "ls_2.gamma"}
 
 
