@@ -35,9 +35,6 @@ _BLOCK = BlockNames(
     mlp_out="mlp.c_proj",
     qkv=(("attn.in_proj_weight", "attn.in_proj_bias"),),
 )
-# open_clip has them besides.
-_QK_NORM = {"ln_q": "attn.ln_q", "ln_k": "attn.ln_k"}
-_LAYER_SCALE = {"attn_scale": "ls_1.gamma", "mlp_scale": "ls_2.gamma"}
 
 
 def write(weights: Weights, path: pathlib.Path) -> None:
@@ -63,13 +60,23 @@ def text(size: models.Size, prefix: str) -> Iterator[Entry]:
     ours = "params/text"
     yield entry(f"{prefix}token_embedding.weight", f"{ours}/token_embed/embedding")
     yield entry(f"{prefix}positional_embedding", f"{ours}/positions")
-    names = dataclasses.replace(_BLOCK, **(_QK_NORM if size.text_qk_norm else {}))
+    names = _block(size.text_qk_norm, layer_scale=False)
     yield from blocks(f"{prefix}transformer.resblocks", ours, size.text_layers, names)
     yield from norm(f"{prefix}ln_final", f"{ours}/ln_final")
     if size.text_projection_bias:
         yield from linear(f"{prefix}text_projection", f"{ours}/projection")
     elif size.text_projection:
         yield entry(f"{prefix}text_projection", f"{ours}/projection/kernel")
+
+
+def _block(qk_norm: bool, layer_scale: bool) -> BlockNames:
+    """Returns the names in a block, with those that open_clip has besides."""
+    names = _BLOCK
+    if qk_norm:
+        names = dataclasses.replace(names, ln_q="attn.ln_q", ln_k="attn.ln_k")
+    if layer_scale:
+        names = dataclasses.replace(names, attn_scale="ls_1.gamma", mlp_scale="ls_2.gamma")
+    return names
 
 
 def _vit(size: models.Size) -> Iterator[Entry]:
@@ -83,11 +90,7 @@ def _vit(size: models.Size) -> Iterator[Entry]:
         yield entry(f"{theirs}.positional_embedding", f"{ours}/positions")
     if size.pre_norm:
         yield from norm(f"{theirs}.ln_pre", f"{ours}/ln_pre")
-    names = dataclasses.replace(
-        _BLOCK,
-        **(_QK_NORM if size.image_qk_norm else {}),
-        **({} if size.image_layer_scale is None else _LAYER_SCALE),
-    )
+    names = _block(size.image_qk_norm, size.image_layer_scale is not None)
     yield from blocks(f"{theirs}.transformer.resblocks", ours, size.image_layers[0], names)
     yield from norm(f"{theirs}.ln_post", f"{ours}/ln_post")
     yield entry(f"{theirs}.proj", f"{ours}/projection/kernel")
