@@ -169,11 +169,12 @@ def make_mesh_and_net(
     sharding.check_batch(config.batch_size, config.accum_steps, mesh)
     net = make_net(config, mesh)
     check_tensor(net.size, axes.tensor)
-    if wrong := [width for width in config.loss.widths if not 0 < width < net.size.embed_dim]:
+    widths = range(1, net.size.embed_dim)
+    if wrong := [width for width in config.loss.widths if width not in widths]:
         raise UserError(
             f"loss.widths names {', '.join(map(str, wrong))}, but the embeddings have "
-            f"{net.size.embed_dim} features: a width is at least 1 and below that. All of them "
-            "together count anyway."
+            f"{net.size.embed_dim} features: a width is a whole number from 1 to "
+            f"{net.size.embed_dim - 1}. All features together count anyway."
         )
     return mesh, net
 

@@ -104,11 +104,11 @@ def validate(config: ConfigDict) -> None:
             f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
             "below 1"
         )
-    elif config.loss.label_smoothing and config.loss.name == "sigmoid":
+    elif config.loss.label_smoothing and config.loss.name != "softmax":
         problems.append(
-            f"loss.label_smoothing is {config.loss.label_smoothing}, but loss.name=sigmoid judges "
-            "every pair by itself, and has no distribution over the batch to smooth: leave it 0, "
-            "or take loss.name=softmax"
+            f"loss.label_smoothing is {config.loss.label_smoothing}, but only loss.name=softmax "
+            f"has distributions over the batch to smooth: {config.loss.name} judges every pair by "
+            "itself"
         )
     if config.objective != "contrastive":
         for name, value, neutral in (

@@ -80,7 +80,7 @@ def test_value_and_gradients_in_bfloat16(mesh: str, method: str):
 
 
 @pytest.mark.parametrize("captions", [1, 3])
-@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("name", REFERENCES)
 def test_reference_by_finite_differences(name: str, captions: int):
     """The gradients that everything is compared with are those of the reference's own loss."""
     pairs = [x.astype(np.float64) for x in reference.pairs(6, 5, captions=captions)]
@@ -155,7 +155,7 @@ def test_sigmoid_of_a_larger_loss():
 SCALARS = {"softmax": (2.0,), "sigmoid": (2.0, -3.0)}
 
 
-@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_several_captions_of_an_image(mesh: str, method: str, name: str):
@@ -167,7 +167,7 @@ def test_several_captions_of_an_image(mesh: str, method: str, name: str):
         assert reference.relative_error(a, b) < 1e-5, part
 
 
-@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_caption_several_times(method: str, name: str):
     """Nothing is learned of the copies; softmax spreads the target over them, for log 3 nats."""
@@ -184,7 +184,7 @@ def test_the_same_caption_several_times(method: str, name: str):
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("name", REFERENCES)
 def test_several_captions_on_any_mesh(name: str, method: str, kind: str):
     kinds = (jax.sharding.AxisType[kind],) * 3
     other = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=kinds)
@@ -220,7 +220,7 @@ def test_smoothed_labels(mesh: str, method: str, captions: int):
 
 
 @pytest.mark.parametrize("captions", [1, 2])
-@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_weights_of_pairs(mesh: str, method: str, name: str, captions: int):
@@ -239,7 +239,7 @@ def test_weights_of_pairs(mesh: str, method: str, name: str, captions: int):
         assert reference.relative_error(a, b) < 1e-5, part
 
 
-@pytest.mark.parametrize("name", choices.LOSS_NAMES)
+@pytest.mark.parametrize("name", REFERENCES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", ["none", "2x4"])
 def test_nothing_is_learned_where_all_weights_are_zero(mesh: str, method: str, name: str):

@@ -62,8 +62,8 @@ def test_a_checkpoint_is_not_read_before_it_is_asked_for(tmp_path: pathlib.Path)
 def test_a_checkpoint_that_diverged(fsdp: int, monkeypatch):
     restore = checkpoint.Checkpoints.restore_variables
 
-    def diverged(store: checkpoint.Checkpoints, step: int, like: dict) -> dict:
-        variables = restore(store, step, like)
+    def diverged(store: checkpoint.Checkpoints, step: int, like: dict, ema: bool) -> dict:
+        variables = restore(store, step, like, ema)
         scale = variables["params"]["logit_scale"]
         return {**variables, "params": {**variables["params"], "logit_scale": scale * np.nan}}
 
