@@ -67,7 +67,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.compilation_cache = "auto"
     # Stages trained one after the other, each from the model of the one before: settings of its own
     # on top of the others, as `stages` makes them; none: one run.
-    config.stages = ConfigDict()
+    config.stages = stages()
     config.model = _model()
     config.mesh = _mesh()
     config.loss = _loss()

@@ -18,6 +18,7 @@ from sphinx.util.docutils import SphinxDirective
 from clip_jax.models import sizes
 
 FILE = pathlib.Path(__file__).parents[1] / "configs" / "default.py"
+_EMPTY = ("mixture", "stages")  # functions whose result has no fields, without arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def read(text: str | None = None) -> list[Setting]:
                 continue  # the group itself, and one that was listed where it was made
             if called == "ConfigDict":
                 found.append(Setting(name, None, comments.of(node)))
-            elif called in functions and called != "mixture":
+            elif called in functions and called not in _EMPTY:
                 documented = ast.get_docstring(functions[called]) or ""
                 found.append(Setting(name, None, comments.of(node) or documented))
                 found += fields(called, name)
@@ -141,7 +142,7 @@ def _called(value: ast.expr) -> str:
 def _default(text: str, value: ast.expr) -> str:
     if _called(value) == "placeholder":
         return "None"
-    if _called(value) == "mixture":
+    if _called(value) in _EMPTY:
         return "{}"
     if isinstance(value, ast.Tuple):  # it may stand on several lines
         return ast.unparse(value)
