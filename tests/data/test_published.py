@@ -74,9 +74,9 @@ def test_open_clip_says_how_it_cleans(tmp_path: pathlib.Path):
     config.write_text(json.dumps({"model_cfg": {"text_cfg": text}}))
     made = published.create(epath.Path(tmp_path), 5)
     assert made(["A_CAT&amp;.", "ｃａｔ"]).tolist() == [[4, 5, 1, 0, 0], [5, 1, 0, 0, 0]]
-    text["tokenizer_kwargs"] = {"strip_sep_token": True}
+    text["tokenizer_kwargs"] = {"clean": "canonicalize", "language": "en"}
     config.write_text(json.dumps({"model_cfg": {"text_cfg": text}}))
-    with pytest.raises(UserError, match=r"used with .*strip_sep_token.* not known"):
+    with pytest.raises(UserError, match=r"used with .*language.* not known"):
         published.create(epath.Path(tmp_path), 5)
 
 

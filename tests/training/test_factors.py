@@ -55,6 +55,7 @@ def test_a_frozen_tower_keeps_every_bit(plain, settings):
     )
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_has_no_backward_pass():
     """Of the work of a tower, a third is forward."""
     wide = {"image_width": 128, "image_layers": (6,), "image_size": 32}

@@ -37,6 +37,8 @@ def work(how: str, workdir: str, *address: str) -> None:
             for step in range(1, STEPS + 1):
                 dog.beat(step)
             print("ready", flush=True)
+            if "frozen" in how:  # not before the others have left the service of the first
+                arrive(host, count, pathlib.Path(workdir), dog)
             if at_fault == "waiting for data":
                 phase[0] = "data"
             if at_fault in ("evaluating", "busy evaluating"):
@@ -52,6 +54,14 @@ def work(how: str, workdir: str, *address: str) -> None:
             if "busy" not in how:
                 stuck_in_a_collective()
         print("done", flush=True)
+
+
+def arrive(host: int, count: int, workdir: pathlib.Path, dog: watchdog.Watchdog) -> None:
+    """Waits until all hosts are here."""
+    (workdir / f"arrived-{host}").touch()
+    while len([*workdir.glob("arrived-*")]) < count:
+        dog.beat()
+        time.sleep(0.02)
 
 
 def stuck_in_a_collective() -> None:
