@@ -23,7 +23,7 @@ def average(history: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("axes", [(1, 1), (2, 2)])
-@pytest.mark.parametrize("factors", ["", "^image/=0"])
+@pytest.mark.parametrize("factors", ["", pytest.param("^image/=0", marks=pytest.mark.slow)])
 def test_average(axes, factors):
     optim = {"ema_decay": DECAY, "factors": factors}
     net, mesh, zero1 = tiny.make_net("vit"), tiny.make_mesh(*axes), axes != (1, 1)
