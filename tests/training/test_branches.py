@@ -67,6 +67,7 @@ def test_branches_that_cannot_be(constant, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_cosine_cannot_be_made_longer(tmp_path):
     run(tmp_path / "run", duration="8 steps")
     # The config of a version that had no schedules to choose from.

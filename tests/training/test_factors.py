@@ -34,7 +34,12 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"accum_steps": 2}, {"axes": (2, 2)}, {"skip_above": 1e9}]
+    "settings",
+    [
+        {},
+        {"axes": (2, 2)},
+        pytest.param({"skip_above": 1e9, "accum_steps": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_frozen_tower_keeps_every_bit(plain, settings):
     before, after, state, metrics, _ = take_step(LIT, **settings)
@@ -70,7 +75,7 @@ def test_a_frozen_tower_has_no_backward_pass():
     assert text - smallest == pytest.approx(five_layers / 3, rel=0.1)
 
 
-@pytest.mark.parametrize("axes", [(1, 1), (2, 2)])
+@pytest.mark.parametrize("axes", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)])
 def test_layers_learn_at_rates_of_their_own(plain, axes):
     before, after, *_ = take_step(BY_LAYER, axes=axes)
     moved, expected = (
