@@ -34,8 +34,8 @@ from clip_jax.configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "SigLIP-B/16"
-    config.model.scan_layers = False  # a tenth faster on a TPU, and compiles as fast
-    config.model.remat = "mlp"
+    config.model.scan_layers = False
+    config.model.remat = "mlp"  # "residual" takes 182 ms and 6.4 GiB
     set_recipe(config)
     return default.finish(config, arg)
 

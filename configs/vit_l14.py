@@ -18,7 +18,7 @@ from clip_jax.configs import default
 def get_config(arg: str = ""):
     config = default.get_config()
     config.model.name = "ViT-L/14"
-    config.model.scan_layers = False  # a tenth faster on a TPU, for some minutes of compilation
-    config.model.remat = "residual"  # "full" needs 6 GiB at 128 pairs a chip, scanned, and this 15
+    config.model.scan_layers = False
+    config.model.remat = "residual"  # scanned with "full": 556 ms, 6.1 GiB
     config.optim.learning_rate = 4e-4
     return default.finish(config, arg)

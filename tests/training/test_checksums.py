@@ -84,23 +84,20 @@ def test_damage_of_the_weights_is_named(stored):
     folder = stored / checkpoint.DIRECTORY / "10" / "model"
     path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     whole = path.read_bytes()
-    like, seen = abstract((2, 4)).variables, []
-    with checkpoint.Checkpoints(stored, keep=2) as store:
-        saved = store.restore_variables(10, like)
-    for place in np.linspace(0, 0.9 * len(whole), 10).astype(int):
+    seen = set()
+    # Not near the end: of orbax's index there, parts may have been written twice, and one not read.
+    for place in np.linspace(0, 0.75 * len(whole), 10).astype(int):
         damaged = bytearray(whole)
         damaged[place] ^= 0x10
         path.write_bytes(damaged)
-        with checkpoint.Checkpoints(stored, keep=2) as store:
-            try:
-                # Orbax may have written parts of its index twice: of one of them nothing is read.
-                assert_same(store.restore_variables(10, like), saved)
-            except UserError as error:
-                seen.append(str(error))
+        with (
+            checkpoint.Checkpoints(stored, keep=2) as store,
+            pytest.raises(UserError, match="To resume from step 5, delete that folder") as caught,
+        ):
+            store.restore_variables(10, abstract((2, 4)).variables)
+        seen.add("arrays are not what was saved, such as model/params/" in str(caught.value))
     path.write_bytes(whole)
-    assert len(seen) >= 8
-    assert all("To resume from step 5, delete that folder" in text for text in seen)
-    assert any("arrays are not what was saved, such as model/params/" in text for text in seen)
+    assert True in seen
 
 
 def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_a_frozen_tower_keeps_every_bit(plain, settings):
 
 @pytest.mark.slow
 def test_a_frozen_tower_has_no_backward_pass():
-    """Of the work of a tower, a third is forward."""
+    """A third of the work of a tower is its forward pass."""
     wide = {"image_width": 128, "image_layers": (6,), "image_size": 32}
     whole, text = (
         take_step(factors, size=wide)[-1].cost_analysis()["flops"] for factors in ("", LIT)

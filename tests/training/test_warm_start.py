@@ -54,7 +54,7 @@ def test_a_run_starts_from_the_model_of_another(tmp_path, image_size):
 
 
 def test_one_tower_of_another_model(tmp_path):
-    """As for LiT: the text tower is another, random, and the image tower is taken and frozen."""
+    """LiT takes and freezes the image tower; its text tower is another one, at random."""
     changes = {"init_params": "^image/", "model.size.text_width": 16, "optim.factors": "^image/=0"}
     start_from_finished(tmp_path / "run", changes | {"optim.learning_rate": 0.1})
     source = clip_jax.load(tiny_run.finished()).variables["params"]
