@@ -201,8 +201,8 @@ def source(**overrides) -> ConfigDict:
     # glob patterns, comma-separated, as for .parquet files; tfds: data_dir.
     spec.path = ""
     spec.name = ""  # tfds: data set name, such as "coco_captions"
-    # digits: "train" | "train_scans" | "test" | "test_scenes" | "test_inverted" | "test_blurred" |
-    # "test_noisy" | "test_tilted"; tfds: such as "train[:90%]".
+    # digits: "train" | "train_two_captions" | "train_scans" | "test" | "test_scenes" |
+    # "test_inverted" | "test_blurred" | "test_noisy" | "test_tilted"; tfds: such as "train[:90%]".
     spec.split = ""
     # Name of the image: a feature (tfds, "/" for nesting; tfrecord) or a column (folder), which
     # holds paths, or in .parquet files the images themselves; "": the usual name.

@@ -164,6 +164,18 @@ def test_captions_are_true(source):
             assert np.abs(off).max() < 0.15
 
 
+def test_the_second_caption_is_true_too():
+    once, twice = (DigitScenes(split, 24, seed=0) for split in ("train", "train_two_captions"))
+    words = 0
+    for index in range(300):
+        first, second = twice[index].captions.texts
+        assert first == once[index].text
+        assert twice[index].image.tobytes() == once[index].image.tobytes()
+        assert {digit for _, digit in parse(second)[0]} == {digit for _, digit in parse(first)[0]}
+        words += first != second
+    assert words > 200
+
+
 def assert_apart(image):
     """Ink in the left half and in the right half."""
     left, right = image[:, :12].astype(int), image[:, 12:].astype(int)
@@ -275,7 +287,9 @@ def test_prompts_are_captions_seen_in_training():
 
 
 def test_bad_arguments():
-    with pytest.raises(UserError, match="train, train_scans, test, test_scenes, test_inverted"):
+    with pytest.raises(
+        UserError, match="train, train_two_captions, train_scans, test, test_scenes"
+    ):
         DigitScenes("val", 24, seed=0)
     for index in (-1, 360):
         with pytest.raises(IndexError):

@@ -98,6 +98,7 @@ class DigitScenes:
 
     Splits:
       "train": scenes of the training scans.
+      "train_two_captions": the same scenes, each with two captions.
       "train_scans": every training scan once, alone and large, labelled.
       "test": every held-out scan once in the same way; for zero-shot classification.
       "test_scenes": scenes of the held-out scans composed as in "train"; for retrieval.
@@ -128,12 +129,13 @@ class DigitScenes:
                 f"{', '.join(SPLITS)}."
             )
         self._split = split
-        self._scenes = "test" if split in SHIFTS else split  # the scenes before a shift
+        # The scenes before a shift, or with one caption.
+        self._scenes = "test" if split in SHIFTS else split.removesuffix(TWICE)
         self._image_size = image_size
         self._seed = seed
         self._papers, self._digits = _scans()
         train, held_out = _split_scans()
-        self._rows = train if split in ("train", "train_scans") else held_out
+        self._rows = train if split.startswith("train") else held_out
         self._rows_of = [[r for r in self._rows if self._digits[r] == d] for d in range(10)]
 
     def __len__(self) -> int:
@@ -143,9 +145,11 @@ class DigitScenes:
     def __getitem__(self, index: int) -> Example:
         rng = self._rng(index)
         glyphs = self._compose(rng, index)
+        count = 2 if self._split.endswith(TWICE) else 1
+        captions = tuple(_caption(rng, glyphs) for _ in range(count))
         return Example(
             image=self._shift(self._draw(glyphs), index),
-            captions=Captions((_caption(rng, glyphs),), (1.0,)),
+            captions=Captions(captions, (1.0,) * len(captions)),
             labels=(glyphs[0].digit,) if len(glyphs) == 1 else (),
             key=f"digits {self._split} {index}",
         )
@@ -223,7 +227,8 @@ class DigitScenes:
 
 
 SHIFTS = ("test_inverted", "test_blurred", "test_noisy", "test_tilted")
-SPLITS = ("train", "train_scans", "test", "test_scenes", *SHIFTS)
+TWICE = "_two_captions"
+SPLITS = ("train", f"train{TWICE}", "train_scans", "test", "test_scenes", *SHIFTS)
 
 
 def _caption(rng: random.Random, glyphs: tuple[Glyph, ...]) -> str:
