@@ -21,6 +21,8 @@ def _durations(config: ConfigDict) -> dict[str, str]:
     return {
         "duration": config.duration,
         "optim.warmup": config.optim.warmup,
+        "optim.cooldown": config.optim.cooldown,
+        "optim.timescale": config.optim.timescale,
         "log.every": config.log.every,
         "eval.every": config.eval.every,
         "checkpoint.every": config.checkpoint.every,

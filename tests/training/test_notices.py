@@ -4,6 +4,7 @@ import re
 
 import pytest
 import tiny_run
+from ml_collections import ConfigDict
 
 from clip_jax import models
 from clip_jax.configs import default
@@ -108,9 +109,22 @@ def test_mixtures_count_their_epochs():
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["duration", "optim.warmup", "eval.every", "checkpoint.every", "log.every", "log.trace"]
-)
+def durations() -> list[str]:
+    """Names the settings whose defaults are a number with a unit of length."""
+    settings = dict(flatten(default.get_config()))
+    units = re.compile(r"[\d.]+ (steps|examples|epochs|percent|minutes)")
+    return [n for n, value in settings.items() if isinstance(value, str) and units.fullmatch(value)]
+
+
+def flatten(config, prefix: str = ""):
+    for name in config:
+        if isinstance(value := config.get_ref(name).get(), ConfigDict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+@pytest.mark.parametrize("name", [*durations(), "log.trace"])
 def test_a_wrong_unit_names_its_setting(name: str):
     config = default.finish(default.get_config(), "smoke")
     group, _, field = name.rpartition(".")
