@@ -215,6 +215,9 @@ def source(**overrides) -> ConfigDict:
     # Name of the weight of a pair in the loss, a number from 0 on, as for label_key: a score of its
     # curation, or a teacher's agreement. "": all pairs count the same.
     spec.weight_key = ""
+    # Embeddings by teachers for loss.distillation: for each teacher the names of those of image and
+    # caption, as for label_key, and their width, "l14_image+l14_text:768". "": none.
+    spec.teacher_keys = ""
     spec.group_keys = ""  # names of group labels ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
     spec.weight = 0.0  # weight in a mixture; 0: the number of examples
