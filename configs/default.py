@@ -129,6 +129,10 @@ def smoke(config: ConfigDict) -> ConfigDict:
     if config.model.packing.length:
         config.model.packing.length = 48
     config.init_params = ""
+    if (
+        config.loss.distillation
+    ):  # the embedded data keep a teacher, who knows which digits they show
+        config.loss.update(teachers="", teacher_scales=(10.0,))
     config.batch_size = 32
     config.duration = "20 steps"
     config.optim.learning_rate = 1e-3
@@ -185,7 +189,8 @@ def of_stage(config: ConfigDict, name: str) -> ConfigDict:
 
 def use_digits(config: ConfigDict) -> ConfigDict:
     """Trains and evaluates on the embedded handwritten digits."""
-    config.data.source = source(type="digits", split="train")
+    keys = "digits+digits:10" if config.loss.distillation else ""
+    config.data.source = source(type="digits", split="train", teacher_keys=keys)
     config.eval.zeroshot.source = source(type="digits", split="test")
     config.eval.zeroshot.templates = ()
     config.eval.retrieval.source = source(type="digits", split="test_scenes")
@@ -233,6 +238,11 @@ def sources(data: ConfigDict) -> list[ConfigDict]:
 def has_pair_weights(data: ConfigDict) -> bool:
     """Tells whether pairs of the training data have weights, of the fields of `data`."""
     return any(source.weight_key for source in sources(data))
+
+
+def teacher_names(config: ConfigDict) -> list[str]:
+    """Returns the models that `loss.teachers` names."""
+    return [name.strip() for name in config.loss.teachers.split(",") if name.strip()]
 
 
 def mixture(**sources: ConfigDict) -> ConfigDict:
@@ -301,6 +311,14 @@ def _loss() -> ConfigDict:
     loss.label_smoothing = 0.0
     # Matryoshka: numbers of first features, as (64, 128), whose losses are added to that of all.
     loss.widths = ()
+    # Fraction of the loss that is distillation (MobileCLIP): the divergence of the similarities
+    # from those of teachers. The rest is the contrastive loss.
+    loss.distillation = 0.0
+    # Teachers that run beside the model, comma-separated: whatever clip_jax.load takes. Those that
+    # the data keep come before them; see source.teacher_keys.
+    loss.teachers = ""
+    # Multiplier of each teacher's similarities; (): what the running ones have learned.
+    loss.teacher_scales = ()
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

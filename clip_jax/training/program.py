@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock
 from clip_jax.configs import default
+from clip_jax.data import teachers
 from clip_jax.errors import UserError
 from clip_jax.models import clip, image_model, views
 from clip_jax.training import augment
@@ -100,6 +101,39 @@ def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
     return of_views(loss), functools.partial(views.two_views, config=config.data.views)
 
 
+def distilled(
+    loss: train_step.Loss, config: ConfigDict, mesh: Mesh, scales: Sequence[float]
+) -> train_step.Loss:
+    """Mixes a contrastive loss with the divergence from the teachers whose embeddings a batch has.
+
+    Args:
+      loss: loss of the pairs.
+      config: fields of `loss` in configs/default.py.
+      mesh: devices.
+      scales: multiplier of the similarities by each teacher.
+    """
+    logarithms = [jnp.float32(math.log(scale)) for scale in scales]
+
+    def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        divergence = losses.distillation_loss(
+            *(outputs[name] for name in ("image", "text", "logit_scale")),
+            [
+                (*(batch[name] for name in teachers.field_names(number)), logarithm)
+                for number, logarithm in enumerate(logarithms)
+            ],
+            mesh=mesh,
+            method=config.method,
+            tile=config.tile,
+            weights=batch.get("weight"),
+        )
+        if config.distillation == 1:
+            return divergence
+        own = (1 - config.distillation) * loss(outputs, batch)
+        return own + config.distillation * divergence
+
+    return total
+
+
 # By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the
 # one of that name in `models.MODULES`.
 OBJECTIVES: Mapping[str, Callable[[ConfigDict, Mesh], Parts]] = {
@@ -120,6 +154,7 @@ class Program:
       net: the model.
       optimizer: the optimiser.
       total_steps: length of the run.
+      teacher_widths: numbers in the embeddings by each running teacher.
     """
 
     config: ConfigDict
@@ -127,6 +162,7 @@ class Program:
     net: models.ImageModel
     optimizer: optim.Optimizer
     total_steps: int
+    teacher_widths: tuple[int, ...] = ()
 
     @functools.cached_property
     def state(self) -> train_state.TrainState:
@@ -147,6 +183,11 @@ class Program:
         batch = {"image": like(image_shape, jnp.uint8), "tokens": like(token_shape, jnp.int32)}
         if default.has_pair_weights(self.config.data):
             batch["weight"] = like((rows,), jnp.float32)
+        stored = [teacher.width for teacher in teachers.of_data(self.config.data)]
+        for number, width in enumerate([*stored, *self.teacher_widths]):
+            shapes = (rows, width), (*token_shape[:-1], width)
+            for name, shape in zip(teachers.field_names(number), shapes):
+                batch[name] = like(shape, jnp.float32)
         return batch
 
     def init(self, variables: Any = None) -> train_state.TrainState:
@@ -155,10 +196,18 @@ class Program:
             self.state, self.net, self.optimizer, self.config.seed, variables=variables
         )
 
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the training step, step(state, batch), to be compiled; the state is donated."""
+    def lower(self, scales: Sequence[float] = ()) -> jax.stages.Lowered:
+        """Lowers the training step, step(state, batch), to be compiled; the state is donated.
+
+        Args:
+          scales: multiplier of the similarities by each running teacher; those of
+            `loss.teacher_scales` stand before it.
+        """
         config = self.config
         loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
+        if config.loss.distillation:
+            scales = tuple(config.loss.teacher_scales) or scales
+            loss_fn = distilled(loss_fn, config.loss, self.mesh, scales)
         step = functools.partial(
             train_step.train_step,
             net=self.net,
@@ -200,12 +249,19 @@ def make_mesh_and_net(
     return mesh, net
 
 
-def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None = None) -> Program:
+def build(
+    config: ConfigDict,
+    examples: int,
+    *,
+    teacher_widths: Sequence[int] = (),
+    devices: list[jax.Device] | None = None,
+) -> Program:
     """Builds the program of a config.
 
     Args:
       config: fields as in configs/default.py.
       examples: size of the training set, by which durations in epochs are counted.
+      teacher_widths: numbers in the embeddings by each model of `loss.teachers`.
       devices: devices to compile for, which need not be attached; None: all attached.
 
     Raises:
@@ -214,7 +270,7 @@ def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None
     mesh, net = make_mesh_and_net(config, devices)
     total, schedule = make_schedule(config, examples)
     optimizer = optim.make_optimizer(schedule, config.optim, config.seed)
-    return Program(config, mesh, net, optimizer, total)
+    return Program(config, mesh, net, optimizer, total, tuple(teacher_widths))
 
 
 def make_schedule(config: ConfigDict, examples: int) -> tuple[int, optax.Schedule]:

@@ -17,7 +17,8 @@ from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
-from clip_jax.training import agreement, notices, program
+from clip_jax.training import agreement, notices, program, teachers
+from clip_jax.weights.model import Weights
 
 # Before the metrics of the moving average of the parameters.
 EMA = "ema/"
@@ -36,6 +37,7 @@ class Run:
       log_every, eval_every: steps between logs and evaluations.
       checkpoint_every: steps between checkpoints; 0: by the clock, or only at the end.
       trace_at: first step of a trace; 0: none.
+      teachers: models that are distilled from, their arrays not read yet.
     """
 
     directory: epath.Path
@@ -49,6 +51,7 @@ class Run:
     eval_every: int
     checkpoint_every: int
     trace_at: int
+    teachers: tuple[Weights, ...]
 
     @property
     def config(self) -> ConfigDict:
@@ -105,6 +108,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
     trackers.parse(config.log.trackers)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
+    opened = teachers.open_teachers(config, net.size, tokens)
     text_mask.create(config.data.text_mask, tokens)  # raises where NLTK is missing
     fallback_dir = _fallback_dir(directory)
     with hosts.first_host_first("indices of the data"):
@@ -120,7 +124,8 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
     notices.check_batch(config, len(source))
     described = identity.describe(config.data, source)
     agreement.check_data(described)
-    made = program.build(config, len(source))
+    widths = [teacher.size.embed_dim for teacher in opened]
+    made = program.build(config, len(source), teacher_widths=widths)
     _, to_steps = program.count_steps(config, len(source))
     return Run(
         directory=directory,
@@ -134,6 +139,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
         eval_every=to_steps(config.eval.every),
         checkpoint_every=_every(config.checkpoint.every, to_steps),
         trace_at=to_steps(config.log.trace) if config.log.trace else 0,
+        teachers=opened,
     )
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Float32, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, Shaped
 
 from clip_jax import optim, sharding
 from clip_jax.losses import geometry
@@ -73,8 +73,7 @@ def train_step(
       tower, learning_rate, where the model has one, logit_scale (the multiplier), where it compares
       embeddings, their alignment and uniformity, and, where steps are skipped, skipped (0 or 1).
     """
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    dropout_key, rounding_key, augment_key = jax.random.split(key, 3)
+    dropout_key, rounding_key, augment_key = keys(seed, state.step)
 
     def embed(learnt, part):
         outputs, updated = net.apply(
@@ -132,6 +131,11 @@ def train_step(
     metrics["learning_rate"] = jnp.asarray(learning_rate, jnp.float32)
     state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
     return state, metrics
+
+
+def keys(seed: int, step: Int[Array, ""]) -> tuple[Key[Array, ""], ...]:
+    """Returns the keys of a step: of dropout, of rounding, and of the augmentation."""
+    return tuple(jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 3))
 
 
 def _averaged(decay: float, state: TrainState, learnt: Any) -> Any:
@@ -223,13 +227,13 @@ def _accumulated(
     its part of that gradient to the parameters. BatchNorm normalises by micro-batch, and its
     running statistics move once, by their mean.
     """
-    parts = jax.tree.map(partial(_split, count), batch)
+    parts = jax.tree.map(partial(split, count), batch)
     _, (outputs, batch_stats) = jax.lax.scan(lambda _, part: (_, embed(params, part)), None, parts)
     # Scalar outputs are parameters, equal in every micro-batch; others have the batch first.
-    outputs = {name: _join(x) if x.ndim > 1 else x[0] for name, x in outputs.items()}
+    outputs = {name: join(x) if x.ndim > 1 else x[0] for name, x in outputs.items()}
     value, gradients = jax.value_and_grad(loss_fn)(outputs)
     d_outputs = {
-        name: _split(count, x) if x.ndim else jnp.broadcast_to(x / count, count)
+        name: split(count, x) if x.ndim else jnp.broadcast_to(x / count, count)
         for name, x in gradients.items()
     }
 
@@ -244,7 +248,7 @@ def _accumulated(
     return value, (batch_stats, _geometry(outputs, params)), grads
 
 
-def _split(
+def split(
     count: int, x: Shaped[Array, " batch *features"]
 ) -> Shaped[Array, "{count} part *features"]:
     """Splits a batch into micro-batches, example i into number i % count.
@@ -255,8 +259,8 @@ def _split(
     return sharding.constrain_batch(parts, PartitionSpec(None, *sharding.BATCH))
 
 
-def _join(parts: Shaped[Array, "count part *features"]) -> Shaped[Array, " batch *features"]:
-    """Inverts `_split`."""
+def join(parts: Shaped[Array, "count part *features"]) -> Shaped[Array, " batch *features"]:
+    """Inverts `split`."""
     return sharding.constrain_batch(parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:]))
 
 

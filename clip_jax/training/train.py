@@ -6,7 +6,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +22,7 @@ from clip_jax.common import clock, formatting, metrics, starts
 from clip_jax.data import identity, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, lease, notices, program, skips, workdir
+from clip_jax.training import agreement, lease, notices, program, skips, teachers, workdir
 from clip_jax.training.loop import Loop
 from clip_jax.training.record import Record, surroundings
 from clip_jax.training.requests import Requests
@@ -207,14 +207,21 @@ def _restore(
     return resume_state, found.state
 
 
-def _compile(run: Run, record: Record) -> jax.stages.Compiled:
-    """Compiles the training step; UserError where it does not fit into memory."""
+def _compile(run: Run, record: Record) -> Callable[..., tuple[train_state.TrainState, Any]]:
+    """Compiles the training step, and before it the teachers, whose parameters it reads.
+
+    Raises:
+      UserError: the step does not fit into memory, or a teacher is damaged.
+    """
     began = time.monotonic()
+    running = teachers.Teachers(run.teachers, run.program) if run.teachers else None
     with record.during("compile"):
-        compiled = run.program.lower().compile()
+        compiled = run.program.lower(running.scales if running else ()).compile()
     _check_memory(compiled.memory_analysis(), run.config.batch_size)
     say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
-    return compiled
+    if running is None:
+        return compiled
+    return lambda state, batch: compiled(state, running(batch, state.step))
 
 
 def _check_memory(needs: Any, batch_size: int) -> None:
@@ -316,6 +323,9 @@ def _announce(run: Run) -> None:
     )
     if summary := run.program.optimizer.factors.summary(run.program.state.params):
         say(summary)
+    for teacher in run.teachers:
+        described, *_ = teacher.describe().splitlines()
+        say(f"Distilling from {described}.")
     if problems := getattr(run.source, "problems", None):
         say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:
