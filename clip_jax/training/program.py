@@ -115,12 +115,15 @@ def distilled(
     logarithms = [jnp.float32(math.log(scale)) for scale in scales]
 
     def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        theirs = []
+        for number, logarithm in enumerate(logarithms):
+            image, text = teachers.field_names(number)
+            theirs.append((batch[image], batch[text], logarithm))
         divergence = losses.distillation_loss(
-            *(outputs[name] for name in ("image", "text", "logit_scale")),
-            [
-                (*(batch[name] for name in teachers.field_names(number)), logarithm)
-                for number, logarithm in enumerate(logarithms)
-            ],
+            outputs["image"],
+            outputs["text"],
+            outputs["logit_scale"],
+            theirs,
             mesh=mesh,
             method=config.method,
             tile=config.tile,

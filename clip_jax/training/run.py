@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -12,13 +12,16 @@ from ml_collections import ConfigDict
 
 from clip_jax import models, sharding
 from clip_jax.common import clock, hosts, trackers
+from clip_jax.configs import default
 from clip_jax.data import identity, mixture, pipeline, rows, text_mask, tokenizer
 from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
-from clip_jax.training import agreement, notices, program, teachers
-from clip_jax.weights.model import Weights
+from clip_jax.training import agreement, notices, program
+
+if TYPE_CHECKING:
+    from clip_jax.weights.model import Weights
 
 # Before the metrics of the moving average of the parameters.
 EMA = "ema/"
@@ -51,7 +54,7 @@ class Run:
     eval_every: int
     checkpoint_every: int
     trace_at: int
-    teachers: tuple[Weights, ...]
+    teachers: tuple["Weights", ...]
 
     @property
     def config(self) -> ConfigDict:
@@ -108,7 +111,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
     trackers.parse(config.log.trackers)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
-    opened = teachers.open_teachers(config, net.size, tokens)
+    opened = _open_teachers(config, net.size, tokens)
     text_mask.create(config.data.text_mask, tokens)  # raises where NLTK is missing
     fallback_dir = _fallback_dir(directory)
     with hosts.first_host_first("indices of the data"):
@@ -141,6 +144,17 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
         trace_at=to_steps(config.log.trace) if config.log.trace else 0,
         teachers=opened,
     )
+
+
+def _open_teachers(
+    config: ConfigDict, size: models.Size, tokens: tokenizer.Tokenizer
+) -> tuple["Weights", ...]:
+    """Opens the models that are distilled from."""
+    if not default.teacher_names(config):
+        return ()
+    from clip_jax.training import teachers  # with readers of weights
+
+    return teachers.open_teachers(config, size, tokens)
 
 
 def _every(interval: str, to_steps: Callable[[str], int]) -> int:

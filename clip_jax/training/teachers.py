@@ -115,7 +115,7 @@ class Teachers:
 
 
 def _embed(
-    nets: Sequence[models.CLIP],
+    nets: Sequence[models.ImageModel],
     built: program.Program,
     variables: Sequence[Any],
     batch: train_step.Batch,
@@ -127,23 +127,21 @@ def _embed(
     images = augment_fn(batch["image"], train_step.keys(config.seed, step)[2])
     batch = {"image": images, "tokens": batch["tokens"]}
 
-    def embed(part: train_step.Batch) -> list[tuple[jax.Array, jax.Array]]:
-        return [
-            net.apply(own, resize(part["image"], net.size), part["tokens"])[:2]
-            for net, own in zip(nets, variables)
-        ]
+    first = len(fields.of_data(config.data))  # those that the data keep come first
+
+    def embed(part: train_step.Batch) -> train_step.Batch:
+        found: train_step.Batch = {}
+        for number, (net, own) in enumerate(zip(nets, variables), start=first):
+            resized = {**part, "image": resize(part["image"], net.size)}
+            outputs: Any = net.apply(own, resized, method="outputs")
+            image, text = fields.field_names(number)
+            found |= {image: outputs["image"], text: outputs["text"]}
+        return found
 
     if config.accum_steps == 1:
-        embeds = embed(batch)
-    else:
-        parts = jax.tree.map(partial(train_step.split, config.accum_steps), batch)
-        embeds = jax.tree.map(train_step.join, jax.lax.map(embed, parts))
-    first = len(fields.of_data(config.data))  # those that the data keep come first
-    return {
-        name: embed
-        for number, pair in enumerate(embeds, start=first)
-        for name, embed in zip(fields.field_names(number), pair)
-    }
+        return embed(batch)
+    parts = jax.tree.map(partial(train_step.split, config.accum_steps), batch)
+    return jax.tree.map(train_step.join, jax.lax.map(embed, parts))
 
 
 def resize(

@@ -22,7 +22,7 @@ from clip_jax.common import clock, formatting, metrics, starts
 from clip_jax.data import identity, tokenizer
 from clip_jax.errors import UserError
 from clip_jax.storage import faults, locations
-from clip_jax.training import agreement, lease, notices, program, skips, teachers, workdir
+from clip_jax.training import agreement, lease, notices, program, skips, workdir
 from clip_jax.training.loop import Loop
 from clip_jax.training.record import Record, surroundings
 from clip_jax.training.requests import Requests
@@ -214,7 +214,11 @@ def _compile(run: Run, record: Record) -> Callable[..., tuple[train_state.TrainS
       UserError: the step does not fit into memory, or a teacher is damaged.
     """
     began = time.monotonic()
-    running = teachers.Teachers(run.teachers, run.program) if run.teachers else None
+    running = None
+    if run.teachers:
+        from clip_jax.training import teachers  # with readers of weights
+
+        running = teachers.Teachers(run.teachers, run.program)
     with record.during("compile"):
         compiled = run.program.lower(running.scales if running else ()).compile()
     _check_memory(compiled.memory_analysis(), run.config.batch_size)

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import models
 from clip_jax.common import clock
-from clip_jax.configs import clipa, conceptual, datacomp, default, metaclip
+from clip_jax.configs import clipa, conceptual, datacomp, default, metaclip, mobileclip
 from clip_jax.errors import UserError
 from clip_jax.training import program, validation
 
@@ -15,6 +15,7 @@ LINES = [("datacomp", line) for line in datacomp.SCALES]
 LINES += [("metaclip", line) for line in metaclip.MODELS]
 LINES += [("conceptual", line) for line in conceptual.LINES]
 LINES += [("clipa", line) for line in clipa.MODELS]
+LINES += [("mobileclip", line) for line in mobileclip.LINES]
 
 
 def get_config(name: str, argument: str) -> ConfigDict:
@@ -65,6 +66,9 @@ def steps(config: ConfigDict, examples: int = 0) -> tuple[int, int]:
         # By MetaCLIP's: 32 epochs of 400 million pairs, on 64 GPUs with 512 each.
         ("metaclip", "b32", 0, (32 * 400_000_000 // (64 * 512), 2000)),
         ("metaclip", "l14", 0, (32 * 400_000_000 // (128 * 256), 2000)),
+        # By MobileCLIP's: 30 and 200 times 1,000 batches.
+        ("mobileclip", "dr12m", 0, (245_760_000 // 8192, 1000)),
+        ("mobileclip", "dr1b", 0, (13_107_200_000 // 65_536, 1000)),
         # By open_clip's own count of CC12M, of whose last batch SLIP drops what is left over.
         ("conceptual", "cc12m", 10_968_539, (35 * 10_968_539 // 4096, 10_968_539 // 4096)),
     ],
