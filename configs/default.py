@@ -319,6 +319,9 @@ def _loss() -> ConfigDict:
     loss.teachers = ""
     # Multiplier of each teacher's similarities; (): what the running ones have learned.
     loss.teacher_scales = ()
+    # Weight of the loss of captioning, in nats per token, beside the contrastive one (CoCa: 2). The
+    # decoder is model.size.text_decoder_layers, by default as many as the text tower has. 0: none.
+    loss.captioning = 0.0
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

@@ -41,23 +41,57 @@ def of_views(loss: Callable[..., jax.Array]) -> train_step.Loss:
 
 
 def prediction(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
-    """Computes the loss of a model that predicts captions."""
-    del batch
-    return losses.prediction_loss(outputs["nats"], outputs["predicted"])
+    """Computes the loss of a model that predicts captions, weighed like their pairs."""
+    weights = batch.get("weight", 1.0)
+    return losses.prediction_loss(weights * outputs["nats"], weights * outputs["predicted"])
+
+
+def of_teachers(loss: Callable[..., jax.Array], scales: Sequence[float]) -> train_step.Loss:
+    """Makes a loss of distillation, as `losses.distillation_loss`, one of named outputs and batch.
+
+    Args:
+      loss: loss of distillation.
+      scales: multiplier of the similarities by each teacher of the batch.
+    """
+
+    def named(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        theirs = []
+        for number, scale in enumerate(scales):
+            image, text = teachers.field_names(number)
+            theirs.append((batch[image], batch[text], jnp.float32(math.log(scale))))
+        pairs = outputs["image"], outputs["text"], outputs["logit_scale"]
+        return loss(*pairs, theirs, weights=batch.get("weight"))
+
+    return named
+
+
+def weighted_sum(*terms: tuple[float, train_step.Loss]) -> train_step.Loss:
+    """Makes the sum of losses, each times its weight; those of weight 0 are not computed."""
+
+    def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        return sum(
+            (weight * loss(outputs, batch) for weight, loss in terms if weight), jnp.float32(0)
+        )
+
+    return total
 
 
 def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
-    loss = functools.partial(
-        losses.LOSSES[config.loss.name],
-        mesh=mesh,
-        method=config.loss.method,
-        tile=config.loss.tile,
-    )
+    def on_mesh(loss):
+        return functools.partial(loss, mesh=mesh, method=config.loss.method, tile=config.loss.tile)
+
+    loss = on_mesh(losses.LOSSES[config.loss.name])
+    distillation = of_teachers(on_mesh(losses.distillation_loss), config.loss.teacher_scales)
     if config.loss.label_smoothing:
         loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     if config.loss.widths:
         loss = functools.partial(_nested, loss, tuple(config.loss.widths))
-    return of_pairs(loss), functools.partial(augment.augment, config=config.data.augment)
+    total = weighted_sum(
+        (1.0 - config.loss.distillation, of_pairs(loss)),
+        (config.loss.distillation, distillation),
+        (config.loss.captioning, prediction),
+    )
+    return total, functools.partial(augment.augment, config=config.data.augment)
 
 
 def _nested(
@@ -99,42 +133,6 @@ def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
         tile=config.loss.tile,
     )
     return of_views(loss), functools.partial(views.two_views, config=config.data.views)
-
-
-def distilled(
-    loss: train_step.Loss, config: ConfigDict, mesh: Mesh, scales: Sequence[float]
-) -> train_step.Loss:
-    """Mixes a contrastive loss with the divergence from the teachers whose embeddings a batch has.
-
-    Args:
-      loss: loss of the pairs.
-      config: fields of `loss` in configs/default.py.
-      mesh: devices.
-      scales: multiplier of the similarities by each teacher.
-    """
-    logarithms = [jnp.float32(math.log(scale)) for scale in scales]
-
-    def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
-        theirs = []
-        for number, logarithm in enumerate(logarithms):
-            image, text = teachers.field_names(number)
-            theirs.append((batch[image], batch[text], logarithm))
-        divergence = losses.distillation_loss(
-            outputs["image"],
-            outputs["text"],
-            outputs["logit_scale"],
-            theirs,
-            mesh=mesh,
-            method=config.method,
-            tile=config.tile,
-            weights=batch.get("weight"),
-        )
-        if config.distillation == 1:
-            return divergence
-        own = (1 - config.distillation) * loss(outputs, batch)
-        return own + config.distillation * divergence
-
-    return total
 
 
 # By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the
@@ -203,14 +201,12 @@ class Program:
         """Lowers the training step, step(state, batch), to be compiled; the state is donated.
 
         Args:
-          scales: multiplier of the similarities by each running teacher; those of
-            `loss.teacher_scales` stand before it.
+          scales: multiplier of the similarities by each teacher, where `loss.teacher_scales` gives
+            none.
         """
-        config = self.config
+        config = self.config.copy_and_resolve_references()
+        config.loss.teacher_scales = tuple(config.loss.teacher_scales) or tuple(scales)
         loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
-        if config.loss.distillation:
-            scales = tuple(config.loss.teacher_scales) or scales
-            loss_fn = distilled(loss_fn, config.loss, self.mesh, scales)
         step = functools.partial(
             train_step.train_step,
             net=self.net,
@@ -311,6 +307,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
     trained = {
         "objective": config.objective,
         "logit_bias": contrastive and config.loss.name == "sigmoid",
+        **_decoder(config),
     }
     return models.create(
         config.model.name,
@@ -325,6 +322,23 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
+
+
+def _decoder(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of the decoder, which is there where its loss has a weight."""
+    none = {"text_decoder_layers": 0, "text_decoder_shared": False}
+    if not config.loss.captioning:
+        return none
+    size = config.model.size.to_dict()
+    layers = size["text_decoder_layers"]
+    if layers is None:
+        layers = models.get_size(config.model.name, {**size, **none}).text_layers
+    elif layers < 1:
+        raise UserError(
+            f"loss.captioning is {config.loss.captioning}, and model.size.text_decoder_layers "
+            f"{layers}: a decoder has at least one layer. Without either there is none."
+        )
+    return {"text_decoder_layers": layers}
 
 
 def choose_attention(asked: str, platform: str, kind: str, dtype: str) -> str:
