@@ -42,8 +42,8 @@ def open_teachers(
     """
     opened = []
     for name in default.teacher_names(config):
-        teacher = weights.open(name)
         try:
+            teacher = weights.open(name)
             _check(teacher, size, tokenizer)
             program.check_tensor(teacher.size, config.mesh.tensor)
         except UserError as error:
@@ -83,6 +83,7 @@ class Teachers:
 
     Attributes:
       scales: multiplier of the similarities by each.
+      bytes: memory of a device that their parameters take, with a batch.
     """
 
     def __init__(self, opened: Sequence[Weights], built: program.Program):
@@ -107,6 +108,7 @@ class Teachers:
         with jax.set_mesh(mesh):
             jitted = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
             self._embed = jitted.lower(self._variables, taken, like).compile()
+        self.bytes = self._embed.memory_analysis().argument_size_in_bytes
 
     def __call__(self, batch: train_step.Batch, step: Int[Array, ""]) -> train_step.Batch:
         """Returns the batch of a step with the embeddings by all teachers."""

@@ -221,15 +221,22 @@ def _compile(run: Run, record: Record) -> Callable[..., tuple[train_state.TrainS
         running = teachers.Teachers(run.teachers, run.program)
     with record.during("compile"):
         compiled = run.program.lower(running.scales if running else ()).compile()
-    _check_memory(compiled.memory_analysis(), run.config.batch_size)
+    beside = running.bytes if running else 0
+    _check_memory(compiled.memory_analysis(), run.config.batch_size, beside)
     say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
     if running is None:
         return compiled
     return lambda state, batch: compiled(state, running(batch, state.step))
 
 
-def _check_memory(needs: Any, batch_size: int) -> None:
-    """Raises UserError where a step takes more memory than there is: else the system kills it."""
+def _check_memory(needs: Any, batch_size: int, beside: int) -> None:
+    """Raises UserError where a step takes more memory than there is: else the system kills it.
+
+    Args:
+      needs: analysis of the compiled step.
+      batch_size: pairs of a step.
+      beside: bytes on each device that are held beside it, by teachers.
+    """
     device = jax.local_devices()[0]
     has = (device.memory_stats() or {}).get("bytes_limit")
     devices = 1
@@ -237,7 +244,8 @@ def _check_memory(needs: Any, batch_size: int) -> None:
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         devices = jax.local_device_count()
     needed = devices * (
-        needs.temp_size_in_bytes
+        beside
+        + needs.temp_size_in_bytes
         + needs.argument_size_in_bytes
         + needs.output_size_in_bytes
         - needs.alias_size_in_bytes

@@ -18,6 +18,7 @@ from tiny_plan import V5E_8, needs_compiler, tiny_config
 
 from clip_jax import api, sharding
 from clip_jax.data import tokenizer
+from clip_jax.embed import cli
 from clip_jax.errors import UserError
 from clip_jax.plan import make
 from clip_jax.training import program, run, teachers, train, validation
@@ -131,7 +132,7 @@ def test_a_teacher_of_a_longer_context_needs_no_padding(named):
     assert teachers.open_teachers(config, program.make_mesh_and_net(config)[1].size, tokens)
 
 
-def test_other_faults_of_teachers(named):
+def test_other_faults_of_teachers(named, tmp_path, monkeypatch):
     tokens = tokenizer.create("openai", CONTEXT)
     named["a"] = teacher("siglip", vocab_size=60)
     size = program.make_mesh_and_net(distilling())[1].size
@@ -141,6 +142,10 @@ def test_other_faults_of_teachers(named):
     named["a"] = teacher()  # of one head
     config = distilling(**{"loss.teachers": "a", "mesh.tensor": 2})
     with pytest.raises(UserError, match=r"names a: mesh\.tensor=2 does not divide text_heads 1"):
+        teachers.open_teachers(config, size, tokens)
+    monkeypatch.undo()
+    config = distilling(**{"loss.teachers": str(tmp_path / "none")})
+    with pytest.raises(UserError, match=r"loss\.teachers names .*none: There is no model"):
         teachers.open_teachers(config, size, tokens)
 
 
@@ -283,3 +288,34 @@ def test_two_captions_an_image_and_weights(tmp_path, shard):
         },
     )
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+def test_what_embed_writes_beside_the_pictures_is_a_teacher(tmp_path):
+    """It is what the teacher says of the same pixels."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    lines = ["image,caption"]
+    for i in range(40):
+        (pictures / f"{i:02}.png").write_bytes(tiny_data.encoded(tiny_data.picture(i)))
+        lines.append(f"{i:02}.png,number {i}")
+    (pictures / "captions.csv").write_text("\n".join(lines) + "\n")
+    model = str(tiny_run.finished())
+    cli.main([f"--model={model}", str(pictures), f"--out={pictures}", "--of=both"])
+    overrides = {
+        "data.source.type": "folder",
+        "data.source.path": f"{pictures}/part-*.parquet",
+        "data.source.image_key": "key",
+        "data.source.text_key": "captions",
+        "data.source.teacher_keys": "image_embed+text_embed:16",
+        "data.crop": "center",
+        "loss.teacher_scales": (50.0,),
+    }
+    config = tiny_run.config({**RUNNING, **overrides})
+    validation.validate(config)
+    run_ = run.prepare(config, tmp_path / "run")
+    batch = next(iter(run.open_data(run_, 0)))
+    alone = api.load(model)
+    beside = alone.net.apply(alone.variables, batch["image"], batch["tokens"])[:2]
+    for name, embeds in zip(("teacher/0/image", "teacher/0/text"), beside):
+        np.testing.assert_allclose(batch[name], embeds, atol=1e-3)  # stored in float16
