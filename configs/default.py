@@ -115,7 +115,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """Shrinks a run to seconds on a laptop: tiny shapes, embedded data, few steps."""
     resnet = config.model.name.startswith("RN")
     config.model.size.update(
-        embed_dim=32,
+        embed_dim=64 if config.model.size.text_projection is False else 32,
         image_size=32,
         image_layers=(1, 1, 1, 1) if resnet else (2,),
         image_width=8 if resnet else 64,
@@ -126,6 +126,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         text_heads=4,
         context_length=24,
     )
+    if config.model.size.text_decoder_layers:
+        config.model.size.text_decoder_layers = 1
     if config.model.packing.length:
         config.model.packing.length = 48
     config.init_params = ""
