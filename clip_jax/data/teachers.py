@@ -8,7 +8,10 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from clip_jax.configs import default
+from clip_jax.data.sources.base import Source
 from clip_jax.errors import BadExample, UserError
+
+_TRIED = 20  # examples that are looked at before a run
 
 
 class StoredTeacher(NamedTuple):
@@ -75,6 +78,37 @@ def stored_fields(config: ConfigDict) -> dict[str, int]:
     """Returns the widths of those that the training data keep; arguments as `of_data`."""
     numbered = enumerate(of_data(config))
     return {name: teacher.width for number, teacher in numbered for name in field_names(number)}
+
+
+def check(config: ConfigDict, source: Source) -> None:
+    """Checks the embeddings that the training data keep on their first examples.
+
+    Args:
+      config: the fields of `data` in configs/default.py.
+      source: the opened data.
+
+    Raises:
+      UserError: a source has none there that can be used.
+    """
+    if not (fields := stored_fields(config)):
+        return
+    for part in getattr(source, "parts", [source]):
+        problem = None
+        for index in range(min(_TRIED, len(part))):
+            try:
+                example = part[index]
+                values = example.groups[-len(fields) :]
+                for width, value in zip(fields.values(), values, strict=True):
+                    decode(value, width, example.key)
+                break
+            except BadExample as error:
+                problem = problem or error
+        else:
+            raise UserError(
+                f"None of the first {_TRIED} examples of the data has the embeddings that "
+                f"source.teacher_keys names: {problem}. Give the names of their fields, and the "
+                "numbers that each has."
+            )
 
 
 def decode(value: Any, width: int, key: str) -> Float32[np.ndarray, " width"]:

@@ -14,6 +14,7 @@ from clip_jax import models, sharding
 from clip_jax.common import clock, hosts, trackers
 from clip_jax.configs import default
 from clip_jax.data import identity, mixture, pipeline, rows, text_mask, tokenizer
+from clip_jax.data import teachers as stored_teachers
 from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
@@ -124,6 +125,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
             fallback_dir=fallback_dir,
         )
         evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
+    stored_teachers.check(config.data, source)
     notices.check_batch(config, len(source))
     described = identity.describe(config.data, source)
     agreement.check_data(described)

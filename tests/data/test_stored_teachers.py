@@ -141,11 +141,29 @@ def test_values_that_are_no_lists_of_numbers(tmp_path, value):
     assert run.skipped == {"unreadable teacher embedding": 1}
 
 
-def test_a_teacher_of_another_width(tmp_path):
-    """The run stops before its first step, and says both widths."""
-    keys = KEYS.replace(":3", ":512")
-    with pytest.raises(UserError, match="teacher embedding of 3 numbers, not 512"):
-        take(write(tmp_path / "a", "tar", embeds(), keys=keys), captions=1)
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (KEYS.replace(":3", ":512"), "teacher embedding of 3 numbers, not 512"),
+        (KEYS.replace("b_text", "b_txt"), "no teacher embedding"),
+    ],
+)
+def test_teachers_that_no_example_has(tmp_path, keys, message):
+    """A run says so before it compiles; else each example would be skipped."""
+    config = default.get_config().data
+    config.mixture = default.mixture(
+        a=write(tmp_path / "a", "tar", embeds()), b=write(tmp_path / "b", "tar", embeds())
+    )
+    source, _ = mixture.create(config, 4, 0, batch_size=10, parts=1)
+    teachers.check(config, source)
+    config.mixture.b.teacher_keys = keys
+    source, _ = mixture.create(config, 4, 0, batch_size=10, parts=1)
+    if "512" in keys:
+        config.mixture.a.teacher_keys = keys
+    with pytest.raises(UserError, match=rf"first 20 examples.*teacher_keys names: .*{message}"):
+        teachers.check(config, source)
+    with pytest.raises(UserError, match=message):
+        take(config.mixture.b)
 
 
 def test_names_that_are_not_there(tmp_path):
