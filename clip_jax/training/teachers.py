@@ -62,7 +62,9 @@ def _check(teacher: Weights, size: models.Size, tokenizer: Tokenizer) -> None:
         )
     if teacher.tokenizer.identity != tokenizer.identity:
         known = teacher.tokenizer.identity
-        remedy = f"Add --config.tokenizer={teacher.tokenizer.setting}" if known else "Convert it"
+        remedy = "Name its vocabulary to `python -m clip_jax convert --tokenizer=...`"
+        if known:
+            remedy = f"Add --config.tokenizer={teacher.tokenizer.setting}"
         raise UserError(
             f"its tokenizer is {known or 'not known'}, the student's {tokenizer.identity}, and a "
             f"batch holds the ids of one. {remedy}, or take the teacher's embeddings from the data "
@@ -108,7 +110,8 @@ class Teachers:
         with jax.set_mesh(mesh):
             jitted = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
             self._embed = jitted.lower(self._variables, taken, like).compile()
-        self.bytes = self._embed.memory_analysis().argument_size_in_bytes
+        needs = self._embed.memory_analysis()
+        self.bytes = needs.argument_size_in_bytes if needs else 0
 
     def __call__(self, batch: train_step.Batch, step: Int[Array, ""]) -> train_step.Batch:
         """Returns the batch of a step with the embeddings by all teachers."""
@@ -128,7 +131,6 @@ def _embed(
     _, augment_fn = program.OBJECTIVES[config.objective](config, built.mesh)
     images = augment_fn(batch["image"], train_step.keys(config.seed, step)[2])
     batch = {"image": images, "tokens": batch["tokens"]}
-
     first = len(fields.of_data(config.data))  # those that the data keep come first
 
     def embed(part: train_step.Batch) -> train_step.Batch:
