@@ -16,7 +16,7 @@ _OWNERS = (
 # The same on file and function of the calls behind an instruction, if its path names no tower.
 _FILES = (
     (r"clip_jax/losses", "loss"),
-    (r"clip_jax/training/step\.py:(_split|_join|_accumulated)", "micro-batches"),
+    (r"clip_jax/training/step\.py:(split|join|_accumulated)", "micro-batches"),
     (r"clip_jax/models/(vit|resnet)\.py", "image tower"),
     (r"clip_jax/models/(text|captioner|decoder|cross_block)\.py", "text tower"),
     (r"clip_jax/models/bag_of_words\.py", "loss"),

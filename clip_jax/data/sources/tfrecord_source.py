@@ -151,8 +151,9 @@ def _values(features: Any, name: str) -> list[Any]:
 
 
 def _value(values: list[Any]) -> Any:
-    """The only value of a feature, or all of them; None where there is none."""
-    return values if len(values) > 1 else next(iter(values), None)
+    """The only value of a feature, or the first; several floats together; None: there is none."""
+    several_floats = len(values) > 1 and isinstance(values[0], float)
+    return values if several_floats else next(iter(values), None)
 
 
 def _choose(features: Any, wanted: str, usual: tuple[str, ...], field: str) -> str:
