@@ -175,11 +175,10 @@ class Rows:
         if any(map(self._tokenizer.is_empty, tokens)):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
         row: Row = {"tokens": _stacked(tokens)}
-        first = len(example.groups) - len(self._embeds)
-        for (name, width), value in zip(self._embeds.items(), example.groups[first:]):
-            row[name] = teachers.decode(value, width, example.key)
+        row |= teachers.read(example, self._embeds)
         if self._weighted:
-            row["weight"] = _weight(example.groups[:first], example.key)
+            others = example.groups[: len(example.groups) - len(self._embeds)]
+            row["weight"] = _weight(others, example.key)
         row["image"] = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
         return row, sum(truncated)
 

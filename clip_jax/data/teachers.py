@@ -1,6 +1,7 @@
 """Embeddings by teachers, for distillation: their fields of a batch, and those that data keep."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from clip_jax.configs import default
-from clip_jax.data.sources.base import Source
+from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import BadExample, UserError
 
 _TRIED = 20  # examples that are looked at before a run
@@ -96,10 +97,7 @@ def check(config: ConfigDict, source: Source) -> None:
         problem = None
         for index in range(min(_TRIED, len(part))):
             try:
-                example = part[index]
-                values = example.groups[-len(fields) :]
-                for width, value in zip(fields.values(), values, strict=True):
-                    decode(value, width, example.key)
+                read(part[index], fields)
                 break
             except BadExample as error:
                 problem = problem or error
@@ -109,6 +107,24 @@ def check(config: ConfigDict, source: Source) -> None:
                 f"source.teacher_keys names: {problem}. Give the names of their fields, and the "
                 "numbers that each has."
             )
+
+
+def read(example: Example, fields: Mapping[str, int]) -> dict[str, Float32[np.ndarray, " width"]]:
+    """Returns the embeddings of an example by the field of a batch.
+
+    Args:
+      example: an example, whose last `groups` are the values.
+      fields: from `stored_fields`.
+
+    Raises:
+      BadExample: one cannot be used, see `decode`; or it may belong to another caption than the one
+        that is drawn.
+    """
+    if fields and len(example.captions.texts) > 1:
+        raise BadExample("several captions and one teacher embedding", example.key)
+    values = example.groups[len(example.groups) - len(fields) :]
+    named = zip(fields.items(), values, strict=True)
+    return {name: decode(value, width, example.key) for (name, width), value in named}
 
 
 def decode(value: Any, width: int, key: str) -> Float32[np.ndarray, " width"]:

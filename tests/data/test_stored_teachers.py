@@ -141,6 +141,12 @@ def test_values_that_are_no_lists_of_numbers(tmp_path, value):
     assert run.skipped == {"unreadable teacher embedding": 1}
 
 
+def test_an_embedding_of_one_of_several_captions(tmp_path):
+    source = write(tmp_path / "a", "tar", embeds() | {"caption": [["a", "b"]] * COUNT})
+    with pytest.raises(UserError, match="several captions and one teacher embedding"):
+        take(source)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
