@@ -115,7 +115,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """Shrinks a run to seconds on a laptop: tiny shapes, embedded data, few steps."""
     resnet = config.model.name.startswith("RN")
     config.model.size.update(
-        embed_dim=32,
+        embed_dim=64 if config.model.size.text_projection is False else 32,
         image_size=32,
         image_layers=(1, 1, 1, 1) if resnet else (2,),
         image_width=8 if resnet else 64,
@@ -126,9 +126,15 @@ def smoke(config: ConfigDict) -> ConfigDict:
         text_heads=4,
         context_length=24,
     )
+    if config.model.size.text_decoder_layers:
+        config.model.size.text_decoder_layers = 1
     if config.model.packing.length:
         config.model.packing.length = 48
     config.init_params = ""
+    if (
+        config.loss.distillation
+    ):  # the embedded data keep a teacher, who knows which digits they show
+        config.loss.update(teachers="", teacher_scales=(10.0,))
     config.batch_size = 32
     config.duration = "20 steps"
     config.optim.learning_rate = 1e-3
@@ -185,7 +191,8 @@ def of_stage(config: ConfigDict, name: str) -> ConfigDict:
 
 def use_digits(config: ConfigDict) -> ConfigDict:
     """Trains and evaluates on the embedded handwritten digits."""
-    config.data.source = source(type="digits", split="train")
+    keys = "digits+digits:10" if config.loss.distillation else ""
+    config.data.source = source(type="digits", split="train", teacher_keys=keys)
     config.eval.zeroshot.source = source(type="digits", split="test")
     config.eval.zeroshot.templates = ()
     config.eval.retrieval.source = source(type="digits", split="test_scenes")
@@ -215,6 +222,9 @@ def source(**overrides) -> ConfigDict:
     # Name of the weight of a pair in the loss, a number from 0 on, as for label_key: a score of its
     # curation, or a teacher's agreement. "": all pairs count the same.
     spec.weight_key = ""
+    # Embeddings by teachers for loss.distillation: for each teacher the names of those of image and
+    # caption, as for label_key, and their width, "l14_image+l14_text:768". "": none.
+    spec.teacher_keys = ""
     spec.group_keys = ""  # names of group labels ("gender,race"), for bias probes; "": no groups
     spec.size = 0  # synthetic: number of examples
     spec.weight = 0.0  # weight in a mixture; 0: the number of examples
@@ -230,6 +240,11 @@ def sources(data: ConfigDict) -> list[ConfigDict]:
 def has_pair_weights(data: ConfigDict) -> bool:
     """Tells whether pairs of the training data have weights, of the fields of `data`."""
     return any(source.weight_key for source in sources(data))
+
+
+def teacher_names(config: ConfigDict) -> list[str]:
+    """Returns the models that `loss.teachers` names."""
+    return [name.strip() for name in config.loss.teachers.split(",") if name.strip()]
 
 
 def mixture(**sources: ConfigDict) -> ConfigDict:
@@ -298,6 +313,17 @@ def _loss() -> ConfigDict:
     loss.label_smoothing = 0.0
     # Matryoshka: numbers of first features, as (64, 128), whose losses are added to that of all.
     loss.widths = ()
+    # Fraction of the loss that is distillation (MobileCLIP): the divergence of the similarities
+    # from those of teachers. The rest is the contrastive loss.
+    loss.distillation = 0.0
+    # Teachers that run beside the model, comma-separated: whatever clip_jax.load takes. Those that
+    # the data keep come before them; see source.teacher_keys.
+    loss.teachers = ""
+    # Multiplier of each teacher's similarities; (): what the running ones have learned.
+    loss.teacher_scales = ()
+    # Weight of the loss of captioning, in nats per token, beside the contrastive one (CoCa: 2). The
+    # decoder is model.size.text_decoder_layers, by default as many as the text tower has. 0: none.
+    loss.captioning = 0.0
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

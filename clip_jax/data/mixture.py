@@ -10,7 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.configs import default
-from clip_jax.data import order
+from clip_jax.data import order, teachers
 from clip_jax.data.sources import opening, reading
 from clip_jax.data.sources.base import Example, Source
 from clip_jax.errors import UserError
@@ -83,8 +83,9 @@ def create(
       UserError: the data are not there or not in the expected form.
     """
     specs = [spec.copy_and_resolve_references() for spec in default.sources(config)]
-    for spec in specs:  # no groups are needed here, and the weight of a pair is read as one
-        spec.group_keys = spec.weight_key
+    for spec in specs:  # no groups are needed here, and what else a pair has is read as one
+        names = [name for each in teachers.parse(spec.teacher_keys) for name in each[:2]]
+        spec.group_keys = ",".join(filter(None, (spec.weight_key, *names)))
     streams, chunk, cached_chunks = 1, 1, 0
     window = config.shuffle_window
     if config.order == "windowed":

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from clip_jax.configs import default
-from clip_jax.data import images, mixture, order, text_mask, tokenizer
+from clip_jax.data import images, mixture, order, teachers, text_mask, tokenizer
 from clip_jax.data.crops import Crop
 from clip_jax.data.loading import Row, Stages
 from clip_jax.data.sources import captions, reading
@@ -103,6 +103,7 @@ class Rows:
         self._image_size = image_size
         self._captions = config.captions
         self._weighted = default.has_pair_weights(config)
+        self._embeds = teachers.stored_fields(config)
         self._seed = seed
 
     def empty(self) -> Row:
@@ -112,6 +113,7 @@ class Rows:
             "image": np.zeros((self._image_size, self._image_size, 3), np.uint8),
             "tokens": _stacked(captions),
             **({"weight": np.float32(1)} if self._weighted else {}),
+            **{name: np.zeros(width, np.float32) for name, width in self._embeds.items()},
         }
 
     def start(self, positions: Sequence[int]) -> list[Callable[[], tuple[Row | None, RowStats]]]:
@@ -119,9 +121,10 @@ class Rows:
 
         Returns:
           For each, a function that waits for the example and makes its row: image uint8 [h, w, 3]
-          and tokens int32 [l], or of several captions [c, l]; and weight float32 [], where pairs
-          have weights. Where the example cannot be used, it is the row of another one; None: no
-          other one can be used either.
+          and tokens int32 [l], or of several captions [c, l]; weight float32 [], where pairs have
+          weights; and where the data keep embeddings by teachers, those, float32 [width], under
+          the names of `teachers.field_names`. Where the example cannot be used, it is the row of
+          another one; None: no other one can be used either.
         """
         indices = [self._order[position] for position in positions]
         reads = reading.start(self._source, indices)
@@ -172,25 +175,25 @@ class Rows:
         if any(map(self._tokenizer.is_empty, tokens)):  # as after "&nbsp;"
             raise BadExample("empty caption", example.key)
         row: Row = {"tokens": _stacked(tokens)}
+        row |= teachers.read(example, self._embeds)
         if self._weighted:
-            row["weight"] = _weight(example)
+            others = example.groups[: len(example.groups) - len(self._embeds)]
+            row["weight"] = _weight(others, example.key)
         row["image"] = images.pixels(example.image, example.key, self._image_size, self._crop, rng)
         return row, sum(truncated)
 
 
-def _weight(example: Example) -> np.float32:
+def _weight(values: Sequence[Any], key: str) -> np.float32:
     """Returns the weight of a pair; 1 where its source has none."""
-    if not example.groups:
+    if not values:
         return np.float32(1)
-    (value,) = example.groups
+    value = str(values[0])
     try:
         weight = np.float32(value)
     except ValueError:
-        raise BadExample(
-            "unreadable weight" if value else "no weight", example.key, value
-        ) from None
+        raise BadExample("unreadable weight" if value else "no weight", key, value[:80]) from None
     if not 0 <= weight < np.inf:
-        raise BadExample("weight out of range", example.key, value)
+        raise BadExample("weight out of range", key, value)
     return weight
 
 

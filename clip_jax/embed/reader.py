@@ -96,7 +96,7 @@ class Reader:
             key=example.key,
             captions=list(example.captions.texts),
             labels=list(example.labels),
-            groups=list(example.groups),
+            groups=list(map(str, example.groups)),
         )
         return dataclasses.replace(example, image=pixels)
 

@@ -208,5 +208,5 @@ def _row(read: Callable[[], Example]) -> dict[str, Any] | None:
         "key": example.key,
         "captions": list(example.captions.texts),
         "labels": list(example.labels),
-        "groups": list(example.groups),
+        "groups": list(map(str, example.groups)),
     }

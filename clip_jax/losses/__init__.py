@@ -16,7 +16,10 @@ from jaxtyping import Array, Float
 
 from clip_jax.choices import LOSS_METHODS
 from clip_jax.errors import UserError
-from clip_jax.losses import gathered, ring
+from clip_jax.losses import distillation, gathered, ring
+
+# Embeddings of images and texts by a teacher, L2-normalised, and its logit_scale.
+Teacher = tuple[Float[Array, "batch _"], Float[Array, "batch *captions _"], Float[Array, ""]]
 
 
 def softmax_loss(
@@ -133,9 +136,62 @@ def prediction_loss(
       predictions: float32, number of predictions that each of them sums over: tokens, or 1.
 
     Returns:
-      float32, in nats.
+      float32, in nats; 0 where there are none.
     """
-    return jnp.sum(nats) / jnp.sum(predictions)
+    return jnp.sum(nats) / jnp.maximum(jnp.sum(predictions), jnp.finfo(jnp.float32).tiny)
+
+
+def distillation_loss(
+    image_embed: Float[Array, "batch embed"],
+    text_embed: Float[Array, "batch *captions embed"],
+    logit_scale: Float[Array, ""],
+    teachers: Sequence[Teacher],
+    *,
+    mesh: Mesh | None = None,
+    batch_axes: str | Sequence[str] | None = None,
+    method: str = "all_gather",
+    tile: int = 1024,
+    weights: Float[Array, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Computes the divergence of the student's similarities from those of its teachers.
+
+    MobileCLIP's distillation loss (Vasu et al. 2024, arXiv:2311.17049), TinyCLIP's affinity
+    mimicking with cross-entropies (Wu et al. 2023, arXiv:2309.12314): for each image, the
+    Kullback-Leibler divergence of its distribution over all texts from the teacher's, and for each
+    text that over all images. With several captions an image, all of them are texts.
+
+    Args:
+      image_embed, text_embed, logit_scale: the student's, as for `softmax_loss`.
+      teachers: embeddings of the same images and texts by each teacher, of any width, and its own
+        logit_scale. They get no gradient.
+      mesh, batch_axes, method, tile, weights: see `softmax_loss`.
+
+    Returns:
+      The mean over both directions and all teachers, float32, in nats.
+
+    Raises:
+      UserError: see `softmax_loss`.
+      ValueError: there is no teacher, or one has embedded other pairs.
+    """
+    mesh, axes = _batch_mesh(mesh, batch_axes)
+    _check(image_embed, text_embed, mesh, axes, method)
+    for images, texts, _ in teachers:
+        _check(images, texts, mesh, axes, method)
+    if not teachers or any(x.shape[:-1] != text_embed.shape[:-1] for _, x, _ in teachers):
+        raise ValueError("There is no teacher, or it has embedded other pairs than the student.")
+    images, texts, scales = (
+        tuple(map(jax.lax.stop_gradient, parts)) for parts in zip(*teachers, strict=True)
+    )
+    pairs = _place(
+        mesh,
+        axes,
+        image_embed,
+        _rows(text_embed),
+        logit_scale,
+        (images, tuple(map(_rows, texts)), scales),
+        _normalised(weights),
+    )
+    return distillation.distillation(mesh, axes, tile if method == "ring" else 0, *pairs)
 
 
 # By config.loss.name, one of `choices.LOSS_NAMES`. Each takes what the model returns, and the
@@ -215,10 +271,8 @@ def _rows(texts: Float[Array, "batch *captions embed"]) -> Float[Array, "texts e
     return texts.reshape(-1, texts.shape[-1])
 
 
-def _place(
-    mesh: Mesh | None, axes: tuple[str, ...], *arrays: Float[Array, "..."] | None
-) -> tuple[Any, ...]:
-    """Splits embeddings over the batch, where the mesh wants that said.
+def _place(mesh: Mesh | None, axes: tuple[str, ...], *arrays: Any) -> tuple[Any, ...]:
+    """Splits (trees of) embeddings over the batch, where the mesh wants that said.
 
     With automatic axis types the compiler moves data as needed. With explicit ones, the default of
     `jax.make_mesh`, each array carries its sharding in its type, and `shard_map` takes no other.

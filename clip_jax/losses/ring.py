@@ -34,7 +34,7 @@ Tree = Any  # arrays whose first dimension is a device's images, or its texts
 Visit = Callable[[Tree, Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-def _sweep(
+def sweep(
     axes: Axes,
     tile: int,
     visit: Visit,
@@ -113,7 +113,7 @@ def _visit_tiles(
     return join(fixed_sums), join(moving_sums)
 
 
-def _tile_rows(rows: int, tile: int) -> int:
+def tile_rows(rows: int, tile: int) -> int:
     """Returns the largest tile that divides a device's rows."""
     largest = next(size for size in range(min(rows, max(tile, 1)), 0, -1) if rows % size == 0)
     if largest < min(rows, tile) / 8:
@@ -124,7 +124,9 @@ def _tile_rows(rows: int, tile: int) -> int:
     return largest
 
 
-def _on(mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs: Any) -> Callable:
+def on_devices(
+    mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs: Any
+) -> Callable:
     """Returns `local(axes, *arrays)` on every device of a mesh; None: on this one.
 
     Args:
@@ -146,7 +148,8 @@ def _on(mesh: Mesh | None, axes: Axes, local: Callable, in_specs: str, out_specs
     )
 
 
-def _total(x: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
+def sum_over(x: Float[Array, "..."], axes: Axes) -> Float[Array, "..."]:
+    """Returns the sum over the devices of these axes."""
     return jax.lax.psum(x, axes) if axes else x
 
 
@@ -154,7 +157,8 @@ def _device(axes: Axes) -> Int[Array, ""] | int:
     return jax.lax.axis_index(axes) if axes else 0
 
 
-def _devices(axes: Axes) -> int:
+def count_devices(axes: Axes) -> int:
+    """Counts the devices along these axes."""
     return jax.lax.axis_size(axes) if axes else 1
 
 
@@ -199,7 +203,7 @@ def _softmax_statistics(
         return jnp.full(rows, -jnp.inf), jnp.zeros(rows)
 
     image_rows, text_rows = _positions(axes, images, texts)
-    (by_row, positives), by_column = _sweep(
+    (by_row, positives), by_column = sweep(
         axes,
         tile,
         visit,
@@ -237,7 +241,7 @@ def _softmax_forward(
     def local(axes, images, texts, logit_scale, weights):
         rows, captions = len(images), len(texts) // len(images)
         by_row, by_column, positives = _softmax_statistics(
-            axes, _tile_rows(rows, tile), images, texts, logit_scale
+            axes, tile_rows(rows, tile), images, texts, logit_scale
         )
         positives = (positives / captions)[:, None]
         # [rows, 1] and [rows, captions]
@@ -246,7 +250,7 @@ def _softmax_forward(
             for maximum, total in (jax.tree.map(lambda x: x.reshape(rows, -1), (by_row, by_column)))
         ]
         terms = sum(terms) if weights is None else weights * sum(terms)
-        loss = _total(jnp.sum(terms), axes) / (2 * rows * _devices(axes))
+        loss = sum_over(jnp.sum(terms), axes) / (2 * rows * count_devices(axes))
         if weights is not None:  # the backward pass divides by the sums
             by_row = by_row[0], by_row[1] / weights
             by_column = by_column[0], by_column[1] / jnp.repeat(weights, captions)
@@ -255,7 +259,7 @@ def _softmax_forward(
     split = PartitionSpec(axes)
     out_specs = (WHOLE, split, split)
     arguments = images, texts, logit_scale, weights
-    loss, *statistics = _on(mesh, axes, local, "ssws", out_specs)(*arguments)
+    loss, *statistics = on_devices(mesh, axes, local, "ssws", out_specs)(*arguments)
     return loss, (*arguments, *statistics)
 
 
@@ -282,25 +286,27 @@ def _softmax_backward(
             return (d_images, d_scale + jnp.sum(d_logits * logits, axis=1)), d_texts
 
         fixed_sums = jnp.zeros(images.shape), jnp.zeros(rows)
-        (d_images, d_scale), d_texts = _sweep(
+        (d_images, d_scale), d_texts = sweep(
             axes,
-            _tile_rows(rows, tile),
+            tile_rows(rows, tile),
             visit,
             (images, image_rows, weights, by_row),
             fixed_sums,
             (texts, text_rows, by_column),
             jnp.zeros(texts.shape),
         )
-        per_logit = gradient / (2 * rows * _devices(axes))
+        per_logit = gradient / (2 * rows * count_devices(axes))
         factor = jnp.exp(logit_scale) * per_logit
         return (
             (factor * d_images).astype(images.dtype),
             (factor * d_texts).astype(texts.dtype),
-            per_logit * _total(jnp.sum(d_scale), axes),
+            per_logit * sum_over(jnp.sum(d_scale), axes),
         )
 
     split = PartitionSpec(axes)
-    gradients = _on(mesh, axes, local, "sswsssw", (split, split, WHOLE))(*residuals, gradient)
+    gradients = on_devices(mesh, axes, local, "sswsssw", (split, split, WHOLE))(
+        *residuals, gradient
+    )
     return *gradients, None
 
 
@@ -335,19 +341,19 @@ def sigmoid(
             terms, _, _ = sigmoid_terms(products, positive, logit_scale, logit_bias, of_pairs)
             return fixed_sums + jnp.sum(terms, axis=1), moving_sums
 
-        fixed_sums, _ = _sweep(
+        fixed_sums, _ = sweep(
             axes,
-            _tile_rows(rows, tile),
+            tile_rows(rows, tile),
             visit,
             (images, image_rows, weights),
             jnp.zeros(rows),
             (texts, text_rows, by_caption(weights, len(texts) // rows)),
             (),
         )
-        return _total(jnp.sum(fixed_sums), axes) / (len(texts) * _devices(axes))
+        return sum_over(jnp.sum(fixed_sums), axes) / (len(texts) * count_devices(axes))
 
     arguments = images, texts, logit_scale, logit_bias, weights
-    return _on(mesh, axes, local, "sswws", WHOLE)(*arguments)
+    return on_devices(mesh, axes, local, "sswws", WHOLE)(*arguments)
 
 
 def _sigmoid_forward(
@@ -377,17 +383,17 @@ def _sigmoid_forward(
             return (d_images, *sums), moving_sums + dot("nm,ne->me", rounded, images)
 
         zeros = jnp.zeros(rows)
-        (d_images, *sums), d_texts = _sweep(
+        (d_images, *sums), d_texts = sweep(
             axes,
-            _tile_rows(rows, tile),
+            tile_rows(rows, tile),
             visit,
             (images, image_rows, weights),
             (jnp.zeros(images.shape), zeros, zeros, zeros),
             (texts, text_rows, by_caption(weights, len(texts) // rows)),
             jnp.zeros(texts.shape),
         )
-        count = len(texts) * _devices(axes)
-        loss, d_bias, d_scale = (_total(jnp.sum(x), axes) / count for x in sums)
+        count = len(texts) * count_devices(axes)
+        loss, d_bias, d_scale = (sum_over(jnp.sum(x), axes) / count for x in sums)
         factor = jnp.exp(logit_scale) / count
         d_embeds = (factor * d_images).astype(images.dtype), (factor * d_texts).astype(texts.dtype)
         return loss, (*d_embeds, d_scale, d_bias)
@@ -395,7 +401,7 @@ def _sigmoid_forward(
     split = PartitionSpec(axes)
     out_specs = (WHOLE, (split, split, WHOLE, WHOLE))
     arguments = images, texts, logit_scale, logit_bias, weights
-    return _on(mesh, axes, local, "sswws", out_specs)(*arguments)
+    return on_devices(mesh, axes, local, "sswws", out_specs)(*arguments)
 
 
 def _sigmoid_backward(

@@ -50,7 +50,22 @@ def text_flops(size: Size) -> float:
         return size.text_layers * block + 2.0 * size.text_width * ends
     block = _block_flops(size.context_length, size.text_width, size.text_mlp)
     projection = 2.0 * size.text_width * size.embed_dim * size.text_projection
-    return size.text_layers * block + projection
+    return size.text_layers * block + projection + _decoder_flops(size)
+
+
+def _decoder_flops(size: Size) -> float:
+    """Counts the operations of the decoder beside a contrastive model, for one caption."""
+    if not size.text_decoder_layers:
+        return 0.0
+    written, width, tokens = size.context_length - 1, size.text_width, size.image_tokens
+    own = size.text_layers if size.text_decoder_shared else size.text_decoder_layers
+    cross = 4.0 * width * (written * (width + size.text_mlp) + tokens * (width + written))
+    return (
+        own * _block_flops(written, width, size.text_mlp)
+        + size.text_decoder_layers * cross
+        + 2.0 * tokens * size.image_width * width  # once an image, if it has several captions
+        + 2.0 * written * width * size.vocab_size
+    )
 
 
 def _block_flops(tokens: int, width: int, mlp: int) -> float:

@@ -15,9 +15,9 @@ from clip_jax.models.near_duplicates import NearDuplicates
 from clip_jax.models.packing import Packing
 from clip_jax.models.sizes import Size, get_size
 
-# By `Size.objective`, one of `choices.OBJECTIVES`. Called on images and tokens, each returns the
-# arguments of the loss of its objective (see `program.OBJECTIVES`), and embeds images by
-# `encode_image`. A model that embeds texts has `encode_text`, one that can score prompts `score`.
+# By `Size.objective`, one of `choices.OBJECTIVES`. Each computes what the loss of its objective
+# takes (see `program.OBJECTIVES`) by `outputs`, and embeds images by `encode_image`. A model that
+# embeds texts has `encode_text`, one that can score prompts `score`.
 MODULES: Mapping[str, type[ImageModel]] = {
     "contrastive": CLIP,
     "captioning": Captioner,
@@ -77,6 +77,12 @@ def _make_packing(packing: Mapping[str, Any] | None, size: Size) -> Packing | No
     """Returns the settings of packing; UserError where the captions of `size` cannot be packed."""
     if packing is None or packing["length"] == 0:
         return None
+    if size.text_decoder_layers:
+        raise UserError(
+            "loss.captioning needs the states of all tokens of a caption, each in a row of its "
+            f"own, and model.packing.length is {packing['length']}: set "
+            "--config.model.packing.length=0."
+        )
     if not size.text_causal or size.text_pool != "end":
         raise UserError(
             "model.packing needs a causal text tower that reads the end token, so that what "

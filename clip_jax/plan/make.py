@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from clip_jax import models
+from clip_jax.configs import default
 from clip_jax.errors import UserError
 from clip_jax.plan.chips import GIB, IMAGES_PER_CORE
 from clip_jax.plan.progress import Report, stage
@@ -190,7 +192,7 @@ def make_plan(
     step, missing, failure = None, 0.0, ""
     try:
         with stage("Tracing the step", report):
-            lowered = built.lower()
+            lowered = built.lower([100.0] * len(built.teacher_widths))  # whatever they learned
         with stage(f"Compiling for {topology}, which takes some minutes", report):
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -207,6 +209,11 @@ def make_plan(
             pathlib.Path(hlo_file).write_text(text)
         _complete(memory, compiled)
         step = step_cost(text, built, topology, top, report)
+        if built.teacher_widths:
+            step.notes.append(
+                f"The {len(built.teacher_widths)} teacher(s) of loss.teachers are left out: their "
+                "parameters, and embedding each batch by them, come on top."
+            )
         missing = max((memory.peak or 0.0) - memory.available, 0.0)
     return Plan(
         model=str(built.net.size),
@@ -246,7 +253,11 @@ def build(config: ConfigDict, topology: Topology, examples: float) -> program.Pr
             f"The config's mesh has {config.mesh.slices} slice(s), the topology {topology.slices}: "
             f"give --slices={config.mesh.slices}, or --config.mesh.slices={topology.slices}."
         )
-    return program.build(config, int(examples), devices=topology.devices())
+    # Teachers are not opened, and are taken to be as wide as the model.
+    width = models.get_size(config.model.name, config.model.size.to_dict()).embed_dim
+    widths = [width] * len(default.teacher_names(config))
+    devices = topology.devices()
+    return program.build(config, int(examples), teacher_widths=widths, devices=devices)
 
 
 def _resident(built: program.Program, topology: Topology) -> Memory:

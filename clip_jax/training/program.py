@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,30 +16,86 @@ from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock
 from clip_jax.configs import default
+from clip_jax.data import teachers
 from clip_jax.errors import UserError
-from clip_jax.models import image_model, views
+from clip_jax.models import clip, image_model, views
 from clip_jax.training import augment
 from clip_jax.training import step as train_step
 
 Parts = tuple[train_step.Loss, train_step.Augment]
 
 
+def of_pairs(loss: Callable[..., jax.Array]) -> train_step.Loss:
+    """Makes a contrastive loss, as `losses.softmax_loss`, one of named outputs and the batch."""
+
+    def named(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        pairs = [outputs[name] for name in clip.PAIRS if name in outputs]
+        return loss(*pairs, weights=batch.get("weight"))
+
+    return named
+
+
+def of_views(loss: Callable[..., jax.Array]) -> train_step.Loss:
+    """Makes a contrastive loss, whose scale is fixed, one of two views of each image."""
+    return lambda outputs, batch: loss(*jnp.unstack(outputs["views"], axis=1))
+
+
+def prediction(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+    """Computes the loss of a model that predicts captions, weighed like their pairs."""
+    weights = batch.get("weight", 1.0)
+    return losses.prediction_loss(weights * outputs["nats"], weights * outputs["predicted"])
+
+
+def of_teachers(loss: Callable[..., jax.Array], scales: Sequence[float]) -> train_step.Loss:
+    """Makes a loss of distillation, as `losses.distillation_loss`, one of named outputs and batch.
+
+    Args:
+      loss: loss of distillation.
+      scales: multiplier of the similarities by each teacher of the batch.
+    """
+
+    def named(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        theirs = []
+        for number, scale in enumerate(scales):
+            image, text = teachers.field_names(number)
+            theirs.append((batch[image], batch[text], jnp.float32(math.log(scale))))
+        pairs = outputs["image"], outputs["text"], outputs["logit_scale"]
+        return loss(*pairs, theirs, weights=batch.get("weight"))
+
+    return named
+
+
+def weighted_sum(*terms: tuple[float, train_step.Loss]) -> train_step.Loss:
+    """Makes the sum of losses, each times its weight; those of weight 0 are not computed."""
+
+    def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        return sum(
+            (weight * loss(outputs, batch) for weight, loss in terms if weight), jnp.float32(0)
+        )
+
+    return total
+
+
 def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
-    loss = functools.partial(
-        losses.LOSSES[config.loss.name],
-        mesh=mesh,
-        method=config.loss.method,
-        tile=config.loss.tile,
-    )
+    def on_mesh(loss):
+        return functools.partial(loss, mesh=mesh, method=config.loss.method, tile=config.loss.tile)
+
+    loss = on_mesh(losses.LOSSES[config.loss.name])
+    distillation = of_teachers(on_mesh(losses.distillation_loss), config.loss.teacher_scales)
     if config.loss.label_smoothing:
         loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     if config.loss.widths:
         loss = functools.partial(_nested, loss, tuple(config.loss.widths))
-    return loss, functools.partial(augment.augment, config=config.data.augment)
+    total = weighted_sum(
+        (1.0 - config.loss.distillation, of_pairs(loss)),
+        (config.loss.distillation, distillation),
+        (config.loss.captioning, prediction),
+    )
+    return total, functools.partial(augment.augment, config=config.data.augment)
 
 
 def _nested(
-    loss: train_step.Loss,
+    loss: Callable[..., jax.Array],
     widths: tuple[int, ...],
     images: jax.Array,
     texts: jax.Array,
@@ -64,7 +120,7 @@ def _nested(
 
 def _predictive(config: ConfigDict, mesh: Mesh) -> Parts:
     del mesh
-    return losses.prediction_loss, functools.partial(augment.augment, config=config.data.augment)
+    return prediction, functools.partial(augment.augment, config=config.data.augment)
 
 
 def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -76,7 +132,7 @@ def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
         method=config.loss.method,
         tile=config.loss.tile,
     )
-    return loss, functools.partial(views.two_views, config=config.data.views)
+    return of_views(loss), functools.partial(views.two_views, config=config.data.views)
 
 
 # By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the
@@ -99,6 +155,7 @@ class Program:
       net: the model.
       optimizer: the optimiser.
       total_steps: length of the run.
+      teacher_widths: numbers in the embeddings by each running teacher.
     """
 
     config: ConfigDict
@@ -106,6 +163,7 @@ class Program:
     net: models.ImageModel
     optimizer: optim.Optimizer
     total_steps: int
+    teacher_widths: tuple[int, ...] = ()
 
     @functools.cached_property
     def state(self) -> train_state.TrainState:
@@ -126,6 +184,11 @@ class Program:
         batch = {"image": like(image_shape, jnp.uint8), "tokens": like(token_shape, jnp.int32)}
         if default.has_pair_weights(self.config.data):
             batch["weight"] = like((rows,), jnp.float32)
+        stored = [teacher.width for teacher in teachers.of_data(self.config.data)]
+        for number, width in enumerate([*stored, *self.teacher_widths]):
+            shapes = (rows, width), (*token_shape[:-1], width)
+            for name, shape in zip(teachers.field_names(number), shapes):
+                batch[name] = like(shape, jnp.float32)
         return batch
 
     def init(self, variables: Any = None) -> train_state.TrainState:
@@ -134,9 +197,15 @@ class Program:
             self.state, self.net, self.optimizer, self.config.seed, variables=variables
         )
 
-    def lower(self) -> jax.stages.Lowered:
-        """Lowers the training step, step(state, batch), to be compiled; the state is donated."""
-        config = self.config
+    def lower(self, scales: Sequence[float] = ()) -> jax.stages.Lowered:
+        """Lowers the training step, step(state, batch), to be compiled; the state is donated.
+
+        Args:
+          scales: multiplier of the similarities by each teacher, where `loss.teacher_scales` gives
+            none.
+        """
+        config = self.config.copy_and_resolve_references()
+        config.loss.teacher_scales = tuple(config.loss.teacher_scales) or tuple(scales)
         loss_fn, augment_fn = OBJECTIVES[config.objective](config, self.mesh)
         step = functools.partial(
             train_step.train_step,
@@ -179,12 +248,19 @@ def make_mesh_and_net(
     return mesh, net
 
 
-def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None = None) -> Program:
+def build(
+    config: ConfigDict,
+    examples: int,
+    *,
+    teacher_widths: Sequence[int] = (),
+    devices: list[jax.Device] | None = None,
+) -> Program:
     """Builds the program of a config.
 
     Args:
       config: fields as in configs/default.py.
       examples: size of the training set, by which durations in epochs are counted.
+      teacher_widths: numbers in the embeddings by each model of `loss.teachers`.
       devices: devices to compile for, which need not be attached; None: all attached.
 
     Raises:
@@ -193,7 +269,7 @@ def build(config: ConfigDict, examples: int, *, devices: list[jax.Device] | None
     mesh, net = make_mesh_and_net(config, devices)
     total, schedule = make_schedule(config, examples)
     optimizer = optim.make_optimizer(schedule, config.optim, config.seed)
-    return Program(config, mesh, net, optimizer, total)
+    return Program(config, mesh, net, optimizer, total, tuple(teacher_widths))
 
 
 def make_schedule(config: ConfigDict, examples: int) -> tuple[int, optax.Schedule]:
@@ -231,6 +307,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
     trained = {
         "objective": config.objective,
         "logit_bias": contrastive and config.loss.name == "sigmoid",
+        **_decoder(config),
     }
     return models.create(
         config.model.name,
@@ -245,6 +322,23 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
+
+
+def _decoder(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of the decoder, which is there where its loss has a weight."""
+    none = {"text_decoder_layers": 0, "text_decoder_shared": False}
+    if not config.loss.captioning:
+        return none
+    size = config.model.size.to_dict()
+    layers = size["text_decoder_layers"]
+    if layers is None:
+        layers = models.get_size(config.model.name, {**size, **none}).text_layers
+    elif layers < 1:
+        raise UserError(
+            f"loss.captioning is {config.loss.captioning}, and model.size.text_decoder_layers "
+            f"{layers}: a decoder has at least one layer. Without either there is none."
+        )
+    return {"text_decoder_layers": layers}
 
 
 def choose_attention(asked: str, platform: str, kind: str, dtype: str) -> str:

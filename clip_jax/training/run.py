@@ -3,7 +3,7 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from etils import epath
@@ -12,12 +12,17 @@ from ml_collections import ConfigDict
 
 from clip_jax import models, sharding
 from clip_jax.common import clock, hosts, trackers
+from clip_jax.configs import default
 from clip_jax.data import identity, mixture, pipeline, rows, text_mask, tokenizer
+from clip_jax.data import teachers as stored_teachers
 from clip_jax.data.order import Order
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import UserError
 from clip_jax.evaluate.evaluator import Evaluator
 from clip_jax.training import agreement, notices, program
+
+if TYPE_CHECKING:
+    from clip_jax.weights.model import Weights
 
 # Before the metrics of the moving average of the parameters.
 EMA = "ema/"
@@ -36,6 +41,7 @@ class Run:
       log_every, eval_every: steps between logs and evaluations.
       checkpoint_every: steps between checkpoints; 0: by the clock, or only at the end.
       trace_at: first step of a trace; 0: none.
+      teachers: models that are distilled from, their arrays not read yet.
     """
 
     directory: epath.Path
@@ -49,6 +55,7 @@ class Run:
     eval_every: int
     checkpoint_every: int
     trace_at: int
+    teachers: tuple["Weights", ...]
 
     @property
     def config(self) -> ConfigDict:
@@ -105,6 +112,7 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
     trackers.parse(config.log.trackers)
     tokens = tokenizer.create(config.tokenizer, net.size.context_length)
     _check_tokenizer(config, tokens, net.size)
+    opened = _open_teachers(config, net.size, tokens)
     text_mask.create(config.data.text_mask, tokens)  # raises where NLTK is missing
     fallback_dir = _fallback_dir(directory)
     with hosts.first_host_first("indices of the data"):
@@ -117,10 +125,12 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
             fallback_dir=fallback_dir,
         )
         evaluator = Evaluator(config, net, mesh, tokens, fallback_dir)
+    stored_teachers.check(config.data, source)
     notices.check_batch(config, len(source))
     described = identity.describe(config.data, source)
     agreement.check_data(described)
-    made = program.build(config, len(source))
+    widths = [teacher.size.embed_dim for teacher in opened]
+    made = program.build(config, len(source), teacher_widths=widths)
     _, to_steps = program.count_steps(config, len(source))
     return Run(
         directory=directory,
@@ -134,7 +144,19 @@ def prepare(config: ConfigDict, directory: epath.Path) -> Run:
         eval_every=to_steps(config.eval.every),
         checkpoint_every=_every(config.checkpoint.every, to_steps),
         trace_at=to_steps(config.log.trace) if config.log.trace else 0,
+        teachers=opened,
     )
+
+
+def _open_teachers(
+    config: ConfigDict, size: models.Size, tokens: tokenizer.Tokenizer
+) -> tuple["Weights", ...]:
+    """Opens the models that are distilled from."""
+    if not default.teacher_names(config):
+        return ()
+    from clip_jax.training import teachers  # with readers of weights
+
+    return teachers.open_teachers(config, size, tokens)
 
 
 def _every(interval: str, to_steps: Callable[[str], int]) -> int:
@@ -156,7 +178,8 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
             "train a SigLIP model."
         )
     largest = tokens.vocab_size - 1 if size.end_token is None else size.end_token
-    if size.text_pool in ("end", "bag") and tokens.end != largest:
+    reads_end = size.text_pool in ("end", "bag") or size.text_decoder_layers > 0
+    if reads_end and tokens.end != largest:
         raise UserError(
             f"{size} finds the end of a caption by the id {largest}, but the tokenizer "
             f"{config.tokenizer!r} ends it with {tokens.end}: add "

@@ -6,7 +6,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -207,18 +207,36 @@ def _restore(
     return resume_state, found.state
 
 
-def _compile(run: Run, record: Record) -> jax.stages.Compiled:
-    """Compiles the training step; UserError where it does not fit into memory."""
+def _compile(run: Run, record: Record) -> Callable[..., tuple[train_state.TrainState, Any]]:
+    """Compiles the training step, and before it the teachers, whose parameters it reads.
+
+    Raises:
+      UserError: the step does not fit into memory, or a teacher is damaged.
+    """
     began = time.monotonic()
+    running = None
+    if run.teachers:
+        from clip_jax.training import teachers  # with readers of weights
+
+        running = teachers.Teachers(run.teachers, run.program)
     with record.during("compile"):
-        compiled = run.program.lower().compile()
-    _check_memory(compiled.memory_analysis(), run.config.batch_size)
+        compiled = run.program.lower(running.scales if running else ()).compile()
+    beside = running.bytes if running else 0
+    _check_memory(compiled.memory_analysis(), run.config.batch_size, beside)
     say(f"Compiled the training step in {formatting.format_seconds(time.monotonic() - began)}.")
-    return compiled
+    if running is None:
+        return compiled
+    return lambda state, batch: compiled(state, running(batch, state.step))
 
 
-def _check_memory(needs: Any, batch_size: int) -> None:
-    """Raises UserError where a step takes more memory than there is: else the system kills it."""
+def _check_memory(needs: Any, batch_size: int, beside: int) -> None:
+    """Raises UserError where a step takes more memory than there is: else the system kills it.
+
+    Args:
+      needs: analysis of the compiled step.
+      batch_size: pairs of a step.
+      beside: bytes on each device that are held beside it, by teachers.
+    """
     device = jax.local_devices()[0]
     has = (device.memory_stats() or {}).get("bytes_limit")
     devices = 1
@@ -226,7 +244,8 @@ def _check_memory(needs: Any, batch_size: int) -> None:
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         devices = jax.local_device_count()
     needed = devices * (
-        needs.temp_size_in_bytes
+        beside
+        + needs.temp_size_in_bytes
         + needs.argument_size_in_bytes
         + needs.output_size_in_bytes
         - needs.alias_size_in_bytes
@@ -316,6 +335,9 @@ def _announce(run: Run) -> None:
     )
     if summary := run.program.optimizer.factors.summary(run.program.state.params):
         say(summary)
+    for teacher in run.teachers:
+        described, *_ = teacher.describe().splitlines()
+        say(f"Distilling from {described}.")
     if problems := getattr(run.source, "problems", None):
         say(f"Found in the training data: {list_counts(problems)}.")
     for note in run.evaluator.notes:

@@ -4,6 +4,8 @@ from ml_collections import ConfigDict
 
 from clip_jax import choices
 from clip_jax.configs import default
+from clip_jax.data import teachers
+from clip_jax.data.sources import captions
 from clip_jax.errors import UserError
 
 
@@ -38,6 +40,7 @@ def validate(config: ConfigDict) -> None:
         ("accum_steps", config.accum_steps, 1),
         ("loss.tile", config.loss.tile, 1),
         ("loss.temperature", config.loss.temperature, 1e-4),
+        ("loss.captioning", config.loss.captioning, 0),
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
@@ -99,6 +102,7 @@ def validate(config: ConfigDict) -> None:
             )
         if "," in each.weight_key:
             problems.append(f"source.weight_key is {each.weight_key!r}, and must be a single name")
+    problems += _distillation(config)
     if not 0 <= config.loss.label_smoothing < 1:
         problems.append(
             f"loss.label_smoothing is {config.loss.label_smoothing}, and must be at least 0 and "
@@ -115,6 +119,8 @@ def validate(config: ConfigDict) -> None:
             ("data.captions", config.data.captions, 1),
             ("loss.label_smoothing", config.loss.label_smoothing, 0),
             ("loss.widths", tuple(config.loss.widths), ()),
+            ("loss.distillation", config.loss.distillation, 0),
+            ("loss.captioning", config.loss.captioning, 0),
             ("source.weight_key", "".join(each.weight_key for each in default.sources(data)), ""),
         ):
             if value != neutral:
@@ -122,9 +128,10 @@ def validate(config: ConfigDict) -> None:
                     f"{name} is {value!r}, but objective={config.objective} takes {neutral!r}: "
                     "only the contrastive one has it"
                 )
-    if config.objective == "captioning" and data.text_mask != "none":
+    if data.text_mask != "none" and (config.objective == "captioning" or config.loss.captioning):
+        which = "objective=captioning" if config.objective == "captioning" else "loss.captioning"
         problems.append(
-            f"data.text_mask is {data.text_mask!r}, and must be none with objective=captioning, "
+            f"data.text_mask is {data.text_mask!r}, and must be none with {which}, "
             "which would learn to write captions with gaps"
         )
     if not 0 < config.eval.confidence < 1:
@@ -137,3 +144,50 @@ def validate(config: ConfigDict) -> None:
         )
     if problems:
         raise UserError(f"This config cannot be run: {'; '.join(problems)}.")
+
+
+def _distillation(config: ConfigDict) -> list[str]:
+    """Returns the problems of distillation and its teachers."""
+    loss, data = config.loss, config.data
+    stored, running = teachers.of_data(data), default.teacher_names(config)
+    scales, count = tuple(loss.teacher_scales), len(stored) + len(running)
+    named = [f"loss.teachers names {', '.join(running)}"] if running else []
+    named += ["source.teacher_keys names teachers"] if stored else []
+    problems = []
+    if not 0 <= loss.distillation <= 1:
+        problems.append(f"loss.distillation is {loss.distillation}, and must be from 0 to 1")
+    if loss.distillation and not count:
+        problems.append(
+            f"loss.distillation is {loss.distillation}, and there is no teacher: name models in "
+            "loss.teachers, or their embeddings in source.teacher_keys"
+        )
+    if named and not loss.distillation:
+        problems.append(
+            f"{' and '.join(named)}, but loss.distillation is 0, and nothing would be learned of "
+            "them: give the fraction of the loss that is theirs, such as 0.75"
+        )
+    if not all(0 < scale < float("inf") for scale in scales):
+        problems.append(f"loss.teacher_scales is {scales}, and must be of positive numbers")
+    if len(scales) != count and (scales or stored):
+        problems.append(
+            f"loss.teacher_scales is {scales}, and must have a multiplier of the similarities for "
+            f"each of the {count} teacher(s): 100 is that of most CLIP models"
+            + ("; what the data keep of a teacher does not tell it" if stored else "")
+        )
+    if stored and data.captions > 1:
+        problems.append(
+            f"data.captions is {data.captions}, but the data keep a teacher's embedding of one "
+            "caption each (source.teacher_keys): take 1, or a running teacher (loss.teachers)"
+        )
+    for each in default.sources(data):
+        if each.teacher_keys and each.type == "synthetic":
+            problems.append(
+                f"source.teacher_keys is {each.teacher_keys!r}, but synthetic data have no such "
+                "fields"
+            )
+        if each.teacher_keys and len(captions.parse_fields(each.text_key)) > 1:
+            problems.append(
+                f"source.text_key is {each.text_key!r}, but source.teacher_keys names the "
+                "embedding of one caption: name its field alone"
+            )
+    return problems

@@ -10,6 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from shards import contents, open_source, picture
 
+from clip_jax.data import teachers
 from clip_jax.data.sources.folder import ImageFolder
 from clip_jax.errors import BadExample, UserError
 
@@ -141,6 +142,7 @@ def store(data_dir, file_format: str) -> None:
                 {"label": tfds.features.ClassLabel(names=["a", "b", "c"]), "area": np.float32}
             ),
             "pixels": tfds.features.Tensor(shape=(2, 2, 1), dtype=np.uint8),
+            "teacher": {"image": tfds.features.Tensor(shape=(4,), dtype=np.float16)},
         }
     )
     examples = [
@@ -153,6 +155,7 @@ def store(data_dir, file_format: str) -> None:
                 "label": i % 2,
                 "objects": [{"label": n, "area": 0.5} for n in (2, i % 2, 2)[: i % 4]],
                 "pixels": np.full((2, 2, 1), i, np.uint8),
+                "teacher": {"image": np.arange(4, dtype=np.float16) - i},
             },
         )
         for i in range(20)
@@ -222,6 +225,14 @@ class TestTfds:
         assert [source[i].labels for i in range(3)] == [(), (2,), (2, 0)]
         assert [source[i].groups for i in range(2)] == [("even", "words 0"), ("odd", "words 1")]
         assert source[0].captions.texts == ("caption 0", "second")
+
+    def test_embeddings_by_a_teacher(self, prepared):
+        spec = {"type": "tfds", "path": prepared, "name": "tiny_pairs", "split": "train"}
+        source = open_source(**spec, group_keys="teacher/image,label")
+        embed, label = source[3].groups
+        unit = teachers.decode(embed, 4, "")
+        np.testing.assert_allclose(unit, np.array([-3, -2, -1, 0]) / 14**0.5, rtol=1e-6)
+        assert label == "odd"
 
     def test_wrong_names(self, prepared):
         spec = {"type": "tfds", "path": prepared, "name": "tiny_pairs", "split": "train"}

@@ -45,6 +45,29 @@ def sigmoid_loss(images, texts, logit_scale, logit_bias, weights=None):
     return loss, d_images, d_texts, np.sum(d_logits * scale * products), d_logits.sum()
 
 
+def distillation_loss(images, texts, logit_scale, teachers, weights=None):
+    """Loss and its gradients in images, texts [B, (c,) e] and logit_scale, all float64."""
+    images, texts = np.asarray(images, np.float64), np.asarray(texts, np.float64)
+    shape, texts = texts.shape, texts.reshape(-1, texts.shape[-1])
+    scale = np.exp(np.float64(logit_scale))
+    logits = scale * images @ texts.T
+    of_rows, of_columns = _shares(weights, *logits.shape)
+    loss, d_logits = 0.0, np.zeros_like(logits)
+    for their_images, their_texts, their_scale in teachers:
+        their_texts = np.asarray(their_texts, np.float64).reshape(len(texts), -1)
+        theirs = np.exp(np.float64(their_scale)) * np.float64(their_images) @ their_texts.T
+        for axis, share in ((1, of_rows[:, None]), (0, of_columns[None])):
+            (p, p_lse), (q, q_lse) = (_softmax(x, axis) for x in (theirs, logits))
+            log_p, log_q = (
+                theirs - np.expand_dims(p_lse, axis),
+                logits - np.expand_dims(q_lse, axis),
+            )
+            loss += np.sum(share * p * (log_p - log_q)) / 2 / len(teachers)
+            d_logits += share * (q - p) / 2 / len(teachers)
+    d_images, d_texts = scale * d_logits @ texts, scale * d_logits.T @ images
+    return float(loss), d_images, d_texts.reshape(shape), float(np.sum(d_logits * logits))
+
+
 def _shares(weights, batch: int, captions: int) -> tuple[np.ndarray, np.ndarray]:
     """The share of each image, and of each caption; both sum to 1."""
     rows = np.asarray(np.ones(batch) if weights is None else weights, np.float64)

@@ -54,12 +54,13 @@ def unread_flops(size: Size) -> float:
     queries where attention is not causal.
     """
     total = 0.0
-    if size.has_class_token:
+    if size.has_class_token and not size.text_decoder_layers:
         others, width = size.image_tokens - 1, size.image_width
         unread = 2.0 * others * width * (2 * width + 2 * size.image_mlp)
         unread += 4.0 * others * (others + 1) * width
         total += unread * (2 if size.objective == "near_duplicates" else 1)
-    if size.objective == "contrastive" and size.text_layers:
+    all_read = size.text_decoder_layers > 0 and not size.text_decoder_shared
+    if size.objective == "contrastive" and size.text_layers and not all_read:
         others, width = size.context_length - 1, size.text_width
         total += 2.0 * others * width * (width + 2 * size.text_mlp)
     return total

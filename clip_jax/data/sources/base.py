@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -26,14 +26,14 @@ class Example:
       labels: class indices, each once; empty where it has no class, or none of those that count.
       key: unique name of the example, as `as_key` makes it, so that lists have a key a line.
       groups: values of the source's `group_keys`, "" where there is none, for bias probes; in
-        training the value of its `weight_key`.
+        training those of its `weight_key` and `teacher_keys`. A text, or a list as stored.
     """
 
     image: bytes | np.ndarray
     captions: Captions
     labels: tuple[int, ...]
     key: str
-    groups: tuple[str, ...] = ()
+    groups: tuple[Any, ...] = ()
 
     @property
     def text(self) -> str:

@@ -18,8 +18,10 @@ from PIL import Image, ImageFilter
 
 from clip_jax.data.sources.base import Example, Request
 from clip_jax.data.sources.captions import Captions
+from clip_jax.data.sources.labels import GROUP_SETTINGS, parse_groups
 from clip_jax.errors import UserError
 
+FIELD = "digits"  # the one that `teacher_keys` may name
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 HELD_OUT_PER_DIGIT = 36  # 360 of the 1,797 scans, drawn once and for all, whatever the seed
 
@@ -90,7 +92,14 @@ class Glyph:
 
 def open_source(request: Request) -> "DigitScenes":
     """Opens a source of type "digits"."""
-    return DigitScenes(request.spec.split, request.image_size, request.seed)
+    spec = request.spec
+    fields = parse_groups(spec.group_keys)
+    if unknown := set(fields) - {FIELD}:
+        raise UserError(
+            f"The embedded digits have no field {', '.join(sorted(unknown))} (source."
+            f'{GROUP_SETTINGS}): only "{FIELD}", ten numbers, 1 for each digit in the scene.'
+        )
+    return DigitScenes(spec.split, request.image_size, request.seed, len(fields))
 
 
 class DigitScenes:
@@ -109,6 +118,7 @@ class DigitScenes:
       split: name of the split.
       image_size: pixels along a side of the canvas.
       seed: PRNG seed of the compositions and captions; the held-out scans do not depend on it.
+      fields: number of times that each example has the digits in it, as its groups.
 
     Raises:
       UserError: unknown split.
@@ -122,7 +132,7 @@ class DigitScenes:
         "the number {}",
     )
 
-    def __init__(self, split: str, image_size: int, seed: int):
+    def __init__(self, split: str, image_size: int, seed: int, fields: int = 0):
         if split not in SPLITS:
             raise UserError(
                 f"The embedded digits have no split {split!r}: source.split is one of "
@@ -133,6 +143,7 @@ class DigitScenes:
         self._scenes = "test" if split in SHIFTS else split.removesuffix(TWICE)
         self._image_size = image_size
         self._seed = seed
+        self._fields = fields
         self._papers, self._digits = _scans()
         train, held_out = _split_scans()
         self._rows = train if split.startswith("train") else held_out
@@ -152,6 +163,7 @@ class DigitScenes:
             captions=Captions(captions, (1.0,) * len(captions)),
             labels=(glyphs[0].digit,) if len(glyphs) == 1 else (),
             key=f"digits {self._split} {index}",
+            groups=([float(d in {g.digit for g in glyphs}) for d in range(10)],) * self._fields,
         )
 
     def glyphs(self, index: int) -> tuple[Glyph, ...]:

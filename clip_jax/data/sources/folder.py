@@ -104,7 +104,8 @@ class ImageFolder:
         self._bad_rows: dict[int, str] = {}  # reason by example
         # Values of the caption fields by example; None: they are in files beside the images.
         self._texts: _Texts | list[list[tuple[Any, float]]] | None = None
-        self._groups: list[tuple[str, ...]] | None = None
+        # Columns of the groups, and the row of each example; None: they are in files too.
+        self._groups: tuple[Sequence[tables.Column], Sequence[int]] | None = None
         self.labels: Labels | None = None
         self.class_names: tuple[str, ...] = ()
         self._root, found = _find(path, image_key)
@@ -225,8 +226,7 @@ class ImageFolder:
                     parquet_images.class_names(footers[0].schema, label_key), label_key
                 )
         if self._group_keys:
-            found = [list(table.columns[key]) for key in self._group_keys]
-            self._groups = [tuple(group(values[row]) for values in found) for row in rows]
+            self._groups = [table.columns[key] for key in self._group_keys], rows
 
     def _paths(self, table: tables.Table, image_column: str) -> list[str]:
         """Returns the image of every row; records the rows that have none."""
@@ -314,9 +314,10 @@ class ImageFolder:
         record = self._read(f"{_stem(key)}.json") if needs_json else None
         return captions.read_files(txt, record, self._fields, key, not optional)
 
-    def _groups_of(self, index: int) -> tuple[str, ...]:
+    def _groups_of(self, index: int) -> tuple[Any, ...]:
         if self._groups is not None:
-            return self._groups[index]
+            columns, rows = self._groups
+            return tuple(group(column[rows[index]]) for column in columns)
         key = self._images[index]
         record = self._read(f"{_stem(key)}.json")
         return tuple(group(captions.read_field(record, name, key)) for name in self._group_keys)

@@ -87,8 +87,8 @@ def class_ids(value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(number for number in found.values() if number >= 0))
 
 
-# Settings that name groups, for messages: the weight of a pair is read as one.
-GROUP_SETTINGS = "group_keys or source.weight_key"
+# Settings that name groups, for messages: what else training reads of a pair is read as one.
+GROUP_SETTINGS = "group_keys, source.teacher_keys or source.weight_key"
 
 
 def parse_groups(group_keys: str) -> tuple[str, ...]:
@@ -96,8 +96,10 @@ def parse_groups(group_keys: str) -> tuple[str, ...]:
     return tuple(filter(None, (key.strip() for key in group_keys.split(","))))
 
 
-def group(value: Any) -> str:
-    """Returns the value of a field as the name of a group; "": none."""
+def group(value: Any) -> Any:
+    """Returns the value of a field as the name of a group, "" for none; a list stays as it is."""
+    if isinstance(value, (list, tuple)) or getattr(value, "ndim", 0):
+        return value
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return "" if value is None else str(value)

@@ -187,7 +187,7 @@ def _lookup(tree: Any, key: str) -> Any:
     return functools.reduce(lambda node, name: node[name], key.split("/"), tree)
 
 
-def _group(value: Any, feature: Any) -> str:
+def _group(value: Any, feature: Any) -> Any:
     names = getattr(feature, "names", None)
     return names[int(value)] if names else group(value)
 

@@ -106,9 +106,7 @@ class TfRecordSource:
             captions=captions.collect(texts, key, required=self.labels is None),
             labels=() if self.labels is None else self.labels[index],
             key=key,
-            groups=tuple(
-                group(next(iter(_values(features, name)), None)) for name in self._group_keys
-            ),
+            groups=tuple(group(_value(_values(features, name))) for name in self._group_keys),
         )
 
 
@@ -150,6 +148,12 @@ def _values(features: Any, name: str) -> list[Any]:
     feature = features[name]
     kind = feature.WhichOneof("kind")
     return list(getattr(feature, kind).value) if kind else []
+
+
+def _value(values: list[Any]) -> Any:
+    """The only value of a feature, or the first; several floats together; None: there is none."""
+    several_floats = len(values) > 1 and isinstance(values[0], float)
+    return values if several_floats else next(iter(values), None)
 
 
 def _choose(features: Any, wanted: str, usual: tuple[str, ...], field: str) -> str:
