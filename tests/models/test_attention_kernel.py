@@ -164,13 +164,13 @@ def gradients(net, params, images, tokens):
     [
         (1, True, "attention", {}),  # the class token apart, as with the 256 patches of ViT-L/14
         (1, False, "full", {"image_size": 56}),  # 50 tokens, padded to 56
-        (1, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
+        slow(1, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
         slow(1, True, "attention", {"image_pool": "avg", "image_registers": 1}),  # apart, not read
         slow(1, True, "none", {"image_pool": "map", "image_registers": 1, "image_rope": True}),
         slow(1, False, "attention", {"image_layer_scale": 0.5, "image_size": 56}),
         slow(1, True, "none", {"image_qk_norm": True}),
         (65, False, "residual", {"image_size": 56}),  # four times 50 tokens as one sequence
-        (65, True, "none", {"image_pool": "map", "image_size": 48}),  # twice 36 patches
+        slow(65, True, "none", {"image_pool": "map", "image_size": 48}),  # twice 36 patches
     ],
 )
 def test_a_model_learns_the_same(monkeypatch, shortest, scan_layers, remat, size):

@@ -66,6 +66,7 @@ def test_operations_of_the_step(plan):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_captions_an_image_and_weights():
     settings = {"data.captions": 2, "data.source.weight_key": "score"}
     plan = make.make_plan(tiny_config(**settings), V5E_8, examples=3200, top=5)

@@ -200,6 +200,7 @@ def test_resnets_are_planned():
     assert {c.tensor for c in search.candidates(task)} >= {1, 2}
 
 
+@pytest.mark.slow
 def test_the_fastest_is_tried_with_other_text_towers_and_unrolled_layers(pretended):
     config, slice_ = vit_b32.get_config().unlock(), topology.parse_topology("v5e:4x4")
     found = search.search(config, slice_, report=lambda line: None)

@@ -147,6 +147,7 @@ def test_killed_and_resumed(bucket, place, shards, tmp_path, capsys):
     assert metrics(bucket.get("bucket", f"{place}/run/metrics.jsonl")) == wanted
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_workdir(bucket, place, shards, tmp_path, capsys):
     """Then a single process resumes their run."""
     short = {"duration": "6 steps", "eval.every": "6 steps"}

@@ -260,7 +260,7 @@ with checkpoint.Checkpoints(disk / "run", report=lambda *said: print(*said)) as 
     ("fault", "reason"),
     [
         ("limit", "Host 1: File too large"),
-        ("full", "No space left on device"),
+        pytest.param("full", "No space left on device", marks=pytest.mark.slow),
         pytest.param("read-only", "Read-only file system", marks=pytest.mark.slow),
     ],
 )

@@ -147,7 +147,14 @@ def test_a_signal_in_the_last_evaluation(tmp_path, send, monkeypatch):
     assert_goes_on_to_the_bit(tmp_path)
 
 
-@pytest.mark.parametrize("steps", [5, 4, 0], ids=["unsaved", "saved", "none"])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param(5, id="unsaved"),
+        pytest.param(4, id="saved", marks=pytest.mark.slow),
+        pytest.param(0, id="none", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_is_heard_while_no_batch_comes(tmp_path, monkeypatch, steps: int):
     """The last finished step is saved, unless it is, without waiting for the next batch."""
     opened, released = pipeline.TrainPipeline.__iter__, threading.Event()

@@ -278,6 +278,7 @@ RARELY = {
 }
 
 
+@pytest.mark.slow
 def test_the_bound_holds_however_seldom_the_run_logs(tmp_path, bad_steps, monkeypatch):
     """A few steps are under way when the one too many is found, not those of a whole interval."""
     bad_steps({12, 13, 14})
@@ -377,6 +378,7 @@ def test_a_signal_during_a_roll_back(tmp_path, bad_steps, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "asked", 12)
 
 
+@pytest.mark.slow
 def test_trackers_are_told_of_a_roll_back(tmp_path, bad_steps, monkeypatch):
     bad_steps({6, 7, 8})
     told: list[tuple[int, bool]] = []

@@ -91,7 +91,7 @@ def assert_gradients(got, want) -> None:
 @pytest.mark.parametrize(
     ("axes", "accum_steps", "patch_dropout"),
     [
-        (ONE, 16, 0.5),
+        pytest.param(ONE, 16, 0.5, marks=pytest.mark.slow),
         ((2, 2, 2), 4, 0.5),
         pytest.param(ONE, 2, 0.0, marks=pytest.mark.slow),
         pytest.param(FSDP, 2, 0.5, marks=pytest.mark.slow),
