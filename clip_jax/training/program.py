@@ -30,7 +30,8 @@ def of_pairs(loss: Callable[..., jax.Array]) -> train_step.Loss:
 
     def named(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
         pairs = [outputs[name] for name in clip.PAIRS if name in outputs]
-        return loss(*pairs, weights=batch.get("weight"))
+        weights = {"weights": batch["weight"]} if "weight" in batch else {}
+        return loss(*pairs, **weights)
 
     return named
 

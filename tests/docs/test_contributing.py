@@ -51,8 +51,9 @@ def test_what_it_says_to_try(copy: pathlib.Path):
             image.save(folder / f"{index}.png")
 
     losses = {}
-    for title, run in ((TITLES[0], "hinge"), (TITLES[1], "zip")):
-        walkthrough.try_it(title, copy)
+    walkthrough.try_it(TITLES[0], copy, "--config.log.every=1 steps")
+    walkthrough.try_it(TITLES[1], copy)
+    for run in ("hinge", "zip"):
         rows = (copy / "runs" / run / "metrics.jsonl").read_text().splitlines()
         losses[run] = [row["train/loss"] for row in map(json.loads, rows) if "train/loss" in row]
     # Two unrelated unit vectors are 0.2 too near twice a pair; softmax begins at ln 32 nats.

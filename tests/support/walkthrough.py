@@ -73,12 +73,12 @@ def run(arguments: list[str], folder: pathlib.Path) -> str:
     return done.stdout
 
 
-def try_it(title: str, folder: pathlib.Path) -> str:
-    """Runs the commands of a walk-through."""
+def try_it(title: str, folder: pathlib.Path, *flags: str) -> str:
+    """Runs the commands of a walk-through, with more flags."""
     said = ""
     for block in blocks(title):
         for command in markdown_pages.commands(block) if block.language == "bash" else ():
             program, *arguments = command.words
             assert program == "python", command
-            said += run(arguments, folder)
+            said += run([*arguments, *flags], folder)
     return said
