@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
 from clip_jax.models.image_model import TokenIds, end_places
-from clip_jax.models.layers import Dtype, layer_norm, mean
+from clip_jax.models.layers import Dtype, MapHead, make_norm, mean
 from clip_jax.models.packing import Packing, Tower, end_features, pick
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Mask, Read, Transformer
@@ -24,8 +24,8 @@ class TextTransformer(nn.Module):
 
     The paper's tower reads the feature at the end token, the largest id of the vocabulary unless
     the size names another. Its attention is causal, so padding after that changes nothing, and
-    captions may have any length up to the context length. Where another token or their mean is read
-    instead, they must have the context length.
+    captions may have any length up to the context length. Where another token is read instead, or
+    all of them, they must have the context length.
     A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
@@ -60,8 +60,18 @@ class TextTransformer(nn.Module):
                 causal=size.text_causal,
                 paper_init=True,
                 qk_norm=size.text_qk_norm,
+                norm=size.norm,
             )
-        self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
+        self.ln_final = make_norm(size.norm, size.norm_eps, self.dtype, None)
+        if size.text_pool == "map":
+            self.map_head = MapHead(
+                heads=size.text_heads,
+                mlp=size.text_mlp,
+                activation=size.text_activation or size.activation,
+                norm=size.norm,
+                norm_eps=size.norm_eps,
+                dtype=self.dtype,
+            )
         if size.text_projection:
             self.projection = nn.Dense(
                 size.embed_dim,
@@ -80,6 +90,8 @@ class TextTransformer(nn.Module):
         features = self.ln_final(features)
         if self.size.text_pool == "avg":
             features = mean(features)
+        elif self.size.text_pool == "map":
+            features = self.map_head(features)
         return self.projection(features) if self.size.text_projection else features
 
     def states(
@@ -111,7 +123,7 @@ class TextTransformer(nn.Module):
             own = own_tokens(tokens)[:, :, None]
             words = jnp.sum(jnp.where(own, self.token_embed(tokens), 0), axis=1, dtype=jnp.float32)
             return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
-        if self.size.text_pool == "avg":
+        if self.size.text_pool in ("avg", "map"):
             return self.states(tokens)
         if self.size.text_pool in _PLACES:
             return self.states(tokens, read=_PLACES[self.size.text_pool])[:, 0]

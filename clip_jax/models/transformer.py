@@ -27,11 +27,12 @@ from clip_jax.models.layers import (
     ACTIVATIONS,
     Dtype,
     Init,
-    layer_norm,
+    make_norm,
     named,
     remat_layer,
     torch_default_bias_init,
     torch_default_init,
+    units,
 )
 from clip_jax.models.positions import Rotations, rotate
 
@@ -61,6 +62,7 @@ class Block(nn.Module):
     length: int | None  # tokens of a sequence before its padding; None: it has none
     layer_scale: float | None
     qk_norm: bool
+    norm: str
 
     @nn.compact
     def __call__(
@@ -75,7 +77,7 @@ class Block(nn.Module):
         kernels = self.attention == "pallas" and not self.is_initializing()
         in_kernel = kernels and rope is None and not self.qk_norm and _fits_kernel(x, self.heads)
         unscaled = self.layer_scale is None
-        norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
+        norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels, self.norm == "rms")
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
         out = partial(dense, width, kernel_init=self.out_init)
         if kernels and unscaled:
@@ -98,8 +100,9 @@ class Block(nn.Module):
         if kernels:
             x, y = each(_as_rows, (x, y))
         bias = torch_default_bias_init(width)
-        y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
-        y = named(y, "mlp")
+        hidden = units(self.mlp, self.activation)
+        mlp_in = dense(hidden, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in")
+        y = named(each(mlp_in, y), "mlp")
         y = each(ACTIVATIONS[self.activation], y)
         x = each(jnp.add, x, self._scale("mlp_scale", each(mlp_out, y)))
         return each(lambda part, like: part.reshape(like.shape), x, like)
@@ -125,7 +128,9 @@ class Block(nn.Module):
         few = read is not None and mask is None and not self.causal  # the others are not needed
 
         norms = [
-            layer_norm(self.norm_eps, self.dtype, name) if self.qk_norm else lambda part: part
+            make_norm(self.norm, self.norm_eps, self.dtype, name)
+            if self.qk_norm
+            else lambda part: part
             for name in ("ln_q", "ln_k")
         ]
 
@@ -210,7 +215,7 @@ class Transformer(nn.Module):
     Attributes:
       mlp: hidden units of each block.
       activation: their activation, a name in `layers.ACTIVATIONS`.
-      norm_eps: LayerNorm's addition to the variance.
+      norm_eps: addition to the variance of the norms.
       scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
       remat: recomputation in the backward pass; see `layers.remat_layer`.
       attention: the form of attention that computes it; see `attention.FORMS`.
@@ -221,6 +226,7 @@ class Transformer(nn.Module):
         None: there is none.
       qk_norm: whether queries and keys are normalised in each head (Dehghani et al. 2023). With it,
         attention does not go through the kernel for TPUs.
+      norm: kind of the norms, "layer" or "rms"; the latter do not go through the kernel for TPUs.
     """
 
     layers: int
@@ -236,6 +242,7 @@ class Transformer(nn.Module):
     paper_init: bool
     layer_scale: float | None = None
     qk_norm: bool = False
+    norm: str = "layer"
 
     @nn.compact
     def __call__(
@@ -317,6 +324,7 @@ class Transformer(nn.Module):
             length=length,
             layer_scale=self.layer_scale,
             qk_norm=self.qk_norm,
+            norm=self.norm,
             parent=None,
         )
 

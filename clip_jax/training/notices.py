@@ -78,6 +78,8 @@ def notices(
         at_a_time = config.batch_size // config.accum_steps
         for tower, why in attention.misfits(net.size, length, at_a_time).items():
             found.append(f"Attention of the {tower} tower is XLA's, not the kernel's: {why}.")
+        if net.size.norm == "rms":
+            found.append("Norms are XLA's, not the kernel's: it computes no RMSNorm (norm='rms').")
     examples, batch = len(source), config.batch_size
     if batch > examples:
         found.append(f"A batch of {batch:,} holds some of the {examples:,} examples several times.")

@@ -48,6 +48,7 @@ def jaxpr_flops(jaxpr) -> float:
         ("ViT-B/32", {"image_layers": (2,), "text_layers": 1}),
         ("ViT-B/32", {**TINY, "image_pool": "map", "text_pool": "last", "text_mlp": 48}),
         ("ViT-B/32", {**TINY, "image_pool": "avg", "image_registers": 2}),
+        ("ViT-B/32", {**TINY, "image_pool": "map", "text_pool": "map", "activation": "swiglu"}),
         ("ViT-B/32", {**TINY, "text_projection": False, "embed_dim": TINY["text_width"]}),
         ("RN50", {"image_layers": (1, 2, 1, 1), "text_layers": 1, "image_size": 64}),
         ("ViT-B/32", {**TINY, "text_pool": "bag", "text_layers": 0}),

@@ -59,7 +59,8 @@ def unread_flops(size: Size) -> float:
         unread = 2.0 * others * width * (2 * width + 2 * size.image_mlp)
         unread += 4.0 * others * (others + 1) * width
         total += unread * (2 if size.objective == "near_duplicates" else 1)
-    if size.objective == "contrastive" and size.text_layers:
+    reads_one = size.text_pool not in ("avg", "map")
+    if size.objective == "contrastive" and size.text_layers and reads_one:
         others, width = size.context_length - 1, size.text_width
         total += 2.0 * others * width * (width + 2 * size.text_mlp)
     return total
