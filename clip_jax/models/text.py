@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -115,7 +116,13 @@ class TextTransformer(nn.Module):
             learned = learned[: tokens.shape[1]]
         else:  # from the whole table: else the partitioner looks up parts of every activation
             learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
-        return self.transformer(self.token_embed(tokens) + learned, mask, read)
+        x = self.token_embed(tokens) + learned
+        learns = self.variables.get("learns")
+        if learns and not any(
+            np.any(jax.tree.leaves(learns[name])) for name in ("token_embed", "positions")
+        ):
+            x = jax.lax.stop_gradient(x)  # packing hides that its parameters are constants
+        return self.transformer(x, mask, read)
 
     def _read(self, tokens: TokenIds) -> Float[Array, "batch *tokens width"]:
         """Computes the features of the tokens that stand for the captions, one or all of each."""
@@ -142,9 +149,11 @@ class TextTransformer(nn.Module):
     def _tower(self, scan_layers: bool) -> Tower:
         """Returns `states` as a pure function: Flax modules cannot be called in a loop of JAX."""
         module = self.clone(parent=None, scan_layers=scan_layers)
+        learns = self.variables.get("learns", {})
 
         def tower(params: Any, *rows: Any) -> jax.Array:
-            x = module.apply({"params": params}, *rows, method=TextTransformer.states)
+            variables = {"params": params, "learns": learns}
+            x = module.apply(variables, *rows, method=TextTransformer.states)
             return cast(jax.Array, x)
 
         return tower

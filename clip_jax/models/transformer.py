@@ -1,11 +1,13 @@
 """The residual attention blocks of both transformer towers."""
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool
 
@@ -210,7 +212,9 @@ class Transformer(nn.Module):
     does not fill its last tile is padded: it takes the memory anyhow.
 
     Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
-    unrolled, so that one checkpoint and one sharding rule serve both.
+    unrolled, so that one checkpoint and one sharding rule serve both. The collection "learns" may
+    say which layers of which parameters learn, as `optim.Factors.learns` does. Of the others no
+    gradient is computed; layers that learn differently are scanned apart.
 
     Attributes:
       mlp: hidden units of each block.
@@ -287,15 +291,21 @@ class Transformer(nn.Module):
             return block.apply({"params": layer_params}, x, mask, read, rope), None
 
         in_scan = self.layers - (read is not None) if self.scan_layers else 0
-        scanned, others = _split(params, in_scan, self.layers)
-        if in_scan:
-            x, _ = jax.lax.scan(remat_layer(layer, self.remat, scanned=True), x, scanned)
-        reads = [None] * (len(others) - 1) + [read]
-        for layer_params, picked in zip(others, reads):
-            one = partial(layer, read=picked)
-            if picked and shape and length is None:
-                x, one = x.reshape(shape), partial(one, mask=None)
-            x, _ = remat_layer(one, self.remat, scanned=False)(x, layer_params)
+        learn = _learning(self.get_variable("learns", "blocks"), self.layers)
+        scans = [len([*alike]) for _, alike in itertools.groupby(learn[:in_scan])]
+        sizes = scans + [1] * (self.layers - in_scan)
+        first = 0
+        for size, part in zip(sizes, _split(params, sizes, learn)):
+            if first < in_scan:
+                x, _ = jax.lax.scan(remat_layer(layer, self.remat, scanned=True), x, part)
+            else:
+                last = first == self.layers - 1
+                one = partial(layer, read=read if last else None)
+                if last and read and shape and length is None:
+                    x, one = x.reshape(shape), partial(one, mask=None)
+                part = jax.tree.map(lambda leaf: leaf.squeeze(0), part)
+                x, _ = remat_layer(one, self.remat, scanned=False)(x, part)
+            first += size
         if read is None and shape:
             x = x.reshape(shape) if length is None else x[:, :length]
         return x
@@ -329,15 +339,29 @@ class Transformer(nn.Module):
         )
 
 
-def _split(params: Any, stacked: int, layers: int) -> tuple[Any, list[Any]]:
-    """Splits parameters into those of the first layers, still stacked, and of each other layer.
+def _learning(learns: Any, layers: int) -> list[tuple[bool, ...]]:
+    """Returns, for each layer, which of its parameters learn; none: all of them do.
+
+    Args:
+      learns: by parameter of the stack, one truth value or those of its layers.
+      layers: number of layers.
+    """
+    leaves = [np.broadcast_to(leaf, layers).tolist() for leaf in jax.tree.leaves(learns)]
+    return list(zip(*leaves)) or [()] * layers
+
+
+def _split(params: Any, sizes: list[int], learn: list[tuple[bool, ...]]) -> list[Any]:
+    """Splits parameters into those of groups of layers, still stacked; what is frozen is constant.
 
     In one `lax.split`, so that gradients come back in one concatenation.
     """
     leaves, treedef = jax.tree.flatten(params)
-    sizes = [stacked] + [1] * (layers - stacked)
-    split = [jax.lax.split(leaf, sizes, axis=0) for leaf in leaves]
-    others = [
-        treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(1, len(sizes))
+    split = zip(*(jax.lax.split(leaf, sizes, axis=0) for leaf in leaves))
+    firsts = itertools.accumulate(sizes, initial=0)
+    return [
+        treedef.unflatten(
+            part if learns else jax.lax.stop_gradient(part)
+            for part, learns in itertools.zip_longest(parts, learn[first], fillvalue=True)
+        )
+        for parts, first in zip(split, firsts)
     ]
-    return treedef.unflatten([parts[0] for parts in split]), others

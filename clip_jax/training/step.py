@@ -76,7 +76,11 @@ def train_step(
 
     def embed(learnt, part):
         outputs, updated = net.apply(
-            {"params": optim.merge(learnt, state.params), "batch_stats": state.batch_stats},
+            {
+                "params": optim.merge(learnt, state.params),
+                "batch_stats": state.batch_stats,
+                "learns": learns,
+            },
             part["image"],
             part["tokens"],
             train=True,
@@ -91,6 +95,7 @@ def train_step(
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
+    learns = optimizer.factors.learns(state.params)
     learnt = optimizer.factors.select(state.params)
     loss, (batch_stats, measured), grads = gradients(embed, loss_fn, learnt, batch)
     # From here on each device works on its own shards, which under ZeRO are smaller than those it
