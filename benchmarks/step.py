@@ -78,7 +78,7 @@ def clip_jax_step(
 
     from clip_jax import losses, models, optim, sharding, state
     from clip_jax.configs import default
-    from clip_jax.training import step
+    from clip_jax.training import program, step
 
     dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
     net = models.CLIP(
@@ -98,7 +98,7 @@ def clip_jax_step(
         step.train_step,
         net=net,
         optimizer=optimizer,
-        loss_fn=functools.partial(losses.softmax_loss, mesh=mesh),
+        loss_fn=program.of_pairs(functools.partial(losses.softmax_loss, mesh=mesh)),
         accum_steps=1,
         zero1=False,
         seed=0,
@@ -106,11 +106,11 @@ def clip_jax_step(
         max_logit_scale=100.0,
         skip_above=None,
     )
-    program = step.lower_step(take, train_state, arrays, mesh).compile()
+    compiled_step = step.lower_step(take, train_state, arrays, mesh).compile()
 
     def take_step() -> float:
         nonlocal train_state
-        train_state, metrics = program(train_state, arrays)
+        train_state, metrics = compiled_step(train_state, arrays)
         return float(jax.block_until_ready((train_state, metrics))[1]["loss"])
 
     return take_step, parameters

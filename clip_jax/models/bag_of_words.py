@@ -14,7 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float32, Int
 
 from clip_jax import sharding
-from clip_jax.models.image_model import ImageModel, Images, RowIds, TokenIds
+from clip_jax.models.image_model import ImageModel, Images, Inputs, Outputs, RowIds
 from clip_jax.models.prompts import Prompts
 from clip_jax.models.text import own_tokens
 
@@ -30,27 +30,22 @@ class BagOfWords(ImageModel):
             self.size.vocab_size, dtype=self.dtype, kernel_init=normal, dot_general=product
         )
 
-    def __call__(
-        self,
-        images: Images,
-        tokens: TokenIds,
-        train: bool = False,
-        rows: RowIds | None = None,
-    ) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"]]:
+    def outputs(self, batch: Inputs, train: bool = False) -> Outputs:
         """Computes the negative log-likelihood of the words of captions, given their images.
 
         Args:
-          images, train, rows: see `image_features`.
-          tokens: captions.
+          batch: images and captions.
+          train: see `image_features`.
 
         Returns:
-          The mean over the distinct words of each caption, in nats; and ones, since each counts as
-          one prediction.
+          "nats" [b], the mean over the distinct words of each caption, and "predicted" [b], ones,
+          since each counts as one prediction.
         """
-        words = self._words(images, train, rows)
+        tokens = jnp.asarray(batch["tokens"])
+        words = self._words(batch["image"], train, batch.get("row"))
         logs = jnp.take_along_axis(words, tokens, axis=1)
-        nats = -jnp.sum(bag(jnp.asarray(tokens)) * logs, axis=1)
-        return nats, jnp.ones_like(nats)
+        nats = -jnp.sum(bag(tokens) * logs, axis=1)
+        return {"nats": nats, "predicted": jnp.ones_like(nats)}
 
     def score(self, images: Images, prompts: Prompts) -> Float32[Array, "batch prompts"]:
         """Computes the mean log-probability of the distinct words of each prompt, given each image.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Float32, Int
 
 from clip_jax import sharding
-from clip_jax.models.image_model import ImageModel, Images, RowIds, TokenIds
+from clip_jax.models.image_model import ImageModel, Images, Inputs, Outputs, RowIds, TokenIds
 from clip_jax.models.layers import Dtype, make_norm
 from clip_jax.models.prompts import Prompts
 from clip_jax.models.sizes import Size
@@ -41,23 +41,20 @@ class Captioner(ImageModel):
             self.attention,
         )
 
-    def __call__(
-        self,
-        images: Images,
-        tokens: TokenIds,
-        train: bool = False,
-        rows: RowIds | None = None,
-    ) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"]]:
+    def outputs(self, batch: Inputs, train: bool = False) -> Outputs:
         """Computes the negative log-likelihood of captions, given their images.
 
         Args:
-          images, train, rows: see `image_features`.
-          tokens: captions, no longer than the context length.
+          batch: captions may be shorter than the context length.
+          train: see `image_features`.
 
         Returns:
-          Nats of each whole caption, its end token included; number of tokens predicted.
+          "nats" [b] of each whole caption, its end token included, and "predicted" [b], its number
+          of predicted tokens.
         """
-        return self.text(self._prefix(images, train, rows), tokens), predicted(tokens)
+        tokens = batch["tokens"]
+        prefix = self._prefix(batch["image"], train, batch.get("row"))
+        return {"nats": self.text(prefix, tokens), "predicted": predicted(tokens)}
 
     def score(self, images: Images, prompts: Prompts) -> Float32[Array, "batch prompts"]:
         """Computes the log-likelihood of each prompt given each image, a prefix at a time.

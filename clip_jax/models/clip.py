@@ -8,9 +8,21 @@ from flax import linen as nn
 from jaxtyping import Array, Float32, Int
 
 from clip_jax import sharding
-from clip_jax.models.image_model import Embeds, ImageModel, Images, RowIds, TokenIds, l2_normalize
+from clip_jax.models.image_model import (
+    Embeds,
+    ImageModel,
+    Images,
+    Inputs,
+    Outputs,
+    RowIds,
+    TokenIds,
+    as_batch,
+    l2_normalize,
+)
 from clip_jax.models.packing import Packing
 from clip_jax.models.text import TextTransformer
+
+PAIRS = ("image", "text", "logit_scale", "logit_bias")  # outputs that a contrastive loss takes
 
 
 class CLIP(ImageModel):
@@ -60,10 +72,19 @@ class CLIP(ImageModel):
           logarithm of the multiplier of the similarities; and, where the size has one, logit_bias
           [], which is added to them after that.
         """
+        outputs = self.outputs(as_batch(images, tokens, rows), train)
+        return tuple(outputs[name] for name in PAIRS if name in outputs)
+
+    def outputs(self, batch: Inputs, train: bool = False) -> Outputs:
+        """Computes the outputs named in `PAIRS`."""
+        tokens = batch["tokens"]
         texts = self.encode_text(tokens.reshape(-1, tokens.shape[-1]), train)
-        texts = texts.reshape(*tokens.shape[:-1], -1)
-        bias = (self.logit_bias,) if self.size.logit_bias else ()
-        return self.encode_image(images, train, rows), texts, self.logit_scale, *bias
+        return {
+            "image": self.encode_image(batch["image"], train, batch.get("row")),
+            "text": texts.reshape(*tokens.shape[:-1], -1),
+            "logit_scale": self.logit_scale,
+            **({"logit_bias": self.logit_bias} if self.size.logit_bias else {}),
+        }
 
     def encode_text(self, tokens: TokenIds, train: bool = False) -> Embeds:
         """Embeds captions, L2-normalised."""

@@ -1,5 +1,7 @@
 """The base of all models: an image tower, pixels normalised before it and features after it."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +20,15 @@ Images = Shaped[Array | np.ndarray, "batch height width 3"]
 TokenIds = Int[Array | np.ndarray, "batch length"]
 RowIds = Int[Array | np.ndarray, " batch"]
 Embeds = Float32[Array, "batch embed"]
+# Fields of a batch, by name: "image", "tokens" and, where anything is random, "row", the number of
+# each example in the whole batch.
+Inputs = Mapping[str, Shaped[Array | np.ndarray, "batch ..."]]
+# By name: arrays with the batch first, and scalars, which are parameters.
+Outputs = dict[str, Float32[Array, "..."]]
 
 
 class ImageModel(nn.Module):
-    """An image tower called "image"; each subclass adds the rest of its model.
+    """An image tower called "image"; each subclass adds the rest of its model and `outputs`.
 
     Attributes:
       patch_dropout: fraction of the patches that a ViT leaves out in training.
@@ -49,6 +56,25 @@ class ImageModel(nn.Module):
                 self.attention,
                 self.patch_dropout,
             )
+
+    def __call__(
+        self,
+        images: Shaped[Array | np.ndarray, "batch *views height width 3"],
+        tokens: Int[Array | np.ndarray, "batch *captions length"],
+        train: bool = False,
+        rows: RowIds | None = None,
+    ) -> tuple[Float32[Array, "..."], ...]:
+        """Computes the values of `outputs`, without their names."""
+        return tuple(self.outputs(as_batch(images, tokens, rows), train).values())
+
+    def outputs(self, batch: Inputs, train: bool = False) -> Outputs:
+        """Computes what the loss of the objective takes, by name; see `program.OBJECTIVES`.
+
+        Args:
+          batch: fields of the batch.
+          train: see `image_features`.
+        """
+        raise NotImplementedError
 
     def image_features(
         self, images: Images, train: bool = False, rows: RowIds | None = None
@@ -88,6 +114,15 @@ class ImageModel(nn.Module):
         embeds = self.encode_image(images)
         (features,) = self.image.get_variable("intermediates", "features")
         return embeds, sharding.constrain_batch(features).astype(jnp.float32)
+
+
+def as_batch(
+    images: Shaped[Array | np.ndarray, "batch *views height width 3"],
+    tokens: Int[Array | np.ndarray, "batch *captions length"],
+    rows: RowIds | None,
+) -> Inputs:
+    """Names the fields of a batch."""
+    return {"image": images, "tokens": tokens, **({} if rows is None else {"row": rows})}
 
 
 def normalize_images(

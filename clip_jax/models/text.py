@@ -118,9 +118,7 @@ class TextTransformer(nn.Module):
             learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
         x = self.token_embed(tokens) + learned
         learns = self.variables.get("learns")
-        if learns and not any(
-            np.any(jax.tree.leaves(learns[name])) for name in ("token_embed", "positions")
-        ):
+        if learns and not np.any(jax.tree.leaves([learns["token_embed"], learns["positions"]])):
             x = jax.lax.stop_gradient(x)  # packing hides that its parameters are constants
         return self.transformer(x, mask, read)
 

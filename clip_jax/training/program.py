@@ -17,11 +17,32 @@ from clip_jax import state as train_state
 from clip_jax.common import clock
 from clip_jax.configs import default
 from clip_jax.errors import UserError
-from clip_jax.models import image_model, views
+from clip_jax.models import clip, image_model, views
 from clip_jax.training import augment
 from clip_jax.training import step as train_step
 
 Parts = tuple[train_step.Loss, train_step.Augment]
+
+
+def of_pairs(loss: Callable[..., jax.Array]) -> train_step.Loss:
+    """Makes a contrastive loss, as `losses.softmax_loss`, one of named outputs and the batch."""
+
+    def named(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        pairs = [outputs[name] for name in clip.PAIRS if name in outputs]
+        return loss(*pairs, weights=batch.get("weight"))
+
+    return named
+
+
+def of_views(loss: Callable[..., jax.Array]) -> train_step.Loss:
+    """Makes a contrastive loss, whose scale is fixed, one of two views of each image."""
+    return lambda outputs, batch: loss(*jnp.unstack(outputs["views"], axis=1))
+
+
+def prediction(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+    """Computes the loss of a model that predicts captions."""
+    del batch
+    return losses.prediction_loss(outputs["nats"], outputs["predicted"])
 
 
 def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -35,11 +56,11 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
         loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     if config.loss.widths:
         loss = functools.partial(_nested, loss, tuple(config.loss.widths))
-    return loss, functools.partial(augment.augment, config=config.data.augment)
+    return of_pairs(loss), functools.partial(augment.augment, config=config.data.augment)
 
 
 def _nested(
-    loss: train_step.Loss,
+    loss: Callable[..., jax.Array],
     widths: tuple[int, ...],
     images: jax.Array,
     texts: jax.Array,
@@ -64,7 +85,7 @@ def _nested(
 
 def _predictive(config: ConfigDict, mesh: Mesh) -> Parts:
     del mesh
-    return losses.prediction_loss, functools.partial(augment.augment, config=config.data.augment)
+    return prediction, functools.partial(augment.augment, config=config.data.augment)
 
 
 def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -76,7 +97,7 @@ def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
         method=config.loss.method,
         tile=config.loss.tile,
     )
-    return loss, functools.partial(views.two_views, config=config.data.views)
+    return of_views(loss), functools.partial(views.two_views, config=config.data.views)
 
 
 # By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the

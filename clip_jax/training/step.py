@@ -22,10 +22,12 @@ from clip_jax.state import TrainState
 Batch = dict[str, Shaped[Array, "batch ..."]]
 TOWERS = ("image", "text")  # names in the parameters
 Metrics = dict[str, Float32[Array, ""]]
-Loss = Callable[..., jax.Array]  # takes the outputs of the model
+Outputs = dict[str, Float[Array, "..."]]  # of the model, by name
+# Takes the outputs of the model and the fields of the batch beside images and tokens.
+Loss = Callable[[Outputs, Batch], jax.Array]
 Augment = Callable[[jax.Array, jax.Array], jax.Array]  # takes images and a PRNG key
 # (params, part of the batch) -> outputs of the model, new BatchNorm statistics.
-Embed = Callable[[Any, Batch], tuple[tuple[jax.Array, ...], Any]]
+Embed = Callable[[Any, Batch], tuple[Outputs, Any]]
 # Scope of the update where it may be skipped, by which the planner knows that it rarely is.
 SKIPPABLE = "skippable_update"
 
@@ -54,7 +56,7 @@ def train_step(
       batch: as in `Batch`, split over the mesh.
       net: one of `clip_jax.models.MODULES`.
       optimizer: the optimiser. No gradient is computed of parameters that do not learn.
-      loss_fn: loss, called with the outputs of the model; see `program.OBJECTIVES`.
+      loss_fn: loss of the outputs of the model; see `program.OBJECTIVES`.
       augment: augmentation, called with the images and a key of this step; see `augment.augment`
         and `views.two_views`.
       accum_steps: micro-batches that the towers embed one after the other; the loss is that of the
@@ -81,23 +83,23 @@ def train_step(
                 "batch_stats": state.batch_stats,
                 "learns": learns,
             },
-            part["image"],
-            part["tokens"],
+            part,
             train=True,
-            rows=part["row"],
             rngs={"dropout": dropout_key},
             mutable=["batch_stats"],
+            method="outputs",
         )
         return outputs, updated.get("batch_stats", {})
 
-    if "weight" in batch:
-        loss_fn = partial(loss_fn, weights=batch["weight"])
+    beside = {name: field for name, field in batch.items() if name not in ("image", "tokens")}
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
     learns = optimizer.factors.learns(state.params)
     learnt = optimizer.factors.select(state.params)
-    loss, (batch_stats, measured), grads = gradients(embed, loss_fn, learnt, batch)
+    loss, (batch_stats, measured), grads = gradients(
+        embed, lambda outputs: loss_fn(outputs, beside), learnt, batch
+    )
     # From here on each device works on its own shards, which under ZeRO are smaller than those it
     # holds of the parameters.
     constrain = partial(sharding.constrain_update, zero1=zero1)
@@ -175,15 +177,21 @@ def _norms(name: str, tree: Any) -> Metrics:
     return {name: optax.tree.norm(tree), **norms}
 
 
-def _geometry(outputs: tuple[jax.Array, ...], params: Any) -> Metrics:
-    """Measures alignment and uniformity, where the first two outputs are embeddings of pairs.
+def _geometry(outputs: Outputs, params: Any) -> Metrics:
+    """Measures alignment and uniformity, where the outputs are embeddings of pairs.
 
     Two views of an image count as one tower: the first is measured. So is the first caption.
     """
-    images, texts, *_ = jax.lax.stop_gradient(outputs)
-    if images.ndim == 1 or len(images) < 2:
+    outputs = jax.lax.stop_gradient(outputs)
+    if "image" in outputs:
+        images, texts = outputs["image"], outputs["text"]
+        texts = texts if texts.ndim == 2 else texts[:, 0]
+    elif "views" in outputs:
+        images, texts = jnp.unstack(outputs["views"], axis=1)
+    else:
         return {}
-    texts = texts if texts.ndim == 2 else texts[:, 0]
+    if len(images) < 2:
+        return {}
     towers = {"image": images, "text": texts}
     uniformity = {
         f"uniformity/{tower}": geometry.uniformity(embeds)
@@ -194,20 +202,24 @@ def _geometry(outputs: tuple[jax.Array, ...], params: Any) -> Metrics:
 
 
 def _gradients(
-    embed: Embed, loss_fn: Loss, params: Any, batch: Batch
+    embed: Embed, loss_fn: Callable[[Outputs], jax.Array], params: Any, batch: Batch
 ) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
     """Computes loss, BatchNorm statistics, metrics and gradients of the whole batch at once."""
 
     def loss(params):
         outputs, batch_stats = embed(params, batch)
-        return loss_fn(*outputs), (batch_stats, _geometry(outputs, params))
+        return loss_fn(outputs), (batch_stats, _geometry(outputs, params))
 
     (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return value, aux, grads
 
 
 def _accumulated(
-    count: int, embed: Embed, loss_fn: Loss, params: Any, batch: Batch
+    count: int,
+    embed: Embed,
+    loss_fn: Callable[[Outputs], jax.Array],
+    params: Any,
+    batch: Batch,
 ) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
     """Computes the same with the activations of one micro-batch alive at a time.
 
@@ -219,12 +231,12 @@ def _accumulated(
     parts = jax.tree.map(partial(_split, count), batch)
     _, (outputs, batch_stats) = jax.lax.scan(lambda _, part: (_, embed(params, part)), None, parts)
     # Scalar outputs are parameters, equal in every micro-batch; others have the batch first.
-    outputs = tuple(_join(x) if x.ndim > 1 else x[0] for x in outputs)
-    argnums = tuple(range(len(outputs)))
-    value, gradients = jax.value_and_grad(loss_fn, argnums)(*outputs)
-    d_outputs = tuple(
-        _split(count, x) if x.ndim else jnp.broadcast_to(x / count, count) for x in gradients
-    )
+    outputs = {name: _join(x) if x.ndim > 1 else x[0] for name, x in outputs.items()}
+    value, gradients = jax.value_and_grad(loss_fn)(outputs)
+    d_outputs = {
+        name: _split(count, x) if x.ndim else jnp.broadcast_to(x / count, count)
+        for name, x in gradients.items()
+    }
 
     def replay(grads, part_and_gradient):
         part, d_outputs = part_and_gradient

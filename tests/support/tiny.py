@@ -12,6 +12,7 @@ from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock
 from clip_jax.configs import default
+from clip_jax.training import program
 from clip_jax.training import step as train_step
 
 _TEXT = {
@@ -93,7 +94,9 @@ def make_step(net, mesh: Mesh, *, method="all_gather", optim=None, **overrides):
     """The training step, a function of state and batch, with the optimiser of `make_optimizer`."""
     settings = {
         "optimizer": make_optimizer(**(optim or {})),
-        "loss_fn": functools.partial(losses.softmax_loss, mesh=mesh, method=method),
+        "loss_fn": program.of_pairs(
+            functools.partial(losses.softmax_loss, mesh=mesh, method=method)
+        ),
         "augment": lambda images, key: images,
         "accum_steps": 1,
         "zero1": False,

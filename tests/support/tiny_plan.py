@@ -69,7 +69,7 @@ def unread_flops(size: Size) -> float:
 
 
 def jaxpr_flops(jaxpr) -> float:
-    """Counts the products and convolutions of a traced program; of a loop of unknown length once."""
+    """Counts the products and convolutions of a traced program, and a `while` loop once."""
     total = 0.0
     for eqn in jaxpr.eqns:
         out = eqn.outvars[0].aval

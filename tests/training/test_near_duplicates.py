@@ -72,15 +72,15 @@ def in_form_of_batch_norm(layers: dict) -> tuple[dict, dict]:
 def test_weight_normalised_resnet_with_gelu_equals_numpy():
     _, apply, variables, images, tokens = detector()
     assert set(variables) == {"params"}  # no statistics of batches
-    found = apply(variables, images, tokens)
+    (found,) = apply(variables, images, tokens)
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"]["image"])
     form = in_form_of_batch_norm(exact)
     gelu = numpy_models.ACTIVATIONS["gelu"]
-    assert len(found) == 2
-    for i, embeds in enumerate(found):
+    assert found.shape[1] == 2
+    for i, embeds in enumerate(found.swapaxes(0, 1)):
         wanted = numpy_models.resnet(images[:, i], *form, gelu)
         np.testing.assert_allclose(embeds, wanted, rtol=1e-4, atol=1e-5)
-    assert np.abs(found[0] - found[1]).max() > 0.1
+    assert np.abs(found[:, 0] - found[:, 1]).max() > 0.1
 
 
 def test_options_leave_the_resnet_of_the_paper_alone():
@@ -102,7 +102,7 @@ def test_it_starts_with_blocks_that_do_nothing_and_tells_images_apart():
     image = variables["params"]["image"]
     assert not np.any(image["stage2_block1"]["conv3"]["scale"])
     assert np.all(image["stage2_block1"]["conv2"]["scale"] == np.float32(2**0.5))
-    embeds = np.asarray(apply(variables, images, tokens)[0])
+    embeds = np.asarray(apply(variables, images, tokens)[0][:, 0])
     assert (embeds @ embeds.T)[~np.eye(4, dtype=bool)].max() < 0.9999
 
 
@@ -114,7 +114,8 @@ def test_the_loss_has_the_temperature_of_the_config():
     rng = np.random.default_rng(0)
     pair = [jnp.float32(numpy_models.unit(rng.normal(size=(16, 8)))) for _ in range(2)]
     wanted = losses.softmax_loss(*pair, jnp.log(jnp.float32(5)))
-    assert float(jax.jit(loss)(*pair)) == pytest.approx(float(wanted), rel=1e-5)
+    outputs = {"views": jnp.stack(pair, axis=1)}
+    assert float(jax.jit(loss)(outputs, {})) == pytest.approx(float(wanted), rel=1e-5)
     made = jax.eval_shape(augment, np.zeros((2, 32, 32, 3), np.uint8), jax.random.key(0))
     assert made.shape == (2, 2, 32, 32, 3)
 

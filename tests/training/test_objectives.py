@@ -16,7 +16,7 @@ from clip_jax import choices, losses, models, sharding
 from clip_jax import state as train_state
 from clip_jax.configs import default, figure2
 from clip_jax.errors import UserError
-from clip_jax.models import captioner
+from clip_jax.models import captioner, clip
 from clip_jax.models import prompts as prompts_module
 from clip_jax.training import program, validation
 
@@ -370,12 +370,11 @@ def test_nested_widths_add_up(name: str, method: str):
         for i in range(len(scalars)):
             wants[3 + i] += grads[2 + i]
     loss, _ = program.OBJECTIVES["contrastive"](config, mesh)
-    loss = functools.partial(loss, weights=jnp.asarray(weights))
-    arguments = [jnp.asarray(images), jnp.asarray(texts), *map(jnp.float32, scalars)]
+    batch = {"weight": jnp.asarray(weights)}
+    arguments = dict(zip(clip.PAIRS, map(jnp.float32, (images, texts, *scalars))))
     with jax.set_mesh(mesh):
-        grad = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))))
-        value, grads = grad(*arguments)
-    for got, want in zip((value, *grads), wants):
+        value, grads = jax.jit(jax.value_and_grad(loss))(arguments, batch)
+    for got, want in zip((value, *(grads[name] for name in arguments)), wants):
         assert reference.relative_error(got, want) < 1e-5
 
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from clip_jax import losses, optim, sharding
+from clip_jax.training import program
 
 ONE, FSDP = (1, 1), (2, 4)  # mesh.data, mesh.fsdp
 
@@ -53,14 +54,14 @@ def gradients(
     }
     if objective == "near_duplicates":
         scale = jnp.float32(math.log(1 / 0.07))
-        settings["loss_fn"] = functools.partial(
-            losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method
+        settings["loss_fn"] = program.of_views(
+            functools.partial(losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method)
         )
         settings["augment"] = lambda images, key: jnp.stack([images, images[:, ::-1]], axis=1)
     elif objective != "contrastive":
-        settings["loss_fn"] = losses.prediction_loss
-    program = tiny.compile_step(net, mesh, state, batch, **settings)
-    after, metrics = program(state, batch)
+        settings["loss_fn"] = program.prediction
+    step = tiny.compile_step(net, mesh, state, batch, **settings)
+    after, metrics = step(state, batch)
     return float(metrics["loss"]), tiny.named_leaves(after.opt_state[0]["mu"])
 
 
