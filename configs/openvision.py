@@ -17,7 +17,7 @@ Theirs differs:
 - A decoder writes the synthetic caption, with twice the weight of the contrastive loss. It sees the
   patches and the whole web caption, and predicts all tokens from queries of their own. There is no
   such decoder here, so loss.captioning is 0.
-- Each image has a web caption and one sentence of the synthetic one, and the loss is the mean of the
+- Each image has a web caption and a sentence of the synthetic one, and the loss is the mean of the
   contrastive losses of either kind. Here both are the positives of the image in one loss. The
   columns are named by data.source.text_key, such as "txt:1,llava_caption:1".
 - Vocabulary and preprocessing are those of CLIPA (configs/clipa.py), with tokens of BERT for begin
