@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import models
 from clip_jax.common import clock
+from clip_jax.data import mixture
 from clip_jax.data.order import Order, Weighted
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import BadExample, UserError
@@ -57,6 +58,34 @@ def check_batch(config: ConfigDict, examples: int) -> None:
             f"batch_size is {config.batch_size:,}, but the training data have {examples:,} pairs: "
             "every batch would hold some twice, and the loss would push the copies apart. Set "
             f"--config.batch_size to at most {examples:,}, or give more data."
+        )
+
+
+def check_branch(before: ConfigDict, config: ConfigDict) -> None:
+    """Checks that a run can go on from another with its own batch.
+
+    Args:
+      before: config of the run that it goes on from.
+      config: its own.
+
+    Raises:
+      UserError: its length, or the order of the examples, would be another.
+    """
+    sizes = f"branch_from: batch_size was {before.batch_size:,}, now {config.batch_size:,}"
+    if config.batch_size == before.batch_size:
+        return
+    if not config.duration.rstrip("s").endswith("step"):
+        raise UserError(
+            f"{sizes}, and duration is {config.duration!r}: it counts from the start of the run "
+            "before, whose batches had another size, so write it in steps."
+        )
+    old, new = (mixture.windowed_streams(each.batch_size) for each in (before, config))
+    if config.data.order == "windowed" and old != new:
+        raise UserError(
+            f"{sizes}, and data.order=windowed interleaves {old} streams in batches of the former, "
+            f"{new} in those of the latter: the order would be another, and examples come twice. "
+            "Take batch sizes with the same power of two, such as multiples of 256, or another "
+            "data.order."
         )
 
 
