@@ -116,7 +116,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """Shrinks a run to seconds on a laptop: tiny shapes, embedded data, few steps."""
     resnet = config.model.name.startswith("RN")
     config.model.size.update(
-        embed_dim=32,
+        embed_dim=64 if config.model.size.text_projection is False else 32,
         image_size=32,
         image_layers=(1, 1, 1, 1) if resnet else (2,),
         image_width=8 if resnet else 64,
@@ -127,6 +127,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         text_heads=4,
         context_length=24,
     )
+    if config.model.size.text_decoder_layers:
+        config.model.size.text_decoder_layers = 1
     if config.model.packing.length:
         config.model.packing.length = 48
     config.init_params = ""
@@ -301,6 +303,9 @@ def _loss() -> ConfigDict:
     loss.label_smoothing = 0.0
     # Matryoshka: numbers of first features, as (64, 128), whose losses are added to that of all.
     loss.widths = ()
+    # Weight of the loss of captioning, in nats per token, beside the contrastive one (CoCa: 2). The
+    # decoder is model.size.text_decoder_layers, by default as many as the text tower has. 0: none.
+    loss.captioning = 0.0
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

@@ -133,9 +133,9 @@ def prediction_loss(
       predictions: float32, number of predictions that each of them sums over: tokens, or 1.
 
     Returns:
-      float32, in nats.
+      float32, in nats; 0 where there are none.
     """
-    return jnp.sum(nats) / jnp.sum(predictions)
+    return jnp.sum(nats) / jnp.maximum(jnp.sum(predictions), jnp.finfo(jnp.float32).tiny)
 
 
 # By config.loss.name, one of `choices.LOSS_NAMES`. Each takes what the model returns, and the

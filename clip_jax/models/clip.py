@@ -8,6 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float32, Int
 
 from clip_jax import sharding
+from clip_jax.models.decoder import CaptionDecoder
 from clip_jax.models.image_model import (
     Embeds,
     ImageModel,
@@ -17,6 +18,7 @@ from clip_jax.models.image_model import (
     RowIds,
     TokenIds,
     as_batch,
+    end_places,
     l2_normalize,
 )
 from clip_jax.models.packing import Packing
@@ -46,6 +48,14 @@ class CLIP(ImageModel):
             self.attention,
             packing=self.packing,
         )
+        if self.size.text_decoder_layers:
+            self.decoder = CaptionDecoder(
+                self.size,
+                self.dtype,
+                self.scan_layers,
+                self.text_remat or self.remat,
+                self.attention,
+            )
         constant, biased = nn.initializers.constant, self.size.logit_bias
         scale = math.log(10 if biased else 1 / 0.07)
         self.logit_scale = self.param("logit_scale", constant(scale), (), jnp.float32)
@@ -76,15 +86,57 @@ class CLIP(ImageModel):
         return tuple(outputs[name] for name in PAIRS if name in outputs)
 
     def outputs(self, batch: Inputs, train: bool = False) -> Outputs:
-        """Computes the outputs named in `PAIRS`."""
-        tokens = batch["tokens"]
-        texts = self.encode_text(tokens.reshape(-1, tokens.shape[-1]), train)
+        """Computes the outputs named in `PAIRS` and, if there is a decoder, those of captioning.
+
+        Args:
+          batch: as for `__call__`.
+          train: see `image_features`.
+
+        Returns:
+          Those of `__call__`; with a decoder also "nats" [b], the negative log-likelihood of the
+          captions of each image, their end tokens included, and "predicted" [b], its number of
+          predicted tokens.
+        """
+        images, rows = batch["image"], batch.get("row")
+        tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        if self.size.text_decoder_layers:
+            image, texts, captioning = self._caption(images, tokens, train, rows)
+        else:
+            texts, captioning = self.encode_text(tokens, train), {}
+            image = self.encode_image(images, train, rows)
         return {
-            "image": self.encode_image(batch["image"], train, batch.get("row")),
-            "text": texts.reshape(*tokens.shape[:-1], -1),
+            "image": image,
+            "text": texts.reshape(*batch["tokens"].shape[:-1], -1),
             "logit_scale": self.logit_scale,
             **({"logit_bias": self.logit_bias} if self.size.logit_bias else {}),
+            **captioning,
         }
+
+    def _caption(
+        self,
+        images: Images,
+        tokens: Int[Array | np.ndarray, "texts length"],
+        train: bool,
+        rows: RowIds | None,
+    ) -> tuple[Embeds, Float32[Array, "texts embed"], Outputs]:
+        """Embeds images and captions, and computes the outputs of captioning."""
+        image, image_tokens = self.image_features_and_tokens(images, train, rows)
+        read = self.decoder.image_tokens(image_tokens, len(tokens) // len(images))
+        if self.size.text_decoder_shared:
+            texts = self.encode_text(tokens, train)
+            states = self.text.written(tokens[:, :-1], read)
+        else:
+            features, states = self.text.with_states(tokens)
+            texts = l2_normalize(sharding.constrain_batch(features))
+            states = self.decoder.states(states[:, :-1], read)
+        counts = jnp.asarray(end_places(tokens, self.size.end_token))
+        nats = self.decoder.nats(states, tokens[:, 1:], counts)
+        by_image = {"nats": nats, "predicted": counts}
+        captioning = {
+            name: x.astype(jnp.float32).reshape(len(images), -1).sum(axis=1)
+            for name, x in by_image.items()
+        }
+        return l2_normalize(image), texts, captioning
 
     def encode_text(self, tokens: TokenIds, train: bool = False) -> Embeds:
         """Embeds captions, L2-normalised."""

@@ -51,10 +51,26 @@ def text_flops(size: Size) -> float:
         ends = PREFIX * size.embed_dim + written * size.vocab_size
         return size.text_layers * block + 2.0 * size.text_width * ends
     shape = size.context_length, size.text_width, size.text_mlp, gated
-    total = size.text_layers * _block_flops(*shape)
+    total = size.text_layers * _block_flops(*shape) + _decoder_flops(size, gated)
     if size.text_pool == "map":
         total += _map_head_flops(*shape)
     return total + 2.0 * size.text_width * size.embed_dim * size.text_projection
+
+
+def _decoder_flops(size: Size, gated: bool) -> float:
+    """Counts the operations of the decoder beside a contrastive model, for one caption."""
+    if not size.text_decoder_layers:
+        return 0.0
+    written, width, tokens = size.context_length - 1, size.text_width, size.image_tokens
+    own = size.text_layers if size.text_decoder_shared else size.text_decoder_layers
+    cross = 4.0 * width * (written * width + tokens * (width + written))
+    cross += 2.0 * written * width * (2 + gated) * size.text_mlp
+    return (
+        own * _block_flops(written, width, size.text_mlp, gated)
+        + size.text_decoder_layers * cross
+        + 2.0 * tokens * size.image_width * width  # once an image, if it has several captions
+        + 2.0 * written * width * size.vocab_size
+    )
 
 
 def _block_flops(tokens: int, width: int, mlp: int, gated: bool) -> float:

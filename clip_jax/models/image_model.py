@@ -96,6 +96,15 @@ class ImageModel(nn.Module):
             return sharding.constrain_batch(self.image(images, train))
         return sharding.constrain_batch(self.image(images, train, rows))
 
+    def image_features_and_tokens(
+        self, images: Images, train: bool = False, rows: RowIds | None = None
+    ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch tokens channels"]]:
+        """Computes the output of a ViT, and that of its last block for all tokens."""
+        images = normalize_images(images, self.size).astype(self.dtype)
+        assert isinstance(self.image, VisionTransformer)
+        features, tokens = self.image(images, train, rows, with_tokens=True)
+        return sharding.constrain_batch(features), sharding.constrain_batch(tokens)
+
     def encode_image(
         self, images: Images, train: bool = False, rows: RowIds | None = None
     ) -> Embeds:

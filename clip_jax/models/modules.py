@@ -77,6 +77,12 @@ def _make_packing(packing: Mapping[str, Any] | None, size: Size) -> Packing | No
     """Returns the settings of packing; UserError where the captions of `size` cannot be packed."""
     if packing is None or packing["length"] == 0:
         return None
+    if size.text_decoder_layers:
+        raise UserError(
+            "loss.captioning needs the states of all tokens of a caption, each in a row of its "
+            f"own, and model.packing.length is {packing['length']}: set "
+            "--config.model.packing.length=0."
+        )
     if not size.text_causal or size.text_pool != "end":
         raise UserError(
             "model.packing needs a causal text tower that reads the end token, so that what "

@@ -25,7 +25,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 # Start and end token; 0: the default, none, or a bag of words.
 _LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0, "text_layers": 0}
-_LEAST |= {"image_registers": 0}
+_LEAST |= {"image_registers": 0, "text_decoder_layers": 0}
 # Forms that only a ViT has, with their defaults.
 _OF_VITS: dict[str, Any] = {
     "image_pool": "class",
@@ -142,7 +142,8 @@ def _check_image_forms(size: Size) -> None:
 
 def _check_text_forms(size: Size) -> None:
     end = size.end_token
-    if end is not None and (size.text_pool != "end" or end >= size.vocab_size):
+    read = size.text_pool == "end" or size.text_decoder_layers > 0
+    if end is not None and (not read or end >= size.vocab_size):
         raise UserError(
             f"Size end_token is {size.end_token}: it takes an id below vocab_size "
             f"({size.vocab_size}), and text_pool='end' (here {size.text_pool!r})."
@@ -160,6 +161,7 @@ def _check_text_forms(size: Size) -> None:
             "Size text_pool is 'first', but the first token of a causal tower sees no other: set "
             "text_causal=False."
         )
+    _check_decoder(size)
     if not size.text_projection and (
         size.text_width != size.embed_dim or size.text_projection_bias
     ):
@@ -168,3 +170,30 @@ def _check_text_forms(size: Size) -> None:
             f"({size.text_width}), which must be embed_dim ({size.embed_dim}), and there is no "
             "text_projection_bias."
         )
+
+
+def _check_decoder(size: Size) -> None:
+    layers, shared = size.text_decoder_layers, size.text_decoder_shared
+    if not layers:
+        if shared:
+            raise UserError(
+                "Size text_decoder_shared is True, and text_decoder_layers 0: no layer attends to "
+                "the image."
+            )
+        return
+    problem = ""
+    if size.objective != "contrastive":
+        problem = f"goes with the contrastive objective, not {size.objective}"
+    elif size.is_resnet:
+        problem = "attends to the tokens of a ViT, and the image tower is a ResNet"
+    elif not size.text_layers:
+        problem = "continues a text tower with layers, and a bag of words has none"
+    elif shared and size.text_layers % layers:
+        problem = f"takes a divisor of text_layers ({size.text_layers}) with text_decoder_shared"
+    elif not shared and not size.text_causal:
+        problem = (
+            "follows a causal text tower, else a token would be predicted from itself: set "
+            "text_causal=True, or text_decoder_shared=True, whose second pass is causal"
+        )
+    if problem:
+        raise UserError(f"Size text_decoder_layers is {layers}: the decoder {problem}.")

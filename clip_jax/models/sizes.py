@@ -50,6 +50,10 @@ class Size:
         (layer scale); None: there is none.
       image_qk_norm: whether the blocks of a ViT normalise queries and keys in each head.
       text_qk_norm: whether those of the text tower do.
+      text_decoder_layers: layers that attend to the image and write captions beside the
+        contrastive loss (loss.captioning); 0: none.
+      text_decoder_shared: whether these are part of the text tower, evenly spaced, which runs a
+        second time to write (MaMMUT); or else follow it (CoCa).
       map_heads: attention heads of the pooling "map"; None: image_heads.
       map_mlp: hidden units of that pooling; None: image_mlp.
       map_projection: whether that pooling is projected to embed_dim of the same width too.
@@ -127,6 +131,8 @@ class Size:
     image_qk_norm: bool = False
     text_qk_norm: bool = False
     norm: str = "layer"
+    text_decoder_layers: int = 0
+    text_decoder_shared: bool = False
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -172,8 +178,8 @@ class Size:
         """True where other projects have models of this form: CLIP and SigLIP."""
         forms = (self.objective, self.resnet_activation, self.resnet_norm, self.norm)
         known = forms == ("contrastive", "relu", "batch", "layer")
-        gated = {self.activation, self.text_activation} & {*choices.GATED}
-        return known and self.text_pool not in ("bag", "map") and not gated
+        known = known and self.text_pool not in ("bag", "map") and not self.text_decoder_layers
+        return known and not {self.activation, self.text_activation} & {*choices.GATED}
 
     @property
     def activations(self) -> str:
@@ -189,9 +195,15 @@ class Size:
     def __str__(self) -> str:
         """Returns the name of a known model, whatever its loss, or the shape of another one."""
         for name, size in SIZES.items():
-            trained = {"logit_bias": size.logit_bias, "objective": size.objective}
+            trained: dict[str, Any] = {
+                "logit_bias": size.logit_bias,
+                "objective": size.objective,
+                "text_decoder_layers": 0,
+                "text_decoder_shared": False,
+            }
             if size == dataclasses.replace(self, **trained):
-                return name if self.objective == "contrastive" else f"{name} ({self.objective})"
+                beside = self.objective if self.objective != "contrastive" else self._decoder
+                return f"{name} ({beside})" if beside else name
         kind = "ResNet" if self.is_resnet else f"ViT/{self.patch_size}"
         layers = "-".join(map(str, self.image_layers))
         return f"{kind} of {layers} layers x {self.image_width} ({self._beside})"
@@ -215,8 +227,16 @@ class Size:
         """A description of the modules beside the image tower."""
         other = "text" if self.objective == "contrastive" else self.objective
         if self.has_text_blocks:
-            return f"{other} {self.text_layers} layers x {self.text_width}"
+            decoder = f", {self._decoder}" if self._decoder else ""
+            return f"{other} {self.text_layers} layers x {self.text_width}{decoder}"
         return other if other != "text" else f"text a bag of words x {self.text_width}"
+
+    @property
+    def _decoder(self) -> str:
+        """A description of the decoder; "": there is none."""
+        shared = " in the text tower" if self.text_decoder_shared else ""
+        layers = self.text_decoder_layers
+        return f"decoder {layers} layers{shared}" if layers else ""
 
     def __post_init__(self):
         """Fills in derived fields; raises UserError for shapes that no model can have."""

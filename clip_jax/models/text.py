@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax import sharding
+from clip_jax.models.cross_block import ImageTokens
 from clip_jax.models.image_model import TokenIds, end_places
 from clip_jax.models.layers import Dtype, MapHead, make_norm, mean
 from clip_jax.models.packing import Packing, Tower, end_features, pick
@@ -61,6 +62,7 @@ class TextTransformer(nn.Module):
                 causal=size.text_causal,
                 paper_init=True,
                 qk_norm=size.text_qk_norm,
+                cross_layers=size.text_decoder_layers if size.text_decoder_shared else 0,
                 norm=size.norm,
             )
         self.ln_final = make_norm(size.norm, size.norm_eps, self.dtype, None)
@@ -83,9 +85,22 @@ class TextTransformer(nn.Module):
 
     def __call__(self, tokens: TokenIds, train: bool = False) -> Float[Array, "batch embed"]:
         if train and self.packing is not None and not self.is_initializing():
-            features = self._read_packed(tokens)
-        else:
-            features = self._read(tokens)
+            return self._project(self._read_packed(tokens))
+        return self._project(self._read(tokens))
+
+    def with_states(
+        self, tokens: TokenIds
+    ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch length width"]]:
+        """Embeds captions, and returns the states of the last layer at all tokens too."""
+        states = self.states(tokens)
+        all_read = self.size.text_pool in ("avg", "map")
+        pooled = states if all_read else self._reader(tokens)(states)[:, 0]
+        return self._project(pooled), states
+
+    def _project(
+        self, features: Float[Array, "batch *tokens width"]
+    ) -> Float[Array, "batch embed"]:
+        """Normalises and projects the features of the tokens that stand for the captions."""
         features = sharding.constrain_batch(features)
         # Both work per token, so they are computed for the tokens read only.
         features = self.ln_final(features)
@@ -101,6 +116,7 @@ class TextTransformer(nn.Module):
         positions: Int[Array, "batch length"] | None = None,
         mask: Mask | None = None,
         read: Read | None = None,
+        image: ImageTokens | None = None,
     ) -> Float[Array, "rows read width"]:
         """Computes the states of the last layer, at all tokens or those that `read` picks.
 
@@ -110,6 +126,7 @@ class TextTransformer(nn.Module):
           mask: True for the keys (last) that each query sees; None: all, or where causal those up
             to itself.
           read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
+          image: tokens of images that some layers attend to; see `Transformer`.
         """
         learned = self.positions.astype(self.dtype)
         if positions is None:
@@ -120,7 +137,12 @@ class TextTransformer(nn.Module):
         learns = self.variables.get("learns")
         if learns and not np.any(jax.tree.leaves([learns["token_embed"], learns["positions"]])):
             x = jax.lax.stop_gradient(x)  # packing hides that its parameters are constants
-        return self.transformer(x, mask, read)
+        return self.transformer(x, mask, read, image=image)
+
+    def written(self, tokens: TokenIds, image: ImageTokens) -> Float[Array, "batch length width"]:
+        """Computes the states that predict the token after each of those read, given images."""
+        causal = jnp.tri(tokens.shape[1], dtype=bool)[None, None]
+        return self.ln_final(self.states(tokens, mask=causal, image=image))
 
     def _read(self, tokens: TokenIds) -> Float[Array, "batch *tokens width"]:
         """Computes the features of the tokens that stand for the captions, one or all of each."""
@@ -130,10 +152,14 @@ class TextTransformer(nn.Module):
             return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
         if self.size.text_pool in ("avg", "map"):
             return self.states(tokens)
+        return self.states(tokens, read=self._reader(tokens))[:, 0]
+
+    def _reader(self, tokens: TokenIds) -> Read:
+        """Returns the function that picks the token that stands for each caption."""
         if self.size.text_pool in _PLACES:
-            return self.states(tokens, read=_PLACES[self.size.text_pool])[:, 0]
+            return _PLACES[self.size.text_pool]
         end = jnp.asarray(end_places(tokens, self.size.end_token))
-        return self.states(tokens, read=lambda x: pick(x, end[:, None]))[:, 0]
+        return lambda x: pick(x, end[:, None])
 
     def _read_packed(self, tokens: TokenIds) -> Float[Array, "batch width"]:
         """Computes the same from packed rows."""

@@ -1,6 +1,7 @@
 """The residual attention blocks of both transformer towers."""
 
 import itertools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from clip_jax.models.attention import (
     joined,
     splits,
 )
+from clip_jax.models.cross_block import CrossBlock, ImageTokens
 from clip_jax.models.layer_norm import LayerNorm
 from clip_jax.models.layers import (
     ACTIVATIONS,
@@ -231,6 +233,8 @@ class Transformer(nn.Module):
       qk_norm: whether queries and keys are normalised in each head (Dehghani et al. 2023). With it,
         attention does not go through the kernel for TPUs.
       norm: kind of the norms, "layer" or "rms"; the latter do not go through the kernel for TPUs.
+      cross_layers: layers that a `CrossBlock` follows where images are given, evenly spaced from
+        the first; divides `layers`.
     """
 
     layers: int
@@ -247,6 +251,7 @@ class Transformer(nn.Module):
     layer_scale: float | None = None
     qk_norm: bool = False
     norm: str = "layer"
+    cross_layers: int = 0
 
     @nn.compact
     def __call__(
@@ -255,6 +260,7 @@ class Transformer(nn.Module):
         mask: Mask | None = None,
         read: Read | None = None,
         rope: Rotations | None = None,
+        image: ImageTokens | None = None,
     ) -> Tokens:
         """Runs all blocks.
 
@@ -265,6 +271,8 @@ class Transformer(nn.Module):
           read: picks the tokens to return, [b, s, ...] -> [b, n, ...]; None: all.
           rope: rotations of queries and keys, for the tokens but one apart; None: there are none.
             With them, attention does not go through the kernel for TPUs.
+          image: tokens that `cross_layers` attend to; all tokens are returned. None: no such layer
+            runs.
         """
         shape, length = None, None
         if (
@@ -276,7 +284,8 @@ class Transformer(nn.Module):
         ):
             shape = x.shape
             x, mask, length = _fill_tiles(x, self.heads)
-        block = self._block(jax.tree.leaves(x)[0].shape[-1], length)
+        width = jax.tree.leaves(x)[0].shape[-1]
+        block = self._block(width, length)
         sample = jax.tree.map(lambda part: jnp.zeros((1, *part.shape[1:]), self.dtype), x)
 
         def init_stack(key: jax.Array):
@@ -285,10 +294,34 @@ class Transformer(nn.Module):
 
         params = self.param("blocks", init_stack)
 
+        cross_block = self._cross_block(width)
+        cross_params = None
+        if self.cross_layers:
+            start = partial(self._init_cross, cross_block, width)
+            cross_params = self.param("cross", start)["blocks"]
+
         def layer(x, layer_params, mask=mask, read=None):
             # Without the constraint the partitioner may replicate activations under FSDP.
             x = jax.tree.map(sharding.constrain_batch, x)
             return block.apply({"params": layer_params}, x, mask, read, rope), None
+
+        if image is not None:
+            every = self.layers // self.cross_layers
+
+            def group(x, params):  # a layer, its attention to the image, and those up to the next
+                own, cross = params
+                for i in range(every):
+                    x, _ = layer(x, jax.tree.map(operator.itemgetter(i), own))
+                    if i == 0:
+                        x = cross_block.apply({"params": cross}, x, image)
+                return x, None
+
+            groups = jax.tree.map(
+                lambda leaf: leaf.reshape(self.cross_layers, every, *leaf.shape[1:]), params
+            )
+            unroll = 1 if self.scan_layers else self.cross_layers
+            group = remat_layer(group, self.remat, scanned=self.scan_layers)
+            return jax.lax.scan(group, x, (groups, cross_params), unroll=unroll)[0]
 
         in_scan = self.layers - (read is not None) if self.scan_layers else 0
         learn = _learning(self.get_variable("learns", "blocks"), self.layers)
@@ -311,14 +344,7 @@ class Transformer(nn.Module):
         return x
 
     def _block(self, width: int, length: int | None) -> Block:
-        if self.paper_init:
-            normal = nn.initializers.normal
-            qkv_init = normal(width**-0.5)
-            mlp_init = normal((2 * width) ** -0.5)
-            out_init = normal(width**-0.5 * (2 * self.layers) ** -0.5)
-        else:
-            qkv_init = nn.initializers.xavier_uniform()
-            mlp_init = out_init = torch_default_init
+        qkv_init, mlp_init, out_init = self._inits(width)
         # parent=None: the stack holds the parameters, the block is only their function.
         return Block(
             heads=self.heads,
@@ -337,6 +363,25 @@ class Transformer(nn.Module):
             norm=self.norm,
             parent=None,
         )
+
+    def _cross_block(self, width: int) -> CrossBlock:
+        inits = self._inits(width)
+        form = self.heads, self.mlp, self.activation, self.norm_eps, self.dtype
+        return CrossBlock(*form, *inits, self.norm, parent=None)
+
+    def _init_cross(self, block: CrossBlock, width: int, key: jax.Array) -> Any:
+        sample = jnp.zeros((1, 1, width), self.dtype)
+        keys = jax.random.split(key, self.cross_layers)
+        params = jax.vmap(lambda k: block.init(k, sample, sample)["params"])(keys)
+        return {"blocks": params}  # stacked like the others, under a path like theirs
+
+    def _inits(self, width: int) -> tuple[Init, Init, Init]:
+        """Returns the init of queries, keys and values, of the MLP, and of the residual stream."""
+        if not self.paper_init:
+            return nn.initializers.xavier_uniform(), torch_default_init, torch_default_init
+        normal = nn.initializers.normal
+        out_init = normal(width**-0.5 * (2 * self.layers) ** -0.5)
+        return normal(width**-0.5), normal((2 * width) ** -0.5), out_init
 
 
 def _learning(learns: Any, layers: int) -> list[tuple[bool, ...]]:

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +42,18 @@ class VisionTransformer(nn.Module):
         images: Float[Array, "batch height width 3"],
         train: bool = False,
         rows: Int[Array | np.ndarray, " batch"] | None = None,
-    ) -> Float[Array, "batch embed"]:
+        with_tokens: bool = False,
+    ) -> Any:
         """Embeds images.
 
         Args:
           images: normalised.
           train: drop patches, which takes `rows` and a "dropout" key.
           rows: numbers of the examples in the batch.
+          with_tokens: return what the last block makes of all tokens as well.
+
+        Returns:
+          [b, embed_dim]; or a pair of this and the tokens [b, s, width].
         """
         size, width = self.size, self.size.image_width
         normal = nn.initializers.normal(width**-0.5)
@@ -93,17 +99,16 @@ class VisionTransformer(nn.Module):
             qk_norm=size.image_qk_norm,
             norm=size.norm,
             name="transformer",
-        )(x, read=class_token if size.image_pool == "class" else None, rope=rope)
+        )(x, read=None if with_tokens or size.image_pool != "class" else class_token, rope=rope)
+        all_tokens = jnp.concatenate([x[1][:, None], x[0]], axis=1) if isinstance(x, tuple) else x
         ln_post = norm("ln_post")
         if size.image_pool == "class":
             # LayerNorm works per token, so it is computed for the class token only.
-            x = ln_post(sharding.constrain_batch(x[:, 0]))
+            x = ln_post(sharding.constrain_batch(class_token(x)[:, 0]))
         elif size.image_pool == "avg":
             x = x[0] if isinstance(x, tuple) else x[:, tokens:]
             x = ln_post(mean(x)) if size.norm_after_pool else mean(ln_post(x))
         else:
-            if isinstance(x, tuple):  # the order does not matter to the head
-                x = jnp.concatenate([x[1][:, None], x[0]], axis=1)
             x = MapHead(
                 heads=size.map_heads or size.image_heads,
                 mlp=size.map_mlp or size.image_mlp,
@@ -112,17 +117,17 @@ class VisionTransformer(nn.Module):
                 norm_eps=size.norm_eps,
                 dtype=self.dtype,
                 name="map_head",
-            )(ln_post(x))
+            )(ln_post(all_tokens))
         self.sow("intermediates", "features", x)  # pre-projection features, for linear probes
-        if not size.image_projection:
-            return x
-        return nn.Dense(
-            size.embed_dim,
-            use_bias=size.image_projection_bias,
-            dtype=self.dtype,
-            kernel_init=normal,
-            name="projection",
-        )(x)
+        if size.image_projection:
+            x = nn.Dense(
+                size.embed_dim,
+                use_bias=size.image_projection_bias,
+                dtype=self.dtype,
+                kernel_init=normal,
+                name="projection",
+            )(x)
+        return (x, all_tokens) if with_tokens else x
 
     def _leading_tokens(self) -> Float[Array, "tokens width"]:
         """Returns the learned tokens before the patches: class token, then registers."""

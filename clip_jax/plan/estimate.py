@@ -134,8 +134,8 @@ class Task:
 def activations(size: Size, captions: int) -> float:
     """Computes tokens times channels times layers of both towers, for one image."""
     views = 2 if size.objective == "near_duplicates" else 1
-    text = size.context_length * size.text_width * size.text_layers * size.has_text_blocks
-    text *= captions
+    layers = _text_layers(size)
+    text = size.context_length * size.text_width * layers * captions
     if size.patch_size is not None:
         tokens = (size.image_size // size.patch_size) ** 2 + 1
         return float(views * tokens * size.image_width * size.image_layers[0] + text)
@@ -148,12 +148,20 @@ def activations(size: Size, captions: int) -> float:
     return views * total + text
 
 
+def _text_layers(size: Size) -> int:
+    """Counts the layers that captions pass, those that attend to the image as well."""
+    if not size.has_text_blocks:
+        return 0
+    again = size.text_layers if size.text_decoder_shared else size.text_decoder_layers
+    return size.text_layers + (again + size.text_decoder_layers) * (size.text_decoder_layers > 0)
+
+
 def temporaries(choice: Choice, task: Task) -> float:
     """Estimates the bytes of one chip that live only inside the step."""
     chips, size = task.topology.size, task.size
     examples = task.batch_size * choice.tensor / chips / choice.accum_steps
     kept = _remat(choice.remat)[0]
-    depth = size.text_layers * size.has_text_blocks
+    depth = _text_layers(size)
     depth += sum(size.image_layers) if not size.is_resnet else 0
     # The tensor axis splits about three quarters of the kept numbers: those inside a block.
     split = 0.25 + 0.75 / choice.tensor if choice.remat != "full" else 1.0
@@ -168,13 +176,16 @@ def temporaries(choice: Choice, task: Task) -> float:
 def _loss(choice: Choice, task: Task) -> float:
     """Estimates the bytes of one chip's logits."""
     size, examples = task.size, task.batch_size / task.topology.size
+    words = 0.0
+    if size.objective in ("captioning", "bag_of_words") or size.text_decoder_layers:
+        words = size.vocab_size * (1 if size.objective == "bag_of_words" else POSITIONS)
+        words *= _LOGITS * 4 * task.captions * examples / choice.accum_steps
     if size.objective in ("captioning", "bag_of_words"):
-        words = size.vocab_size * (POSITIONS if size.objective == "captioning" else 1)
-        return _LOGITS * 4 * examples / choice.accum_steps * words
+        return words
     if choice.method == "ring":  # it holds one tile of logits at a time
-        return 0.0
+        return words
     texts = task.batch_size * task.captions
-    return _LOGITS * 4 * examples * texts + 6.0 * texts * size.embed_dim
+    return words + _LOGITS * 4 * examples * texts + 6.0 * texts * size.embed_dim
 
 
 def resident(choice: Choice, task: Task) -> float:

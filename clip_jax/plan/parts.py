@@ -10,7 +10,7 @@ from clip_jax.plan.hlo import Frames
 # (regular expression on the path in the traced function, part); the first match counts.
 _OWNERS = (
     (r"encode_image|image_features", "image tower"),
-    (r"encode_text|CaptionTransformer", "text tower"),
+    (r"encode_text|CaptionTransformer|CLIP\._caption|decoder", "text tower"),
     (r"l2_normalize|normalize_images", "embedding"),
 )
 # The same on file and function of the calls behind an instruction, if its path names no tower.
@@ -18,7 +18,7 @@ _FILES = (
     (r"clip_jax/losses", "loss"),
     (r"clip_jax/training/step\.py:(_split|_join|_accumulated)", "micro-batches"),
     (r"clip_jax/models/(vit|resnet)\.py", "image tower"),
-    (r"clip_jax/models/(text|captioner)\.py", "text tower"),
+    (r"clip_jax/models/(text|captioner|decoder|cross_block)\.py", "text tower"),
     (r"clip_jax/models/bag_of_words\.py", "loss"),
     (r"clip_jax/(training/augment|models/views)\.py", "augmentation"),
     (r"clip_jax/optim\.py|optax/", "optimiser"),

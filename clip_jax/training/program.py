@@ -40,9 +40,20 @@ def of_views(loss: Callable[..., jax.Array]) -> train_step.Loss:
 
 
 def prediction(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
-    """Computes the loss of a model that predicts captions."""
-    del batch
-    return losses.prediction_loss(outputs["nats"], outputs["predicted"])
+    """Computes the loss of a model that predicts captions, weighed like their pairs."""
+    weights = batch.get("weight", 1.0)
+    return losses.prediction_loss(weights * outputs["nats"], weights * outputs["predicted"])
+
+
+def weighted_sum(*terms: tuple[float, train_step.Loss]) -> train_step.Loss:
+    """Makes the sum of losses, each times its weight; those of weight 0 are not computed."""
+
+    def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        return sum(
+            (weight * loss(outputs, batch) for weight, loss in terms if weight), jnp.float32(0)
+        )
+
+    return total
 
 
 def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -56,7 +67,8 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
         loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     if config.loss.widths:
         loss = functools.partial(_nested, loss, tuple(config.loss.widths))
-    return of_pairs(loss), functools.partial(augment.augment, config=config.data.augment)
+    total = weighted_sum((1.0, of_pairs(loss)), (config.loss.captioning, prediction))
+    return total, functools.partial(augment.augment, config=config.data.augment)
 
 
 def _nested(
@@ -252,6 +264,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
     trained = {
         "objective": config.objective,
         "logit_bias": contrastive and config.loss.name == "sigmoid",
+        **_decoder(config),
     }
     return models.create(
         config.model.name,
@@ -266,6 +279,23 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         packing=config.model.packing.to_dict(),
         size={**config.model.size.to_dict(), **trained},
     )
+
+
+def _decoder(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of the decoder, which is there where its loss has a weight."""
+    none = {"text_decoder_layers": 0, "text_decoder_shared": False}
+    if not config.loss.captioning:
+        return none
+    size = config.model.size.to_dict()
+    layers = size["text_decoder_layers"]
+    if layers is None:
+        layers = models.get_size(config.model.name, {**size, **none}).text_layers
+    elif layers < 1:
+        raise UserError(
+            f"loss.captioning is {config.loss.captioning}, and model.size.text_decoder_layers "
+            f"{layers}: a decoder has at least one layer. Without either there is none."
+        )
+    return {"text_decoder_layers": layers}
 
 
 def choose_attention(asked: str, platform: str, kind: str, dtype: str) -> str:

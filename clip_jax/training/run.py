@@ -156,7 +156,8 @@ def _check_tokenizer(config: ConfigDict, tokens: tokenizer.Tokenizer, size: mode
             "train a SigLIP model."
         )
     largest = tokens.vocab_size - 1 if size.end_token is None else size.end_token
-    if size.text_pool in ("end", "bag") and tokens.end != largest:
+    reads_end = size.text_pool in ("end", "bag") or size.text_decoder_layers > 0
+    if reads_end and tokens.end != largest:
         raise UserError(
             f"{size} finds the end of a caption by the id {largest}, but the tokenizer "
             f"{config.tokenizer!r} ends it with {tokens.end}: add "

@@ -38,6 +38,7 @@ def validate(config: ConfigDict) -> None:
         ("accum_steps", config.accum_steps, 1),
         ("loss.tile", config.loss.tile, 1),
         ("loss.temperature", config.loss.temperature, 1e-4),
+        ("loss.captioning", config.loss.captioning, 0),
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
@@ -115,6 +116,7 @@ def validate(config: ConfigDict) -> None:
             ("data.captions", config.data.captions, 1),
             ("loss.label_smoothing", config.loss.label_smoothing, 0),
             ("loss.widths", tuple(config.loss.widths), ()),
+            ("loss.captioning", config.loss.captioning, 0),
             ("source.weight_key", "".join(each.weight_key for each in default.sources(data)), ""),
         ):
             if value != neutral:
@@ -122,9 +124,10 @@ def validate(config: ConfigDict) -> None:
                     f"{name} is {value!r}, but objective={config.objective} takes {neutral!r}: "
                     "only the contrastive one has it"
                 )
-    if config.objective == "captioning" and data.text_mask != "none":
+    if data.text_mask != "none" and (config.objective == "captioning" or config.loss.captioning):
+        which = "objective=captioning" if config.objective == "captioning" else "loss.captioning"
         problems.append(
-            f"data.text_mask is {data.text_mask!r}, and must be none with objective=captioning, "
+            f"data.text_mask is {data.text_mask!r}, and must be none with {which}, "
             "which would learn to write captions with gaps"
         )
     if not 0 < config.eval.confidence < 1:

@@ -37,6 +37,11 @@ def traced_flops(name: str, overrides: dict) -> float:
         ("ViT-B/32", {**TINY, "objective": "bag_of_words"}),
         ("ViT-B/32", {**TINY, "objective": "captioning", "context_length": 17}),
         ("ViT-B/32", {**TINY, "objective": "near_duplicates"}),
+        ("ViT-B/32", {**TINY, "context_length": 17, "text_decoder_layers": 3}),
+        (
+            "ViT-B/32",
+            {**TINY, "context_length": 17, "text_decoder_layers": 1, "text_decoder_shared": True},
+        ),
     ],
 )
 def test_model_flops(name, overrides):

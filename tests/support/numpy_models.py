@@ -84,11 +84,16 @@ def patches(images, p, side: int):
     return x.reshape(b, h * w // side**2, -1)
 
 
-def vit(images, p, patch: int, **form):
+def vit_tokens(images, p, patch: int, **form):
     x = patches(images, p["patch_embed"], patch)
-    x = np.concatenate([np.broadcast_to(p["class_token"], (len(x), 1, x.shape[2])), x], axis=1)
+    if "class_token" in p:
+        x = np.concatenate([np.broadcast_to(p["class_token"], (len(x), 1, x.shape[2])), x], axis=1)
     x = layer_norm(x + p["positions"], p["ln_pre"])
-    x = transformer(x, p["transformer"]["blocks"], causal=False, **form)
+    return transformer(x, p["transformer"]["blocks"], causal=False, **form)
+
+
+def vit(images, p, patch: int, **form):
+    x = vit_tokens(images, p, patch, **form)
     return unit(layer_norm(x[:, 0], p["ln_post"]) @ p["projection"]["kernel"])
 
 

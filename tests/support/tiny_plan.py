@@ -56,13 +56,14 @@ def unread_flops(size: Size) -> float:
     queries where attention is not causal.
     """
     total = 0.0
-    if size.has_class_token:
+    if size.has_class_token and not size.text_decoder_layers:
         others, width = size.image_tokens - 1, size.image_width
         unread = 2.0 * others * width * (2 * width + 2 * size.image_mlp)
         unread += 4.0 * others * (others + 1) * width
         total += unread * (2 if size.objective == "near_duplicates" else 1)
-    reads_one = size.text_pool not in ("avg", "map")
-    if size.objective == "contrastive" and size.text_layers and reads_one:
+    all_read = size.text_decoder_layers > 0 and not size.text_decoder_shared
+    all_read = all_read or size.text_pool in ("avg", "map")
+    if size.objective == "contrastive" and size.text_layers and not all_read:
         others, width = size.context_length - 1, size.text_width
         total += 2.0 * others * width * (width + 2 * size.text_mlp)
     return total

@@ -7,7 +7,15 @@ from ml_collections import ConfigDict
 
 from clip_jax import models
 from clip_jax.common import clock
-from clip_jax.configs import clipa, conceptual, datacomp, default, metaclip, openvision
+from clip_jax.configs import (
+    clipa,
+    conceptual,
+    datacomp,
+    default,
+    metaclip,
+    openmammut,
+    openvision,
+)
 from clip_jax.errors import UserError
 from clip_jax.training import program, validation
 
@@ -16,6 +24,7 @@ LINES += [("metaclip", line) for line in metaclip.MODELS]
 LINES += [("conceptual", line) for line in conceptual.LINES]
 LINES += [("clipa", line) for line in clipa.MODELS]
 LINES += [("openvision", line) for line in openvision.MODELS]
+LINES += [("openmammut", line) for line in openmammut.MODELS]
 
 
 def get_config(name: str, argument: str) -> ConfigDict:
@@ -66,6 +75,8 @@ def steps(config: ConfigDict, examples: int = 0) -> tuple[int, int]:
         # By MetaCLIP's: 32 epochs of 400 million pairs, on 64 GPUs with 512 each.
         ("metaclip", "b32", 0, (32 * 400_000_000 // (64 * 512), 2000)),
         ("metaclip", "l14", 0, (32 * 400_000_000 // (128 * 256), 2000)),
+        # By the name of a run of openMaMMUT: 12.8 billion pairs, 180,224 at a time.
+        ("openmammut", "b32", 0, (12_800_000_000 // 180_224, 6000)),
         # By open_clip's own count of CC12M, of whose last batch SLIP drops what is left over.
         ("conceptual", "cc12m", 10_968_539, (35 * 10_968_539 // 4096, 10_968_539 // 4096)),
     ],

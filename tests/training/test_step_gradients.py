@@ -14,6 +14,10 @@ from clip_jax import losses, optim, sharding
 from clip_jax.training import program
 
 ONE, FSDP = (1, 1), (2, 4)  # mesh.data, mesh.fsdp
+DECODERS = {
+    "coca": {"text_decoder_layers": 2},
+    "mammut": {"text_decoder_layers": 1, "text_decoder_shared": True, "text_causal": False},
+}
 
 
 @functools.cache
@@ -28,10 +32,11 @@ def gradients(
     captions=1,
     packed=False,
     weighted=False,
+    decoder="",
 ):
     """Loss and gradients at the initial state, no optimiser to blur them."""
     packing = {"length": 12, "rows": 0.5} if packed else None
-    size = {"objective": objective}
+    size = {"objective": objective, **DECODERS.get(decoder, {})}
     net = tiny.make_net("vit", size, patch_dropout=patch_dropout, packing=packing)
     mesh = tiny.make_mesh(*axes)
     state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh, captions)
@@ -58,6 +63,11 @@ def gradients(
             functools.partial(losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method)
         )
         settings["augment"] = lambda images, key: jnp.stack([images, images[:, ::-1]], axis=1)
+    elif decoder:
+        pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
+        settings["loss_fn"] = program.weighted_sum(
+            (1.0, program.of_pairs(pairs)), (2.0, program.prediction)
+        )
     elif objective != "contrastive":
         settings["loss_fn"] = program.prediction
     step = tiny.compile_step(net, mesh, state, batch, **settings)
@@ -133,6 +143,16 @@ def test_other_objectives_are_exact_too(objective: str, axes: tuple, accum_steps
     want = gradients(ONE, objective=objective)
     assert abs(want[0] - math.log(64)) < 1  # a guess among the vocabulary
     assert_gradients(gradients(axes, accum_steps=accum_steps, objective=objective), want)
+
+
+@pytest.mark.parametrize(("decoder", "axes"), [("coca", (2, 2, 2)), ("mammut", FSDP)])
+@pytest.mark.slow
+def test_captioning_beside_is_exact_too(decoder: str, axes: tuple):
+    settings = {"decoder": decoder, "captions": 2, "weighted": True, "patch_dropout": 0.5}
+    want = gradients(ONE, **settings)
+    without = gradients(ONE, captions=2, weighted=True, patch_dropout=0.5)[0]
+    assert abs(want[0] - without - 2 * math.log(64)) < 0.5  # guesses among the vocabulary
+    assert_gradients(gradients(axes, accum_steps=2, method="ring", **settings), want)
 
 
 @pytest.mark.parametrize(
