@@ -30,10 +30,12 @@ TEXT_MASKS = ("none", "random", "shuffle", "block", "syntax")  # config.data.tex
 TRACKERS = ("wandb", "mlflow", "trackio")
 
 # Forms of the towers, fields of `models.Size`.
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh", "swiglu")
+GATED = ("swiglu",)  # of these, which take twice the units
+NORMS = ("layer", "rms")
 IMAGE_POOLS = ("class", "avg", "map")
 IMAGE_POSITIONS = ("learned", "sincos")
-TEXT_POOLS = ("end", "first", "last", "avg", "bag")
+TEXT_POOLS = ("end", "first", "last", "avg", "map", "bag")
 IMAGE_CROPS = ("center", "none")
 IMAGE_FILTERS = ("bilinear", "bicubic", "lanczos")
 RESNET_ACTIVATIONS = ("relu", "gelu")

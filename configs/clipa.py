@@ -48,14 +48,7 @@ def get_config(arg: str = ""):
     config.model.remat = "full"
     set_towers(config)
     config.model.size.context_length = 32
-    config.data.crop = "resized"
-    config.data.crop_scale = (0.4, 1.0)
-    config.data.augment.update(
-        jitter=0.8, brightness=0.32, contrast=0.32, saturation=0.32, grey=0.2
-    )
-    config.optim.b2 = 0.95
-    config.optim.eps = 1e-8
-    config.optim.decay_params = "kernel$"
+    set_training(config)
     low = {
         "model.size.image_size": 84,
         "model.size.context_length": 8,
@@ -97,3 +90,15 @@ def set_towers(config):
         text_pool="last",
     )
     config.model.packing.length = 0  # every token sees all others, padding too
+
+
+def set_training(config):
+    """Sets crops, jitter and optimiser, equal in all stages."""
+    config.data.crop = "resized"
+    config.data.crop_scale = (0.4, 1.0)
+    config.data.augment.update(
+        jitter=0.8, brightness=0.32, contrast=0.32, saturation=0.32, grey=0.2
+    )
+    config.optim.b2 = 0.95
+    config.optim.eps = 1e-8
+    config.optim.decay_params = "kernel$"

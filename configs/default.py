@@ -60,8 +60,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # random: "^image/" takes the image tower, and then the text tower may be another; "": all.
     config.init_params = ""
     # Run that a new one goes on from, with its optimiser and its place in the data: a workdir, or a
-    # checkpoint in it, WORKDIR/checkpoints/STEP; "": none. Only what may change at a resumption may
-    # differ: with optim.schedule constant or rsqrt, the cooldown and the duration.
+    # checkpoint in it, WORKDIR/checkpoints/STEP; of a stage, the name of an earlier one; "": none.
+    # Only what may change at a resumption may differ: with optim.schedule constant or rsqrt, the
+    # cooldown and the duration; and the batch_size, with the duration in steps.
     config.branch_from = ""
     # Directory that keeps compiled programs; "auto": compiled/ in the workdir; "": none.
     config.compilation_cache = "auto"
@@ -182,6 +183,8 @@ def of_stage(config: ConfigDict, name: str) -> ConfigDict:
     """
     own = copy.deepcopy(config)
     own.stages = ConfigDict()
+    if config.stages[name].get("branch_from"):  # a run has one beginning
+        own.init_from = own.init_params = ""
     try:
         own.update(config.stages[name])
     except (KeyError, TypeError, AttributeError) as error:

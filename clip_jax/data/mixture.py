@@ -57,6 +57,11 @@ class Mixture:
         return [begun[place] for place in range(len(indices))]
 
 
+def windowed_streams(batch_size: int) -> int:
+    """Returns the number of interleaved streams of the windowed order, a divisor of the batch."""
+    return math.gcd(batch_size, _STREAMS)
+
+
 def create(
     config: ConfigDict,
     image_size: int,
@@ -89,7 +94,7 @@ def create(
     streams, chunk, cached_chunks = 1, 1, 0
     window = config.shuffle_window
     if config.order == "windowed":
-        streams, chunk = math.gcd(batch_size, _STREAMS), config.chunk
+        streams, chunk = windowed_streams(batch_size), config.chunk
         window = max(config.shuffle_window // streams, 1)
         own = min(-(-streams // parts) + 1, streams)  # two parts may share a stream
         # Reads begin when a batch is submitted, which may be in the next window.

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 from clip_jax import sharding
 from clip_jax.models.image_model import ImageModel, Images, Inputs, Outputs, RowIds, TokenIds
-from clip_jax.models.layers import Dtype, layer_norm
+from clip_jax.models.layers import Dtype, make_norm
 from clip_jax.models.prompts import Prompts
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Transformer
@@ -117,8 +117,9 @@ class CaptionTransformer(nn.Module):
             attention=self.attention,
             causal=True,
             paper_init=True,
+            norm=size.norm,
         )
-        self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
+        self.ln_final = make_norm(size.norm, size.norm_eps, self.dtype, None)
 
     def __call__(self, prefix: Prefix, tokens: TokenIds) -> Float32[Array, " batch"]:
         states, targets = self._states(prefix, tokens[:, :-1]), tokens[:, 1:]

@@ -16,7 +16,7 @@ from clip_jax import sharding
 from clip_jax.models.captioner import token_nats
 from clip_jax.models.cross_block import ImageTokens
 from clip_jax.models.image_model import RowIds, TokenIds
-from clip_jax.models.layers import Dtype, layer_norm
+from clip_jax.models.layers import Dtype, make_norm
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Transformer
 
@@ -55,9 +55,10 @@ class CaptionDecoder(nn.Module):
                 causal=True,
                 paper_init=True,
                 qk_norm=size.text_qk_norm,
+                norm=size.norm,
                 cross_layers=size.text_decoder_layers,
             )
-            self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
+            self.ln_final = make_norm(size.norm, size.norm_eps, self.dtype, None)
 
     def image_tokens(
         self, tokens: Float[Array, "batch image_tokens channels"], captions: int

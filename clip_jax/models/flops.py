@@ -1,5 +1,6 @@
 """FLOPs that a model needs, however it is compiled: the numerator of the MFU."""
 
+from clip_jax import choices
 from clip_jax.models.captioner import PREFIX
 from clip_jax.models.sizes import Size
 
@@ -30,10 +31,10 @@ def image_flops(size: Size) -> float:
     assert size.patch_size is not None
     tokens, width = size.image_tokens, size.image_width
     total = 2.0 * size.patches_per_side**2 * size.patch_size**2 * 3 * width
-    total += size.image_layers[0] * _block_flops(tokens, width, size.image_mlp)
-    mlp = size.map_mlp or size.image_mlp
-    if size.image_pool == "map":  # one query over all tokens, and an MLP on the result
-        total += 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + 2 * mlp)
+    gated = size.activation in choices.GATED
+    total += size.image_layers[0] * _block_flops(tokens, width, size.image_mlp, gated)
+    if size.image_pool == "map":
+        total += _map_head_flops(tokens, width, size.map_mlp or size.image_mlp, gated)
     return total + 2.0 * width * size.embed_dim * size.image_projection
 
 
@@ -43,34 +44,43 @@ def text_flops(size: Size) -> float:
         return image_flops(size)
     if size.objective == "bag_of_words":
         return 2.0 * size.embed_dim * size.vocab_size
+    gated = (size.text_activation or size.activation) in choices.GATED
     if size.objective == "captioning":
         written = size.context_length - 1
-        block = _block_flops(PREFIX + written, size.text_width, size.text_mlp)
+        block = _block_flops(PREFIX + written, size.text_width, size.text_mlp, gated)
         ends = PREFIX * size.embed_dim + written * size.vocab_size
         return size.text_layers * block + 2.0 * size.text_width * ends
-    block = _block_flops(size.context_length, size.text_width, size.text_mlp)
-    projection = 2.0 * size.text_width * size.embed_dim * size.text_projection
-    return size.text_layers * block + projection + _decoder_flops(size)
+    shape = size.context_length, size.text_width, size.text_mlp, gated
+    total = size.text_layers * _block_flops(*shape) + _decoder_flops(size, gated)
+    if size.text_pool == "map":
+        total += _map_head_flops(*shape)
+    return total + 2.0 * size.text_width * size.embed_dim * size.text_projection
 
 
-def _decoder_flops(size: Size) -> float:
+def _decoder_flops(size: Size, gated: bool) -> float:
     """Counts the operations of the decoder beside a contrastive model, for one caption."""
     if not size.text_decoder_layers:
         return 0.0
     written, width, tokens = size.context_length - 1, size.text_width, size.image_tokens
     own = size.text_layers if size.text_decoder_shared else size.text_decoder_layers
-    cross = 4.0 * width * (written * (width + size.text_mlp) + tokens * (width + written))
+    cross = 4.0 * width * (written * width + tokens * (width + written))
+    cross += 2.0 * written * width * (2 + gated) * size.text_mlp
     return (
-        own * _block_flops(written, width, size.text_mlp)
+        own * _block_flops(written, width, size.text_mlp, gated)
         + size.text_decoder_layers * cross
         + 2.0 * tokens * size.image_width * width  # once an image, if it has several captions
         + 2.0 * written * width * size.vocab_size
     )
 
 
-def _block_flops(tokens: int, width: int, mlp: int) -> float:
+def _block_flops(tokens: int, width: int, mlp: int, gated: bool) -> float:
     """Counts projections and MLP, then attention: tokens against tokens, twice."""
-    return 2.0 * tokens * width * (4 * width + 2 * mlp) + 4.0 * tokens**2 * width
+    return 2.0 * tokens * width * (4 * width + (2 + gated) * mlp) + 4.0 * tokens**2 * width
+
+
+def _map_head_flops(tokens: int, width: int, mlp: int, gated: bool) -> float:
+    """Counts one query over all tokens, and an MLP on the result."""
+    return 2.0 * width * (2 * tokens * width + 2 * tokens + 2 * width + (2 + gated) * mlp)
 
 
 def _resnet_flops(size: Size) -> float:

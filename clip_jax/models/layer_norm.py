@@ -1,4 +1,4 @@
-"""LayerNorm at the head of a residual branch, by XLA or as one kernel for TPUs (Pallas).
+"""LayerNorm at the head of a residual branch, by XLA or as one kernel for TPUs (Pallas); RMSNorm.
 
 The kernel reads and writes each array once, forward and backward. XLA takes a pass each for the
 mean, for the variance and for the result, or it computes them within the matrix products beside,
@@ -41,11 +41,13 @@ class LayerNorm(nn.Module):
       eps: addition to the variance.
       dtype: dtype of the results.
       kernel: whether sequences that fit it go through the kernel. A token apart does not.
+      rms: RMSNorm instead, without mean and bias (Zhang & Sennrich 2019), and without the kernel.
     """
 
     eps: float
     dtype: Dtype
     kernel: bool
+    rms: bool = False
 
     @nn.compact
     def __call__(self, x: Tokens, constants: Constants | None = None) -> tuple[Tokens, Tokens]:
@@ -60,15 +62,16 @@ class LayerNorm(nn.Module):
         """
         width = jax.tree.leaves(x)[0].shape[-1]
         scale = self.param("scale", nn.initializers.ones, (width,))
-        bias = self.param("bias", nn.initializers.zeros, (width,))
+        bias = None if self.rms else self.param("bias", nn.initializers.zeros, (width,))
 
         def normalize(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-            if self.kernel and _fits(part):
+            if self.kernel and bias is not None and _fits(part):
                 return _in_kernel(part, scale, bias, constants, self.eps)
             if constants is not None:
                 part = _learnt(part, constants[0])
-            centred, inverse = _centre(part.astype(jnp.float32), self.eps)
-            y = (centred * (inverse * scale) + bias).astype(self.dtype)
+            centred, inverse = _centre(part.astype(jnp.float32), self.eps, not self.rms)
+            y = centred * (inverse * scale)
+            y = (y if bias is None else y + bias).astype(self.dtype)
             return y, part if constants is None else _learnt(part, constants[1])
 
         if not isinstance(x, tuple):
@@ -84,9 +87,12 @@ def _fits(x: jax.Array) -> bool:
     return s >= _ROWS and w % 128 == 0 and s * w <= _LARGEST and splits(b)
 
 
-def _centre(x: Float[Array, "*n w"], eps: float) -> tuple[Float[Array, "*n w"], jax.Array]:
+def _centre(
+    x: Float[Array, "*n w"], eps: float, centre: bool = True
+) -> tuple[Float[Array, "*n w"], jax.Array]:
     """Returns tokens less their means, and the inverses of their standard deviations, [*n, 1]."""
-    x = x - x.mean(axis=-1, keepdims=True)
+    if centre:
+        x = x - x.mean(axis=-1, keepdims=True)
     return x, jax.lax.rsqrt((x * x).mean(axis=-1, keepdims=True) + eps)
 
 

@@ -1,4 +1,4 @@
-"""Parts common to the towers: initialisers, activations, LayerNorm, rematerialisation."""
+"""Parts common to the towers: initialisers, activations, norms, pooling, rematerialisation."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from clip_jax import choices
 from clip_jax.errors import UserError
 
 Dtype = Any
@@ -47,18 +48,74 @@ def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jax.nn.gelu(x, approximate=True)
 
 
+@partial(jax.checkpoint, prevent_cse=False)
+def swiglu(x: Float[Array, "*shape 2 hidden"]) -> Float[Array, "*shape hidden"]:
+    """Multiplies the second half of the units by the SiLU of the first (Shazeer 2020)."""
+    return jax.nn.silu(x[..., 0, :]) * x[..., 1, :]
+
+
 # By the names of `Size.activation`.
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu, "gelu_tanh": gelu_tanh, "swiglu": swiglu}
 
 
-def layer_norm(eps: float, dtype: Dtype, name: str | None) -> nn.LayerNorm:
-    """Returns a LayerNorm with float32 statistics, whatever the compute dtype."""
-    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
+def units(mlp: int, activation: str) -> int | tuple[int, int]:
+    """Returns the outputs of an MLP's first product: a gate doubles them.
+
+    The two halves are a dimension of their own, so that the tensor axis splits both alike.
+    """
+    return (2, mlp) if activation in choices.GATED else mlp
+
+
+def make_norm(kind: str, eps: float, dtype: Dtype, name: str | None) -> nn.Module:
+    """Returns a LayerNorm or an RMSNorm, with float32 statistics whatever the compute dtype.
+
+    Args:
+      kind: a name in `choices.NORMS`.
+      eps: addition to the variance.
+      dtype: dtype of the results.
+      name: name of the module; None: that of its attribute.
+    """
+    make = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}[kind]
+    return make(epsilon=eps, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def mean(x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
     """Averages tokens, in float32 whatever their dtype."""
     return jnp.mean(x, axis=1, dtype=jnp.float32).astype(x.dtype)
+
+
+class MapHead(nn.Module):
+    """Attention pooling (Lee et al. 2019): a learned probe is the one query over all tokens.
+
+    Attributes:
+      mlp: hidden units of the MLP behind it.
+      activation: their activation, a name in `ACTIVATIONS`.
+      norm: kind of the norm before the MLP; see `make_norm`.
+      norm_eps: its addition to the variance.
+    """
+
+    heads: int
+    mlp: int
+    activation: str
+    norm: str
+    norm_eps: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
+        width = x.shape[-1]
+        uniform = nn.initializers.xavier_uniform()
+        probe = self.param("probe", nn.initializers.normal(width**-0.5), (width,)).astype(x.dtype)
+        probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
+        dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=uniform)
+        project = partial(dense, (self.heads, width // self.heads))
+        y = jax.nn.dot_product_attention(
+            project(name="query")(probe), project(name="key")(x), project(name="value")(x)
+        )
+        x = dense(width, axis=(-2, -1), name="attn_out")(y)[:, 0]
+        y = make_norm(self.norm, self.norm_eps, self.dtype, "ln")(x)
+        y = dense(units(self.mlp, self.activation), name="mlp_in")(y)
+        return x + dense(width, name="mlp_out")(ACTIVATIONS[self.activation](y))
 
 
 # ---- Rematerialisation: what the backward pass computes again, by config.model.remat -----------

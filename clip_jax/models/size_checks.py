@@ -14,6 +14,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "objective": choices.OBJECTIVES,
     "activation": choices.ACTIVATIONS,
     "text_activation": choices.ACTIVATIONS,
+    "norm": choices.NORMS,
     "image_pool": choices.IMAGE_POOLS,
     "image_positions": choices.IMAGE_POSITIONS,
     "text_pool": choices.TEXT_POOLS,

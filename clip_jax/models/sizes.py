@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from clip_jax import choices
 from clip_jax.errors import UserError
 from clip_jax.models import size_checks
 
@@ -30,11 +31,11 @@ class Size:
       context_length: tokens of a caption, start and end tokens included.
       vocab_size: entries of the tokenizer; its end token is the last one. For a SentencePiece
         tokenizer: its pieces plus 2.
-      image_mlp: hidden units of an image block; 0 becomes four times the width (and stays 0 for a
-        ResNet, which has no such blocks).
-      text_mlp: hidden units of a text block; 0 becomes four times the width.
-      activation: activation of those units: "quick_gelu" (OpenAI), "gelu" (exact; open_clip) or
-        "gelu_tanh" (its approximation; SigLIP).
+      image_mlp: hidden units of an image block; 0 becomes four times the width, with a gate two
+        thirds of that, up to a multiple of 8 (and stays 0 for a ResNet, which has no such blocks).
+      text_mlp: hidden units of a text block; 0 becomes the same of its width.
+      activation: activation of those units: "quick_gelu" (OpenAI), "gelu" (exact; open_clip),
+        "gelu_tanh" (its approximation; SigLIP) or "swiglu" (gated by a SiLU; EVA-02, DINOv2 g).
       text_activation: activation of the text tower; None: the same.
       image_pool: pooling of a ViT: "class", a token of its own, projected; "avg", the mean of the
         patches, projected; or "map", an attention head with a learned probe over all tokens,
@@ -63,13 +64,15 @@ class Size:
       patch_bias: whether a ViT adds a bias to the embedded patches.
       text_causal: whether a token sees only those before it.
       text_pool: token that stands for the caption: "end", the end token (paper); "first" or "last",
-        that of the place. "avg": the mean of all places, padding included. "bag": the mean of the
-        caption's embedded words instead, without positions or layers.
+        that of the place. "avg": the mean of all places, padding included; "map": an attention
+        head with a learned probe over them. "bag": the mean of the caption's embedded words
+        instead, without positions or layers.
       end_token: id of the end token that text_pool "end" reads, the first in a row; None: the
         largest id of the row, as in the paper's code.
       text_projection: whether the text tower ends in a projection; without, its width is embed_dim.
       text_projection_bias: whether that projection has a bias.
-      norm_eps: LayerNorm's addition to the variance.
+      norm: normalisation in both transformers: "layer", LayerNorm; or "rms", RMSNorm.
+      norm_eps: its addition to the variance.
       logit_bias: whether the similarities have a learned bias, as the sigmoid loss needs.
       image_mean: subtracted from pixels in [0, 1], per RGB channel.
       image_std: divisor of the result, per RGB channel.
@@ -127,6 +130,7 @@ class Size:
     image_layer_scale: float | None = None
     image_qk_norm: bool = False
     text_qk_norm: bool = False
+    norm: str = "layer"
     text_decoder_layers: int = 0
     text_decoder_shared: bool = False
 
@@ -172,9 +176,10 @@ class Size:
     @property
     def is_known_elsewhere(self) -> bool:
         """True where other projects have models of this form: CLIP and SigLIP."""
-        forms = (self.objective, self.resnet_activation, self.resnet_norm)
-        known = forms == ("contrastive", "relu", "batch") and self.text_pool != "bag"
-        return known and not self.text_decoder_layers
+        forms = (self.objective, self.resnet_activation, self.resnet_norm, self.norm)
+        known = forms == ("contrastive", "relu", "batch", "layer")
+        known = known and self.text_pool not in ("bag", "map") and not self.text_decoder_layers
+        return known and not {self.activation, self.text_activation} & {*choices.GATED}
 
     @property
     def activations(self) -> str:
@@ -238,8 +243,9 @@ class Size:
         for field in dataclasses.fields(self):
             size_checks.check_field(field, getattr(self, field.name))
         if not self.is_resnet:
-            self._default("image_mlp", 4 * self.image_width)
-        self._default("text_mlp", 4 * self.text_width)
+            self._default("image_mlp", _hidden(self.image_width, self.activation))
+        text_activation = self.text_activation or self.activation
+        self._default("text_mlp", _hidden(self.text_width, text_activation))
         for name, same in (
             ("text_activation", self.activation),
             ("map_heads", self.image_heads),
@@ -252,6 +258,11 @@ class Size:
     def _default(self, name: str, value: int) -> None:
         if getattr(self, name) == 0:
             object.__setattr__(self, name, value)  # frozen for everyone else
+
+
+def _hidden(width: int, activation: str) -> int:
+    """Returns the usual hidden units: with a gate, those of as many weights."""
+    return -(-width // 3) * 8 if activation in choices.GATED else 4 * width
 
 
 # Fields that config.model.size cannot override: they go with the weights that have them.
@@ -429,8 +440,10 @@ def get_size(name: str, overrides: Mapping[str, Any] | None = None) -> Size:
     known = {field.name for field in dataclasses.fields(Size)}
     if unknown := sorted(set(changed) - known):
         raise UserError(f"A model has no {', '.join(unknown)}: it has {', '.join(sorted(known))}.")
-    for tower in ("image", "text"):  # another width goes with its own number of hidden units
-        if f"{tower}_width" in changed:
+    form = changed.get("activation")
+    forms = {"image": form, "text": changed.get("text_activation", form)}
+    for tower in forms:  # another width, or a gate, goes with its own number of hidden units
+        if f"{tower}_width" in changed or forms[tower] in choices.GATED:
             changed.setdefault(f"{tower}_mlp", 0)
     for field in ("image_layers", "image_mean", "image_std"):
         if field in changed:

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from clip_jax import sharding
 from clip_jax.models.cross_block import ImageTokens
 from clip_jax.models.image_model import TokenIds, end_places
-from clip_jax.models.layers import Dtype, layer_norm, mean
+from clip_jax.models.layers import Dtype, MapHead, make_norm, mean
 from clip_jax.models.packing import Packing, Tower, end_features, pick
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Mask, Read, Transformer
@@ -25,8 +26,8 @@ class TextTransformer(nn.Module):
 
     The paper's tower reads the feature at the end token, the largest id of the vocabulary unless
     the size names another. Its attention is causal, so padding after that changes nothing, and
-    captions may have any length up to the context length. Where another token or their mean is read
-    instead, they must have the context length.
+    captions may have any length up to the context length. Where another token is read instead, or
+    all of them, they must have the context length.
     A bag of words is the mean of the embedded words: it has no positions and no layers.
 
     Attributes:
@@ -62,8 +63,18 @@ class TextTransformer(nn.Module):
                 paper_init=True,
                 qk_norm=size.text_qk_norm,
                 cross_layers=size.text_decoder_layers if size.text_decoder_shared else 0,
+                norm=size.norm,
             )
-        self.ln_final = layer_norm(size.norm_eps, self.dtype, None)
+        self.ln_final = make_norm(size.norm, size.norm_eps, self.dtype, None)
+        if size.text_pool == "map":
+            self.map_head = MapHead(
+                heads=size.text_heads,
+                mlp=size.text_mlp,
+                activation=size.text_activation or size.activation,
+                norm=size.norm,
+                norm_eps=size.norm_eps,
+                dtype=self.dtype,
+            )
         if size.text_projection:
             self.projection = nn.Dense(
                 size.embed_dim,
@@ -82,7 +93,8 @@ class TextTransformer(nn.Module):
     ) -> tuple[Float[Array, "batch embed"], Float[Array, "batch length width"]]:
         """Embeds captions, and returns the states of the last layer at all tokens too."""
         states = self.states(tokens)
-        pooled = states if self.size.text_pool == "avg" else self._reader(tokens)(states)[:, 0]
+        all_read = self.size.text_pool in ("avg", "map")
+        pooled = states if all_read else self._reader(tokens)(states)[:, 0]
         return self._project(pooled), states
 
     def _project(
@@ -94,6 +106,8 @@ class TextTransformer(nn.Module):
         features = self.ln_final(features)
         if self.size.text_pool == "avg":
             features = mean(features)
+        elif self.size.text_pool == "map":
+            features = self.map_head(features)
         return self.projection(features) if self.size.text_projection else features
 
     def states(
@@ -119,7 +133,11 @@ class TextTransformer(nn.Module):
             learned = learned[: tokens.shape[1]]
         else:  # from the whole table: else the partitioner looks up parts of every activation
             learned = sharding.constrain_batch(learned, PartitionSpec())[positions]
-        return self.transformer(self.token_embed(tokens) + learned, mask, read, image=image)
+        x = self.token_embed(tokens) + learned
+        learns = self.variables.get("learns")
+        if learns and not np.any(jax.tree.leaves([learns["token_embed"], learns["positions"]])):
+            x = jax.lax.stop_gradient(x)  # packing hides that its parameters are constants
+        return self.transformer(x, mask, read, image=image)
 
     def written(self, tokens: TokenIds, image: ImageTokens) -> Float[Array, "batch length width"]:
         """Computes the states that predict the token after each of those read, given images."""
@@ -132,7 +150,7 @@ class TextTransformer(nn.Module):
             own = own_tokens(tokens)[:, :, None]
             words = jnp.sum(jnp.where(own, self.token_embed(tokens), 0), axis=1, dtype=jnp.float32)
             return (words / jnp.maximum(jnp.sum(own, axis=1), 1)).astype(self.dtype)
-        if self.size.text_pool == "avg":
+        if self.size.text_pool in ("avg", "map"):
             return self.states(tokens)
         return self.states(tokens, read=self._reader(tokens))[:, 0]
 
@@ -155,9 +173,11 @@ class TextTransformer(nn.Module):
     def _tower(self, scan_layers: bool) -> Tower:
         """Returns `states` as a pure function: Flax modules cannot be called in a loop of JAX."""
         module = self.clone(parent=None, scan_layers=scan_layers)
+        learns = self.variables.get("learns", {})
 
         def tower(params: Any, *rows: Any) -> jax.Array:
-            x = module.apply({"params": params}, *rows, method=TextTransformer.states)
+            variables = {"params": params, "learns": learns}
+            x = module.apply(variables, *rows, method=TextTransformer.states)
             return cast(jax.Array, x)
 
         return tower

@@ -1,5 +1,6 @@
 """The residual attention blocks of both transformer towers."""
 
+import itertools
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool
 
@@ -29,11 +31,12 @@ from clip_jax.models.layers import (
     ACTIVATIONS,
     Dtype,
     Init,
-    layer_norm,
+    make_norm,
     named,
     remat_layer,
     torch_default_bias_init,
     torch_default_init,
+    units,
 )
 from clip_jax.models.positions import Rotations, rotate
 
@@ -63,6 +66,7 @@ class Block(nn.Module):
     length: int | None  # tokens of a sequence before its padding; None: it has none
     layer_scale: float | None
     qk_norm: bool
+    norm: str
 
     @nn.compact
     def __call__(
@@ -77,7 +81,7 @@ class Block(nn.Module):
         kernels = self.attention == "pallas" and not self.is_initializing()
         in_kernel = kernels and rope is None and not self.qk_norm and _fits_kernel(x, self.heads)
         unscaled = self.layer_scale is None
-        norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels)
+        norm = partial(LayerNorm, self.norm_eps, self.dtype, kernels, self.norm == "rms")
         dense = partial(nn.DenseGeneral, dtype=self.dtype)
         out = partial(dense, width, kernel_init=self.out_init)
         if kernels and unscaled:
@@ -100,8 +104,9 @@ class Block(nn.Module):
         if kernels:
             x, y = each(_as_rows, (x, y))
         bias = torch_default_bias_init(width)
-        y = each(dense(self.mlp, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in"), y)
-        y = named(y, "mlp")
+        hidden = units(self.mlp, self.activation)
+        mlp_in = dense(hidden, kernel_init=self.mlp_init, bias_init=bias, name="mlp_in")
+        y = named(each(mlp_in, y), "mlp")
         y = each(ACTIVATIONS[self.activation], y)
         x = each(jnp.add, x, self._scale("mlp_scale", each(mlp_out, y)))
         return each(lambda part, like: part.reshape(like.shape), x, like)
@@ -127,7 +132,9 @@ class Block(nn.Module):
         few = read is not None and mask is None and not self.causal  # the others are not needed
 
         norms = [
-            layer_norm(self.norm_eps, self.dtype, name) if self.qk_norm else lambda part: part
+            make_norm(self.norm, self.norm_eps, self.dtype, name)
+            if self.qk_norm
+            else lambda part: part
             for name in ("ln_q", "ln_k")
         ]
 
@@ -207,12 +214,14 @@ class Transformer(nn.Module):
     does not fill its last tile is padded: it takes the memory anyhow.
 
     Parameters of all layers are stacked along a leading axis, whether the layers are scanned or
-    unrolled, so that one checkpoint and one sharding rule serve both.
+    unrolled, so that one checkpoint and one sharding rule serve both. The collection "learns" may
+    say which layers of which parameters learn, as `optim.Factors.learns` does. Of the others no
+    gradient is computed; layers that learn differently are scanned apart.
 
     Attributes:
       mlp: hidden units of each block.
       activation: their activation, a name in `layers.ACTIVATIONS`.
-      norm_eps: LayerNorm's addition to the variance.
+      norm_eps: addition to the variance of the norms.
       scan_layers: run the layers in `lax.scan` (compiles fast) or unroll them.
       remat: recomputation in the backward pass; see `layers.remat_layer`.
       attention: the form of attention that computes it; see `attention.FORMS`.
@@ -223,6 +232,7 @@ class Transformer(nn.Module):
         None: there is none.
       qk_norm: whether queries and keys are normalised in each head (Dehghani et al. 2023). With it,
         attention does not go through the kernel for TPUs.
+      norm: kind of the norms, "layer" or "rms"; the latter do not go through the kernel for TPUs.
       cross_layers: layers that a `CrossBlock` follows where images are given, evenly spaced from
         the first; divides `layers`.
     """
@@ -240,6 +250,7 @@ class Transformer(nn.Module):
     paper_init: bool
     layer_scale: float | None = None
     qk_norm: bool = False
+    norm: str = "layer"
     cross_layers: int = 0
 
     @nn.compact
@@ -313,15 +324,21 @@ class Transformer(nn.Module):
             return jax.lax.scan(group, x, (groups, cross_params), unroll=unroll)[0]
 
         in_scan = self.layers - (read is not None) if self.scan_layers else 0
-        scanned, others = _split(params, in_scan, self.layers)
-        if in_scan:
-            x, _ = jax.lax.scan(remat_layer(layer, self.remat, scanned=True), x, scanned)
-        reads = [None] * (len(others) - 1) + [read]
-        for layer_params, picked in zip(others, reads):
-            one = partial(layer, read=picked)
-            if picked and shape and length is None:
-                x, one = x.reshape(shape), partial(one, mask=None)
-            x, _ = remat_layer(one, self.remat, scanned=False)(x, layer_params)
+        learn = _learning(self.get_variable("learns", "blocks"), self.layers)
+        scans = [len([*alike]) for _, alike in itertools.groupby(learn[:in_scan])]
+        sizes = scans + [1] * (self.layers - in_scan)
+        first = 0
+        for size, part in zip(sizes, _split(params, sizes, learn)):
+            if first < in_scan:
+                x, _ = jax.lax.scan(remat_layer(layer, self.remat, scanned=True), x, part)
+            else:
+                last = first == self.layers - 1
+                one = partial(layer, read=read if last else None)
+                if last and read and shape and length is None:
+                    x, one = x.reshape(shape), partial(one, mask=None)
+                part = jax.tree.map(lambda leaf: leaf.squeeze(0), part)
+                x, _ = remat_layer(one, self.remat, scanned=False)(x, part)
+            first += size
         if read is None and shape:
             x = x.reshape(shape) if length is None else x[:, :length]
         return x
@@ -343,13 +360,14 @@ class Transformer(nn.Module):
             length=length,
             layer_scale=self.layer_scale,
             qk_norm=self.qk_norm,
+            norm=self.norm,
             parent=None,
         )
 
     def _cross_block(self, width: int) -> CrossBlock:
         inits = self._inits(width)
         form = self.heads, self.mlp, self.activation, self.norm_eps, self.dtype
-        return CrossBlock(*form, *inits, parent=None)
+        return CrossBlock(*form, *inits, self.norm, parent=None)
 
     def _init_cross(self, block: CrossBlock, width: int, key: jax.Array) -> Any:
         sample = jnp.zeros((1, 1, width), self.dtype)
@@ -366,15 +384,29 @@ class Transformer(nn.Module):
         return normal(width**-0.5), normal((2 * width) ** -0.5), out_init
 
 
-def _split(params: Any, stacked: int, layers: int) -> tuple[Any, list[Any]]:
-    """Splits parameters into those of the first layers, still stacked, and of each other layer.
+def _learning(learns: Any, layers: int) -> list[tuple[bool, ...]]:
+    """Returns, for each layer, which of its parameters learn; none: all of them do.
+
+    Args:
+      learns: by parameter of the stack, one truth value or those of its layers.
+      layers: number of layers.
+    """
+    leaves = [np.broadcast_to(leaf, layers).tolist() for leaf in jax.tree.leaves(learns)]
+    return list(zip(*leaves)) or [()] * layers
+
+
+def _split(params: Any, sizes: list[int], learn: list[tuple[bool, ...]]) -> list[Any]:
+    """Splits parameters into those of groups of layers, still stacked; what is frozen is constant.
 
     In one `lax.split`, so that gradients come back in one concatenation.
     """
     leaves, treedef = jax.tree.flatten(params)
-    sizes = [stacked] + [1] * (layers - stacked)
-    split = [jax.lax.split(leaf, sizes, axis=0) for leaf in leaves]
-    others = [
-        treedef.unflatten([parts[i].squeeze(0) for parts in split]) for i in range(1, len(sizes))
+    split = zip(*(jax.lax.split(leaf, sizes, axis=0) for leaf in leaves))
+    firsts = itertools.accumulate(sizes, initial=0)
+    return [
+        treedef.unflatten(
+            part if learns else jax.lax.stop_gradient(part)
+            for part, learns in itertools.zip_longest(parts, learn[first], fillvalue=True)
+        )
+        for parts, first in zip(split, firsts)
     ]
-    return treedef.unflatten([parts[0] for parts in split]), others

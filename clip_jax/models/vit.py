@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from clip_jax import sharding
 from clip_jax.models import positions
 from clip_jax.models.attention import Tokens
-from clip_jax.models.layers import ACTIVATIONS, Dtype, layer_norm, mean, torch_default_init
+from clip_jax.models.layers import Dtype, MapHead, make_norm, mean, torch_default_init
 from clip_jax.models.sizes import Size
 from clip_jax.models.transformer import Transformer
 
@@ -77,7 +77,7 @@ class VisionTransformer(nn.Module):
                 rope = jnp.broadcast_to(rope, (x.shape[0], *rope.shape[1:]))
                 rope = keep_patches(rope, tokens, self.patch_dropout, key, rows)
 
-        norm = partial(layer_norm, size.norm_eps, self.dtype)
+        norm = partial(make_norm, size.norm, size.norm_eps, self.dtype)
         if size.pre_norm:
             x = norm("ln_pre")(x)
         if tokens == 1 and (x.shape[1] - 1) % FULL_TILES == 0:
@@ -97,6 +97,7 @@ class VisionTransformer(nn.Module):
             paper_init=False,
             layer_scale=size.image_layer_scale,
             qk_norm=size.image_qk_norm,
+            norm=size.norm,
             name="transformer",
         )(x, read=None if with_tokens or size.image_pool != "class" else class_token, rope=rope)
         all_tokens = jnp.concatenate([x[1][:, None], x[0]], axis=1) if isinstance(x, tuple) else x
@@ -108,7 +109,15 @@ class VisionTransformer(nn.Module):
             x = x[0] if isinstance(x, tuple) else x[:, tokens:]
             x = ln_post(mean(x)) if size.norm_after_pool else mean(ln_post(x))
         else:
-            x = MapHead(size, self.dtype, name="map_head")(ln_post(all_tokens))
+            x = MapHead(
+                heads=size.map_heads or size.image_heads,
+                mlp=size.map_mlp or size.image_mlp,
+                activation=size.activation,
+                norm=size.norm,
+                norm_eps=size.norm_eps,
+                dtype=self.dtype,
+                name="map_head",
+            )(ln_post(all_tokens))
         self.sow("intermediates", "features", x)  # pre-projection features, for linear probes
         if size.image_projection:
             x = nn.Dense(
@@ -166,30 +175,6 @@ class VisionTransformer(nn.Module):
 def class_token(x: Tokens) -> Shaped[Array, "batch 1 *features"]:
     """Picks the class token, whether it stands before the patches or apart."""
     return x[1][:, None] if isinstance(x, tuple) else x[:, :1]
-
-
-class MapHead(nn.Module):
-    """Attention pooling (Lee et al. 2019): a learned probe is the one query over all tokens."""
-
-    size: Size
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch patches width"]) -> Float[Array, "batch width"]:
-        heads, width = self.size.map_heads or self.size.image_heads, x.shape[-1]
-        mlp = self.size.map_mlp or self.size.image_mlp
-        uniform = nn.initializers.xavier_uniform()
-        probe = self.param("probe", nn.initializers.normal(width**-0.5), (width,)).astype(x.dtype)
-        probe = jnp.broadcast_to(probe, (x.shape[0], 1, width))
-        dense = partial(nn.DenseGeneral, dtype=self.dtype, kernel_init=uniform)
-        project = partial(dense, (heads, width // heads))
-        y = jax.nn.dot_product_attention(
-            project(name="query")(probe), project(name="key")(x), project(name="value")(x)
-        )
-        x = dense(width, axis=(-2, -1), name="attn_out")(y)[:, 0]
-        y = layer_norm(self.size.norm_eps, self.dtype, "ln")(x)
-        y = ACTIVATIONS[self.size.activation](dense(mlp, name="mlp_in")(y))
-        return x + dense(width, name="mlp_out")(y)
 
 
 def keep_patches(

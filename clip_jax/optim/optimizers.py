@@ -143,9 +143,9 @@ def _matrix(path: tuple, x: jax.Array) -> contrib.MuonDimensionNumbers:
 def _sides(path: tuple) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Returns the dimensions of a block's weights that are the rows and columns of a matrix.
 
-    Others, of the layers and of queries, keys and values, count matrices.
+    Others, of the layers, of queries, keys and values, and of a gate, count matrices.
     """
-    sides = {"qkv": ((-4,), (-2, -1)), "attn_out": ((-3, -2), (-1,))}
+    sides = {"qkv": ((-4,), (-2, -1)), "attn_out": ((-3, -2), (-1,)), "mlp_in": ((1,), (-1,))}
     return sides.get(path[-2].key, ((-2,), (-1,)))
 
 

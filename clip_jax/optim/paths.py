@@ -46,7 +46,7 @@ class Factors:
 
     The layers of a stack have paths of their own, "text/transformer/blocks/3/mlp_in/kernel", in
     which the number is the layer's. A factor of 0 freezes: such a parameter takes no gradient, no
-    decay and no optimiser state, unless other layers of its stack learn.
+    decay and, unless other layers of its stack learn, no optimiser state.
 
     Attributes:
       lines: pairs of a regular expression and its factor.
@@ -112,12 +112,17 @@ class Factors:
             raise UserError("optim.factors freezes every parameter: nothing would learn.")
         return found
 
+    def learns(self, params: Any) -> Any:
+        """Tells which parameters learn, each layer of a stack on its own; {}: all of them."""
+        if not self.lines:
+            return {}
+        return jax.tree.map(lambda factor: np.ravel(factor) != 0, self.by_parameter(params))
+
     def select(self, params: Any) -> Any:
         """Returns the parameters that learn; the others are None, which is no leaf."""
         if not self.lines:
             return params
-        factors = self.by_parameter(params)
-        return jax.tree.map(lambda x, factor: x if np.any(factor) else None, params, factors)
+        return jax.tree.map(lambda x, any_: x if any_.any() else None, params, self.learns(params))
 
     def scale(self, updates: Any, params: Any) -> Any:
         """Multiplies the updates of those that learn by their factors.

@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from clip_jax import models
 from clip_jax.common import clock
+from clip_jax.data import mixture
 from clip_jax.data.order import Order, Weighted
 from clip_jax.data.sources.base import Source
 from clip_jax.errors import BadExample, UserError
@@ -62,6 +63,34 @@ def check_batch(config: ConfigDict, examples: int) -> None:
         )
 
 
+def check_branch(before: ConfigDict, config: ConfigDict) -> None:
+    """Checks that a run can go on from another with its own batch.
+
+    Args:
+      before: config of the run that it goes on from.
+      config: its own.
+
+    Raises:
+      UserError: its length, or the order of the examples, would be another.
+    """
+    sizes = f"branch_from: batch_size was {before.batch_size:,}, now {config.batch_size:,}"
+    if config.batch_size == before.batch_size:
+        return
+    if not config.duration.rstrip("s").endswith("step"):
+        raise UserError(
+            f"{sizes}, and duration is {config.duration!r}: it counts from the start of the run "
+            "before, whose batches had another size, so write it in steps."
+        )
+    old, new = (mixture.windowed_streams(each.batch_size) for each in (before, config))
+    if config.data.order == "windowed" and old != new:
+        raise UserError(
+            f"{sizes}, and data.order=windowed interleaves {old} streams in batches of the former, "
+            f"{new} in those of the latter: the order would be another, and examples come twice. "
+            "Take batch sizes with the same power of two, such as multiples of 256, or another "
+            "data.order."
+        )
+
+
 def notices(
     config: ConfigDict, net: models.ImageModel, source: Source, order: Order, total_steps: int
 ) -> list[str]:
@@ -80,6 +109,8 @@ def notices(
         at_a_time = config.batch_size // config.accum_steps
         for tower, why in attention.misfits(net.size, length, at_a_time).items():
             found.append(f"Attention of the {tower} tower is XLA's, not the kernel's: {why}.")
+        if net.size.norm == "rms":
+            found.append("Norms are XLA's, not the kernel's: it computes no RMSNorm (norm='rms').")
     examples, batch = len(source), config.batch_size
     if batch > examples:
         found.append(f"A batch of {batch:,} holds some of the {examples:,} examples several times.")

@@ -77,7 +77,11 @@ def train_step(
 
     def embed(learnt, part):
         outputs, updated = net.apply(
-            {"params": optim.merge(learnt, state.params), "batch_stats": state.batch_stats},
+            {
+                "params": optim.merge(learnt, state.params),
+                "batch_stats": state.batch_stats,
+                "learns": learns,
+            },
             part,
             train=True,
             rngs={"dropout": dropout_key},
@@ -90,6 +94,7 @@ def train_step(
     images = augment(batch["image"], augment_key)
     batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
+    learns = optimizer.factors.learns(state.params)
     learnt = optimizer.factors.select(state.params)
     loss, (batch_stats, measured), grads = gradients(
         embed, lambda outputs: loss_fn(outputs, beside), learnt, batch

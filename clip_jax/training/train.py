@@ -100,7 +100,8 @@ def _train(
             source, resumed = _open_branch(config.branch_from, stack)
         if resumed is not None:
             same_rates = functools.partial(_same_rates, run, resumed)
-            workdir.check(source.directory.parent, config, same_rates)
+            branch = source is not store
+            workdir.check(source.directory.parent, config, same_rates, branch)
         stack.enter_context(record.kept(**_facts(run, command)))
         _announce(run)
         start = _initial_variables(run) if resumed is None else None
@@ -178,7 +179,12 @@ def _open_branch(place: str, stack: contextlib.ExitStack) -> tuple[checkpoint.Ch
 
 
 def _same_rates(run: Run, steps: int, config: ConfigDict) -> bool:
-    """Tells whether another config has the same learning rates in the first steps of the run."""
+    """Tells whether another config has the same learning rates in the first steps of the run.
+
+    Raises:
+      UserError: the run cannot go on with its own batch_size.
+    """
+    notices.check_branch(config, run.config)
     _, other = program.make_schedule(config, len(run.source))
     first = np.arange(steps)
     return np.array_equal(other(first), run.program.optimizer.schedule(first))
@@ -352,11 +358,10 @@ def _announce(run: Run) -> None:
             f"No evaluation of this run measures {best}, so only the most recent checkpoints are "
             "kept: set --config.checkpoint.best_metric to a metric of this run."
         )
+    steps = f"{run.total_steps:,} steps of {config.batch_size:,} pairs"
     epochs = run.total_steps * config.batch_size / len(run.source)
-    say(
-        f"{len(run.source):,} pairs from {_data_name(config.data)}; {run.total_steps:,} steps of "
-        f"{config.batch_size:,} pairs, {epochs:,.1f} epochs."
-    )
+    steps += f", {epochs:,.1f} epochs" if not config.branch_from else ", those before included"
+    say(f"{len(run.source):,} pairs from {_data_name(config.data)}; {steps}.")
 
 
 def _report(run: Run, done: ResumeState, command: str, started_at: datetime) -> None:

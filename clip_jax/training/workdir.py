@@ -71,7 +71,10 @@ def to_json(config: ConfigDict) -> str:
 
 
 def check(
-    workdir: epath.PathLike, config: ConfigDict, same_rates: Callable[[ConfigDict], bool]
+    workdir: epath.PathLike,
+    config: ConfigDict,
+    same_rates: Callable[[ConfigDict], bool],
+    branch: bool = False,
 ) -> None:
     """Compares the config with the one that the checkpoints in the workdir were trained with.
 
@@ -80,6 +83,7 @@ def check(
       config: config of the run that resumes.
       same_rates: tells whether a config that differs in `RATES` alone gives the same learning rates
         up to now.
+      branch: whether another run goes on from it, whose batch_size may differ too.
 
     Raises:
       UserError: settings that change what is learned differ.
@@ -100,9 +104,10 @@ def check(
     changed = differences(stored, to_plain(config))
     if not changed:
         return
+    may_differ = (*RATES, *["batch_size"] * branch)
     before = copy.deepcopy(config)
-    before.update_from_flattened_dict({name: old for name, old, _ in changed if name in RATES})
-    if all(name in RATES for name, *_ in changed) and same_rates(before):
+    before.update_from_flattened_dict({name: old for name, old, _ in changed if name in may_differ})
+    if all(name in may_differ for name, *_ in changed) and same_rates(before):
         return
     listed = "; ".join(f"{name} was {old!r}, now {new!r}" for name, old, new in changed)
     raise UserError(

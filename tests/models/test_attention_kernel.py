@@ -131,7 +131,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def make(form: str, remat: str = "none", scan_layers: bool = True, **size):
-    pack = {"length": 24, "rows": 0.5}
+    pack = {"length": 24, "rows": 0.5} if "text_pool" not in size else None
     return models.create(
         "ViT-B/32", scan_layers=scan_layers, remat=remat, attention=form, packing=pack,
         size=SIZE | size,
@@ -169,6 +169,7 @@ def gradients(net, params, images, tokens):
         slow(1, True, "none", {"image_pool": "map", "image_registers": 1, "image_rope": True}),
         slow(1, False, "attention", {"image_layer_scale": 0.5, "image_size": 56}),
         slow(1, True, "none", {"image_qk_norm": True}),
+        slow(1, True, "residual", {"activation": "swiglu", "norm": "rms"}),
         (65, False, "residual", {"image_size": 56}),  # four times 50 tokens as one sequence
         slow(65, True, "none", {"image_pool": "map", "image_size": 48}),  # twice 36 patches
     ],
@@ -191,9 +192,12 @@ def test_a_model_learns_the_same(monkeypatch, shortest, scan_layers, remat, size
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * float(jnp.abs(b).max() + 1e-3))
 
 
-def test_a_mesh_changes_nothing():
+@pytest.mark.parametrize(
+    "size", [{}, slow({"activation": "swiglu", "norm": "rms", "text_pool": "map"})]
+)
+def test_a_mesh_changes_nothing(size):
     images, tokens = batch(8)
-    net = make("pallas", "residual")
+    net = make("pallas", "residual", **size)
     params = net.init(jax.random.key(0), images, tokens)["params"]
     _, expected = gradients(net, params, images, tokens)
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)

@@ -103,7 +103,7 @@ def test_outputs_equal_numpy(form: str):
     else:
         patches = numpy_models.layer_norm(image, p["image"]["ln_post"]).mean(axis=1)
         pictures = numpy_models.unit(patches @ p["image"]["projection"]["kernel"])
-        embeds = pictures, numpy_models.pooled_text(first, text, "avg")
+        embeds = pictures, numpy_models.pooled_text(first, text, net.size)
     np.testing.assert_allclose(found["image"], embeds[0], **EXACT)
     np.testing.assert_allclose(found["text"][:, 0], embeds[1], **EXACT)
     called = jax.eval_shape(net.apply, variables, batch["image"], batch["tokens"])

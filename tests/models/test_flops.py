@@ -1,10 +1,9 @@
 """The operations that a model needs: formulas against traced programs and published counts."""
 
 import jax
-import jax.extend
 import numpy as np
 import pytest
-from tiny_plan import TINY, unread_flops
+from tiny_plan import TINY, jaxpr_flops, unread_flops
 
 from clip_jax import models
 from clip_jax.models import flops as model_flops
@@ -24,23 +23,6 @@ def traced_flops(name: str, overrides: dict) -> float:
     return jaxpr_flops(traced.jaxpr)
 
 
-def jaxpr_flops(jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        out = eqn.outvars[0].aval
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            total += 2 * out.size * np.prod([shape[d] for d in contracted])
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            total += 2 * out.size * np.prod(kernel[:-1])
-        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-            total += times * jaxpr_flops(inner)
-    return total
-
-
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -48,6 +30,7 @@ def jaxpr_flops(jaxpr) -> float:
         ("ViT-B/32", {"image_layers": (2,), "text_layers": 1}),
         ("ViT-B/32", {**TINY, "image_pool": "map", "text_pool": "last", "text_mlp": 48}),
         ("ViT-B/32", {**TINY, "image_pool": "avg", "image_registers": 2}),
+        ("ViT-B/32", {**TINY, "image_pool": "map", "text_pool": "map", "activation": "swiglu"}),
         ("ViT-B/32", {**TINY, "text_projection": False, "embed_dim": TINY["text_width"]}),
         ("RN50", {"image_layers": (1, 2, 1, 1), "text_layers": 1, "image_size": 64}),
         ("ViT-B/32", {**TINY, "text_pool": "bag", "text_layers": 0}),

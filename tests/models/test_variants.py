@@ -21,7 +21,7 @@ from test_models import (
     make_variables,
 )
 
-from clip_jax import models, sharding
+from clip_jax import choices, models, sharding
 from clip_jax.errors import UserError
 from clip_jax.models import layers, size_checks, sizes, vit
 
@@ -65,6 +65,8 @@ POOLS = [
     PE | {"image_qk_norm": True},
     PE | {"image_registers": 0, "map_heads": 3, "embed_dim": 24, "map_projection": True},
     PE | {"image_registers": 2, "image_pool": "class", "map_heads": None, "map_mlp": None},
+    {"activation": "swiglu", "norm": "rms", "text_qk_norm": True, "text_pool": "map"},
+    PE | {"text_activation": "swiglu", "text_pool": "map", "text_mlp": 20, "norm": "rms"},
 ]
 
 
@@ -80,7 +82,7 @@ def test_pools_and_positions_equal_numpy(forms: dict):
     np.testing.assert_allclose(
         image, numpy_models.pooled_vit(images, p["image"], net.size), **EXACT
     )
-    wanted = numpy_models.pooled_text(tokens, p["text"], net.size.text_pool)
+    wanted = numpy_models.pooled_text(tokens, p["text"], net.size)
     np.testing.assert_allclose(text, wanted, **EXACT)
 
 
@@ -110,7 +112,8 @@ def test_exact_gelu_equals_numpy():
 
 def test_every_activation_is_there():
     assert set(layers.ACTIVATIONS) == set(size_checks.CHOICES["activation"])
-    for name, function in layers.ACTIVATIONS.items():
+    for name in set(layers.ACTIVATIONS) - set(choices.GATED):  # those need two halves
+        function = layers.ACTIVATIONS[name]
         x = np.linspace(-6, 6, 101)
         wanted = numpy_models.ACTIVATIONS[name](x)
         np.testing.assert_allclose(function(x.astype(np.float32)), wanted, atol=2e-6)
@@ -139,6 +142,10 @@ def test_hidden_units_follow_the_width():
     assert models.get_size("ViT-g/14", {"image_width": 64, "image_heads": 4}).image_mlp == 256
     changed = models.get_size("ViT-B/32", {"text_width": 64, "text_heads": 4, "text_mlp": 100})
     assert (changed.text_mlp, changed.image_mlp) == (100, 4 * 768)
+    gated = models.get_size("ViT-g/14", {"text_activation": "swiglu"})
+    assert (gated.text_mlp, gated.image_mlp) == (2736, 6144)
+    gated = models.get_size("ViT-B/32", {"activation": "swiglu", "image_width": 1536})
+    assert (gated.text_mlp, gated.image_mlp) == (1368, 4096)  # as DINOv2 g
 
 
 @pytest.mark.parametrize("name", models.available_models())
@@ -166,7 +173,7 @@ def test_a_model_with_another_loss_keeps_its_name():
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ({"activation": "relu"}, r"activation is 'relu'.*quick_gelu, gelu, gelu_tanh"),
+        ({"activation": "relu"}, r"activation is 'relu'.*quick_gelu, gelu, gelu_tanh, swiglu"),
         ({"image_pool": "mean"}, r"image_pool is 'mean'.*class, avg, map"),
         ({"norm_after_pool": True}, r"norm_after_pool is True.*image_pool='avg'"),
         ({"image_positions": "rope"}, r"image_positions is 'rope'.*learned, sincos"),
@@ -182,7 +189,7 @@ def test_a_model_with_another_loss_keeps_its_name():
             r"768.*map_projection=True",
         ),
         ({"image_registers": 14}, r"image_registers is 14.*14 at most"),
-        ({"text_pool": "mean"}, r"text_pool is 'mean'.*end, first, last, avg"),
+        ({"text_pool": "mean"}, r"text_pool is 'mean'.*end, first, last, avg, map"),
         ({"text_pool": "first"}, r"text_pool is 'first'.*text_causal=False"),
         ({"text_projection": False, "embed_dim": 64}, r"text_projection is False.*512.*64"),
         ({"text_causal": 1}, r"text_causal is 1: it takes True or False"),

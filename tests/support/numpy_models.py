@@ -13,8 +13,9 @@ ACTIVATIONS = {
 
 
 def layer_norm(x, p, eps: float = 1e-5):
-    x = x - x.mean(-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"] + p["bias"]
+    if "bias" in p:  # else an RMSNorm
+        x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * p["scale"] + p.get("bias", 0)
 
 
 def softmax(x):
@@ -27,7 +28,12 @@ def unit(x):
 
 
 def mlp(x, p, activation: str):
-    x = ACTIVATIONS[activation](x @ p["mlp_in"]["kernel"] + p["mlp_in"]["bias"])
+    kernel, bias = p["mlp_in"]["kernel"], p["mlp_in"]["bias"]
+    if activation == "swiglu":
+        gate, up = (x @ kernel[:, i] + bias[i] for i in range(2))
+        x = gate / (1 + np.exp(-gate)) * up
+    else:
+        x = ACTIVATIONS[activation](x @ kernel + bias)
     return x @ p["mlp_out"]["kernel"] + p["mlp_out"]["bias"]
 
 
@@ -132,7 +138,7 @@ def sincos(side: int, width: int):
 
 
 def pooled_vit(images, p, size, kept=None):
-    """A ViT with the exact GELU and any pooling, from its size; `kept`: only these patches."""
+    """A ViT with any pooling, from its size; `kept`: only these patches."""
     x = patches(images, p["patch_embed"], size.patch_size)
     count = x.shape[1]
     for name in ("register_embedding", "class_token"):
@@ -149,11 +155,13 @@ def pooled_vit(images, p, size, kept=None):
         x, count = x[:, places], len(kept)
         rope = (*rope[:2], places) if rope else None
     x = layer_norm(x, p["ln_pre"]) if "ln_pre" in p else x
-    x = transformer(x, p["transformer"]["blocks"], causal=False, activation="gelu", rope=rope)
+    x = transformer(
+        x, p["transformer"]["blocks"], causal=False, activation=size.activation, rope=rope
+    )
     if size.image_pool == "class":
         x = layer_norm(x, p["ln_post"])[:, 0]
     elif size.image_pool == "map":
-        x = map_head(layer_norm(x, p["ln_post"]), p["map_head"], "gelu")
+        x = map_head(layer_norm(x, p["ln_post"]), p["map_head"], size.activation)
     elif size.norm_after_pool:
         x = layer_norm(x[:, -count:].mean(1), p["ln_post"])
     else:
@@ -161,12 +169,16 @@ def pooled_vit(images, p, size, kept=None):
     return unit(x @ p["projection"]["kernel"] + p["projection"].get("bias", 0))
 
 
-def pooled_text(tokens, p, pool: str):
-    """A text tower that is not causal, with the exact GELU."""
+def pooled_text(tokens, p, size):
+    """A text tower that is not causal, with any pooling, from its size."""
+    activation = size.text_activation or size.activation
     x = p["token_embed"]["embedding"][tokens] + p["positions"]
-    x = transformer(x, p["transformer"]["blocks"], causal=False, activation="gelu")
+    x = transformer(x, p["transformer"]["blocks"], causal=False, activation=activation)
     x = layer_norm(x, p["ln_final"])
-    x = {"first": x[:, 0], "last": x[:, -1], "avg": x.mean(1)}[pool]
+    if size.text_pool == "map":
+        x = map_head(x, p["map_head"], activation)
+    else:
+        x = {"first": x[:, 0], "last": x[:, -1], "avg": x.mean(1)}[size.text_pool]
     return unit(x @ p["projection"]["kernel"] if "projection" in p else x)
 
 

@@ -85,8 +85,13 @@ def make_batch(net: models.ImageModel, seed: int = 0, captions: int = 1) -> dict
     return {"image": coarse.repeat(repeat, axis=1).repeat(repeat, axis=2), "tokens": tokens}
 
 
-def compile_step(net, mesh: Mesh, state, batch, *, method="all_gather", optim=None, **overrides):
-    """The training step for these arrays, with the optimiser of `make_optimizer`."""
+def compile_step(net, mesh: Mesh, state, batch, **settings):
+    """The training step for these arrays, with the settings of `make_step`."""
+    return train_step.lower_step(make_step(net, mesh, **settings), state, batch, mesh).compile()
+
+
+def make_step(net, mesh: Mesh, *, method="all_gather", optim=None, **overrides):
+    """The training step, a function of state and batch, with the optimiser of `make_optimizer`."""
     settings = {
         "optimizer": make_optimizer(**(optim or {})),
         "loss_fn": program.of_pairs(
@@ -100,8 +105,7 @@ def compile_step(net, mesh: Mesh, state, batch, *, method="all_gather", optim=No
         "skip_above": None,
         **overrides,
     }
-    step = functools.partial(train_step.train_step, net=net, **settings)
-    return train_step.lower_step(step, state, batch, mesh).compile()
+    return functools.partial(train_step.train_step, net=net, **settings)
 
 
 def init_state(

@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import jax.extend
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -60,7 +62,26 @@ def unread_flops(size: Size) -> float:
         unread += 4.0 * others * (others + 1) * width
         total += unread * (2 if size.objective == "near_duplicates" else 1)
     all_read = size.text_decoder_layers > 0 and not size.text_decoder_shared
+    all_read = all_read or size.text_pool in ("avg", "map")
     if size.objective == "contrastive" and size.text_layers and not all_read:
         others, width = size.context_length - 1, size.text_width
         total += 2.0 * others * width * (width + 2 * size.text_mlp)
+    return total
+
+
+def jaxpr_flops(jaxpr) -> float:
+    """Counts the products and convolutions of a traced program, and a `while` loop once."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        out = eqn.outvars[0].aval
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            total += 2 * out.size * np.prod([shape[d] for d in contracted])
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval.shape
+            total += 2 * out.size * np.prod(kernel[:-1])
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            total += times * jaxpr_flops(inner)
     return total

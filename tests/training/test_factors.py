@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from tiny_plan import jaxpr_flops
 
 from clip_jax import optim, sharding
 from clip_jax import state as train_state
@@ -11,7 +12,8 @@ from clip_jax.errors import UserError
 
 LIT = "^image/=0"
 NOISE = "qkv/bias"  # a bias of the keys changes nothing, so Adam follows the rounding
-BY_LAYER = "^text/transformer/blocks/0/=0.25 ^text/transformer/blocks/1/=0.5 ^image/class=0"
+BY_LAYER = "^text/transformer/blocks/0/=0 ^text/transformer/blocks/1/=0.5 ^image/class=0"
+BY_LAYER += " ^image/transformer/blocks/0/=0.25"
 
 
 def take_step(factors: str, *, axes=(1, 1), name="vit", size=None, **settings):
@@ -75,6 +77,37 @@ def test_a_frozen_tower_has_no_backward_pass():
     assert text - smallest == pytest.approx(five_layers / 3, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("scan_layers", "packing"),
+    [
+        (True, {"length": 12, "rows": 1.0}),
+        pytest.param(True, None, marks=pytest.mark.slow),
+        pytest.param(False, None, marks=pytest.mark.slow),
+    ],
+)
+def test_frozen_layers_have_no_gradients(scan_layers, packing):
+    """As traced: no backward pass below all that learns, no gradients of weights between."""
+    size = {"text_layers": 6}
+    net = tiny.make_net("vit", size, scan_layers=scan_layers, packing=packing)
+    mesh, batch = tiny.make_mesh(1, 1), tiny.make_batch(tiny.make_net("vit"))
+
+    def flops(factors):
+        optimizer = tiny.make_optimizer(factors=factors)
+        state = train_state.abstract_state(net, optimizer, mesh, zero1=False)
+        step = tiny.make_step(net, mesh, optim={"factors": factors})
+        return jaxpr_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
+
+    layers = "transformer/blocks/[0-3]/"
+    whole = flops(LIT)
+    below = flops(f"{LIT} ^text/(token_embed|positions|{layers})=0")
+    between = flops(f"{LIT} ^text/{layers}=0")
+    tokens = tiny.BATCH * (packing["length"] if packing else net.size.context_length)
+    width, length = net.size.text_width, tokens // tiny.BATCH
+    products = 2 * tokens * width * 12 * width
+    assert whole - between == pytest.approx(4 * products)
+    assert whole - below == pytest.approx(4 * 2 * (products + 4 * tokens * length * width))
+
+
 @pytest.mark.parametrize("axes", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)])
 def test_layers_learn_at_rates_of_their_own(plain, axes):
     before, after, *_ = take_step(BY_LAYER, axes=axes)
@@ -86,8 +119,9 @@ def test_layers_learn_at_rates_of_their_own(plain, axes):
         if name.endswith(NOISE):
             continue
         factors = np.ones(())
-        if name.startswith("text/transformer/blocks"):
-            factors = np.reshape([0.25, 0.5], (2, *[1] * (change.ndim - 1)))
+        if "/transformer/blocks" in name:
+            by_layer = [0, 0.5] if name.startswith("text/") else [0.25, 1]
+            factors = np.reshape(by_layer, (2, *[1] * (change.ndim - 1)))
         elif name == "image/class_token":
             factors = 0
         want = factors * expected[name]

@@ -220,6 +220,7 @@ def test_cooldowns_that_cannot_be(settings, message):
 # ---- Other rules -------------------------------------------------------------------------------
 
 BLOCK = {"image": {"blocks": {"qkv": {"kernel": (2, 4, 3, 2, 2)}, "mlp_in": {"kernel": (2, 4, 6)}}}}
+BLOCK["text"] = {"blocks": {"mlp_in": {"kernel": (2, 4, 2, 6)}}}  # with a gate
 
 
 def shapes_of(name: str) -> dict:
@@ -263,7 +264,7 @@ def one_rule(name, param, grads, *, b1, b2, eps, rate, decay, matrix):
 
 @pytest.mark.parametrize("name", ["lion", "adafactor", "lamb", "muon"])
 def test_other_rules(name):
-    """Each layer of a stack, and each of queries, keys and values, is a matrix of its own."""
+    """Layers of a stack, queries, keys and values, and gates are matrices of their own."""
     settings = tiny.optim_settings(
         name=name, b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.1, learning_rate=0.05
     )
@@ -290,6 +291,8 @@ def test_other_rules(name):
             parts = [(layer,) for layer in range(2)]
             if "qkv" in key and name == "muon":
                 parts = [(layer, slice(None), part) for layer in range(2) for part in range(3)]
+            if "text" in key and name == "muon":
+                parts = [(layer, slice(None), part) for layer in range(2) for part in range(2)]
         for part in parts:
             rows = (value[part], [grad[key][part] for grad in each])
             if name == "muon" and "blocks" in key:

@@ -15,6 +15,7 @@ from clip_jax.configs import (
     metaclip,
     mobileclip,
     openmammut,
+    openvision,
 )
 from clip_jax.errors import UserError
 from clip_jax.training import program, validation
@@ -24,6 +25,7 @@ LINES += [("metaclip", line) for line in metaclip.MODELS]
 LINES += [("conceptual", line) for line in conceptual.LINES]
 LINES += [("clipa", line) for line in clipa.MODELS]
 LINES += [("mobileclip", line) for line in mobileclip.LINES]
+LINES += [("openvision", line) for line in openvision.MODELS]
 LINES += [("openmammut", line) for line in openmammut.MODELS]
 
 
@@ -99,6 +101,21 @@ def test_stages_of_clipa(line: str, warmup: int):
         rate = stage.optim.learning_rate / (stage.batch_size / 256)
         assert rate == pytest.approx({84: 8e-6, 224: 4e-7, 336: 1e-7}[side(stage)])
     assert [side(stage) for stage in stages] == [84, 224, 336]
+
+
+@pytest.mark.parametrize("line", openvision.MODELS)
+def test_stages_of_openvision(line: str):
+    """By its script: ImageNet's epochs, and rates for 256 examples, in units of 16,384."""
+    config = get_config("openvision", line)
+    stages = [default.of_stage(config, name) for name in config.stages]
+    script = [(10_000, 40, 8e-6, 2), (800, 20, 4e-7, 1), (200, 0, 1e-7, 0.5)]
+    for stage, (epochs, warmup, rate, factor) in zip(stages, script):
+        batch = int(1024 * 16 * factor)
+        expected = (1_281_167 * epochs // batch, 1_281_167 * warmup // batch)
+        assert stage.batch_size == batch
+        assert steps(stage) == pytest.approx(expected, abs=1)
+        assert stage.optim.learning_rate == pytest.approx(rate * 64 * factor)
+    assert len(stages) == (2 if line == "h14" else 3)
 
 
 def side(config: ConfigDict) -> int:

@@ -237,6 +237,25 @@ def test_formats_without_such_a_model(kind, to, match, tmp_path: pathlib.Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "forms",
+    [
+        {"activation": "swiglu"},
+        {"text_activation": "swiglu"},
+        {"norm": "rms"},
+        {"text_pool": "map", "text_causal": False},
+    ],
+)
+def test_towers_that_only_our_format_has(forms, tmp_path: pathlib.Path):
+    size = dataclasses.replace(tiny_weights.SIZES["vit"], **forms)
+    ours = tiny_weights.make("vit", size)
+    for to in ("openai", "open_clip", "huggingface", "big_vision"):
+        with pytest.raises(UserError, match=f"{to} has no such model.*--to=clip_jax"):
+            weights.save(ours, tmp_path / f"x{formats.FORMATS[to].suffix}", to)
+    weights.save(ours, tmp_path / "x")
+    tiny_weights.assert_same(weights.open(tmp_path / "x"), ours)
+
+
 def test_published_siglip_in_open_clip_needs_another_activation(tmp_path: pathlib.Path):
     """timm's tower has the exact GELU."""
     size = models.get_size("SigLIP-B/16")
