@@ -102,7 +102,7 @@ def clip_jax_step(
         accum_steps=1,
         zero1=False,
         seed=0,
-        augment=lambda images, key: images,
+        augment=lambda images, key: {"image": images},
         max_logit_scale=100.0,
         skip_above=None,
     )

@@ -122,6 +122,8 @@ def smoke(config: ConfigDict) -> ConfigDict:
         image_width=8 if resnet else 64,
         image_heads=4,
         patch_size=None if resnet else 8,
+        views_mlp=64,
+        views_embed=32,
         text_layers=0 if config.model.size.text_pool == "bag" else 2,
         text_width=64,
         text_heads=4,
@@ -327,6 +329,10 @@ def _loss() -> ConfigDict:
     # Weight of the loss of captioning, in nats per token, beside the contrastive one (CoCa: 2). The
     # decoder is model.size.text_decoder_layers, by default as many as the text tower has. 0: none.
     loss.captioning = 0.0
+    # Weight of SimCLR's loss of two further views of each image, made by data.views (SLIP: 1). 0:
+    # none. Its head is model.size.views_mlp and .views_embed, by default SLIP's 4096 and 256.
+    loss.views = 0.0
+    loss.views_temperature = 0.1  # divisor of the similarities of views
     loss.temperature = 0.07  # near_duplicates: divisor of the similarities; fixed, as in the paper
     return loss
 

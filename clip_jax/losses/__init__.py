@@ -73,15 +73,46 @@ def softmax_loss(
         mesh, axes, image_embed, text_embed, logit_scale, weights
     )
     pairs = images, _rows(texts), logit_scale, weights
-    if method == "ring":
-        loss = ring.softmax(mesh, axes, tile, *pairs)
-    elif mesh is None:
-        loss = gathered.plain_softmax(*pairs)
-    else:
-        loss = gathered.softmax(mesh, axes, *pairs)
+    loss = _softmax(mesh, axes, method, tile, False, *pairs)
     if label_smoothing:
         loss += label_smoothing * _margin(images, texts, logit_scale, weights)
     return loss
+
+
+def views_loss(
+    views: Float[Array, "batch 2 embed"],
+    logit_scale: Float[Array, ""],
+    *,
+    mesh: Mesh | None = None,
+    batch_axes: str | Sequence[str] | None = None,
+    method: str = "all_gather",
+    tile: int = 1024,
+    weights: Float[Array, " batch"] | None = None,
+) -> Float[Array, ""]:
+    """Computes SimCLR's loss, NT-Xent (Chen et al. 2020, arXiv:2002.05709).
+
+    Each view is to be told from all others of the batch but itself by the other view of its image.
+
+    Args:
+      views: embeddings of two views of each image, L2-normalised.
+      logit_scale, mesh, batch_axes, method, tile, weights: see `softmax_loss`.
+
+    Returns:
+      The mean cross-entropy over all views, float32, in nats.
+
+    Raises:
+      UserError: see `softmax_loss`.
+    """
+    mesh, axes = _batch_mesh(mesh, batch_axes)
+    _check(views[:, 0], views[:, 1], mesh, axes, method)
+    weights = _normalised(weights)
+    if weights is not None:
+        weights = jnp.repeat(weights, 2)
+    # Row 2i is the first view of image i and column 2i the second: so the positives lie on the
+    # diagonal, and the columns are the rows once more, in another order.
+    rows, columns = (x.reshape(-1, x.shape[-1]) for x in (views, views[:, ::-1]))
+    pairs = _place(mesh, axes, rows, columns, logit_scale, weights)
+    return _softmax(mesh, axes, method, tile, True, *pairs)
 
 
 def sigmoid_loss(
@@ -197,6 +228,16 @@ def distillation_loss(
 # By config.loss.name, one of `choices.LOSS_NAMES`. Each takes what the model returns, and the
 # keyword arguments of `softmax_loss`.
 LOSSES: dict[str, Callable[..., jax.Array]] = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+
+
+def _softmax(
+    mesh: Mesh | None, axes: tuple[str, ...], method: str, tile: int, twins: bool, *pairs: Any
+) -> Float[Array, ""]:
+    if method == "ring":
+        return ring.softmax(mesh, axes, tile, twins, *pairs)
+    if mesh is None:
+        return gathered.plain_softmax(twins, *pairs)
+    return gathered.softmax(mesh, axes, twins, *pairs)
 
 
 def _batch_mesh(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from clip_jax.losses.terms import (
     WHOLE,
@@ -18,15 +18,20 @@ from clip_jax.losses.terms import (
     Weights,
     by_caption,
     dot,
+    hide_twins,
     pair_weights,
     scale_gradients,
     sigmoid_terms,
 )
 
 
-def plain_softmax(images: Images, texts: Texts, logit_scale: Scalar, weights: Weights) -> Scalar:
+def plain_softmax(
+    twins: bool, images: Images, texts: Texts, logit_scale: Scalar, weights: Weights
+) -> Scalar:
     """Computes the reference, on one device."""
     logits = jnp.exp(logit_scale) * dot("ie,te->it", images, texts)
+    if twins:
+        logits = hide_twins(logits, jnp.arange(len(images)), jnp.arange(len(texts)))
     rows, columns = jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
     # The captions of an image are one dimension: [batch, batch, c] -> [c, batch].
     positives = jnp.diagonal(logits.reshape(len(images), len(images), -1))
@@ -51,20 +56,34 @@ def plain_sigmoid(
 # --- softmax: below, n = B / devices rows are local, and "all" marks the texts of the batch. ---
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def softmax(
-    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, weights: Weights
+    mesh: Mesh,
+    axes: Axes,
+    twins: bool,
+    images: Images,
+    texts: Texts,
+    logit_scale: Scalar,
+    weights: Weights,
 ) -> Scalar:
     """Computes `losses.softmax_loss` over a mesh."""
-    return _softmax_forward(mesh, axes, images, texts, logit_scale, weights)[0]
+    return _softmax_forward(mesh, axes, twins, images, texts, logit_scale, weights)[0]
 
 
 def _softmax_forward(
-    mesh: Mesh, axes: Axes, images: Images, texts: Texts, logit_scale: Scalar, weights: Weights
+    mesh: Mesh,
+    axes: Axes,
+    twins: bool,
+    images: Images,
+    texts: Texts,
+    logit_scale: Scalar,
+    weights: Weights,
 ) -> tuple[Scalar, tuple]:
     def local(images, texts, logit_scale, weights):
         all_texts = jax.lax.all_gather(texts, axes, tiled=True)
         logits = jnp.exp(logit_scale) * dot("ne,be->nb", images, all_texts)
+        if twins:
+            logits = hide_twins(logits, _places(logits, axes), jnp.arange(logits.shape[1]))
         # A softmax is kept as maximum and sum: as one log-sum-exp near 100, what distinguishes a
         # confident row would round away.
         row_max = logits.max(axis=1)
@@ -95,8 +114,9 @@ def _softmax_forward(
 
 
 def _softmax_backward(
-    mesh: Mesh, axes: Axes, residuals: tuple, gradient: Scalar
+    mesh: Mesh, axes: Axes, twins: bool, residuals: tuple, gradient: Scalar
 ) -> tuple[Images, Texts, Scalar, None]:
+    del twins  # they are hidden in the logits
     images, texts, logit_scale, weights, logits, rows, columns = residuals
 
     def local(images, texts, logit_scale, weights, logits, rows, columns, gradient):
@@ -135,8 +155,13 @@ softmax.defvjp(_softmax_forward, _softmax_backward)
 
 def _is_positive(logits: Float[Array, "n all"], axes: Axes) -> Bool[Array, "n all"]:
     """Masks the pairs that belong together, in this device's rows."""
-    own = jax.lax.axis_index(axes) * logits.shape[0] + jnp.arange(logits.shape[0])
+    own = _places(logits, axes)
     return own[:, None] == (jnp.arange(logits.shape[1]) // _captions(logits, axes))[None]
+
+
+def _places(logits: Float[Array, "n all"], axes: Axes) -> Int[Array, " n"]:
+    """Returns the places of this device's rows in the batch."""
+    return jax.lax.axis_index(axes) * logits.shape[0] + jnp.arange(logits.shape[0])
 
 
 def _own(

@@ -23,6 +23,7 @@ from clip_jax.losses.terms import (
     Weights,
     by_caption,
     dot,
+    hide_twins,
     pair_weights,
     scale_gradients,
     sigmoid_terms,
@@ -178,7 +179,7 @@ def _positions(
 
 
 def _softmax_statistics(
-    axes: Axes, tile: int, images: Images, texts: Texts, logit_scale: Scalar
+    axes: Axes, tile: int, twins: bool, images: Images, texts: Texts, logit_scale: Scalar
 ) -> tuple[tuple[OfImages, OfImages], tuple[OfTexts, OfTexts], OfImages]:
     """Computes maximum and sum of each own row and each own column, and the rows' positives."""
 
@@ -193,6 +194,8 @@ def _softmax_statistics(
         (images, image_rows), (texts, text_rows) = fixed, moving
         by_row, positives = fixed_sums
         logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
+        if twins:
+            logits = hide_twins(logits, image_rows, text_rows)
         is_positive = image_rows[:, None] == text_rows[None]
         positives += jnp.sum(jnp.where(is_positive, logits, 0), axis=1)
         return (update_statistics(by_row, logits, 1), positives), update_statistics(
@@ -215,24 +218,26 @@ def _softmax_statistics(
     return by_row, by_column, positives
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def softmax(
     mesh: Mesh | None,
     axes: Axes,
     tile: int,
+    twins: bool,
     images: Images,
     texts: Texts,
     logit_scale: Scalar,
     weights: Weights,
 ) -> Scalar:
     """Computes `losses.softmax_loss` in tiles."""
-    return _softmax_forward(mesh, axes, tile, images, texts, logit_scale, weights)[0]
+    return _softmax_forward(mesh, axes, tile, twins, images, texts, logit_scale, weights)[0]
 
 
 def _softmax_forward(
     mesh: Mesh | None,
     axes: Axes,
     tile: int,
+    twins: bool,
     images: Images,
     texts: Texts,
     logit_scale: Scalar,
@@ -241,7 +246,7 @@ def _softmax_forward(
     def local(axes, images, texts, logit_scale, weights):
         rows, captions = len(images), len(texts) // len(images)
         by_row, by_column, positives = _softmax_statistics(
-            axes, tile_rows(rows, tile), images, texts, logit_scale
+            axes, tile_rows(rows, tile), twins, images, texts, logit_scale
         )
         positives = (positives / captions)[:, None]
         # [rows, 1] and [rows, captions]
@@ -264,7 +269,7 @@ def _softmax_forward(
 
 
 def _softmax_backward(
-    mesh: Mesh | None, axes: Axes, tile: int, residuals: tuple, gradient: Scalar
+    mesh: Mesh | None, axes: Axes, tile: int, twins: bool, residuals: tuple, gradient: Scalar
 ) -> tuple[Images, Texts, Scalar, None]:
     def local(axes, images, texts, logit_scale, weights, by_row, by_column, gradient):
         rows, captions = len(images), len(texts) // len(images)
@@ -275,6 +280,8 @@ def _softmax_backward(
             texts, text_rows, (column_max, column_sum) = moving
             d_images, d_scale = fixed_sums
             logits = jnp.exp(logit_scale) * dot("ne,me->nm", images, texts)
+            if twins:
+                logits = hide_twins(logits, image_rows, text_rows)
             of_positive = 1 / captions if weights is None else weights[:, None] / captions
             target = jnp.where(image_rows[:, None] == text_rows[None], of_positive, 0)
             rows = jnp.exp(logits - row_max[:, None]) * (1 / row_sum)[:, None]

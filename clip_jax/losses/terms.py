@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 Axes = tuple[str, ...]  # mesh axes that split the batch, outermost first
 Images = Float[Array, "n embed"]
@@ -12,6 +12,7 @@ Scalar = Float[Array, ""]
 Weights = Float[Array, " n"] | None  # of the images, 1 on average; None: all count the same
 
 WHOLE = PartitionSpec()  # the same on every device
+_HIDDEN = -1e30  # logit of a pair that does not count; finite, so that 0 times it is 0
 
 
 def dot(
@@ -28,6 +29,19 @@ def dot(
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
     )
+
+
+def hide_twins(
+    logits: Float[Array, "n m"], rows: Int[Array, " n"], columns: Int[Array, " m"]
+) -> Float[Array, "n m"]:
+    """Takes the similarity of each view to itself out of the logits; see `losses.views_loss`.
+
+    Args:
+      logits: of pairs of views.
+      rows, columns: places in the batch. Places 2i and 2i + 1 are the two views of an image; in the
+        columns they have changed places.
+    """
+    return jnp.where((rows ^ 1)[:, None] == columns[None], _HIDDEN, logits)
 
 
 def sigmoid_terms(

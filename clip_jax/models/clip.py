@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from clip_jax import sharding
 from clip_jax.models.decoder import CaptionDecoder
@@ -19,12 +19,33 @@ from clip_jax.models.image_model import (
     TokenIds,
     as_batch,
     end_places,
+    flat_views,
     l2_normalize,
 )
+from clip_jax.models.layers import Dtype, make_norm
 from clip_jax.models.packing import Packing
+from clip_jax.models.sizes import Size
 from clip_jax.models.text import TextTransformer
 
 PAIRS = ("image", "text", "logit_scale", "logit_bias")  # outputs that a contrastive loss takes
+
+
+class ViewHead(nn.Module):
+    """The MLP by which views are compared, SLIP's (Mu et al. 2021, arXiv:2112.12750).
+
+    It has LayerNorm in place of BatchNorm, so that no embedding depends on the rest of the batch.
+    """
+
+    size: Size
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch features"]) -> Float[Array, "batch view_embed"]:
+        for layer in (1, 2):
+            x = nn.Dense(self.size.views_mlp, dtype=self.dtype, name=f"layer_{layer}")(x)
+            norm = make_norm(self.size.norm, self.size.norm_eps, self.dtype, f"ln_{layer}")
+            x = nn.relu(norm(x))
+        return nn.Dense(self.size.views_embed, dtype=self.dtype, name="layer_3")(x)
 
 
 class CLIP(ImageModel):
@@ -56,6 +77,8 @@ class CLIP(ImageModel):
                 self.text_remat or self.remat,
                 self.attention,
             )
+        if self.size.views_mlp:
+            self.view_head = ViewHead(self.size, self.dtype)
         constant, biased = nn.initializers.constant, self.size.logit_bias
         scale = math.log(10 if biased else 1 / 0.07)
         self.logit_scale = self.param("logit_scale", constant(scale), (), jnp.float32)
@@ -95,7 +118,8 @@ class CLIP(ImageModel):
         Returns:
           Those of `__call__`; with a decoder also "nats" [b], the negative log-likelihood of the
           captions of each image, their end tokens included, and "predicted" [b], its number of
-          predicted tokens.
+          predicted tokens; and if the batch has "views" [b, 2, h, w, 3], those embedded for
+          `losses.views_loss`, as "views".
         """
         images, rows = batch["image"], batch.get("row")
         tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
@@ -110,7 +134,16 @@ class CLIP(ImageModel):
             "logit_scale": self.logit_scale,
             **({"logit_bias": self.logit_bias} if self.size.logit_bias else {}),
             **captioning,
+            **self._views(batch, train),
         }
+
+    def _views(self, batch: Inputs, train: bool) -> Outputs:
+        """Embeds further views of the images by a head of their own."""
+        if not self.size.views_mlp or not ("views" in batch or self.is_initializing()):
+            return {}
+        views, rows = flat_views(batch.get("views", batch["image"]), batch.get("row"))
+        embeds = l2_normalize(self.view_head(self.pooled_features(views, train, rows)))
+        return {"views": embeds.reshape(len(batch["image"]), -1, self.size.views_embed)}
 
     def _caption(
         self,

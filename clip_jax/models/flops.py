@@ -18,10 +18,22 @@ def step_flops(size: Size, batch_size: int, captions: int) -> float:
       batch_size: images per step.
       captions: captions of each image.
     """
-    text = text_flops(size)
+    logits = 0.0
     if size.objective in ("contrastive", "near_duplicates"):
-        text += 2.0 * batch_size * size.embed_dim  # the logits of one text with all images
-    return 3.0 * batch_size * (image_flops(size) + captions * text)
+        logits = captions * 2.0 * batch_size * size.embed_dim  # of each text with all images
+    if size.views_mlp:  # of two views with two of each image
+        logits += 8.0 * batch_size * size.views_embed
+    return 3.0 * batch_size * (pair_flops(size, captions) + logits)
+
+
+def pair_flops(size: Size, captions: int) -> float:
+    """Counts the operations of the forward pass of one image and its captions."""
+    total = image_flops(size) + captions * text_flops(size)
+    if size.views_mlp:
+        hidden = size.views_mlp
+        head = hidden * (size.feature_width + hidden + size.views_embed)
+        total += 2 * (image_flops(size) + 2.0 * head)
+    return total
 
 
 def image_flops(size: Size) -> float:

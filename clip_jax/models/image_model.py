@@ -102,8 +102,17 @@ class ImageModel(nn.Module):
         """Computes the output of a ViT, and that of its last block for all tokens."""
         images = normalize_images(images, self.size).astype(self.dtype)
         assert isinstance(self.image, VisionTransformer)
-        features, tokens = self.image(images, train, rows, with_tokens=True)
+        features, tokens = self.image(images, train, rows, also="tokens")
         return sharding.constrain_batch(features), sharding.constrain_batch(tokens)
+
+    def pooled_features(
+        self, images: Images, train: bool = False, rows: RowIds | None = None
+    ) -> Float[Array, "batch features"]:
+        """Computes the features before the projection; of a ResNet, those after it."""
+        if not isinstance(self.image, VisionTransformer):
+            return self.image_features(images, train, rows)
+        images = normalize_images(images, self.size).astype(self.dtype)
+        return sharding.constrain_batch(self.image(images, train, rows, also="pooled")[1])
 
     def encode_image(
         self, images: Images, train: bool = False, rows: RowIds | None = None
@@ -123,6 +132,19 @@ class ImageModel(nn.Module):
         embeds = self.encode_image(images)
         (features,) = self.image.get_variable("intermediates", "features")
         return embeds, sharding.constrain_batch(features).astype(jnp.float32)
+
+
+def flat_views(
+    images: Shaped[Array | np.ndarray, "batch *views height width 3"], rows: RowIds | None
+) -> tuple[
+    Shaped[Array | np.ndarray, "flat height width 3"], Int[Array | np.ndarray, " flat"] | None
+]:
+    """Returns the views of all images in a row, and their numbers: each draws for itself."""
+    flat = images.reshape(-1, *images.shape[-3:])
+    count = len(flat) // len(images)
+    if rows is not None:
+        rows = (count * rows[:, None] + jnp.arange(count)).reshape(-1)
+    return flat, rows
 
 
 def as_batch(

@@ -1,8 +1,6 @@
 """A detector of near-duplicates: an image tower alone, trained on two views of each image."""
 
-import jax.numpy as jnp
-
-from clip_jax.models.image_model import ImageModel, Inputs, Outputs
+from clip_jax.models.image_model import ImageModel, Inputs, Outputs, flat_views
 
 
 class NearDuplicates(ImageModel):
@@ -19,9 +17,6 @@ class NearDuplicates(ImageModel):
         Returns:
           "views" [b, v, embed_dim], L2-normalised.
         """
-        images, rows = batch["image"], batch.get("row")
-        b, views = images.shape[0], images.reshape(-1, *images.shape[-3:])
-        count = len(views) // b
-        if rows is not None:  # each view draws for itself
-            rows = (count * rows[:, None] + jnp.arange(count)).reshape(-1)
-        return {"views": self.encode_image(views, train, rows).reshape(b, count, -1)}
+        views, rows = flat_views(batch["image"], batch.get("row"))
+        embeds = self.encode_image(views, train, rows)
+        return {"views": embeds.reshape(len(batch["image"]), -1, self.size.embed_dim)}

@@ -25,7 +25,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 # Start and end token; 0: the default, none, or a bag of words.
 _LEAST = {"context_length": 2, "image_mlp": 0, "text_mlp": 0, "text_layers": 0}
-_LEAST |= {"image_registers": 0, "text_decoder_layers": 0}
+_LEAST |= {"image_registers": 0, "text_decoder_layers": 0, "views_mlp": 0, "views_embed": 0}
 # Forms that only a ViT has, with their defaults.
 _OF_VITS: dict[str, Any] = {
     "image_pool": "class",
@@ -89,6 +89,11 @@ def check_shapes(size: Size) -> None:
     ):
         if value % divisor:
             raise UserError(f"The {name} ({value}) must be a multiple of {unit} ({divisor}).")
+    if bool(size.views_mlp) != bool(size.views_embed):
+        raise UserError(
+            f"Size views_mlp is {size.views_mlp}, and views_embed {size.views_embed}: the head of "
+            "loss.views has both, and otherwise both are 0."
+        )
     _check_image_forms(size)
     _check_text_forms(size)
 

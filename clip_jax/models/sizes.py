@@ -54,6 +54,8 @@ class Size:
         contrastive loss (loss.captioning); 0: none.
       text_decoder_shared: whether these are part of the text tower, evenly spaced, which runs a
         second time to write (MaMMUT); or else follow it (CoCa).
+      views_mlp: hidden units of the MLP that embeds views for loss.views; 0: there is none.
+      views_embed: width of what it returns.
       map_heads: attention heads of the pooling "map"; None: image_heads.
       map_mlp: hidden units of that pooling; None: image_mlp.
       map_projection: whether that pooling is projected to embed_dim of the same width too.
@@ -133,6 +135,8 @@ class Size:
     norm: str = "layer"
     text_decoder_layers: int = 0
     text_decoder_shared: bool = False
+    views_mlp: int = 0
+    views_embed: int = 0
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "Size":
@@ -178,7 +182,8 @@ class Size:
         """True where other projects have models of this form: CLIP and SigLIP."""
         forms = (self.objective, self.resnet_activation, self.resnet_norm, self.norm)
         known = forms == ("contrastive", "relu", "batch", "layer")
-        known = known and self.text_pool not in ("bag", "map") and not self.text_decoder_layers
+        known = known and self.text_pool not in ("bag", "map")
+        known = known and not self.text_decoder_layers and not self.views_mlp
         return known and not {self.activation, self.text_activation} & {*choices.GATED}
 
     @property
@@ -200,6 +205,8 @@ class Size:
                 "objective": size.objective,
                 "text_decoder_layers": 0,
                 "text_decoder_shared": False,
+                "views_mlp": 0,
+                "views_embed": 0,
             }
             if size == dataclasses.replace(self, **trained):
                 beside = self.objective if self.objective != "contrastive" else self._decoder

@@ -42,7 +42,7 @@ class VisionTransformer(nn.Module):
         images: Float[Array, "batch height width 3"],
         train: bool = False,
         rows: Int[Array | np.ndarray, " batch"] | None = None,
-        with_tokens: bool = False,
+        also: str = "",
     ) -> Any:
         """Embeds images.
 
@@ -50,10 +50,11 @@ class VisionTransformer(nn.Module):
           images: normalised.
           train: drop patches, which takes `rows` and a "dropout" key.
           rows: numbers of the examples in the batch.
-          with_tokens: return what the last block makes of all tokens as well.
+          also: "tokens" or "pooled": return this too; see `Returns`.
 
         Returns:
-          [b, embed_dim]; or a pair of this and the tokens [b, s, width].
+          [b, embed_dim]; or a pair of this and what the last block makes of all tokens
+          [b, s, width], or of these the pooled features [b, width], which are projected.
         """
         size, width = self.size, self.size.image_width
         normal = nn.initializers.normal(width**-0.5)
@@ -99,7 +100,12 @@ class VisionTransformer(nn.Module):
             qk_norm=size.image_qk_norm,
             norm=size.norm,
             name="transformer",
-        )(x, read=None if with_tokens or size.image_pool != "class" else class_token, rope=rope)
+        )(
+            x,
+            read=None if also == "tokens" or size.image_pool != "class" else class_token,
+            rope=rope,
+        )
+        # The order of the tokens does not matter to those who read them.
         all_tokens = jnp.concatenate([x[1][:, None], x[0]], axis=1) if isinstance(x, tuple) else x
         ln_post = norm("ln_post")
         if size.image_pool == "class":
@@ -119,6 +125,7 @@ class VisionTransformer(nn.Module):
                 name="map_head",
             )(ln_post(all_tokens))
         self.sow("intermediates", "features", x)  # pre-projection features, for linear probes
+        pooled = x
         if size.image_projection:
             x = nn.Dense(
                 size.embed_dim,
@@ -127,7 +134,7 @@ class VisionTransformer(nn.Module):
                 kernel_init=normal,
                 name="projection",
             )(x)
-        return (x, all_tokens) if with_tokens else x
+        return (x, {"tokens": all_tokens, "pooled": pooled}[also]) if also else x
 
     def _leading_tokens(self) -> Float[Array, "tokens width"]:
         """Returns the learned tokens before the patches: class token, then registers."""

@@ -133,7 +133,7 @@ class Task:
 
 def activations(size: Size, captions: int) -> float:
     """Computes tokens times channels times layers of both towers, for one image."""
-    views = 2 if size.objective == "near_duplicates" else 1
+    views = 2 if size.objective == "near_duplicates" else 3 if size.views_mlp else 1
     layers = _text_layers(size)
     text = size.context_length * size.text_width * layers * captions
     if size.patch_size is not None:
@@ -199,8 +199,7 @@ def resident(choice: Choice, task: Task) -> float:
 def seconds(choice: Choice, task: Task) -> float:
     """Estimates the seconds of one step; the ratios between choices are better than the value."""
     chip, size = task.topology.chip, task.size
-    pair = model_flops.image_flops(size) + task.captions * model_flops.text_flops(size)
-    towers = 3 * task.batch_size * pair
+    towers = 3 * task.batch_size * model_flops.pair_flops(size, task.captions)
     loss = model_flops.step_flops(size, task.batch_size, task.captions) - towers
     again = _remat(choice.remat)[1] + (choice.accum_steps > 1)
     # Forward is a third of a step. A ring computes its logits once more in the backward pass.

@@ -87,12 +87,32 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
         loss = functools.partial(loss, label_smoothing=config.loss.label_smoothing)
     if config.loss.widths:
         loss = functools.partial(_nested, loss, tuple(config.loss.widths))
+
+    def compare_views(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
+        scale = jnp.float32(-math.log(config.loss.views_temperature))
+        of_views = on_mesh(losses.views_loss)
+        return of_views(outputs["views"], scale, weights=batch.get("weight"))
+
     total = weighted_sum(
         (1.0 - config.loss.distillation, of_pairs(loss)),
         (config.loss.distillation, distillation),
         (config.loss.captioning, prediction),
+        (config.loss.views, compare_views),
     )
-    return total, functools.partial(augment.augment, config=config.data.augment)
+    return total, _augmentation(config, with_views=config.loss.views > 0)
+
+
+def _augmentation(config: ConfigDict, with_views: bool) -> train_step.Augment:
+    """Makes the augmentation of the images, and of two further views of each that stand beside."""
+
+    def change(images: jax.Array, key: jax.Array) -> train_step.Batch:
+        fields = {"image": augment.augment(images, key, config=config.data.augment)}
+        if with_views:
+            _, key = jax.random.split(key)
+            fields["views"] = views.two_views(images, key, config.data.views)
+        return fields
+
+    return change
 
 
 def _nested(
@@ -121,7 +141,7 @@ def _nested(
 
 def _predictive(config: ConfigDict, mesh: Mesh) -> Parts:
     del mesh
-    return prediction, functools.partial(augment.augment, config=config.data.augment)
+    return prediction, _augmentation(config, with_views=False)
 
 
 def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -133,7 +153,11 @@ def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
         method=config.loss.method,
         tile=config.loss.tile,
     )
-    return of_views(loss), functools.partial(views.two_views, config=config.data.views)
+
+    def change(images: jax.Array, key: jax.Array) -> train_step.Batch:
+        return {"image": views.two_views(images, key, config.data.views)}
+
+    return of_views(loss), change
 
 
 # By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the
@@ -309,6 +333,7 @@ def make_net(config: ConfigDict, mesh: Mesh) -> models.ImageModel:
         "objective": config.objective,
         "logit_bias": contrastive and config.loss.name == "sigmoid",
         **_decoder(config),
+        **_view_head(config),
     }
     return models.create(
         config.model.name,
@@ -340,6 +365,14 @@ def _decoder(config: ConfigDict) -> dict[str, Any]:
             f"{layers}: a decoder has at least one layer. Without either there is none."
         )
     return {"text_decoder_layers": layers}
+
+
+def _view_head(config: ConfigDict) -> dict[str, Any]:
+    """Returns the fields of the head of views, SLIP's unless the config has others."""
+    if not config.loss.views:
+        return {"views_mlp": 0, "views_embed": 0}
+    size = config.model.size
+    return {"views_mlp": size.views_mlp or 4096, "views_embed": size.views_embed or 256}
 
 
 def choose_attention(asked: str, platform: str, kind: str, dtype: str) -> str:

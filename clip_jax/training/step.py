@@ -25,7 +25,8 @@ Metrics = dict[str, Float32[Array, ""]]
 Outputs = dict[str, Float[Array, "..."]]  # of the model, by name
 # Takes the outputs of the model and the fields of the batch beside images and tokens.
 Loss = Callable[[Outputs, Batch], jax.Array]
-Augment = Callable[[jax.Array, jax.Array], jax.Array]  # takes images and a PRNG key
+# Takes images and a PRNG key, and returns fields of the batch: "image", and what goes beside it.
+Augment = Callable[[jax.Array, jax.Array], Batch]
 # (params, part of the batch) -> outputs of the model, new BatchNorm statistics.
 Embed = Callable[[Any, Batch], tuple[Outputs, Any]]
 # Scope of the update where it may be skipped, by which the planner knows that it rarely is.
@@ -91,8 +92,8 @@ def train_step(
         return outputs, updated.get("batch_stats", {})
 
     beside = {name: field for name, field in batch.items() if name not in ("image", "tokens")}
-    images = augment(batch["image"], augment_key)
-    batch = {**batch, "image": images, "row": jnp.arange(images.shape[0])}
+    rows = jnp.arange(len(batch["image"]))
+    batch = {**batch, **augment(batch["image"], augment_key), "row": rows}
     gradients = _gradients if accum_steps == 1 else partial(_accumulated, accum_steps)
     learns = optimizer.factors.learns(state.params)
     learnt = optimizer.factors.select(state.params)

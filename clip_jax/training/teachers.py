@@ -129,7 +129,7 @@ def _embed(
     """Computes the fields of all teachers, with the activations of one micro-batch alive."""
     config = built.config
     _, augment_fn = program.OBJECTIVES[config.objective](config, built.mesh)
-    images = augment_fn(batch["image"], train_step.keys(config.seed, step)[2])
+    images = augment_fn(batch["image"], train_step.keys(config.seed, step)[2])["image"]
     batch = {"image": images, "tokens": batch["tokens"]}
     first = len(fields.of_data(config.data))  # those that the data keep come first
 

@@ -41,6 +41,8 @@ def validate(config: ConfigDict) -> None:
         ("loss.tile", config.loss.tile, 1),
         ("loss.temperature", config.loss.temperature, 1e-4),
         ("loss.captioning", config.loss.captioning, 0),
+        ("loss.views", config.loss.views, 0),
+        ("loss.views_temperature", config.loss.views_temperature, 1e-4),
         ("seed", config.seed, 0),
         ("optim.max_logit_scale", config.optim.max_logit_scale, 1),
         ("optim.grad_clip_norm", config.optim.grad_clip_norm, 0),
@@ -121,6 +123,7 @@ def validate(config: ConfigDict) -> None:
             ("loss.widths", tuple(config.loss.widths), ()),
             ("loss.distillation", config.loss.distillation, 0),
             ("loss.captioning", config.loss.captioning, 0),
+            ("loss.views", config.loss.views, 0),
             ("source.weight_key", "".join(each.weight_key for each in default.sources(data)), ""),
         ):
             if value != neutral:

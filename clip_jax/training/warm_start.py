@@ -19,6 +19,8 @@ from clip_jax.weights.model import Weights, size_differences
 _FIELDS = {
     "image": ("image_", "patch_", "pre_norm", "resnet_"),
     "text": ("text_", "context_length", "vocab_size", "end_token"),
+    "decoder": ("text_decoder_",),
+    "view_head": ("views_",),
 }
 
 

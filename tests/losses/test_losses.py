@@ -101,6 +101,23 @@ def test_reference_by_finite_differences(name: str, captions: int):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mesh", ["none", "2x4"])
+def test_views_are_told_from_all_others_but_themselves(mesh: str, method: str):
+    """At SLIP's temperature; a view's similarity to itself would be the largest of all."""
+    views = np.stack(reference.pairs(BATCH, WIDTH), axis=1)
+    want = reference.views_loss(views, math.log(10), WEIGHTS)
+    mesh = make_mesh(mesh)
+    if mesh is not None:
+        views = jax.device_put(views, sharding.batch_sharding(mesh))
+    loss = functools.partial(losses.views_loss, mesh=mesh, method=method, tile=TILE)
+    grad = jax.jit(
+        jax.value_and_grad(lambda x: loss(x, jnp.log(10.0), weights=jnp.asarray(WEIGHTS)))
+    )
+    for got, wanted in zip(grad(views), want):
+        assert reference.relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("mesh", MESHES)
 def test_solved_batch_is_finite(mesh: str, method: str):
     """The scale is at its maximum, and every pair is separated by 100 nats."""

@@ -1,5 +1,7 @@
 """The operations that a model needs: formulas against traced programs and published counts."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -50,6 +52,20 @@ def test_model_flops(name, overrides):
     found = model_flops.image_flops(size) + model_flops.text_flops(size)
     traced = traced_flops(name, overrides) + unread_flops(size)
     assert found == pytest.approx(traced, rel=1e-9)
+
+
+def test_views_cost_two_more_images_and_their_heads():
+    net = models.create("ViT-B/32", size={**TINY, "views_mlp": 24, "views_embed": 8})
+    image = np.zeros((1, 16, 16, 3), np.uint8)
+    tokens = np.ones((1, 8), np.int32)
+    batch = {"image": image, "tokens": tokens, "views": np.stack([image, image], axis=1)}
+    variables = jax.eval_shape(net.init, jax.random.key(0), image, tokens)
+    traced = jax.make_jaxpr(lambda v: net.apply(v, batch, method="outputs"))(variables)
+    # What no program executes of an image, of three of them; the views' projection is not read.
+    text = unread_flops(dataclasses.replace(net.size, image_pool="avg", image_registers=1))
+    unread = text + 3 * (unread_flops(net.size) - text)
+    found = model_flops.pair_flops(net.size, captions=1)
+    assert found == pytest.approx(jaxpr_flops(traced.jaxpr) + unread, rel=1e-9)
 
 
 # Counts of one image and one caption in open_clip's docs/model_profile.csv; for a ResNet it counts

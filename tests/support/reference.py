@@ -131,3 +131,21 @@ def resized(positions: np.ndarray, new: int) -> np.ndarray:
     weights = cubic_weights(old, new)
     grid = np.einsum("ai,bj,ijw->abw", weights, weights, grid).reshape(new * new, -1)
     return np.concatenate([positions[:1], grid])
+
+
+def views_loss(views, logit_scale, weights=None) -> tuple[float, np.ndarray]:
+    """NT-Xent of two views of each image [B, 2, e] and its gradient, a view at a time, float64."""
+    flat = np.asarray(views, np.float64).reshape(-1, views.shape[-1])
+    scale, grads = np.exp(np.float64(logit_scale)), np.zeros(flat.shape)
+    shares = np.repeat(np.ones(len(views)) if weights is None else weights, 2).astype(np.float64)
+    loss = 0.0
+    for i, share in enumerate(shares / shares.sum()):
+        others = [j for j in range(len(flat)) if j != i]
+        logits = scale * flat[others] @ flat[i]
+        odds = np.exp(logits - logits.max())
+        target = np.array([j == i ^ 1 for j in others], float)
+        loss -= share * (target @ logits - logits.max() - np.log(odds.sum()))
+        d_logits = share * scale * (odds / odds.sum() - target)
+        grads[i] += d_logits @ flat[others]
+        grads[others] += d_logits[:, None] * flat[i]
+    return loss, grads.reshape(views.shape)

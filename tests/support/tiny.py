@@ -97,7 +97,7 @@ def make_step(net, mesh: Mesh, *, method="all_gather", optim=None, **overrides):
         "loss_fn": program.of_pairs(
             functools.partial(losses.softmax_loss, mesh=mesh, method=method)
         ),
-        "augment": lambda images, key: images,
+        "augment": lambda images, key: {"image": images},
         "accum_steps": 1,
         "zero1": False,
         "seed": 0,

@@ -117,7 +117,7 @@ def test_the_loss_has_the_temperature_of_the_config():
     outputs = {"views": jnp.stack(pair, axis=1)}
     assert float(jax.jit(loss)(outputs, {})) == pytest.approx(float(wanted), rel=1e-5)
     made = jax.eval_shape(augment, np.zeros((2, 32, 32, 3), np.uint8), jax.random.key(0))
-    assert made.shape == (2, 2, 32, 32, 3)
+    assert made["image"].shape == (2, 2, 32, 32, 3)
 
 
 def test_config_of_the_detector():
@@ -154,6 +154,7 @@ class Colours:
     class size:
         image_size = SIDE
         image_crop = "center"
+        image_filter = "bicubic"
         objective = "near_duplicates"
 
     def apply(self, variables, images, method):

@@ -59,7 +59,8 @@ def compiled(name: str, axes: tuple[int, int], skip_above: float | None, setting
     state = tiny.init_state(net, mesh, zero1=zero1, **kwargs)
     step = tiny.compile_step(
         net, mesh, state, tiny.put_batch(net, mesh), optim=kwargs, zero1=zero1,
-        accum_steps=accum_steps, augment=poison, skip_above=skip_above,
+        accum_steps=accum_steps, skip_above=skip_above,
+        augment=lambda images, key: {"image": poison(images, key)},
     )  # fmt: skip
     return net, step, state
 

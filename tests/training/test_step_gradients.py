@@ -33,10 +33,13 @@ def gradients(
     packed=False,
     weighted=False,
     decoder="",
+    views=False,
 ):
     """Loss and gradients at the initial state, no optimiser to blur them."""
     packing = {"length": 12, "rows": 0.5} if packed else None
     size = {"objective": objective, **DECODERS.get(decoder, {})}
+    if views:
+        size |= {"views_mlp": 24, "views_embed": 8}
     net = tiny.make_net("vit", size, patch_dropout=patch_dropout, packing=packing)
     mesh = tiny.make_mesh(*axes)
     state, batch = tiny.init_state(net, mesh, zero1=zero1), tiny.put_batch(net, mesh, captions)
@@ -62,17 +65,30 @@ def gradients(
         settings["loss_fn"] = program.of_views(
             functools.partial(losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method)
         )
-        settings["augment"] = lambda images, key: jnp.stack([images, images[:, ::-1]], axis=1)
+        settings["augment"] = lambda images, key: {"image": mirrored(images)}
     elif decoder:
         pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
         settings["loss_fn"] = program.weighted_sum(
             (1.0, program.of_pairs(pairs)), (2.0, program.prediction)
         )
+    elif views:
+        pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
+        compare = functools.partial(losses.views_loss, mesh=mesh, method=method)
+        settings["loss_fn"] = program.weighted_sum(
+            (1.0, program.of_pairs(pairs)),
+            (0.5, lambda outputs, batch: compare(outputs["views"], jnp.log(10.0))),
+        )
+        settings["augment"] = lambda images, key: {"image": images, "views": mirrored(images)}
     elif objective != "contrastive":
         settings["loss_fn"] = program.prediction
     step = tiny.compile_step(net, mesh, state, batch, **settings)
     after, metrics = step(state, batch)
     return float(metrics["loss"]), tiny.named_leaves(after.opt_state[0]["mu"])
+
+
+def mirrored(images: jax.Array) -> jax.Array:
+    """Returns each image and, as its second view, the same upside down."""
+    return jnp.stack([images, images[:, ::-1]], axis=1)
 
 
 def assert_gradients(got, want) -> None:
@@ -153,6 +169,15 @@ def test_captioning_beside_is_exact_too(decoder: str, axes: tuple):
     without = gradients(ONE, captions=2, weighted=True, patch_dropout=0.5)[0]
     assert abs(want[0] - without - 2 * math.log(64)) < 0.5  # guesses among the vocabulary
     assert_gradients(gradients(axes, accum_steps=2, method="ring", **settings), want)
+
+
+@pytest.mark.parametrize(("axes", "method"), [((2, 2, 2), "ring"), (FSDP, "all_gather")])
+@pytest.mark.slow
+def test_views_beside_are_exact_too(axes: tuple, method: str):
+    want = gradients(ONE, views=True, patch_dropout=0.5)
+    assert np.linalg.norm(want[1]["view_head/layer_1/kernel"]) > 1e-3
+    got = gradients(axes, views=True, patch_dropout=0.5, accum_steps=2, method=method)
+    assert_gradients(got, want)
 
 
 @pytest.mark.parametrize(
