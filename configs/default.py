@@ -326,7 +326,7 @@ def _loss() -> ConfigDict:
     loss.teachers = ""
     # Multiplier of each teacher's similarities; (): what the running ones have learned.
     loss.teacher_scales = ()
-    # Weight of the loss of captioning, in nats per token, beside the contrastive one (CoCa: 2). The
+    # Weight of the loss of captioning, in nats per token, beside the contrastive one (open_clip: 2). The
     # decoder is model.size.text_decoder_layers, by default as many as the text tower has. 0: none.
     loss.captioning = 0.0
     # Weight of SimCLR's loss of two further views of each image, made by data.views (SLIP: 1). 0:

@@ -14,6 +14,9 @@ The rate and warm-up of L/14 are published in a picture alone: those here are of
 study names as its best, with the same batch and as many pairs. Their mean of the image tokens
 counts the class token too; here it is that of the patches. Not run here beyond :smoke.
 
+By `python -m clip_jax plan --topology=v5e:16x16` l14 needs 23.7 GiB of the 15.75 of each of 256
+chips, and about 12.7 with --config.accum_steps=8.
+
     python main.py --config=configs/openmammut.py:l14 --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/openmammut
 

@@ -37,7 +37,7 @@ def hide_twins(
     """Takes the similarity of each view to itself out of the logits; see `losses.views_loss`.
 
     Args:
-      logits: of pairs of views.
+      logits: scaled similarities of views.
       rows, columns: places in the batch. Places 2i and 2i + 1 are the two views of an image; in the
         columns they have changed places.
     """

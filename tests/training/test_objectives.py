@@ -304,6 +304,8 @@ def test_every_table_names_the_same_objectives():
         {"loss.label_smoothing": 0.1},
         {"data.source.weight_key": "score"},
         {"loss.widths": (8,)},
+        {"loss.captioning": 2.0},
+        {"loss.views": 1.0},
     ],
 )
 @pytest.mark.parametrize("objective", ["captioning", "bag_of_words", "near_duplicates"])
