@@ -327,7 +327,7 @@ def _loss() -> ConfigDict:
     # Multiplier of each teacher's similarities; (): what the running ones have learned.
     loss.teacher_scales = ()
     # Weight of the loss of captioning, nats per token, beside the contrastive one (openMaMMUT: 2).
-    # 0: none. Its decoder is model.size.text_decoder_layers; by default as many as the text tower's.
+    # 0: none. Its decoder is model.size.text_decoder_layers, by default those of the text tower.
     loss.captioning = 0.0
     # Weight of SimCLR's loss of two further views of each image, made by data.views (SLIP: 1). 0:
     # none. Its head is model.size.views_mlp and .views_embed, by default SLIP's 4096 and 256.
