@@ -71,7 +71,7 @@ def test_reading_the_compilers_report(report, temporaries, missing):
 
 @needs_compiler
 def test_a_program_that_the_compiler_refuses(monkeypatch):
-    def lower(self):
+    def lower(self, scales):
         raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile TPU kernel\nmore")
 
     monkeypatch.setattr(program.Program, "lower", lower)
