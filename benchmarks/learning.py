@@ -132,8 +132,6 @@ def interval(differences: list[float]) -> float:
     from scipy import stats
 
     n = len(differences)
-    if n < 2:
-        return math.nan
     return stats.t.ppf(0.975, n - 1) * statistics.stdev(differences) / math.sqrt(n)
 
 
@@ -150,15 +148,17 @@ def table(runs: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]
         cells = []
         for name in metrics:
             values = [100 * result[name] for result in seeds.values()]
-            spread = statistics.stdev(values) if len(values) > 1 else math.nan
             pairs = [
                 100 * (result[name] - runs["baseline"][seed][name])
                 for seed, result in seeds.items()
                 if seed in runs["baseline"]
             ]
-            cells.append(f"{statistics.mean(values):.1f} ± {spread:.1f}")
-            difference = f"{statistics.mean(pairs):+.1f} ± {interval(pairs):.1f}"
-            cells.append("" if recipe == "baseline" else difference)
+            cells += [f"{statistics.mean(values):.1f}", f"{statistics.mean(pairs):+.1f}"]
+            if len(values) > 1:
+                cells[-2] += f" ± {statistics.stdev(values):.1f}"
+                cells[-1] += f" ± {interval(pairs):.1f}"
+            if recipe == "baseline":
+                cells[-1] = ""
         lines.append(f"| {recipe} | " + " | ".join(cells) + f" | {len(seeds)} |")
     return "\n".join(lines)
 
