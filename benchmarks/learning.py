@@ -1,4 +1,4 @@
-"""How well each recipe learns: the same data, images and model, over several seeds.
+"""Measures how well each recipe learns: the same data, images and model, over several seeds.
 
     python benchmarks/learning.py                                   # the embedded digits
     python benchmarks/learning.py --data=emoji --path="shards/*.tar" --held_out=last.tar

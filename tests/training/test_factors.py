@@ -86,7 +86,7 @@ def test_a_frozen_tower_has_no_backward_pass():
     ],
 )
 def test_frozen_layers_have_no_gradients(scan_layers, packing):
-    """As traced: no backward pass below all that learns, no gradients of weights between."""
+    """The trace has no backward pass below all that learns, and no gradients of frozen weights."""
     size = {"text_layers": 6}
     net = tiny.make_net("vit", size, scan_layers=scan_layers, packing=packing)
     mesh, batch = tiny.make_mesh(1, 1), tiny.make_batch(tiny.make_net("vit"))

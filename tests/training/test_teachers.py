@@ -70,7 +70,7 @@ def test_a_teacher_sees_the_images_as_it_would_alone():
 
 @pytest.mark.parametrize("accum_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_embeddings_are_those_of_the_teachers(accum_steps, named, mesh8):
-    """Of another width and resolution than the student, on a mesh, in pieces or not."""
+    """Teachers of another width and resolution than the student, on a mesh, in pieces or not."""
     named |= {"a": teacher(), "b": teacher("gelu", image_mean=(0.5,) * 3, image_size=16)}
     settings = {"loss.teachers": "a, b", "accum_steps": accum_steps, "mesh.fsdp": 2}
     config = distilling(**settings, **{"data.augment.flip": 0.5})
