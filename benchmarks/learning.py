@@ -9,13 +9,14 @@ Every recipe differs from the baseline in the settings that stand beside it, and
 images. All runs of a seed see the same pairs in the same order. A run that is stored in
 learning.json is not repeated, so the command goes on where it was stopped. The table has the mean
 over the seeds, and the mean difference from the baseline of the same seed with its 95 % interval
-(Student's t).
+(Student's t). Its last column is processor time of a run, compilation and evaluation included.
 """
 
 import argparse
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,12 +49,32 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lamb": {"optim.name": "lamb", "optim.learning_rate": 5e-3},
     "muon": {"optim.name": "muon"},
     "bf16_moments": {"optim.moment_dtype": "bfloat16"},
+    # Loss of a decoder of two layers, weighted as in openMaMMUT's config.
+    "captioning": {"loss.captioning": 2.0, "model.size.text_decoder_layers": 2},
+    "distillation": {"loss.distillation": 0.5, "loss.teachers": "{other}"},
+    "views": {
+        "loss.views": 1.0,
+        "model.size.views_mlp": 256,
+        "model.size.views_embed": 64,
+    },
     # The image tower is the baseline's of another seed.
     "lit": {"init_from": "{other}", "init_params": "^image/", "optim.factors": "^image/=0"},
     # Half the side in four fifths of the steps, the whole side in the last fifth.
     "stages": {
         "stages": (
             {"model.size.image_size": 0.5, "duration": f"{STEPS - SECOND_STAGE} steps"},
+            {"duration": f"{SECOND_STAGE} steps", "optim.warmup": "10 percent"},
+        )
+    },
+    # And half of the tokens of the captions, neighbours.
+    "stages_text": {
+        "stages": (
+            {
+                "model.size.image_size": 0.5,
+                "model.size.context_length": 8,
+                "data.text_mask": "block",
+                "duration": f"{STEPS - SECOND_STAGE} steps",
+            },
             {"duration": f"{SECOND_STAGE} steps", "optim.warmup": "10 percent"},
         )
     },
@@ -100,7 +121,7 @@ def run(config, workdir: str) -> None:
 
 
 def read(workdir: Path, metrics: tuple[str, ...]) -> dict[str, float]:
-    """Returns the last evaluation of a run, and the seconds that its steps took."""
+    """Returns the last evaluation of a run, and its last loss."""
     parts = sorted(workdir.glob("stage*")) or [workdir]
     rows = [[json.loads(line) for line in (part / "metrics.jsonl").open()] for part in parts]
     last = {name: value for row in rows[-1] for name, value in row.items()}
@@ -111,16 +132,37 @@ def read(workdir: Path, metrics: tuple[str, ...]) -> dict[str, float]:
 
 def train(arguments: argparse.Namespace, recipe: str, seed: int) -> dict[str, float]:
     """Trains a run in a process of its own, unless it is finished."""
+    if "{other}" in RECIPES[recipe].values():
+        train(arguments, "baseline", other(arguments, seed))
     folder = Path(arguments.workdir) / arguments.data
     workdir = folder / f"{recipe}-{seed}"
     command = [sys.executable, __file__, "--child", recipe, str(seed), "--data", arguments.data]
     command += ["--path", arguments.path, "--held_out", arguments.held_out]
     command += ["--workdir", str(workdir)]
-    command += ["--other", str(folder / f"baseline-{(seed + 1) % arguments.seeds}")]
+    command += ["--other", str(folder / f"baseline-{other(arguments, seed)}")]
     workdir.mkdir(parents=True, exist_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with (workdir / "log").open("a") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=environment())
-    return read(workdir, METRICS[arguments.data])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return read(workdir, METRICS[arguments.data]) | {"cpu_s": round(cpu, 1)}
+
+
+def other(arguments: argparse.Namespace, seed: int) -> int:
+    """Returns the seed of the baseline that a recipe takes a model from."""
+    return (seed + 1) % arguments.seeds
+
+
+def load() -> dict[str, Any]:
+    return json.loads(STORED.read_text()) if STORED.exists() else {}
+
+
+def store(data: str, recipe: str, seed: int, results: dict[str, float]) -> None:
+    """Adds a run to those stored; another command may have added some meanwhile."""
+    stored = load()
+    stored.setdefault(data, {}).setdefault(recipe, {})[str(seed)] = results
+    STORED.write_text(json.dumps(stored, indent=1) + "\n")
 
 
 def environment() -> dict[str, str]:
@@ -142,8 +184,9 @@ def table(runs: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]
         seed: {**result, **{name: result[f"ema/{name}"] for name in metrics}}
         for seed, result in runs["baseline"].items()
     }
-    lines = ["| recipe | " + " | ".join(f"{name} | difference" for name in metrics) + " | seeds |"]
-    lines.append("|---" * (2 * len(metrics) + 2) + "|")
+    lines = ["| recipe | " + " | ".join(f"{name} | difference" for name in metrics)]
+    lines[0] += " | CPU s | seeds |"
+    lines.append("|---" * (2 * len(metrics) + 3) + "|")
     for recipe, seeds in runs.items():
         cells = []
         for name in metrics:
@@ -159,6 +202,8 @@ def table(runs: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]
                 cells[-1] += f" ± {interval(pairs):.1f}"
             if recipe == "baseline":
                 cells[-1] = ""
+        times = [result["cpu_s"] for result in seeds.values() if "cpu_s" in result]
+        cells.append(f"{statistics.median(times):.0f}" if times and recipe != "ema" else "")
         lines.append(f"| {recipe} | " + " | ".join(cells) + f" | {len(seeds)} |")
     return "\n".join(lines)
 
@@ -181,8 +226,7 @@ def main():
         config = make_config(*places, recipe, int(seed), arguments.other)
         run(config, arguments.workdir)
         return
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
-    runs = stored.setdefault(arguments.data, {})
+    runs = load().get(arguments.data, {})
     names = [name for name in arguments.only.split(",") if name] or list(RECIPES)
     left = [(name, seed) for name in names for seed in range(arguments.seeds)]
     left = [(name, seed) for name, seed in left if str(seed) not in runs.get(name, {})]
@@ -191,9 +235,8 @@ def main():
         print(f"{number} of {len(left)}: {name}, seed {seed}", end="", flush=True)
         results = train(arguments, name, seed)
         print(f", {results[METRICS[arguments.data][0]]:.3f}, {time.perf_counter() - began:.0f} s")
-        runs.setdefault(name, {})[str(seed)] = results
-        STORED.write_text(json.dumps(stored, indent=1) + "\n")
-    print(table(runs, METRICS[arguments.data]))
+        store(arguments.data, name, seed, results)
+    print(table(load().get(arguments.data, {}), METRICS[arguments.data]))
 
 
 if __name__ == "__main__":

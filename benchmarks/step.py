@@ -98,7 +98,12 @@ def clip_jax_step(
         step.train_step,
         net=net,
         optimizer=optimizer,
-        loss_fn=program.of_pairs(functools.partial(losses.softmax_loss, mesh=mesh)),
+        loss_fn=program.weighted_sum(
+            contrastive=(
+                1.0,
+                program.of_pairs(functools.partial(losses.softmax_loss, mesh=mesh)),
+            )
+        ),
         accum_steps=1,
         zero1=False,
         seed=0,

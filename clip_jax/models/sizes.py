@@ -209,7 +209,8 @@ class Size:
                 "views_embed": 0,
             }
             if size == dataclasses.replace(self, **trained):
-                beside = self.objective if self.objective != "contrastive" else self._decoder
+                objective = self.objective if self.objective != "contrastive" else ""
+                beside = ", ".join(filter(None, (objective, *self._heads)))
                 return f"{name} ({beside})" if beside else name
         kind = "ResNet" if self.is_resnet else f"ViT/{self.patch_size}"
         layers = "-".join(map(str, self.image_layers))
@@ -234,16 +235,18 @@ class Size:
         """A description of the modules beside the image tower."""
         other = "text" if self.objective == "contrastive" else self.objective
         if self.has_text_blocks:
-            decoder = f", {self._decoder}" if self._decoder else ""
-            return f"{other} {self.text_layers} layers x {self.text_width}{decoder}"
-        return other if other != "text" else f"text a bag of words x {self.text_width}"
+            other = f"{other} {self.text_layers} layers x {self.text_width}"
+        elif other == "text":
+            other = f"text a bag of words x {self.text_width}"
+        return ", ".join((other, *self._heads))
 
     @property
-    def _decoder(self) -> str:
-        """A description of the decoder; "": there is none."""
+    def _heads(self) -> list[str]:
+        """Descriptions of what further losses add to a contrastive model."""
         shared = " in the text tower" if self.text_decoder_shared else ""
-        layers = self.text_decoder_layers
-        return f"decoder {layers} layers{shared}" if layers else ""
+        decoder, views = self.text_decoder_layers, self.views_mlp
+        heads = [f"decoder {decoder} layers{shared}"] if decoder else []
+        return heads + ([f"view head {views} x {self.views_embed}"] if views else [])
 
     def __post_init__(self):
         """Fills in derived fields; raises UserError for shapes that no model can have."""

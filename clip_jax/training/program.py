@@ -22,7 +22,7 @@ from clip_jax.models import clip, image_model, views
 from clip_jax.training import augment
 from clip_jax.training import step as train_step
 
-Parts = tuple[train_step.Loss, train_step.Augment]
+Parts = tuple[train_step.Objective, train_step.Augment]
 
 
 def of_pairs(loss: Callable[..., jax.Array]) -> train_step.Loss:
@@ -66,13 +66,16 @@ def of_teachers(loss: Callable[..., jax.Array], scales: Sequence[float]) -> trai
     return named
 
 
-def weighted_sum(*terms: tuple[float, train_step.Loss]) -> train_step.Loss:
-    """Makes the sum of losses, each times its weight; those of weight 0 are not computed."""
+def weighted_sum(**terms: tuple[float, train_step.Loss]) -> train_step.Objective:
+    """Makes the sum of named losses, each times its weight; those of weight 0 are not computed."""
+    terms = {name: term for name, term in terms.items() if term[0]}
 
-    def total(outputs: train_step.Outputs, batch: train_step.Batch) -> jax.Array:
-        return sum(
-            (weight * loss(outputs, batch) for weight, loss in terms if weight), jnp.float32(0)
-        )
+    def total(
+        outputs: train_step.Outputs, batch: train_step.Batch
+    ) -> tuple[jax.Array, train_step.Metrics]:
+        values = {name: loss(outputs, batch) for name, (_, loss) in terms.items()}
+        value = sum((terms[name][0] * values[name] for name in terms), jnp.float32(0))
+        return value, {f"loss/{name}": values[name] for name in terms if len(terms) > 1}
 
     return total
 
@@ -94,10 +97,10 @@ def _contrastive(config: ConfigDict, mesh: Mesh) -> Parts:
         return of_views(outputs["views"], scale, weights=batch.get("weight"))
 
     total = weighted_sum(
-        (1.0 - config.loss.distillation, of_pairs(loss)),
-        (config.loss.distillation, distillation),
-        (config.loss.captioning, prediction),
-        (config.loss.views, compare_views),
+        contrastive=(1.0 - config.loss.distillation, of_pairs(loss)),
+        distillation=(config.loss.distillation, distillation),
+        captioning=(config.loss.captioning, prediction),
+        views=(config.loss.views, compare_views),
     )
     return total, _augmentation(config, with_views=config.loss.views > 0)
 
@@ -141,7 +144,7 @@ def _nested(
 
 def _predictive(config: ConfigDict, mesh: Mesh) -> Parts:
     del mesh
-    return prediction, _augmentation(config, with_views=False)
+    return weighted_sum(prediction=(1.0, prediction)), _augmentation(config, with_views=False)
 
 
 def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
@@ -157,7 +160,7 @@ def _near_duplicates(config: ConfigDict, mesh: Mesh) -> Parts:
     def change(images: jax.Array, key: jax.Array) -> train_step.Batch:
         return {"image": views.two_views(images, key, config.data.views)}
 
-    return of_views(loss), change
+    return weighted_sum(views=(1.0, of_views(loss))), change
 
 
 # By config.objective, one of `choices.OBJECTIVES`: its loss and its augmentation. The model is the

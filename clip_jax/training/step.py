@@ -25,6 +25,8 @@ Metrics = dict[str, Float32[Array, ""]]
 Outputs = dict[str, Float[Array, "..."]]  # of the model, by name
 # Takes the outputs of the model and the fields of the batch beside images and tokens.
 Loss = Callable[[Outputs, Batch], jax.Array]
+# Does the same, and returns with the loss its terms, where it is a sum of several.
+Objective = Callable[[Outputs, Batch], tuple[jax.Array, Metrics]]
 # Takes images and a PRNG key, and returns fields of the batch: "image", and what goes beside it.
 Augment = Callable[[jax.Array, jax.Array], Batch]
 # (params, part of the batch) -> outputs of the model, new BatchNorm statistics.
@@ -39,7 +41,7 @@ def train_step(
     *,
     net: nn.Module,
     optimizer: optim.Optimizer,
-    loss_fn: Loss,
+    loss_fn: Objective,
     augment: Augment,
     accum_steps: int,
     zero1: bool,
@@ -70,9 +72,10 @@ def train_step(
         is not finite is skipped as well. None: no step is.
 
     Returns:
-      The new state, and scalars: loss, grad_norm (before clipping) and param_norm, both also by
-      tower, learning_rate, where the model has one, logit_scale (the multiplier), where it compares
-      embeddings, their alignment and uniformity, and, where steps are skipped, skipped (0 or 1).
+      The new state, and scalars: loss, and its terms where there are several; grad_norm (before
+      clipping) and param_norm, both also by tower; learning_rate; where the model has one,
+      logit_scale (the multiplier); where it compares embeddings, their alignment and uniformity;
+      and, where steps are skipped, skipped (0 or 1).
     """
     dropout_key, rounding_key, augment_key = keys(seed, state.step)
 
@@ -207,13 +210,17 @@ def _geometry(outputs: Outputs, params: Any) -> Metrics:
 
 
 def _gradients(
-    embed: Embed, loss_fn: Callable[[Outputs], jax.Array], params: Any, batch: Batch
+    embed: Embed,
+    loss_fn: Callable[[Outputs], tuple[jax.Array, Metrics]],
+    params: Any,
+    batch: Batch,
 ) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
     """Computes loss, BatchNorm statistics, metrics and gradients of the whole batch at once."""
 
     def loss(params):
         outputs, batch_stats = embed(params, batch)
-        return loss_fn(outputs), (batch_stats, _geometry(outputs, params))
+        value, terms = loss_fn(outputs)
+        return value, (batch_stats, {**terms, **_geometry(outputs, params)})
 
     (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
     return value, aux, grads
@@ -222,7 +229,7 @@ def _gradients(
 def _accumulated(
     count: int,
     embed: Embed,
-    loss_fn: Callable[[Outputs], jax.Array],
+    loss_fn: Callable[[Outputs], tuple[jax.Array, Metrics]],
     params: Any,
     batch: Batch,
 ) -> tuple[Float[Array, ""], tuple[Any, Metrics], Any]:
@@ -237,7 +244,7 @@ def _accumulated(
     _, (outputs, batch_stats) = jax.lax.scan(lambda _, part: (_, embed(params, part)), None, parts)
     # Scalar outputs are parameters, equal in every micro-batch; others have the batch first.
     outputs = {name: join(x) if x.ndim > 1 else x[0] for name, x in outputs.items()}
-    value, gradients = jax.value_and_grad(loss_fn)(outputs)
+    (value, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(outputs)
     d_outputs = {
         name: split(count, x) if x.ndim else jnp.broadcast_to(x / count, count)
         for name, x in gradients.items()
@@ -251,7 +258,7 @@ def _accumulated(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
     grads, _ = jax.lax.scan(replay, zeros, (parts, d_outputs))
     batch_stats = jax.tree.map(lambda x: x.mean(axis=0), batch_stats)
-    return value, (batch_stats, _geometry(outputs, params)), grads
+    return value, (batch_stats, {**terms, **_geometry(outputs, params)}), grads
 
 
 def split(

@@ -104,6 +104,12 @@ def validate(config: ConfigDict) -> None:
             )
         if "," in each.weight_key:
             problems.append(f"source.weight_key is {each.weight_key!r}, and must be a single name")
+    for name in ("zeroshot", "retrieval"):
+        for key in ("weight_key", "teacher_keys", "weight"):
+            if value := config.eval[name].source[key]:
+                problems.append(
+                    f"eval.{name}.source.{key} is {value!r}, and only training data have it"
+                )
     problems += _distillation(config)
     if not 0 <= config.loss.label_smoothing < 1:
         problems.append(

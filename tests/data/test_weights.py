@@ -115,3 +115,12 @@ def test_sources_that_have_no_weights(source, message):
     config.data.source = default.source(**{"weight_key": "score", **source})
     with pytest.raises(UserError, match=message):
         validation.validate(config)
+
+
+@pytest.mark.parametrize("key", ["weight_key", "teacher_keys"])
+@pytest.mark.parametrize("evaluation", ["zeroshot", "retrieval"])
+def test_evaluation_data_have_neither_weights_nor_teachers(evaluation, key):
+    config = default.get_config("")
+    config.eval[evaluation].source = default.source(type="tar", path="x", **{key: "score"})
+    with pytest.raises(UserError, match=rf"eval\.{evaluation}\.source\.{key} is 'score'.*only tr"):
+        validation.validate(config)

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import matplotlib.colors
 import numpy as np
+import numpy_models
 import pytest
+import tiny
 from ml_collections import FrozenConfigDict
 from PIL import Image, ImageFilter, ImageOps
 
-from clip_jax import sharding
+from clip_jax import models, sharding
 from clip_jax.models import views
 
 SIDE = 40
@@ -183,3 +185,30 @@ def test_what_is_drawn():
         edges = np.quantile(values, [0, 0.25, 0.75, 1])
         wanted = low + (high - low) * np.array([0, 0.25, 0.75, 1])
         np.testing.assert_allclose(edges, wanted, atol=0.03 * (high - low), err_msg=name)
+
+
+def test_the_head_that_compares_views_equals_numpy():
+    net = tiny.make_net("vit", {"views_mlp": 24, "views_embed": 8})
+    batch = tiny.make_batch(net)
+    batch["views"] = np.stack([batch["image"], batch["image"][:, ::-1]], axis=1)
+    shapes = jax.eval_shape(net.init, KEY, batch["image"], batch["tokens"])
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape) / 3), shapes)
+    found = jax.jit(functools.partial(net.apply, method="outputs"))(variables, batch)["views"]
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+    for number in range(2):
+        x = numpy_models.vit_tokens(batch["views"][:, number], p["image"], 8)[:, 0]
+        x = numpy_models.layer_norm(x, p["image"]["ln_post"])
+        for layer in (1, 2):
+            dense = p["view_head"][f"layer_{layer}"]
+            x = numpy_models.layer_norm(
+                x @ dense["kernel"] + dense["bias"], p["view_head"][f"ln_{layer}"]
+            )
+            x = np.maximum(x, 0)
+        x = x @ p["view_head"]["layer_3"]["kernel"] + p["view_head"]["layer_3"]["bias"]
+        np.testing.assert_allclose(found[:, number], numpy_models.unit(x), atol=1e-5)
+
+
+def test_a_size_with_a_view_head_says_so():
+    size = models.get_size("ViT-B/32", {"views_mlp": 4096, "views_embed": 256})
+    assert str(size) == "ViT-B/32 (view head 4096 x 256)"

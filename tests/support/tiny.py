@@ -94,9 +94,7 @@ def make_step(net, mesh: Mesh, *, method="all_gather", optim=None, **overrides):
     """The training step, a function of state and batch, with the optimiser of `make_optimizer`."""
     settings = {
         "optimizer": make_optimizer(**(optim or {})),
-        "loss_fn": program.of_pairs(
-            functools.partial(losses.softmax_loss, mesh=mesh, method=method)
-        ),
+        "loss_fn": contrastive(functools.partial(losses.softmax_loss, mesh=mesh, method=method)),
         "augment": lambda images, key: {"image": images},
         "accum_steps": 1,
         "zero1": False,
@@ -106,6 +104,11 @@ def make_step(net, mesh: Mesh, *, method="all_gather", optim=None, **overrides):
         **overrides,
     }
     return functools.partial(train_step.train_step, net=net, **settings)
+
+
+def contrastive(loss) -> train_step.Objective:
+    """Makes a loss of pairs the whole objective."""
+    return program.weighted_sum(contrastive=(1.0, program.of_pairs(loss)))
 
 
 def init_state(

@@ -37,6 +37,9 @@ def config(shard, **overrides):
             "data.captions": 2,
             "loss.label_smoothing": 0.1,
             "loss.widths": (4, 8),
+            "loss.captioning": 2.0,
+            "loss.views": 0.5,
+            "model.packing.length": 0,
             "duration": "8 steps",
             "checkpoint.every": "4 steps",
             **overrides,
@@ -54,10 +57,15 @@ def finished(shard):
 
 def test_it_learns_and_is_evaluated_as_any_other(finished):
     workdir, final = finished
-    losses = [row["train/loss"] for row in tiny_run.read_rows(workdir) if "train/loss" in row]
+    rows = [row for row in tiny_run.read_rows(workdir) if "train/loss" in row]
     guess = math.log(16) + math.log(2) / 2  # nats of each width
-    assert 3 * guess - 0.5 < losses[0] < 5 * guess
-    assert losses[-1] < losses[0] - 1
+    assert 3 * guess - 0.5 < rows[0]["train/loss/contrastive"] < 5 * guess
+    assert rows[0]["train/loss/captioning"] == pytest.approx(math.log(49_408), rel=0.1)
+    assert math.log(31) - 1 < rows[0]["train/loss/views"] < 2 * math.log(31)  # of 31 other views
+    for row in rows:
+        terms = [row[f"train/loss/{name}"] for name in ("contrastive", "captioning", "views")]
+        assert row["train/loss"] == pytest.approx(np.dot(terms, (1, 2, 0.5)), rel=1e-6)
+    assert rows[-1]["train/loss"] < rows[0]["train/loss"] - 1
     assert "zeroshot/top1" in final
 
 

@@ -62,25 +62,24 @@ def gradients(
     }
     if objective == "near_duplicates":
         scale = jnp.float32(math.log(1 / 0.07))
-        settings["loss_fn"] = program.of_views(
-            functools.partial(losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method)
-        )
+        pairs = functools.partial(losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method)
+        settings["loss_fn"] = program.weighted_sum(views=(1.0, program.of_views(pairs)))
         settings["augment"] = lambda images, key: {"image": mirrored(images)}
     elif decoder:
         pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
         settings["loss_fn"] = program.weighted_sum(
-            (1.0, program.of_pairs(pairs)), (2.0, program.prediction)
+            contrastive=(1.0, program.of_pairs(pairs)), captioning=(2.0, program.prediction)
         )
     elif views:
         pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
         compare = functools.partial(losses.views_loss, mesh=mesh, method=method)
         settings["loss_fn"] = program.weighted_sum(
-            (1.0, program.of_pairs(pairs)),
-            (0.5, lambda outputs, batch: compare(outputs["views"], jnp.log(10.0))),
+            contrastive=(1.0, program.of_pairs(pairs)),
+            views=(0.5, lambda outputs, batch: compare(outputs["views"], jnp.log(10.0))),
         )
         settings["augment"] = lambda images, key: {"image": images, "views": mirrored(images)}
     elif objective != "contrastive":
-        settings["loss_fn"] = program.prediction
+        settings["loss_fn"] = program.weighted_sum(captioning=(1.0, program.prediction))
     step = tiny.compile_step(net, mesh, state, batch, **settings)
     after, metrics = step(state, batch)
     return float(metrics["loss"]), tiny.named_leaves(after.opt_state[0]["mu"])
