@@ -9,7 +9,7 @@ Every recipe differs from the baseline in the settings that stand beside it, and
 images. All runs of a seed see the same pairs in the same order. A run that is stored in
 learning.json is not repeated, so the command goes on where it was stopped. The table has the mean
 over the seeds, and the mean difference from the baseline of the same seed with its 95 % interval
-(Student's t). Its last column is processor time of a run, compilation and evaluation included.
+(Student's t). Its last column is processor time of a run, evaluation included; its programs are compiled once.
 """
 
 import argparse
@@ -224,6 +224,7 @@ def main():
         recipe, seed = arguments.child
         places = arguments.data, arguments.path, arguments.held_out
         config = make_config(*places, recipe, int(seed), arguments.other)
+        config.compilation_cache = str(Path(arguments.workdir).parent / "compiled")
         run(config, arguments.workdir)
         return
     runs = load().get(arguments.data, {})
