@@ -9,7 +9,8 @@ Every recipe differs from the baseline in the settings that stand beside it, and
 images. All runs of a seed see the same pairs in the same order. A run that is stored in
 learning.json is not repeated, so the command goes on where it was stopped. The table has the mean
 over the seeds, and the mean difference from the baseline of the same seed with its 95 % interval
-(Student's t). Its last column is processor time of a run, evaluation included; its programs are compiled once.
+(Student's t). Its last column is processor time of a run, evaluation included; the seeds share
+compiled programs.
 """
 
 import argparse
