@@ -10,8 +10,6 @@ the rates stand the operations that the compiler counts.
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
 
 import turns
 
@@ -24,13 +22,10 @@ SAVINGS = {
     "half the side": {"model.size.image_size": "{half}"},
     "half the tokens": {"model.size.context_length": 39},
 }
-Timed = Callable[[], tuple[float, float]]  # takes a step: seconds, and those of the CPUs
 
 
-def make_step(args: argparse.Namespace, settings: dict) -> tuple[Timed, float]:
+def make_step(args: argparse.Namespace, settings: dict) -> tuple[turns.Timed, float]:
     """Compiles the training step that main.py would run; returns a timed call, and its FLOPs."""
-    import jax
-
     from clip_jax.common import config_file
     from clip_jax.training import program
 
@@ -41,16 +36,7 @@ def make_step(args: argparse.Namespace, settings: dict) -> tuple[Timed, float]:
     config.model.packing.length = 0  # captions here are noise, all of full length
     halved = {name: args.side // 2 if x == "{half}" else x for name, x in settings.items()}
     config.update_from_flattened_dict(halved)
-    built = program.build(config, examples=1_000_000)
-    data = turns.random_batch(built.batch)
-    state, step = built.init(), built.lower().compile()
-
-    def seconds() -> tuple[float, float]:
-        nonlocal state
-        began = time.perf_counter(), time.process_time()
-        state, _ = jax.block_until_ready(step(state, data))
-        return time.perf_counter() - began[0], time.process_time() - began[1]
-
+    seconds, step = turns.timed_step(program.build(config, examples=1_000_000))
     return seconds, step.cost_analysis()["flops"]
 
 

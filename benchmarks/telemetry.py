@@ -13,33 +13,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 
 import turns
 
-Timed = Callable[[], tuple[float, float]]  # takes a step: seconds, and those of the CPUs
 
-
-def make_step(config) -> tuple[Timed, object]:
-    """Compiles the training step that main.py would run; returns a timed call of it."""
-    import jax
-
-    from clip_jax.training import program
-
-    built = program.build(config, examples=1_000_000)
-    data = turns.random_batch(built.batch)
-    state, step = built.init(), built.lower().compile()
-
-    def seconds() -> tuple[float, float]:
-        nonlocal state
-        began = time.perf_counter(), time.process_time()
-        state, _ = jax.block_until_ready(step(state, data))
-        return time.perf_counter() - began[0], time.process_time() - began[1]
-
-    return seconds, built
-
-
-def without_telemetry(config) -> Timed:
+def without_telemetry(built) -> turns.Timed:
     """Compiles the step with nothing but the norms of the whole."""
     import optax
 
@@ -49,7 +27,7 @@ def without_telemetry(config) -> Timed:
     step._norms = lambda name, tree: {name: optax.tree.norm(tree)}
     step._geometry = lambda outputs, params: {}
     try:
-        return make_step(config)[0]
+        return turns.timed_step(built)[0]
     finally:
         step._norms, step._geometry = kept
 
@@ -83,12 +61,13 @@ def main():
     args = parser.parse_args()
     sys.path.insert(0, str(turns.ROOT))
     from clip_jax.common import config_file
+    from clip_jax.training import program
 
     config = config_file.load(args.model)
     config.batch_size = args.batch or config.batch_size
     config.loss.method = "ring"
-    bare = without_telemetry(config)
-    full, built = make_step(config)
+    built = program.build(config, examples=1_000_000)
+    bare, full = without_telemetry(built), turns.timed_step(built)[0]
     rounds = []
     for number in range(args.rounds + 1):
         if number % 2:

@@ -26,6 +26,7 @@ PLATFORMS = {
 }
 
 Step = Callable[[], float]  # does the timed work once, returns its loss
+Timed = Callable[[], tuple[float, float]]  # takes a step: seconds, and those of the CPUs
 
 
 def random_batch(shapes: dict) -> dict:
@@ -39,6 +40,22 @@ def random_batch(shapes: dict) -> dict:
         "tokens": rng.integers(1, 49_408, shapes["tokens"].shape, np.int32),
     }
     return {name: jax.device_put(x, shapes[name].sharding) for name, x in arrays.items()}
+
+
+def timed_step(built) -> tuple[Timed, object]:
+    """Compiles the step of a `program.Program`; returns a timed call, and the compiled program."""
+    import jax
+
+    data = random_batch(built.batch)
+    state, step = built.init(), built.lower().compile()
+
+    def seconds() -> tuple[float, float]:
+        nonlocal state
+        began = time.perf_counter(), time.process_time()
+        state, _ = jax.block_until_ready(step(state, data))
+        return time.perf_counter() - began[0], time.process_time() - began[1]
+
+    return seconds, step
 
 
 def host_peak() -> float:
