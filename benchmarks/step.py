@@ -78,7 +78,7 @@ def clip_jax_step(
 
     from clip_jax import losses, models, optim, sharding, state
     from clip_jax.configs import default
-    from clip_jax.training import program, step
+    from clip_jax.training import objectives, step
 
     dtype = jnp.bfloat16 if device == "gpu" else jnp.float32  # as by model.dtype="auto"
     net = models.CLIP(
@@ -98,10 +98,10 @@ def clip_jax_step(
         step.train_step,
         net=net,
         optimizer=optimizer,
-        loss_fn=program.weighted_sum(
+        loss_fn=objectives.weighted_sum(
             contrastive=(
                 1.0,
-                program.of_pairs(functools.partial(losses.softmax_loss, mesh=mesh)),
+                objectives.of_pairs(functools.partial(losses.softmax_loss, mesh=mesh)),
             )
         ),
         accum_steps=1,

@@ -1,7 +1,7 @@
 """The values that named settings may take, each list once; imports nothing."""
 
 # config.objective and `Size.objective`: training objectives. `models.MODULES` has the model of
-# each, `program.OBJECTIVES` its loss and augmentation.
+# each, `objectives.OBJECTIVES` its loss and augmentation.
 OBJECTIVES = ("contrastive", "captioning", "bag_of_words", "near_duplicates")
 
 # config.loss.name and config.loss.method; see `clip_jax.losses`.

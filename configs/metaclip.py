@@ -11,8 +11,8 @@ training on 400 million pairs or on 2.5 billion:
     h14   ViT-H/14      -    80.5
 
 `python -m clip_jax data curate` balances pairs as MetaCLIP does. It trained in float16, this in
-bfloat16. Shapes and batch are those of configs/vit_b32.py, vit_b16.py, vit_l14.py and vit_h14.py, and
-so are their plans. Not run here beyond :smoke.
+bfloat16. Shapes, batch and so plans are those of configs/vit_b32.py, vit_b16.py, vit_l14.py and
+vit_h14.py. Not run here beyond :smoke.
 
     python main.py --config=configs/metaclip.py:b16 --config.data.source.type=tar
         --config.data.source.path='gs://BUCKET/shards/*.tar' --workdir=gs://BUCKET/runs/metaclip

@@ -68,7 +68,7 @@ class ImageModel(nn.Module):
         return tuple(self.outputs(as_batch(images, tokens, rows), train).values())
 
     def outputs(self, batch: Inputs, train: bool = False) -> Outputs:
-        """Computes what the loss of the objective takes, by name; see `program.OBJECTIVES`.
+        """Computes what the loss of the objective takes, by name; see `objectives.OBJECTIVES`.
 
         Args:
           batch: fields of the batch.

@@ -16,8 +16,8 @@ from clip_jax.models.packing import Packing
 from clip_jax.models.sizes import Size, get_size
 
 # By `Size.objective`, one of `choices.OBJECTIVES`. Each computes what the loss of its objective
-# takes (see `program.OBJECTIVES`) by `outputs`, and embeds images by `encode_image`. A model that
-# embeds texts has `encode_text`, one that can score prompts `score`.
+# takes (see `objectives.OBJECTIVES`) by `outputs`, and embeds images by `encode_image`. A model
+# that embeds texts has `encode_text`, one that can score prompts `score`.
 MODULES: Mapping[str, type[ImageModel]] = {
     "contrastive": CLIP,
     "captioning": Captioner,

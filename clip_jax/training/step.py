@@ -59,7 +59,7 @@ def train_step(
       batch: as in `Batch`, split over the mesh.
       net: one of `clip_jax.models.MODULES`.
       optimizer: the optimiser. No gradient is computed of parameters that do not learn.
-      loss_fn: loss of the outputs of the model; see `program.OBJECTIVES`.
+      loss_fn: loss of the outputs of the model; see `objectives.OBJECTIVES`.
       augment: augmentation, called with the images and a key of this step; see `augment.augment`
         and `views.two_views`.
       accum_steps: micro-batches that the towers embed one after the other; the loss is that of the

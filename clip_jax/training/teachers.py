@@ -20,7 +20,7 @@ from clip_jax.configs import default
 from clip_jax.data import teachers as fields
 from clip_jax.data.tokenizer import Tokenizer
 from clip_jax.errors import UserError
-from clip_jax.training import program
+from clip_jax.training import objectives, program
 from clip_jax.training import step as train_step
 from clip_jax.weights.model import Weights
 
@@ -128,7 +128,7 @@ def _embed(
 ) -> train_step.Batch:
     """Computes the fields of all teachers, with the activations of one micro-batch alive."""
     config = built.config
-    _, augment_fn = program.OBJECTIVES[config.objective](config, built.mesh)
+    _, augment_fn = objectives.OBJECTIVES[config.objective](config, built.mesh)
     images = augment_fn(batch["image"], train_step.keys(config.seed, step)[2])["image"]
     batch = {"image": images, "tokens": batch["tokens"]}
     first = len(fields.of_data(config.data))  # those that the data keep come first

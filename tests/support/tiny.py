@@ -12,7 +12,7 @@ from clip_jax import losses, models, optim, sharding
 from clip_jax import state as train_state
 from clip_jax.common import clock
 from clip_jax.configs import default
-from clip_jax.training import program
+from clip_jax.training import objectives
 from clip_jax.training import step as train_step
 
 _TEXT = {
@@ -108,7 +108,7 @@ def make_step(net, mesh: Mesh, *, method="all_gather", optim=None, **overrides):
 
 def contrastive(loss) -> train_step.Objective:
     """Makes a loss of pairs the whole objective."""
-    return program.weighted_sum(contrastive=(1.0, program.of_pairs(loss)))
+    return objectives.weighted_sum(contrastive=(1.0, objectives.of_pairs(loss)))
 
 
 def init_state(

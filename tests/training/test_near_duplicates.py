@@ -18,7 +18,7 @@ from clip_jax.data.sources.captions import Captions
 from clip_jax.embed.encoder import Encoder
 from clip_jax.errors import BadExample, UserError
 from clip_jax.models import views
-from clip_jax.training import program, validation
+from clip_jax.training import objectives, program, validation
 from clip_jax.weights.convert import tokens
 from clip_jax.weights.model import Tensors, Weights, variable_shapes
 
@@ -110,12 +110,12 @@ def test_the_loss_has_the_temperature_of_the_config():
     config = overlap_detector.get_config("smoke")
     config.loss.temperature = 0.2
     mesh, _ = program.make_mesh_and_net(config)
-    loss, augment = program.OBJECTIVES["near_duplicates"](config, mesh)
+    loss, augment = objectives.OBJECTIVES["near_duplicates"](config, mesh)
     rng = np.random.default_rng(0)
     pair = [jnp.float32(numpy_models.unit(rng.normal(size=(16, 8)))) for _ in range(2)]
     wanted = losses.softmax_loss(*pair, jnp.log(jnp.float32(5)))
     outputs = {"views": jnp.stack(pair, axis=1)}
-    assert float(jax.jit(loss)(outputs, {})) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(jax.jit(loss)(outputs, {})[0]) == pytest.approx(float(wanted), rel=1e-5)
     made = jax.eval_shape(augment, np.zeros((2, 32, 32, 3), np.uint8), jax.random.key(0))
     assert made["image"].shape == (2, 2, 32, 32, 3)
 

@@ -18,7 +18,7 @@ from clip_jax.configs import default, figure2
 from clip_jax.errors import UserError
 from clip_jax.models import captioner, clip
 from clip_jax.models import prompts as prompts_module
-from clip_jax.training import program, validation
+from clip_jax.training import objectives, program, validation
 
 BAG = {"text_pool": "bag", "text_layers": 0}
 EXACT = {"rtol": 1e-5, "atol": 1e-5}
@@ -294,7 +294,7 @@ def test_configs_of_figure_2(line: str):
 
 
 def test_every_table_names_the_same_objectives():
-    assert set(program.OBJECTIVES) == set(models.MODULES) == set(choices.OBJECTIVES)
+    assert set(objectives.OBJECTIVES) == set(models.MODULES) == set(choices.OBJECTIVES)
 
 
 @pytest.mark.parametrize(
@@ -371,11 +371,11 @@ def test_nested_widths_add_up(name: str, method: str):
         wants[0] += value
         for i in range(len(scalars)):
             wants[3 + i] += grads[2 + i]
-    loss, _ = program.OBJECTIVES["contrastive"](config, mesh)
+    loss, _ = objectives.OBJECTIVES["contrastive"](config, mesh)
     batch = {"weight": jnp.asarray(weights)}
     arguments = dict(zip(clip.PAIRS, map(jnp.float32, (images, texts, *scalars))))
     with jax.set_mesh(mesh):
-        value, grads = jax.jit(jax.value_and_grad(loss))(arguments, batch)
+        (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(arguments, batch)
     for got, want in zip((value, *(grads[name] for name in arguments)), wants):
         assert reference.relative_error(got, want) < 1e-5
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from clip_jax import losses, optim, sharding
-from clip_jax.training import program
+from clip_jax.training import objectives
 
 ONE, FSDP = (1, 1), (2, 4)  # mesh.data, mesh.fsdp
 DECODERS = {
@@ -63,23 +63,23 @@ def gradients(
     if objective == "near_duplicates":
         scale = jnp.float32(math.log(1 / 0.07))
         pairs = functools.partial(losses.softmax_loss, logit_scale=scale, mesh=mesh, method=method)
-        settings["loss_fn"] = program.weighted_sum(views=(1.0, program.of_views(pairs)))
+        settings["loss_fn"] = objectives.weighted_sum(views=(1.0, objectives.of_views(pairs)))
         settings["augment"] = lambda images, key: {"image": mirrored(images)}
     elif decoder:
         pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
-        settings["loss_fn"] = program.weighted_sum(
-            contrastive=(1.0, program.of_pairs(pairs)), captioning=(2.0, program.prediction)
+        settings["loss_fn"] = objectives.weighted_sum(
+            contrastive=(1.0, objectives.of_pairs(pairs)), captioning=(2.0, objectives.prediction)
         )
     elif views:
         pairs = functools.partial(losses.softmax_loss, mesh=mesh, method=method)
         compare = functools.partial(losses.views_loss, mesh=mesh, method=method)
-        settings["loss_fn"] = program.weighted_sum(
-            contrastive=(1.0, program.of_pairs(pairs)),
+        settings["loss_fn"] = objectives.weighted_sum(
+            contrastive=(1.0, objectives.of_pairs(pairs)),
             views=(0.5, lambda outputs, batch: compare(outputs["views"], jnp.log(10.0))),
         )
         settings["augment"] = lambda images, key: {"image": images, "views": mirrored(images)}
     elif objective != "contrastive":
-        settings["loss_fn"] = program.weighted_sum(captioning=(1.0, program.prediction))
+        settings["loss_fn"] = objectives.weighted_sum(captioning=(1.0, objectives.prediction))
     step = tiny.compile_step(net, mesh, state, batch, **settings)
     after, metrics = step(state, batch)
     return float(metrics["loss"]), tiny.named_leaves(after.opt_state[0]["mu"])
