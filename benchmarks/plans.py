@@ -1,4 +1,4 @@
-"""The plans of all configs on TPU pods, kept in clip_jax/plan/plans.json, and what has become of them.
+"""The plans of all configs on TPU pods, kept in clip_jax/plan/plans.json, and what became of them.
 
     python benchmarks/plans.py                    # plans what is not in the file, or was never done
     python benchmarks/plans.py vit_l14 vit_b16    # plans these again, on all their topologies

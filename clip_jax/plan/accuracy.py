@@ -245,7 +245,7 @@ def _image_flops(size: Size) -> float:
     return flops.image_flops(size)
 
 
-def top1_error(
+def top1_errors(
     results: Sequence[Result], errors: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
     """Converts errors of the logarithm of the odds to those of the accuracy, as fractions."""
