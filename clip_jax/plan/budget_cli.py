@@ -128,8 +128,8 @@ def _text(
     train, check = budget.commands(best, topology)
     data = "unknown data" if request.collection == accuracy.UNKNOWN else request.collection
     lines = [
-        f"{request.budget.days:,.4g} {chip}-days, {units.count(request.pairs)} pairs, {data}; days on "
-        f"{topology}. The best predicted first:",
+        f"{request.budget.days:,.4g} {chip}-days, {units.count(request.pairs)} pairs, {data}; days "
+        f"on {topology}. The best predicted first:",
         "",
         _table(found, topology, price),
         "",
@@ -147,8 +147,8 @@ def _text(
         lines.append(f"Beyond the published results: {'; '.join(best.beyond)}. Do not rely on it.")
     if best.days < 0.99 * request.budget.days:
         lines.append(
-            f"{request.budget.days - best.days:,.4g} {chip}-days are left over: no published run of "
-            "its recipe saw more pairs."
+            f"{request.budget.days - best.days:,.4g} {chip}-days are left over: no published run "
+            "of its recipe saw more pairs."
         )
     lines += ["", "Does it fit?", f"  {check}", "Train:", f"  {train}"]
     return "\n".join(lines)

@@ -39,8 +39,8 @@ def parse_budget(text: str) -> Budget:
     found = re.fullmatch(rf"\s*{_NUMBER}\s*([a-z]\w*)-(hour|day|week)s?\s*", text, re.IGNORECASE)
     if re.fullmatch(rf"\s*{_NUMBER}\s*", text):
         raise UserError(
-            f"--budget={text.strip()} has no unit: it is {example}. The minutes that a --search may "
-            f"take are --search_minutes={text.strip()} now."
+            f"--budget={text.strip()} has no unit: it is {example}. The minutes that a --search "
+            f"may take are --search_minutes={text.strip()} now."
         )
     if not found:
         raise UserError(f"--budget={text!r} cannot be read: it is {example}.")
@@ -84,7 +84,7 @@ def parse_pairs(text: str) -> float:
     found = re.fullmatch(rf"\s*{_NUMBER}\s*([a-z]*?)(?:\s+pairs)?\s*", text, re.IGNORECASE)
     if not found or found[2].lower() not in _FACTORS:
         raise UserError(
-            f"--pairs={text!r} is no number of image-text pairs: as in --pairs=400M or --pairs=1.4B."
+            f"--pairs={text!r} is no number of image-text pairs, as in --pairs=400M or 1.4B."
         )
     pairs = _number(found[1], "--pairs") * _FACTORS[found[2].lower()]
     if pairs < 1:
