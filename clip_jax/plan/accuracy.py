@@ -186,7 +186,7 @@ class Law:
         self.freedom = float(len(results) - self.leverage.sum())
         self.noise = float(np.sqrt((self.residuals**2).sum() / self.freedom))
         offsets = fitted.x[len(_START) : len(_START) + len(self.collections)]
-        self.spread = float(offsets.std())
+        self.spread = float(offsets.std(ddof=1))
 
     def predict(self, setting: Setting) -> Prediction:
         """Predicts the accuracy of a run; data of no known collection have no offset."""
@@ -194,9 +194,11 @@ class Law:
 
         odds, slopes = self._linear(setting)
         variance = self.noise**2 * (1 + slopes @ self._inverse @ slopes / NOISE**2)
-        if setting.collection not in self.collections:
-            variance += self.spread**2
-        half = stats.t.ppf((1 + COVERAGE) / 2, self.freedom) * np.sqrt(variance)
+        freedom = self.freedom
+        if setting.collection not in self.collections:  # the next draw of few collections
+            freedom = len(self.collections) - 1.0
+            variance += self.spread**2 * (1 + 1 / len(self.collections))
+        half = stats.t.ppf((1 + COVERAGE) / 2, freedom) * np.sqrt(variance)
         top1, low, high = (1 / (1 + np.exp(odds + shift)) for shift in (0.0, half, -half))
         return Prediction(float(top1), float(low), float(high))
 

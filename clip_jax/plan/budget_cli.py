@@ -138,6 +138,11 @@ def _text(
         f"points in the mean, and {inside:.0%} lie within their interval.",
         f"Speed: {_speeds(found)}; predicted, not measured, and nothing is kept back for failures.",
     ]
+    if request.collection == accuracy.UNKNOWN:
+        lines.append(
+            "Data: unknown, so the interval spans the differences between published data sets. "
+            f"--data narrows it where yours are like one of {', '.join(law.collections)}."
+        )
     if best.batch_source:
         lines.append(
             f"Batch: a power of two not above that of {best.batch_source}, the largest published "

@@ -68,8 +68,8 @@ WRONG = {
     "price without time": ([*GIVEN, "--price=1.20 dollars"], r"dollars/chip-hour"),
     "other chip's price": ([*GIVEN, "--price=1 dollars/v4-hour"], r"not one of a v5e"),
     "other chip's slice": ([*GIVEN, "--topology=v5p:2x2x2"], r"not of the v5e"),
-    "unknown data": ([*GIVEN, "--data=mine"], r"--data=mine has no results.*LAION"),
-    "no MFU": ([*GIVEN, "--mfu=40"], r"--mfu=40\.0 is no MFU"),
+    "unknown data": ([*GIVEN, "--data=mine"], r"--data=mine has no published results.*LAION"),
+    "no MFU": ([*GIVEN, "--mfu=40"], r"--mfu=40\.0 is no "),
 }
 
 
