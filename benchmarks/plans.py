@@ -1,4 +1,4 @@
-"""The plans of all configs on TPU pods, kept in benchmarks/plans.json, and what has become of them.
+"""The plans of all configs on TPU pods, kept in clip_jax/plan/plans.json, and what became of them.
 
     python benchmarks/plans.py                    # plans what is not in the file, or was never done
     python benchmarks/plans.py vit_l14 vit_b16    # plans these again, on all their topologies
@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILE = Path(__file__).with_suffix(".json")
+FILE = ROOT / "clip_jax" / "plan" / "plans.json"
 SLOWER = 1.05  # than the stored plan, by the check
 SOURCE = ("data.source.type=digits", "data.source.split=train")  # a plan does not look at them
 

@@ -6,6 +6,9 @@ chips.py      the table of chips     suggest.py    suggests settings that fit
 table.py      figures for people     estimate.py   rough needs before compiling
 step_cost.py  figures of a step      progress.py   lines while it compiles
 
+plan --budget: budget_cli.py is the command, units.py reads its amounts, budget.py chooses a config
+by stored plans (plans.json), and accuracy.py predicts its accuracy from published.csv.
+
 From the text of a compiled program: hlo.py reads it, loops.py finds trip counts, groups.py the
 devices of a collective, flops.py the operations and bytes of an instruction, network.py the time of
 a collective. kernels.py times Pallas kernels, whose grids mosaic.py reads. cost.py adds all of it

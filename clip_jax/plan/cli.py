@@ -6,6 +6,9 @@ predicted to take. Needs no TPU, but libtpu: pip install "jax[tpu]".
 
     python -m clip_jax plan --config=vit_l14 --topology=v5p:4x4x8 --slices=2
     python -m clip_jax plan --config=vit_b32 --topology=v5e:4x4 --search
+    python -m clip_jax plan --budget="256 v5e-days" --pairs=400M
+
+The last chooses the config for a budget; python -m clip_jax plan --budget --help has its flags.
 
 Any setting can be given, as in --config.batch_size=4096. The data are not looked at. Exit status: 0
 if it fits, 1 if it does not, 2 for a user error.
@@ -27,6 +30,7 @@ from ml_collections import ConfigDict
 from clip_jax.common import commands, config_file
 from clip_jax.configs import default
 from clip_jax.errors import UserError
+from clip_jax.plan import budget_cli
 from clip_jax.plan import topology as topologies
 from clip_jax.plan.chips import IMAGES_PER_CORE
 from clip_jax.storage import locations, writing
@@ -53,11 +57,14 @@ class Request:
     json: str | None
     hlo: str | None
     search: bool
-    budget: float
+    search_minutes: float
 
 
 def main(arguments: list[str]) -> None:
     """Runs the command; ends the process where it must."""
+    if budget_cli.is_meant(arguments):
+        budget_cli.main(arguments)
+        return
     if {"-h", "--help", "--helpfull"} & set(arguments):
         print(config_file.help_text(__doc__ or "", _define))
         return
@@ -107,7 +114,9 @@ def _define(values: flags.FlagValues) -> None:
         "Find the fastest mesh, micro-batch, rematerialisation and loss method that fit.",
         flag_values=values,
     )
-    flags.DEFINE_float("budget", 30.0, "Minutes that a search may take.", flag_values=values)
+    flags.DEFINE_float(
+        "search_minutes", 30.0, "Minutes that a search may take.", flag_values=values
+    )
 
 
 def _request(given: config_file.CommandLine, arguments: list[str]) -> Request:
@@ -132,7 +141,7 @@ def _request(given: config_file.CommandLine, arguments: list[str]) -> Request:
         json=get["json"],
         hlo=get["hlo"],
         search=get["search"],
-        budget=get["budget"],
+        search_minutes=get["search_minutes"],
     )
 
 
@@ -181,7 +190,7 @@ def _search(request: Request) -> bool:
     found = search.search(
         request.config,
         request.topology,
-        minutes=request.budget,
+        minutes=request.search_minutes,
         examples=request.examples,
         top=request.top,
         images_per_core=request.images_per_core,
@@ -200,8 +209,8 @@ def _check(get: dict[str, Any]) -> None:
         folder = pathlib.Path(get[name] or "-").parent
         if not folder.is_dir():
             raise UserError(f"--{name}={get[name]} cannot be written: there is no {folder}.")
-    if get["examples"] < 1 or get["budget"] < 0 or get["top"] < 0:
-        raise UserError("--examples is 1 or more, and --budget and --top are not negative.")
+    if get["examples"] < 1 or get["search_minutes"] < 0 or get["top"] < 0:
+        raise UserError("--examples is 1 or more, and --search_minutes and --top not negative.")
     if get["images_per_core"] <= 0:
         raise UserError(f"--images_per_core={get['images_per_core']} is no rate: it is above 0.")
 

@@ -245,7 +245,9 @@ def format_search(found: SearchResult, command: str) -> str:
             row = f"{'does not fit':>16}  +{plan.missing / GIB:.2f}"
         lines.append(f"{row}  {tried.choice}")
     count = f"{len(found.tried)} combinations compiled, of {found.candidates:,} and their variants"
-    left = f"; {found.left:,} might still be faster: a larger --budget" if found.left else ""
+    left = (
+        f"; {found.left:,} might still be faster: a larger --search_minutes" if found.left else ""
+    )
     lines.append(f"{count}{left}.")
     if found.best:
         # The flags follow the user's: of a flag given twice, the last counts.

@@ -220,7 +220,16 @@ def test_commands(capsys):
 def test_help(capsys):
     commands.main(["plan", "--help"])
     said = capsys.readouterr().out
-    for name in ("config", "topology", "slices", "examples", "json", "search", "budget", "top"):
+    for name in (
+        "config",
+        "topology",
+        "slices",
+        "examples",
+        "json",
+        "search_minutes",
+        "top",
+        "budget",
+    ):
         assert f"--{name}" in said or f"--[no]{name}" in said
 
 

@@ -153,7 +153,7 @@ def test_search_keeps_to_its_budget(pretended):
     found = search.search(config, slice_, minutes=0.0, report=lambda line: None)
     assert len(pretended) == 1
     assert found.left > 0
-    assert "a larger --budget" in search.format_search(found, "x")
+    assert "a larger --search_minutes" in search.format_search(found, "x")
 
 
 def test_candidates_divide():

@@ -18,6 +18,7 @@ import sys
 from clip_jax import __main__
 from clip_jax.common import config_file
 from clip_jax.curation import cli as data
+from clip_jax.plan import budget_cli
 from clip_jax.plan import cli as plan
 from clip_jax.training import cli as training
 from clip_jax.training import validation
@@ -37,6 +38,8 @@ def parse(words: list[str]) -> None:
         _parse_training(words[1:], complete)
     elif words[:3] == ["-m", "clip_jax", "train"]:
         _parse_training(words[3:], complete)
+    elif words[:3] == ["-m", "clip_jax", "plan"] and budget_cli.is_meant(words[3:]):
+        budget_cli._amounts(budget_cli._parser().parse_args(words[3:]))
     elif words[:3] == ["-m", "clip_jax", "plan"]:
         given = config_file.parse(words[3:], "python -m clip_jax plan", plan._define)
         plan._request(given, words[3:])
