@@ -15,9 +15,9 @@ is not repeated, so the command goes on where it was stopped. Settings that foll
 import argparse
 import dataclasses
 import fnmatch
-import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -29,12 +29,13 @@ from typing import Any
 import turns
 
 sys.path.insert(0, str(turns.ROOT))
-from clip_jax.common import config_file, metric_rows  # noqa: E402
-from clip_jax.status import reference  # noqa: E402
+from clip_jax.common import config_file, metric_rows
+from clip_jax.status import bands, check_text, reference
 
 STORED = Path(__file__).with_suffix(".json")
 SEEDS = range(5)  # of the reference
 HELD_OUT = range(100, 120)  # seeds that are no part of it
+SHOWN = (150, 300, 600)  # steps of the table
 FAULTY = 200  # seed of the faults
 TRAINED = (
     "train/loss",
@@ -130,9 +131,8 @@ class Run:
 
 RUNS = {f"seed-{seed}": Run(seed) for seed in SEEDS}
 RUNS |= {name: Run(FAULTY + i, name) for i, name in enumerate(FAULTS)}
-RUNS |= {
-    f"bfloat16-{seed}": Run(seed, settings=("--config.model.dtype=bfloat16",)) for seed in (300, 301)
-}
+OTHER_PRECISION = ("--config.model.dtype=bfloat16",)
+RUNS |= {f"bfloat16-{seed}": Run(seed, settings=OTHER_PRECISION) for seed in (300, 301)}
 RUNS |= {f"held-out-{seed}": Run(seed) for seed in HELD_OUT}
 
 
@@ -232,7 +232,23 @@ def is_stored(name: str, line: str) -> bool:
 
 
 def table(line: str) -> str:
-    return ""
+    """Formats what is stored: the reference at some steps, and the verdict on each other run."""
+    known, others = (reference.load_all(path).get(line) for path in (reference.FILE, STORED))
+    if known is None or len(known.runs) < len(SEEDS):
+        return f"The reference {line} is not complete: {len(SEEDS)} seeds make it."
+    lines = ["| curve | step | mean of the seeds | standard deviation |", "|---|---|---|---|"]
+    for metric, steps in known.steps.items():
+        for step in SHOWN:
+            values = [run[metric][steps.index(step)] for run in known.runs.values()]
+            form = check_text.show(metric)
+            spread = form(statistics.stdev(values))
+            lines.append(f"| {metric} | {step} | {form(statistics.mean(values))} | {spread} |")
+    lines += ["", "| run | verdict |", "|---|---|"]
+    for name, run in (others.runs if others else {}).items():
+        points = {metric: dict(zip(others.steps[metric], run[metric])) for metric in others.steps}
+        first = bands.compare(known, points).first
+        lines.append(f"| {name} | {check_text.departure(first) if first else 'within the band'} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Reference runs: small, fixed and seeded, for `python -m clip_jax check-curve`.
 
 Whoever has set up a new machine trains one of them and compares its curves with those of five
-seeds, which come with clip_jax. Lines:
+seeds, which stand in clip_jax/status/reference.json. Lines:
 
-    line             data                     model      steps   batch   curves of five seeds
-    digits           embedded                 4 layers     600      64   clip_jax/status/reference.json
+    line             data                     model      steps   batch   five seeds
+    digits           embedded                 4 layers     600      64   stored
     coco             COCO Captions            ViT-B/32   3,000   1,024   not yet run
     cc3m             Conceptual Captions 3M   ViT-B/32   3,000   4,096   not yet run
     cc12m            Conceptual Captions 12M  ViT-B/32   3,000   4,096   not yet run
