@@ -1,10 +1,10 @@
 """The band in which the curves of sound runs lie, and where another run leaves it.
 
 A curve is averaged over windows of a few logged steps. In each window the seeds of the reference
-give a mean and a spread, and the band is where one more seed is expected: a prediction interval of
-Student's t, of logarithms where a metric is positive. It is corrected for the number of windows of
-all metrics (Bonferroni), so that a sound run stays within all of them with probability 1 - `RISK`,
-as far as the windows are normal.
+give a mean and a variance, and the band is where one more seed is expected: the prediction interval
+of Student's t, of logarithms where a metric is positive. Its risk is divided among the metrics, and
+among the windows of each (Bonferroni). Windows that go up and down together, as those of the logit
+scale do, count for fewer, there and where their variances are averaged.
 """
 
 import dataclasses
@@ -18,16 +18,18 @@ from scipy import stats
 from clip_jax.errors import UserError
 from clip_jax.status.reference import Reference
 
-RISK = 0.01  # of a sound run, to leave the band somewhere
+RISK = 0.05  # of a sound run, to leave the band somewhere
 WINDOW = 5  # logged steps that are averaged; of evaluations, which are fewer, one
 # Neighbours on either side whose variance is averaged with a window's: five seeds alone give it
 # with four degrees of freedom.
 _NEIGHBOURS = 2
 # Least standard deviation, of a logarithm or a fraction: what bfloat16 and another order of
 # additions may change is no fault.
-_LEAST_DEVIATION = 0.002
+_LEAST_DEVIATION = 0.005
 
 Curves = Mapping[str, Mapping[int, float]]  # value by step, of each metric
+# Middle and half-width of a band in each window.
+Edges = tuple[Float[np.ndarray, " windows"], Float[np.ndarray, " windows"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +102,14 @@ def compare(reference: Reference, curves: Curves, risk: float = RISK) -> Verdict
       UserError: the run lacks a metric, or steps of it, or ends before the first window.
     """
     windows = {metric: _windows(metric, steps) for metric, steps in reference.steps.items()}
-    tests = sum(map(len, windows.values()))
     last = max((step for curve in curves.values() for step in curve), default=0)
     found, complete = [], True
     for metric, parts in windows.items():
         reached = _reached(metric, parts, curves.get(metric, {}), last)
         complete = complete and len(reached) == len(parts)
         if reached:
-            found.append(_beside(reference, metric, parts, curves[metric], risk / tests))
+            edges = _band(_seeds(reference, metric, parts), risk / len(windows))
+            found.append(_beside(metric, reached, curves[metric], edges))
     if not found:
         first = min(part[-1] for parts in windows.values() for part in parts)
         raise UserError(
@@ -119,7 +121,7 @@ def compare(reference: Reference, curves: Curves, risk: float = RISK) -> Verdict
 
 def _windows(metric: str, steps: Sequence[int]) -> list[Sequence[int]]:
     """Divides the steps of a metric into windows; the last ones, too few for another, are left."""
-    size = WINDOW if metric.startswith("train/") else 1
+    size = WINDOW if _is_positive(metric) else 1
     return [steps[i : i + size] for i in range(0, len(steps) - size + 1, size)]
 
 
@@ -137,35 +139,37 @@ def _reached(
     if missing:
         listed = ", ".join(f"{step:,}" for step in missing[:3])
         more = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
-        logs = "log" if metric.startswith("train/") else "eval"
+        every = "log.every" if _is_positive(metric) else "eval.every"
         raise UserError(
             f"The run has no {metric} at step {listed}{more}, where the reference has it. Train "
-            f"with the reference's config, whose --config.{logs}.every gives these steps."
+            f"with the reference's config and this version: --config.{every} gives the steps, and "
+            "earlier versions log fewer metrics."
         )
     return reached
 
 
+def _seeds(
+    reference: Reference, metric: str, windows: Sequence[Sequence[int]]
+) -> Float[np.ndarray, "seeds windows"]:
+    """Returns the means of all runs of a reference."""
+    steps = reference.steps[metric]
+    runs = [dict(zip(steps, run[metric], strict=True)) for run in reference.runs.values()]
+    return np.stack([_means(metric, windows, run) for run in runs])
+
+
 def _beside(
-    reference: Reference,
-    metric: str,
-    windows: Sequence[Sequence[int]],
-    curve: Mapping[int, float],
-    risk: float,
+    metric: str, windows: Sequence[Sequence[int]], curve: Mapping[int, float], edges: Edges
 ) -> Compared:
-    """Compares one metric; `risk`: of a sound run, to be outside in one window."""
-    seeds = [dict(zip(reference.steps[metric], run[metric])) for run in reference.runs.values()]
-    means = np.stack([_means(metric, windows, seed) for seed in seeds])
-    middle, half = _band(means, risk)
-    there = [window for window in windows if window[-1] in curve]
-    ours = _means(metric, there, curve)
-    middle, half = middle[: len(there)], half[: len(there)]
+    """Compares one metric in the windows that a run has come to."""
+    ours = _means(metric, windows, curve)
+    middle, half = (part[: len(windows)] for part in edges)
     with np.errstate(invalid="ignore"):
         distances = np.abs(ours - middle) / half
     back = np.exp if _is_positive(metric) else np.asarray
     return Compared(
         metric,
-        starts=np.array([window[0] for window in there]),
-        ends=np.array([window[-1] for window in there]),
+        starts=np.array([window[0] for window in windows]),
+        ends=np.array([window[-1] for window in windows]),
         values=back(ours),
         low=back(middle - half),
         high=back(middle + half),
@@ -173,16 +177,22 @@ def _beside(
     )
 
 
-def _band(
-    means: Float[np.ndarray, "seeds windows"], risk: float
-) -> tuple[Float[np.ndarray, " windows"], Float[np.ndarray, " windows"]]:
-    """Returns middle and half-width of the band in each window."""
+def _band(means: Float[np.ndarray, "seeds windows"], risk: float) -> Edges:
+    """Returns the band; `risk`: of a sound run, to be outside in some window."""
     count, windows = means.shape
-    variance = means.var(axis=0, ddof=1)
+    rest = means - means.mean(axis=0)
+    variance = np.sum(rest**2, axis=0) / (count - 1)
+    norms = np.maximum(np.linalg.norm(rest, axis=0), np.finfo(np.float64).tiny)
+    alike = (rest.T @ rest / np.outer(norms, norms)) ** 2  # squared correlations
+    np.fill_diagonal(alike, 1.0)
     near = [slice(max(0, i - _NEIGHBOURS), i + _NEIGHBOURS + 1) for i in range(windows)]
     pooled = np.array([variance[part].mean() for part in near])
     deviation = np.maximum(np.sqrt(pooled), _LEAST_DEVIATION)
-    quantile = stats.t.ppf(1 - risk / 2, 2 * (count - 1))
+    # A mean of variances has as many degrees of freedom as its own variance says.
+    freedom = (count - 1) / np.array([alike[part, part].mean() for part in near])
+    # Tests that are correlated count as so many (Nyholt 2004, doi:10.1086/383251).
+    tests = windows - (alike.sum() - windows) / windows
+    quantile = stats.t.ppf(1 - risk / tests / 2, freedom)
     return means.mean(axis=0), quantile * deviation * math.sqrt(1 + 1 / count)
 
 
