@@ -22,23 +22,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import turns
 
 sys.path.insert(0, str(turns.ROOT))
-from clip_jax.common import config_file, metric_rows
+from clip_jax.common import config_file, metric_rows, starts
 from clip_jax.status import bands, check_text, reference
 
 STORED = Path(__file__).with_suffix(".json")
 SEEDS = range(5)  # of the reference
 HELD_OUT = range(100, 120)  # seeds that are no part of it
-SHOWN = (150, 300, 600)  # steps of the table
+SHOWN = (4, 2, 1)  # parts of a run, at whose end the table has the curves: a fourth, a half, all
 FAULTY = 200  # seed of the faults
+LOSS = "train/loss"
 TRAINED = (
-    "train/loss",
+    LOSS,
     "train/grad_norm/image",
     "train/grad_norm/text",
     "train/logit_scale",
@@ -175,12 +175,13 @@ def read(workdir: Path) -> dict[str, dict[int, float]]:
     return {name: curve for name, curve in curves.items() if curve}
 
 
-def store(path: Path, line: str, name: str, curves: dict[str, dict[int, float]]) -> None:
-    """Adds the curves of a run to a file."""
+def store(line: str, name: str, workdir: Path) -> None:
+    """Adds the curves of a run to their file."""
+    path, curves = place(name), read(workdir)
     everything = reference.load_all(path)
-    settings = reference.changed_settings(config_file.load(f"reference:{line}"))
+    settings = settings_of(line)
     steps = {metric: list(curve) for metric, curve in curves.items()}
-    fresh = reference.Reference(line, settings, surroundings(), steps, {})
+    fresh = reference.Reference(line, settings, surroundings(workdir), steps, {})
     known = everything.get(line, fresh)
     if (known.settings, known.steps) != (settings, steps):
         sys.exit(f"{path} has runs of {line} with other settings or steps: delete them there.")
@@ -189,11 +190,11 @@ def store(path: Path, line: str, name: str, curves: dict[str, dict[int, float]])
     reference.save_all(path, everything)
 
 
-def surroundings() -> str:
-    """Describes where the runs were trained."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "optax"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{cores} cores of an {platform.machine()} CPU, float32, {versions}"
+def surroundings(workdir: Path) -> str:
+    """Describes what a run was trained on."""
+    facts = starts.read(workdir)[0][-1].facts
+    versions = [f"{name} {facts['packages'][name]}" for name in ("jax", "flax", "optax")]
+    return f"{facts['hardware']} ({platform.machine()}), {', '.join(versions)}"
 
 
 def place(name: str) -> Path:
@@ -220,15 +221,20 @@ def main():
     for number, name in enumerate(() if options.table else left, start=1):
         began = time.perf_counter()
         print(f"{number} of {len(left)}: {name}", end="", flush=True)
-        store(place(name), options.line, name, read(train(options, name, settings)))
+        store(options.line, name, train(options, name, settings))
         print(f", {time.perf_counter() - began:.0f} s", flush=True)
     print(table(options.line))
 
 
 def is_stored(name: str, line: str) -> bool:
-    """Tells whether the curves of a run are there."""
+    """Tells whether the curves of a run of today's config are there."""
     found = reference.load_all(place(name)).get(line)
-    return found is not None and name in found.runs
+    return found is not None and name in found.runs and found.settings == settings_of(line)
+
+
+def settings_of(line: str) -> dict[str, Any]:
+    """Returns the settings of a line that are not the defaults."""
+    return reference.changed_settings(config_file.load(f"reference:{line}"))
 
 
 def table(line: str) -> str:
@@ -236,18 +242,25 @@ def table(line: str) -> str:
     known, others = (reference.load_all(path).get(line) for path in (reference.FILE, STORED))
     if known is None or len(known.runs) < len(SEEDS):
         return f"The reference {line} is not complete: {len(SEEDS)} seeds make it."
-    lines = ["| curve | step | mean of the seeds | standard deviation |", "|---|---|---|---|"]
-    for metric, steps in known.steps.items():
-        for step in SHOWN:
-            values = [run[metric][steps.index(step)] for run in known.runs.values()]
-            form = check_text.show(metric)
-            spread = form(statistics.stdev(values))
-            lines.append(f"| {metric} | {step} | {form(statistics.mean(values))} | {spread} |")
-    lines += ["", "| run | verdict |", "|---|---|"]
+    ends = {
+        metric: [len(steps) // part - 1 for part in SHOWN] for metric, steps in known.steps.items()
+    }
+    head = " | ".join(f"step {known.steps[LOSS][end]:,}" for end in ends[LOSS])
+    lines = [f"| curve | {head} |", "|---" * (len(SHOWN) + 1) + "|"]
+    for metric in known.steps:
+        form, cells = check_text.show(metric), []
+        for end in ends[metric]:
+            values = [run[metric][end] for run in known.runs.values()]
+            cells.append(f"{form(statistics.mean(values))} ± {form(statistics.stdev(values))}")
+        lines.append(f"| {check_text.title(metric)} | {' | '.join(cells)} |")
+    lines += ["", "| run | leaves the band first | farthest, in half-widths |", "|---|---|---|"]
     for name, run in (others.runs if others else {}).items():
         points = {metric: dict(zip(others.steps[metric], run[metric])) for metric in others.steps}
-        first = bands.compare(known, points).first
-        lines.append(f"| {name} | {check_text.departure(first) if first else 'within the band'} |")
+        verdict = bands.compare(known, points)
+        first = verdict.first
+        told = check_text.departure(first) if first else "never"
+        farthest = max(one.distances.max() for one in verdict.metrics)
+        lines.append(f"| {name} | {told} | {farthest:.2f} |")
     return "\n".join(lines)
 
 

@@ -134,7 +134,10 @@ def differences(
     settings = stored.settings if stored else reference.changed_settings(configs.get_config(name))
     defaults = workdir.flatten(workdir.to_plain(default.get_config()))
     wanted = {**defaults, **settings}
-    found = [one for one in workdir.differences(dict(config), wanted) if one[0] != "seed"]
+    # A config that names no data leaves open where they are and in which form.
+    free = ("seed",) if wanted["data.source.type"] else ("seed", "data.source.")
+    found = workdir.differences(dict(config), wanted)
+    found = [one for one in found if not one[0].startswith(free)]
     measured = [each for each in wanted if each.startswith(_MEASURES)]
     values = [(each, config.get(each, defaults.get(each)), wanted[each]) for each in measured]
     return found + [one for one in values if one[1] != one[2]]
