@@ -15,8 +15,10 @@ is not repeated, so the command goes on where it was stopped. Settings that foll
 import argparse
 import dataclasses
 import fnmatch
+import itertools
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -35,6 +37,7 @@ STORED = Path(__file__).with_suffix(".json")
 SEEDS = range(5)  # of the reference
 HELD_OUT = range(100, 120)  # seeds that are no part of it
 SHOWN = (4, 2, 1)  # parts of a run, at whose end the table has the curves: a fourth, a half, all
+DRAWS = 300  # of five sound runs as the reference, for the rate of false alarms
 FAULTY = 200  # seed of the faults
 LOSS = "train/loss"
 TRAINED = (
@@ -261,7 +264,25 @@ def table(line: str) -> str:
         told = check_text.departure(first) if first else "never"
         farthest = max(one.distances.max() for one in verdict.metrics)
         lines.append(f"| {name} | {told} | {farthest:.2f} |")
+    if others:
+        lines += ["", false_alarms(known, others)]
     return "\n".join(lines)
+
+
+def false_alarms(known: reference.Reference, others: reference.Reference) -> str:
+    """Counts the sound runs that leave the band of five others, over draws of these five."""
+    sound = {**known.runs, **{n: run for n, run in others.runs.items() if n.startswith("held-out")}}
+    choices = list(itertools.combinations(sound, len(SEEDS)))
+    choices = random.Random(0).sample(choices, min(len(choices), DRAWS))
+    alarms = tests = 0
+    for chosen in choices:
+        band = dataclasses.replace(known, runs={name: sound[name] for name in chosen})
+        for name in sound.keys() - set(chosen):
+            points = {m: dict(zip(known.steps[m], sound[name][m])) for m in known.steps}
+            alarms += bands.compare(band, points).first is not None
+            tests += 1
+    rate = f"{alarms:,} of {tests:,} times, {alarms / max(1, tests):.1%}"
+    return f"{len(sound)} sound runs: one leaves the band of five others {rate}."
 
 
 if __name__ == "__main__":
