@@ -32,7 +32,8 @@ def sentence(name: str, reference: Reference, verdict: Verdict) -> str:
     last = max(steps[-1] for steps in reference.steps.values())
     if (first := verdict.first) is not None:
         others = [one for one in verdict.metrics if one is not first and one.first is not None]
-        also = f" So do {_listed([title(one.metric) for one in others])} later." if others else ""
+        names = _listed([title(one.metric) for one in others])
+        also = f" Outside as well, then or later: {names}." if others else ""
         return (
             f"{name} does not match the reference {reference.name}: it leaves the band of "
             f"{len(reference.runs)} seeds first {departure(first)}.{also}"
@@ -99,4 +100,4 @@ def _plot(one: Compared, look: Look) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
