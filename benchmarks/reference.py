@@ -281,8 +281,9 @@ def false_alarms(known: reference.Reference, others: reference.Reference) -> str
             points = {m: dict(zip(known.steps[m], sound[name][m])) for m in known.steps}
             alarms += bands.compare(band, points).first is not None
             tests += 1
-    rate = f"{alarms:,} of {tests:,} times, {alarms / max(1, tests):.1%}"
-    return f"{len(sound)} sound runs: one leaves the band of five others {rate}."
+    return (
+        f"{len(sound)} sound runs: one left the band of five others {alarms:,} of {tests:,} times."
+    )
 
 
 if __name__ == "__main__":
