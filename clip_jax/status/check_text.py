@@ -100,4 +100,4 @@ def _plot(one: Compared, look: Look) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
