@@ -7,6 +7,10 @@ from clip_jax.common import commands
 COMMANDS = {
     "train": ("clip_jax.training.cli", "trains a model; in a clone also python main.py"),
     "card": ("clip_jax.export.card", "writes a model card from what a run recorded"),
+    "check-curve": (
+        "clip_jax.status.check_curve",
+        "tells whether a reference run learned as it should",
+    ),
     "convert": ("clip_jax.weights.convert.cli", "converts weights of other projects, both ways"),
     "data": ("clip_jax.curation.cli", "prepares data: index, check, stats, pack, dedup, curate"),
     "compare": ("clip_jax.evaluate.compare", "compares evaluated models, runs and the paper"),

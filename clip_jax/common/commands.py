@@ -249,5 +249,6 @@ def fraction(text: str) -> float:
 
 
 def _usage(table: Table, prefix: str) -> str:
-    lines = [f"  {name:<10} {purpose}" for name, (_, purpose) in table.items()]
+    width = max(map(len, table))
+    lines = [f"  {name:<{width}} {purpose}" for name, (_, purpose) in table.items()]
     return "\n".join([f"{prefix} COMMAND [--help] ...", "", *lines])

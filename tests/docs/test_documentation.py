@@ -245,7 +245,7 @@ def test_wrong_commands_are_found():
 def test_commands_within_the_prose_exist():
     for page in PAGES:
         for span in markdown_pages.code_spans(page):
-            if match := re.match(r"python -m clip_jax (\w+)", span):
+            if match := re.match(r"python -m clip_jax ([\w-]+)", span):
                 assert match[1] in COMMANDS, f"{markdown_pages.name(page)}: {span}"
 
 

@@ -16,6 +16,7 @@ from clip_jax.configs import (
     mobileclip,
     openmammut,
     openvision,
+    reference,
 )
 from clip_jax.errors import UserError
 from clip_jax.training import program, validation
@@ -27,6 +28,7 @@ LINES += [("clipa", line) for line in clipa.MODELS]
 LINES += [("mobileclip", line) for line in mobileclip.LINES]
 LINES += [("openvision", line) for line in openvision.MODELS]
 LINES += [("openmammut", line) for line in openmammut.MODELS]
+LINES += [("reference", line) for line in reference.LINES if line != "digits"]
 
 
 def get_config(name: str, argument: str) -> ConfigDict:
