@@ -29,13 +29,14 @@ import numpy as np
 import turns
 
 STORED = Path(__file__).with_suffix(".json")
-PEERS = ("open_clip", "transformers")
+FORMATS = {"open_clip": "open_clip", "transformers": "huggingface"}  # by peer
 DTYPES = ("float32", "float64")
 SHOWN = (1, 2, 10, 50, 100, 200)  # steps in the table
 METRICS = ("loss", "grad_norm/image", "grad_norm/text", "logit_scale")
-# Relative differences from which a tensor counts as parted. The gradient of a key's bias is zero
-# but for rounding, which Adam makes steps of: some thousandths of those of in_proj_bias.
-BOUNDS = {"gradients": 1e-3, "parameters": 2e-2}
+BOUNDS = {"gradients": 1e-3, "parameters": 2e-2}  # relative differences of a tensor that has parted
+# The bias of the keys changes no softmax: its gradient is rounding, which Adam makes steps of. Where
+# it is a part of another tensor, it makes some thousandths of the steps of that.
+IDLE = "k_proj.bias"
 FLOOR = 1e-4  # of the norm of all tensors: a smaller one counts as that large
 
 Arrays = Mapping[str, np.ndarray]
@@ -124,20 +125,25 @@ def _tensors(params: Any) -> Any:
     return Tensors({name: np.shape(x) for name, x in arrays.items()}, arrays.__getitem__)
 
 
-def write_weights(config: Any, folder: Path, peer: str) -> None:
-    """Writes the random model that a config begins with, for both sides."""
+def random_model(config: Any, folder: Path) -> Any:
+    """Returns the model that a run begins with, as `clip_jax.weights` takes it."""
     from etils import epath
 
-    from clip_jax import weights
     from clip_jax.training import run
     from clip_jax.weights.convert import tokens
     from clip_jax.weights.model import Weights
 
     made = run.prepare(config, epath.Path(folder / "run"))
     origin = {"source": "random", "format": "clip_jax"}
-    model = Weights(made.net.size, _tensors(made.program.init().params), tokens.OPENAI, origin)
+    return Weights(made.net.size, _tensors(made.program.init().params), tokens.OPENAI, origin)
+
+
+def write(model: Any, folder: Path, peer: str) -> None:
+    """Writes a model for both sides."""
+    from clip_jax import weights
+
     weights.save(model, folder / "ours")
-    weights.save(model, folder / "theirs", "huggingface" if peer == "transformers" else peer)
+    weights.save(model, folder / "theirs", FORMATS[peer])
 
 
 # ---- The peer's side ---------------------------------------------------------------------------
@@ -253,10 +259,7 @@ def _schedule(peer: str, optimizer: Any, config: Any) -> Any:
 def part(ours: Arrays, theirs: Arrays, start: Arrays | None = None) -> dict[str, float]:
     """Computes the relative difference of each tensor.
 
-    Args:
-      ours, theirs: arrays by name.
-      start: arrays that the tensors began with; the difference is then relative to how far they
-        have come. None: relative to the tensors.
+    With the arrays that they began with, it is relative to how far they have come.
     """
     origin = start or dict.fromkeys(theirs, 0.0)
     sizes = {name: np.linalg.norm(x - origin[name]) for name, x in theirs.items()}
@@ -267,6 +270,7 @@ def part(ours: Arrays, theirs: Arrays, start: Arrays | None = None) -> dict[str,
             np.linalg.norm(ours[name] - x) / max(sizes[name], FLOOR * whole * math.sqrt(x.size))
         )
         for name, x in theirs.items()
+        if not name.endswith(IDLE)
     }
 
 
@@ -292,10 +296,10 @@ def follow(ours: Ours, theirs: Theirs, steps: int) -> dict[str, Any]:
             "parameters": part(params, their_params, start),
         }
         for kind, tensors in found.items():
-            name = max(tensors, key=tensors.__getitem__)
-            entry = {"step": step, "tensor": name, "difference": tensors[name]}
+            difference, name = max((value, name) for name, value in tensors.items())
+            entry = {"step": step, "tensor": name, "difference": difference}
             result["furthest"][kind] = entry
-            if tensors[name] > BOUNDS[kind]:
+            if difference > BOUNDS[kind]:
                 result["parted"].setdefault(kind, entry)
     return result
 
@@ -332,7 +336,7 @@ def differences(ours: list[Row], theirs: list[Row], metric: str) -> np.ndarray:
 
 
 def table(peer: str, traces: Mapping[str, Any]) -> str:
-    """Formats the differences of the loss, and in float32 of the other metrics, by step."""
+    """Formats the greatest differences up to a step: of the loss, and in float32 of the rest."""
     single, double = (traces[dtype] for dtype in DTYPES)
     columns = {
         f"loss, clip_jax - {peer}": (single["clip_jax"], single["peer"], "loss"),
@@ -363,7 +367,7 @@ def report(peer: str, traces: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--peer", choices=PEERS, default=PEERS[0])
+    parser.add_argument("--peer", choices=FORMATS, default="open_clip")
     parser.add_argument("--steps", type=int, default=200, help="at least 10")
     parser.add_argument("--batch", type=int, default=64, help="pairs per step")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -387,7 +391,8 @@ def run_children(args: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, **turns.PLATFORMS["cpu"]}
     traces = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_weights(make_config(args.steps, args.batch), Path(folder), args.peer)
+        model = random_model(make_config(args.steps, args.batch), Path(folder))
+        write(model, Path(folder), args.peer)
         for dtype in DTYPES:
             child = [sys.executable, *sys.argv, "--child", dtype, folder]
             subprocess.run(child, check=True, env=environment)
