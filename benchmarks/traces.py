@@ -34,8 +34,8 @@ DTYPES = ("float32", "float64")
 SHOWN = (1, 2, 10, 50, 100, 200)  # steps in the table
 METRICS = ("loss", "grad_norm/image", "grad_norm/text", "logit_scale")
 BOUNDS = {"gradients": 1e-3, "parameters": 2e-2}  # relative differences of a tensor that has parted
-# The bias of the keys changes no softmax: its gradient is rounding, which Adam makes steps of. Where
-# it is a part of another tensor, it makes some thousandths of the steps of that.
+# The bias of the keys changes no softmax: its gradient is rounding, which Adam makes steps of. In a
+# tensor that has it as a part, those are some thousandths of the steps.
 IDLE = "k_proj.bias"
 FLOOR = 1e-4  # of the norm of all tensors: a smaller one counts as that large
 
@@ -104,15 +104,11 @@ class Ours:
         """Returns parameters and first moments by the names in a table of the peer's tensors."""
         import optax
 
-        moments = optax.tree.get(self._state.opt_state, "mu")
-        return _export(self._state.params, table), _export(moments, table)
+        from clip_jax.weights.convert.mapping import export_tensors
 
-
-def _export(tree: Any, table: Any) -> Arrays:
-    from clip_jax.weights.convert.mapping import export_tensors
-
-    theirs = export_tensors(table, _tensors(tree))
-    return {name: theirs.read(name) for name in theirs.shapes}
+        trees = self._state.params, optax.tree.get(self._state.opt_state, "mu")
+        params, moments = (export_tensors(table, _tensors(tree)) for tree in trees)
+        return tuple({name: t.read(name) for name in t.shapes} for t in (params, moments))
 
 
 def _tensors(params: Any) -> Any:
@@ -156,22 +152,11 @@ class Theirs:
         import torch
 
         torch.set_num_threads(1)
-        self._peer, self._size = peer, size
-        self._dtype = getattr(torch, dtype)
+        self._peer, self._size, self._dtype = peer, size, getattr(torch, dtype)
         self.model, self.table = _load(peer, folder / "theirs", size)
         self.model.to(self._dtype).train()
-        optim, parameters = config.optim, list(self.model.parameters())
-        # The groups of open_clip_train/main.py: vectors and scalars do not decay.
-        plain, matrices = (
-            [p for p in parameters if (p.ndim > 1) == matrix] for matrix in (False, True)
-        )
-        self.optimizer = torch.optim.AdamW(
-            [{"params": plain, "weight_decay": 0.0}, {"params": matrices}],
-            weight_decay=optim.weight_decay,
-            betas=(optim.b1, optim.b2),
-            eps=optim.eps,
-        )
-        self._adjust = _schedule(peer, self.optimizer, config)
+        self.optimizer = make_optimizer(self.model, config.optim)
+        self._adjust = schedule(peer, self.optimizer, config)
         self._taken = 0
 
     def take_step(self, batch: Arrays) -> Row:
@@ -236,7 +221,20 @@ def _load(peer: str, folder: Path, size: Any) -> tuple[Any, Any]:
     return open_clip.create_model(f"local-dir:{folder}"), openai.table(size)
 
 
-def _schedule(peer: str, optimizer: Any, config: Any) -> Any:
+def make_optimizer(model: Any, settings: Any) -> Any:
+    """Makes AdamW in the groups of open_clip_train/main.py: vectors and scalars do not decay."""
+    import torch
+
+    groups = [[p for p in model.parameters() if (p.ndim > 1) == decays] for decays in (False, True)]
+    return torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}],
+        weight_decay=settings.weight_decay,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+    )
+
+
+def schedule(peer: str, optimizer: Any, config: Any) -> Any:
     """Returns the function that sets the rate of a step, counted from 0: open_clip's own."""
     peak = config.optim.learning_rate
     warmup, steps = (int(text.split()[0]) for text in (config.optim.warmup, config.duration))
@@ -388,8 +386,7 @@ def main() -> None:
 
 def run_children(args: argparse.Namespace) -> dict[str, Any]:
     """Traces in a process for each dtype."""
-    environment = {**os.environ, **turns.PLATFORMS["cpu"]}
-    traces = {}
+    environment, traces = {**os.environ, **turns.PLATFORMS["cpu"]}, {}
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(make_config(args.steps, args.batch), Path(folder))
         write(model, Path(folder), args.peer)
