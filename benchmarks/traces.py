@@ -171,8 +171,7 @@ class Theirs:
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(100))
         self._taken += 1
-        scale = self.model.logit_scale.exp().item()
-        return {"loss": loss.item(), **norms, "logit_scale": scale}
+        return {"loss": loss.item(), **norms, "logit_scale": self.model.logit_scale.exp().item()}
 
     def tensors(self) -> tuple[Arrays, Arrays]:
         """Returns parameters and first moments by name."""
@@ -366,7 +365,7 @@ def report(peer: str, traces: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--peer", choices=FORMATS, default="open_clip")
-    parser.add_argument("--steps", type=int, default=200, help="at least 10")
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64, help="pairs per step")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
