@@ -378,9 +378,9 @@ def main() -> None:
         (folder / f"{dtype}.json").write_text(json.dumps(result))
         return
     stored = json.loads(STORED.read_text()) if STORED.exists() else {}
-    stored[args.peer] = run_children(args)
+    traces = stored[f"{args.peer}, {args.steps} steps"] = run_children(args)
     STORED.write_text(json.dumps(stored) + "\n")
-    print(report(args.peer, stored[args.peer]))
+    print(report(args.peer, traces))
 
 
 def run_children(args: argparse.Namespace) -> dict[str, Any]:
