@@ -58,13 +58,13 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_multi_string(
         "grid",
-        [],
-        "SETTING=VALUE,VALUE,...: an axis of the grid. Repeat it for further axes.",
+        None,
+        "An axis of the grid, SETTING=VALUE,VALUE; for further axes",
         flag_values=values,
     )
     flags.DEFINE_list(
         "fit",
-        [],
+        None,
         "Metrics to report, as in metrics.jsonl. Of a score, such as zeroshot/top1, the error is "
         "told. Default: train/loss and the config's checkpoint.best_metric.",
         flag_values=values,
@@ -86,7 +86,9 @@ def parse(arguments: Sequence[str]) -> tuple[config_file.CommandLine, list[GridR
     own = flags.FlagValues()
     own.set_gnu_getopt()
     define(own)
-    runs = grid.make_runs(own([grid.COMMAND, *arguments], known_only=True)[1:], given.flags["grid"])
+    runs = grid.make_runs(
+        own([grid.COMMAND, *arguments], known_only=True)[1:], given.flags["grid"] or []
+    )
     only = given.flags["only"]
     if only is not None and only > len(runs):
         raise UserError(f"--only={only}, but the grid has {len(runs)} runs.")
@@ -109,7 +111,7 @@ def _run(arguments: Sequence[str]) -> int:
     if not given.flags["report"]:
         failed = _train([run for run in chosen if run not in done], directory)
         done = [run for run in runs if _is_finished(run, directory / run.name)]
-    _report(runs, done, directory, given.flags["fit"])
+    _report(runs, done, directory, given.flags["fit"] or [])
     for run, error in failed.items():
         print(f"\n{run} failed: {error}", file=sys.stderr)
     return ExitCode.USER_ERROR if failed else ExitCode.DONE

@@ -19,6 +19,7 @@ from clip_jax.sweep.law import Law
 
 _TAIL = 0.1  # last part of a run over which a metric of training is averaged
 _SEED = "seed"
+_BEST = "* no run with as much compute or less is better"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +163,8 @@ def table(outcomes: Sequence[Outcome], studies: Sequence[Study]) -> str:
         cells = [*one.values.values(), *[str(one.seeds)] * several]
         cells += [f"{one.pairs:,}", f"{one.compute:.3g}"]
         rows.append([*cells, *(_cell(one, i, each) for each in studies)])
-    lines = [
-        aligned(rows, ">" * len(rows[0])),
-        "",
-        "* no run with as much compute or less is better",
-    ]
-    return "\n".join([*lines, "", *map(sentence, studies)])
+    lines = [aligned(rows, ">" * len(rows[0])), f"\n{_BEST}\n", *map(sentence, studies)]
+    return "\n".join(lines)
 
 
 def _cell(one: Outcome, position: int, found: Study) -> str:
@@ -188,8 +185,9 @@ def sentence(found: Study) -> str:
     if one.floor:
         formula = f"{one.floor:.3g} + {formula}"
         within += ", floor {:.3g} to {:.3g}".format(*one.floor_interval)
+    trend = "" if low > 0 else " The interval includes 0: that compute helps is not certain."
     return (
         f"{title(found.metric)} = {formula} over the {one.points} best ({within}: "
         f"{law.CONFIDENCE:.0%} intervals from the residuals, whose standard deviation is "
-        f"{one.deviation:.1%})."
+        f"{one.deviation:.1%}).{trend}"
     )

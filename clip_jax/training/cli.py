@@ -46,7 +46,7 @@ def prepare_process() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # until the watchdog hears it, who knows more
     logging.use_absl_handler()
-    # Its flags, which are not ours, count as read, or its first warning would say that they are not.
+    # Its flags, which are not ours, count as read, or its first warning says that they are not.
     flags.FLAGS.mark_as_parsed()
     flags.FLAGS.logtostderr = True
     logging.set_verbosity(logging.WARNING)
