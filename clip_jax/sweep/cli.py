@@ -86,9 +86,8 @@ def parse(arguments: Sequence[str]) -> tuple[config_file.CommandLine, list[GridR
     own = flags.FlagValues()
     own.set_gnu_getopt()
     define(own)
-    runs = grid.make_runs(
-        own([grid.COMMAND, *arguments], known_only=True)[1:], given.flags["grid"] or []
-    )
+    words = own([grid.COMMAND, *arguments], known_only=True)[1:]
+    runs = grid.make_runs(words, given.flags["grid"] or [])
     only = given.flags["only"]
     if only is not None and only > len(runs):
         raise UserError(f"--only={only}, but the grid has {len(runs)} runs.")
