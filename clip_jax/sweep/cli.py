@@ -97,14 +97,13 @@ def parse(arguments: Sequence[str]) -> tuple[config_file.CommandLine, list[GridR
 def _run(arguments: Sequence[str]) -> int:
     given, runs = parse(arguments)
     name = given.flags["workdir"] or f"{training.default_workdir(given.name)}-sweep"
-    if given.flags["dry_run"]:
-        for run in runs:
-            print(_command(run, locations.parse(name) / run.name))
-        print(f"{len(runs)} runs.", file=sys.stderr)
-        return ExitCode.DONE
-    directory = locations.reachable(name)
     only = given.flags["only"]
     chosen = runs if only is None else [runs[only - 1]]
+    if given.flags["dry_run"]:
+        for run in chosen:
+            print(_command(run, locations.parse(name) / run.name))
+        return ExitCode.DONE
+    directory = locations.reachable(name)
     done = [run for run in runs if _is_finished(run, directory / run.name)]
     failed: dict[str, str] = {}
     if not given.flags["report"]:
@@ -160,11 +159,12 @@ def _report(
         print(f"\n{len(done)} of {len(runs)} runs are finished. Not: {left}.")
     if not done:
         return
-    best = done[0].config.checkpoint.best_metric
-    metrics = list(dict.fromkeys(fit or ["train/loss", *[best] * bool(best)]))
+    metrics = list(dict.fromkeys(fit)) or results.default_metrics(done[0], directory / done[0].name)
     found = results.merge_seeds([results.read(run, directory / run.name, metrics) for run in done])
     studies = [results.study(found, metric) for metric in metrics]
     print(f"\n{results.table(found, studies)}")
+    if len({run.config.batch_size for run in done}) > 1 and any(map(results.is_loss, metrics)):
+        print("The loss tells a pair from the others of its batch: compare it at equal batch_size.")
     place = directory / FIGURE
     writing.write(place, figure.draw(found, studies))
     print(f"\nFigure: {place}")

@@ -40,8 +40,8 @@ def _draw(axes: Axes, outcomes: Sequence[Outcome], found: Study) -> None:
         spread = np.nan_to_num([one.spread[found.metric] for one in line])
         axes.errorbar(x, y, spread, marker=mark, markersize=5, linewidth=1, label=label)
     if found.law is not None:
-        ends = [outcomes[i].compute for i in (found.best[0], found.best[-1])]
-        x = np.geomspace(*ends, 50)
+        first, last = (outcomes[i].compute for i in (found.best[0], found.best[-1]))
+        x = np.geomspace(first, last, 50)
         low, high = found.law.exponent_interval
         label = f"exponent {found.law.exponent:.2f} ({low:.2f} to {high:.2f})"
         axes.plot(x, found.law.predict(x), "k--", linewidth=1, label=label)

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from clip_jax import models
 from clip_jax.common import config_file
 from clip_jax.errors import UserError
-from clip_jax.training import notices, validation, workdir
+from clip_jax.training import validation
 
 COMMAND = "python -m clip_jax sweep"
 _EXAMPLE = '--grid="model.size.image_width=48,96,192"'
@@ -58,6 +57,8 @@ def make_runs(words: Sequence[str], grid: Sequence[str]) -> list[GridRun]:
     Raises:
       UserError: an axis or a run is wrong, or two runs are the same.
     """
+    from clip_jax.training import workdir  # late, with JAX: --help answers at once
+
     axes = [_axis(text) for text in grid]
     if not axes:
         raise UserError(f"--grid is missing, as in {COMMAND} --config=quickstart {_EXAMPLE}.")
@@ -125,13 +126,21 @@ def _run(
     pairs = [pair for axis, mine in zip(axes, values) for pair in zip(axis.names, mine)]
     own = [*words, *(f"--config.{setting}={value}" for setting, value in pairs)]
     config = config_file.parse(own, COMMAND, lambda _: None).config
-    if config.stages:
-        raise UserError("A config with stages cannot be swept: their computes are not one run's.")
     try:
-        validation.validate(config)
-        notices.check_durations(config)
-        models.get_size(config.model.name, config.model.size.to_dict())
+        _check(config)
     except UserError as error:
         raise UserError(f"The run {name} of the grid cannot be: {error}") from None
     firsts = {axis.names[0]: mine[0] for axis, mine in zip(axes, values)}
     return GridRun(name, firsts, config, own)
+
+
+def _check(config: ConfigDict) -> None:
+    """Checks what needs no data; raises UserError."""
+    from clip_jax import models  # with JAX
+    from clip_jax.training import notices
+
+    if config.stages:
+        raise UserError("It has stages, whose compute is not that of one run.")
+    validation.validate(config)
+    notices.check_durations(config)
+    models.get_size(config.model.name, config.model.size.to_dict())

@@ -4,8 +4,8 @@ import dataclasses
 import math
 
 import numpy as np
-import scipy
 from jaxtyping import Float, Real
+from scipy import optimize, stats
 
 from clip_jax.evaluate.measures import lines
 
@@ -103,12 +103,12 @@ def _fit_with_floor(
     half = value.min() / 2
     guess = (half, max(np.median(value) - half, half), max(2 * start.exponent, 0.05))
     try:
-        found, covariance = scipy.optimize.curve_fit(
+        found, covariance, *_ = optimize.curve_fit(
             model, compute, np.log(value), guess, bounds=([0, 1e-12, 1e-6], np.inf), max_nfev=10_000
         )
     except RuntimeError:  # it does not converge
         return None
-    errors = np.sqrt(np.diag(covariance)) * scipy.stats.t.ppf((1 + CONFIDENCE) / 2, n - 3)
+    errors = np.sqrt(np.diag(covariance)) * stats.t.ppf((1 + CONFIDENCE) / 2, n - 3)
     floor, constant, exponent = found.tolist()
     if not np.all(np.isfinite(errors)):
         return None

@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What a sweep shows of one metric.
+    """The best runs by one metric, and their law.
 
     Attributes:
       metric: name of the metric.
@@ -82,6 +82,13 @@ def read(run: GridRun, place: epath.Path, metrics: Sequence[str]) -> Outcome:
         spread=dict.fromkeys(metrics, math.nan),
         seeds=1,
     )
+
+
+def default_metrics(run: GridRun, place: epath.Path) -> list[str]:
+    """Returns the metrics to report of a run where none are named."""
+    best = run.config.checkpoint.best_metric
+    rows, _ = metric_rows.read(place)
+    return ["train/loss", *[best] * any(best in row for row in rows)]
 
 
 def is_loss(metric: str) -> bool:
