@@ -192,7 +192,7 @@ def sentence(found: Study) -> str:
     if one.floor:
         formula = f"{one.floor:.3g} + {formula}"
         within += ", floor {:.3g} to {:.3g}".format(*one.floor_interval)
-    trend = "" if low > 0 else " The interval includes 0: that compute helps is not certain."
+    trend = "" if low > 0 else " The interval includes 0: these runs do not tell an exponent."
     return (
         f"{title(found.metric)} = {formula} over the {one.points} best ({within}: "
         f"{law.CONFIDENCE:.0%} intervals from the residuals, whose standard deviation is "

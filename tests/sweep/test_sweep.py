@@ -173,7 +173,7 @@ def test_the_table_and_the_figure():
     assert "loss = 40 C^-0.120 over the 3 best (exponent 0.120 to 0.120: 95% intervals" in text
     assert figure.draw(found, [study, study]).startswith(b"\x89PNG")
     flat = [outcome("32", 1e9, 3.0), outcome("32", 2e9, 2.9), outcome("32", 4e9, 2.89)]
-    assert "that compute helps is not certain" in results.sentence(results.study(flat, "loss"))
+    assert "these runs do not tell an exponent" in results.sentence(results.study(flat, "loss"))
 
 
 # ---- The command -------------------------------------------------------------------------------
