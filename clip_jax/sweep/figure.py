@@ -53,5 +53,6 @@ def _draw(axes: Axes, outcomes: Sequence[Outcome], found: Study) -> None:
     low, high = axes.get_ylim()
     if high > 10 * low:
         axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", labelsize=6)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
