@@ -24,6 +24,7 @@ COMMANDS = {
         "searches embedded images by text or picture, here or on a web page",
     ),
     "status": ("clip_jax.status.cli", "tells how runs are doing: state, time spent, curves"),
+    "sweep": ("clip_jax.sweep.cli", "trains a grid of settings; loss and error against compute"),
 }
 
 

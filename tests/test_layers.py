@@ -19,7 +19,7 @@ FILES = sorted(path for folder in ("clip_jax", "configs") for path in (ROOT / fo
 # Each layer may import those below it and, as long as no circle comes of it, its own.
 LAYERS = (
     ("main", "clip_jax.__main__"),
-    ("clip_jax.curation", "clip_jax.plan", "clip_jax.status"),
+    ("clip_jax.curation", "clip_jax.plan", "clip_jax.status", "clip_jax.sweep"),
     ("clip_jax.training",),
     ("clip_jax.evaluate", "clip_jax.export", "clip_jax.search"),
     ("clip_jax.embed",),
@@ -199,7 +199,8 @@ def test_the_trainer_imports_what_it_runs(tmp_path: pathlib.Path):
     assert {"clip_jax.evaluate.evaluator", "clip_jax.data.sources.digits"} <= loaded
     foreign = {"jinja2", "matplotlib", "pandas", "scipy.stats", "sklearn", "tensorflow"}
     assert not loaded & foreign
-    tools = ("curation", "export", "plan", "search", "status", "weights", "evaluate.measures.lbfgs")
+    tools = ("curation", "export", "plan", "search", "status", "sweep", "weights")
+    tools += ("evaluate.measures.lbfgs",)
     options = ("common.goodput", "common.pages", "data.processes", "data.published")
     unused = tuple(f"clip_jax.{name}" for name in (*tools, *options))
     assert not {name for name in loaded if name.startswith(unused)}

@@ -35,17 +35,21 @@ def main(
         with output.ends_unread():
             print(config_file.help_text(_ABOUT.format(command=command, example=example), _define))
         return
-    # As absl's own app.run does it; its flags, which are not ours, count as read, or its first
-    # warning would say that they are not.
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1)  # until the watchdog hears it, who knows more
-    logging.use_absl_handler()
-    flags.FLAGS.mark_as_parsed()
-    flags.FLAGS.logtostderr = True
-    logging.set_verbosity(logging.WARNING)
+    prepare_process()
     interrupted = "Interrupted. Run the same command again to resume at the last checkpoint."
     with output.outlived(), commands.plain_errors(interrupted, threads_may_hang=True):
         _run(config_file.parse(arguments, command, _define), f"{command} {shlex.join(arguments)}")
+
+
+def prepare_process() -> None:
+    """Prepares logging and faulthandler, as absl's own app.run does it."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # until the watchdog hears it, who knows more
+    logging.use_absl_handler()
+    # Its flags, which are not ours, count as read, or its first warning says that they are not.
+    flags.FLAGS.mark_as_parsed()
+    flags.FLAGS.logtostderr = True
+    logging.set_verbosity(logging.WARNING)
 
 
 def _define(values: flags.FlagValues) -> None:

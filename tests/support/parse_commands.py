@@ -20,6 +20,7 @@ from clip_jax.common import config_file
 from clip_jax.curation import cli as data
 from clip_jax.plan import budget_cli
 from clip_jax.plan import cli as plan
+from clip_jax.sweep import cli as sweep
 from clip_jax.training import cli as training
 from clip_jax.training import validation
 
@@ -43,6 +44,8 @@ def parse(words: list[str]) -> None:
     elif words[:3] == ["-m", "clip_jax", "plan"]:
         given = config_file.parse(words[3:], "python -m clip_jax plan", plan._define)
         plan._request(given, words[3:])
+    elif words[:3] == ["-m", "clip_jax", "sweep"]:
+        sweep.parse(words[3:])
     elif words[:2] == ["-m", "clip_jax"]:
         _parse_command(words[2:])
         raise AssertionError("no parser was asked")
