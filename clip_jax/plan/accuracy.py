@@ -163,7 +163,7 @@ class Law:
       leverage: weight of each result in its own prediction, 0 to 1.
       freedom: results minus fitted coefficients, those that the prior holds counted in part.
       noise: standard deviation of the logarithm of the odds of a result.
-      spread: that of the offsets of the collections.
+      spread: standard deviation of the offsets of the collections.
     """
 
     def __init__(self, results: Sequence[Result]):

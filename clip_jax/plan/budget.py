@@ -89,7 +89,7 @@ class Option:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for; collection is the data's kind, mfu replaces the estimate's own."""
+    """A question: `collection` is the kind of data, `mfu` replaces those of plans and estimates."""
 
     budget: Budget
     pairs: float
