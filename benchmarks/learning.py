@@ -180,7 +180,7 @@ def interval(differences: list[float]) -> float:
 
 def table(runs: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]) -> str:
     """Formats the runs, {recipe: {seed: results}}; the averages of the baseline are a row."""
-    runs = dict(runs)
+    runs = {recipe: runs[recipe] for recipe in RECIPES if recipe in runs}
     runs["ema"] = {
         seed: {**result, **{name: result[f"ema/{name}"] for name in metrics}}
         for seed, result in runs["baseline"].items()
@@ -204,7 +204,7 @@ def table(runs: dict[str, dict[str, dict[str, float]]], metrics: tuple[str, ...]
             if recipe == "baseline":
                 cells[-1] = ""
         times = [result["cpu_s"] for result in seeds.values() if "cpu_s" in result]
-        cells.append(f"{statistics.median(times):.0f}" if times and recipe != "ema" else "")
+        cells.append(f"{statistics.median(times):.0f}" if times else "")
         lines.append(f"| {recipe} | " + " | ".join(cells) + f" | {len(seeds)} |")
     return "\n".join(lines)
 
