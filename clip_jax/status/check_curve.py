@@ -113,8 +113,8 @@ def choose(run: Run, name: str | None, any_config: bool) -> Reference:
     if best not in stored:
         raise UserError(
             f"The reference {best} has not been run yet, so there are no curves to compare with. "
-            f"Those that have been: {', '.join(stored)}. benchmarks/reference.py --line={best} "
-            "makes the curves of five seeds from your data."
+            f"Those that have been: {', '.join(stored)}. benchmarks/reference_curves.py "
+            f"--line={best} makes the curves of five seeds from your data."
         )
     if different[best] and not any_config:
         raise UserError(_differ(run, best, different[best]))

@@ -1,7 +1,7 @@
 """python -m clip_jax check-curve: sound and faulty runs beside the reference.
 
-The curves are those that benchmarks/reference.py trained: the reference's seeds, further seeds,
-and runs with a deliberate fault.
+The curves are those that benchmarks/reference_curves.py trained: the seeds of the reference, further
+ones, and runs with a deliberate fault.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from clip_jax.status.reference import Reference
 from clip_jax.training import workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
-STORED = ROOT / "benchmarks" / "reference.json"
+STORED = ROOT / "benchmarks" / "reference_curves.json"
 DIGITS = reference.load_all()["digits"]
 OTHERS = reference.load_all(STORED)["digits"]
 HELD_OUT = [name for name in OTHERS.runs if name.startswith("held-out")]
@@ -332,8 +332,8 @@ def test_a_damaged_config(tmp_path, capsys):
 
 
 def train_to(folder: pathlib.Path, name: str, step: int) -> None:
-    """Trains a run of benchmarks/reference.py up to a logged step, and stops it."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "reference.py"), f"--child={name}"]
+    """Trains a run of benchmarks/reference_curves.py up to a logged step, and stops it."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "reference_curves.py"), f"--child={name}"]
     command += ["--config=reference:digits", f"--workdir={folder}", "--config.seed=77"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)

@@ -1,15 +1,16 @@
 """Trains the reference runs, sound ones and ones with a deliberate fault, and stores their curves.
 
-    python benchmarks/reference.py                 # of the embedded digits: all that is not stored
-    python benchmarks/reference.py --only="seed-[0-4]"
-    python benchmarks/reference.py --line=cc3m --config.data.source.type=tar
+    python benchmarks/reference_curves.py                 # what is not stored, of the digits
+    python benchmarks/reference_curves.py --only="seed-[0-4]"
+    python benchmarks/reference_curves.py --line=cc3m --config.data.source.type=tar
         --config.data.source.path='shards/*.tar'
-    python benchmarks/reference.py --table         # of what is stored
+    python benchmarks/reference_curves.py --table         # of what is stored
 
 The curves of seeds 0 to 4 are the reference: they go to clip_jax/status/reference.json, which comes
-with clip_jax. All others go to reference.json beside this script: further seeds, which tell how
-often a sound run is taken for a faulty one; seeds in bfloat16; and the faults. A run that is stored
-is not repeated, so the command goes on where it was stopped. Settings that follow go to the runs.
+with clip_jax. All others go to reference_curves.json beside this script: further seeds, which tell
+how often a sound run is taken for a faulty one; seeds in bfloat16; and the faults. A run that is
+stored is not repeated, so the command goes on where it was stopped. Settings that follow go to the
+runs.
 """
 
 import argparse
@@ -148,7 +149,7 @@ def child(name: str, arguments: list[str]) -> None:
     if fault.loss is not None:
         losses.LOSSES["softmax"] = fault.loss(losses.LOSSES["softmax"])
     wrong = [f"--config.{setting}={value}" for setting, value in fault.settings.items()]
-    cli.main([*arguments, *wrong], "python benchmarks/reference.py")
+    cli.main([*arguments, *wrong], "python benchmarks/reference_curves.py")
 
 
 def train(options: argparse.Namespace, name: str, settings: list[str]) -> Path:
