@@ -1,7 +1,7 @@
 """python -m clip_jax check-curve: sound and faulty runs beside the reference.
 
-The curves are those that benchmarks/reference_curves.py trained: the seeds of the reference, further
-ones, and runs with a deliberate fault.
+The curves are those that benchmarks/reference_curves.py trained: the seeds of the reference,
+further ones, and runs with a deliberate fault.
 """
 
 import dataclasses
