@@ -163,7 +163,7 @@ def gradients(net, params, images, tokens):
     ("shortest", "scan_layers", "remat", "size"),
     [
         (1, True, "attention", {}),  # the class token apart, as with the 256 patches of ViT-L/14
-        (1, False, "full", {"image_size": 56}),  # 50 tokens, padded to 56
+        slow(1, False, "full", {"image_size": 56}),  # 50 tokens, padded to 56
         slow(1, True, "none", {"image_pool": "map", "image_size": 56}),  # 49 patches, padded to 56
         slow(1, True, "attention", {"image_pool": "avg", "image_registers": 1}),  # apart, not read
         slow(1, True, "none", {"image_pool": "map", "image_registers": 1, "image_rope": True}),
