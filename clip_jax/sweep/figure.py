@@ -50,9 +50,8 @@ def _draw(axes: Axes, outcomes: Sequence[Outcome], found: Study) -> None:
     )
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter(FuncFormatter(lambda value, _: results.shown(found.metric, value)))
-    low, high = axes.get_ylim()
-    if high > 10 * low:
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.tick_params(axis="x", which="minor", labelsize=6)
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if high > 10 * low:  # labels between the powers of ten would overlap
+            axis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
