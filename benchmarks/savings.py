@@ -1,4 +1,4 @@
-"""What a step costs less with half of the patches, a frozen tower, small images or short captions.
+"""Measures what dropped patches, a frozen tower, small images or short captions save of a step.
 
     python benchmarks/savings.py
     python benchmarks/savings.py --model=vit_b16 --batch=4 --side=224 --rounds=3

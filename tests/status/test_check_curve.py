@@ -268,8 +268,7 @@ def test_a_reference_that_was_not_run(arguments: list[str], tmp_path, capsys):
     assert "The reference cc3m has not been run yet" in said
     assert "Those that have been: digits." in said
 
-
-def test_where_the_data_are_is_free():
+    """A config that names no data leaves their place open."""
     """Where a config names none."""
     config = configs.get_config("cc3m")
     config.update_from_flattened_dict({"data.source.type": "tar", "data.source.path": "x"})
